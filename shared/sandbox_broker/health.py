@@ -1,0 +1,45 @@
+"""The operations routes that every service has: /healthz, /readyz and /metrics."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+Check = Callable[[], Awaitable[str | None]]
+"""Answers None when all is well, else what is wrong in a few words."""
+
+CHECK_TIMEOUT_SEC = 2.0
+
+log = structlog.get_logger()
+
+
+def routes(checks: Mapping[str, Check]) -> list[Route]:
+    """`checks` are what readiness depends on, by name: {"queue": …, "database": …}."""
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(_: Request) -> Response:
+        problems = await asyncio.gather(*(_run(check) for check in checks.values()))
+        report = {name: problem or "ok" for name, problem in zip(checks, problems, strict=True)}
+        ready = not any(problems)
+        return JSONResponse(
+            {"status": "ready" if ready else "unavailable", "checks": report}, 200 if ready else 503
+        )
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
+
+
+async def _run(check: Check) -> str | None:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_SEC):
+            return await check()
+    except TimeoutError:
+        return f"no answer in {CHECK_TIMEOUT_SEC:g} s"

@@ -1,0 +1,366 @@
+"""Every message that crosses RabbitMQ: commands, their replies, and events.
+
+A command asks the one service that owns a thing to change it and is named in the imperative; its reply says
+what came of it. An event tells that something has happened, in the past tense. All are frozen and carry a
+`version`: a reader that does not know it refuses the message instead of guessing.
+
+Commands travel in an `Envelope`, so that what has gathered goes out together; the answer is one
+`ReplyEnvelope` with a reply for each command, in the same order. Times are Unix seconds.
+"""
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+MAX_ID_LENGTH = 128
+MAX_ENVELOPE = 200
+"""Commands in one envelope at most: what one SQL statement takes comfortably."""
+
+SandboxStatus = Literal["available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted"]
+DeletionReason = Literal["student", "expired", "admin"]
+
+PrintableAscii = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]+$")]
+"""What a header may carry here: an id, a track name, a prefix, an idempotency key."""
+
+SandboxId = PrintableAscii
+
+
+class Message(BaseModel):
+    """The common ground of all messages. Unknown fields are ignored, so that a newer sender can add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: Literal[1] = 1
+
+
+# Commands to the allocator
+
+
+class AllocateSandbox(Message):
+    """Lease a sandbox to `holder`, or give the one they hold. → LeaseGranted or Refused."""
+
+    type: Literal["AllocateSandbox"] = "AllocateSandbox"
+    request_id: str
+    holder: PrintableAscii
+    track_name: PrintableAscii | None = None
+    name_prefix: PrintableAscii | None = None
+    idempotency_key: PrintableAscii | None = None
+
+
+class ReleaseSandbox(Message):
+    """The student is done: end the lease, have the sandbox deleted. → SandboxReleased or Refused."""
+
+    type: Literal["ReleaseSandbox"] = "ReleaseSandbox"
+    request_id: str
+    sandbox_id: SandboxId
+    holder: PrintableAscii
+
+
+class ExpireLeases(Message):
+    """End at most `limit` leases that are overdue by more than `grace_sec`. → LeasesExpired."""
+
+    type: Literal["ExpireLeases"] = "ExpireLeases"
+    grace_sec: float = Field(ge=0)
+    limit: int = Field(ge=1, le=1000)
+
+
+class ClaimDeletions(Message):
+    """Take at most `limit` due deletions for `claim_sec`; a claim that is not answered in that time ends by
+    itself. → DeletionsClaimed."""
+
+    type: Literal["ClaimDeletions"] = "ClaimDeletions"
+    limit: int = Field(ge=1, le=1000)
+    claim_sec: float = Field(gt=0)
+
+
+class RecordDeletion(Message):
+    """CSP deleted the sandbox, or no longer had it. → Recorded."""
+
+    type: Literal["RecordDeletion"] = "RecordDeletion"
+    sandbox_id: SandboxId
+
+
+class RecordDeletionFailure(Message):
+    """CSP did not delete it. `attempts` is the count that came with the claim, so that a message delivered
+    twice counts once; without `retry_in_sec` it was the last attempt. → Recorded."""
+
+    type: Literal["RecordDeletionFailure"] = "RecordDeletionFailure"
+    sandbox_id: SandboxId
+    attempts: int = Field(ge=0)
+    error: str = Field(max_length=500)
+    retry_in_sec: float | None = Field(ge=0)
+
+
+class BeginListing(Message):
+    """A CSP listing is about to be fetched. → ListingBegun, whose id names it from then on."""
+
+    type: Literal["BeginListing"] = "BeginListing"
+
+
+class ListedAccount(BaseModel):
+    """An active sandbox account, as CSP listed it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    sandbox_id: SandboxId
+    external_id: str = Field(min_length=1, max_length=MAX_ID_LENGTH)
+    name: str = Field(min_length=1, max_length=500)
+    sfdc_account_id: str | None = None
+    created_at: datetime | None = None
+
+
+class StageListing(Message):
+    """A piece of a listing, kept aside until all of it is there. → ListingStaged."""
+
+    type: Literal["StageListing"] = "StageListing"
+    listing_id: int
+    accounts: tuple[ListedAccount, ...] = Field(max_length=1000)
+
+
+class ApplyListing(Message):
+    """All `total` accounts of the listing are staged: bring the pool in line, as a whole or not at all.
+    Held when empty or when more than `max_stale_fraction` of the pool would go stale, unless `force`.
+    → ListingApplied or Refused."""
+
+    type: Literal["ApplyListing"] = "ApplyListing"
+    listing_id: int
+    total: int = Field(ge=0)
+    max_stale_fraction: float = Field(ge=0, le=1)
+    force: bool = False
+
+
+# Commands to the csp-syncer
+
+
+class SyncPool(Message):
+    """Run a sync now, or join the one that runs. → PoolSynced or Refused."""
+
+    type: Literal["SyncPool"] = "SyncPool"
+    request_id: str
+    force: bool = False
+
+
+Command = Annotated[
+    AllocateSandbox
+    | ReleaseSandbox
+    | ExpireLeases
+    | ClaimDeletions
+    | RecordDeletion
+    | RecordDeletionFailure
+    | BeginListing
+    | StageListing
+    | ApplyListing
+    | SyncPool,
+    Field(discriminator="type"),
+]
+
+
+# Replies
+
+RefusalCode = Literal[
+    "ALLOCATOR_UNAVAILABLE",
+    "CSP_UNAVAILABLE",
+    "IDEMPOTENCY_KEY_CONFLICT",
+    "INTERNAL_ERROR",
+    "INVALID_COMMAND",
+    "LISTING_OUTDATED",
+    "NOT_SANDBOX_OWNER",
+    "POOL_EXHAUSTED",
+    "SANDBOX_NOT_FOUND",
+    "SYNC_HELD",
+]
+
+
+class Refused(Message):
+    """The command was understood and not done. `message` says why and what to do."""
+
+    type: Literal["Refused"] = "Refused"
+    code: RefusalCode
+    message: str
+
+
+class LeaseGranted(Message):
+    type: Literal["LeaseGranted"] = "LeaseGranted"
+    new: bool
+    """False: the lease that this holder had already."""
+    sandbox_id: str
+    name: str
+    external_id: str
+    sfdc_account_id: str | None
+    allocated_at: int
+    expires_at: int
+
+
+class SandboxReleased(Message):
+    type: Literal["SandboxReleased"] = "SandboxReleased"
+    sandbox_id: str
+    status: SandboxStatus
+    deletion_requested_at: int
+
+
+class LeasesExpired(Message):
+    type: Literal["LeasesExpired"] = "LeasesExpired"
+    sandbox_ids: tuple[str, ...]
+
+
+class DueDeletion(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    sandbox_id: str
+    external_id: str
+    name: str
+    attempts: int
+
+
+class DeletionsClaimed(Message):
+    type: Literal["DeletionsClaimed"] = "DeletionsClaimed"
+    deletions: tuple[DueDeletion, ...]
+
+
+class Recorded(Message):
+    """`changed` is false where the work had been done before."""
+
+    type: Literal["Recorded"] = "Recorded"
+    changed: bool
+
+
+class ListingBegun(Message):
+    type: Literal["ListingBegun"] = "ListingBegun"
+    listing_id: int
+
+
+class ListingStaged(Message):
+    type: Literal["ListingStaged"] = "ListingStaged"
+    staged: int
+
+
+class ListingApplied(Message):
+    type: Literal["ListingApplied"] = "ListingApplied"
+    synced: int
+    discovered: int
+    restored: int
+    marked_stale: int
+
+
+class PoolSynced(Message):
+    type: Literal["PoolSynced"] = "PoolSynced"
+    synced: int
+    marked_stale: int
+    restored: int
+    duration_ms: int
+
+
+Reply = Annotated[
+    Refused
+    | LeaseGranted
+    | SandboxReleased
+    | LeasesExpired
+    | DeletionsClaimed
+    | Recorded
+    | ListingBegun
+    | ListingStaged
+    | ListingApplied
+    | PoolSynced,
+    Field(discriminator="type"),
+]
+
+
+# Events: CloudEvents 1.0, structured JSON
+
+EventType = Literal[
+    "sandbox.discovered",
+    "sandbox.allocated",
+    "sandbox.deletion_requested",
+    "sandbox.deleted",
+    "sandbox.deletion_failed",
+    "sandbox.stale",
+    "sandbox.restored",
+    "sync.completed",
+    "sync.held",
+    "pool.exhausted",
+]
+
+
+class Event(BaseModel):
+    """A CloudEvent. `id` stays the same when it is published again; `subject` is the sandbox id, if any."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    specversion: Literal["1.0"] = "1.0"
+    id: uuid.UUID
+    source: Literal["/sandbox-broker/allocator"] = "/sandbox-broker/allocator"
+    type: EventType
+    subject: str | None = None
+    time: datetime
+    datacontenttype: Literal["application/json"] = "application/json"
+    data: dict[str, Any]
+
+
+# Envelopes
+
+
+class Envelope(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    commands: tuple[Command, ...] = Field(min_length=1, max_length=MAX_ENVELOPE)
+
+
+class ReplyEnvelope(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    replies: tuple[Reply, ...]
+
+
+class _LooseEnvelope(BaseModel):
+    commands: list[Any] = Field(min_length=1, max_length=MAX_ENVELOPE)
+
+
+_command: TypeAdapter[Command] = TypeAdapter(Command)
+
+
+class InvalidEnvelope(ValueError):
+    """The body is no envelope at all."""
+
+
+class InvalidCommand(ValueError):
+    """One entry of an envelope that cannot be understood; its neighbours can."""
+
+    def __init__(self, raw: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.raw = raw
+
+
+def encode_commands(commands: Sequence[Command]) -> bytes:
+    return Envelope(commands=tuple(commands)).model_dump_json(exclude_none=True).encode()
+
+
+def decode_commands(body: bytes) -> list[Command | InvalidCommand]:
+    """The commands of an envelope, each poisonous entry in its place as an InvalidCommand.
+
+    Raises InvalidEnvelope when there is no list of commands to speak of.
+    """
+    try:
+        return list(Envelope.model_validate_json(body).commands)
+    except ValidationError:
+        pass
+    try:
+        entries = _LooseEnvelope.model_validate_json(body).commands
+    except ValidationError as error:
+        raise InvalidEnvelope(_first_problem(error)) from error
+    return [_decode_command(raw) for raw in entries]
+
+
+def _decode_command(raw: Any) -> Command | InvalidCommand:
+    try:
+        return _command.validate_python(raw)
+    except ValidationError as error:
+        return InvalidCommand(raw, _first_problem(error))
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return f"{place}: {problem['msg']}" if place else problem["msg"]

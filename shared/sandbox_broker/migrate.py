@@ -1,0 +1,66 @@
+"""`python -m sandbox_broker.migrate`: brings the database of DATABASE_URL to the newest schema.
+
+Repeating it is harmless, also at the same moment: an advisory lock lets one run at a time.
+"""
+
+import asyncio
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import Connection, text
+
+from sandbox_broker import db
+from sandbox_broker.settings import DatabaseUrl, load, stop
+
+_LOCK = 0x5A4DB0
+"""The advisory lock's number; any constant of our own."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    database_url: DatabaseUrl = Field(repr=False)
+
+
+async def migrate(database_url: str) -> None:
+    """Raises what asyncpg raises when the database does not answer."""
+    engine = db.engine(database_url)
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(_upgrade)
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: Connection) -> None:
+    connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": _LOCK})
+    connection.commit()
+    try:
+        command.upgrade(config(connection), "head")
+    finally:
+        connection.rollback()
+        connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": _LOCK})
+        connection.commit()
+
+
+def config(connection: Connection) -> Config:
+    """Alembic's configuration for this connection; there is no alembic.ini."""
+    alembic = Config()
+    alembic.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    alembic.attributes["connection"] = connection
+    return alembic
+
+
+def main() -> None:
+    url = load(Settings).database_url
+    try:
+        asyncio.run(migrate(url))
+    except db.CONNECTION_ERRORS as error:
+        stop(f"DATABASE_URL: {db.reason(error)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What a service looks at before it starts: do the addresses it was given answer?"""
+
+import asyncio
+from urllib.parse import urlsplit
+
+import aio_pika
+from aiormq.exceptions import AMQPError, AuthenticationError, ProbableAuthenticationError
+
+from sandbox_broker import db
+from sandbox_broker.settings import stop
+
+PATIENCE_SEC = 5.0
+"""How long a server may take to come up beside us before we give up with a line that says so."""
+
+
+def check(*, amqp_url: str, database_url: str | None = None) -> None:
+    """Exits with status 2 and one line that names the variable of what does not answer."""
+    problems = asyncio.run(_problems(amqp_url, database_url))
+    if problems:
+        stop("; ".join(problems))
+
+
+async def _problems(amqp_url: str, database_url: str | None) -> list[str]:
+    queue = await _amqp_problem(amqp_url)
+    database = await db.preflight(database_url, patience_sec=PATIENCE_SEC) if database_url else None
+    named = {"AMQP_URL": queue, "DATABASE_URL": database}
+    return [f"{name}: {problem}" for name, problem in named.items() if problem]
+
+
+async def _amqp_problem(amqp_url: str) -> str | None:
+    parts = urlsplit(amqp_url)
+    place = f"{parts.hostname}:{parts.port or 5672}"
+    deadline = asyncio.get_running_loop().time() + PATIENCE_SEC
+    while True:
+        try:
+            connection = await aio_pika.connect(amqp_url, timeout=PATIENCE_SEC)
+        except (AuthenticationError, ProbableAuthenticationError):
+            return f"RabbitMQ at {place} refuses this user and password"
+        except (AMQPError, OSError, TimeoutError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            if "NOT_ALLOWED" in text or "vhost" in text:
+                return f"RabbitMQ at {place} refuses the virtual host {parts.path or '/'!r}"
+            if asyncio.get_running_loop().time() > deadline:
+                return f"no RabbitMQ answers at {place} ({text})"
+            await asyncio.sleep(0.2)
+        else:
+            await connection.close()
+            return None

@@ -1,0 +1,93 @@
+"""Runs a service: one process, one event loop, an HTTP port, and the tasks that do its work."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+
+GRACEFUL_STOP_SEC = 20
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+def lifespan(
+    *tasks: Callable[[], Coroutine[Any, Any, None]],
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Runs `tasks` as long as the application lives. At the end they are cancelled one by one, the last first,
+    so that what a task builds on outlives it. One that ends by itself stops the process: whoever runs it
+    starts it afresh."""
+
+    @asynccontextmanager
+    async def run_tasks(app: Starlette) -> AsyncIterator[None]:
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                log.error("service.task_failed", task=task.get_name(), exc_info=task.exception())
+                app.state.failed = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        running = [asyncio.create_task(task(), name=_name(task)) for task in tasks]
+        for task in running:
+            task.add_done_callback(ended)
+        try:
+            yield
+        finally:
+            for task in reversed(running):
+                task.remove_done_callback(ended)
+                task.cancel()
+                await asyncio.wait([task])
+
+    return run_tasks
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work` to its end, even when cancelled meanwhile; the cancellation comes after it."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Runs `work` now and then once a period, for ever."""
+    while True:
+        await work()
+        await asyncio.sleep(period_sec)
+
+
+def run(app: Starlette, port: int) -> None:
+    """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal once more when it is done; by then a stop is no failure.
+        signal.signal(number, lambda *_: None)
+    uvicorn.run(
+        app,
+        host="0.0.0.0",
+        port=port,
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
+    )
+    if getattr(app.state, "failed", False):
+        sys.exit(1)
+
+
+def _name(task: Callable[..., object]) -> str:
+    while isinstance(task, partial):
+        task = task.func
+    return task.__qualname__

@@ -1,0 +1,122 @@
+"""The schema, for reading and for comparing with the migrations. Who writes it: allocator/store.py, alone."""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+
+_Time = DateTime(timezone=True)
+_Name = Text(collation="C")
+"""Prefixes are found as ranges of a btree, which needs byte order."""
+
+sandboxes = Table(
+    "sandboxes",
+    metadata,
+    Column("sandbox_id", Text, primary_key=True, comment="CSP's csp_id"),
+    Column("external_id", Text, nullable=False, comment="the bare account UUID in CSP"),
+    Column("name", _Name, nullable=False),
+    Column("sfdc_account_id", Text),
+    Column("status", Text, nullable=False),
+    Column("status_since", _Time, nullable=False, server_default=func.now()),
+    Column("missing_since", _Time, comment="a student holds it, but CSP no longer lists it"),
+    Column("deletion_requested_at", _Time),
+    Column("deletion_reason", Text),
+    Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
+    Column("deletion_attempts", Integer, nullable=False, server_default="0"),
+    Column("deletion_error", Text),
+    CheckConstraint(
+        "status IN ('available', 'allocated', 'pending_deletion', 'deletion_failed', 'stale', 'deleted')",
+        name="sandboxes_status",
+    ),
+    # Two records of one account would be two leases of it.
+    Index(
+        "sandboxes_one_per_account",
+        "external_id",
+        unique=True,
+        postgresql_where=text("status <> 'deleted'"),
+    ),
+    Index("sandboxes_available", "status_since", "sandbox_id", postgresql_where=text("status = 'available'")),
+    Index("sandboxes_available_by_name", "name", postgresql_where=text("status = 'available'")),
+    Index("sandboxes_deletion_due", "deletion_due_at", postgresql_where=text("status = 'pending_deletion'")),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("lease_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("sandbox_id", Text, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("track_name", Text),
+    Column("idempotency_key", Text),
+    Column("allocated_at", _Time, nullable=False, server_default=func.now()),
+    Column("expires_at", _Time, nullable=False),
+    Column("ended_at", _Time),
+    Column("end_reason", Text),
+    CheckConstraint("end_reason IN ('student', 'expired', 'admin')", name="leases_end_reason"),
+    CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
+    # A used sandbox is never handed out again: one lease per sandbox, for good.
+    Index("leases_one_per_sandbox", "sandbox_id", unique=True),
+    Index("leases_one_per_holder", "holder", unique=True, postgresql_where=text("ended_at IS NULL")),
+    Index(
+        "leases_one_per_idempotency_key",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    Index("leases_by_expiry", "expires_at", postgresql_where=text("ended_at IS NULL")),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("outbox_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("event_id", Uuid, nullable=False, server_default=func.gen_random_uuid()),
+    Column("type", Text, nullable=False),
+    Column("subject", Text),
+    Column("occurred_at", _Time, nullable=False, server_default=func.now()),
+    Column("data", JSONB, nullable=False),
+)
+
+csp_listings = Table(
+    "csp_listings",
+    metadata,
+    Column("listing_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("begun_at", _Time, nullable=False, server_default=func.now()),
+    Column("applied_at", _Time),
+)
+
+csp_accounts = Table(
+    "csp_accounts",
+    metadata,
+    Column("external_id", Text, primary_key=True),
+    Column("sandbox_id", Text, nullable=False),
+    Column("name", _Name, nullable=False),
+    Column("sfdc_account_id", Text),
+    Column("created_at", _Time),
+    Column("listing_id", BigInteger, nullable=False),
+    Index("csp_accounts_by_listing", "listing_id"),
+    comment="what CSP last listed; a listing is staged here until it is complete",
+)
+
+allocator_epoch = Table(
+    "allocator_epoch",
+    metadata,
+    Column("only_row", Integer, primary_key=True, server_default="1"),
+    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Column("backend_pid", Integer),
+    CheckConstraint("only_row = 1", name="allocator_epoch_only_row"),
+)

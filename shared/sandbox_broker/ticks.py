@@ -1,0 +1,41 @@
+"""Timers through RabbitMQ: every replica of a service publishes ticks, one replica gets them.
+
+A tick queue holds one message at most and has a single active consumer, so replicas or an outage never pile up
+work, and nothing runs twice at once. A tick that is lost costs one period.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aio_pika.abc import AbstractConnection
+
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, keep_connected
+from sandbox_broker.service import every
+
+log = structlog.get_logger()
+
+
+async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
+    """Publishes one tick now and then one a period, for ever."""
+
+    async def tick() -> None:
+        try:
+            await publisher.publish(topology.TICKS.name, queue.name, b"{}")
+        except Disconnected as error:
+            log.warning("tick.not_sent", queue=queue.name, error=str(error))
+
+    await publisher.wait_connected()
+    await every(period_sec, tick)
+
+
+async def consume(url: str, queue: topology.Queue, work: Callable[[], Awaitable[object]]) -> None:
+    """Does `work` once for every tick, for ever."""
+
+    async def session(connection: AbstractConnection) -> None:
+        subscription = await Subscription.open(connection, queue, prefetch=1)
+        while deliveries := await subscription.batch(1):
+            await work()
+            await subscription.ack(deliveries[0])
+
+    await keep_connected(url, queue.name, session)

@@ -1,0 +1,103 @@
+"""Exchanges, queues and bindings, as data, and the one function that declares them.
+
+Only arguments that are valid from RabbitMQ 3.10 on are declared here; limits that an operator may want to
+tune belong in policies, which need no re-declaration.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from aio_pika.abc import AbstractChannel
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    name: str
+    kind: Literal["direct", "topic", "headers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    queue: Queue
+    exchange: Exchange
+    routing_key: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+COMMANDS = Exchange("broker.commands", "direct")
+EVENTS = Exchange("broker.events", "topic")
+TICKS = Exchange("broker.ticks", "direct")
+DEAD_LETTERS = Exchange("broker.dead_letters", "headers")
+
+_QUORUM: Mapping[str, Any] = {
+    "x-queue-type": "quorum",
+    "x-delivery-limit": 20,
+    "x-dead-letter-exchange": DEAD_LETTERS.name,
+}
+_SINGLE: Mapping[str, Any] = {**_QUORUM, "x-single-active-consumer": True}
+
+# One tick waits at most: replicas that all publish theirs, or an outage, never pile up work.
+_TICK: Mapping[str, Any] = {"x-max-length": 1, "x-overflow": "drop-head", "x-single-active-consumer": True}
+
+ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
+SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
+SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
+CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
+EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
+REAPER_EVENTS = Queue("reaper.events", _QUORUM)
+DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
+
+EXCHANGES = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)
+QUEUES = (
+    ALLOCATOR_COMMANDS,
+    SYNCER_COMMANDS,
+    SYNC_TICKS,
+    CLEANUP_TICKS,
+    EXPIRY_TICKS,
+    REAPER_EVENTS,
+    DEAD_LETTER_QUEUE,
+)
+BINDINGS = (
+    Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
+    Binding(SYNCER_COMMANDS, COMMANDS, SYNCER_COMMANDS.name),
+    Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),
+    Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
+    Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),
+    Binding(REAPER_EVENTS, EVENTS, "sandbox.deletion_requested"),
+    # A command whose sender has stopped waiting expires and is nobody's problem; what was refused or crashed
+    # its consumer again and again is kept, with the reason that RabbitMQ writes into the header.
+    Binding(
+        DEAD_LETTER_QUEUE,
+        DEAD_LETTERS,
+        arguments={"x-match": "all-with-x", "x-first-death-reason": "rejected"},
+    ),
+    Binding(
+        DEAD_LETTER_QUEUE,
+        DEAD_LETTERS,
+        arguments={"x-match": "all-with-x", "x-first-death-reason": "delivery_limit"},
+    ),
+)
+
+
+async def declare(channel: AbstractChannel) -> None:
+    """Declares all of it; repeating that is harmless.
+
+    Raises aio_pika.exceptions.ChannelPreconditionFailed when something exists under the same name with other
+    arguments.
+    """
+    for exchange in EXCHANGES:
+        await channel.declare_exchange(exchange.name, exchange.kind, durable=True)
+    for queue in QUEUES:
+        await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+    for binding in BINDINGS:
+        queue_object = await channel.get_queue(binding.queue.name, ensure=False)
+        await queue_object.bind(
+            binding.exchange.name, binding.routing_key, arguments=dict(binding.arguments) or None
+        )
