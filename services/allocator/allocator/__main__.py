@@ -1,0 +1,3 @@
+from allocator.main import main
+
+main()

@@ -1,0 +1,190 @@
+"""One batch after the other: receive → handle → commit → reply → acknowledge, all in `_handle`.
+
+A batch is what has gathered in the queue meanwhile; its commands of one kind share statements. A process that
+dies anywhere before the acknowledgement leaves the batch to the next allocator, which finds the work done or
+not done and gives the same answers.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+
+import asyncpg
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.common import FieldTable
+from sandbox_broker import db, topology
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer, keep_connected
+from sandbox_broker.messages import (
+    Command,
+    InvalidCommand,
+    InvalidEnvelope,
+    Refused,
+    Reply,
+    decode_commands,
+)
+from sandbox_broker.service import uninterrupted
+
+from allocator import metrics, store
+from allocator.handlers import HANDLERS, Handler, Overtaken, Writer
+from allocator.outbox import Relay
+from allocator.settings import Settings
+
+MAX_BATCH = 20
+"""Envelopes; each holds up to messages.MAX_ENVELOPE commands."""
+MAX_TRIES = 5
+STATEMENT_TIMEOUT_SEC = 30
+
+UNAVAILABLE = Refused(
+    code="ALLOCATOR_UNAVAILABLE",
+    message="The allocator cannot reach its database. Nothing is lost: try again in a few seconds.",
+)
+FAILED = Refused(
+    code="INTERNAL_ERROR",
+    message="The allocator could not process this request; the operators can see why. Nothing was changed.",
+)
+
+# Another allocator was faster, or two met in the middle: the same statement, run again, sees what it did.
+_RACES = (
+    Overtaken,
+    asyncpg.UniqueViolationError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.LockNotAvailableError,
+)
+
+log = structlog.get_logger()
+
+
+class Consumer:
+    def __init__(self, settings: Settings, publisher: Publisher, relay: Relay) -> None:
+        self._settings = settings
+        self._publisher = publisher
+        self._relay = relay
+        self._connection: asyncpg.Connection | None = None
+        self._epoch = 0
+
+    async def run(self) -> None:
+        try:
+            await keep_connected(self._settings.amqp_url, "allocator-commands", self._session)
+        finally:
+            self._drop_connection()
+
+    async def _session(self, connection: AbstractConnection) -> None:
+        subscription = await Subscription.open(connection, topology.ALLOCATOR_COMMANDS, prefetch=2 * MAX_BATCH)
+        # Only the first delivery tells that this consumer is the active one.
+        self._epoch = 0
+        metrics.EPOCH.set(0)
+        while deliveries := await subscription.batch(MAX_BATCH):
+            try:
+                await uninterrupted(self._handle(subscription, deliveries))
+            except store.Fenced:
+                log.warning("allocator.fenced", epoch=self._epoch)
+                await connection.close()  # gives back what is unacknowledged
+                await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
+                return
+
+    async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
+        envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
+        for delivery in deliveries:
+            try:
+                envelopes.append((delivery, decode_commands(delivery.body)))
+            except InvalidEnvelope as error:
+                log.error("message.rejected", queue=topology.ALLOCATOR_COMMANDS.name, reason=str(error))
+                await subscription.reject(delivery)
+        if not envelopes:
+            return
+        entries = [entry for _, commands in envelopes for entry in commands]
+        replies = iter(await self._replies(entries))
+        self._relay.wake()
+        answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
+        results = await asyncio.gather(
+            *(answer(self._publisher, delivery, given) for delivery, given in answers), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, Disconnected):
+                log.warning("reply.lost", error=str(result))  # its sender asks again, and gets the same
+            elif result is not None:
+                raise result
+        await subscription.ack(envelopes[-1][0], all_before=True)
+
+    async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
+        """A reply for each entry, in order."""
+        metrics.BATCH_SIZE.observe(len(entries))
+        replies: dict[int, Reply] = {}
+        for kind, handle in HANDLERS.items():
+            places = [place for place, entry in enumerate(entries) if isinstance(entry, kind)]
+            if places:
+                commands = [entry for entry in entries if isinstance(entry, kind)]
+                replies.update(zip(places, await self._run(handle, commands), strict=True))
+        for place, entry in enumerate(entries):
+            if place not in replies:
+                replies[place] = await self._refuse(entry)
+        return [replies[place] for place in range(len(entries))]
+
+    async def _run(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
+        """Runs one handler. What the database refuses for good is split until the culprit stands alone."""
+        try:
+            return await self._run_with_retries(handle, commands)
+        except db.CONNECTION_ERRORS as error:
+            log.error("database.lost", error=db.reason(error))
+            self._drop_connection()
+            return [UNAVAILABLE] * len(commands)
+        except (asyncpg.PostgresError, ValueError) as error:
+            if len(commands) > 1:
+                return [(await self._run(handle, [command]))[0] for command in commands]
+            log.exception("command.failed", command=commands[0].type)
+            await self._keep(commands[0].model_dump_json(), db.reason(error))
+            return [FAILED]
+
+    async def _run_with_retries(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
+        for _ in range(MAX_TRIES - 1):
+            try:
+                return await handle(await self._writer(), commands)
+            except _RACES as error:
+                log.info("allocator.raced", error=db.reason(error))
+        return await handle(await self._writer(), commands)
+
+    async def _writer(self) -> Writer:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await db.connect(
+                self._settings.database_url,
+                application_name="allocator",
+                statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
+            )
+        if self._epoch == 0:
+            self._epoch = await store.raise_epoch(self._connection)
+            metrics.EPOCH.set(self._epoch)
+            log.info("allocator.active", epoch=self._epoch)
+        return Writer(self._connection, self._epoch, timedelta(hours=self._settings.lab_duration_hours))
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def _refuse(self, entry: Command | InvalidCommand) -> Reply:
+        if isinstance(entry, InvalidCommand):
+            raw, reason = json.dumps(entry.raw), str(entry)
+        else:
+            raw, reason = entry.model_dump_json(), f"{entry.type} is not for the allocator"
+        log.error("message.rejected", queue=topology.ALLOCATOR_COMMANDS.name, reason=reason)
+        await self._keep(raw, reason)
+        return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
+
+    async def _keep(self, body: str, reason: str) -> None:
+        """Puts one poisonous command of an envelope among the dead letters."""
+        headers: FieldTable = {"x-first-death-reason": "rejected", "x-reason": reason}
+        try:
+            await self._publisher.publish(
+                topology.DEAD_LETTERS.name,
+                topology.ALLOCATOR_COMMANDS.name,
+                body.encode(),
+                Basic.Properties(content_type="application/json", delivery_mode=2, headers=headers),
+            )
+        except Disconnected as error:
+            log.error("dead_letter.lost", reason=reason, error=str(error), body=body)

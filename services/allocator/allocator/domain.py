@@ -1,0 +1,108 @@
+"""What the pool's rules say, without a database: which requests may share a statement, and what to answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sandbox_broker.messages import AllocateSandbox, Refused
+
+
+def prefix_end(prefix: str) -> str:
+    """The first name, in code point order, after all that start with `prefix`: names in [prefix, prefix_end)
+    are a range that an index finds. A prefix is printable ASCII, so its last character can be raised."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+MAX_ROUND = 500
+"""Requests that one statement takes; above it the gain is small and the locks are many."""
+
+
+@dataclass(slots=True)
+class Round:
+    """Requests that one statement can answer: nobody in it competes with anybody for the same thing."""
+
+    commands: list[AllocateSandbox] = field(default_factory=list)
+    _holders: set[str] = field(default_factory=set)
+    _keys: set[str] = field(default_factory=set)
+    _prefixes: set[str] = field(default_factory=set)
+
+    def takes(self, command: AllocateSandbox) -> bool:
+        """A holder or key twice would break a unique index. Of two prefixes where one begins with the other,
+        both could pick the same sandbox: SKIP LOCKED does not skip what its own transaction has locked."""
+        prefix = command.name_prefix or ""
+        if len(self.commands) == MAX_ROUND:
+            return False
+        if command.holder in self._holders or command.idempotency_key in self._keys:
+            return False
+        if any(other != prefix and _nested(other, prefix) for other in self._prefixes):
+            return False
+        self.commands.append(command)
+        self._holders.add(command.holder)
+        self._prefixes.add(prefix)
+        if command.idempotency_key is not None:
+            self._keys.add(command.idempotency_key)
+        return True
+
+
+def _nested(one: str, other: str) -> bool:
+    return one.startswith(other) or other.startswith(one)
+
+
+def rounds(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
+    """Splits a batch into the fewest statements that first fit finds; mostly it is one. The most specific
+    prefixes go first, so that they are not robbed by the general ones."""
+    found: list[Round] = []
+    for command in sorted(commands, key=lambda command: -len(command.name_prefix or "")):
+        if not any(round_.takes(command) for round_ in found):
+            found.append(Round())
+            found[-1].takes(command)
+    return [round_.commands for round_ in found]
+
+
+def same_request(command: AllocateSandbox) -> tuple[str, str | None, str | None]:
+    """Requests that are alike in this get one and the same answer."""
+    return command.holder, command.name_prefix, command.idempotency_key
+
+
+def exhausted(command: AllocateSandbox) -> Refused:
+    where = f" with the name prefix '{command.name_prefix}'" if command.name_prefix else ""
+    return Refused(
+        code="POOL_EXHAUSTED",
+        message=f"No available sandboxes in pool{where}. Try again later, or ask the operator for more.",
+    )
+
+
+def key_conflict(*, own: bool) -> Refused:
+    whose = "a lease of yours that has ended" if own else "another student's lease"
+    return Refused(
+        code="IDEMPOTENCY_KEY_CONFLICT",
+        message=f"This Idempotency-Key belongs to {whose}. Send a new key, or none.",
+    )
+
+
+def not_found(sandbox_id: str) -> Refused:
+    return Refused(
+        code="SANDBOX_NOT_FOUND",
+        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id that the allocation returned.",
+    )
+
+
+def not_owner(sandbox_id: str) -> Refused:
+    return Refused(
+        code="NOT_SANDBOX_OWNER",
+        message=f"Sandbox '{sandbox_id}' is not leased to this student. "
+        "Send the X-Instruqt-Sandbox-ID that it was allocated with.",
+    )
+
+
+def held(listed: int, stale: int, pool: int, max_stale_fraction: float) -> Refused | None:
+    """The guard against a listing that would wipe the pool: None if it may be applied."""
+    if listed == 0:
+        found = "CSP listed no sandbox at all"
+    elif stale > max_stale_fraction * pool:
+        found = f"{stale} of {pool} sandboxes would go stale, more than the {max_stale_fraction:.0%} allowed"
+    else:
+        return None
+    return Refused(
+        code="SYNC_HELD",
+        message=f"{found}; nothing was changed. If CSP is right, repeat the sync with force=true.",
+    )

@@ -1,0 +1,248 @@
+"""What the allocator does for each command: one function each, named like its command.
+
+A handler gets all commands of its kind in a batch and answers with as many replies, in order. It runs its
+statements on the writer's connection under the epoch given, and raises what the database raises.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import structlog
+from sandbox_broker import messages
+from sandbox_broker.messages import (
+    AllocateSandbox,
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    Command,
+    ExpireLeases,
+    RecordDeletion,
+    RecordDeletionFailure,
+    ReleaseSandbox,
+    Reply,
+    StageListing,
+)
+
+from allocator import domain, metrics, store
+
+log = structlog.get_logger()
+
+
+class Overtaken(Exception):
+    """Another allocator changed the same rows while we looked: repeat, and see its work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """What a handler works with: the one connection that writes, and the epoch that allows it to."""
+
+    connection: asyncpg.Connection
+    epoch: int
+    lab_duration: timedelta
+
+
+async def allocate_sandbox(writer: Writer, commands: Sequence[AllocateSandbox]) -> list[Reply]:
+    """New leases, or those that the holders have. Copies of one request share its answer."""
+    unique = {domain.same_request(command): command for command in commands}
+    replies: dict[tuple[str, str | None, str | None], Reply] = {}
+    for round_ in domain.rounds(list(unique.values())):
+        rows = await store.allocate(writer.connection, writer.epoch, round_, writer.lab_duration)
+        for command, row in zip(round_, rows, strict=True):
+            replies[domain.same_request(command)] = _allocated(command, row)
+    dry = {command.name_prefix for key, command in unique.items() if _is_exhausted(replies[key])}
+    for prefix in dry:
+        await writer.connection.execute(store.ANNOUNCE_EXHAUSTED, prefix)
+    return _share(commands, replies)
+
+
+def _allocated(command: AllocateSandbox, row: asyncpg.Record) -> Reply:
+    outcome = row["outcome"]
+    metrics.ALLOCATIONS.labels(outcome=outcome).inc()
+    if outcome in ("new", "known"):
+        log.info(
+            "lease.granted" if outcome == "new" else "lease.repeated",
+            request_id=command.request_id,
+            sandbox_id=row["sandbox_id"],
+            holder=command.holder,
+            track_name=command.track_name,
+        )
+        return messages.LeaseGranted(
+            new=outcome == "new",
+            sandbox_id=row["sandbox_id"],
+            name=row["name"],
+            external_id=row["external_id"],
+            sfdc_account_id=row["sfdc_account_id"],
+            allocated_at=row["allocated_at"],
+            expires_at=row["expires_at"],
+        )
+    log.info(
+        "lease.refused",
+        request_id=command.request_id,
+        holder=command.holder,
+        outcome=outcome,
+        name_prefix=command.name_prefix,
+    )
+    if outcome == "exhausted":
+        return domain.exhausted(command)
+    return domain.key_conflict(own=outcome == "key_used_up")
+
+
+def _is_exhausted(reply: Reply) -> bool:
+    return isinstance(reply, messages.Refused) and reply.code == "POOL_EXHAUSTED"
+
+
+def _share(
+    commands: Sequence[AllocateSandbox], replies: Mapping[tuple[str, str | None, str | None], Reply]
+) -> list[Reply]:
+    """Of equal requests only the first was given a new lease; for the others it is the one they have."""
+    answered: set[tuple[str, str | None, str | None]] = set()
+    shared: list[Reply] = []
+    for command in commands:
+        key = domain.same_request(command)
+        reply = replies[key]
+        if key in answered and isinstance(reply, messages.LeaseGranted):
+            reply = reply.model_copy(update={"new": False})
+        answered.add(key)
+        shared.append(reply)
+    return shared
+
+
+async def release_sandbox(writer: Writer, commands: Sequence[ReleaseSandbox]) -> list[Reply]:
+    rows = await store.release(writer.connection, writer.epoch, commands)
+    return [_released(command, row) for command, row in zip(commands, rows, strict=True)]
+
+
+def _released(command: ReleaseSandbox, row: asyncpg.Record) -> Reply:
+    if not row["exists"]:
+        return domain.not_found(command.sandbox_id)
+    if not row["own"]:
+        return domain.not_owner(command.sandbox_id)
+    if row["deletion_requested_at"] is None:
+        raise Overtaken
+    log.info(
+        "lease.released",
+        request_id=command.request_id,
+        sandbox_id=command.sandbox_id,
+        holder=command.holder,
+        status=row["status"],
+    )
+    return messages.SandboxReleased(
+        sandbox_id=command.sandbox_id,
+        status=row["status"],
+        deletion_requested_at=row["deletion_requested_at"],
+    )
+
+
+async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
+    row = await store.one(
+        writer.connection, store.EXPIRE, writer.epoch, timedelta(seconds=command.grace_sec), command.limit
+    )
+    for sandbox_id in row["sandbox_ids"]:
+        log.info("lease.expired", sandbox_id=sandbox_id)
+    metrics.EXPIRED.inc(len(row["sandbox_ids"]))
+    return messages.LeasesExpired(sandbox_ids=tuple(row["sandbox_ids"]))
+
+
+async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
+    rows = await writer.connection.fetch(
+        store.CLAIM_DELETIONS, writer.epoch, command.limit, timedelta(seconds=command.claim_sec)
+    )
+    if not rows:
+        raise store.Fenced
+    return messages.DeletionsClaimed(
+        deletions=tuple(
+            messages.DueDeletion(
+                sandbox_id=row["sandbox_id"],
+                external_id=row["external_id"],
+                name=row["name"],
+                attempts=row["deletion_attempts"],
+            )
+            for row in rows
+            if row["sandbox_id"] is not None
+        )
+    )
+
+
+async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
+    row = await store.one(writer.connection, store.RECORD_DELETION, writer.epoch, command.sandbox_id)
+    if row["changed"]:
+        log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
+    return messages.Recorded(changed=row["changed"])
+
+
+async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure) -> Reply:
+    retry_in = None if command.retry_in_sec is None else timedelta(seconds=command.retry_in_sec)
+    row = await store.one(
+        writer.connection,
+        store.RECORD_DELETION_FAILURE,
+        writer.epoch,
+        command.sandbox_id,
+        command.attempts,
+        command.error,
+        retry_in,
+    )
+    log.warning(
+        "sandbox.deletion_postponed" if retry_in else "sandbox.deletion_failed",
+        sandbox_id=command.sandbox_id,
+        attempts=command.attempts + 1,
+        error=command.error,
+        retry_in_sec=command.retry_in_sec,
+    )
+    return messages.Recorded(changed=row["changed"])
+
+
+async def begin_listing(writer: Writer, _: BeginListing) -> Reply:
+    row = await store.one(writer.connection, store.BEGIN_LISTING, writer.epoch)
+    return messages.ListingBegun(listing_id=row["listing_id"])
+
+
+async def stage_listing(writer: Writer, command: StageListing) -> Reply:
+    staged = await store.stage_listing(writer.connection, writer.epoch, command.listing_id, command.accounts)
+    return messages.ListingStaged(staged=staged)
+
+
+async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
+    """Weighs the listing, then applies it in one statement or not at all."""
+    (weight,) = await writer.connection.fetch(store.WEIGH_LISTING, command.listing_id)
+    if weight["outdated"] or weight["listed"] != command.total:
+        return messages.Refused(
+            code="LISTING_OUTDATED",
+            message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",
+        )
+    refusal = domain.held(weight["listed"], weight["stale"], weight["pool"], command.max_stale_fraction)
+    if refusal and not command.force:
+        await store.one(writer.connection, store.HOLD_LISTING, writer.epoch, command.listing_id, refusal.message)
+        log.warning("sync.held", listing_id=command.listing_id, reason=refusal.message)
+        return refusal
+    row = await store.one(writer.connection, store.APPLY_LISTING, writer.epoch, command.listing_id)
+    counts = {name: row[name] for name in ("synced", "discovered", "restored", "marked_stale")}
+    log.info("sync.applied", listing_id=command.listing_id, **counts)
+    return messages.ListingApplied(**counts)
+
+
+Handler = Callable[[Writer, Sequence[Any]], Awaitable[list[Reply]]]
+
+
+def _one_by_one(handle: Callable[[Writer, Any], Awaitable[Reply]]) -> Handler:
+    async def handle_all(writer: Writer, commands: Sequence[Command]) -> list[Reply]:
+        return [await handle(writer, command) for command in commands]
+
+    return handle_all
+
+
+# In the order in which the kinds of one batch are handled. None of its commands has been answered yet, so any
+# order is a true one; what frees sandboxes or ends leases comes before what wants them.
+HANDLERS: Mapping[type[Command], Handler] = {
+    ReleaseSandbox: release_sandbox,
+    AllocateSandbox: allocate_sandbox,
+    ExpireLeases: _one_by_one(expire_leases),
+    ClaimDeletions: _one_by_one(claim_deletions),
+    RecordDeletion: _one_by_one(record_deletion),
+    RecordDeletionFailure: _one_by_one(record_deletion_failure),
+    BeginListing: _one_by_one(begin_listing),
+    StageListing: _one_by_one(stage_listing),
+    ApplyListing: _one_by_one(apply_listing),
+}

@@ -1,0 +1,60 @@
+"""Wiring of the allocator: the consumer of commands, the relay of events, the gauges of the pool."""
+
+import structlog
+from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker.bus import Publisher
+from sandbox_broker.settings import load
+from sqlalchemy import text
+from starlette.applications import Starlette
+
+from allocator import metrics, store
+from allocator.consumer import Consumer
+from allocator.outbox import Relay
+from allocator.settings import Settings
+
+GAUGES_PERIOD_SEC = 15
+
+log = structlog.get_logger()
+
+
+def create_app(settings: Settings) -> Starlette:
+    engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
+    publisher = Publisher(settings.amqp_url, "allocator")
+    relay = Relay(settings.database_url, publisher)
+    consumer = Consumer(settings, publisher, relay)
+
+    async def queue() -> str | None:
+        return None if publisher.connected else "not connected to RabbitMQ"
+
+    async def database() -> str | None:
+        return await db.ping(engine)
+
+    async def count_pool() -> None:
+        try:
+            async with engine.connect() as connection:
+                rows = await connection.execute(text(store.COUNT_BY_STATUS))
+                counts = {status: int(number) for status, number in rows}
+        except db.CONNECTION_ERRORS as error:
+            log.warning("pool.not_counted", error=db.reason(error))
+            return
+        for status, gauge in metrics.POOL.items():
+            gauge.set(counts.get(status, 0))
+        metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))
+
+    async def gauges() -> None:
+        try:
+            await service.every(GAUGES_PERIOD_SEC, count_pool)
+        finally:
+            await engine.dispose()
+
+    return Starlette(
+        routes=health.routes({"queue": queue, "database": database}),
+        lifespan=service.lifespan(publisher.run, gauges, relay.run, consumer.run),
+    )
+
+
+def main() -> None:
+    settings = load(Settings)
+    logging.configure(settings, "allocator")
+    preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    service.run(create_app(settings), settings.allocator_port)

@@ -1,0 +1,17 @@
+"""The allocator's metrics."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+ALLOCATIONS = Counter("broker_allocator_outcomes_total", "Allocation requests by what came of them", ["outcome"])
+EXPIRED = Counter("broker_expiry_orphaned_total", "Leases ended because they were overdue")
+BATCH_SIZE = Histogram(
+    "broker_allocator_batch_size",
+    "Commands handled together",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
+)
+EPOCH = Gauge("broker_allocator_epoch", "The epoch this allocator writes under; 0 while it stands by")
+OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is not published yet")
+
+STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
+POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}
+POOL_TOTAL = Gauge("broker_pool_total", "Sandboxes in the pool, the deleted ones not counted")

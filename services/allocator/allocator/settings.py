@@ -1,0 +1,8 @@
+from pydantic import Field
+from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings
+
+
+class Settings(ServiceSettings):
+    database_url: DatabaseUrl = Field(repr=False)
+    allocator_port: Port = 9101
+    lab_duration_hours: float = Field(default=4, gt=0)

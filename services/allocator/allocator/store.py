@@ -1,0 +1,437 @@
+"""The only SQL that writes the pool.
+
+Every change is one statement in a transaction of its own, with the rows for the outbox in the same statement,
+so nothing is ever half done and an allocator that freezes holds no locks. Each begins with the epoch guard:
+where another allocator has taken over it finds no row, changes nothing, and Fenced is raised.
+
+What makes each effect happen once: conditional updates (`WHERE status = …`, `WHERE ended_at IS NULL`), and the
+unique indexes leases_one_per_sandbox, leases_one_per_holder and sandboxes_one_per_account. All of it holds with
+any number of allocators at work; the epoch and the single consumer are for order, not for safety.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+from sandbox_broker.messages import AllocateSandbox, ListedAccount, ReleaseSandbox
+
+from allocator.domain import prefix_end
+
+Rows = list[asyncpg.Record]
+
+
+class Fenced(Exception):
+    """Another allocator has raised the epoch: stop, and leave the messages to it."""
+
+
+RAISE_EPOCH = """
+UPDATE allocator_epoch SET epoch = epoch + 1, backend_pid = pg_backend_pid() RETURNING epoch
+"""
+
+TERMINATE_PREDECESSOR = """
+SELECT pg_terminate_backend(backend_pid) FROM allocator_epoch WHERE backend_pid <> pg_backend_pid()
+"""
+
+_GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
+
+# Parameters: epoch, lab duration, then one array per column of the requests.
+# known: the lease the student has; keyed: the lease that the idempotency key was used for; wanting: who has
+# neither; picked: for every prefix as many sandboxes as are wanted, those available longest first.
+_ALLOCATE = f"""
+WITH {_GUARD},
+request AS MATERIALIZED (
+    SELECT r.*
+    FROM guard, unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
+        AS r (place, holder, track_name, prefix, prefix_end, idempotency_key)
+),
+known AS MATERIALIZED (
+    SELECT r.place, l.sandbox_id, l.allocated_at, l.expires_at, s.name, s.external_id, s.sfdc_account_id
+    FROM request r
+    CROSS JOIN LATERAL (
+        SELECT * FROM leases WHERE holder = r.holder AND ended_at IS NULL LIMIT 1
+    ) l
+    CROSS JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = l.sandbox_id LIMIT 1) s
+),
+keyed AS MATERIALIZED (
+    SELECT r.place, l.holder = r.holder AS own, l.ended_at IS NOT NULL AS ended
+    FROM request r
+    CROSS JOIN LATERAL (
+        SELECT * FROM leases
+        WHERE idempotency_key = r.idempotency_key AND idempotency_key IS NOT NULL LIMIT 1
+    ) l
+),
+wanting AS MATERIALIZED (
+    SELECT r.*, row_number() OVER (PARTITION BY r.prefix ORDER BY r.place) AS turn
+    FROM request r
+    WHERE NOT EXISTS (SELECT FROM known WHERE known.place = r.place)
+      AND NOT EXISTS (SELECT FROM keyed WHERE keyed.place = r.place)
+),
+prefixes AS MATERIALIZED (
+    SELECT prefix, prefix_end, count(*) AS wanted FROM wanting GROUP BY prefix, prefix_end
+),
+picked AS MATERIALIZED (
+    SELECT p.prefix, s.sandbox_id,
+        row_number() OVER (PARTITION BY p.prefix ORDER BY s.status_since, s.sandbox_id) AS turn
+    FROM prefixes p
+    CROSS JOIN LATERAL (
+        SELECT sandbox_id, status_since FROM sandboxes
+        WHERE status = 'available' {{name_matches}}
+        ORDER BY status_since, sandbox_id
+        LIMIT p.wanted
+        FOR UPDATE SKIP LOCKED
+    ) s
+),
+claimed AS (
+    UPDATE sandboxes s SET status = 'allocated', status_since = now()
+    FROM wanting w JOIN picked p ON p.prefix = w.prefix AND p.turn = w.turn
+    WHERE s.sandbox_id = p.sandbox_id AND s.status = 'available'
+    RETURNING w.place, w.holder, w.track_name, w.idempotency_key,
+        s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
+),
+leased AS (
+    INSERT INTO leases (sandbox_id, holder, track_name, idempotency_key, expires_at)
+    SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed ORDER BY place
+    RETURNING sandbox_id, allocated_at, expires_at
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
+        'sandbox_id', c.sandbox_id, 'external_id', c.external_id, 'name', c.name, 'holder', c.holder,
+        'track_name', c.track_name, 'expires_at', floor(extract(epoch FROM now() + $2::interval))::bigint
+    )
+    FROM claimed c
+)
+SELECT r.place,
+    CASE
+        WHEN NOT keyed.own THEN 'key_of_another'
+        WHEN known.place IS NOT NULL THEN 'known'
+        WHEN keyed.ended THEN 'key_used_up'
+        WHEN claimed.place IS NOT NULL THEN 'new'
+        ELSE 'exhausted'
+    END AS outcome,
+    coalesce(claimed.sandbox_id, known.sandbox_id) AS sandbox_id,
+    coalesce(claimed.name, known.name) AS name,
+    coalesce(claimed.external_id, known.external_id) AS external_id,
+    coalesce(claimed.sfdc_account_id, known.sfdc_account_id) AS sfdc_account_id,
+    floor(extract(epoch FROM coalesce(leased.allocated_at, known.allocated_at)))::bigint AS allocated_at,
+    floor(extract(epoch FROM coalesce(leased.expires_at, known.expires_at)))::bigint AS expires_at
+FROM request r
+LEFT JOIN known ON known.place = r.place
+LEFT JOIN keyed ON keyed.place = r.place
+LEFT JOIN claimed ON claimed.place = r.place
+LEFT JOIN leased ON leased.sandbox_id = claimed.sandbox_id
+ORDER BY r.place
+"""
+
+ALLOCATE_ANY = _ALLOCATE.format(name_matches="")
+ALLOCATE_BY_PREFIX = _ALLOCATE.format(name_matches="AND name >= p.prefix AND name < p.prefix_end")
+
+# Ends a lease and asks for the deletion of its sandbox, for the rows of `ending (lease_id, sandbox_id, reason)`.
+_END_LEASES = """
+ended AS (
+    UPDATE leases l SET ended_at = now(), end_reason = e.reason
+    FROM ending e
+    WHERE l.lease_id = e.lease_id AND l.ended_at IS NULL
+    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason
+),
+moved AS (
+    UPDATE sandboxes s
+    SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
+        deletion_due_at = now(), deletion_reason = ended.reason
+    FROM ended
+    WHERE s.sandbox_id = ended.sandbox_id AND s.status = 'allocated'
+    RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_requested_at,
+        ended.holder, ended.track_name, ended.reason
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.deletion_requested', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', m.holder,
+        'track_name', m.track_name, 'reason', m.reason
+    )
+    FROM moved m
+)
+"""
+
+RELEASE = f"""
+WITH {_GUARD},
+request AS MATERIALIZED (
+    SELECT r.* FROM guard, unnest($2::int[], $3::text[], $4::text[]) AS r (place, sandbox_id, holder)
+),
+found AS MATERIALIZED (
+    SELECT r.place, r.sandbox_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
+        s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists, l.holder = r.holder AS own
+    FROM request r
+    LEFT JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = r.sandbox_id LIMIT 1) s ON true
+    LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
+),
+ending AS MATERIALIZED (
+    SELECT DISTINCT lease_id, sandbox_id, 'student' AS reason FROM found WHERE own AND ended_at IS NULL
+),
+{_END_LEASES}
+SELECT f.place, f.exists, coalesce(f.own, false) AS own,
+    CASE WHEN m.sandbox_id IS NOT NULL THEN 'pending_deletion' ELSE coalesce(f.status, 'deleted') END AS status,
+    floor(extract(epoch FROM coalesce(m.deletion_requested_at, f.deletion_requested_at, f.ended_at)))::bigint
+        AS deletion_requested_at
+FROM found f LEFT JOIN moved m ON m.sandbox_id = f.sandbox_id
+ORDER BY f.place
+"""
+
+EXPIRE = f"""
+WITH {_GUARD},
+ending AS MATERIALIZED (
+    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason
+    FROM guard CROSS JOIN LATERAL (
+        SELECT lease_id, sandbox_id FROM leases
+        WHERE ended_at IS NULL AND expires_at <= now() - $2::interval
+        ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
+    ) l
+),
+{_END_LEASES}
+SELECT epoch, ARRAY(SELECT sandbox_id FROM moved) AS sandbox_ids FROM guard
+"""
+
+CLAIM_DELETIONS = f"""
+WITH {_GUARD},
+due AS MATERIALIZED (
+    SELECT s.sandbox_id
+    FROM guard CROSS JOIN LATERAL (
+        SELECT sandbox_id FROM sandboxes
+        WHERE status = 'pending_deletion' AND deletion_due_at <= now()
+        ORDER BY deletion_due_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) s
+),
+claimed AS (
+    UPDATE sandboxes s SET deletion_due_at = now() + $3::interval
+    FROM due WHERE s.sandbox_id = due.sandbox_id
+    RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at
+)
+SELECT epoch, c.* FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
+"""
+
+RECORD_DELETION = f"""
+WITH {_GUARD},
+moved AS (
+    UPDATE sandboxes s
+    SET status = 'deleted', status_since = now(), deletion_due_at = NULL, deletion_error = NULL
+    FROM guard
+    WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
+    RETURNING s.sandbox_id, s.external_id, s.name
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.deleted', m.sandbox_id,
+        jsonb_build_object('sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name)
+    FROM moved m
+)
+SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
+"""
+
+# The count of attempts is the condition: of a message that comes twice, the second finds it changed.
+RECORD_DELETION_FAILURE = f"""
+WITH {_GUARD},
+moved AS (
+    UPDATE sandboxes s
+    SET status = CASE WHEN $5::interval IS NULL THEN 'deletion_failed' ELSE s.status END,
+        status_since = CASE WHEN $5::interval IS NULL THEN now() ELSE s.status_since END,
+        deletion_attempts = s.deletion_attempts + 1, deletion_error = $4, deletion_due_at = now() + $5::interval
+    FROM guard
+    WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion' AND s.deletion_attempts = $3
+    RETURNING s.sandbox_id, s.external_id, s.name, s.status, s.deletion_attempts
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.deletion_failed', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name,
+        'attempts', m.deletion_attempts, 'error', $4::text
+    )
+    FROM moved m WHERE m.status = 'deletion_failed'
+)
+SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
+"""
+
+BEGIN_LISTING = f"""
+WITH {_GUARD}, begun AS (
+    INSERT INTO csp_listings (begun_at) SELECT now() FROM guard RETURNING listing_id
+)
+SELECT listing_id FROM begun
+"""
+
+STAGE_LISTING = f"""
+WITH {_GUARD}, staged AS (
+    INSERT INTO csp_accounts (external_id, sandbox_id, name, sfdc_account_id, created_at, listing_id)
+    SELECT a.*, $2 FROM guard, unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[]) AS a
+    ON CONFLICT (external_id) DO UPDATE SET
+        sandbox_id = excluded.sandbox_id, name = excluded.name, sfdc_account_id = excluded.sfdc_account_id,
+        created_at = excluded.created_at, listing_id = excluded.listing_id
+    WHERE csp_accounts.listing_id <= excluded.listing_id
+    RETURNING 1
+)
+SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
+"""
+
+# What a listing would do. outdated: a listing that was begun later has been applied already.
+WEIGH_LISTING = """
+SELECT
+    EXISTS (SELECT FROM csp_listings WHERE listing_id > $1 AND applied_at IS NOT NULL) AS outdated,
+    (SELECT count(*) FROM csp_accounts WHERE listing_id = $1) AS listed,
+    count(*) AS pool,
+    count(*) FILTER (WHERE s.status = 'available' AND a.sandbox_id IS NULL) AS stale
+FROM sandboxes s
+LEFT JOIN csp_accounts a ON a.sandbox_id = s.sandbox_id AND a.listing_id = $1
+WHERE s.status IN ('available', 'allocated')
+"""
+
+HOLD_LISTING = f"""
+WITH {_GUARD}, announced AS (
+    INSERT INTO outbox (type, data)
+    SELECT 'sync.held', jsonb_build_object('listing_id', $2::bigint, 'reason', $3::text) FROM guard
+)
+SELECT epoch FROM guard
+"""
+
+# A sandbox that is known is never inserted again, whatever its state: what was deleted stays deleted.
+APPLY_LISTING = f"""
+WITH {_GUARD},
+listed AS MATERIALIZED (SELECT a.* FROM guard, csp_accounts a WHERE a.listing_id = $2),
+refreshed AS (
+    UPDATE sandboxes s
+    SET name = a.name, external_id = a.external_id, sfdc_account_id = a.sfdc_account_id, missing_since = NULL
+    FROM listed a
+    WHERE s.sandbox_id = a.sandbox_id AND s.status IN ('available', 'allocated')
+      AND (s.name, s.external_id, s.sfdc_account_id, s.missing_since)
+          IS DISTINCT FROM (a.name, a.external_id, a.sfdc_account_id, NULL)
+      AND NOT EXISTS (
+          SELECT FROM sandboxes other
+          WHERE other.external_id = a.external_id AND other.status <> 'deleted'
+            AND other.sandbox_id <> a.sandbox_id
+      )
+),
+restored AS (
+    UPDATE sandboxes s
+    SET status = 'available', status_since = now(), name = a.name, sfdc_account_id = a.sfdc_account_id
+    FROM listed a
+    WHERE s.sandbox_id = a.sandbox_id AND s.status = 'stale'
+    RETURNING s.sandbox_id, s.external_id, s.name
+),
+discovered AS (
+    INSERT INTO sandboxes (sandbox_id, external_id, name, sfdc_account_id, status)
+    SELECT a.sandbox_id, a.external_id, a.name, a.sfdc_account_id, 'available'
+    FROM listed a ORDER BY a.created_at, a.sandbox_id
+    ON CONFLICT DO NOTHING
+    RETURNING sandbox_id, external_id, name
+),
+gone AS (
+    UPDATE sandboxes s SET status = 'stale', status_since = now()
+    FROM guard
+    WHERE s.status = 'available'
+      AND NOT EXISTS (SELECT FROM listed a WHERE a.sandbox_id = s.sandbox_id)
+    RETURNING s.sandbox_id, s.external_id, s.name
+),
+flagged AS (
+    UPDATE sandboxes s SET missing_since = now()
+    FROM guard
+    WHERE s.status = 'allocated' AND s.missing_since IS NULL
+      AND NOT EXISTS (SELECT FROM listed a WHERE a.sandbox_id = s.sandbox_id)
+),
+applied AS (
+    UPDATE csp_listings SET applied_at = now() FROM guard WHERE listing_id = $2
+),
+forgotten AS (
+    DELETE FROM csp_accounts USING guard WHERE listing_id < $2
+),
+counted AS MATERIALIZED (
+    SELECT epoch, (SELECT count(*) FROM listed) AS synced, (SELECT count(*) FROM discovered) AS discovered,
+        (SELECT count(*) FROM restored) AS restored, (SELECT count(*) FROM gone) AS marked_stale
+    FROM guard
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT e.type, e.sandbox_id,
+        jsonb_build_object('sandbox_id', e.sandbox_id, 'external_id', e.external_id, 'name', e.name)
+    FROM (
+        SELECT 'sandbox.discovered' AS type, * FROM discovered
+        UNION ALL SELECT 'sandbox.restored', * FROM restored
+        UNION ALL SELECT 'sandbox.stale', * FROM gone
+    ) e
+    UNION ALL
+    SELECT 'sync.completed', NULL, to_jsonb(counted) - 'epoch' || jsonb_build_object('listing_id', $2)
+    FROM counted
+)
+SELECT * FROM counted
+"""
+
+ANNOUNCE_EXHAUSTED = """
+INSERT INTO outbox (type, data) VALUES ('pool.exhausted', jsonb_build_object('name_prefix', $1::text))
+"""
+
+COUNT_BY_STATUS = "SELECT status, count(*) FROM sandboxes GROUP BY status"
+
+
+async def raise_epoch(connection: asyncpg.Connection) -> int:
+    """Makes this connection's allocator the one whose writes count, and returns its epoch. A predecessor that
+    is frozen inside a statement, and so holds the row, loses its connection."""
+    try:
+        return int(await connection.fetchval(RAISE_EPOCH))
+    except asyncpg.LockNotAvailableError:
+        await connection.execute(TERMINATE_PREDECESSOR)
+        return int(await connection.fetchval(RAISE_EPOCH))
+
+
+async def allocate(
+    connection: asyncpg.Connection, epoch: int, commands: Sequence[AllocateSandbox], lab_duration: timedelta
+) -> Rows:
+    """One row per command, in order, with its outcome. The commands must fit one round (see domain.rounds).
+    Raises asyncpg.UniqueViolationError when another allocator was faster: repeat."""
+    prefixes = [command.name_prefix or "" for command in commands]
+    statement = ALLOCATE_BY_PREFIX if any(prefixes) else ALLOCATE_ANY
+    return _guarded(
+        await connection.fetch(
+            statement,
+            epoch,
+            lab_duration,
+            list(range(len(commands))),
+            [command.holder for command in commands],
+            [command.track_name for command in commands],
+            prefixes,
+            [prefix_end(prefix) if prefix else "" for prefix in prefixes],
+            [command.idempotency_key for command in commands],
+        )
+    )
+
+
+async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence[ReleaseSandbox]) -> Rows:
+    """One row per command, in order: exists, own, status, deletion_requested_at."""
+    return _guarded(
+        await connection.fetch(
+            RELEASE,
+            epoch,
+            list(range(len(commands))),
+            [command.sandbox_id for command in commands],
+            [command.holder for command in commands],
+        )
+    )
+
+
+async def stage_listing(
+    connection: asyncpg.Connection, epoch: int, listing_id: int, accounts: Sequence[ListedAccount]
+) -> int:
+    columns = zip(
+        *((a.external_id, a.sandbox_id, a.name, a.sfdc_account_id, a.created_at) for a in accounts),
+        strict=True,
+    )
+    row = await one(connection, STAGE_LISTING, epoch, listing_id, *(list(column) for column in columns))
+    staged: int = row["staged"]
+    return staged
+
+
+async def one(connection: asyncpg.Connection, statement: str, epoch: int, *arguments: Any) -> asyncpg.Record:
+    """The single row that a guarded statement answers with. Raises Fenced."""
+    return _guarded(await connection.fetch(statement, epoch, *arguments))[0]
+
+
+def _guarded(rows: Rows) -> Rows:
+    if not rows:
+        raise Fenced
+    return rows
