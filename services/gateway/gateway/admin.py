@@ -1,0 +1,61 @@
+"""The admin routes: what the operator calls."""
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from sandbox_broker import db, topology
+from sandbox_broker.bus import Disconnected, Unroutable
+from sandbox_broker.messages import PoolSynced, Refused, SyncPool
+
+from gateway import metrics, views
+from gateway.errors import ApiError
+from gateway.schemas import Stats, Sync, responses
+
+if TYPE_CHECKING:
+    from gateway.main import Context
+
+_ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "INTERNAL_ERROR")
+
+router = APIRouter(prefix="/v1/admin", tags=["admin"])
+
+
+@router.get("/stats", responses=responses(*_ALWAYS, "DATABASE_UNAVAILABLE"))
+async def get_stats(request: Request) -> Stats:
+    """How many sandboxes are in each state."""
+    context: Context = request.app.state.context
+    try:
+        return await views.stats(context.engine)
+    except db.CONNECTION_ERRORS as error:
+        raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error
+
+
+@router.post(
+    "/sync",
+    responses=responses(*_ALWAYS, "SYNC_HELD", "CSP_UNAVAILABLE", "SYNCER_UNAVAILABLE", "SYNC_TIMEOUT"),
+)
+async def sync(request: Request, force: bool = False) -> Sync:
+    """Brings the pool in line with CSP now; a call while one runs joins it."""
+    context: Context = request.app.state.context
+    command = SyncPool(request_id=request.state.request_id, force=force)
+    try:
+        if await context.publisher.consumers(topology.SYNCER_COMMANDS.name) == 0:
+            raise ApiError("SYNCER_UNAVAILABLE", "No csp-syncer is running. Start it, then try again.")
+        reply = await context.requester.request(
+            topology.SYNCER_COMMANDS, command, timeout_sec=context.settings.admin_wait_sec
+        )
+    except (Disconnected, Unroutable) as error:
+        raise ApiError("SYNCER_UNAVAILABLE", "The queue is down. Try again shortly.") from error
+    except TimeoutError as error:
+        raise ApiError("SYNC_TIMEOUT", "The sync is still running. Ask again to join it.") from error
+    if isinstance(reply, Refused):
+        metrics.SYNCS.labels(outcome=reply.code.lower()).inc()
+        raise ApiError(reply.code, reply.message)
+    assert isinstance(reply, PoolSynced)  # noqa: S101 (the contract of SyncPool)
+    metrics.SYNCS.labels(outcome="completed").inc()
+    return Sync(
+        status="completed",
+        synced=reply.synced,
+        marked_stale=reply.marked_stale,
+        restored=reply.restored,
+        duration_ms=reply.duration_ms,
+    )

@@ -1,0 +1,92 @@
+"""Every error the API answers with: one table from code to HTTP status, one body for all.
+
+A message says what to do next. `retry_after` is given, in the body and as a header, wherever asking again can
+help.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    status: int
+    meaning: str
+    retry_after: int | None = None
+    """Seconds."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "MISSING_SANDBOX_ID": Kind(400, "The X-Instruqt-Sandbox-ID header is missing or blank"),
+    "INVALID_HEADER": Kind(400, "A header is too long or holds characters outside printable ASCII"),
+    "INVALID_REQUEST": Kind(400, "A parameter is malformed; `fields` names it"),
+    "UNAUTHORIZED": Kind(401, "No valid token"),
+    "FORBIDDEN": Kind(403, "The token is valid, but not for this route"),
+    "NOT_SANDBOX_OWNER": Kind(403, "Another student holds or held this sandbox"),
+    "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox"),
+    "NOT_FOUND": Kind(404, "No such path"),
+    "METHOD_NOT_ALLOWED": Kind(405, "The path exists, but not with this method"),
+    "POOL_EXHAUSTED": Kind(409, "Nothing in the pool is available", retry_after=30),
+    "IDEMPOTENCY_KEY_CONFLICT": Kind(409, "The key belongs to another lease"),
+    "SYNC_HELD": Kind(409, "The listing looks wrong, and nothing was changed"),
+    "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB"),
+    "INTERNAL_ERROR": Kind(500, "A fault of ours", retry_after=5),
+    "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", retry_after=60),
+    "ALLOCATOR_UNAVAILABLE": Kind(503, "The queue or the allocator is down", retry_after=2),
+    "SYNCER_UNAVAILABLE": Kind(503, "The queue or the csp-syncer is down", retry_after=5),
+    "DATABASE_UNAVAILABLE": Kind(503, "The database does not answer", retry_after=2),
+    "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
+    "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
+    "SYNC_TIMEOUT": Kind(504, "The sync is still running; asking again joins it", retry_after=5),
+}
+
+
+class ApiError(Exception):
+    """Raised anywhere below a route; becomes the response of its code."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        fields: Sequence[Mapping[str, str]] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.fields = fields
+        self.headers = headers or {}
+
+
+def response(error: ApiError, request_id: str) -> JSONResponse:
+    kind = KINDS[error.code]
+    detail: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
+    headers = dict(error.headers)
+    if kind.retry_after is not None:
+        detail["retry_after"] = kind.retry_after
+        headers["Retry-After"] = str(kind.retry_after)
+    if error.fields:
+        detail["fields"] = error.fields
+    return JSONResponse({"detail": detail}, kind.status, headers)
+
+
+def internal() -> ApiError:
+    return ApiError(
+        "INTERNAL_ERROR",
+        "Something went wrong on our side. Try again; if it stays, tell the operator this request_id.",
+    )
+
+
+def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
+    """What the framework itself refuses: unknown paths and wrong methods."""
+    if status == HTTPStatus.NOT_FOUND:
+        return ApiError("NOT_FOUND", f"There is no {path} here. See /v1/docs for what there is.")
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (headers or {}).get("Allow", "another method")
+        return ApiError("METHOD_NOT_ALLOWED", f"{path} takes {allowed}, not {method}.", headers=headers)
+    return internal()

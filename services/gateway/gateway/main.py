@@ -1,0 +1,100 @@
+"""Wiring of the gateway: HTTP in, messages out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.settings import load
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway import admin, auth, docs, errors, middleware, routes
+from gateway.errors import ApiError
+from gateway.replies import Allocator
+from gateway.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the routes work with: `app.state.context`."""
+
+    settings: Settings
+    engine: AsyncEngine
+    publisher: Publisher
+    requester: Requester
+    allocator: Allocator
+
+
+def create_app(settings: Settings) -> FastAPI:
+    engine = db.engine(settings.database_url, pool_size=5, max_overflow=5)
+    publisher = Publisher(settings.amqp_url, "gateway")
+    requester = Requester(settings.amqp_url, "gateway", publisher)
+    allocator = Allocator(publisher, requester)
+
+    async def queue() -> str | None:
+        return None if requester.connected else "not connected to RabbitMQ"
+
+    async def database() -> str | None:
+        return await db.ping(engine)
+
+    app = FastAPI(
+        title="Sandbox Broker",
+        version="1",
+        summary="Leases pre-created Infoblox CSP accounts to Instruqt students",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        lifespan=service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch),
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_exception,
+            RequestValidationError: _invalid_request,
+        },
+    )
+    app.state.context = Context(settings, engine, publisher, requester, allocator)
+    api_tokens, admin_tokens = (
+        auth.Tokens(settings.broker_api_token),
+        auth.Tokens(settings.broker_admin_token),
+    )
+    app.include_router(routes.router, dependencies=[Depends(auth.track(api_tokens, admin_tokens))])
+    app.include_router(admin.router, dependencies=[Depends(auth.administration(api_tokens, admin_tokens))])
+    app.router.routes.extend(docs.routes())
+    app.router.routes.extend(health.routes({"queue": queue, "database": database}))
+    app.add_middleware(middleware.Envelope)
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)  # noqa: S101 (how Starlette types its handlers)
+    return errors.response(error, request.state.request_id)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    refused = errors.of_status(error.status_code, request.method, request.url.path, error.headers)
+    return errors.response(refused, request.state.request_id)
+
+
+async def _invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    fields = [{"field": _field(problem), "problem": str(problem["msg"])} for problem in error.errors()]
+    named = ", ".join(field["field"] for field in fields)
+    refused = ApiError("INVALID_REQUEST", f"Correct {named} and send it again.", fields=fields)
+    return errors.response(refused, request.state.request_id)
+
+
+def _field(problem: Mapping[str, object]) -> str:
+    location = problem["loc"]
+    return str(location[-1]) if isinstance(location, tuple | list) and location else "request"
+
+
+def main() -> None:
+    settings = load(Settings)
+    logging.configure(settings, "gateway")
+    preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    service.run(create_app(settings), settings.gateway_port)

@@ -1,0 +1,18 @@
+"""The gateway's metrics."""
+
+from prometheus_client import Counter, Histogram
+
+REQUEST_LATENCY = Histogram(
+    "broker_request_latency_seconds", "HTTP requests by route and status", ["method", "endpoint", "status"]
+)
+ALLOCATIONS = Counter("broker_allocate_total", "Answers to POST /v1/allocate", ["outcome"])
+IDEMPOTENT_HITS = Counter(
+    "broker_allocate_idempotent_hits_total", "Allocations answered with the lease the student had"
+)
+ALLOCATION_LATENCY = Histogram(
+    "broker_allocation_latency_seconds",
+    "From a valid request to its answer",
+    buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])
+SYNCS = Counter("broker_sync_total", "Answers to POST /v1/admin/sync", ["outcome"])

@@ -1,0 +1,118 @@
+"""From an HTTP request to a reply of the allocator.
+
+Requests that wait while an envelope is being published go out together in the next one: under load the queue
+carries few large messages, and a lone request waits for nobody.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
+from sandbox_broker.messages import MAX_ENVELOPE, Command, Reply
+
+MAX_IN_FLIGHT = 2000
+"""Requests that wait for a reply; past that the next is refused at once instead of making all of them late."""
+WATCH_PERIOD_SEC = 0.5
+
+log = structlog.get_logger()
+
+
+class Unavailable(Exception):
+    """The queue or the allocator is down, or too many requests are in flight."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    command: Command
+    deadline: float
+    reply: asyncio.Future[Reply]
+
+
+class Allocator:
+    """The allocator, as the gateway sees it. `run` and `watch` must be running."""
+
+    def __init__(self, publisher: Publisher, requester: Requester) -> None:
+        self._publisher = publisher
+        self._requester = requester
+        self._waiting: deque[_Entry] = deque()
+        self._wake = asyncio.Event()
+        self._in_flight = 0
+        self._present = False
+
+    async def ask(self, command: Command, *, timeout_sec: float) -> Reply:
+        """Raises Unavailable, or TimeoutError: then the command may still be carried out."""
+        if not (self._present and self._requester.connected):
+            raise Unavailable("The queue or the allocator is down.")
+        if self._in_flight >= MAX_IN_FLIGHT:
+            raise Unavailable("Too many requests are in flight.")
+        loop = asyncio.get_running_loop()
+        entry = _Entry(command, loop.time() + timeout_sec, loop.create_future())
+        self._in_flight += 1
+        self._waiting.append(entry)
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout_sec):
+                return await entry.reply
+        except Disconnected as error:
+            raise Unavailable("The connection to the queue was lost.") from error
+        finally:
+            self._in_flight -= 1
+
+    async def run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while entries := self._next_envelope():
+                await self._send(entries)
+
+    def _next_envelope(self) -> list[_Entry]:
+        entries: list[_Entry] = []
+        while self._waiting and len(entries) < MAX_ENVELOPE:
+            entry = self._waiting.popleft()
+            if not entry.reply.done():  # else the caller has gone
+                entries.append(entry)
+        return entries
+
+    async def _send(self, entries: Sequence[_Entry]) -> None:
+        left = max(entry.deadline for entry in entries) - asyncio.get_running_loop().time()
+        try:
+            replies = await self._requester.send(
+                topology.ALLOCATOR_COMMANDS,
+                [entry.command for entry in entries],
+                timeout_sec=max(left, 0.001),
+            )
+        except (Disconnected, Unroutable) as error:
+            log.warning("command.not_sent", error=str(error), commands=len(entries))
+            for entry in entries:
+                if not entry.reply.done():
+                    entry.reply.set_exception(Disconnected(str(error)))
+        else:
+            replies.add_done_callback(partial(_hand_out, entries))
+
+    async def watch(self) -> None:
+        """Looks whether anybody consumes the commands: nobody home is told at once, not after a time-out."""
+        while True:
+            try:
+                present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name) > 0
+            except Disconnected:
+                present = False
+            if present != self._present:
+                log.info("allocator.present" if present else "allocator.absent")
+            self._present = present
+            await asyncio.sleep(WATCH_PERIOD_SEC)
+
+
+def _hand_out(entries: Sequence[_Entry], replies: asyncio.Future[tuple[Reply, ...]]) -> None:
+    error = Disconnected("cancelled") if replies.cancelled() else replies.exception()
+    for place, entry in enumerate(entries):
+        if entry.reply.done():
+            continue
+        if error is None:
+            entry.reply.set_result(replies.result()[place])
+        else:
+            entry.reply.set_exception(error)

@@ -1,0 +1,137 @@
+"""The track routes: what lab authors' scripts call."""
+
+from typing import TYPE_CHECKING, NoReturn
+
+from fastapi import APIRouter, Request, Response
+from sandbox_broker import db
+from sandbox_broker.messages import (
+    AllocateSandbox,
+    Command,
+    LeaseGranted,
+    Refused,
+    ReleaseSandbox,
+    Reply,
+    SandboxReleased,
+)
+
+from gateway import metrics, views
+from gateway.errors import ApiError
+from gateway.headers import Allocation, Holder
+from gateway.replies import Unavailable
+from gateway.schemas import Lease, Release, Sandbox, responses
+
+if TYPE_CHECKING:
+    from gateway.main import Context
+
+_ALWAYS = ("UNAUTHORIZED", "MISSING_SANDBOX_ID", "INVALID_HEADER", "INTERNAL_ERROR")
+
+router = APIRouter(prefix="/v1", tags=["track"])
+
+
+@router.post(
+    "/allocate",
+    response_model=Lease,
+    status_code=201,
+    responses={
+        200: {"model": Lease, "description": "The lease that this student already holds"},
+        **responses(
+            *_ALWAYS,
+            "POOL_EXHAUSTED",
+            "IDEMPOTENCY_KEY_CONFLICT",
+            "ALLOCATOR_UNAVAILABLE",
+            "ALLOCATION_TIMEOUT",
+        ),
+    },
+)
+async def allocate(request: Request, response: Response, holder: Holder, headers: Allocation) -> Lease:
+    """Leases a sandbox to the student, or gives the one they hold."""
+    command = AllocateSandbox(
+        request_id=request.state.request_id,
+        holder=holder,
+        track_name=headers.track_name,
+        name_prefix=headers.name_prefix,
+        idempotency_key=headers.idempotency_key,
+    )
+    with metrics.ALLOCATION_LATENCY.time():
+        try:
+            reply = await _ask(request, command, timeout_code="ALLOCATION_TIMEOUT")
+            if not isinstance(reply, LeaseGranted):
+                _refuse(reply)
+        except ApiError as error:
+            metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
+            raise
+    metrics.ALLOCATIONS.labels(outcome="allocated" if reply.new else "idempotent").inc()
+    if not reply.new:
+        metrics.IDEMPOTENT_HITS.inc()
+        response.status_code = 200
+    return Lease.model_validate(reply, from_attributes=True)
+
+
+@router.post(
+    "/sandboxes/{sandbox_id}/mark-for-deletion",
+    responses=responses(
+        *_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
+    ),
+)
+async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
+    """Ends the student's lease; the sandbox will be deleted. Repeating it, or being late, is success."""
+    try:
+        command = ReleaseSandbox(request_id=request.state.request_id, sandbox_id=sandbox_id, holder=holder)
+    except ValueError:
+        raise _no_such_sandbox() from None
+    try:
+        reply = await _ask(request, command, timeout_code="RELEASE_TIMEOUT")
+        if not isinstance(reply, SandboxReleased):
+            _refuse(reply)
+    except ApiError as error:
+        metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
+        raise
+    metrics.DELETIONS_MARKED.labels(outcome="marked").inc()
+    return Release.model_validate(reply, from_attributes=True)
+
+
+@router.get(
+    "/sandboxes/{sandbox_id}",
+    responses=responses(*_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
+)
+async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
+    """The student's sandbox, also after its release."""
+    context: Context = request.app.state.context
+    try:
+        found = await views.sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
+    except db.CONNECTION_ERRORS as error:
+        raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error
+    if found is None:
+        raise _no_such_sandbox()
+    if found.sandbox is None or found.holder != holder:
+        raise ApiError(
+            "NOT_SANDBOX_OWNER",
+            "This sandbox is not leased to this student. "
+            "Send the X-Instruqt-Sandbox-ID that it was allocated with.",
+        )
+    return found.sandbox
+
+
+async def _ask(request: Request, command: Command, *, timeout_code: str) -> Reply:
+    context: Context = request.app.state.context
+    try:
+        return await context.allocator.ask(command, timeout_sec=context.settings.allocate_timeout_sec)
+    except Unavailable as error:
+        raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} Nothing is lost: try again shortly.") from error
+    except TimeoutError as error:
+        raise ApiError(
+            timeout_code,
+            "No answer in time. The request may still succeed: asking again gives the same result.",
+        ) from error
+
+
+def _refuse(reply: Reply) -> NoReturn:
+    if isinstance(reply, Refused) and reply.code != "INVALID_COMMAND":
+        raise ApiError(reply.code, reply.message)
+    raise RuntimeError(f"the allocator answered with {reply!r}")
+
+
+def _no_such_sandbox() -> ApiError:
+    return ApiError(
+        "SANDBOX_NOT_FOUND", "There is no such sandbox. Use the sandbox_id that the allocation returned."
+    )

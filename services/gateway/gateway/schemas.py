@@ -1,0 +1,81 @@
+"""The bodies of the API, as the OpenAPI document shows them."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+from sandbox_broker.messages import SandboxStatus
+
+from gateway.errors import KINDS
+
+
+class Lease(BaseModel):
+    sandbox_id: str = Field(examples=["2012224"], description="CSP's csp_id, as text")
+    name: str = Field(examples=["sandbox-1"])
+    external_id: str = Field(
+        examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the account's UUID in CSP"
+    )
+    allocated_at: int = Field(examples=[1728054123], description="Unix seconds")
+    expires_at: int = Field(examples=[1728068523], description="Unix seconds")
+    sfdc_account_id: str | None
+
+
+class Release(BaseModel):
+    sandbox_id: str
+    status: SandboxStatus
+    deletion_requested_at: int = Field(description="Unix seconds")
+
+
+class Sandbox(BaseModel):
+    sandbox_id: str
+    name: str
+    external_id: str
+    status: SandboxStatus
+    allocated_to_track: str = Field(description="the student's id (the field has its old name)")
+    allocated_at: int = Field(description="Unix seconds")
+    expires_at: int = Field(description="Unix seconds")
+    track_name: str | None
+    sfdc_account_id: str | None
+
+
+class Stats(BaseModel):
+    total: int
+    available: int
+    allocated: int
+    pending_deletion: int
+    deletion_failed: int
+    stale: int
+    deleted: int
+
+
+class Sync(BaseModel):
+    status: str = Field(examples=["completed"])
+    synced: int = Field(description="active sandbox accounts in CSP")
+    marked_stale: int
+    restored: int
+    duration_ms: int
+
+
+class FieldProblem(BaseModel):
+    field: str
+    problem: str
+
+
+class ErrorDetail(BaseModel):
+    code: str
+    message: str
+    request_id: str
+    retry_after: int | None = Field(default=None, description="seconds")
+    fields: list[FieldProblem] | None = None
+
+
+class Error(BaseModel):
+    detail: ErrorDetail
+
+
+def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer besides success, for its OpenAPI entry."""
+    by_status: dict[int | str, list[str]] = {}
+    for code in codes:
+        kind = KINDS[code]
+        by_status.setdefault(kind.status, []).append(f"`{code}`: {kind.meaning}.")
+    return {status: {"model": Error, "description": " ".join(meanings)} for status, meanings in by_status.items()}

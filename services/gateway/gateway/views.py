@@ -1,0 +1,51 @@
+"""What the gateway reads from the database by itself. It never writes."""
+
+from dataclasses import dataclass
+
+from sandbox_broker.tables import leases, sandboxes
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from gateway.schemas import Sandbox, Stats
+
+
+@dataclass(frozen=True, slots=True)
+class HeldSandbox:
+    """A sandbox and the student who holds it, or held it last; None if nobody ever did."""
+
+    holder: str | None
+    sandbox: Sandbox | None
+
+
+async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
+    """None if there is no such sandbox."""
+    query = (
+        select(
+            sandboxes.c.sandbox_id,
+            sandboxes.c.name,
+            sandboxes.c.external_id,
+            sandboxes.c.status,
+            sandboxes.c.sfdc_account_id,
+            leases.c.holder,
+            leases.c.track_name,
+            func.floor(func.extract("epoch", leases.c.allocated_at)).label("allocated_at"),
+            func.floor(func.extract("epoch", leases.c.expires_at)).label("expires_at"),
+        )
+        .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
+        .where(sandboxes.c.sandbox_id == sandbox_id)
+    )
+    async with engine.connect() as connection:
+        row = (await connection.execute(query)).mappings().one_or_none()
+    if row is None:
+        return None
+    if row["holder"] is None:
+        return HeldSandbox(None, None)
+    return HeldSandbox(row["holder"], Sandbox.model_validate({**row, "allocated_to_track": row["holder"]}))
+
+
+async def stats(engine: AsyncEngine) -> Stats:
+    query = select(sandboxes.c.status, func.count()).group_by(sandboxes.c.status)
+    async with engine.connect() as connection:
+        counts = {status: int(number) for status, number in await connection.execute(query)}
+    by_status = {status: counts.get(status, 0) for status in Stats.model_fields if status != "total"}
+    return Stats(total=sum(by_status.values()), **by_status)
