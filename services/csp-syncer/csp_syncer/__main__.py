@@ -1,0 +1,3 @@
+from csp_syncer.main import main
+
+main()

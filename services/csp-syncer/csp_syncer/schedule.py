@@ -1,0 +1,62 @@
+"""When the csp-syncer syncs: on its ticks, and when a command asks for it."""
+
+import asyncio
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer
+from sandbox_broker.messages import (
+    Command,
+    InvalidCommand,
+    InvalidEnvelope,
+    Refused,
+    Reply,
+    SyncPool,
+    decode_commands,
+)
+
+from csp_syncer.handlers import Syncer
+
+MAX_WAITING = 100
+"""Requests that may wait for one sync."""
+
+log = structlog.get_logger()
+
+
+class Schedule:
+    def __init__(self, publisher: Publisher, syncer: Syncer) -> None:
+        self._publisher = publisher
+        self._syncer = syncer
+
+    async def tick(self) -> None:
+        await self._syncer.sync_pool(force=False)
+
+    async def commands(self, connection: AbstractConnection) -> None:
+        """Handles every command in a task of its own, so that one which comes during a sync joins it."""
+        subscription = await Subscription.open(connection, topology.SYNCER_COMMANDS, prefetch=MAX_WAITING)
+        async with asyncio.TaskGroup() as group:
+            while deliveries := await subscription.batch(MAX_WAITING):
+                for delivery in deliveries:
+                    group.create_task(self._handle(subscription, delivery))
+
+    async def _handle(self, subscription: Subscription, delivery: DeliveredMessage) -> None:
+        try:
+            commands = decode_commands(delivery.body)
+        except InvalidEnvelope as error:
+            log.error("message.rejected", queue=topology.SYNCER_COMMANDS.name, reason=str(error))
+            await subscription.reject(delivery)
+            return
+        replies = [await self._reply(command) for command in commands]
+        try:
+            await answer(self._publisher, delivery, replies)
+        except Disconnected as error:
+            log.warning("reply.lost", error=str(error))
+        await subscription.ack(delivery)
+
+    async def _reply(self, command: Command | InvalidCommand) -> Reply:
+        if isinstance(command, SyncPool):
+            return await self._syncer.sync_pool(force=command.force)
+        reason = str(command) if isinstance(command, InvalidCommand) else f"{command.type} is not for it"
+        return Refused(code="INVALID_COMMAND", message=f"The csp-syncer does not understand this: {reason}")

@@ -1,0 +1,3 @@
+from reaper.main import main
+
+main()

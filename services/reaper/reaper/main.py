@@ -1,0 +1,46 @@
+"""Wiring of the reaper: ticks and events start its work."""
+
+from functools import partial
+
+from sandbox_broker import health, logging, preflight, service, ticks, topology
+from sandbox_broker.bus import Publisher, Requester, keep_connected
+from sandbox_broker.csp import CspClient
+from sandbox_broker.settings import load
+from starlette.applications import Starlette
+
+from reaper.handlers import CSP_TIMEOUT_SEC, Reaper
+from reaper.schedule import Schedule
+from reaper.settings import Settings
+
+
+def create_app(settings: Settings) -> Starlette:
+    url = settings.amqp_url
+    publisher = Publisher(url, "reaper")
+    requester = Requester(url, "reaper", publisher)
+    csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
+    reaper = Reaper(settings, csp, requester)
+    schedule = Schedule(reaper)
+
+    async def queue() -> str | None:
+        return None if requester.connected else "not connected to RabbitMQ"
+
+    return Starlette(
+        routes=health.routes({"queue": queue}),
+        lifespan=service.lifespan(
+            publisher.run,
+            requester.run,
+            reaper.clean_up,
+            partial(keep_connected, url, "reaper-events", schedule.events),
+            partial(ticks.consume, url, topology.CLEANUP_TICKS, schedule.cleanup_tick),
+            partial(ticks.consume, url, topology.EXPIRY_TICKS, reaper.expire_overdue),
+            partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
+            partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
+        ),
+    )
+
+
+def main() -> None:
+    settings = load(Settings)
+    logging.configure(settings, "reaper")
+    preflight.check(amqp_url=settings.amqp_url)
+    service.run(create_app(settings), settings.reaper_port)

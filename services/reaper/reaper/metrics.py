@@ -1,0 +1,7 @@
+"""The reaper's metrics."""
+
+from prometheus_client import Counter, Gauge
+
+DELETED = Counter("broker_cleanup_deleted_total", "Sandboxes that CSP deleted, or no longer had")
+FAILED = Counter("broker_cleanup_failed_total", "Attempts to delete that failed")
+UNAUTHORIZED = Gauge("broker_csp_unauthorized", "1 while CSP refuses our token and deletions wait")

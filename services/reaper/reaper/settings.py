@@ -1,0 +1,18 @@
+from pydantic import Field, SecretStr
+from sandbox_broker.settings import HttpUrl, Port, ServiceSettings
+
+
+class Settings(ServiceSettings):
+    csp_base_url: HttpUrl = "https://csp.infoblox.com/v2"
+    csp_api_token: SecretStr = Field(min_length=1)
+    reaper_port: Port = 9102
+    auto_expiry_interval_sec: float = Field(default=60, gt=0)
+    grace_period_minutes: float = Field(default=30, ge=0)
+    cleanup_interval_sec: float = Field(default=300, gt=0)
+    cleanup_concurrency: int = Field(default=2, ge=1, le=100)
+    cleanup_batch_size: int = Field(default=10, ge=1, le=1000)
+    cleanup_batch_delay_sec: float = Field(default=2, ge=0)
+    cleanup_per_sandbox_delay_sec: float = Field(default=0, ge=0)
+    deletion_backoff_base_sec: float = Field(default=30, gt=0)
+    deletion_backoff_max_sec: float = Field(default=3600, gt=0)
+    deletion_max_attempts: int = Field(default=8, ge=1)
