@@ -1,0 +1,1 @@
+"""An HTTP server that behaves like the CSP API, and misbehaves when told to."""

@@ -1,0 +1,238 @@
+"""The control API: accounts, behaviour, call record, reset."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from csp_simulator.app import create_app
+
+TOKEN = "test-token"
+LISTING = "/v2/current_user/accounts"
+
+
+@pytest.fixture
+async def csp() -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(accounts=2, token=TOKEN)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://csp", headers={"Authorization": f"Token {TOKEN}"}
+    ) as client:
+        yield client
+
+
+def account(number: int, **changes: object) -> dict[str, Any]:
+    return {
+        "account_type": "sandbox",
+        "state": "active",
+        "id": f"identity/accounts/00000000-0000-4000-8000-{number:012d}",
+        "name": f"lab-{number}",
+        "csp_id": 3000000 + number,
+        "created_at": "2025-03-27T16:53:47.605459Z",
+        "sfdc_account_id": None,
+        **changes,
+    }
+
+
+async def names(csp: httpx.AsyncClient) -> list[str]:
+    results = (await csp.get(LISTING)).json()["results"]
+    return [r["name"] for r in results if (r["account_type"], r["state"]) == ("sandbox", "active")]
+
+
+async def test_healthz_answers(csp: httpx.AsyncClient) -> None:
+    assert (await csp.get("/healthz")).status_code == 200
+
+
+async def test_control_needs_no_token_and_shows_what_is_listed(csp: httpx.AsyncClient) -> None:
+    listed = (await csp.get(LISTING)).json()["results"]
+    del csp.headers["Authorization"]
+    assert (await csp.get("/_control/accounts")).json() == {"accounts": listed}
+
+
+async def test_replacing_the_accounts_changes_the_listing(csp: httpx.AsyncClient) -> None:
+    records = [account(1), account(2, state="disabled")]
+    response = await csp.put("/_control/accounts", json={"accounts": records})
+    assert response.status_code == 200
+    assert (await csp.get(LISTING)).json() == {"results": records}
+
+
+async def test_what_was_read_can_be_put_back(csp: httpx.AsyncClient) -> None:
+    dump = (await csp.get("/_control/accounts")).json()
+    assert (await csp.put("/_control/accounts", json=dump)).json() == dump
+
+
+@pytest.mark.parametrize(
+    ("records", "complaint"),
+    [
+        ("none", "accounts must be a list"),
+        ([account(1), 7], "accounts[1] must be an object"),
+        ([account(1, csp_id="3000001")], "accounts[0].csp_id must be a positive integer"),
+        ([account(1, csp_id=True)], "accounts[0].csp_id must be"),
+        ([account(1, id="00000000-0000-4000-8000-000000000001")], "accounts[0].id must be"),
+        ([account(1, name=" ")], "accounts[0].name must be"),
+        ([account(1, sfdc_account_id=5)], "accounts[0].sfdc_account_id must be"),
+        ([{k: v for k, v in account(1).items() if k != "state"}], "accounts[0].state must be"),
+        ([account(1), account(1, csp_id=9)], "accounts[1] repeats"),
+        ([account(1), account(2, csp_id=3000001)], "accounts[1] repeats"),
+    ],
+)
+async def test_unsound_accounts_are_refused_with_the_place(
+    csp: httpx.AsyncClient, records: Any, complaint: str
+) -> None:
+    before = await names(csp)
+    response = await csp.put("/_control/accounts", json={"accounts": records})
+    assert response.status_code == 400
+    assert complaint in response.json()["error"]
+    assert await names(csp) == before
+
+
+async def test_raw_records_are_listed_as_they_are(csp: httpx.AsyncClient) -> None:
+    raw = [account(1), account(1), {"id": ["odd"]}, None, "text", {"name": "\ud800"}]
+    body = json.dumps({"raw": raw})  # httpx could not encode the lone surrogate
+    assert (await csp.put("/_control/accounts", content=body)).status_code == 200
+    assert (await csp.get(LISTING)).json()["results"] == raw
+
+
+async def test_a_raw_account_listed_twice_is_deleted_at_once(csp: httpx.AsyncClient) -> None:
+    await csp.put("/_control/accounts", json={"raw": [account(1), account(1), account(2)]})
+    path = "/v2/sandbox/accounts/00000000-0000-4000-8000-000000000001"
+    assert (await csp.delete(path)).status_code == 204
+    assert (await csp.get(LISTING)).json()["results"] == [account(2)]
+
+
+async def test_more_accounts_can_be_added_with_their_own_prefix(csp: httpx.AsyncClient) -> None:
+    response = await csp.post("/_control/accounts", json={"count": 2, "name_prefix": "lab-"})
+    assert response.status_code == 201
+    assert [(a["name"], a["csp_id"]) for a in response.json()["accounts"]] == [
+        ("lab-1", 2012226),
+        ("lab-2", 2012227),
+    ]
+    await csp.post("/_control/accounts", json={"count": 1})
+    assert await names(csp) == ["sandbox-1", "sandbox-2", "lab-1", "lab-2", "sandbox-3"]
+
+
+async def test_added_accounts_come_after_the_highest_csp_id(csp: httpx.AsyncClient) -> None:
+    await csp.put("/_control/accounts", json={"accounts": [account(5)]})
+    added = (await csp.post("/_control/accounts", json={"count": 1})).json()["accounts"]
+    assert added[0]["csp_id"] == 3000006
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "complaint"),
+    [
+        ("POST", "/_control/accounts", {}, "count is missing"),
+        ("POST", "/_control/accounts", {"count": -1}, "count must be"),
+        ("POST", "/_control/accounts", {"count": 1, "name_prefix": 5}, "name_prefix must be"),
+        ("POST", "/_control/accounts", {"count": 1, "prefix": "x"}, "unknown: prefix"),
+        ("POST", "/_control/reset", {"accounts": True}, "accounts must be"),
+        ("PUT", "/_control/accounts", {"accounts": [], "raw": []}, "either accounts"),
+        ("PUT", "/_control/accounts", [], "JSON object"),
+    ],
+)
+async def test_wrong_control_bodies_are_refused_with_the_reason(
+    csp: httpx.AsyncClient, method: str, path: str, body: Any, complaint: str
+) -> None:
+    response = await csp.request(method, path, json=body)
+    assert response.status_code == 400
+    assert complaint in response.json()["error"]
+
+
+async def test_a_body_that_is_not_json_is_refused(csp: httpx.AsyncClient) -> None:
+    response = await csp.patch("/_control/behaviour", content=b"{")
+    assert (response.status_code, response.json()) == (400, {"error": "the body must be JSON"})
+
+
+async def test_an_account_can_be_dropped_behind_the_apis_back(csp: httpx.AsyncClient) -> None:
+    added = (await csp.post("/_control/accounts", json={"count": 1})).json()["accounts"][0]
+    path = "/_control/accounts/" + added["id"].removeprefix("identity/accounts/")
+    assert (await csp.delete(path)).status_code == 204
+    assert await names(csp) == ["sandbox-1", "sandbox-2"]
+    assert (await csp.delete(path)).status_code == 404
+
+
+async def test_a_patch_changes_only_what_it_names(csp: httpx.AsyncClient) -> None:
+    defaults = (await csp.get("/_control/behaviour")).json()
+    response = await csp.patch("/_control/behaviour", json={"delete_latency_sec": 0.5})
+    assert response.json() == {**defaults, "delete_latency_sec": 0.5}
+    assert (await csp.get("/_control/behaviour")).json() == response.json()
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"),
+    [
+        ("delete_latency_sec", -1),
+        ("delete_latency_sec", "1"),
+        ("delete_error_rate", 1.1),
+        ("delete_error_rate", True),
+        ("delete_error_status", 204),
+        ("delete_error_status", 500.5),
+        ("delete_error_html", 1),
+        ("fail_next_deletes", 1.5),
+        ("fail_next_deletes", True),
+        ("retry_after_sec", "soon"),
+        ("delete_mood", 1),
+    ],
+)
+async def test_unknown_and_wrong_switches_are_refused_by_name(
+    csp: httpx.AsyncClient, switch: str, value: object
+) -> None:
+    before = (await csp.get("/_control/behaviour")).json()
+    response = await csp.patch("/_control/behaviour", json={"listing_error_rate": 0.5, switch: value})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(f"{switch} ")
+    assert (await csp.get("/_control/behaviour")).json() == before
+
+
+async def test_the_default_behaviour_can_be_put_back(csp: httpx.AsyncClient) -> None:
+    defaults = (await csp.get("/_control/behaviour")).json()
+    assert (await csp.patch("/_control/behaviour", json=defaults)).json() == defaults
+
+
+async def test_calls_are_recorded_in_the_order_they_ended(csp: httpx.AsyncClient) -> None:
+    await csp.patch("/_control/behaviour", json={"listing_latency_sec": 0.1})
+    start = time.time()
+    await asyncio.gather(csp.get(LISTING), csp.delete("/v2/sandbox/accounts/none"))
+    await csp.get(LISTING, headers={"Authorization": "Token no"})
+    await csp.get("/v2/nothing")
+    await csp.get("/healthz")
+    calls = (await csp.get("/_control/calls")).json()["calls"]
+    assert [(c["seq"], c["method"], c["path"], c["status"]) for c in calls] == [
+        (1, "DELETE", "/v2/sandbox/accounts/none", 404),
+        (2, "GET", LISTING, 200),
+        (3, "GET", LISTING, 401),
+        (4, "GET", "/v2/nothing", 404),
+    ]
+    assert calls[1]["duration_ms"] >= 99
+    assert start <= calls[0]["at"] <= time.time()
+
+
+async def test_calls_can_be_filtered_and_cleared(csp: httpx.AsyncClient) -> None:
+    await csp.get(LISTING)
+    await csp.delete("/v2/sandbox/accounts/none")
+
+    async def seqs(**query: str) -> list[int]:
+        return [c["seq"] for c in (await csp.get("/_control/calls", params=query)).json()["calls"]]
+
+    assert await seqs(method="delete") == [2]
+    assert await seqs(path_contains="current_user") == [1]
+    assert await seqs(method="GET", path_contains="none") == []
+    assert (await csp.delete("/_control/calls")).status_code == 204
+    assert await seqs() == []
+    await csp.get(LISTING)
+    assert await seqs() == [3]
+
+
+async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.AsyncClient) -> None:
+    await csp.patch("/_control/behaviour", json={"delete_error_rate": 1, "fail_next_listings": 3})
+    await csp.get(LISTING)
+    before = (await csp.get("/_control/accounts")).json()["accounts"]
+    response = await csp.post("/_control/reset", json={"accounts": 3, "name_prefix": "lab-"})
+    assert response.status_code == 200
+    after = response.json()["accounts"]
+    assert (await csp.get("/_control/calls")).json() == {"calls": []}
+    assert (await csp.get("/_control/behaviour")).json()["delete_error_rate"] == 0
+    assert await names(csp) == ["lab-1", "lab-2", "lab-3"]
+    assert {a["id"] for a in before}.isdisjoint(a["id"] for a in after)
+    assert [a["csp_id"] for a in after if a["csp_id"] > 2000000] == [2012226, 2012227, 2012228]
