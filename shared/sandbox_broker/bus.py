@@ -231,6 +231,7 @@ class Requester:
         self._name = f"{name}-replies"
         self._publisher = publisher
         self._reply_queue: str | None = None
+        self._connected = asyncio.Event()
         self._waiting: dict[str, asyncio.Future[tuple[Reply, ...]]] = {}
 
     @property
@@ -247,10 +248,12 @@ class Requester:
         declared = await channel.queue_declare(exclusive=True, auto_delete=True)
         await channel.basic_consume(declared.queue or "", self._answered, no_ack=True)
         self._reply_queue = declared.queue
+        self._connected.set()
         try:
             await asyncio.wait([lost])
         finally:
             self._reply_queue = None
+            self._connected.clear()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(Disconnected("the connection was lost while waiting for the reply"))
@@ -306,9 +309,15 @@ class Requester:
         self._waiting.pop(correlation_id, None)
 
     async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
-        """Sends one command and waits for its reply. Raises Disconnected, Unroutable or TimeoutError."""
-        (reply,) = await (await self.send(queue, [command], timeout_sec=timeout_sec))
-        return reply
+        """Sends one command, as soon as there is a connection, and waits for its reply.
+
+        Raises Disconnected, Unroutable or TimeoutError.
+        """
+        async with asyncio.timeout(timeout_sec):
+            await self._publisher.wait_connected()
+            await self._connected.wait()
+            (reply,) = await (await self.send(queue, [command], timeout_sec=timeout_sec))
+            return reply
 
 
 def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Header, Response
+from fastapi import Depends, Header, Request
 from sandbox_broker.messages import MAX_ID_LENGTH
 
 from gateway.errors import ApiError
@@ -25,7 +25,7 @@ def _checked(name: str, value: str | None) -> str | None:
 
 
 async def _holder(
-    response: Response,
+    request: Request,
     x_instruqt_sandbox_id: Annotated[
         str | None, Header(description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.")
     ] = None,
@@ -35,7 +35,7 @@ async def _holder(
     ] = None,
 ) -> str:
     if x_instruqt_sandbox_id is None and x_track_id is not None:
-        response.headers["Deprecation"] = "true"
+        request.state.deprecated = True  # the middleware says so, on errors too
         holder = _checked("X-Track-ID", x_track_id)
     else:
         holder = _checked("X-Instruqt-Sandbox-ID", x_instruqt_sandbox_id)

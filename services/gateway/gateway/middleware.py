@@ -52,6 +52,8 @@ class Envelope:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
+                if scope["state"].get("deprecated"):
+                    headers["Deprecation"] = "true"
                 for name, value in _SECURITY_HEADERS.items():
                     headers[name] = value
                 if scope["path"].startswith("/v1"):

@@ -19,9 +19,7 @@ def _rule(text: str, holds: Callable[[object], bool]) -> Mapping[str, Any]:
 
 
 SECONDS = _rule("must be seconds from 0 to 3600", lambda value: _number(value, 0, 3600))
-OPTIONAL_SECONDS = _rule(
-    "must be seconds from 0 to 3600, or null", lambda v: v is None or _number(v, 0, 3600)
-)
+OPTIONAL_SECONDS = _rule("must be seconds from 0 to 3600, or null", lambda v: v is None or _number(v, 0, 3600))
 RATE = _rule("must be a number from 0 to 1", lambda value: _number(value, 0, 1))
 COUNT = _rule("must be an integer from 0", lambda v: isinstance(v, int) and _number(v, 0, 10**9))
 # 200 is among them for the proxy that answers with its own page and the server that lies.

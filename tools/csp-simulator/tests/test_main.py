@@ -92,9 +92,7 @@ def test_a_restart_goes_on_with_the_same_accounts(tmp_path: Path) -> None:
     state = str(tmp_path / "state.json")
     with simulator("--port", "0", "--accounts", "3", "--state", state) as (process, client):
         first, *kept = results(client)
-        client.delete(
-            "/sandbox/accounts/" + first["id"].removeprefix("identity/accounts/")
-        ).raise_for_status()
+        client.delete("/sandbox/accounts/" + first["id"].removeprefix("identity/accounts/")).raise_for_status()
         # Killed, not stopped: what was answered must be in the file by then.
         process.kill()
     with simulator("--port", "0", "--accounts", "4", "--state", state) as (_, client):
