@@ -1,0 +1,22 @@
+from collections.abc import AsyncIterator
+
+import pytest
+
+from devstack.testing import NewDatabase
+from tests.integration.stack import Stack, eventually, running
+
+
+@pytest.fixture(scope="session")
+async def whole_stack(new_database: NewDatabase, amqp_url: str) -> AsyncIterator[Stack]:
+    async with new_database() as database_url, running(database_url, amqp_url) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def stack(whole_stack: Stack) -> AsyncIterator[Stack]:
+    """The whole broker with 50 sandboxes, all of them available; afterwards it must still be sound, and all
+    that was released must be deleted."""
+    await whole_stack.fill(50)
+    yield whole_stack
+    await whole_stack.assert_sound()
+    await eventually(whole_stack.nothing_pending)

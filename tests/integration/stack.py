@@ -1,0 +1,195 @@
+"""The whole broker as processes, for tests that look at it from outside."""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+
+from devstack.ports import free_port
+from devstack.processes import Process, spawn, stop_all
+from sandbox_broker.migrate import migrate
+
+ROOT = Path(__file__).parents[2]
+TRACK_TOKEN = "track-token"
+ADMIN_TOKEN = "admin-token"
+CSP_TOKEN = "csp-token"
+PORTS = {
+    "gateway": "GATEWAY_PORT",
+    "allocator": "ALLOCATOR_PORT",
+    "reaper": "REAPER_PORT",
+    "csp_syncer": "CSP_SYNCER_PORT",
+}
+
+
+@dataclass
+class Stack:
+    """Every service once, on ports of its own; `start_service` starts more of them."""
+
+    environment: dict[str, str]
+    client: httpx.AsyncClient
+    database: asyncpg.Pool
+    simulator: str
+    launcher: tuple[str, ...] = ("-m",)
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['GATEWAY_PORT']}"
+
+    async def start_service(self, module: str, *, name: str | None = None) -> Process:
+        """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
+        environment = dict(self.environment)
+        if name is not None:
+            environment[PORTS[module]] = str(free_port())
+        process = await spawn(
+            name or module, [sys.executable, *self.launcher, module], env=environment, cwd=ROOT / "tests"
+        )
+        self.processes[name or module] = process
+        await self.until_ready(f"http://127.0.0.1:{environment[PORTS[module]]}/readyz", process)
+        return process
+
+    async def until_ready(self, url: str, process: Process) -> None:
+        async def ready() -> bool:
+            if not process.running:
+                raise AssertionError(f"{process.name} {process.ending}: {list(process.tail)}")
+            try:
+                return (await self.client.get(url)).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await eventually(ready)
+
+    async def allocate(self, student: str, **headers: str) -> httpx.Response:
+        return await self.client.post(
+            f"{self.url}/v1/allocate",
+            headers={**track(student), **{k.replace("_", "-"): v for k, v in headers.items()}},
+        )
+
+    async def release(self, sandbox_id: str, student: str) -> httpx.Response:
+        return await self.client.post(
+            f"{self.url}/v1/sandboxes/{sandbox_id}/mark-for-deletion", headers=track(student)
+        )
+
+    async def stats(self) -> dict[str, int]:
+        response = await self.client.get(f"{self.url}/v1/admin/stats", headers=ADMIN)
+        response.raise_for_status()
+        counts: dict[str, int] = response.json()
+        return counts
+
+    async def sync(self, **parameters: str) -> httpx.Response:
+        return await self.client.post(f"{self.url}/v1/admin/sync", headers=ADMIN, params=parameters)
+
+    async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
+        """Everything anew: as many accounts in CSP, all of them available, nobody holds one."""
+        await self.database.execute("TRUNCATE sandboxes, leases, outbox, csp_listings, csp_accounts")
+        await self.control("POST", "reset", {"accounts": accounts, "name_prefix": name_prefix})
+
+        async def synced() -> bool:
+            return (await self.sync(force="true")).status_code == 200
+
+        await eventually(synced)
+        # The gateway looks twice a second whether an allocator is there.
+        await eventually(self._answers)
+        assert (await self.stats())["available"] == accounts
+
+    async def _answers(self) -> bool:
+        return (await self.release("0", "nobody")).status_code == 404
+
+    async def nothing_pending(self) -> bool:
+        return (await self.stats())["pending_deletion"] == 0
+
+    async def control(self, method: str, path: str, body: Any = None) -> Any:
+        response = await self.client.request(method, f"{self.simulator}/_control/{path}", json=body)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
+    async def deletions(self) -> list[dict[str, Any]]:
+        """The deletions that CSP was asked for, in order."""
+        calls: list[dict[str, Any]] = (await self.control("GET", "calls?method=DELETE"))["calls"]
+        return calls
+
+    async def assert_sound(self) -> None:
+        """What must be true at every instant, whatever happened."""
+        twice = """
+            SELECT count(*) FROM (
+                SELECT sandbox_id FROM leases GROUP BY sandbox_id HAVING count(*) > 1
+                UNION ALL
+                SELECT holder FROM leases WHERE ended_at IS NULL GROUP BY holder HAVING count(*) > 1
+            ) t
+        """
+        assert await self.database.fetchval(twice) == 0
+        apart = """
+            SELECT count(*) FROM leases FULL JOIN sandboxes USING (sandbox_id)
+            WHERE (ended_at IS NULL AND lease_id IS NOT NULL) <> coalesce(status = 'allocated', false)
+        """
+        assert await self.database.fetchval(apart) == 0
+
+
+ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+
+def track(student: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {TRACK_TOKEN}", "X-Instruqt-Sandbox-ID": student}
+
+
+@asynccontextmanager
+async def running(
+    database_url: str,
+    amqp_url: str,
+    *,
+    launcher: tuple[str, ...] = ("-m",),
+    settings: Mapping[str, str] | None = None,
+) -> AsyncIterator[Stack]:
+    await migrate(database_url)
+    simulator_port = free_port()
+    simulator = f"http://127.0.0.1:{simulator_port}"
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("PORT",)},
+        "DATABASE_URL": database_url,
+        "AMQP_URL": amqp_url,
+        "BROKER_API_TOKEN": TRACK_TOKEN,
+        "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+        "CSP_BASE_URL": f"{simulator}/v2",
+        "CSP_API_TOKEN": CSP_TOKEN,
+        "CLEANUP_BATCH_DELAY_SEC": "0",
+        "CLEANUP_INTERVAL_SEC": "5",
+        "AUTO_EXPIRY_INTERVAL_SEC": "0.5",
+        "DELETION_BACKOFF_BASE_SEC": "0.2",
+        **{variable: str(free_port()) for variable in PORTS.values()},
+        **(settings or {}),
+    }
+    limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
+    async with (
+        httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client,
+        asyncpg.create_pool(database_url, min_size=1, max_size=2) as database,
+    ):
+        stack = Stack(environment, client, database, simulator, launcher)
+        try:
+            stack.processes["simulator"] = await spawn(
+                "simulator",
+                [sys.executable, "-m", "csp_simulator", "--port", str(simulator_port), "--token", CSP_TOKEN],
+                env=environment,
+            )
+            await asyncio.gather(
+                stack.until_ready(f"{simulator}/healthz", stack.processes["simulator"]),
+                *(stack.start_service(module) for module in PORTS),
+            )
+            yield stack
+        finally:
+            await stop_all(stack.processes.values())
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], *, within_sec: float = 30) -> None:
+    """Waits until the condition holds; fails when it does not within the time."""
+    deadline = time.monotonic() + within_sec
+    while not await condition():
+        assert time.monotonic() < deadline, f"not true within {within_sec} s: {condition.__qualname__}"
+        await asyncio.sleep(0.05)

@@ -1,0 +1,53 @@
+"""A service that cannot work says so in one line, and what to set."""
+
+import os
+import sys
+
+import pytest
+
+from devstack.ports import free_port
+from devstack.processes import run
+from tests.integration.stack import PORTS, ROOT
+
+DATABASE = ["gateway", "allocator"]
+CSP = ["reaper", "csp_syncer"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "variable", "value"),
+    [
+        (DATABASE, "DATABASE_URL", None),
+        (DATABASE, "DATABASE_URL", "nonsense"),
+        (DATABASE, "DATABASE_URL", "postgresql://nobody:secret@127.0.0.1:1/none"),
+        ([*DATABASE, *CSP], "AMQP_URL", None),
+        ([*DATABASE, *CSP], "AMQP_URL", "http://127.0.0.1"),
+        ([*DATABASE, *CSP], "AMQP_URL", "amqp://guest:secret@127.0.0.1:1/"),
+        (["gateway"], "BROKER_API_TOKEN", None),
+        (["gateway"], "BROKER_ADMIN_TOKEN", " , "),
+        (CSP, "CSP_API_TOKEN", None),
+        (CSP, "CSP_BASE_URL", "csp.example"),
+        (["reaper"], "CLEANUP_CONCURRENCY", "many"),
+    ],
+)
+async def test_a_wrong_setting_stops_the_service_with_one_line_that_names_it(
+    database_url: str, amqp_url: str, modules: list[str], variable: str, value: str | None
+) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "DATABASE_URL": database_url,
+        "AMQP_URL": amqp_url,
+        "BROKER_API_TOKEN": "track",
+        "BROKER_ADMIN_TOKEN": "admin",
+        "CSP_API_TOKEN": "csp",
+        "CSP_BASE_URL": "http://127.0.0.1:1/v2",
+    }
+    environment.pop(variable, None)
+    if value is not None:
+        environment[variable] = value
+    for module in modules:
+        environment[PORTS[module]] = str(free_port())
+        code, said = await run([sys.executable, "-m", module], env=environment, cwd=ROOT / "tests")
+        assert code == 2
+        assert len(said.splitlines()) == 1, said
+        assert variable in said
+        assert "secret" not in said

@@ -1,0 +1,66 @@
+"""How the pool follows CSP's listing."""
+
+import asyncio
+
+from tests.integration.stack import Stack
+
+
+async def test_new_accounts_become_available_and_vanished_ones_stale_and_back(stack: Stack) -> None:
+    (added,) = (await stack.control("POST", "accounts", {"count": 1, "name_prefix": "late-"}))["accounts"]
+    synced = (await stack.sync()).json()
+    assert (synced["status"], synced["synced"], synced["marked_stale"], synced["restored"]) == (
+        "completed",
+        51,
+        0,
+        0,
+    )
+
+    everyone = (await stack.control("GET", "accounts"))["accounts"]
+    await stack.control("DELETE", f"accounts/{added['id'].rsplit('/', 1)[1]}")
+    assert (await stack.sync()).json()["marked_stale"] == 1
+    assert (await stack.stats())["stale"] == 1
+
+    await stack.control("PUT", "accounts", {"accounts": everyone})
+    assert (await stack.sync()).json()["restored"] == 1
+    assert (await stack.stats())["available"] == 51
+
+
+async def test_an_empty_listing_changes_nothing_until_it_is_forced(stack: Stack) -> None:
+    await stack.control("PUT", "accounts", {"accounts": []})
+    held = await stack.sync()
+    assert (held.status_code, held.json()["detail"]["code"]) == (409, "SYNC_HELD")
+    assert (await stack.stats())["available"] == 50
+    assert (await stack.sync(force="true")).json()["marked_stale"] == 50
+    assert (await stack.stats())["stale"] == 50
+
+
+async def test_a_listing_that_lacks_a_third_of_the_pool_is_held(stack: Stack) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.66})
+    held = await stack.sync()
+    assert (held.status_code, held.json()["detail"]["code"]) == (409, "SYNC_HELD")
+    assert (await stack.stats())["available"] == 50
+
+
+async def test_a_listing_that_fails_changes_nothing(stack: Stack) -> None:
+    for fault in ({"listing_cut_short": True}, {"fail_next_listings": 1}):
+        await stack.control("PATCH", "behaviour", fault)
+        failed = await stack.sync()
+        assert (failed.status_code, failed.json()["detail"]["code"]) == (502, "CSP_UNAVAILABLE")
+        assert (await stack.stats())["available"] == 50
+
+
+async def test_a_student_keeps_a_sandbox_that_csp_no_longer_lists(stack: Stack) -> None:
+    lease = (await stack.allocate("ada")).json()
+    await stack.control("DELETE", f"accounts/{lease['external_id']}")
+    assert (await stack.sync()).json()["marked_stale"] == 0
+    assert (await stack.allocate("ada")).json() == lease
+    missing = "SELECT missing_since IS NOT NULL FROM sandboxes WHERE sandbox_id = $1"
+    assert await stack.database.fetchval(missing, lease["sandbox_id"]) is True
+
+
+async def test_syncs_that_are_asked_for_at_once_share_one_listing(stack: Stack) -> None:
+    await stack.control("DELETE", "calls")
+    await stack.control("PATCH", "behaviour", {"listing_latency_sec": 1})
+    answers = await asyncio.gather(*(stack.sync() for _ in range(5)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len((await stack.control("GET", "calls?method=GET"))["calls"]) == 1
