@@ -76,15 +76,17 @@ def test_the_server_says_how_long_to_wait(track: Track, broker: CannedServer) ->
 @pytest.mark.parametrize(
     "reply",
     [
-        page(429, retry_after="300"),
-        page(429, retry_after=formatdate(time.time() + 360, usegmt=True)),
-        refusal(429, "RATE_LIMITED", retry_after=300.0),
-        json_reply(429, {"detail": {"code": "RATE_LIMITED"}, "retry_after": 300}),
+        lambda: page(429, retry_after="300"),
+        lambda: page(429, retry_after=formatdate(time.time() + 360, usegmt=True)),
+        lambda: refusal(429, "RATE_LIMITED", retry_after=300.0),
+        lambda: json_reply(429, {"detail": {"code": "RATE_LIMITED"}, "retry_after": 300}),
     ],
     ids=["seconds", "date", "detail", "body"],
 )
-def test_a_wait_beyond_the_budget_gives_up_at_once(track: Track, broker: CannedServer, reply: Reply) -> None:
-    broker.replies = [reply]
+def test_a_wait_beyond_the_budget_gives_up_at_once(
+    track: Track, broker: CannedServer, reply: Callable[[], Reply]
+) -> None:
+    broker.replies = [reply()]
     run = track.allocate()
     assert run.code == 1
     assert re.search(r"The next would be in 3\d\d\.\d s", run.err)

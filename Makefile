@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check fmt lock clean
+
+PYTHON := .venv/bin/python
+# More words for the command behind a target: make test ARGS="-k lease -x"
+ARGS :=
+
+SERVICES := gateway allocator reaper csp-syncer
+OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack
+COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command "make lock"
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: setup ## Everything on this machine, in the foreground, until Ctrl-C
+	@$(PYTHON) -m devstack
+
+test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: setup ## Lint, format, types, import rules, and whether the locked requirements are complete
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@$(PYTHON) -m devstack.locks
+
+fmt: setup ## Format, and repair what the linter can
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
+	@for service in $(SERVICES); do \
+		$(COMPILE) $(ARGS) --no-emit-package sandbox-broker \
+			-o requirements/$$service.txt services/$$service/pyproject.toml || exit 1; \
+	done
+	@$(COMPILE) $(ARGS) $(OURS:%=--no-emit-package %) --group dev -o requirements/dev.txt pyproject.toml
+
+clean: ## Remove the virtual environment, caches and the local accounts of make run
+	@rm -rf .venv .devstack .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Part of every other target. Does nothing while the requirements are the ones that were installed.
+setup:
+	@sh tools/devstack/setup.sh

@@ -1,0 +1,98 @@
+"""Containers that live as long as we do."""
+
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from devstack.errors import CannotRun
+from devstack.output import Terminal
+from devstack.processes import Process, run, spawn
+
+_PULL_SEC = 1800.0
+
+
+async def refusal() -> str | None:
+    """Why Docker cannot be used, in one line; None when it can."""
+    if shutil.which("docker") is None:
+        return "not installed"
+    try:
+        code, said = await run(["docker", "info", "--format", "{{.ServerVersion}}"], timeout=15)
+    except TimeoutError:
+        return "does not answer"
+    if code == 0:
+        return None
+    return said.splitlines()[-1] if said else f"docker info ended with exit code {code}"
+
+
+class Container:
+    """One container, its port published on a free port of 127.0.0.1, removed with its data on exit.
+
+    The `docker run` that is its process stays in the foreground, so that a container that ends is noticed
+    like any other process, and so that it ends with us.
+    """
+
+    def __init__(self, name: str, image: str, *, port: int, env: Mapping[str, str], terminal: Terminal) -> None:
+        self.name = name
+        self.image = image
+        self.process: Process | None = None
+        self.published = 0
+        """The port on 127.0.0.1, once it has started."""
+        self._port = port
+        self._env = env
+        self._terminal = terminal
+
+    async def __aenter__(self) -> Self:
+        await self._pull()
+        await self._remove()  # one that an earlier run could not remove
+        try:
+            await self._start()
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def _pull(self) -> None:
+        code, _ = await run(["docker", "image", "inspect", self.image])
+        if code == 0:
+            return
+        self._terminal.note(f"Docker: pulling {self.image}")
+        code, said = await run(["docker", "pull", "--quiet", self.image], timeout=_PULL_SEC)
+        if code != 0:
+            reason = said.splitlines()[-1] if said else f"exit code {code}"
+            raise CannotRun(f"Docker cannot pull {self.image}: {reason}", status=1)
+
+    async def _start(self) -> None:
+        # Names without values: Docker takes them from its environment, where no list of processes shows them.
+        names = [part for variable in self._env for part in ("--env", variable)]
+        publish = f"127.0.0.1::{self._port}"
+        self.process = await spawn(
+            self.name,
+            ["docker", "run", "--rm", "--name", self.name, "--publish", publish, *names, self.image],
+            env={**os.environ, **self._env},
+            dies_with_us=signal.SIGTERM,
+        )
+        while self.published == 0:
+            code, said = await run(["docker", "port", self.name, f"{self._port}/tcp"])
+            if code == 0 and said:
+                self.published = int(said.splitlines()[0].rpartition(":")[2])
+            elif not self.process.running:
+                await self.process.wait()
+                raise CannotRun(
+                    f"Docker cannot run {self.image}: {' / '.join(list(self.process.tail)[-3:])}", status=1
+                )
+
+    async def _end(self) -> None:
+        await self._remove()
+        if self.process is not None:
+            await self.process.stop()
+
+    async def _remove(self) -> None:
+        await run(["docker", "rm", "--force", "--volumes", self.name])

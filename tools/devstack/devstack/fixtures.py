@@ -1,0 +1,88 @@
+"""Fixtures for the tests of devstack itself: private servers, and settings that look at nothing else.
+
+A module of the package and no conftest.py, so that the type checker can tell it from other packages' fixtures.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from devstack import packages, postgres, rabbitmq
+from devstack.output import Terminal
+from devstack.postgres import PrivatePostgres
+from devstack.rabbitmq import PrivateRabbitMQ
+from devstack.settings import Settings, load
+
+S = TypeVar("S")
+
+
+class RecordingTerminal(Terminal):
+    """Keeps what is written instead of showing it."""
+
+    def __init__(self) -> None:
+        super().__init__(colours=False)
+        self.lines: list[str] = []
+
+    def _write(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def terminal() -> RecordingTerminal:
+    return RecordingTerminal()
+
+
+@pytest.fixture
+def settings_from(tmp_path: Path) -> Callable[..., Settings]:
+    """Settings of a clone in a temporary directory, with no more in the environment than is given."""
+
+    def make(**environ: str) -> Settings:
+        return load(environ, root=tmp_path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres_binaries() -> None:
+    _require("PostgreSQL", "postgresql", postgres.binaries)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_binaries() -> None:
+    _require("RabbitMQ", "rabbitmq-server", rabbitmq.binaries)
+
+
+@pytest.fixture(scope="session")
+def own_postgres_url(postgres_binaries: None) -> Iterator[str]:  # noqa: ARG001 - has them installed
+    """The superuser's URL of a private server that runs as long as the tests do."""
+    with _running(PrivatePostgres()) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def own_amqp_url(rabbitmq_binaries: None) -> Iterator[str]:  # noqa: ARG001 - has them installed
+    with _running(PrivateRabbitMQ()) as server:
+        yield server.url
+
+
+@contextmanager
+def _running(server: AbstractAsyncContextManager[S]) -> Iterator[S]:
+    # A loop of its own: the tests' loops end with each test.
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        started = runner.run(server.__aenter__())
+        try:
+            yield started
+        finally:
+            runner.run(server.__aexit__(None, None, None))
+
+
+def _require(name: str, package: str, binaries: Callable[[], Path | None]) -> None:
+    if binaries() is None and packages.can_install():
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(packages.install(package, RecordingTerminal()))
+    if binaries() is None:
+        pytest.skip(f"{name} is not installed here")

@@ -1,0 +1,213 @@
+"""Find PostgreSQL and RabbitMQ, each on its own, in the order that the README promises.
+
+The variable if it is set; else what answers on this machine; else Docker; else Debian's packages; else a line
+that says what to do.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import asyncpg
+
+from devstack import docker, packages, postgres, rabbitmq
+from devstack.errors import CannotRun
+from devstack.output import Terminal
+from devstack.private import wait_until
+from devstack.processes import Process
+from devstack.settings import Settings, digest
+
+# The queue that every running broker consumes from.
+_COMMANDS_QUEUE = "allocator.commands"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Something that answers."""
+
+    url: str
+    """For PostgreSQL without a database, unless it is the one of DATABASE_URL."""
+    given: bool = False
+    """It was named by a variable, so that its content is not ours to replace."""
+    processes: tuple[Process, ...] = ()
+    """What we have started for it."""
+
+
+async def find(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> tuple[Found, Found]:
+    """PostgreSQL and RabbitMQ; what had to be started for them ends with the stack.
+
+    Raises CannotRun when there is no way to have one of them.
+    """
+    # Looking comes before starting: a wrong variable is not to be found out after minutes of set-up.
+    database = await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
+    broker = await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
+    if database is not None and broker is not None:
+        return database, broker
+    no_docker = await docker.refusal()
+    if no_docker is not None:
+        terminal.note(f"Docker: {no_docker}")
+        missing = (["PostgreSQL"] if database is None else []) + (["RabbitMQ"] if broker is None else [])
+        await _have_binaries(missing, terminal)
+    database_stack, broker_stack = await _two_inside(stack)
+
+    async def start_database() -> Found:
+        if database is not None:
+            return database
+        if no_docker is None:
+            return await _docker_postgres(settings, terminal, database_stack)
+        return await _private_postgres(terminal, database_stack)
+
+    async def start_broker() -> Found:
+        if broker is not None:
+            return broker
+        if no_docker is None:
+            return await _docker_rabbitmq(settings, terminal, broker_stack)
+        return await _private_rabbitmq(terminal, broker_stack)
+
+    try:
+        async with asyncio.TaskGroup() as starting:
+            database_task = starting.create_task(start_database())
+            broker_task = starting.create_task(start_broker())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return database_task.result(), broker_task.result()
+
+
+async def check_unused(broker: Found) -> None:
+    """Raises CannotRun when another broker runs on a virtual host that we have merely come across.
+
+    The two would take each other's commands. Whoever sets AMQP_URL may want just that: further replicas.
+    """
+    if not broker.given and await rabbitmq.has_consumers(broker.url, _COMMANDS_QUEUE):
+        raise CannotRun(
+            f"another Sandbox Broker already uses RabbitMQ on {rabbitmq.place(broker.url)}; "
+            "stop it, or set AMQP_URL to another virtual host"
+        )
+
+
+async def _named_database(settings: Settings, terminal: Terminal) -> Found | None:
+    if settings.database_url is None:
+        return None
+    reason = await postgres.refusal(settings.database_url)
+    if reason is not None:
+        raise CannotRun(f"DATABASE_URL does not lead to a database that answers: {reason}")
+    terminal.note(f"PostgreSQL: DATABASE_URL, {postgres.place(settings.database_url)}")
+    return Found(settings.database_url, given=True)
+
+
+async def _named_broker(settings: Settings, terminal: Terminal) -> Found | None:
+    if settings.amqp_url is None:
+        return None
+    reason = await rabbitmq.refusal(settings.amqp_url)
+    if reason is not None:
+        raise CannotRun(f"AMQP_URL does not lead to a RabbitMQ that answers: {reason}")
+    terminal.note(f"RabbitMQ: AMQP_URL, {rabbitmq.place(settings.amqp_url)}")
+    return Found(settings.amqp_url, given=True)
+
+
+async def _local_postgres(settings: Settings, terminal: Terminal) -> Found | None:
+    reason: str | None = None
+    for server in settings.postgres_servers:
+        reason = await postgres.refusal(f"{server}/postgres") or await _cannot_create(f"{server}/postgres")
+        if reason is None:
+            terminal.note(f"PostgreSQL: found on {postgres.place(server)}")
+            return Found(server)
+    terminal.note(f"PostgreSQL: none on {postgres.place(settings.postgres_servers[-1])} that lets us in ({reason})")
+    return None
+
+
+async def _cannot_create(url: str) -> str | None:
+    connection = await asyncpg.connect(url, timeout=5)
+    try:
+        allowed = await connection.fetchval(
+            "SELECT rolsuper OR rolcreatedb FROM pg_catalog.pg_roles WHERE rolname = current_user"
+        )
+    finally:
+        await connection.close(timeout=5)
+    return None if allowed else "the role may not create databases"
+
+
+async def _local_rabbitmq(settings: Settings, terminal: Terminal) -> Found | None:
+    where = rabbitmq.place(settings.rabbitmq_server)
+    reason = await rabbitmq.refusal(settings.rabbitmq_server)
+    if reason is not None:
+        terminal.note(f"RabbitMQ: none on {where} that lets guest in ({reason})")
+        return None
+    terminal.note(f"RabbitMQ: found on {where}")
+    return Found(settings.rabbitmq_server)
+
+
+async def _docker_postgres(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Found:
+    password = secrets.token_urlsafe(12)
+    container = await stack.enter_async_context(
+        docker.Container(
+            f"{_container_prefix(settings)}-postgres",
+            settings.postgres_image,
+            port=5432,
+            env={"POSTGRES_PASSWORD": password},
+            terminal=terminal,
+        )
+    )
+    server = f"postgresql://postgres:{password}@127.0.0.1:{container.published}"
+    assert container.process is not None
+    await wait_until(lambda: postgres.refusal(f"{server}/postgres"), container.process, settings.postgres_image)
+    terminal.note(f"PostgreSQL: {settings.postgres_image} in Docker, 127.0.0.1:{container.published}")
+    return Found(server, processes=(container.process,))
+
+
+async def _docker_rabbitmq(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Found:
+    container = await stack.enter_async_context(
+        docker.Container(
+            f"{_container_prefix(settings)}-rabbitmq",
+            settings.rabbitmq_image,
+            port=5672,
+            env={"RABBITMQ_DEFAULT_USER": "broker", "RABBITMQ_DEFAULT_PASS": "broker"},
+            terminal=terminal,
+        )
+    )
+    url = f"amqp://broker:broker@127.0.0.1:{container.published}/"
+    assert container.process is not None
+    await wait_until(lambda: rabbitmq.refusal(url), container.process, settings.rabbitmq_image)
+    terminal.note(f"RabbitMQ: {settings.rabbitmq_image} in Docker, 127.0.0.1:{container.published}")
+    return Found(url, processes=(container.process,))
+
+
+async def _private_postgres(terminal: Terminal, stack: AsyncExitStack) -> Found:
+    server = await stack.enter_async_context(postgres.PrivatePostgres())
+    assert server.process is not None
+    terminal.note(f"PostgreSQL: a private one from {postgres.binaries()}, 127.0.0.1:{server.port}")
+    return Found(server.url.removesuffix("/postgres"), processes=(server.process,))
+
+
+async def _private_rabbitmq(terminal: Terminal, stack: AsyncExitStack) -> Found:
+    server = await stack.enter_async_context(rabbitmq.PrivateRabbitMQ())
+    assert server.process is not None
+    terminal.note(f"RabbitMQ: a private one from {rabbitmq.binaries()}, 127.0.0.1:{server.port}")
+    return Found(server.url, processes=(server.process,))
+
+
+async def _have_binaries(missing: Sequence[str], terminal: Terminal) -> None:
+    """Installs what is not there; raises CannotRun where that is not ours to do."""
+    look = {"PostgreSQL": postgres.binaries, "RabbitMQ": rabbitmq.binaries}
+    absent = [name for name in missing if look[name]() is None]
+    if absent and not packages.can_install():
+        variables = {"PostgreSQL": "DATABASE_URL", "RabbitMQ": "AMQP_URL"}
+        raise CannotRun(
+            f"{' and '.join(absent)} not found: set {' and '.join(variables[name] for name in absent)}, "
+            f"or install and start {' and '.join(absent)} on this machine, or start Docker"
+        )
+    for name in absent:
+        await packages.install({"PostgreSQL": "postgresql", "RabbitMQ": "rabbitmq-server"}[name], terminal)
+        if look[name]() is None:
+            raise CannotRun(f"{name}: its package is installed, but its programs are not where they were expected")
+
+
+async def _two_inside(stack: AsyncExitStack) -> tuple[AsyncExitStack, AsyncExitStack]:
+    """A stack for each of two tasks that start things at the same time."""
+    return await stack.enter_async_context(AsyncExitStack()), await stack.enter_async_context(AsyncExitStack())
+
+
+def _container_prefix(settings: Settings) -> str:
+    return f"sandbox-broker-dev-{digest(str(settings.root))}"

@@ -1,0 +1,76 @@
+"""`python -m devstack.locks`: is every requirement of the pyproject files pinned where it is locked?
+
+It needs no network, so it says nothing about requirements of requirements; `make lock` settles those.
+"""
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from devstack.settings import ROOT
+
+SERVICES = ("gateway", "allocator", "reaper", "csp-syncer")
+_PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.MULTILINE)
+
+
+def main() -> int:
+    found = list(problems(ROOT))
+    for problem in found:
+        print(problem, file=sys.stderr)
+    if found:
+        print("`make lock` renews the locked requirements", file=sys.stderr)
+    return 1 if found else 0
+
+
+def problems(root: Path) -> Iterator[str]:
+    """A line for each requirement that is missing or pinned to a version it excludes."""
+    ours = {str(_project(path)["project"]["name"]): path for path in _packages(root)}
+    for lock, path in _locks(root).items():
+        pins = {canonicalize_name(name): version for name, version in _PINNED.findall(lock.read_text())}
+        for requirement in _requirements(path, ours):
+            pinned = pins.get(canonicalize_name(requirement.name))
+            if pinned is None:
+                yield f"{lock.relative_to(root)} lacks {requirement}"
+            elif pinned not in requirement.specifier:
+                yield f"{lock.relative_to(root)} pins {requirement.name} {pinned}, wanted is {requirement}"
+
+
+def _locks(root: Path) -> dict[Path, Path]:
+    """Each locked file, and the pyproject file it is made from."""
+    services = {
+        root / "requirements" / f"{name}.txt": root / "services" / name / "pyproject.toml" for name in SERVICES
+    }
+    return {**services, root / "requirements" / "dev.txt": root / "pyproject.toml"}
+
+
+def _packages(root: Path) -> Iterator[Path]:
+    for pattern in _project(root / "pyproject.toml")["tool"]["uv"]["workspace"]["members"]:
+        yield from (folder / "pyproject.toml" for folder in root.glob(pattern))
+
+
+def _requirements(path: Path, ours: dict[str, Path]) -> Iterator[Requirement]:
+    """Those of the project and of our own packages it uses, and its development group."""
+    project = _project(path)
+    declared = [
+        *project["project"].get("dependencies", []),
+        *project.get("dependency-groups", {}).get("dev", []),
+    ]
+    for requirement in map(Requirement, declared):
+        if requirement.name in ours:
+            yield from _requirements(ours[requirement.name], ours)
+        else:
+            yield requirement
+
+
+def _project(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""One terminal for many processes: whole lines, each tagged with who wrote it."""
+
+import asyncio
+import os
+import sys
+import zlib
+from typing import BinaryIO
+
+_COLOURS = (36, 32, 33, 35, 34, 96, 92, 93, 95, 94)
+_DIM, _RED = 2, 31
+
+
+class Terminal:
+    """Writes lines to one stream. It is called from one thread, so that lines never mix."""
+
+    def __init__(self, stream: BinaryIO | None = None, *, colours: bool | None = None, width: int = 13) -> None:
+        self._stream = sys.stdout.buffer if stream is None else stream
+        self._colours = _wants_colours(self._stream) if colours is None else colours
+        self._width = width
+        self.lost = asyncio.Event()
+        """The reader is gone (a closed terminal or pipe); whatever is still written goes nowhere."""
+
+    def line(self, tag: str, text: str) -> None:
+        """One line of a service's log."""
+        self._write(f"{self._paint(f'{tag:<{self._width}}│', _colour(tag))} {text}")
+
+    def say(self, text: str = "") -> None:
+        """A line of our own."""
+        self._write(text)
+
+    def note(self, text: str) -> None:
+        """A step on the way, for whoever wants to follow."""
+        self._write(self._paint(f"• {text}", _DIM))
+
+    def complain(self, text: str) -> None:
+        self._write(self._paint(text, _RED))
+
+    def _paint(self, text: str, colour: int) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._colours else text
+
+    def _write(self, text: str) -> None:
+        if self.lost.is_set():
+            return
+        try:
+            self._stream.write(text.encode(errors="replace") + b"\n")
+            self._stream.flush()
+        except OSError:
+            self.lost.set()
+
+
+def _wants_colours(stream: BinaryIO) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ
+
+
+def _colour(tag: str) -> int:
+    return _COLOURS[zlib.crc32(tag.encode()) % len(_COLOURS)]

@@ -1,0 +1,49 @@
+"""Packages of Debian and Ubuntu, installed when their programs are missing."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from devstack.errors import CannotRun
+from devstack.output import Terminal
+from devstack.processes import run
+
+_INSTALL_SEC = 900.0
+_POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+def can_install() -> bool:
+    """Whether this is Debian, or made of it, and we are root."""
+    return os.geteuid() == 0 and Path("/etc/debian_version").exists() and shutil.which("apt-get") is not None
+
+
+async def install(package: str, terminal: Terminal) -> None:
+    """Installs a package without starting what it brings along. Raises CannotRun when apt-get fails."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    with _nothing_started():
+        for command in (["update"], ["install", "-y", "--no-install-recommends", package]):
+            code, said = await run(
+                ["apt-get", "-q", *command],
+                env=environment,
+                timeout=_INSTALL_SEC,
+                on_line=lambda line: terminal.line("apt-get", line),
+            )
+            if code != 0:
+                reason = said.splitlines()[-1] if said else f"exit code {code}"
+                raise CannotRun(f"apt-get {command[0]} for {package} failed: {reason}", status=1)
+
+
+@contextlib.contextmanager
+def _nothing_started() -> Iterator[None]:
+    """Debian asks this script before it starts a service; 101 means no. One that is there already stays."""
+    if _POLICY.exists():
+        yield
+        return
+    _POLICY.write_text("#!/bin/sh\nexit 101\n")
+    _POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        _POLICY.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""PostgreSQL: does one answer, and a private one from the binaries on this machine."""
+
+import os
+import secrets
+import shutil
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from devstack.errors import CannotRun
+from devstack.ports import free_port
+from devstack.private import account, make_directory, wait_until, write
+from devstack.processes import Process, run, spawn
+
+_DEBIAN = Path("/usr/lib/postgresql")
+_HOST = "127.0.0.1"
+_SUPERUSER = "postgres"
+
+
+async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
+    """Why the database does not answer, in one line; None when it does."""
+    try:
+        if not urlsplit(url).hostname:
+            # asyncpg would look for one of its own choice.
+            return "it is not like postgresql://user:password@host:5432/database"
+        connection = await asyncpg.connect(driver_neutral(url), timeout=timeout)
+    except TimeoutError:
+        return f"no answer within {timeout:.0f} s"
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    await connection.close(timeout=timeout)
+    return None
+
+
+def driver_neutral(url: str) -> str:
+    """The URL without SQLAlchemy's driver name, which asyncpg itself does not know."""
+    return url.replace("postgresql+asyncpg://", "postgresql://", 1)
+
+
+def place(url: str) -> str:
+    """Host, port and database, without the password."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or 5432}{parts.path}".removesuffix("/")
+
+
+def binaries() -> Path | None:
+    """The directory of `initdb` and `postgres`: the newest of Debian's, else the one on PATH."""
+    versions = [
+        path for path in _DEBIAN.glob("*/bin") if (path / "initdb").exists() and (path / "postgres").exists()
+    ]
+    if versions:
+        return max(versions, key=lambda path: int(path.parent.name) if path.parent.name.isdigit() else 0)
+    found = shutil.which("initdb")
+    if found is None or shutil.which("postgres", path=str(Path(found).parent)) is None:
+        return None
+    return Path(found).parent
+
+
+class PrivatePostgres:
+    """A PostgreSQL server of our own, on its own port, its files in a temporary directory.
+
+    As a context manager it starts on entry, and on exit ends and leaves nothing. It does not force its writes
+    to disk: they survive a kill, not the machine's end.
+    """
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.process: Process | None = None
+        self._password = secrets.token_urlsafe(12)
+        self._user = account("postgres")
+        self._directory: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Of the database `postgres`, as superuser."""
+        return f"postgresql://{_SUPERUSER}:{self._password}@{_HOST}:{self.port}/postgres"
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Starts it, on the data it had if it ran before; returns when it answers SQL."""
+        binary = binaries()
+        if binary is None:
+            raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
+        if self._directory is None:
+            self._directory = make_directory("postgres", self._user)
+            await self._initialise(binary, self._directory)
+        self.process = await spawn(
+            "postgres",
+            [binary / "postgres", "-D", self._directory / "data", *self._options()],
+            env=_environment(),
+            cwd=self._directory,
+            user=self._user,
+            dies_with_us=signal.SIGINT,
+        )
+        await wait_until(lambda: refusal(self.url), self.process, "the private PostgreSQL")
+
+    async def stop(self) -> None:
+        """Ends it in order, without waiting for its clients; the data stays."""
+        if self.process is not None:
+            await self.process.stop(with_signal=signal.SIGINT)
+
+    async def kill(self) -> None:
+        """Ends it as a crash would; the data stays."""
+        if self.process is not None:
+            self.process.kill()
+            await self.process.wait()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def close(self) -> None:
+        """Ends it and removes its files."""
+        await self.stop()
+        if self._directory is None:
+            return
+        await self._remove_shared_memory(self._directory / "data" / "postmaster.pid")
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory = None
+
+    async def _initialise(self, binary: Path, directory: Path) -> None:
+        password_file = directory / "password"
+        write(password_file, self._password, self._user)
+        # --no-locale: the C locale is the one that every machine has.
+        options = ["--no-sync", "--no-instructions", "--no-locale", "-E", "UTF8", "-U", _SUPERUSER]
+        code, said = await run(
+            [
+                binary / "initdb",
+                "-D",
+                directory / "data",
+                "-A",
+                "scram-sha-256",
+                f"--pwfile={password_file}",
+                *options,
+            ],
+            env=_environment(),
+            cwd=directory,
+            user=self._user,
+        )
+        if code != 0:
+            raise CannotRun(f"initdb ended with exit code {code}: {said.replace(chr(10), ' / ')}", status=1)
+
+    def _options(self) -> list[str]:
+        settings = {
+            "listen_addresses": _HOST,
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "fsync": "off",
+            # Into files: a pipe that a busy test does not read would fill and stop the server.
+            "logging_collector": "on",
+            # In files of the data directory, so that a killed server leaves nothing in /dev/shm.
+            "dynamic_shared_memory_type": "mmap",
+        }
+        return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+
+    async def _remove_shared_memory(self, pid_file: Path) -> None:
+        """A killed server leaves a System V segment, and the pid file with its number."""
+        segment = _segment(pid_file)
+        if segment is not None and shutil.which("ipcrm") is not None:
+            await run(["ipcrm", "-m", segment], cwd=Path("/"), user=self._user)
+
+
+def _segment(pid_file: Path) -> str | None:
+    """The last word of the line with the segment's key and number, if there is one."""
+    try:
+        return pid_file.read_text().splitlines()[6].split()[1]
+    except (OSError, IndexError):
+        return None
+
+
+def _environment() -> dict[str, str]:
+    """Ours without PG*: a server must not take a client's settings for its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}

@@ -1,0 +1,127 @@
+"""What devstack decides on, from the environment, then the clone's `.env` file, then development defaults."""
+
+import getpass
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from dotenv import dotenv_values
+
+from devstack.errors import CannotRun
+
+ROOT = Path(__file__).resolve().parents[3]
+
+PORTS = {
+    "GATEWAY_PORT": 8080,
+    "ALLOCATOR_PORT": 9101,
+    "REAPER_PORT": 9102,
+    "CSP_SYNCER_PORT": 9103,
+    "CSP_SIMULATOR_PORT": 9200,
+}
+"""Variable and default of every port that `make run` listens on."""
+
+TOKENS = {
+    "BROKER_API_TOKEN": "dev-track-token",
+    "BROKER_ADMIN_TOKEN": "dev-admin-token",
+    "CSP_API_TOKEN": "dev-csp-token",
+}
+"""Variable and development default of every token. Nothing else in the project has a default token."""
+
+_DEFAULTS = {"LOG_FORMAT": "console", "LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """An empty variable counts as not set."""
+
+    root: Path
+    environment: Mapping[str, str]
+    """Everything the services are to find in their environment, apart from what devstack finds out."""
+    database_url: str | None
+    amqp_url: str | None
+    csp_base_url: str | None
+    """None: the simulator is ours."""
+    ports: Mapping[str, int]
+    tokens: Mapping[str, str]
+    default_tokens: frozenset[str]
+    """Those of the tokens that nobody set."""
+    postgres_servers: tuple[str, ...]
+    """URLs to try on this machine, without a database."""
+    rabbitmq_server: str
+    postgres_image: str
+    rabbitmq_image: str
+
+    @property
+    def state_directory(self) -> Path:
+        return self.root / ".devstack"
+
+    @property
+    def database_name(self) -> str:
+        """One database per clone, and one more for each CSP that is not the simulator."""
+        return f"sandbox_broker_dev_{digest(str(self.root) + (self.csp_base_url or ''))}"
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['GATEWAY_PORT']}"
+
+    @property
+    def simulator_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['CSP_SIMULATOR_PORT']}"
+
+
+def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Settings:
+    """Raises CannotRun, with one line that names the variable, when one makes no sense."""
+    real = dict(os.environ if environ is None else environ)
+    from_file = {name: value for name, value in dotenv_values(root / ".env").items() if value is not None}
+    merged = {**_DEFAULTS, **from_file, **real}
+
+    def value(name: str) -> str | None:
+        return real.get(name) or from_file.get(name) or None
+
+    csp_base_url = value("CSP_BASE_URL")
+    if csp_base_url is not None and value("CSP_API_TOKEN") is None:
+        raise CannotRun("CSP_API_TOKEN is not set; the CSP at CSP_BASE_URL wants one")
+    rabbitmq_port = _port("RABBITMQ_NODE_PORT", value("RABBITMQ_NODE_PORT"), 5672)
+    return Settings(
+        root=root,
+        environment=merged,
+        database_url=value("DATABASE_URL"),
+        amqp_url=value("AMQP_URL"),
+        csp_base_url=csp_base_url,
+        ports={name: _port(name, value(name), default) for name, default in PORTS.items()},
+        tokens={name: value(name) or default for name, default in TOKENS.items()},
+        default_tokens=frozenset(name for name in TOKENS if value(name) is None),
+        postgres_servers=_postgres_servers(value),
+        rabbitmq_server=f"amqp://guest:guest@127.0.0.1:{rabbitmq_port}/",
+        postgres_image=value("POSTGRES_IMAGE") or "postgres:17",
+        rabbitmq_image=value("RABBITMQ_IMAGE") or "rabbitmq:4-management",
+    )
+
+
+def digest(text: str) -> str:
+    """Eight hexadecimal digits that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _postgres_servers(value: Callable[[str], str | None]) -> tuple[str, ...]:
+    """PG* variables say where and who, as for libpq's clients, but never a socket's directory."""
+    host = value("PGHOST") or "127.0.0.1"
+    if host.startswith("/"):
+        host = "127.0.0.1"
+    port = _port("PGPORT", value("PGPORT"), 5432)
+    named = value("PGUSER")
+    users = [named] if named else list(dict.fromkeys(["postgres", getpass.getuser()]))
+    password = value("PGPASSWORD")
+    secret = f":{quote(password, safe='')}" if password else ""
+    return tuple(f"postgresql://{quote(user, safe='')}{secret}@{host}:{port}" for user in users)
+
+
+def _port(name: str, value: str | None, default: int) -> int:
+    if value is None:
+        return default
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 65535:
+        raise CannotRun(f"{name} must be a port between 1 and 65535, not {value!r}")
+    return int(value)

@@ -1,0 +1,60 @@
+"""What the person at the terminal wants to know once everything runs."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from devstack.settings import Settings
+
+_METRICS = {
+    "gateway": "GATEWAY_PORT",
+    "allocator": "ALLOCATOR_PORT",
+    "reaper": "REAPER_PORT",
+    "csp-syncer": "CSP_SYNCER_PORT",
+}
+
+
+def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: float, set_up: float) -> Iterator[str]:
+    """The summary, line by line; `set_up` is the part of `seconds` that went into the infrastructure."""
+    gateway = settings.gateway_url
+    track_token = _token(settings, "BROKER_API_TOKEN")
+    script = settings.root / "instruqt" / "instruqt_broker_allocation.py"
+    yield ""
+    yield f"Ready after {seconds:.1f} s ({set_up:.1f} s of it for PostgreSQL and RabbitMQ). {_pool(counts)}"
+    yield ""
+    yield f"  API            {gateway}/v1"
+    yield f"  docs           {gateway}/v1/docs"
+    for number, (name, variable) in enumerate(_METRICS.items()):
+        label = "metrics" if number == 0 else ""
+        yield f"  {label:<14} http://127.0.0.1:{settings.ports[variable]}/metrics  ({name})"
+    if settings.csp_base_url is None:
+        yield f"  CSP simulator  {settings.simulator_url}/v2  (control: {settings.simulator_url}/_control)"
+    else:
+        yield f"  CSP            {settings.csp_base_url}"
+    yield f"  track token    {track_token}"
+    yield f"  admin token    {_token(settings, 'BROKER_ADMIN_TOKEN')}"
+    yield ""
+    yield "Lease a sandbox as a track does, from any folder:"
+    yield ""
+    yield f"  BROKER_API_URL={gateway}/v1 BROKER_API_TOKEN={track_token} INSTRUQT_PARTICIPANT_ID=student-1 \\"
+    yield f"    python3 {script}"
+    yield ""
+    yield "or with curl:"
+    yield ""
+    yield f"  curl -X POST {gateway}/v1/allocate -H 'X-Instruqt-Sandbox-ID: student-1' \\"
+    yield f'    -H "Authorization: Bearer {track_token}"'
+    yield ""
+    yield "Ctrl-C stops everything."
+    yield ""
+
+
+def _token(settings: Settings, name: str) -> str:
+    """A development default in full; one that somebody set is a secret, and named only."""
+    return settings.tokens[name] if name in settings.default_tokens else f"${name}"
+
+
+def _pool(counts: Mapping[str, Any] | None) -> str:
+    if counts is None:
+        return "The pool's numbers could not be read."
+    states = {name: number for name, number in counts.items() if isinstance(number, int) and name != "total"}
+    shown = ", ".join(f"{number} {name}" for name, number in states.items() if number or name == "available")
+    return f"The pool: {shown}."

@@ -1,0 +1,119 @@
+"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, found in the order of `make run`.
+
+Each test session has a database and a virtual host of its own, which go when it ends, so that sessions run
+beside each other and beside `make run`.
+"""
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from aio_pika import connect
+
+from devstack import infrastructure, rabbitmq
+from devstack.errors import CannotRun
+from devstack.infrastructure import Found
+from devstack.output import Terminal
+from devstack.processes import run
+from devstack.settings import load
+from sandbox_broker import topology
+from sandbox_broker.migrate import migrate
+
+
+@pytest.fixture(scope="session")
+async def servers() -> AsyncIterator[tuple[Found, Found]]:
+    """PostgreSQL and RabbitMQ."""
+    async with AsyncExitStack() as stack:
+        try:
+            yield await infrastructure.find(load(), Terminal(), stack)
+        except CannotRun as reason:
+            pytest.exit(f"the tests need real servers: {reason}", returncode=2)
+
+
+NewDatabase = Callable[[], AbstractAsyncContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def new_database(servers: tuple[Found, Found]) -> NewDatabase:
+    """`async with new_database() as url`: a database with nothing in it, which goes at the end of the block."""
+    found, _ = servers
+    server = found.url.rsplit("/", 1)[0] if found.given else found.url
+
+    @asynccontextmanager
+    async def create() -> AsyncIterator[str]:
+        name = f"broker_test_{secrets.token_hex(4)}"
+        admin = await asyncpg.connect(f"{server}/postgres")
+        await admin.execute(f"CREATE DATABASE {name}")
+        try:
+            yield f"{server}/{name}"
+        finally:
+            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            await admin.close()
+
+    return create
+
+
+@pytest.fixture(scope="session")
+async def empty_database_url(new_database: NewDatabase) -> AsyncIterator[str]:
+    """A database with nothing in it."""
+    async with new_database() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+async def database_url(empty_database_url: str) -> str:
+    """A database with our tables. Ask for `clean_database` to have them empty."""
+    await migrate(empty_database_url)
+    return empty_database_url
+
+
+@pytest.fixture
+async def clean_database(database_url: str) -> str:
+    """The database with our tables, all of them empty."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("TRUNCATE sandboxes, leases, outbox, csp_listings, csp_accounts")
+    await connection.close()
+    return database_url
+
+
+@pytest.fixture(scope="session")
+async def amqp_url(servers: tuple[Found, Found]) -> AsyncIterator[str]:
+    """A virtual host of our own. Ask for `clean_queues` to have its queues empty."""
+    _, found = servers
+    if found.processes:  # it was started for us, so nobody else is on it
+        yield found.url
+        return
+    async with AsyncExitStack() as stack:
+        if urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and await _add_vhost(
+            name := f"broker_test_{secrets.token_hex(4)}", urlsplit(found.url).username or "guest"
+        ):
+            stack.push_async_callback(run, ["rabbitmqctl", "-q", "delete_vhost", name])
+            yield f"{found.url.rstrip('/')}/{name}"
+        else:
+            yield (await stack.enter_async_context(rabbitmq.PrivateRabbitMQ())).url
+
+
+async def _add_vhost(name: str, user: str) -> bool:
+    """False where this account may not administer the RabbitMQ that answers."""
+    for command in (["add_vhost", name], ["set_permissions", "-p", name, user, ".*", ".*", ".*"]):
+        try:
+            code, _ = await run(["rabbitmqctl", "-q", *command])
+        except OSError:
+            return False
+        if code != 0:
+            return False
+    return True
+
+
+@pytest.fixture
+async def clean_queues(amqp_url: str) -> str:
+    """The virtual host with the topology declared anew and every queue empty."""
+    connection = await connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        for queue in topology.QUEUES:
+            await channel.queue_delete(queue.name)
+        await topology.declare(channel)
+    return amqp_url

@@ -1,0 +1,70 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devstack.errors import CannotRun
+from devstack.settings import Settings
+
+pytest_plugins = ("devstack.fixtures",)
+
+SettingsFrom = Callable[..., Settings]
+
+
+def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(
+    settings_from: SettingsFrom, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(
+        "GATEWAY_PORT=8090\nREAPER_PORT=9999\nBROKER_API_TOKEN=from-file\nLOG_FORMAT=json\n"
+    )
+
+    settings = settings_from(GATEWAY_PORT="8091")
+
+    assert settings.ports["GATEWAY_PORT"] == 8091
+    assert settings.ports["REAPER_PORT"] == 9999
+    assert settings.ports["ALLOCATOR_PORT"] == 9101
+    assert settings.tokens["BROKER_API_TOKEN"] == "from-file"
+    assert settings.environment["LOG_FORMAT"] == "json"
+
+
+def test_an_empty_variable_counts_as_not_set_but_reaches_the_services(settings_from: SettingsFrom) -> None:
+    settings = settings_from(DATABASE_URL="", GATEWAY_PORT="", RATE_LIMIT="")
+
+    assert settings.database_url is None
+    assert settings.ports["GATEWAY_PORT"] == 8080
+    assert settings.environment["RATE_LIMIT"] == ""
+
+
+def test_only_tokens_that_nobody_set_are_known_to_all(settings_from: SettingsFrom) -> None:
+    settings = settings_from(BROKER_ADMIN_TOKEN="mine")
+
+    assert settings.default_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN"}
+
+
+def test_a_csp_of_the_user_needs_its_token(settings_from: SettingsFrom) -> None:
+    with pytest.raises(CannotRun, match="CSP_API_TOKEN is not set"):
+        settings_from(CSP_BASE_URL="https://csp.example/v2")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "8080.0"])
+def test_a_port_that_is_none_is_named_with_its_variable(settings_from: SettingsFrom, port: str) -> None:
+    with pytest.raises(CannotRun, match="GATEWAY_PORT must be a port"):
+        settings_from(GATEWAY_PORT=port)
+
+
+def test_the_simulator_and_each_other_csp_have_databases_of_their_own(settings_from: SettingsFrom) -> None:
+    simulated = settings_from().database_name
+    real = settings_from(CSP_BASE_URL="https://csp.example/v2", CSP_API_TOKEN="t").database_name
+
+    assert simulated != real
+    assert settings_from().database_name == simulated
+
+
+def test_clients_variables_say_where_postgresql_is_and_who_we_are(settings_from: SettingsFrom) -> None:
+    settings = settings_from(PGHOST="db.example", PGPORT="5433", PGUSER="me", PGPASSWORD="p@ss/word")
+
+    assert settings.postgres_servers == ("postgresql://me:p%40ss%2Fword@db.example:5433",)
+
+
+def test_without_a_user_the_usual_superuser_is_tried_first(settings_from: SettingsFrom) -> None:
+    assert settings_from().postgres_servers[0] == "postgresql://postgres@127.0.0.1:5432"

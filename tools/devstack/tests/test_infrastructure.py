@@ -1,0 +1,215 @@
+"""Where PostgreSQL and RabbitMQ come from: the variables, this machine, Docker, packages, in that order."""
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+import aio_pika
+import asyncpg
+import pytest
+from aio_pika.abc import AbstractIncomingMessage
+
+from devstack import docker, infrastructure, packages, postgres, processes, rabbitmq
+from devstack.errors import CannotRun
+from devstack.infrastructure import Found, check_unused, find
+from devstack.ports import free_port
+from devstack.settings import Settings
+
+pytest_plugins = ("devstack.fixtures",)
+
+IMAGES = {name: os.environ[name] for name in ("POSTGRES_IMAGE", "RABBITMQ_IMAGE") if name in os.environ}
+
+SettingsFrom = Callable[..., Settings]
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def nothing_local() -> Mapping[str, str]:
+    """Variables that make the looked-at ports of this machine ones where nobody listens."""
+    return {"PGPORT": str(free_port()), "RABBITMQ_NODE_PORT": str(free_port())}
+
+
+@pytest.fixture
+def no_docker(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The path is what is asked for, so that a machine with Docker tests it, too.
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
+
+
+def local(own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
+    """Variables that make the private servers the ones that are looked for on this machine."""
+    database, broker = urlsplit(own_postgres_url), urlsplit(own_amqp_url)
+    return {
+        "PGPORT": str(database.port),
+        "PGUSER": str(database.username),
+        "PGPASSWORD": str(database.password),
+        "RABBITMQ_NODE_PORT": str(broker.port),
+    }
+
+
+async def test_variables_come_first(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
+) -> None:
+    settings = settings_from(
+        DATABASE_URL=own_postgres_url,
+        AMQP_URL=own_amqp_url,
+        PGPORT=str(free_port()),
+        RABBITMQ_NODE_PORT=str(free_port()),
+    )
+
+    database, broker = await find(settings, terminal, stack)
+
+    assert (database.url, database.given) == (own_postgres_url, True)
+    assert (broker.url, broker.given) == (own_amqp_url, True)
+    assert "password" not in "".join(terminal.lines)
+    assert any(line.startswith("• PostgreSQL: DATABASE_URL, 127.0.0.1:") for line in terminal.lines)
+
+
+async def test_then_what_answers_on_this_machine(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
+) -> None:
+    database, broker = await find(settings_from(**local(own_postgres_url, own_amqp_url)), terminal, stack)
+
+    assert f"{database.url}/postgres" == own_postgres_url
+    assert broker.url == own_amqp_url
+    assert not database.given
+    assert database.processes == broker.processes == ()
+
+
+async def test_each_of_the_two_is_looked_for_on_its_own(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
+) -> None:
+    settings = settings_from(DATABASE_URL=own_postgres_url, RABBITMQ_NODE_PORT=str(urlsplit(own_amqp_url).port))
+
+    database, broker = await find(settings, terminal, stack)
+
+    assert database.given
+    assert not broker.given
+
+
+async def test_a_variable_that_leads_nowhere_ends_the_search_and_is_named(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
+) -> None:
+    nowhere = free_port()
+    around = local(own_postgres_url, own_amqp_url)
+
+    with pytest.raises(CannotRun, match=r"^DATABASE_URL does not lead to a database") as caught:
+        await find(
+            settings_from(**around, DATABASE_URL=f"postgresql://me:secret@127.0.0.1:{nowhere}/x"), terminal, stack
+        )
+    assert caught.value.status == 2
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+    with pytest.raises(CannotRun, match=r"^AMQP_URL does not lead to a RabbitMQ"):
+        await find(settings_from(**around, AMQP_URL=f"amqp://me:secret@127.0.0.1:{nowhere}/"), terminal, stack)
+
+
+@pytest.mark.parametrize(
+    "url", ["not a url", "postgresql://127.0.0.1:port/x", "mysql://127.0.0.1/x", "postgresql://"]
+)
+async def test_a_database_url_that_is_none_is_refused_in_one_line(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, url: str
+) -> None:
+    with pytest.raises(CannotRun, match=r"^DATABASE_URL") as caught:
+        await find(settings_from(DATABASE_URL=url, PGPORT=str(free_port())), terminal, stack)
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["not a url", "amqp://127.0.0.1:port/", "http://127.0.0.1/", "amqp://"])
+async def test_an_amqp_url_that_is_none_is_refused_in_one_line(
+    settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, url: str
+) -> None:
+    with pytest.raises(CannotRun, match=r"^AMQP_URL") as caught:
+        await find(settings_from(DATABASE_URL=own_postgres_url, AMQP_URL=url), terminal, stack)
+
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_role_that_may_not_create_databases_is_not_enough(
+    settings_from: SettingsFrom, terminal: Any, own_postgres_url: str
+) -> None:
+    connection = await asyncpg.connect(own_postgres_url)
+    try:
+        await connection.execute("CREATE ROLE lodger LOGIN PASSWORD 'p'")
+        settings = settings_from(PGPORT=str(urlsplit(own_postgres_url).port), PGUSER="lodger", PGPASSWORD="p")
+
+        assert await infrastructure._local_postgres(settings, terminal) is None
+    finally:
+        await connection.execute("DROP ROLE lodger")
+        await connection.close()
+
+    assert "the role may not create databases" in terminal.lines[-1]
+
+
+async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_was_named(own_amqp_url: str) -> None:
+    async def ignore(_: AbstractIncomingMessage) -> None: ...
+
+    async with await aio_pika.connect(own_amqp_url) as connection:
+        channel = await connection.channel()
+        queue = await channel.declare_queue("allocator.commands", auto_delete=True)
+        await queue.consume(ignore)
+
+        with pytest.raises(CannotRun, match=r"another Sandbox Broker already uses RabbitMQ .* set AMQP_URL"):
+            await check_unused(Found(own_amqp_url))
+
+        await check_unused(Found(own_amqp_url, given=True))
+
+
+@pytest.mark.usefixtures("no_docker", "postgres_binaries", "rabbitmq_binaries")
+async def test_without_docker_private_servers_are_made_of_the_packages(
+    settings_from: SettingsFrom, terminal: Any, nothing_local: Mapping[str, str]
+) -> None:
+    async with AsyncExitStack() as stack:
+        database, broker = await find(settings_from(**nothing_local), terminal, stack)
+
+        assert await postgres.refusal(f"{database.url}/postgres") is None
+        assert await rabbitmq.refusal(broker.url) is None
+        assert len(database.processes) == len(broker.processes) == 1
+
+    assert not any(process.running for process in (*database.processes, *broker.processes))
+
+
+@pytest.mark.usefixtures("no_docker")
+async def test_with_nothing_to_start_one_line_says_what_to_do(
+    settings_from: SettingsFrom,
+    terminal: Any,
+    stack: AsyncExitStack,
+    nothing_local: Mapping[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(postgres, "binaries", lambda: None)
+    monkeypatch.setattr(rabbitmq, "binaries", lambda: None)
+    monkeypatch.setattr(packages, "can_install", lambda: False)
+
+    with pytest.raises(CannotRun, match="set DATABASE_URL and AMQP_URL, or install and start") as caught:
+        await find(settings_from(**nothing_local), terminal, stack)
+
+    assert caught.value.status == 2
+
+
+async def test_docker_runs_what_is_missing_and_removes_it_in_the_end(
+    settings_from: SettingsFrom, terminal: Any, nothing_local: Mapping[str, str]
+) -> None:
+    settings = settings_from(**nothing_local, **IMAGES)
+    if await docker.refusal() is not None:
+        pytest.skip("Docker does not answer here")
+    for image in (settings.postgres_image, settings.rabbitmq_image):
+        if (await processes.run(["docker", "image", "inspect", image]))[0] != 0:
+            pytest.skip(f"{image} is not on this machine")
+
+    async with AsyncExitStack() as stack:
+        database, broker = await find(settings, terminal, stack)
+
+        assert await postgres.refusal(f"{database.url}/postgres") is None
+        assert await rabbitmq.refusal(broker.url) is None
+
+    _, names = await processes.run(["docker", "ps", "--all", "--format", "{{.Names}}"])
+    assert infrastructure._container_prefix(settings) not in names

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from devstack import locks
+
+ROOT = """
+[project]
+name = "workspace"
+dependencies = ["ours"]
+[dependency-groups]
+dev = ["Tool.Kit>=2"]
+[tool.uv.workspace]
+members = ["shared", "services/*"]
+"""
+OURS = '[project]\nname = "ours"\ndependencies = ["library[extra]>=1.5"]\n'
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "pyproject.toml").write_text(ROOT)
+    (tmp_path / "shared" / "pyproject.toml").write_text(OURS)
+    for service in locks.SERVICES:
+        (tmp_path / "services" / service).mkdir(parents=True)
+        (tmp_path / "services" / service / "pyproject.toml").write_text(
+            f'[project]\nname = "{service}"\ndependencies = ["ours"]\n'
+        )
+        (tmp_path / "requirements" / f"{service}.txt").write_text("library[extra]==1.6 \\\n    --hash=sha256:0\n")
+    (tmp_path / "requirements" / "dev.txt").write_text("library==1.6 ; python_version > '3'\ntool-kit==2.0 \\\n")
+    return tmp_path
+
+
+def test_locks_that_hold_what_is_declared_are_fine(clone: Path) -> None:
+    assert list(locks.problems(clone)) == []
+
+
+def test_a_requirement_that_is_not_locked_is_named_with_the_file(clone: Path) -> None:
+    (clone / "requirements" / "reaper.txt").write_text("other==1.0\n")
+
+    assert list(locks.problems(clone)) == ["requirements/reaper.txt lacks library[extra]>=1.5"]
+
+
+def test_a_version_that_is_excluded_by_now_is_named(clone: Path) -> None:
+    (clone / "shared" / "pyproject.toml").write_text(OURS.replace(">=1.5", ">=1.7"))
+
+    assert any("pins library 1.6, wanted is library[extra]>=1.7" in line for line in locks.problems(clone))

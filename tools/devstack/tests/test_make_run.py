@@ -1,0 +1,324 @@
+"""`make run` from outside: a process with its terminal, and stand-ins for the four services."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from devstack import pool
+from devstack.errors import CannotRun
+from devstack.ports import free_port
+from devstack.processes import Process, spawn
+from devstack.settings import PORTS
+
+STAND_IN = """
+import http.server, os, signal, sys, threading
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b'{"total": 50, "available": 50, "allocated": 0}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        if self.path == "/die":
+            print("something is wrong", flush=True)
+            os._exit(7)
+        print("POST", self.path, self.headers["Authorization"], flush=True)
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+def stop(*_):
+    print("finishing", flush=True)
+    os._exit(0)
+
+def serve(variable):
+    signal.signal(signal.SIGTERM, stop)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ[variable])), Answers)
+    print("pid", os.getpid(), "log format", os.environ["LOG_FORMAT"], flush=True)
+    server.serve_forever()
+"""
+ENTRY = """
+import sys
+from pathlib import Path
+from devstack.main import main
+
+pytest_plugins = ("devstack.fixtures",)
+sys.exit(main(Path(sys.argv[1])))
+"""
+MODULES = {
+    "gateway": "GATEWAY_PORT",
+    "allocator": "ALLOCATOR_PORT",
+    "reaper": "REAPER_PORT",
+    "csp_syncer": "CSP_SYNCER_PORT",
+    "csp_simulator": "CSP_SIMULATOR_PORT",
+}
+
+
+MakeRun = Callable[..., Awaitable[Process]]
+
+
+@pytest.fixture
+def environ(tmp_path: Path, own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
+    """The variables of a run whose infrastructure is there and whose services are stand-ins."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "stand_in.py").write_text(STAND_IN)
+    for module, variable in MODULES.items():
+        (modules / f"{module}.py").write_text(f"import stand_in; stand_in.serve({variable!r})\n")
+    (modules / "sandbox_broker").mkdir()
+    (modules / "sandbox_broker" / "__init__.py").touch()
+    (modules / "sandbox_broker" / "migrate.py").write_text("print('up to date')\n")
+    return {
+        **{name: value for name, value in os.environ.items() if name in {"PATH", "HOME"}},
+        **{name: str(free_port()) for name in PORTS},
+        "PYTHONPATH": str(modules),
+        "DATABASE_URL": own_postgres_url,
+        "AMQP_URL": own_amqp_url,
+    }
+
+
+@pytest.fixture
+async def make_run(tmp_path: Path, environ: dict[str, str]) -> AsyncIterator[MakeRun]:
+    runs: list[Process] = []
+
+    async def start(**changes: str) -> Process:
+        run = await spawn("make run", [sys.executable, "-c", ENTRY, tmp_path], env={**environ, **changes})
+        run.tail = type(run.tail)(maxlen=1000)
+        runs.append(run)
+        return run
+
+    yield start
+    for run in runs:
+        run.kill()
+        await run.wait()
+
+
+async def until_line(run: Process, text: str) -> str:
+    """The first line that contains the text."""
+    async with asyncio.timeout(20):
+        while True:
+            for line in run.tail:
+                if text in line:
+                    return line
+            assert run.running, list(run.tail)
+            await asyncio.sleep(0.01)
+
+
+def replace(environ: dict[str, str], module: str, code: str) -> None:
+    """Other code for one of the stand-ins."""
+    Path(environ["PYTHONPATH"], module).write_text(code)
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie that its new parent has not collected yet has ended."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def pids(run: Process) -> list[int]:
+    """Of the stand-ins, as they have told."""
+    return [int(line.split(" pid ")[1].split()[0]) for line in run.tail if " pid " in line]
+
+
+async def test_it_starts_everything_fills_the_pool_and_says_where_it_is(
+    make_run: MakeRun, environ: dict[str, str]
+) -> None:
+    run = await make_run()
+    ready = await until_line(run, "Ready after")
+    await until_line(run, "Ctrl-C stops everything")
+
+    text = "\n".join(run.tail)
+    assert "The pool: 50 available." in ready
+    for tag in ("migrate      │ up to date", "gateway      │ pid", "csp-simulator│ pid", "csp-syncer   │ pid"):
+        assert tag in text
+    assert f"http://127.0.0.1:{environ['GATEWAY_PORT']}/v1/docs" in text
+    assert "POST /v1/admin/sync?force=true Bearer dev-admin-token" in text
+    assert "BROKER_API_TOKEN=dev-track-token" in text
+    assert "log format console" in text
+    run.send(signal.SIGINT)
+    await run.wait()
+
+
+async def test_ctrl_c_stops_services_first_then_the_simulator_and_is_no_failure(make_run: MakeRun) -> None:
+    run = await make_run()
+    await until_line(run, "Ctrl-C stops everything")
+
+    run.send(signal.SIGINT)
+
+    assert await run.wait() == 0
+    last = [line.split("│")[0].strip() for line in run.tail if "finishing" in line]
+    assert sorted(last[:4]) == ["allocator", "csp-syncer", "gateway", "reaper"]
+    assert last[4:] == ["csp-simulator"]
+    assert not any(is_alive(pid) for pid in pids(run))
+
+
+async def test_sigterm_may_come_twice(make_run: MakeRun) -> None:
+    run = await make_run()
+    await until_line(run, "Ctrl-C stops everything")
+
+    run.send(signal.SIGTERM)
+    run.send(signal.SIGTERM)
+
+    assert await run.wait() == 0
+    assert sum("finishing" in line for line in run.tail) == 5
+
+
+async def test_ctrl_c_while_it_starts_stops_what_has_started(make_run: MakeRun, environ: dict[str, str]) -> None:
+    replace(environ, "reaper.py", "import time; print('slow', flush=True); time.sleep(60)")
+    run = await make_run()
+    await until_line(run, "reaper       │ slow")
+
+    run.send(signal.SIGINT)
+
+    assert await run.wait() == 0
+    assert not any(is_alive(pid) for pid in pids(run))
+
+
+async def test_a_second_ctrl_c_ends_what_does_not_want_to_stop(make_run: MakeRun, environ: dict[str, str]) -> None:
+    unwilling = "stand_in.stop = lambda *_: print('not yet', flush=True)"
+    replace(environ, "reaper.py", f"import stand_in\n{unwilling}\nstand_in.serve('REAPER_PORT')\n")
+    run = await make_run()
+    await until_line(run, "Ctrl-C stops everything")
+    run.send(signal.SIGINT)
+    await until_line(run, "not yet")
+
+    run.send(signal.SIGINT)
+
+    async with asyncio.timeout(5):
+        assert await run.wait() == 0
+    assert not any(is_alive(pid) for pid in pids(run))
+
+
+async def test_a_service_that_dies_is_named_and_the_rest_is_stopped(
+    make_run: MakeRun, environ: dict[str, str]
+) -> None:
+    run = await make_run()
+    await until_line(run, "Ctrl-C stops everything")
+
+    async with httpx.AsyncClient(trust_env=False) as client:
+        with pytest.raises(httpx.HTTPError):
+            await client.post(f"http://127.0.0.1:{environ['REAPER_PORT']}/die")
+
+    assert await run.wait() == 1
+    lines = list(run.tail)
+    told = lines.index("reaper ended with exit code 7. Its last lines:")
+    assert "    something is wrong" in lines[told:]
+    assert sum("finishing" in line for line in lines[told:]) == 4
+    assert not any(is_alive(pid) for pid in pids(run))
+
+
+async def test_a_service_that_dies_while_starting_is_named(make_run: MakeRun, environ: dict[str, str]) -> None:
+    Path(environ["PYTHONPATH"], "reaper.py").write_text(
+        "raise SystemExit('cannot start: CSP_API_TOKEN is not set')"
+    )
+
+    run = await make_run()
+
+    assert await run.wait() == 1
+    assert "reaper ended with exit code 1. Its last lines:" in run.tail
+    assert not any(is_alive(pid) for pid in pids(run))
+
+
+async def test_a_migration_that_fails_stops_the_start(make_run: MakeRun, environ: dict[str, str]) -> None:
+    replace(environ, "sandbox_broker/migrate.py", "raise SystemExit('revision 7 is unknown')")
+
+    run = await make_run()
+
+    assert await run.wait() == 1
+    assert run.tail[-1] == "make run: the database could not be migrated: revision 7 is unknown"
+
+
+async def test_killed_it_leaves_no_orphans(make_run: MakeRun) -> None:
+    run = await make_run()
+    await until_line(run, "Ctrl-C stops everything")
+
+    run.send(signal.SIGKILL)
+    await run.wait()
+
+    async with asyncio.timeout(5):
+        while any(is_alive(pid) for pid in pids(run)):  # noqa: ASYNC110 - processes tell no event
+            await asyncio.sleep(0.01)
+    assert len(pids(run)) == 5
+
+
+async def test_a_taken_port_is_named_with_the_variable_that_changes_it(
+    make_run: MakeRun, environ: dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", int(environ["REAPER_PORT"]))):
+        run = await make_run()
+
+        assert await run.wait() == 2
+
+    assert list(run.tail) == [
+        f"make run: port {environ['REAPER_PORT']} is taken by another program; set REAPER_PORT to a free one"
+    ]
+
+
+async def test_one_port_cannot_serve_two(make_run: MakeRun, environ: dict[str, str]) -> None:
+    run = await make_run(REAPER_PORT=environ["ALLOCATOR_PORT"])
+
+    assert await run.wait() == 2
+    assert "ALLOCATOR_PORT and REAPER_PORT are both" in run.tail[-1]
+
+
+async def test_a_wrong_database_url_is_one_line(make_run: MakeRun) -> None:
+    run = await make_run(DATABASE_URL=f"postgresql://me@127.0.0.1:{free_port()}/nowhere")
+
+    assert await run.wait() == 2
+    assert len(run.tail) == 1
+    assert run.tail[0].startswith("make run: DATABASE_URL does not lead to a database that answers")
+
+
+async def test_two_runs_on_one_database_are_one_too_many(make_run: MakeRun) -> None:
+    first = await make_run()
+    await until_line(first, "Ready after")
+
+    second = await make_run(**{name: str(free_port()) for name in PORTS})
+
+    assert await second.wait() == 2
+    assert "is running in this clone already" in second.tail[-1]
+
+
+async def test_a_csp_of_the_user_needs_no_simulator_and_is_never_forced(make_run: MakeRun) -> None:
+    run = await make_run(
+        CSP_BASE_URL="https://csp.example/v2", CSP_API_TOKEN="theirs", BROKER_ADMIN_TOKEN="new, old"
+    )
+    await until_line(run, "Ctrl-C stops everything")
+
+    text = "\n".join(run.tail)
+    assert "POST /v1/admin/sync Bearer new" in text
+    assert "csp-simulator" not in text
+    assert "theirs" not in text
+    assert "admin token    $BROKER_ADMIN_TOKEN" in text
+
+
+async def test_a_service_that_never_becomes_ready_is_named_with_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "READY_SEC", 0.3)
+
+    async def unwell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nno queue")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(unwell, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(CannotRun, match="reaper answers: 503 no queue") as caught:
+            await pool.wait_until_ready({"reaper": f"http://127.0.0.1:{port}/readyz"})
+
+    assert caught.value.status == 1

@@ -1,0 +1,25 @@
+import socket
+
+from devstack.ports import free_port, is_free
+
+
+def test_a_port_is_given_once_and_nobody_listens_on_it() -> None:
+    given = [free_port() for _ in range(50)]
+
+    assert len(set(given)) == 50
+    assert all(is_free(port, host="127.0.0.1") for port in given)
+
+
+def test_a_port_with_a_listener_on_one_address_is_not_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert not is_free(listener.getsockname()[1])
+
+
+def test_a_port_whose_connections_are_winding_down_is_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            served, _ = listener.accept()
+            served.close()  # the side that closes first keeps the address for a while
+
+    assert is_free(port)
