@@ -1,0 +1,92 @@
+"""What a newcomer does: `make run`, the command that it prints, Ctrl-C."""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from devstack.ports import free_port, is_free
+from devstack.processes import Process, run, spawn
+from devstack.rabbitmq import PrivateRabbitMQ
+from devstack.testing import NewDatabase
+from tests.integration.stack import PORTS, ROOT, eventually
+
+STATE = ROOT / ".devstack"
+
+
+@pytest.fixture
+async def environment(new_database: NewDatabase) -> AsyncIterator[dict[str, str]]:
+    async with new_database() as database_url, PrivateRabbitMQ() as rabbitmq:
+        before = set(STATE.glob("*"))
+        yield {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "BROKER_"))},
+            "DATABASE_URL": database_url,
+            "AMQP_URL": rabbitmq.url,
+            **{variable: str(free_port()) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT")},
+        }
+        for path in set(STATE.glob("*")) - before:
+            path.unlink()
+
+
+async def until_line(process: Process, lines: list[str], text: str) -> None:
+    async def written() -> bool:
+        assert process.running, lines[-20:]
+        return any(text in line for line in lines)
+
+    await eventually(written, within_sec=60)
+
+
+def pid_of(module: str, database_url: str) -> int:
+    """The process that runs our module on this database, found as the kernel tells it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if module.encode() in command and f"DATABASE_URL={database_url}".encode() in environment:
+            return int(process.name)
+    raise AssertionError(f"no process runs {module}")
+
+
+async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    make = await spawn("make run", ["make", "run"], env=environment, cwd=ROOT, on_line=lines.append)
+    try:
+        await until_line(make, lines, "Ctrl-C stops everything.")
+        start = next(number for number, line in enumerate(lines) if "INSTRUQT_PARTICIPANT_ID" in line)
+        command = f"{lines[start]}\n{lines[start + 1]}"
+        code, said = await run(["bash", "-c", command], cwd=tmp_path)
+        assert code == 0, said
+        written = {path.name for path in tmp_path.iterdir()}
+        assert written == {"sandbox_id.txt", "external_id.txt", "sandbox_name.txt", "sandbox_env.sh"}
+        async with httpx.AsyncClient(trust_env=False) as client:
+            stats = await client.get(
+                f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats",
+                headers={"Authorization": "Bearer dev-admin-token"},
+            )
+        assert (stats.json()["available"], stats.json()["allocated"]) == (49, 1)
+    finally:
+        # As the terminal does it: to make and to what it runs.
+        os.killpg(make.pid, signal.SIGINT)
+        await make.wait()
+    assert any("Everything that was started has stopped." in line for line in lines)
+    assert all(is_free(int(environment[variable])) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"))
+
+
+async def test_when_a_service_dies_it_is_named_and_the_rest_is_stopped(environment: dict[str, str]) -> None:
+    lines: list[str] = []
+    make = await spawn("make run", ["make", "run"], env=environment, cwd=ROOT, on_line=lines.append)
+    try:
+        await until_line(make, lines, "Ctrl-C stops everything.")
+        os.kill(pid_of("reaper", environment["DATABASE_URL"]), signal.SIGKILL)
+        assert await make.wait() == 2  # make's own word for a target that failed
+    finally:
+        make.kill()
+    assert any("reaper was ended by SIGKILL" in line for line in lines), lines[-20:]
+    assert all(is_free(int(environment[variable])) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"))
