@@ -1,9 +1,8 @@
-"""RabbitMQ for the services: connections that come back, confirmed publishing, batches of deliveries, requests.
+"""RabbitMQ for the services: confirmed publishing, batches of deliveries, requests.
 
 The rules, and what each is for:
 
-- A connection that is lost is thrown away with all that belonged to it and built anew; whatever waited for it
-  fails at once with `Disconnected`. (aio-pika's robust classes lose consumers and return callbacks.)
+- Connections are those of `connection.py`: they come back, and what waited for a lost one fails at once.
 - Publishing and consuming have connections of their own: a resource alarm blocks only publishers.
 - Every publish is confirmed, mandatory, and bounded in time; confirms are awaited together, not one by one.
 - A delivery is only put in line by the callback; the work is done outside it, in batches, and acknowledged in
@@ -12,88 +11,36 @@ The rules, and what each is for:
 """
 
 import asyncio
-import random
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Self
 
-import aio_pika
-import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
-from aiormq.exceptions import AMQPError, ChannelInvalidStateError, PublishError
+from aiormq.exceptions import PublishError
 from pamqp.commands import Basic
 
 from sandbox_broker import topology
+from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
 from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
 
-HEARTBEAT_SEC = 5
-CONNECT_TIMEOUT_SEC = 5.0
 PUBLISH_TIMEOUT_SEC = 5.0
-MAX_BACKOFF_SEC = 2.0
 
-_CONNECTION_ERRORS = (AMQPError, ChannelInvalidStateError, OSError, TimeoutError)
-
-log = structlog.get_logger()
-
-
-class Disconnected(Exception):
-    """RabbitMQ does not answer or did not confirm in time: whether the message arrived is unknown."""
+__all__ = [
+    "PUBLISH_TIMEOUT_SEC",
+    "Disconnected",
+    "Publisher",
+    "Requester",
+    "Subscription",
+    "Unroutable",
+    "answer",
+    "keep_connected",
+]
 
 
 class Unroutable(Exception):
     """No queue takes messages for this exchange and routing key."""
-
-
-async def keep_connected(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
-    """Runs `session` on a fresh connection for ever; when it ends or raises a connection error, after a pause
-    with jitter again. Each connection starts with the topology declared. Ends by being cancelled."""
-    attempt = 0
-    while True:
-        try:
-            connection = await _connect(url, name)
-            try:
-                attempt = 0
-                await session(connection)
-            finally:
-                await _close(connection)
-        except _CONNECTION_ERRORS as error:
-            log.warning("rabbitmq.disconnected", connection=name, error=str(error) or type(error).__name__)
-        attempt += 1
-        await asyncio.sleep(min(0.1 * 2**attempt, MAX_BACKOFF_SEC) * random.uniform(0.5, 1))  # noqa: S311 (jitter)
-
-
-async def _connect(url: str, name: str) -> AbstractConnection:
-    connection = await aio_pika.connect(
-        url,
-        timeout=CONNECT_TIMEOUT_SEC,
-        heartbeat=HEARTBEAT_SEC,
-        client_properties={"connection_name": name},
-    )
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_SEC), connection.channel() as channel:
-            await topology.declare(channel)
-    except BaseException:
-        await _close(connection)
-        raise
-    log.info("rabbitmq.connected", connection=name)
-    return connection
-
-
-async def _close(connection: AbstractConnection) -> None:
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
-            await connection.close()
-    except _CONNECTION_ERRORS:
-        pass  # it was lost anyway
-
-
-async def _open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:
-    channel = await connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
-    underlying = await channel.get_underlay_channel()
-    assert isinstance(underlying, Channel)  # noqa: S101 (its abstract class leaves out `wait`)
-    return underlying
 
 
 class Publisher:
@@ -102,8 +49,11 @@ class Publisher:
     def __init__(self, url: str, name: str) -> None:
         self._url = url
         self._name = f"{name}-publish"
+        self._connection: AbstractConnection | None = None
         self._channel: Channel | None = None
+        self._asking: Channel | None = None
         self._connected = asyncio.Event()
+        self._limits: set[asyncio.Timeout] = set()
 
     @property
     def connected(self) -> bool:
@@ -116,13 +66,19 @@ class Publisher:
         await keep_connected(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        channel = self._channel = await _open_channel(connection, confirms=True)
-        self._connected.set()
-        try:
-            await asyncio.wait([channel.closing])
-        finally:
-            self._channel = None
-            self._connected.clear()
+        with losses():
+            channel = await open_channel(connection, confirms=True)
+            self._connection, self._channel = connection, channel
+            self._connected.set()
+            try:
+                await channel.closing
+            finally:
+                self._connection = self._channel = self._asking = None
+                self._connected.clear()
+                # Nothing else wakes those that stand in line for a writer that is gone.
+                for limit in self._limits:
+                    if not limit.expired():
+                        limit.reschedule(0)
 
     async def publish(
         self,
@@ -140,29 +96,34 @@ class Publisher:
         """
         if self._channel is None:
             raise Disconnected("not connected to RabbitMQ")
-        try:
-            await self._channel.basic_publish(
-                body,
-                exchange=exchange,
-                routing_key=routing_key,
-                properties=properties or Basic.Properties(delivery_mode=2),
-                mandatory=mandatory,
-                timeout=timeout_sec,
-                wait=False,
-            )
-        except PublishError as error:
-            raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
-        except _CONNECTION_ERRORS as error:
-            raise Disconnected(f"publishing failed: {str(error) or type(error).__name__}") from error
+        with losses():
+            async with asyncio.timeout(timeout_sec) as limit:
+                self._limits.add(limit)
+                try:
+                    await self._channel.basic_publish(
+                        body,
+                        exchange=exchange,
+                        routing_key=routing_key,
+                        properties=properties or Basic.Properties(delivery_mode=2),
+                        mandatory=mandatory,
+                        wait=False,
+                    )
+                except PublishError as error:
+                    raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
+                finally:
+                    self._limits.discard(limit)
 
     async def consumers(self, queue: str) -> int:
         """How many consumers the queue has; raises Disconnected."""
-        if self._channel is None:
+        if self._connection is None:
             raise Disconnected("not connected to RabbitMQ")
-        try:
-            declared = await self._channel.queue_declare(queue, passive=True, timeout=PUBLISH_TIMEOUT_SEC)
-        except _CONNECTION_ERRORS as error:
-            raise Disconnected(str(error) or type(error).__name__) from error
+        with losses():
+            async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
+                # A channel of its own: on the other one, each question would hold up what is published, and a
+                # queue that does not exist would end it.
+                if self._asking is None or self._asking.is_closed:
+                    self._asking = await open_channel(self._connection, confirms=False)
+                declared = await self._asking.queue_declare(queue, passive=True)
         return declared.consumer_count or 0
 
 
@@ -177,12 +138,14 @@ class Subscription:
 
     @classmethod
     async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
-        channel = await _open_channel(connection, confirms=False)
-        subscription = cls(channel)
-        channel.closing.add_done_callback(lambda _: subscription.end())
-        channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
-        await channel.basic_qos(prefetch_count=prefetch)
-        await channel.basic_consume(queue.name, subscription._deliver)
+        """Raises Disconnected."""
+        with losses():
+            channel = await open_channel(connection, confirms=False)
+            subscription = cls(channel)
+            channel.closing.add_done_callback(lambda _: subscription.end())
+            channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
+            await channel.basic_qos(prefetch_count=prefetch)
+            await channel.basic_consume(queue.name, subscription._deliver)
         return subscription
 
     async def _deliver(self, delivery: DeliveredMessage) -> None:
@@ -200,16 +163,18 @@ class Subscription:
     async def ack(self, delivery: DeliveredMessage, *, all_before: bool = False) -> None:
         """Acknowledges this delivery, or with it all before it. Where the channel is gone it does nothing:
         RabbitMQ delivers them again, and doing them again changes nothing."""
-        try:
-            await self._channel.basic_ack(_tag(delivery), multiple=all_before)
-        except _CONNECTION_ERRORS:
-            self.end()
+        await self._settle(self._channel.basic_ack(_tag(delivery), multiple=all_before))
 
     async def reject(self, delivery: DeliveredMessage) -> None:
         """Sends this delivery to the dead letters."""
+        await self._settle(self._channel.basic_reject(_tag(delivery), requeue=False))
+
+    async def _settle(self, sending: Awaitable[None]) -> None:
         try:
-            await self._channel.basic_reject(_tag(delivery), requeue=False)
-        except _CONNECTION_ERRORS:
+            with losses():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
+                    await sending
+        except Disconnected:
             self.end()
 
     def end(self) -> None:
@@ -232,7 +197,7 @@ class Requester:
         self._publisher = publisher
         self._reply_queue: str | None = None
         self._connected = asyncio.Event()
-        self._waiting: dict[str, asyncio.Future[tuple[Reply, ...]]] = {}
+        self._waiting: dict[str, tuple[asyncio.Future[tuple[Reply, ...]], int]] = {}
 
     @property
     def connected(self) -> bool:
@@ -242,29 +207,39 @@ class Requester:
         await keep_connected(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        channel = await _open_channel(connection, confirms=False)
-        lost = channel.closing
-        channel.on_consumer_cancel_callbacks.add(lambda _: asyncio.ensure_future(channel.close()))
-        declared = await channel.queue_declare(exclusive=True, auto_delete=True)
-        await channel.basic_consume(declared.queue or "", self._answered, no_ack=True)
-        self._reply_queue = declared.queue
-        self._connected.set()
-        try:
-            await asyncio.wait([lost])
-        finally:
-            self._reply_queue = None
-            self._connected.clear()
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(Disconnected("the connection was lost while waiting for the reply"))
-            self._waiting.clear()
+        with losses():
+            channel = await open_channel(connection, confirms=False)
+            lost = channel.closing
+
+            def cancelled(_: object) -> None:
+                if not lost.done():
+                    lost.set_exception(Disconnected("the reply queue was deleted"))
+
+            channel.on_consumer_cancel_callbacks.add(cancelled)
+            declared = await channel.queue_declare(exclusive=True, auto_delete=True)
+            await channel.basic_consume(declared.queue or "", self._answered, no_ack=True)
+            self._reply_queue = declared.queue
+            self._connected.set()
+            try:
+                await lost
+            finally:
+                self._reply_queue = None
+                self._connected.clear()
+                for future, _ in self._waiting.values():
+                    if not future.done():
+                        future.set_exception(Disconnected("the connection was lost while waiting for the reply"))
+                self._waiting.clear()
 
     async def _answered(self, delivery: DeliveredMessage) -> None:
-        future = self._waiting.pop(delivery.header.properties.correlation_id or "", None)
-        if future is None or future.done():
+        waiting = self._waiting.pop(delivery.header.properties.correlation_id or "", None)
+        if waiting is None or waiting[0].done():
             return  # its sender has stopped waiting
+        future, expected = waiting
         try:
-            future.set_result(ReplyEnvelope.model_validate_json(delivery.body).replies)
+            replies = ReplyEnvelope.model_validate_json(delivery.body).replies
+            if len(replies) != expected:
+                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301
+            future.set_result(replies)
         except ValueError as error:
             future.set_exception(error)
 
@@ -274,16 +249,17 @@ class Requester:
         """Publishes one envelope; returns, once RabbitMQ has taken it, what will hold the replies, in order.
 
         Past `timeout_sec` the future fails with TimeoutError, and RabbitMQ drops the envelope if nobody has
-        begun it. Raises Disconnected or Unroutable; the future may fail with Disconnected too.
+        begun it. Raises Disconnected or Unroutable; the future may fail with Disconnected too, or with
+        ValueError when the reply cannot be understood.
         """
         if self._reply_queue is None:
             raise Disconnected("not connected to RabbitMQ")
         correlation_id = uuid.uuid4().hex
         loop = asyncio.get_running_loop()
         future: asyncio.Future[tuple[Reply, ...]] = loop.create_future()
-        self._waiting[correlation_id] = future
+        self._waiting[correlation_id] = (future, len(commands))
         timer = loop.call_later(timeout_sec, _expire, future)
-        future.add_done_callback(lambda _: self._forget(correlation_id, timer))
+        future.add_done_callback(lambda done: self._forget(correlation_id, timer, done))
         properties = Basic.Properties(
             content_type="application/json",
             delivery_mode=2,
@@ -304,20 +280,29 @@ class Requester:
             raise
         return future
 
-    def _forget(self, correlation_id: str, timer: asyncio.TimerHandle) -> None:
+    def _forget(
+        self, correlation_id: str, timer: asyncio.TimerHandle, done: asyncio.Future[tuple[Reply, ...]]
+    ) -> None:
         timer.cancel()
         self._waiting.pop(correlation_id, None)
+        if not done.cancelled():
+            done.exception()  # looked at, or asyncio complains where nobody waits any more
 
     async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
         """Sends one command, as soon as there is a connection, and waits for its reply.
 
-        Raises Disconnected, Unroutable or TimeoutError.
+        Raises Disconnected, Unroutable or TimeoutError, or ValueError when the reply cannot be understood.
         """
-        async with asyncio.timeout(timeout_sec):
-            await self._publisher.wait_connected()
-            await self._connected.wait()
-            (reply,) = await (await self.send(queue, [command], timeout_sec=timeout_sec))
-            return reply
+        deadline = asyncio.get_running_loop().time() + timeout_sec
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._publisher.wait_connected()
+                await self._connected.wait()
+                left = deadline - asyncio.get_running_loop().time()
+                (reply,) = await (await self.send(queue, [command], timeout_sec=left))
+                return reply
+        except TimeoutError:
+            raise TimeoutError(f"no reply in {timeout_sec:g} s") from None
 
 
 def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:

@@ -17,10 +17,14 @@ def configure(settings: ServiceSettings, service: str) -> None:
     ]
     renderer: structlog.typing.Processor
     if settings.log_format == "json":
-        shared.append(structlog.processors.dict_tracebacks)
+        # Without the local variables, which hold tokens and addresses with passwords.
+        without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        shared.append(structlog.processors.ExceptionRenderer(without_locals))
         renderer = structlog.processors.JSONRenderer()
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=sys.stdout.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     level = logging.getLevelNamesMapping()[settings.log_level]
 
     def add_service(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -27,6 +27,9 @@ PrintableAscii = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pa
 
 SandboxId = PrintableAscii
 
+_StorableText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""PostgreSQL stores no NUL."""
+
 
 class Message(BaseModel):
     """The common ground of all messages. Unknown fields are ignored, so that a newer sender can add some."""
@@ -90,8 +93,8 @@ class RecordDeletionFailure(Message):
     type: Literal["RecordDeletionFailure"] = "RecordDeletionFailure"
     sandbox_id: SandboxId
     attempts: int = Field(ge=0)
-    error: str = Field(max_length=500)
-    retry_in_sec: float | None = Field(ge=0)
+    error: _StorableText = Field(max_length=500)
+    retry_in_sec: float | None = Field(default=None, ge=0)
 
 
 class BeginListing(Message):
@@ -106,9 +109,9 @@ class ListedAccount(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     sandbox_id: SandboxId
-    external_id: str = Field(min_length=1, max_length=MAX_ID_LENGTH)
-    name: str = Field(min_length=1, max_length=500)
-    sfdc_account_id: str | None = None
+    external_id: PrintableAscii
+    name: _StorableText = Field(min_length=1, max_length=500)
+    sfdc_account_id: _StorableText | None = None
     created_at: datetime | None = None
 
 

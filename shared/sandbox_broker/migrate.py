@@ -6,6 +6,7 @@ Repeating it is harmless, also at the same moment: an advisory lock lets one run
 import asyncio
 from pathlib import Path
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from pydantic import Field
@@ -27,7 +28,7 @@ class Settings(BaseSettings):
 
 async def migrate(database_url: str) -> None:
     """Raises what asyncpg raises when the database does not answer."""
-    engine = db.engine(database_url)
+    engine = db.engine(database_url, statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
@@ -58,7 +59,7 @@ def main() -> None:
     url = load(Settings).database_url
     try:
         asyncio.run(migrate(url))
-    except db.CONNECTION_ERRORS as error:
+    except (*db.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
         stop(f"DATABASE_URL: {db.reason(error)}")
 
 

@@ -4,7 +4,7 @@ import asyncio
 from urllib.parse import urlsplit
 
 import aio_pika
-from aiormq.exceptions import AMQPError, AuthenticationError, ProbableAuthenticationError
+from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
 from sandbox_broker import db
 from sandbox_broker.settings import stop
@@ -21,10 +21,11 @@ def check(*, amqp_url: str, database_url: str | None = None) -> None:
 
 
 async def _problems(amqp_url: str, database_url: str | None) -> list[str]:
-    queue = await _amqp_problem(amqp_url)
-    database = await db.preflight(database_url, patience_sec=PATIENCE_SEC) if database_url else None
-    named = {"AMQP_URL": queue, "DATABASE_URL": database}
-    return [f"{name}: {problem}" for name, problem in named.items() if problem]
+    checks = {"AMQP_URL": _amqp_problem(amqp_url)}
+    if database_url is not None:
+        checks["DATABASE_URL"] = db.preflight(database_url, patience_sec=PATIENCE_SEC)
+    problems = await asyncio.gather(*checks.values())
+    return [f"{name}: {problem}" for name, problem in zip(checks, problems, strict=True) if problem]
 
 
 async def _amqp_problem(amqp_url: str) -> str | None:
@@ -33,12 +34,13 @@ async def _amqp_problem(amqp_url: str) -> str | None:
     deadline = asyncio.get_running_loop().time() + PATIENCE_SEC
     while True:
         try:
-            connection = await aio_pika.connect(amqp_url, timeout=PATIENCE_SEC)
+            left = deadline - asyncio.get_running_loop().time()
+            connection = await aio_pika.connect(amqp_url, timeout=max(left, 0.1))
         except (AuthenticationError, ProbableAuthenticationError):
             return f"RabbitMQ at {place} refuses this user and password"
         except (AMQPError, OSError, TimeoutError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            if "NOT_ALLOWED" in text or "vhost" in text:
+            if isinstance(error, InvalidFrameError) and "OpenOk" in text:  # it closes instead of opening
                 return f"RabbitMQ at {place} refuses the virtual host {parts.path or '/'!r}"
             if asyncio.get_running_loop().time() > deadline:
                 return f"no RabbitMQ answers at {place} ({text})"

@@ -30,10 +30,10 @@ def lifespan(
     @asynccontextmanager
     async def run_tasks(app: Starlette) -> AsyncIterator[None]:
         def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                log.error("service.task_failed", task=task.get_name(), exc_info=task.exception())
-                app.state.failed = True
-                os.kill(os.getpid(), signal.SIGTERM)
+            error = None if task.cancelled() else task.exception()
+            log.error("service.task_failed", task=task.get_name(), exc_info=error)
+            app.state.failed = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
         running = [asyncio.create_task(task(), name=_name(task)) for task in tasks]
         for task in running:
@@ -45,6 +45,8 @@ def lifespan(
                 task.remove_done_callback(ended)
                 task.cancel()
                 await asyncio.wait([task])
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    log.error("service.task_failed", task=task.get_name(), exc_info=error)
 
     return run_tasks
 
@@ -52,11 +54,17 @@ def lifespan(
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Awaits `work` to its end, even when cancelled meanwhile; the cancellation comes after it."""
     task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and (failure := task.exception()) is not None:
+        log.error("service.work_failed", exc_info=failure)
+    raise cancelled
 
 
 async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -68,21 +76,29 @@ async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
 
 def run(app: Starlette, port: int) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal once more when it is done; by then a stop is no failure.
-        signal.signal(number, lambda *_: None)
-    uvicorn.run(
-        app,
-        host="0.0.0.0",
-        port=port,
-        loop="uvloop",
-        http="httptools",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host="0.0.0.0",
+            port=port,
+            loop="uvloop",
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
+        )
     )
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn has handlers of its own while it serves: this is for a signal that comes before, and for the
+        # one that it raises again when it is done, when a stop is no failure.
+        signal.signal(number, stop)
+    server.run()
     if getattr(app.state, "failed", False):
         sys.exit(1)
 

@@ -36,7 +36,7 @@ sandboxes = Table(
     Column("deletion_requested_at", _Time),
     Column("deletion_reason", Text),
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
-    Column("deletion_attempts", Integer, nullable=False, server_default="0"),
+    Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_error", Text),
     CheckConstraint(
         "status IN ('available', 'allocated', 'pending_deletion', 'deletion_failed', 'stale', 'deleted')",
@@ -115,8 +115,8 @@ csp_accounts = Table(
 allocator_epoch = Table(
     "allocator_epoch",
     metadata,
-    Column("only_row", Integer, primary_key=True, server_default="1"),
-    Column("epoch", BigInteger, nullable=False, server_default="0"),
+    Column("only_row", Integer, primary_key=True, server_default=text("1")),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
     Column("backend_pid", Integer),
     CheckConstraint("only_row = 1", name="allocator_epoch_only_row"),
 )

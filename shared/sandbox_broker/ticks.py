@@ -10,7 +10,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 
 from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription, keep_connected
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, keep_connected
 from sandbox_broker.service import every
 
 log = structlog.get_logger()
@@ -22,7 +22,7 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
     async def tick() -> None:
         try:
             await publisher.publish(topology.TICKS.name, queue.name, b"{}")
-        except Disconnected as error:
+        except (Disconnected, Unroutable) as error:
             log.warning("tick.not_sent", queue=queue.name, error=str(error))
 
     await publisher.wait_connected()

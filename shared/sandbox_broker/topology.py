@@ -54,8 +54,8 @@ EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
 REAPER_EVENTS = Queue("reaper.events", _QUORUM)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
 
-EXCHANGES = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)
-QUEUES = (
+EXCHANGES: tuple[Exchange, ...] = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)
+QUEUES: tuple[Queue, ...] = (
     ALLOCATOR_COMMANDS,
     SYNCER_COMMANDS,
     SYNC_TICKS,
@@ -64,7 +64,7 @@ QUEUES = (
     REAPER_EVENTS,
     DEAD_LETTER_QUEUE,
 )
-BINDINGS = (
+BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
     Binding(SYNCER_COMMANDS, COMMANDS, SYNCER_COMMANDS.name),
     Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
 from sandbox_broker.csp import Account, CspClient, CspUnauthorized, CspUnavailable

@@ -1,0 +1,105 @@
+"""Connections to RabbitMQ that come back. One that is lost is thrown away with all that belonged to it and built
+anew; whatever waited for it fails at once with `Disconnected`. (aio-pika's robust classes lose consumers and
+return callbacks.)
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import aio_pika
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.channel import Channel
+from aiormq.exceptions import AMQPError
+
+from sandbox_broker import topology
+
+HEARTBEAT_SEC = 5
+CONNECT_TIMEOUT_SEC = 5.0
+MIN_BACKOFF_SEC = 0.1
+MAX_BACKOFF_SEC = 2.0
+
+log = structlog.get_logger()
+
+
+class Disconnected(Exception):
+    """RabbitMQ does not answer or did not confirm in time: whether the message arrived is unknown."""
+
+
+@contextmanager
+def losses() -> Iterator[None]:
+    """Around every call of the client library: what it raises when a connection is lost, as Disconnected.
+
+    It has no one class for that. What waits while we close the connection ourselves may get a bare Exception,
+    and what waits when the heartbeat fails is cancelled; of a real cancellation the task itself knows.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Disconnected("RabbitMQ no longer answers") from error
+    except Exception as error:
+        if isinstance(error, AMQPError | OSError | TimeoutError | RuntimeError) or type(error) is Exception:
+            raise Disconnected(str(error) or type(error).__name__) from error
+        raise
+
+
+async def keep_connected(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+    """Runs `session` on a fresh connection for ever; when it ends or raises Disconnected, after a pause with
+    jitter again. Each connection starts with the topology declared. Ends by being cancelled, or with what else
+    `session` raises."""
+    loop = asyncio.get_running_loop()
+    pause = MIN_BACKOFF_SEC
+    while True:
+        began = loop.time()
+        try:
+            connection = await _connect(url, name)
+            try:
+                await session(connection)
+            finally:
+                await _close(connection)
+            log.info("rabbitmq.session_ended", connection=name)
+        except Disconnected as error:
+            log.warning("rabbitmq.disconnected", connection=name, error=str(error))
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError  # the wait_for of Python 3.11, in the client library, can swallow it
+        pause = MIN_BACKOFF_SEC if loop.time() - began > MAX_BACKOFF_SEC else min(2 * pause, MAX_BACKOFF_SEC)
+        await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 (jitter)
+
+
+async def _connect(url: str, name: str) -> AbstractConnection:
+    with losses():
+        connection = await aio_pika.connect(
+            url,
+            timeout=CONNECT_TIMEOUT_SEC,
+            heartbeat=HEARTBEAT_SEC,
+            client_properties={"connection_name": name},
+        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SEC), connection.channel() as channel:
+                await topology.declare(channel)
+        except BaseException:
+            await _close(connection)
+            raise
+    log.info("rabbitmq.connected", connection=name)
+    return connection
+
+
+async def _close(connection: AbstractConnection) -> None:
+    try:
+        with losses():
+            async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
+                await connection.close()
+    except Disconnected:
+        pass  # it was lost anyway
+
+
+async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:
+    channel = await connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
+    underlying = await channel.get_underlay_channel()
+    assert isinstance(underlying, Channel)  # noqa: S101 (its abstract class leaves out `wait`)
+    return underlying

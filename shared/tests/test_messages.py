@@ -1,0 +1,236 @@
+"""What crosses RabbitMQ: it comes back as it went out, and nonsense is told from sense."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from sandbox_broker.messages import (
+    MAX_ENVELOPE,
+    MAX_ID_LENGTH,
+    AllocateSandbox,
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    Command,
+    DeletionsClaimed,
+    DueDeletion,
+    Event,
+    ExpireLeases,
+    InvalidCommand,
+    InvalidEnvelope,
+    LeaseGranted,
+    LeasesExpired,
+    ListedAccount,
+    ListingApplied,
+    ListingBegun,
+    ListingStaged,
+    PoolSynced,
+    RecordDeletion,
+    RecordDeletionFailure,
+    Recorded,
+    Refused,
+    ReleaseSandbox,
+    Reply,
+    ReplyEnvelope,
+    SandboxReleased,
+    StageListing,
+    SyncPool,
+    decode_commands,
+    encode_commands,
+)
+
+FULL = ListedAccount(
+    sandbox_id="7",
+    external_id="u-7",
+    name="läb 7",
+    sfdc_account_id="s",
+    created_at=datetime(2025, 3, 27, tzinfo=UTC),
+)
+COMMANDS: list[Command] = [
+    AllocateSandbox(request_id="r", holder="h"),
+    AllocateSandbox(request_id="r", holder="h", track_name="t", name_prefix="p%_*", idempotency_key="k"),
+    ReleaseSandbox(request_id="r", sandbox_id="7", holder="h"),
+    ExpireLeases(grace_sec=1800, limit=200),
+    ClaimDeletions(limit=10, claim_sec=120.5),
+    RecordDeletion(sandbox_id="7"),
+    RecordDeletionFailure(sandbox_id="7", attempts=1, error="500", retry_in_sec=30.5),
+    RecordDeletionFailure(sandbox_id="7", attempts=8, error="500", retry_in_sec=None),
+    BeginListing(),
+    StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
+    ApplyListing(listing_id=3, total=2, max_stale_fraction=0.25, force=True),
+    SyncPool(request_id="r", force=True),
+]
+REPLIES: list[Reply] = [
+    Refused(code="POOL_EXHAUSTED", message="No available sandboxes in pool"),
+    LeaseGranted(
+        new=True,
+        sandbox_id="7",
+        name="n",
+        external_id="u",
+        sfdc_account_id=None,
+        allocated_at=1,
+        expires_at=2,
+    ),
+    SandboxReleased(sandbox_id="7", status="pending_deletion", deletion_requested_at=1),
+    LeasesExpired(sandbox_ids=("7", "8")),
+    DeletionsClaimed(deletions=(DueDeletion(sandbox_id="7", external_id="u", name="n", attempts=0),)),
+    Recorded(changed=False),
+    ListingBegun(listing_id=3),
+    ListingStaged(staged=2),
+    ListingApplied(synced=2, discovered=1, restored=0, marked_stale=1),
+    PoolSynced(synced=2, marked_stale=1, restored=0, duration_ms=12),
+]
+
+
+def kinds(union: Any) -> set[type]:
+    return set(get_args(get_args(union)[0]))
+
+
+def envelope(*entries: object) -> bytes:
+    return json.dumps({"commands": entries}).encode()
+
+
+def test_the_samples_leave_out_no_message() -> None:
+    assert {type(command) for command in COMMANDS} == kinds(Command)
+    assert {type(reply) for reply in REPLIES} == kinds(Reply)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=repr)
+def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
+    assert decode_commands(encode_commands([command])) == [command]
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=repr)
+def test_a_reply_arrives_as_it_was_sent(reply: Reply) -> None:
+    body = ReplyEnvelope(replies=(reply,)).model_dump_json()
+    assert ReplyEnvelope.model_validate_json(body).replies == (reply,)
+
+
+def test_commands_keep_their_order() -> None:
+    assert decode_commands(encode_commands(COMMANDS)) == COMMANDS
+
+
+@pytest.mark.parametrize("message", [*COMMANDS, *REPLIES, FULL], ids=repr)
+def test_no_message_can_be_changed(message: BaseModel) -> None:
+    field = next(iter(type(message).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(message, field, getattr(message, field))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=repr)
+def test_a_version_that_is_not_known_is_refused(command: Command) -> None:
+    (refused,) = decode_commands(envelope({**command.model_dump(mode="json"), "version": 2}))
+    assert isinstance(refused, InvalidCommand)
+    assert "version" in str(refused)
+
+
+def test_a_reply_of_an_unknown_version_is_refused() -> None:
+    body = json.dumps({"replies": [{**REPLIES[0].model_dump(), "version": 2}]})
+    with pytest.raises(ValidationError, match="version"):
+        ReplyEnvelope.model_validate_json(body)
+
+
+def test_fields_that_a_newer_sender_added_are_ignored() -> None:
+    command = {"type": "RecordDeletion", "sandbox_id": "7", "mood": "good"}
+    assert decode_commands(json.dumps({"commands": [command], "trace": 1}).encode()) == [
+        RecordDeletion(sandbox_id="7")
+    ]
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        None,
+        7,
+        "text",
+        [],
+        {},
+        {"type": "DropTable"},
+        {"type": "RecordDeletion"},
+        {"type": "RecordDeletion", "sandbox_id": ""},
+        {"type": "ExpireLeases", "grace_sec": -1, "limit": 1},
+        {"type": "LeaseGranted"},
+    ],
+    ids=repr,
+)
+def test_a_poisonous_entry_leaves_its_neighbours_intact(poison: object) -> None:
+    good = {"type": "RecordDeletion", "sandbox_id": "7"}
+    before, refused, after = decode_commands(envelope(good, poison, good))
+    assert before == after == RecordDeletion(sandbox_id="7")
+    assert isinstance(refused, InvalidCommand)
+    assert refused.raw == poison
+    assert str(refused)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"commands": {}}',
+        b'{"commands": []}',
+        b'{"commands": ' + b"[" * 100_000,
+    ],
+    ids=lambda body: body[:20],
+)
+def test_what_is_no_envelope_is_said_to_be_none(body: bytes) -> None:
+    with pytest.raises(InvalidEnvelope):
+        decode_commands(body)
+
+
+def test_an_envelope_holds_only_so_many_commands() -> None:
+    full = [BeginListing()] * MAX_ENVELOPE
+    assert decode_commands(encode_commands(full)) == full
+    with pytest.raises(ValidationError):
+        encode_commands([*full, BeginListing()])
+    with pytest.raises(InvalidEnvelope):
+        decode_commands(envelope(*[{"type": "BeginListing"}] * (MAX_ENVELOPE + 1)))
+
+
+@pytest.mark.parametrize("text", ["a\0", "\0", "a\n", "a\nb", "\ta", "a\x7f", "é", "", "x" * (MAX_ID_LENGTH + 1)])
+def test_ids_are_short_printable_ascii(text: str) -> None:
+    for refused in (
+        lambda: AllocateSandbox(request_id="r", holder=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", idempotency_key=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", name_prefix=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", track_name=text),
+        lambda: RecordDeletion(sandbox_id=text),
+        lambda: ListedAccount(sandbox_id=text, external_id="u", name="n"),
+        lambda: ListedAccount(sandbox_id="7", external_id=text, name="n"),
+    ):
+        with pytest.raises(ValidationError):
+            refused()
+
+
+def test_text_that_postgresql_cannot_store_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        ListedAccount(sandbox_id="7", external_id="u", name="a\0b")
+    with pytest.raises(ValidationError):
+        ListedAccount(sandbox_id="7", external_id="u", name="n", sfdc_account_id="a\0b")
+    with pytest.raises(ValidationError):
+        RecordDeletionFailure(sandbox_id="7", attempts=1, error="a\0b")
+    assert ListedAccount(sandbox_id="7", external_id="u", name="läb\n7").name == "läb\n7"
+
+
+def test_an_event_is_a_cloud_event() -> None:
+    event = Event.model_validate(
+        {
+            "id": "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11",
+            "type": "sandbox.deleted",
+            "subject": "7",
+            "time": "2025-03-27T16:53:47Z",
+            "data": {"sandbox_id": "7", "reason": None},
+        }
+    )
+    written = json.loads(event.model_dump_json(exclude_none=True))
+    assert written["specversion"] == "1.0"
+    assert written["source"].startswith("/sandbox-broker/")
+    assert written["data"] == {"sandbox_id": "7", "reason": None}
+    assert Event.model_validate(written) == event

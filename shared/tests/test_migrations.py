@@ -1,0 +1,262 @@
+"""The schema: how it comes about, and what it does not let happen."""
+
+import asyncio
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection
+
+from sandbox_broker import db, tables
+from sandbox_broker.migrate import config, migrate
+
+CATALOG = """
+SELECT 'column', a.attrelid::regclass::text, a.attname, concat_ws(
+    ' ', format_type(a.atttypid, a.atttypmod), 'not null=' || a.attnotnull,
+    'identity=' || a.attidentity::text,
+    'collation=' || (SELECT collname FROM pg_collation WHERE oid = a.attcollation),
+    'default=' || pg_get_expr(d.adbin, d.adrelid),
+    'comment=' || col_description(a.attrelid, a.attnum))
+FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0
+UNION ALL
+SELECT 'index', tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+UNION ALL
+SELECT 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'table', oid::regclass::text, '', coalesce(obj_description(oid), '')
+FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+ORDER BY 1, 2, 3
+"""
+
+
+@pytest.fixture
+async def empty(empty_database_url: str) -> AsyncIterator[str]:
+    """A database of this test alone."""
+    name = f"broker_test_{secrets.token_hex(4)}"
+    admin = await asyncpg.connect(empty_database_url)
+    await admin.execute(f"CREATE DATABASE {name}")
+    yield f"{empty_database_url.rsplit('/', 1)[0]}/{name}"
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
+
+
+@pytest.fixture
+async def connection(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
+    opened = await asyncpg.connect(clean_database)
+    yield opened
+    await opened.close()
+
+
+async def catalog(url: str) -> list[tuple[str, ...]]:
+    opened = await asyncpg.connect(url)
+    try:
+        return [tuple(row) for row in await opened.fetch(CATALOG) if row[1] != "alembic_version"]
+    finally:
+        await opened.close()
+
+
+async def test_upgrading_again_is_harmless(empty: str) -> None:
+    await migrate(empty)
+    first = await catalog(empty)
+    await migrate(empty)
+    assert await catalog(empty) == first
+
+
+async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
+    await asyncio.gather(*(migrate(empty) for _ in range(5)))
+    opened = await asyncpg.connect(empty)
+    assert await opened.fetchval("SELECT count(*) FROM allocator_epoch") == 1
+    assert await opened.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    await opened.close()
+
+
+async def test_the_tables_are_described_as_they_are(empty: str, database_url: str) -> None:
+    engine = db.engine(empty)
+    async with engine.begin() as opened:
+        await opened.run_sync(tables.metadata.create_all)
+    await engine.dispose()
+    assert await catalog(empty) == await catalog(database_url)
+
+
+async def test_alembic_finds_no_difference(database_url: str) -> None:
+    def differences(opened: Connection) -> list[object]:
+        context = MigrationContext.configure(opened, opts={"compare_type": True, "compare_server_default": True})
+        return list(compare_metadata(context, tables.metadata))
+
+    engine = db.engine(database_url)
+    async with engine.connect() as opened:
+        assert await opened.run_sync(differences) == []
+    await engine.dispose()
+
+
+async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
+    await migrate(empty)
+    first = await catalog(empty)
+    engine = db.engine(empty)
+    async with engine.connect() as opened:
+        await opened.run_sync(lambda plain: command.downgrade(config(plain), "base"))
+    await engine.dispose()
+    assert await catalog(empty) == []
+    await migrate(empty)
+    assert await catalog(empty) == first
+
+
+# What it does not let happen
+
+
+async def add_sandbox(opened: asyncpg.Connection, sandbox_id: str, **values: object) -> None:
+    await insert(
+        opened,
+        "sandboxes",
+        sandbox_id=sandbox_id,
+        **{"external_id": f"u-{sandbox_id}", "name": "n", "status": "available", **values},
+    )
+
+
+async def add_lease(opened: asyncpg.Connection, sandbox_id: str, holder: str, **values: object) -> None:
+    await insert(opened, "leases", sandbox_id=sandbox_id, holder=holder, **values)
+
+
+async def insert(opened: asyncpg.Connection, table: str, **values: object) -> None:
+    columns = {"expires_at": "now()"} if table == "leases" else {}
+    names = [*values, *columns]
+    places = [f"${number}" for number in range(1, len(values) + 1)] + list(columns.values())
+    await opened.execute(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(places)})", *values.values())
+
+
+async def end_leases(opened: asyncpg.Connection) -> None:
+    await opened.execute("UPDATE leases SET ended_at = now(), end_reason = 'student'")
+
+
+async def test_a_student_has_one_lease_at_a_time(connection: asyncpg.Connection) -> None:
+    await add_lease(connection, "1", "anna")
+    with pytest.raises(asyncpg.UniqueViolationError, match="leases_one_per_holder"):
+        await add_lease(connection, "2", "anna")
+    await add_lease(connection, "2", "bert")
+    await end_leases(connection)
+    await add_lease(connection, "3", "anna")
+
+
+async def test_a_sandbox_has_one_lease_ever(connection: asyncpg.Connection) -> None:
+    await add_lease(connection, "1", "anna")
+    with pytest.raises(asyncpg.UniqueViolationError, match="leases_one_per_sandbox"):
+        await add_lease(connection, "1", "bert")
+    await end_leases(connection)
+    with pytest.raises(asyncpg.UniqueViolationError, match="leases_one_per_sandbox"):
+        await add_lease(connection, "1", "bert")
+
+
+async def test_an_idempotency_key_names_one_lease(connection: asyncpg.Connection) -> None:
+    await add_lease(connection, "1", "anna", idempotency_key="k")
+    with pytest.raises(asyncpg.UniqueViolationError, match="leases_one_per_idempotency_key"):
+        await add_lease(connection, "2", "bert", idempotency_key="k")
+    await add_lease(connection, "3", "cleo")
+    await add_lease(connection, "4", "dora")
+
+
+async def test_a_lease_ends_for_a_known_reason_or_not_at_all(connection: asyncpg.Connection) -> None:
+    await add_lease(connection, "1", "anna")
+    for change in ("ended_at = now()", "end_reason = 'student'", "ended_at = now(), end_reason = 'boredom'"):
+        with pytest.raises(asyncpg.CheckViolationError):
+            await connection.execute(f"UPDATE leases SET {change}")
+    await end_leases(connection)
+
+
+async def test_an_account_has_one_live_record(connection: asyncpg.Connection) -> None:
+    await add_sandbox(connection, "1", external_id="u")
+    with pytest.raises(asyncpg.UniqueViolationError, match="sandboxes_one_per_account"):
+        await add_sandbox(connection, "2", external_id="u")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await add_sandbox(connection, "1", external_id="another")
+    await connection.execute("UPDATE sandboxes SET status = 'deleted'")
+    await add_sandbox(connection, "2", external_id="u")
+
+
+async def test_a_status_is_one_of_those_in_the_contract(connection: asyncpg.Connection) -> None:
+    statuses = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted")
+    for number, status in enumerate(statuses):
+        await add_sandbox(connection, str(number), status=status)
+    for wrong in ("", "Available", "lost"):
+        with pytest.raises(asyncpg.CheckViolationError, match="sandboxes_status"):
+            await add_sandbox(connection, "99", status=wrong)
+    with pytest.raises(asyncpg.NotNullViolationError):
+        await add_sandbox(connection, "99", status=None)
+
+
+async def test_there_is_one_epoch(connection: asyncpg.Connection) -> None:
+    for row in ("1", "2"):
+        with pytest.raises((asyncpg.UniqueViolationError, asyncpg.CheckViolationError)):
+            await connection.execute(f"INSERT INTO allocator_epoch (only_row) VALUES ({row})")
+
+
+async def test_prefixes_are_compared_byte_by_byte(connection: asyncpg.Connection) -> None:
+    for number, name in enumerate(("b", "B", "a", "ä")):
+        await add_sandbox(connection, str(number), name=name)
+    assert [row[0] for row in await connection.fetch("SELECT name FROM sandboxes ORDER BY name")] == [
+        "B",
+        "a",
+        "b",
+        "ä",
+    ]
+
+
+# As a command
+
+
+def run_migrate(url: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sandbox_broker.migrate"],
+        env={**os.environ, "DATABASE_URL": url},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+async def test_the_command_says_nothing_when_all_is_well(empty: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        ended = await asyncio.to_thread(run_migrate, empty, tmp_path)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert await catalog(empty)
+
+
+@pytest.mark.parametrize(
+    ("user", "host", "path", "reason"),
+    [
+        ("", "127.0.0.1:1", "/x", "Connect call failed"),
+        ("", "no-such-host.invalid:5432", "/x", ""),
+        ("", "", "/no_such_database", 'database "no_such_database" does not exist'),
+        ("no_such_user:hunter2@", "", "", "no_such_user"),
+        ("", "", "?sslmode=perhaps", "sslmode"),
+        ("", "", "?no_such_option=1", "no_such_option"),
+    ],
+    ids=["refused", "host", "database", "user", "malformed", "option"],
+)
+async def test_the_command_says_in_one_line_what_is_wrong(
+    database_url: str, tmp_path: Path, user: str, host: str, path: str, reason: str
+) -> None:
+    parts = urlsplit(database_url)
+    ours, _, place = parts.netloc.rpartition("@")
+    path = path if path.startswith("/") else f"{parts.path}{path}"
+    url = f"postgresql://{user or ours + '@'}{host or place}{path}"
+    ended = await asyncio.to_thread(run_migrate, url, tmp_path)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("cannot start: DATABASE_URL: ")
+    assert reason in ended.stderr
+    assert "hunter2" not in ended.stderr

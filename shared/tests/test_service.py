@@ -1,0 +1,235 @@
+"""One process with its tasks: how they start and end, and how the process does."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from starlette.applications import Starlette
+
+from devstack.ports import free_port
+from sandbox_broker.service import every, lifespan, uninterrupted
+
+PATIENCE_SEC = 20.0
+
+PROGRAM = """
+import asyncio, sys
+from functools import partial
+from starlette.applications import Starlette
+from sandbox_broker import health, service
+
+async def holds(name):
+    print("started", name, flush=True)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await asyncio.sleep(0.05)
+        print("ended", name, flush=True)
+
+async def fails():
+    {failure}
+
+app = Starlette(
+    routes=health.routes({{}}),
+    lifespan=service.lifespan(partial(holds, "first"), partial(holds, "second"), {tasks}),
+)
+service.run(app, int(sys.argv[1]))
+"""
+
+
+def start(tmp_path: Path, tasks: str = "", failure: str = "pass") -> tuple[subprocess.Popen[str], int]:
+    port = free_port()
+    program = tmp_path / "service.py"
+    program.write_text(PROGRAM.format(tasks=tasks, failure=failure))
+    return (
+        subprocess.Popen(
+            [sys.executable, str(program), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ),
+        port,
+    )
+
+
+def serving(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.URLError:
+        return False
+
+
+ALL_IN_ORDER = "started first\nstarted second\nended second\nended first\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    process, port = start(tmp_path)
+    with process:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not serving(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE_SEC)
+    assert (process.returncode, out, err) == (0, ALL_IN_ORDER, "")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    ["raise ValueError('boom')", "pass", "asyncio.current_task().cancel(); await asyncio.sleep(1)"],
+    ids=["fails", "ends", "is cancelled"],
+)
+def test_a_task_that_ends_stops_the_process_with_1(tmp_path: Path, failure: str) -> None:
+    process, _ = start(tmp_path, tasks="fails", failure=failure)
+    with process:
+        out, _ = process.communicate(timeout=PATIENCE_SEC)
+    assert process.returncode == 1
+    assert "service.task_failed" in out
+    assert [line for line in out.splitlines() if line in ALL_IN_ORDER.splitlines()] == ALL_IN_ORDER.splitlines()
+
+
+def test_a_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
+    first, port = start(tmp_path)
+    with first:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not serving(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        second = subprocess.run(
+            [sys.executable, str(tmp_path / "service.py"), str(port)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SEC,
+            check=False,
+        )
+        first.terminate()
+        first.communicate(timeout=PATIENCE_SEC)
+    assert second.returncode != 0
+    assert "address already in use" in second.stderr
+
+
+async def test_tasks_end_one_by_one_and_the_last_first() -> None:
+    happened: list[str] = []
+
+    def holding(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        async def hold() -> None:
+            happened.append(f"start {name}")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                happened.append(f"end {name}")
+
+        return hold
+
+    app = Starlette()
+    async with lifespan(holding("a"), holding("b"), holding("c"))(app):
+        await asyncio.sleep(0)
+    assert happened == ["start a", "start b", "start c", "end c", "end b", "end a"]
+    assert not getattr(app.state, "failed", False)
+
+
+async def test_a_task_that_fails_while_it_ends_is_told_and_the_others_end() -> None:
+    ended: list[str] = []
+
+    async def first() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("first")
+
+    async def second() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError("boom")
+
+    with structlog.testing.capture_logs() as logged:
+        async with lifespan(first, second)(Starlette()):
+            await asyncio.sleep(0)
+    assert ended == ["first"]
+    assert [entry["event"] for entry in logged] == ["service.task_failed"]
+
+
+async def test_uninterrupted_work_is_finished_before_the_cancellation() -> None:
+    gate = asyncio.Event()
+    done: list[str] = []
+
+    async def work() -> str:
+        await gate.wait()
+        done.append("work")
+        return "result"
+
+    async def outer() -> None:
+        await uninterrupted(work())
+        done.append("not reached")
+
+    task = asyncio.create_task(outer())
+    for _ in range(3):  # however often
+        await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    gate.set()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert done == ["work"]
+
+
+async def test_uninterrupted_work_gives_its_result_or_its_error() -> None:
+    async def succeed() -> int:
+        return 7
+
+    async def fail() -> int:
+        raise ValueError("boom")
+
+    assert await uninterrupted(succeed()) == 7
+    with pytest.raises(ValueError, match="boom"):
+        await uninterrupted(fail())
+
+
+async def test_work_that_fails_after_a_cancellation_is_told() -> None:
+    gate = asyncio.Event()
+
+    async def fail() -> None:
+        await gate.wait()
+        raise ValueError("boom")
+
+    with structlog.testing.capture_logs() as logged:
+        task = asyncio.create_task(uninterrupted(fail()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.wait([task])
+    assert task.cancelled()
+    assert [entry["event"] for entry in logged] == ["service.work_failed"]
+
+
+async def test_periodic_work_begins_at_once_and_goes_on() -> None:
+    times = 0
+    enough = asyncio.Event()
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times == 3:
+            enough.set()
+
+    task = asyncio.create_task(every(0.001, work))
+    await asyncio.sleep(0)
+    assert times == 1
+    async with asyncio.timeout(PATIENCE_SEC):
+        await enough.wait()
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,158 @@
+"""Settings from the environment: what is wrong is said in one line, and secrets never are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import Field, SecretStr
+
+from sandbox_broker.settings import DatabaseUrl, HttpUrl, Port, ServiceSettings, Tokens, load
+
+PASSWORD = "hunter2-7f3a"
+GOOD = {
+    "AMQP_URL": f"amqp://broker:{PASSWORD}@rabbit:5672/",
+    "DATABASE_URL": f"postgresql://broker:{PASSWORD}@db:5432/broker",
+    "BROKER_API_TOKEN": f"{PASSWORD}-a, {PASSWORD}-b",
+    "CSP_API_TOKEN": f"{PASSWORD}-c",
+}
+
+
+class Settings(ServiceSettings):
+    database_url: DatabaseUrl = Field(repr=False)
+    broker_api_token: Tokens
+    csp_api_token: SecretStr = Field(min_length=1)
+    csp_base_url: HttpUrl = "https://csp.infoblox.com/v2"
+    gateway_port: Port = 8080
+    delay_sec: float = Field(default=2, ge=0)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        load(Settings)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith("\n")
+    assert said.count("\n") == 1
+    assert PASSWORD not in said
+    return said
+
+
+def test_what_is_right_is_taken(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("DELAY_SEC", "0.01")
+    environment.setenv("LOG_LEVEL", "DEBUG")
+    settings = load(Settings)
+    assert settings.amqp_url == GOOD["AMQP_URL"]
+    assert (settings.delay_sec, settings.log_level, settings.gateway_port) == (0.01, "DEBUG", 8080)
+
+
+def test_a_file_named_env_is_read(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment.delenv("AMQP_URL")
+    (tmp_path / ".env").write_text("AMQP_URL=amqp://from-file/\nSOMETHING_ELSE=1\nGATEWAY_PORT=1\n")
+    environment.setenv("GATEWAY_PORT", "2")
+    assert load(Settings).amqp_url == "amqp://from-file/"
+    assert load(Settings).gateway_port == 2
+
+
+@pytest.mark.parametrize("name", list(GOOD))
+def test_a_missing_value_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    environment.delenv(name)
+    assert refusal(capsys) == f"cannot start: {name}: is not set\n"
+
+
+@pytest.mark.parametrize("name", list(GOOD))
+def test_an_empty_value_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    environment.setenv(name, "")
+    assert f"{name}: " in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AMQP_URL", "rabbit:5672"),
+        ("AMQP_URL", f"http://broker:{PASSWORD}@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@rabbit:port/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@rabbit:99999/"),
+        ("DATABASE_URL", f"mysql://broker:{PASSWORD}@db/broker"),
+        ("DATABASE_URL", f"postgresql+psycopg2://broker:{PASSWORD}@db/broker"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@[db/broker"),
+        ("CSP_BASE_URL", "csp.infoblox.com"),
+        ("BROKER_API_TOKEN", " , ,"),
+        ("GATEWAY_PORT", "0"),
+        ("GATEWAY_PORT", "65536"),
+        ("GATEWAY_PORT", "http"),
+        ("DELAY_SEC", "-1"),
+        ("DELAY_SEC", "nan"),
+        ("DELAY_SEC", PASSWORD),
+        ("LOG_LEVEL", "LOUD"),
+        ("LOG_FORMAT", "xml"),
+    ],
+)
+def test_a_wrong_value_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    environment.setenv(name, value)
+    assert f"cannot start: {name}: " in refusal(capsys)
+
+
+def test_all_that_is_wrong_is_said_at_once(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.delenv("AMQP_URL")
+    environment.setenv("GATEWAY_PORT", "0")
+    said = refusal(capsys)
+    assert "AMQP_URL: is not set; " in said
+    assert "GATEWAY_PORT: " in said
+
+
+def test_a_process_with_a_wrong_setting_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "sandbox_broker.migrate"],
+        env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "cannot start: DATABASE_URL: is not set\n")
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = load(Settings)
+    for shown in (repr(settings), str(settings), f"{settings}", repr(settings.broker_api_token)):
+        assert PASSWORD not in shown
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load(Settings)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.gateway_port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
+def test_a_database_url_is_taken_with_or_without_a_driver(environment: pytest.MonkeyPatch, scheme: str) -> None:
+    environment.setenv("DATABASE_URL", f"{scheme}://broker:x@db:5432/broker?sslmode=require")
+    assert load(Settings).database_url in (
+        "postgresql://broker:x@db:5432/broker?sslmode=require",
+        "postgres://broker:x@db:5432/broker?sslmode=require",
+    )
+
+
+def test_tokens_are_a_list() -> None:
+    assert load(Settings).broker_api_token.get_secret_value().split(", ") == [f"{PASSWORD}-a", f"{PASSWORD}-b"]

@@ -1,0 +1,126 @@
+"""Ticks: any number of replicas, one at work."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aio_pika
+import pytest
+
+from sandbox_broker import ticks, topology
+from sandbox_broker.bus import Publisher
+
+from .shared_harness import beside, nothing_stays, until
+
+QUEUE = topology.CLEANUP_TICKS
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left() -> AsyncIterator[None]:
+    async with nothing_stays():
+        yield
+
+
+@pytest.fixture
+async def publisher(clean_queues: str) -> AsyncIterator[Publisher]:
+    made = Publisher(clean_queues, "test")
+    async with beside(made.run()):
+        await made.wait_connected()
+        yield made
+
+
+class Work:
+    """Counts who is at work; each goes on until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.at_work = 0
+        self.most_at_work = 0
+        self.go = asyncio.Semaphore(0)
+
+    async def __call__(self) -> None:
+        self.begun += 1
+        self.at_work += 1
+        self.most_at_work = max(self.most_at_work, self.at_work)
+        try:
+            await self.go.acquire()
+        finally:
+            self.at_work -= 1
+
+
+async def waiting(url: str) -> int:
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        declared = await channel.declare_queue(QUEUE.name, passive=True)
+        return declared.declaration_result.message_count or 0
+
+
+async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
+    clean_queues: str, publisher: Publisher
+) -> None:
+    work = Work()
+    async with beside(
+        *(ticks.consume(clean_queues, QUEUE, work) for _ in range(3)),
+        *(ticks.publish(publisher, QUEUE, 0.005) for _ in range(3)),
+    ):
+        await until(lambda: work.begun == 1)
+        sent = 0
+
+        async def count() -> None:
+            nonlocal sent
+            for _ in range(50):
+                await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+                sent += 1
+
+        await count()
+        assert await waiting(clean_queues) == 1
+        assert (work.begun, work.most_at_work) == (1, 1)
+        for number in (2, 3, 4):
+            work.go.release()
+            await until(lambda number=number: work.begun == number)  # type: ignore[misc]
+            assert work.most_at_work == 1
+            assert await waiting(clean_queues) <= 1
+
+
+async def test_a_tick_whose_worker_goes_is_another_ones(clean_queues: str, publisher: Publisher) -> None:
+    first, second = Work(), Work()
+    async with beside(ticks.consume(clean_queues, QUEUE, second)):
+        async with beside(ticks.consume(clean_queues, QUEUE, first)):
+            await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+            await until(lambda: first.begun + second.begun == 1)
+        if first.begun:
+            await until(lambda: second.begun == 1)
+    async with beside(ticks.consume(clean_queues, QUEUE, first)):
+        await until(lambda: first.begun)
+
+
+async def test_publishing_goes_on_while_the_queue_is_away(clean_queues: str, publisher: Publisher) -> None:
+    done = Work()
+    async with beside(ticks.publish(publisher, QUEUE, 0.005)):
+        async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
+            await channel.queue_delete(QUEUE.name)
+            with pytest.raises(Exception, match="no queue"):
+                await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+        async with beside(ticks.consume(clean_queues, QUEUE, done)):  # which declares it
+            await until(lambda: done.begun == 1)
+
+
+async def test_the_first_tick_waits_for_the_connection(clean_queues: str) -> None:
+    made, work = Publisher(clean_queues, "late"), Work()
+    async with beside(ticks.publish(made, QUEUE, 3600), ticks.consume(clean_queues, QUEUE, work)):
+        await asyncio.sleep(0)
+        assert not made.connected
+        async with beside(made.run()):
+            await until(lambda: work.begun == 1)
+
+
+async def test_work_that_fails_ends_the_consumer_and_leaves_the_tick(
+    clean_queues: str, publisher: Publisher
+) -> None:
+    async def fail() -> None:
+        raise TimeoutError("a mistake, not a lost connection")
+
+    await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+    with pytest.raises(TimeoutError, match="a mistake"):
+        await asyncio.wait_for(ticks.consume(clean_queues, QUEUE, fail), 20)
+    work = Work()
+    async with beside(ticks.consume(clean_queues, QUEUE, work)):
+        await until(lambda: work.begun == 1)

@@ -1,0 +1,170 @@
+"""The topology on the real server: what is declared, and where messages go that nobody could process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import aio_pika
+import pytest
+from aio_pika import Message
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.exceptions import ChannelPreconditionFailed
+
+from sandbox_broker import topology
+from sandbox_broker.topology import Queue
+
+PATIENCE_SEC = 20.0
+COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
+TICKS = (topology.SYNC_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
+DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS)
+
+
+@pytest.fixture
+async def channel(clean_queues: str) -> AsyncIterator[AbstractChannel]:
+    async with await aio_pika.connect(clean_queues) as connection, connection.channel() as opened:
+        await opened.set_qos(prefetch_count=1)
+        yield opened
+
+
+async def put(channel: AbstractChannel, queue: Queue, body: bytes, **properties: float) -> None:
+    await channel.default_exchange.publish(
+        Message(body, delivery_mode=2, **properties),  # type: ignore[arg-type]
+        routing_key=queue.name,
+    )
+
+
+async def take(channel: AbstractChannel, queue: Queue) -> AbstractIncomingMessage:
+    """The next message, unacknowledged; as a consumer, because the queues with only one give it to no others."""
+    opened = await channel.get_queue(queue.name, ensure=False)
+    taken: asyncio.Future[AbstractIncomingMessage] = asyncio.get_running_loop().create_future()
+
+    async def deliver(message: AbstractIncomingMessage) -> None:
+        taken.set_result(message)
+
+    async with asyncio.timeout(PATIENCE_SEC):
+        consumer = await opened.consume(deliver)
+        message = await taken
+        await opened.cancel(consumer)
+    return message
+
+
+async def length(channel: AbstractChannel, queue: Queue) -> int:
+    declared = await channel.declare_queue(queue.name, passive=True)
+    return declared.declaration_result.message_count or 0
+
+
+async def test_declaring_it_again_is_harmless(channel: AbstractChannel) -> None:
+    await put(channel, topology.DEAD_LETTER_QUEUE, b"kept")
+    await topology.declare(channel)
+    await topology.declare(channel)
+    assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"kept"
+
+
+async def test_a_queue_with_other_arguments_is_told(channel: AbstractChannel) -> None:
+    await channel.queue_delete(topology.SYNC_TICKS.name)
+    await channel.declare_queue(topology.SYNC_TICKS.name, durable=True)
+    with pytest.raises(ChannelPreconditionFailed, match=topology.SYNC_TICKS.name):
+        await topology.declare(channel)
+
+
+def test_bindings_and_dead_letters_lead_to_what_is_declared() -> None:
+    exchanges = {exchange.name for exchange in topology.EXCHANGES}
+    assert len(exchanges) == len(topology.EXCHANGES)
+    assert len({queue.name for queue in topology.QUEUES}) == len(topology.QUEUES)
+    for binding in topology.BINDINGS:
+        assert binding.queue in topology.QUEUES
+        assert binding.exchange in topology.EXCHANGES
+    assert {binding.queue.name for binding in topology.BINDINGS} == {queue.name for queue in topology.QUEUES}
+    for queue in topology.QUEUES:
+        assert queue.arguments.get("x-dead-letter-exchange", topology.DEAD_LETTERS.name) in exchanges
+
+
+@pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
+def test_work_is_replicated_and_tried_a_limited_number_of_times(queue: Queue) -> None:
+    assert queue.arguments["x-queue-type"] == "quorum"
+    assert 1 <= queue.arguments["x-delivery-limit"] <= 100
+    assert queue.arguments["x-dead-letter-exchange"] == topology.DEAD_LETTERS.name
+
+
+@pytest.mark.parametrize("queue", [*COMMANDS, *TICKS], ids=lambda queue: queue.name)
+def test_commands_and_ticks_have_one_consumer_at_a_time(queue: Queue) -> None:
+    assert queue.arguments["x-single-active-consumer"] is True
+
+
+@pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
+async def test_a_rejected_message_is_kept_with_its_reason(channel: AbstractChannel, queue: Queue) -> None:
+    await put(channel, queue, b"poison")
+    await (await take(channel, queue)).reject(requeue=False)
+    dead = await take(channel, topology.DEAD_LETTER_QUEUE)
+    assert dead.body == b"poison"
+    assert dead.headers["x-first-death-reason"] == "rejected"
+    assert dead.headers["x-first-death-queue"] == queue.name
+
+
+async def test_an_expired_message_is_nobodys_problem(channel: AbstractChannel) -> None:
+    await put(channel, topology.ALLOCATOR_COMMANDS, b"too late", expiration=0.001)
+    async with asyncio.timeout(PATIENCE_SEC):
+        while await length(channel, topology.ALLOCATOR_COMMANDS):  # noqa: ASYNC110 (nothing tells us)
+            await asyncio.sleep(0.01)
+    # What came after it through the same exchange is there, so it would be, too.
+    await put(channel, topology.ALLOCATOR_COMMANDS, b"poison")
+    await (await take(channel, topology.ALLOCATOR_COMMANDS)).reject(requeue=False)
+    assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"poison"
+    assert await length(channel, topology.DEAD_LETTER_QUEUE) == 0
+
+
+async def test_what_crashes_its_consumer_again_and_again_ends_among_the_dead_letters(
+    channel: AbstractChannel,
+) -> None:
+    queue = topology.ALLOCATOR_COMMANDS
+    await put(channel, queue, b"crash")
+    await put(channel, queue, b"behind it")
+    crashes = 0
+    while (message := await take(channel, queue)).body == b"crash":
+        crashes += 1
+        await message.nack(requeue=True)
+    assert message.body == b"behind it"
+    assert crashes == queue.arguments["x-delivery-limit"] + 1
+    dead = await take(channel, topology.DEAD_LETTER_QUEUE)
+    assert (dead.body, dead.headers["x-first-death-reason"]) == (b"crash", "delivery_limit")
+
+
+async def test_a_poisoned_message_does_not_block_what_is_behind_it(channel: AbstractChannel) -> None:
+    for body in (b"1", b"poison", b"3"):
+        await put(channel, topology.ALLOCATOR_COMMANDS, body)
+    done = []
+    for _ in range(3):
+        message = await take(channel, topology.ALLOCATOR_COMMANDS)
+        if message.body == b"poison":
+            await message.reject(requeue=False)
+        else:
+            done.append(message.body)
+            await message.ack()
+    assert done == [b"1", b"3"]
+    assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"poison"
+
+
+async def test_one_command_of_an_envelope_can_be_put_among_the_dead_letters(channel: AbstractChannel) -> None:
+    exchange = await channel.get_exchange(topology.DEAD_LETTERS.name, ensure=False)
+    await exchange.publish(
+        Message(b"poison", headers={"x-first-death-reason": "rejected", "x-reason": "unknown type"}), routing_key=""
+    )
+    dead = await take(channel, topology.DEAD_LETTER_QUEUE)
+    assert (dead.body, dead.headers["x-reason"]) == (b"poison", "unknown type")
+
+
+@pytest.mark.parametrize("queue", TICKS, ids=lambda queue: queue.name)
+async def test_one_tick_waits_however_many_are_published(channel: AbstractChannel, queue: Queue) -> None:
+    exchange = await channel.get_exchange(topology.TICKS.name, ensure=False)
+    for number in range(20):
+        await exchange.publish(Message(b"%d" % number), routing_key=queue.name)
+    assert await length(channel, queue) == 1
+    assert (await take(channel, queue)).body == b"19"
+    assert await length(channel, queue) == 0
+
+
+async def test_the_reaper_hears_of_deletion_requests_only(channel: AbstractChannel) -> None:
+    exchange = await channel.get_exchange(topology.EVENTS.name, ensure=False)
+    for event in ("sandbox.allocated", "sandbox.deletion_requested", "sandbox.deleted"):
+        await exchange.publish(Message(event.encode()), routing_key=event, mandatory=False)
+    assert (await take(channel, topology.REAPER_EVENTS)).body == b"sandbox.deletion_requested"
+    assert await length(channel, topology.REAPER_EVENTS) == 0
