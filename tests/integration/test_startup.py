@@ -1,5 +1,6 @@
 """A service that cannot work says so in one line, and what to set."""
 
+import asyncio
 import os
 import sys
 
@@ -44,9 +45,12 @@ async def test_a_wrong_setting_stops_the_service_with_one_line_that_names_it(
     environment.pop(variable, None)
     if value is not None:
         environment[variable] = value
-    for module in modules:
-        environment[PORTS[module]] = str(free_port())
-        code, said = await run([sys.executable, "-m", module], env=environment, cwd=ROOT / "tests")
+
+    async def start(module: str) -> tuple[int, str]:
+        settings = {**environment, PORTS[module]: str(free_port())}
+        return await run([sys.executable, "-m", module], env=settings, cwd=ROOT / "tests")
+
+    for code, said in await asyncio.gather(*(start(module) for module in modules)):
         assert code == 2
         assert len(said.splitlines()) == 1, said
         assert variable in said

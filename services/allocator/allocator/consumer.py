@@ -7,6 +7,7 @@ not done and gives the same answers.
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,8 +18,14 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.common import FieldTable
+
+from allocator import domain, metrics, store
+from allocator.handlers import HANDLERS, TOGETHER, Handler, Overtaken, Writer
+from allocator.outbox import Relay
+from allocator.settings import Settings
 from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer, keep_connected
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, answer, keep_connected
+from sandbox_broker.connection import losses
 from sandbox_broker.messages import (
     Command,
     InvalidCommand,
@@ -29,15 +36,14 @@ from sandbox_broker.messages import (
 )
 from sandbox_broker.service import uninterrupted
 
-from allocator import metrics, store
-from allocator.handlers import HANDLERS, Handler, Overtaken, Writer
-from allocator.outbox import Relay
-from allocator.settings import Settings
-
 MAX_BATCH = 20
 """Envelopes; each holds up to messages.MAX_ENVELOPE commands."""
 MAX_TRIES = 5
-STATEMENT_TIMEOUT_SEC = 30
+REPLY_PATIENCE_SEC = 3.0
+"""For a reply whose sending failed; then its sender has given up, or soon will."""
+DATABASE_PAUSE_SEC = 1.0
+"""How long a database that does not answer is left alone; commands are refused at once meanwhile."""
+REPLAN_SEC = 1.0
 
 UNAVAILABLE = Refused(
     code="ALLOCATOR_UNAVAILABLE",
@@ -49,12 +55,14 @@ FAILED = Refused(
 )
 
 # Another allocator was faster, or two met in the middle: the same statement, run again, sees what it did.
-_RACES = (
-    Overtaken,
-    asyncpg.UniqueViolationError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.SerializationError,
-    asyncpg.LockNotAvailableError,
+_RACES = (Overtaken, asyncpg.UniqueViolationError, asyncpg.TransactionRollbackError)
+# Whether it was done before the connection broke, the same statement tells on a new one.
+_BROKEN = (
+    ConnectionError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
 )
 
 log = structlog.get_logger()
@@ -67,6 +75,8 @@ class Consumer:
         self._relay = relay
         self._connection: asyncpg.Connection | None = None
         self._epoch = 0
+        self._planned_at = -math.inf
+        self._unavailable_until = -math.inf
 
     async def run(self) -> None:
         try:
@@ -84,7 +94,8 @@ class Consumer:
                 await uninterrupted(self._handle(subscription, deliveries))
             except store.Fenced:
                 log.warning("allocator.fenced", epoch=self._epoch)
-                await connection.close()  # gives back what is unacknowledged
+                with losses():
+                    await connection.close()  # gives back what is unacknowledged
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return
 
@@ -98,68 +109,92 @@ class Consumer:
                 await subscription.reject(delivery)
         if not envelopes:
             return
-        entries = [entry for _, commands in envelopes for entry in commands]
-        replies = iter(await self._replies(entries))
+        replies = iter(await self._replies([entry for _, commands in envelopes for entry in commands]))
         self._relay.wake()
         answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-        results = await asyncio.gather(
-            *(answer(self._publisher, delivery, given) for delivery, given in answers), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, Disconnected):
-                log.warning("reply.lost", error=str(result))  # its sender asks again, and gets the same
-            elif result is not None:
-                raise result
+        await asyncio.gather(*(self._answer(delivery, given) for delivery, given in answers))
         await subscription.ack(envelopes[-1][0], all_before=True)
+
+    async def _answer(self, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
+        """Again until it has arrived: of two answers to one question the second is dropped by who asked."""
+        try:
+            async with asyncio.timeout(REPLY_PATIENCE_SEC):
+                while True:
+                    try:
+                        return await answer(self._publisher, delivery, replies)
+                    except Disconnected as error:
+                        log.info("reply.delayed", error=str(error))
+                        await asyncio.sleep(0.1)
+        except TimeoutError:
+            log.warning("reply.lost")  # its sender asks again, and gets the same
 
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
         metrics.BATCH_SIZE.observe(len(entries))
+        return [reply for segment in domain.segments(entries) for reply in await self._replies_together(segment)]
+
+    async def _replies_together(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         replies: dict[int, Reply] = {}
         for kind, handle in HANDLERS.items():
-            places = [place for place, entry in enumerate(entries) if isinstance(entry, kind)]
-            if places:
-                commands = [entry for entry in entries if isinstance(entry, kind)]
-                replies.update(zip(places, await self._run(handle, commands), strict=True))
+            of_kind = [(place, entry) for place, entry in enumerate(entries) if isinstance(entry, kind)]
+            for together in [of_kind] if kind in TOGETHER else [[one] for one in of_kind]:
+                commands = [entry for _, entry in together]
+                if commands:
+                    answers = await self._run(handle, commands)
+                    replies.update((place, reply) for (place, _), reply in zip(together, answers, strict=True))
         for place, entry in enumerate(entries):
             if place not in replies:
                 replies[place] = await self._refuse(entry)
         return [replies[place] for place in range(len(entries))]
 
     async def _run(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
-        """Runs one handler. What the database refuses for good is split until the culprit stands alone."""
+        """Runs one handler. What the database refuses for good is halved until the culprit stands alone."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._unavailable_until:
+            return [UNAVAILABLE] * len(commands)
         try:
             return await self._run_with_retries(handle, commands)
-        except db.CONNECTION_ERRORS as error:
+        except (ArithmeticError, ValueError, Overtaken) as error:  # no parameter for SQL; asyncpg's is both
+            culprit: Exception = error
+        except store.UNAVAILABLE as error:
             log.error("database.lost", error=db.reason(error))
             self._drop_connection()
+            self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return [UNAVAILABLE] * len(commands)
-        except (asyncpg.PostgresError, ValueError) as error:
-            if len(commands) > 1:
-                return [(await self._run(handle, [command]))[0] for command in commands]
-            log.exception("command.failed", command=commands[0].type)
-            await self._keep(commands[0].model_dump_json(), db.reason(error))
-            return [FAILED]
+        except asyncpg.PostgresError as error:
+            culprit = error
+        if len(commands) > 1:
+            half = len(commands) // 2
+            return [*await self._run(handle, commands[:half]), *await self._run(handle, commands[half:])]
+        log.error("command.failed", command=commands[0].type, exc_info=culprit)
+        await self._keep(commands[0].model_dump_json(), db.reason(culprit))
+        return [FAILED]
 
     async def _run_with_retries(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
         for _ in range(MAX_TRIES - 1):
+            fresh = self._connection is None
             try:
                 return await handle(await self._writer(), commands)
             except _RACES as error:
                 log.info("allocator.raced", error=db.reason(error))
+            except _BROKEN as error:
+                if fresh:
+                    raise
+                log.warning("database.reconnecting", error=db.reason(error))
+                self._drop_connection()
         return await handle(await self._writer(), commands)
 
     async def _writer(self) -> Writer:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await db.connect(
-                self._settings.database_url,
-                application_name="allocator",
-                statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
-            )
+            self._connection = await store.connect(self._settings.database_url)
         if self._epoch == 0:
             self._epoch = await store.raise_epoch(self._connection)
             metrics.EPOCH.set(self._epoch)
             log.info("allocator.active", epoch=self._epoch)
+        now = asyncio.get_running_loop().time()
+        if now >= self._planned_at + REPLAN_SEC:
+            await store.replan(self._connection)
+            self._planned_at = now
         return Writer(self._connection, self._epoch, timedelta(hours=self._settings.lab_duration_hours))
 
     def _drop_connection(self) -> None:
@@ -186,5 +221,5 @@ class Consumer:
                 body.encode(),
                 Basic.Properties(content_type="application/json", delivery_mode=2, headers=headers),
             )
-        except Disconnected as error:
+        except (Disconnected, Unroutable) as error:
             log.error("dead_letter.lost", reason=reason, error=str(error), body=body)

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sandbox_broker.messages import AllocateSandbox, Refused
+
+T = TypeVar("T")
 
 
 def prefix_end(prefix: str) -> str:
@@ -56,6 +59,21 @@ def rounds(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
             found.append(Round())
             found[-1].takes(command)
     return [round_.commands for round_ in found]
+
+
+def segments(entries: Sequence[T]) -> list[list[T]]:
+    """Cuts a batch where a student who has asked for one thing in it asks for another. Mostly that is nowhere.
+    An allocation that is delivered again, its reply long read, must not be done after the release behind it: it
+    would take a second sandbox."""
+    found: list[list[T]] = [[]]
+    asked: dict[str, type] = {}
+    for entry in entries:
+        holder: str | None = getattr(entry, "holder", None)
+        if holder is not None and asked.setdefault(holder, type(entry)) is not type(entry):
+            found.append([])
+            asked = {holder: type(entry)}
+        found[-1].append(entry)
+    return found
 
 
 def same_request(command: AllocateSandbox) -> tuple[str, str | None, str | None]:

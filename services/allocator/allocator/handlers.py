@@ -11,6 +11,8 @@ from typing import Any
 
 import asyncpg
 import structlog
+
+from allocator import domain, metrics, store
 from sandbox_broker import messages
 from sandbox_broker.messages import (
     AllocateSandbox,
@@ -25,8 +27,6 @@ from sandbox_broker.messages import (
     Reply,
     StageListing,
 )
-
-from allocator import domain, metrics, store
 
 log = structlog.get_logger()
 
@@ -52,9 +52,6 @@ async def allocate_sandbox(writer: Writer, commands: Sequence[AllocateSandbox]) 
         rows = await store.allocate(writer.connection, writer.epoch, round_, writer.lab_duration)
         for command, row in zip(round_, rows, strict=True):
             replies[domain.same_request(command)] = _allocated(command, row)
-    dry = {command.name_prefix for key, command in unique.items() if _is_exhausted(replies[key])}
-    for prefix in dry:
-        await writer.connection.execute(store.ANNOUNCE_EXHAUSTED, prefix)
     return _share(commands, replies)
 
 
@@ -88,10 +85,6 @@ def _allocated(command: AllocateSandbox, row: asyncpg.Record) -> Reply:
     if outcome == "exhausted":
         return domain.exhausted(command)
     return domain.key_conflict(own=outcome == "key_used_up")
-
-
-def _is_exhausted(reply: Reply) -> bool:
-    return isinstance(reply, messages.Refused) and reply.code == "POOL_EXHAUSTED"
 
 
 def _share(
@@ -184,13 +177,14 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
         command.error,
         retry_in,
     )
-    log.warning(
-        "sandbox.deletion_postponed" if retry_in else "sandbox.deletion_failed",
-        sandbox_id=command.sandbox_id,
-        attempts=command.attempts + 1,
-        error=command.error,
-        retry_in_sec=command.retry_in_sec,
-    )
+    if row["changed"]:
+        log.warning(
+            "sandbox.deletion_failed" if retry_in is None else "sandbox.deletion_postponed",
+            sandbox_id=command.sandbox_id,
+            attempts=command.attempts + 1,
+            error=command.error,
+            retry_in_sec=command.retry_in_sec,
+        )
     return messages.Recorded(changed=row["changed"])
 
 
@@ -206,7 +200,7 @@ async def stage_listing(writer: Writer, command: StageListing) -> Reply:
 
 async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
     """Weighs the listing, then applies it in one statement or not at all."""
-    (weight,) = await writer.connection.fetch(store.WEIGH_LISTING, command.listing_id)
+    weight = await store.one(writer.connection, store.WEIGH_LISTING, writer.epoch, command.listing_id)
     if weight["outdated"] or weight["listed"] != command.total:
         return messages.Refused(
             code="LISTING_OUTDATED",
@@ -227,18 +221,23 @@ Handler = Callable[[Writer, Sequence[Any]], Awaitable[list[Reply]]]
 
 
 def _one_by_one(handle: Callable[[Writer, Any], Awaitable[Reply]]) -> Handler:
-    async def handle_all(writer: Writer, commands: Sequence[Command]) -> list[Reply]:
-        return [await handle(writer, command) for command in commands]
+    async def handle_one(writer: Writer, commands: Sequence[Command]) -> list[Reply]:
+        (command,) = commands
+        return [await handle(writer, command)]
 
-    return handle_all
+    return handle_one
 
 
-# In the order in which the kinds of one batch are handled. None of its commands has been answered yet, so any
-# order is a true one; what frees sandboxes or ends leases comes before what wants them.
+TOGETHER = (ReleaseSandbox, AllocateSandbox)
+"""The kinds whose handlers take many commands at once. The others get one: what is repeated after a failure is
+then that command alone, and no claim that its neighbour was given is given away."""
+
+# In the order in which the kinds of one batch are handled; what ends leases comes before what asks for them, so
+# that nobody is told of a lease that the same batch ends.
 HANDLERS: Mapping[type[Command], Handler] = {
     ReleaseSandbox: release_sandbox,
-    AllocateSandbox: allocate_sandbox,
     ExpireLeases: _one_by_one(expire_leases),
+    AllocateSandbox: allocate_sandbox,
     ClaimDeletions: _one_by_one(claim_deletions),
     RecordDeletion: _one_by_one(record_deletion),
     RecordDeletionFailure: _one_by_one(record_deletion_failure),

@@ -1,9 +1,6 @@
 """Wiring of the allocator: the consumer of commands, the relay of events, the gauges of the pool."""
 
 import structlog
-from sandbox_broker import db, health, logging, preflight, service
-from sandbox_broker.bus import Publisher
-from sandbox_broker.settings import load
 from sqlalchemy import text
 from starlette.applications import Starlette
 
@@ -11,6 +8,9 @@ from allocator import metrics, store
 from allocator.consumer import Consumer
 from allocator.outbox import Relay
 from allocator.settings import Settings
+from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker.bus import Publisher
+from sandbox_broker.settings import load
 
 GAUGES_PERIOD_SEC = 15
 

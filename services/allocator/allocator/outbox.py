@@ -2,7 +2,8 @@
 
 A row is written in the same statement as the change it tells of, and deleted when RabbitMQ has confirmed the
 event. The rows of one sandbox are numbered in the order of its changes, because each change waits for the row
-lock of the one before; the advisory lock lets one relay work at a time, so that nobody overtakes.
+lock of the one before; the advisory lock lets one relay work at a time, so that nobody overtakes. A relay that
+freezes with the lock in its hands loses its connection.
 """
 
 import asyncio
@@ -11,12 +12,12 @@ import json
 import asyncpg
 import structlog
 from pamqp.commands import Basic
+
+from allocator import metrics, store
 from sandbox_broker import db, topology
 from sandbox_broker.bus import Disconnected, Publisher
 from sandbox_broker.messages import Event
 from sandbox_broker.service import uninterrupted
-
-from allocator import metrics
 
 PIECE = 500
 POLL_SEC = 1.0
@@ -27,6 +28,8 @@ SELECT outbox_id, event_id, type, subject, occurred_at, data::text AS data,
 FROM outbox ORDER BY outbox_id LIMIT $1
 """
 DELETE = "DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[])"
+SETTINGS = "SET idle_in_transaction_session_timeout = '20s'"
+"""Well above the time that RabbitMQ has for its confirms."""
 ONE_RELAY_AT_A_TIME = "SELECT pg_try_advisory_xact_lock(5914033)"
 
 log = structlog.get_logger()
@@ -51,17 +54,18 @@ class Relay:
                     self._database_url, application_name="allocator-outbox", statement_timeout_sec=10
                 )
                 try:
+                    await connection.execute(SETTINGS)
                     await self._relay(connection)
                 finally:
                     connection.terminate()
-            except db.CONNECTION_ERRORS as error:
+            except (*store.UNAVAILABLE, asyncpg.InvalidTransactionStateError) as error:
                 log.warning("outbox.database_lost", error=db.reason(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:
         while True:
             self._wake.clear()
-            if not self._publisher.connected or await uninterrupted(self._publish_piece(connection)) < PIECE:
+            if await uninterrupted(self._publish_piece(connection)) < PIECE:
                 try:
                     async with asyncio.timeout(POLL_SEC):
                         await self._wake.wait()
@@ -75,7 +79,7 @@ class Relay:
                 return 0
             rows = await connection.fetch(TAKE, PIECE)
             metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)
-            sent = rows[: await self._publish(rows)]
+            sent = rows[: await self._publish(rows)] if self._publisher.connected else []
             if sent:
                 await connection.execute(DELETE, [row["outbox_id"] for row in sent])
             return len(sent)

@@ -1,4 +1,5 @@
 from pydantic import Field
+
 from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings
 
 

@@ -2,7 +2,8 @@
 
 Every change is one statement in a transaction of its own, with the rows for the outbox in the same statement,
 so nothing is ever half done and an allocator that freezes holds no locks. Each begins with the epoch guard:
-where another allocator has taken over it finds no row, changes nothing, and Fenced is raised.
+where another allocator has taken over it finds no row, changes nothing, and Fenced is raised. The lock that the
+guard takes also makes whoever raises the epoch wait, so a statement sees all that earlier epochs have done.
 
 What makes each effect happen once: conditional updates (`WHERE status = …`, `WHERE ended_at IS NULL`), and the
 unique indexes leases_one_per_sandbox, leases_one_per_holder and sandboxes_one_per_account. All of it holds with
@@ -14,30 +15,52 @@ from datetime import timedelta
 from typing import Any
 
 import asyncpg
-from sandbox_broker.messages import AllocateSandbox, ListedAccount, ReleaseSandbox
 
 from allocator.domain import prefix_end
+from sandbox_broker import db
+from sandbox_broker.messages import AllocateSandbox, ListedAccount, ReleaseSandbox
 
 Rows = list[asyncpg.Record]
+
+APPLICATION_NAME = "allocator"
+STATEMENT_TIMEOUT_SEC = 30.0
+STUDENT_TIMEOUT_SEC = 4.0
+"""For statements that a student waits for; less than the gateway waits for us."""
+LOCK_TIMEOUT = "1s"
+
+UNAVAILABLE = (
+    *db.CONNECTION_ERRORS,
+    asyncpg.InternalClientError,  # what asyncpg says when the server has ended the connection a moment ago
+    asyncpg.LockNotAvailableError,  # an operator's transaction
+    asyncpg.PostgresSystemError,
+)
+"""The database cannot do it now; the command is not to blame."""
 
 
 class Fenced(Exception):
     """Another allocator has raised the epoch: stop, and leave the messages to it."""
 
 
+# A generic plan spares the planning, two thirds of the time of a small statement; see replan.
+SETTINGS = f"SET lock_timeout = '{LOCK_TIMEOUT}'; SET plan_cache_mode = force_generic_plan"
+
 RAISE_EPOCH = """
 UPDATE allocator_epoch SET epoch = epoch + 1, backend_pid = pg_backend_pid() RETURNING epoch
 """
 
-TERMINATE_PREDECESSOR = """
-SELECT pg_terminate_backend(backend_pid) FROM allocator_epoch WHERE backend_pid <> pg_backend_pid()
+# Whoever still holds the epoch when our patience has ended has been in its statement for longer than that.
+TERMINATE_PREDECESSOR = f"""
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = '{APPLICATION_NAME}' AND pid <> pg_backend_pid()
+  AND xact_start <= now() - interval '{LOCK_TIMEOUT}'
 """
 
 _GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
 
 # Parameters: epoch, lab duration, then one array per column of the requests.
 # known: the lease the student has; keyed: the lease that the idempotency key was used for; wanting: who has
-# neither; picked: for every prefix as many sandboxes as are wanted, those available longest first.
+# neither; picked: for every prefix as many sandboxes as are wanted, those available longest first; dry: the
+# prefixes that had too few.
 _ALLOCATE = f"""
 WITH {_GUARD},
 request AS MATERIALIZED (
@@ -94,6 +117,9 @@ leased AS (
     SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed ORDER BY place
     RETURNING sandbox_id, allocated_at, expires_at
 ),
+dry AS (
+    SELECT DISTINCT prefix FROM wanting w WHERE NOT EXISTS (SELECT FROM claimed c WHERE c.place = w.place)
+),
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
@@ -101,6 +127,8 @@ announced AS (
         'track_name', c.track_name, 'expires_at', floor(extract(epoch FROM now() + $2::interval))::bigint
     )
     FROM claimed c
+    UNION ALL
+    SELECT 'pool.exhausted', NULL, jsonb_build_object('name_prefix', nullif(prefix, '')) FROM dry
 )
 SELECT r.place,
     CASE
@@ -261,7 +289,9 @@ SELECT listing_id FROM begun
 STAGE_LISTING = f"""
 WITH {_GUARD}, staged AS (
     INSERT INTO csp_accounts (external_id, sandbox_id, name, sfdc_account_id, created_at, listing_id)
-    SELECT a.*, $2 FROM guard, unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[]) AS a
+    SELECT DISTINCT ON (a.external_id) a.*, $2
+    FROM guard, unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[])
+        AS a (external_id, sandbox_id, name, sfdc_account_id, created_at)
     ON CONFLICT (external_id) DO UPDATE SET
         sandbox_id = excluded.sandbox_id, name = excluded.name, sfdc_account_id = excluded.sfdc_account_id,
         created_at = excluded.created_at, listing_id = excluded.listing_id
@@ -272,15 +302,20 @@ SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
 """
 
 # What a listing would do. outdated: a listing that was begun later has been applied already.
-WEIGH_LISTING = """
-SELECT
-    EXISTS (SELECT FROM csp_listings WHERE listing_id > $1 AND applied_at IS NOT NULL) AS outdated,
-    (SELECT count(*) FROM csp_accounts WHERE listing_id = $1) AS listed,
-    count(*) AS pool,
-    count(*) FILTER (WHERE s.status = 'available' AND a.sandbox_id IS NULL) AS stale
-FROM sandboxes s
-LEFT JOIN csp_accounts a ON a.sandbox_id = s.sandbox_id AND a.listing_id = $1
-WHERE s.status IN ('available', 'allocated')
+# NOT IN, here and below, is hashed (up to some 100,000 rows); NOT EXISTS becomes a nested loop over all of the
+# listing as soon as the planner takes it for short.
+WEIGH_LISTING = f"""
+WITH {_GUARD},
+listed AS MATERIALIZED (SELECT a.sandbox_id FROM guard, csp_accounts a WHERE a.listing_id = $2)
+SELECT epoch,
+    EXISTS (SELECT FROM csp_listings WHERE listing_id > $2 AND applied_at IS NOT NULL) AS outdated,
+    (SELECT count(*) FROM listed) AS listed,
+    (SELECT count(*) FROM sandboxes WHERE status IN ('available', 'allocated')) AS pool,
+    (
+        SELECT count(*) FROM sandboxes
+        WHERE status = 'available' AND sandbox_id NOT IN (SELECT sandbox_id FROM listed)
+    ) AS stale
+FROM guard
 """
 
 HOLD_LISTING = f"""
@@ -291,7 +326,14 @@ WITH {_GUARD}, announced AS (
 SELECT epoch FROM guard
 """
 
-# A sandbox that is known is never inserted again, whatever its state: what was deleted stays deleted.
+_ACCOUNT_OF_ANOTHER = """
+    SELECT FROM sandboxes other
+    WHERE other.external_id = a.external_id AND other.status <> 'deleted' AND other.sandbox_id <> a.sandbox_id
+"""
+
+# A sandbox that is known is never inserted again, whatever its state: what was deleted stays deleted. Nor is one
+# that was leased before and whose record has been forgotten. An account id that another live sandbox has is not
+# taken over; the next listing that shows it free gives it.
 APPLY_LISTING = f"""
 WITH {_GUARD},
 listed AS MATERIALIZED (SELECT a.* FROM guard, csp_accounts a WHERE a.listing_id = $2),
@@ -302,41 +344,41 @@ refreshed AS (
     WHERE s.sandbox_id = a.sandbox_id AND s.status IN ('available', 'allocated')
       AND (s.name, s.external_id, s.sfdc_account_id, s.missing_since)
           IS DISTINCT FROM (a.name, a.external_id, a.sfdc_account_id, NULL)
-      AND NOT EXISTS (
-          SELECT FROM sandboxes other
-          WHERE other.external_id = a.external_id AND other.status <> 'deleted'
-            AND other.sandbox_id <> a.sandbox_id
-      )
+      AND NOT EXISTS ({_ACCOUNT_OF_ANOTHER})
 ),
 restored AS (
     UPDATE sandboxes s
-    SET status = 'available', status_since = now(), name = a.name, sfdc_account_id = a.sfdc_account_id
+    SET status = 'available', status_since = now(),
+        name = a.name, external_id = a.external_id, sfdc_account_id = a.sfdc_account_id
     FROM listed a
     WHERE s.sandbox_id = a.sandbox_id AND s.status = 'stale'
+      AND NOT EXISTS ({_ACCOUNT_OF_ANOTHER})
     RETURNING s.sandbox_id, s.external_id, s.name
 ),
 discovered AS (
     INSERT INTO sandboxes (sandbox_id, external_id, name, sfdc_account_id, status)
     SELECT a.sandbox_id, a.external_id, a.name, a.sfdc_account_id, 'available'
-    FROM listed a ORDER BY a.created_at, a.sandbox_id
+    FROM listed a
+    WHERE NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)
+    ORDER BY a.created_at, a.sandbox_id
     ON CONFLICT DO NOTHING
     RETURNING sandbox_id, external_id, name
 ),
 gone AS (
     UPDATE sandboxes s SET status = 'stale', status_since = now()
     FROM guard
-    WHERE s.status = 'available'
-      AND NOT EXISTS (SELECT FROM listed a WHERE a.sandbox_id = s.sandbox_id)
+    WHERE s.status = 'available' AND s.sandbox_id NOT IN (SELECT sandbox_id FROM listed)
     RETURNING s.sandbox_id, s.external_id, s.name
 ),
 flagged AS (
     UPDATE sandboxes s SET missing_since = now()
     FROM guard
     WHERE s.status = 'allocated' AND s.missing_since IS NULL
-      AND NOT EXISTS (SELECT FROM listed a WHERE a.sandbox_id = s.sandbox_id)
+      AND s.sandbox_id NOT IN (SELECT sandbox_id FROM listed)
 ),
 applied AS (
-    UPDATE csp_listings SET applied_at = now() FROM guard WHERE listing_id = $2
+    UPDATE csp_listings SET applied_at = now() FROM guard WHERE listing_id = $2 AND applied_at IS NULL
+    RETURNING listing_id
 ),
 forgotten AS (
     DELETE FROM csp_accounts USING guard WHERE listing_id < $2
@@ -356,17 +398,31 @@ announced AS (
         UNION ALL SELECT 'sandbox.stale', * FROM gone
     ) e
     UNION ALL
-    SELECT 'sync.completed', NULL, to_jsonb(counted) - 'epoch' || jsonb_build_object('listing_id', $2)
-    FROM counted
+    SELECT 'sync.completed', NULL, to_jsonb(counted) - 'epoch' || to_jsonb(applied) FROM counted, applied
 )
 SELECT * FROM counted
 """
 
-ANNOUNCE_EXHAUSTED = """
-INSERT INTO outbox (type, data) VALUES ('pool.exhausted', jsonb_build_object('name_prefix', $1::text))
-"""
-
 COUNT_BY_STATUS = "SELECT status, count(*) FROM sandboxes GROUP BY status"
+
+
+async def connect(database_url: str) -> asyncpg.Connection:
+    """The connection for the statements of this file. Raises one of UNAVAILABLE."""
+    connection = await db.connect(
+        database_url, application_name=APPLICATION_NAME, statement_timeout_sec=STATEMENT_TIMEOUT_SEC
+    )
+    try:
+        await connection.execute(SETTINGS)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def replan(connection: asyncpg.Connection) -> None:
+    """Forgets the plans. One that was made for an empty pool takes seconds on a full one, and until statistics
+    are gathered nothing else would renew it; a new one goes by the size that the tables have."""
+    await connection.execute("DISCARD PLANS")
 
 
 async def raise_epoch(connection: asyncpg.Connection) -> int:
@@ -397,6 +453,7 @@ async def allocate(
             prefixes,
             [prefix_end(prefix) if prefix else "" for prefix in prefixes],
             [command.idempotency_key for command in commands],
+            timeout=STUDENT_TIMEOUT_SEC,
         )
     )
 
@@ -410,6 +467,7 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
             list(range(len(commands))),
             [command.sandbox_id for command in commands],
             [command.holder for command in commands],
+            timeout=STUDENT_TIMEOUT_SEC,
         )
     )
 
@@ -417,11 +475,17 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
 async def stage_listing(
     connection: asyncpg.Connection, epoch: int, listing_id: int, accounts: Sequence[ListedAccount]
 ) -> int:
-    columns = zip(
-        *((a.external_id, a.sandbox_id, a.name, a.sfdc_account_id, a.created_at) for a in accounts),
-        strict=True,
+    row = await one(
+        connection,
+        STAGE_LISTING,
+        epoch,
+        listing_id,
+        [account.external_id for account in accounts],
+        [account.sandbox_id for account in accounts],
+        [account.name for account in accounts],
+        [account.sfdc_account_id for account in accounts],
+        [account.created_at for account in accounts],
     )
-    row = await one(connection, STAGE_LISTING, epoch, listing_id, *(list(column) for column in columns))
     staged: int = row["staged"]
     return staged
 

@@ -4,6 +4,10 @@ import asyncio
 import time
 
 import structlog
+
+from csp_syncer import metrics
+from csp_syncer.plan import pieces
+from csp_syncer.settings import Settings
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Requester, Unroutable
 from sandbox_broker.csp import CspClient, CspError
@@ -18,11 +22,9 @@ from sandbox_broker.messages import (
     Reply,
 )
 
-from csp_syncer import metrics
-from csp_syncer.plan import pieces
-from csp_syncer.settings import Settings
-
 REQUEST_TIMEOUT_SEC = 30.0
+MAX_REASONS = 20
+"""Of skipped records, in one log line."""
 
 log = structlog.get_logger()
 
@@ -53,6 +55,12 @@ class Syncer:
             task.add_done_callback(lambda _: self._running.pop(force))
         return await asyncio.shield(task)
 
+    async def stop(self) -> None:
+        """Gives up what runs; a listing is applied as a whole or not at all."""
+        for task in list(self._running.values()):
+            task.cancel()
+            await asyncio.wait([task])
+
     async def _sync(self, *, force: bool) -> PoolSynced | Refused:
         async with self._one_at_a_time:
             started = time.monotonic()
@@ -61,7 +69,8 @@ class Syncer:
             except _Stopped as stopped:
                 log.warning("sync.refused", code=stopped.refusal.code, reason=stopped.refusal.message)
                 metrics.SYNCS.labels(outcome=stopped.refusal.code.lower()).inc()
-                metrics.HELD.set(stopped.refusal.code == "SYNC_HELD")
+                if stopped.refusal.code == "SYNC_HELD":
+                    metrics.HELD.set(1)
                 return stopped.refusal
             duration_ms = round((time.monotonic() - started) * 1000)
             log.info("sync.completed", duration_ms=duration_ms, **applied.model_dump(exclude={"type", "version"}))
@@ -86,9 +95,14 @@ class Syncer:
                     message=f"CSP could not be listed, and nothing was changed: {error}",
                 )
             ) from error
-        metrics.SKIPPED.inc(len(listing.skipped))
-        for reason in listing.skipped[:20]:
-            log.warning("sync.record_skipped", listing_id=begun.listing_id, reason=reason)
+        if listing.skipped:
+            metrics.SKIPPED.inc(len(listing.skipped))
+            log.warning(
+                "sync.records_skipped",
+                listing_id=begun.listing_id,
+                skipped=len(listing.skipped),
+                reasons=listing.skipped[:MAX_REASONS],
+            )
         for piece in pieces(begun.listing_id, listing.accounts):
             await self._ask(piece)
         applied = await self._ask(
@@ -107,7 +121,7 @@ class Syncer:
             reply = await self._requester.request(
                 topology.ALLOCATOR_COMMANDS, command, timeout_sec=REQUEST_TIMEOUT_SEC
             )
-        except (Disconnected, Unroutable, TimeoutError) as error:
+        except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: garbled
             raise _Stopped(
                 Refused(code="ALLOCATOR_UNAVAILABLE", message=f"The allocator did not answer: {error}")
             ) from error

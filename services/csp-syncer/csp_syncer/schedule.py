@@ -5,6 +5,8 @@ import asyncio
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
+
+from csp_syncer.handlers import Syncer
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer
 from sandbox_broker.messages import (
@@ -16,8 +18,6 @@ from sandbox_broker.messages import (
     SyncPool,
     decode_commands,
 )
-
-from csp_syncer.handlers import Syncer
 
 MAX_WAITING = 100
 """Requests that may wait for one sync."""
@@ -36,10 +36,16 @@ class Schedule:
     async def commands(self, connection: AbstractConnection) -> None:
         """Handles every command in a task of its own, so that one which comes during a sync joins it."""
         subscription = await Subscription.open(connection, topology.SYNCER_COMMANDS, prefetch=MAX_WAITING)
+        handling: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as group:
             while deliveries := await subscription.batch(MAX_WAITING):
                 for delivery in deliveries:
-                    group.create_task(self._handle(subscription, delivery))
+                    task = group.create_task(self._handle(subscription, delivery))
+                    handling.add(task)
+                    task.add_done_callback(handling.discard)
+            # The connection is gone: the commands come again over the next one, and join the sync that runs on.
+            for task in handling:
+                task.cancel()
 
     async def _handle(self, subscription: Subscription, delivery: DeliveredMessage) -> None:
         try:

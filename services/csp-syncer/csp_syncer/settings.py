@@ -1,4 +1,5 @@
 from pydantic import Field, SecretStr
+
 from sandbox_broker.settings import HttpUrl, Port, ServiceSettings
 
 

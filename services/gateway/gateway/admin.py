@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
-from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import PoolSynced, Refused, SyncPool
 
-from gateway import metrics, views
-from gateway.errors import ApiError
+from gateway import views
+from gateway.errors import ApiError, refuse
 from gateway.schemas import Stats, Sync, responses
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Unroutable
+from sandbox_broker.messages import PoolSynced, SyncPool
 
 if TYPE_CHECKING:
     from gateway.main import Context
 
-_ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "INTERNAL_ERROR")
+_ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -23,15 +23,20 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
 async def get_stats(request: Request) -> Stats:
     """How many sandboxes are in each state."""
     context: Context = request.app.state.context
-    try:
-        return await views.stats(context.engine)
-    except db.CONNECTION_ERRORS as error:
-        raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error
+    return await views.stats(context.engine)
 
 
 @router.post(
     "/sync",
-    responses=responses(*_ALWAYS, "SYNC_HELD", "CSP_UNAVAILABLE", "SYNCER_UNAVAILABLE", "SYNC_TIMEOUT"),
+    responses=responses(
+        *_ALWAYS,
+        "SYNC_HELD",
+        "LISTING_OUTDATED",
+        "CSP_UNAVAILABLE",
+        "SYNCER_UNAVAILABLE",
+        "ALLOCATOR_UNAVAILABLE",
+        "SYNC_TIMEOUT",
+    ),
 )
 async def sync(request: Request, force: bool = False) -> Sync:
     """Brings the pool in line with CSP now; a call while one runs joins it."""
@@ -47,11 +52,8 @@ async def sync(request: Request, force: bool = False) -> Sync:
         raise ApiError("SYNCER_UNAVAILABLE", "The queue is down. Try again shortly.") from error
     except TimeoutError as error:
         raise ApiError("SYNC_TIMEOUT", "The sync is still running. Ask again to join it.") from error
-    if isinstance(reply, Refused):
-        metrics.SYNCS.labels(outcome=reply.code.lower()).inc()
-        raise ApiError(reply.code, reply.message)
-    assert isinstance(reply, PoolSynced)  # noqa: S101 (the contract of SyncPool)
-    metrics.SYNCS.labels(outcome="completed").inc()
+    if not isinstance(reply, PoolSynced):
+        refuse(reply)
     return Sync(
         status="completed",
         synced=reply.synced,

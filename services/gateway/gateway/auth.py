@@ -8,8 +8,15 @@ from fastapi.security import HTTPBearer
 from pydantic import SecretStr
 
 from gateway.errors import ApiError
+from gateway.headers import BLANKS
 
-_bearer = HTTPBearer(auto_error=False, description="BROKER_API_TOKEN, or BROKER_ADMIN_TOKEN for /v1/admin")
+# For the OpenAPI document and the docs page alone; the judging is done below.
+_track_token = HTTPBearer(scheme_name="trackToken", auto_error=False, description="One of BROKER_API_TOKEN")
+_admin_token = HTTPBearer(
+    scheme_name="adminToken",
+    auto_error=False,
+    description="One of BROKER_ADMIN_TOKEN; it works on track routes too",
+)
 
 
 class Tokens:
@@ -24,9 +31,10 @@ class Tokens:
 
 def _candidate(request: Request) -> bytes:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+    token = token.strip(BLANKS)
+    if scheme.lower() != "bearer" or not token:
         raise _unauthorized("Send the header 'Authorization: Bearer <token>'.")
-    return token.strip().encode("latin-1")
+    return token.encode("latin-1")  # how it was decoded, so these are the bytes that were sent
 
 
 def _unauthorized(message: str) -> ApiError:
@@ -40,7 +48,9 @@ def _unknown() -> ApiError:
 def track(api: Tokens, admin: Tokens) -> Callable[..., Awaitable[None]]:
     """The dependency of track routes: either token will do."""
 
-    async def require_token(request: Request, _: object = Security(_bearer)) -> None:
+    async def require_token(
+        request: Request, _: object = Security(_track_token), __: object = Security(_admin_token)
+    ) -> None:
         candidate = _candidate(request)
         if not (api.hold(candidate) | admin.hold(candidate)):
             raise _unknown()
@@ -51,7 +61,7 @@ def track(api: Tokens, admin: Tokens) -> Callable[..., Awaitable[None]]:
 def administration(api: Tokens, admin: Tokens) -> Callable[..., Awaitable[None]]:
     """The dependency of admin routes: the admin token alone."""
 
-    async def require_admin_token(request: Request, _: object = Security(_bearer)) -> None:
+    async def require_admin_token(request: Request, _: object = Security(_admin_token)) -> None:
         candidate = _candidate(request)
         if admin.hold(candidate):
             return

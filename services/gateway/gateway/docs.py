@@ -1,29 +1,71 @@
-"""The docs page: Swagger UI from our own address, so that it works with no internet and no inline script."""
+"""The docs page and the OpenAPI document: all from our own address, so that they work with no internet and no
+inline script."""
 
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-_STATIC = Path(__file__).parent / "static"
+from gateway.schemas import header
+
+_OURS = files("gateway") / "static"
+# fastapi-offline is used for the files it carries: a released Swagger UI, hash-locked like the rest.
+_SWAGGER_UI = files("fastapi_offline") / "static"
+
+_FILES = {
+    "/v1/docs": (_OURS / "docs.html", "text/html"),
+    "/v1/docs/start.js": (_OURS / "start.js", "text/javascript"),
+    "/v1/docs/assets/swagger-ui-bundle.js": (_SWAGGER_UI / "swagger-ui-bundle.js", "text/javascript"),
+    "/v1/docs/assets/swagger-ui.css": (_SWAGGER_UI / "swagger-ui.css", "text/css"),
+    "/v1/docs/assets/favicon.png": (_SWAGGER_UI / "favicon.png", "image/png"),
+}
+
+OPERATIONS: Mapping[str, Mapping[str, Any]] = {
+    "/healthz": {"tags": ["operations"], "summary": "Is the process alive?"},
+    "/readyz": {
+        "tags": ["operations"],
+        "summary": "Do the queue and the database answer?",
+        "responses": {503: {"description": "One of them does not; `checks` says which"}},
+    },
+    "/metrics": {
+        "tags": ["operations"],
+        "summary": "Metrics for Prometheus",
+        "response_class": PlainTextResponse,
+    },
+}
+"""How the routes of sandbox_broker.health are described."""
 
 
-async def _page(_: Request) -> Response:
-    return FileResponse(_STATIC / "docs.html")
+def add_routes(app: FastAPI) -> None:
+    """To be called last: the document describes the routes that are there."""
+    for path, (file, media_type) in _FILES.items():
+        app.add_api_route(path, _serving(file.read_bytes(), media_type), include_in_schema=False)
+    document = _document(app)
+
+    async def openapi() -> Response:
+        return JSONResponse(document)
+
+    app.add_api_route("/v1/openapi.json", openapi, include_in_schema=False)
 
 
-async def _start(_: Request) -> Response:
-    return FileResponse(_STATIC / "start.js")
+def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def serve() -> Response:
+        return Response(content, media_type=media_type)
+
+    return serve
 
 
-def routes() -> list[Route | Mount]:
-    # fastapi-offline is used for the files it carries: a released Swagger UI, hash-locked like the rest.
-    assets = StaticFiles(directory=str(files("fastapi_offline") / "static"))
-    return [
-        Route("/v1/docs", _page),
-        Route("/v1/docs/start.js", _start),
-        Mount("/v1/docs/assets", assets),
-    ]
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's, and in it the headers that the middleware adds to every response."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for operation in path.values():
+            parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
+            for response in operation["responses"].values():
+                headers = response.setdefault("headers", {})
+                headers["X-Request-ID"] = header("the request's own one if it was well-formed, or a new one")
+                if "X-Track-ID" in parameters:
+                    headers["Deprecation"] = header("`true` where X-Track-ID was read")
+    return document

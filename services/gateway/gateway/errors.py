@@ -7,9 +7,11 @@ help.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse
+
+from sandbox_broker.messages import Refused, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ KINDS: Mapping[str, Kind] = {
     "POOL_EXHAUSTED": Kind(409, "Nothing in the pool is available", retry_after=30),
     "IDEMPOTENCY_KEY_CONFLICT": Kind(409, "The key belongs to another lease"),
     "SYNC_HELD": Kind(409, "The listing looks wrong, and nothing was changed"),
+    "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", retry_after=5),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB"),
     "INTERNAL_ERROR": Kind(500, "A fault of ours", retry_after=5),
     "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", retry_after=60),
@@ -73,6 +76,13 @@ def response(error: ApiError, request_id: str) -> JSONResponse:
     if error.fields:
         detail["fields"] = error.fields
     return JSONResponse({"detail": detail}, kind.status, headers)
+
+
+def refuse(reply: Reply) -> NoReturn:
+    """Raises the ApiError of a refusal. Any other reply that a route did not expect is a fault of ours."""
+    if isinstance(reply, Refused) and reply.code in KINDS:
+        raise ApiError(reply.code, reply.message)
+    raise RuntimeError(f"unexpected answer: {reply!r}")
 
 
 def internal() -> ApiError:

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
-from sandbox_broker.messages import MAX_ID_LENGTH
 
 from gateway.errors import ApiError
+from sandbox_broker.messages import MAX_ID_LENGTH
+
+BLANKS = " \t"
+"""What may surround a header's value. Python's own idea of blanks holds characters that are not ASCII."""
 
 _PRINTABLE = re.compile(r"[\x20-\x7e]*")
 
 
 def _checked(name: str, value: str | None) -> str | None:
     """The value without blanks around it; None if there is nothing else."""
-    if value is None or not value.strip():
+    value = (value or "").strip(BLANKS)
+    if not value:
         return None
-    value = value.strip()
     if len(value) > MAX_ID_LENGTH:
         raise ApiError("INVALID_HEADER", f"{name} is {len(value)} characters long; {MAX_ID_LENGTH} are allowed.")
     if not _PRINTABLE.fullmatch(value):
@@ -27,11 +30,19 @@ def _checked(name: str, value: str | None) -> str | None:
 async def _holder(
     request: Request,
     x_instruqt_sandbox_id: Annotated[
-        str | None, Header(description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.")
+        str | None,
+        Header(
+            alias="X-Instruqt-Sandbox-ID",
+            description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.",
+        ),
     ] = None,
     x_track_id: Annotated[
         str | None,
-        Header(description="The old name of X-Instruqt-Sandbox-ID, read where that is absent.", deprecated=True),
+        Header(
+            alias="X-Track-ID",
+            description="The old name of X-Instruqt-Sandbox-ID, read where that is absent.",
+            deprecated=True,
+        ),
     ] = None,
 ) -> str:
     if x_instruqt_sandbox_id is None and x_track_id is not None:
@@ -58,12 +69,19 @@ class AllocationHeaders:
 
 
 async def _allocation_headers(
-    x_instruqt_track_id: Annotated[str | None, Header(description="The lab's name, kept for analytics.")] = None,
+    x_instruqt_track_id: Annotated[
+        str | None, Header(alias="X-Instruqt-Track-ID", description="The lab's name, kept for analytics.")
+    ] = None,
     x_sandbox_name_prefix: Annotated[
-        str | None, Header(description="Only sandboxes whose name starts with exactly this text.")
+        str | None,
+        Header(
+            alias="X-Sandbox-Name-Prefix",
+            description="Only sandboxes whose name starts with exactly this text.",
+        ),
     ] = None,
     idempotency_key: Annotated[
-        str | None, Header(description="The same key from the same student gives the same lease.")
+        str | None,
+        Header(alias="Idempotency-Key", description="The same key from the same student gives the same lease."),
     ] = None,
 ) -> AllocationHeaders:
     return AllocationHeaders(

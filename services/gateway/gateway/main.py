@@ -1,14 +1,13 @@
 """Wiring of the gateway: HTTP in, messages out."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from sandbox_broker import db, health, logging, preflight, service
-from sandbox_broker.bus import Publisher, Requester
-from sandbox_broker.settings import load
 from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +16,12 @@ from gateway import admin, auth, docs, errors, middleware, routes
 from gateway.errors import ApiError
 from gateway.replies import Allocator
 from gateway.settings import Settings
+from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.settings import load
+
+POOL_TIMEOUT_SEC = 2
+"""How long a read waits for one of the database connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Context:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    engine = db.engine(settings.database_url, pool_size=5, max_overflow=5)
+    engine = db.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
     allocator = Allocator(publisher, requester)
@@ -42,14 +47,23 @@ def create_app(settings: Settings) -> FastAPI:
     async def database() -> str | None:
         return await db.ping(engine)
 
+    tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with tasks(app):
+            yield
+        await engine.dispose()
+
     app = FastAPI(
         title="Sandbox Broker",
         version="1",
         summary="Leases pre-created Infoblox CSP accounts to Instruqt students",
         docs_url=None,
         redoc_url=None,
-        openapi_url="/v1/openapi.json",
-        lifespan=service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch),
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_exception,
@@ -63,8 +77,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(routes.router, dependencies=[Depends(auth.track(api_tokens, admin_tokens))])
     app.include_router(admin.router, dependencies=[Depends(auth.administration(api_tokens, admin_tokens))])
-    app.router.routes.extend(docs.routes())
-    app.router.routes.extend(health.routes({"queue": queue, "database": database}))
+    # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
+    for route in health.routes({"queue": queue, "database": database}):
+        app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])
+    docs.add_routes(app)
     app.add_middleware(middleware.Envelope)
     return app
 
@@ -76,7 +92,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
-    refused = errors.of_status(error.status_code, request.method, request.url.path, error.headers)
+    refused = errors.of_status(error.status_code, request.method, request.scope["path"], error.headers)
     return errors.response(refused, request.state.request_id)
 
 

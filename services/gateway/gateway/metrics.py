@@ -15,4 +15,3 @@ ALLOCATION_LATENCY = Histogram(
     buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])
-SYNCS = Counter("broker_sync_total", "Answers to POST /v1/admin/sync", ["outcome"])

@@ -4,6 +4,8 @@ line, one observation, and our own error body when something breaks."""
 import re
 import time
 import uuid
+from collections import deque
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,6 +15,8 @@ from gateway import errors, metrics
 from gateway.errors import ApiError
 
 MAX_BODY = 64 * 1024
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
@@ -41,6 +45,9 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        method = scope["method"]
+        if method == "HEAD":  # GET without its body, which the server leaves out
+            scope = {**scope, "method": "GET"}
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
@@ -61,7 +68,7 @@ class Envelope:
             await send(message)
 
         try:
-            await self._app(scope, _limited(scope, receive), send_decorated)
+            await self._app(scope, await _limited(scope, receive), send_decorated)
         except ApiError as error:  # raised outside any route: the body was too large
             await errors.response(error, request_id)(scope, receive, send_decorated)
         except Exception:
@@ -72,34 +79,42 @@ class Envelope:
         finally:
             seconds = time.perf_counter() - started
             endpoint = getattr(scope.get("route"), "path", "unknown")
-            metrics.REQUEST_LATENCY.labels(scope["method"], endpoint, status).observe(seconds)
+            known_method = method if method in _METHODS else "other"
+            metrics.REQUEST_LATENCY.labels(known_method, endpoint, status).observe(seconds)
             if scope["path"].startswith("/v1"):
                 log.info(
                     "request.handled",
                     request_id=request_id,
-                    method=scope["method"],
-                    path=scope["path"],
+                    method=method,
+                    path=quote(scope["path"], errors="replace"),
                     status=status,
                     duration_ms=round(seconds * 1000, 1),
                 )
 
 
-def _limited(scope: Scope, receive: Receive) -> Receive:
-    """Refuses a body by its announced length; one that announces none, where it grows past the limit."""
-    announced = Headers(scope=scope).get("content-length", "")
-    if announced.isdigit() and int(announced) > MAX_BODY:
+async def _limited(scope: Scope, receive: Receive) -> Receive:
+    """Refuses a body by its announced length. One that announces none is read here up to the limit: most routes
+    never look at theirs."""
+    headers = Headers(scope=scope)
+    announced = headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > MAX_BODY:
         raise _too_large()
-    received = 0
-
-    async def receive_limited() -> Message:
-        nonlocal received
+    if "transfer-encoding" not in headers:
+        return receive
+    messages: deque[Message] = deque()
+    received, more = 0, True
+    while more:
         message = await receive()
+        messages.append(message)
         received += len(message.get("body", b""))
         if received > MAX_BODY:
             raise _too_large()
-        return message
+        more = message.get("more_body", False)
 
-    return receive_limited
+    async def receive_again() -> Message:
+        return messages.popleft() if messages else await receive()
+
+    return receive_again
 
 
 def _too_large() -> ApiError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
+
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
 from sandbox_broker.messages import MAX_ENVELOPE, Command, Reply

@@ -1,29 +1,27 @@
 """The track routes: what lab authors' scripts call."""
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
-from sandbox_broker import db
+
+from gateway import metrics, views
+from gateway.errors import ApiError, refuse
+from gateway.headers import Allocation, Holder
+from gateway.replies import Unavailable
+from gateway.schemas import Lease, Release, Sandbox, responses
 from sandbox_broker.messages import (
     AllocateSandbox,
     Command,
     LeaseGranted,
-    Refused,
     ReleaseSandbox,
     Reply,
     SandboxReleased,
 )
 
-from gateway import metrics, views
-from gateway.errors import ApiError
-from gateway.headers import Allocation, Holder
-from gateway.replies import Unavailable
-from gateway.schemas import Lease, Release, Sandbox, responses
-
 if TYPE_CHECKING:
     from gateway.main import Context
 
-_ALWAYS = ("UNAUTHORIZED", "MISSING_SANDBOX_ID", "INVALID_HEADER", "INTERNAL_ERROR")
+_ALWAYS = ("UNAUTHORIZED", "MISSING_SANDBOX_ID", "INVALID_HEADER", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 
 router = APIRouter(prefix="/v1", tags=["track"])
 
@@ -56,7 +54,7 @@ async def allocate(request: Request, response: Response, holder: Holder, headers
         try:
             reply = await _ask(request, command, timeout_code="ALLOCATION_TIMEOUT")
             if not isinstance(reply, LeaseGranted):
-                _refuse(reply)
+                refuse(reply)
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
@@ -82,7 +80,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     try:
         reply = await _ask(request, command, timeout_code="RELEASE_TIMEOUT")
         if not isinstance(reply, SandboxReleased):
-            _refuse(reply)
+            refuse(reply)
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise
@@ -97,10 +95,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
 async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
     """The student's sandbox, also after its release."""
     context: Context = request.app.state.context
-    try:
-        found = await views.sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
-    except db.CONNECTION_ERRORS as error:
-        raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error
+    found = await views.sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
     if found is None:
         raise _no_such_sandbox()
     if found.sandbox is None or found.holder != holder:
@@ -123,12 +118,6 @@ async def _ask(request: Request, command: Command, *, timeout_code: str) -> Repl
             timeout_code,
             "No answer in time. The request may still succeed: asking again gives the same result.",
         ) from error
-
-
-def _refuse(reply: Reply) -> NoReturn:
-    if isinstance(reply, Refused) and reply.code != "INVALID_COMMAND":
-        raise ApiError(reply.code, reply.message)
-    raise RuntimeError(f"the allocator answered with {reply!r}")
 
 
 def _no_such_sandbox() -> ApiError:

@@ -1,11 +1,12 @@
 """The bodies of the API, as the OpenAPI document shows them."""
 
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, Field
-from sandbox_broker.messages import SandboxStatus
 
 from gateway.errors import KINDS
+from sandbox_broker.messages import SandboxStatus
 
 
 class Lease(BaseModel):
@@ -74,8 +75,18 @@ class Error(BaseModel):
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     """What a route may answer besides success, for its OpenAPI entry."""
-    by_status: dict[int | str, list[str]] = {}
+    entries: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = KINDS[code]
-        by_status.setdefault(kind.status, []).append(f"`{code}`: {kind.meaning}.")
-    return {status: {"model": Error, "description": " ".join(meanings)} for status, meanings in by_status.items()}
+        entry = entries.setdefault(kind.status, {"model": Error, "description": "", "headers": {}})
+        entry["description"] = f"{entry['description']} `{code}`: {kind.meaning}.".lstrip()
+        if kind.retry_after is not None:
+            entry["headers"]["Retry-After"] = header("seconds until trying again can help", "integer")
+        if kind.status == HTTPStatus.UNAUTHORIZED:
+            entry["headers"]["WWW-Authenticate"] = header("always `Bearer`")
+    return entries | {"default": {"model": Error, "description": "Any other error has the same body."}}
+
+
+def header(description: str, kind: str = "string") -> dict[str, Any]:
+    """A response header's OpenAPI entry."""
+    return {"description": description, "schema": {"type": kind}}

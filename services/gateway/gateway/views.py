@@ -1,12 +1,16 @@
 """What the gateway reads from the database by itself. It never writes."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from sandbox_broker.tables import leases, sandboxes
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from gateway.errors import ApiError
 from gateway.schemas import Sandbox, Stats
+from sandbox_broker import db
+from sandbox_broker.tables import leases, sandboxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
         .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
         .where(sandboxes.c.sandbox_id == sandbox_id)
     )
-    async with engine.connect() as connection:
+    async with _reading(engine) as connection:
         row = (await connection.execute(query)).mappings().one_or_none()
     if row is None:
         return None
@@ -45,7 +49,16 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
 
 async def stats(engine: AsyncEngine) -> Stats:
     query = select(sandboxes.c.status, func.count()).group_by(sandboxes.c.status)
-    async with engine.connect() as connection:
+    async with _reading(engine) as connection:
         counts = {status: int(number) for status, number in await connection.execute(query)}
     by_status = {status: counts.get(status, 0) for status in Stats.model_fields if status != "total"}
     return Stats(total=sum(by_status.values()), **by_status)
+
+
+@asynccontextmanager
+async def _reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    try:
+        async with engine.connect() as connection:
+            yield connection
+    except db.CONNECTION_ERRORS as error:
+        raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error

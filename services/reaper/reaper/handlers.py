@@ -1,8 +1,13 @@
 """What the reaper does: ends overdue leases, and deletes in CSP what was released."""
 
 import asyncio
+from collections.abc import Iterator
 
 import structlog
+
+from reaper import metrics
+from reaper.backoff import retry_in_sec
+from reaper.settings import Settings
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Requester, Unroutable
 from sandbox_broker.csp import CspClient, CspUnauthorized, CspUnavailable
@@ -19,14 +24,11 @@ from sandbox_broker.messages import (
     Reply,
 )
 
-from reaper import metrics
-from reaper.backoff import retry_in_sec
-from reaper.settings import Settings
-
 CSP_TIMEOUT_SEC = 30.0
 REQUEST_TIMEOUT_SEC = 10.0
 EXPIRY_PIECE = 200
 """Leases ended by one command: an allocation waits for one such piece at most."""
+CLAIM_MARGIN_SEC = 60.0
 MAX_ERROR = 500
 
 log = structlog.get_logger()
@@ -74,34 +76,37 @@ class Reaper:
 
     async def _delete_all_due(self) -> None:
         settings = self._settings
-        rows = -(-settings.cleanup_batch_size // settings.cleanup_concurrency)
+        one_after_another = -(-settings.cleanup_batch_size // settings.cleanup_concurrency)
+        each_sec = CSP_TIMEOUT_SEC + REQUEST_TIMEOUT_SEC + settings.cleanup_per_sandbox_delay_sec
         command = ClaimDeletions(
             limit=settings.cleanup_batch_size,
-            claim_sec=60 + rows * (CSP_TIMEOUT_SEC + settings.cleanup_per_sandbox_delay_sec),
+            claim_sec=CLAIM_MARGIN_SEC + one_after_another * each_sec,
         )
         while True:
             claimed = await self._ask(command)
             assert isinstance(claimed, DeletionsClaimed)  # noqa: S101 (the contract of ClaimDeletions)
             if not claimed.deletions:
                 return
-            places = asyncio.Semaphore(settings.cleanup_concurrency)
-            results = await asyncio.gather(
-                *(self._delete_in_turn(deletion, places) for deletion in claimed.deletions),
-                return_exceptions=True,
-            )
-            for result in results:
+            deletions = iter(claimed.deletions)
+            workers = (self._work_off(deletions) for _ in range(settings.cleanup_concurrency))
+            # Who stops does not stop the others half-way: each finishes and reports what it has begun.
+            for result in await asyncio.gather(*workers, return_exceptions=True):
                 if result is not None:
                     raise result
             await asyncio.sleep(settings.cleanup_batch_delay_sec)
 
-    async def _delete_in_turn(self, deletion: DueDeletion, places: asyncio.Semaphore) -> None:
-        async with places:
-            await self._delete(deletion)
+    async def _work_off(self, deletions: Iterator[DueDeletion]) -> None:
+        """Takes one after the other of what the workers share, until none is left or CSP refuses our token."""
+        for deletion in deletions:
+            try:
+                await self._delete(deletion)
+            except NoAnswer as error:  # it stays claimed, and is due again when the claim ends
+                log.warning("deletion.not_recorded", sandbox_id=deletion.sandbox_id, error=str(error))
             await asyncio.sleep(self._settings.cleanup_per_sandbox_delay_sec)
 
     async def _delete(self, deletion: DueDeletion) -> None:
         """Deletes one account in CSP and tells the allocator how it went. Dying in between is harmless: the
-        claim ends, and the next attempt finds the account gone."""
+        claim ends, and the next attempt finds the account gone. Raises NoAnswer and CspUnauthorized."""
         try:
             outcome = await self._csp.delete_account(deletion.external_id)
         except CspUnavailable as error:
@@ -128,7 +133,7 @@ class Reaper:
             reply = await self._requester.request(
                 topology.ALLOCATOR_COMMANDS, command, timeout_sec=REQUEST_TIMEOUT_SEC
             )
-        except (Disconnected, Unroutable, TimeoutError) as error:
+        except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: garbled
             raise NoAnswer(str(error)) from error
         if isinstance(reply, Refused):
             raise NoAnswer(reply.message)

@@ -1,16 +1,18 @@
 """Wiring of the reaper: ticks and events start its work."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 
-from sandbox_broker import health, logging, preflight, service, ticks, topology
-from sandbox_broker.bus import Publisher, Requester, keep_connected
-from sandbox_broker.csp import CspClient
-from sandbox_broker.settings import load
 from starlette.applications import Starlette
 
 from reaper.handlers import CSP_TIMEOUT_SEC, Reaper
 from reaper.schedule import Schedule
 from reaper.settings import Settings
+from sandbox_broker import health, logging, preflight, service, ticks, topology
+from sandbox_broker.bus import Publisher, Requester, keep_connected
+from sandbox_broker.csp import CspClient
+from sandbox_broker.settings import load
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -24,18 +26,25 @@ def create_app(settings: Settings) -> Starlette:
     async def queue() -> str | None:
         return None if requester.connected else "not connected to RabbitMQ"
 
+    tasks = service.lifespan(
+        publisher.run,
+        requester.run,
+        reaper.clean_up,
+        partial(keep_connected, url, "reaper-events", schedule.events),
+        partial(ticks.consume, url, topology.CLEANUP_TICKS, schedule.cleanup_tick),
+        partial(ticks.consume, url, topology.EXPIRY_TICKS, reaper.expire_overdue),
+        partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
+        partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with csp, tasks(app):
+            yield
+
     return Starlette(
         routes=health.routes({"queue": queue}),
-        lifespan=service.lifespan(
-            publisher.run,
-            requester.run,
-            reaper.clean_up,
-            partial(keep_connected, url, "reaper-events", schedule.events),
-            partial(ticks.consume, url, topology.CLEANUP_TICKS, schedule.cleanup_tick),
-            partial(ticks.consume, url, topology.EXPIRY_TICKS, reaper.expire_overdue),
-            partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
-            partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
-        ),
+        lifespan=lifespan,
     )
 
 

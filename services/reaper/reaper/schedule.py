@@ -1,10 +1,10 @@
 """When the reaper works: on its ticks, and as soon as an event tells of a release."""
 
 from aio_pika.abc import AbstractConnection
-from sandbox_broker import topology
-from sandbox_broker.bus import Subscription
 
 from reaper.handlers import Reaper
+from sandbox_broker import topology
+from sandbox_broker.bus import Subscription
 
 PREFETCH = 200
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from csp_simulator.app import create_app
 
 TOKEN = "test-token"

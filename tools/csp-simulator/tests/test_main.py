@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from csp_simulator.accounts import Accounts, StateError
 
 COMMAND = [sys.executable, "-m", "csp_simulator"]
