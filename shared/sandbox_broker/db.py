@@ -20,8 +20,10 @@ CONNECTION_ERRORS = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
     asyncpg.OperatorInterventionError,  # it shuts down, or has ended the statement
+    asyncpg.InternalClientError,  # the server has ended the connection a moment ago
     asyncpg.InsufficientResourcesError,  # no connections, memory or disk left
     asyncpg.ReadOnlySQLTransactionError,  # after a failover: no longer, or not yet, the primary
+    asyncpg.PostgresSystemError,
     PoolExhausted,
 )
 """The database is not there, is going away, or did not answer in time: nothing is wrong with the statement."""

@@ -1,6 +1,7 @@
 """The operations routes that every service has: /healthz, /readyz and /metrics."""
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
@@ -13,6 +14,7 @@ Check = Callable[[], Awaitable[str | None]]
 """Answers None when all is well, else what is wrong in a few words."""
 
 CHECK_TIMEOUT_SEC = 2.0
+RETRY_AFTER_SEC = 2
 
 log = structlog.get_logger()
 
@@ -23,13 +25,20 @@ def routes(checks: Mapping[str, Check]) -> list[Route]:
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def readyz(_: Request) -> Response:
+    async def readyz(request: Request) -> Response:
         problems = await asyncio.gather(*(_run(check) for check in checks.values()))
         report = {name: problem or "ok" for name, problem in zip(checks, problems, strict=True)}
-        ready = not any(problems)
-        return JSONResponse(
-            {"status": "ready" if ready else "unavailable", "checks": report}, 200 if ready else 503
-        )
+        if not any(problems):
+            return JSONResponse({"status": "ready", "checks": report})
+        wrong = "; ".join(f"{name}: {problem}" for name, problem in report.items() if problem != "ok")
+        detail = {
+            "code": "NOT_READY",
+            "message": f"This service cannot work now ({wrong}). It tries again by itself.",
+            "request_id": getattr(request.state, "request_id", None) or str(uuid.uuid4()),
+            "retry_after": RETRY_AFTER_SEC,
+        }
+        body = {"status": "unavailable", "checks": report, "detail": detail}
+        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_SEC)})
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

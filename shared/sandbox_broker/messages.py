@@ -19,6 +19,10 @@ MAX_ID_LENGTH = 128
 MAX_ENVELOPE = 200
 """Commands in one envelope at most: what one SQL statement takes comfortably."""
 
+MAX_SEC = 10 * 365 * 24 * 3600
+"""Ten years: no duration here is longer."""
+MAX_BIGINT = 2**63 - 1
+
 SandboxStatus = Literal["available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted"]
 DeletionReason = Literal["student", "expired", "admin"]
 
@@ -66,7 +70,7 @@ class ExpireLeases(Message):
     """End at most `limit` leases that are overdue by more than `grace_sec`. → LeasesExpired."""
 
     type: Literal["ExpireLeases"] = "ExpireLeases"
-    grace_sec: float = Field(ge=0)
+    grace_sec: float = Field(ge=0, le=MAX_SEC)
     limit: int = Field(ge=1, le=1000)
 
 
@@ -76,7 +80,7 @@ class ClaimDeletions(Message):
 
     type: Literal["ClaimDeletions"] = "ClaimDeletions"
     limit: int = Field(ge=1, le=1000)
-    claim_sec: float = Field(gt=0)
+    claim_sec: float = Field(gt=0, le=MAX_SEC)
 
 
 class RecordDeletion(Message):
@@ -92,9 +96,9 @@ class RecordDeletionFailure(Message):
 
     type: Literal["RecordDeletionFailure"] = "RecordDeletionFailure"
     sandbox_id: SandboxId
-    attempts: int = Field(ge=0)
+    attempts: int = Field(ge=0, le=1_000_000)
     error: _StorableText = Field(max_length=500)
-    retry_in_sec: float | None = Field(default=None, ge=0)
+    retry_in_sec: float | None = Field(default=None, ge=0, le=MAX_SEC)
 
 
 class BeginListing(Message):
@@ -119,7 +123,7 @@ class StageListing(Message):
     """A piece of a listing, kept aside until all of it is there. → ListingStaged."""
 
     type: Literal["StageListing"] = "StageListing"
-    listing_id: int
+    listing_id: int = Field(ge=1, le=MAX_BIGINT)
     accounts: tuple[ListedAccount, ...] = Field(max_length=1000)
 
 
@@ -129,7 +133,7 @@ class ApplyListing(Message):
     → ListingApplied or Refused."""
 
     type: Literal["ApplyListing"] = "ApplyListing"
-    listing_id: int
+    listing_id: int = Field(ge=1, le=MAX_BIGINT)
     total: int = Field(ge=0)
     max_stale_fraction: float = Field(ge=0, le=1)
     force: bool = False

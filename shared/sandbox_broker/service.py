@@ -43,8 +43,10 @@ def lifespan(
         finally:
             for task in reversed(running):
                 task.remove_done_callback(ended)
-                task.cancel()
-                await asyncio.wait([task])
+                while not task.done():
+                    # Once may not be enough: asyncio.wait_for of Python 3.11, in the client library, loses some.
+                    task.cancel()
+                    await asyncio.wait([task], timeout=1)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("service.task_failed", task=task.get_name(), exc_info=error)
 
@@ -84,6 +86,7 @@ def run(app: Starlette, port: int) -> None:
             loop="uvloop",
             http="httptools",
             lifespan="on",
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

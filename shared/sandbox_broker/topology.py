@@ -51,7 +51,7 @@ SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
 SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
 CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
 EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
-REAPER_EVENTS = Queue("reaper.events", _QUORUM)
+REAPER_EVENTS = Queue("reaper.events", _SINGLE)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
 
 EXCHANGES: tuple[Exchange, ...] = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)

@@ -30,9 +30,7 @@ LOCK_TIMEOUT = "1s"
 
 UNAVAILABLE = (
     *db.CONNECTION_ERRORS,
-    asyncpg.InternalClientError,  # what asyncpg says when the server has ended the connection a moment ago
     asyncpg.LockNotAvailableError,  # an operator's transaction
-    asyncpg.PostgresSystemError,
 )
 """The database cannot do it now; the command is not to blame."""
 

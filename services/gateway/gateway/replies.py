@@ -19,6 +19,7 @@ from sandbox_broker.messages import MAX_ENVELOPE, Command, Reply
 MAX_IN_FLIGHT = 2000
 """Requests that wait for a reply; past that the next is refused at once instead of making all of them late."""
 WATCH_PERIOD_SEC = 0.5
+LOOK_TIMEOUT_SEC = 1.0
 
 log = structlog.get_logger()
 
@@ -27,7 +28,7 @@ class Unavailable(Exception):
     """The queue or the allocator is down, or too many requests are in flight."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     command: Command
     deadline: float
@@ -42,27 +43,34 @@ class Allocator:
         self._requester = requester
         self._waiting: deque[_Entry] = deque()
         self._wake = asyncio.Event()
-        self._in_flight = 0
+        self._in_flight: set[_Entry] = set()
         self._present = False
+        self._looking: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
 
     async def ask(self, command: Command, *, timeout_sec: float) -> Reply:
         """Raises Unavailable, or TimeoutError: then the command may still be carried out."""
+        if not self._present:
+            await self._look()  # it may have come since the last look
         if not (self._present and self._requester.connected):
             raise Unavailable("The queue or the allocator is down.")
-        if self._in_flight >= MAX_IN_FLIGHT:
+        if self.in_flight >= MAX_IN_FLIGHT:
             raise Unavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
         entry = _Entry(command, loop.time() + timeout_sec, loop.create_future())
-        self._in_flight += 1
+        self._in_flight.add(entry)
         self._waiting.append(entry)
         self._wake.set()
         try:
             async with asyncio.timeout(timeout_sec):
                 return await entry.reply
         except Disconnected as error:
-            raise Unavailable("The connection to the queue was lost.") from error
+            raise Unavailable("The queue or the allocator went away.") from error
         finally:
-            self._in_flight -= 1
+            self._in_flight.discard(entry)
 
     async def run(self) -> None:
         while True:
@@ -98,14 +106,28 @@ class Allocator:
     async def watch(self) -> None:
         """Looks whether anybody consumes the commands: nobody home is told at once, not after a time-out."""
         while True:
-            try:
-                present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name) > 0
-            except Disconnected:
-                present = False
-            if present != self._present:
-                log.info("allocator.present" if present else "allocator.absent")
-            self._present = present
+            await self._look()
             await asyncio.sleep(WATCH_PERIOD_SEC)
+
+    async def _look(self) -> None:
+        """One look at a time, whoever waits for it."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._count_consumers())
+        await asyncio.shield(self._looking)
+
+    async def _count_consumers(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_SEC):
+                present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name) > 0
+        except (Disconnected, TimeoutError):
+            present = False
+        if present != self._present:
+            log.info("allocator.present" if present else "allocator.absent")
+        self._present = present
+        if not present:
+            for entry in self._in_flight:
+                if not entry.reply.done():
+                    entry.reply.set_exception(Disconnected("no allocator is there to answer"))
 
 
 def _hand_out(entries: Sequence[_Entry], replies: asyncio.Future[tuple[Reply, ...]]) -> None:

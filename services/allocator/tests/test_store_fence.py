@@ -1,0 +1,148 @@
+"""An allocator that another one has succeeded changes nothing more, and holds nobody up."""
+
+import asyncio
+import time
+
+import pytest
+
+from allocator import handlers, store
+from allocator.handlers import HANDLERS, Writer
+from sandbox_broker.messages import (
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    Command,
+    ExpireLeases,
+    RecordDeletion,
+    RecordDeletionFailure,
+    StageListing,
+)
+
+from .allocator_harness import Pool, account, allocate, ask, begin, done, granted, release, stage
+
+
+async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
+    """One of each kind, all of which would change something."""
+    await pool.fill(1)
+    leased, pending = await pool.lease("ann"), await pool.pending()
+    await pool.overdue("bob")
+    listing_id = await begin(writer)
+    await stage(writer, listing_id, [account(900)])
+    found: list[Command] = [
+        ask("cid"),
+        done(leased, "ann"),
+        ExpireLeases(grace_sec=0, limit=10),
+        ClaimDeletions(limit=10, claim_sec=60),
+        RecordDeletion(sandbox_id=pending),
+        RecordDeletionFailure(sandbox_id=pending, attempts=0, error="", retry_in_sec=None),
+        BeginListing(),
+        StageListing(listing_id=listing_id, accounts=(account(901),)),
+        ApplyListing(listing_id=listing_id, total=1, max_stale_fraction=0, force=True),
+    ]
+    return {type(command).__name__: command for command in found}
+
+
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in HANDLERS])
+async def test_a_fenced_allocator_changes_nothing(pool: Pool, kind: str) -> None:
+    writer = await pool.writer()
+    command = (await commands(pool, writer))[kind]
+    handle = HANDLERS[type(command)]
+    successor = await pool.writer()
+    epoch = await store.raise_epoch(successor.connection)
+    before = await pool.state()
+    with pytest.raises(store.Fenced):
+        await handle(writer, [command])
+    assert await pool.state() == before
+    await handle(Writer(successor.connection, epoch, writer.lab_duration), [command])
+    assert await pool.state() != before
+
+
+@pytest.mark.parametrize("statement", [store.HOLD_LISTING, store.APPLY_LISTING])
+async def test_an_allocator_fenced_between_weighing_and_applying_changes_nothing(
+    pool: Pool, statement: str
+) -> None:
+    writer = await pool.writer()
+    listing_id = await begin(writer)
+    await stage(writer, listing_id, [account(900)])
+    await store.raise_epoch(writer.connection)
+    before = await pool.state()
+    arguments = [listing_id, "reason"] if statement == store.HOLD_LISTING else [listing_id]
+    with pytest.raises(store.Fenced):
+        await store.one(writer.connection, statement, writer.epoch, *arguments)
+    assert await pool.state() == before
+
+
+async def test_every_epoch_is_raised_once(pool: Pool) -> None:
+    connections = [(await pool.writer()).connection for _ in range(4)]
+    epochs = await asyncio.gather(*(store.raise_epoch(one) for one in connections))
+    assert len(set(epochs)) == 4
+
+
+async def test_raising_the_epoch_waits_for_a_statement_at_work(pool: Pool) -> None:
+    await pool.fill(1)
+    writer, successor = await pool.writer(), await pool.writer()
+    transaction = writer.connection.transaction()
+    await transaction.start()
+    lease = granted((await allocate(writer, ask("ann")))[0])
+    raising = asyncio.create_task(store.raise_epoch(successor.connection))
+    await pool.until_waiting(successor)
+    await transaction.commit()
+    epoch = await raising
+    (again,) = await allocate(Writer(successor.connection, epoch, writer.lab_duration), ask("ann"))
+    assert again == lease.model_copy(update={"new": False})
+
+
+async def test_a_statement_that_waits_while_the_epoch_is_raised_is_fenced(pool: Pool) -> None:
+    await pool.fill(1)
+    writer, successor = await pool.writer(), await pool.writer()
+    transaction = successor.connection.transaction()
+    await transaction.start()
+    await store.raise_epoch(successor.connection)
+    waiting = asyncio.create_task(allocate(writer, ask("ann")))
+    await pool.until_waiting(writer)
+    await transaction.commit()
+    with pytest.raises(store.Fenced):
+        await waiting
+    assert await pool.value("SELECT count(*) FROM leases") == 0
+
+
+@pytest.mark.parametrize("reconnected", [False, True])
+async def test_a_predecessor_that_is_frozen_in_its_statement_loses_its_connection(
+    pool: Pool, reconnected: bool
+) -> None:
+    await pool.fill(1)
+    frozen = await pool.writer()
+    epoch = await store.raise_epoch(frozen.connection)
+    if reconnected:  # the epoch was raised on a connection that it no longer has
+        frozen = await pool.writer(epoch)
+    await frozen.connection.execute("BEGIN")
+    granted((await allocate(Writer(frozen.connection, epoch, frozen.lab_duration), ask("ann")))[0])
+    bystander = await pool.writer()
+    successor = await pool.writer()
+    began = time.monotonic()
+    raised = await store.raise_epoch(successor.connection)
+    assert time.monotonic() - began < 5
+    assert raised == epoch + 1
+    with pytest.raises(store.UNAVAILABLE):
+        await frozen.connection.execute("COMMIT")
+    assert await bystander.connection.fetchval("SELECT 1") == 1
+    assert await pool.value("SELECT count(*) FROM leases") == 0
+
+
+async def test_a_row_that_an_operator_locks_is_waited_for_a_second_only(pool: Pool) -> None:
+    sandbox_id = await pool.lease("ann")
+    writer = await pool.writer()
+    await pool.execute("BEGIN")
+    await pool.execute("SELECT FROM leases FOR UPDATE")
+    began = time.monotonic()
+    with pytest.raises(store.UNAVAILABLE):
+        await release(writer, done(sandbox_id, "ann"))
+    assert time.monotonic() - began < 4
+    await pool.execute("ROLLBACK")
+    assert (await release(writer, done(sandbox_id, "ann")))[0].type == "SandboxReleased"
+
+
+async def test_every_command_has_a_handler_under_its_name() -> None:
+    for kind in HANDLERS:
+        snake = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__)[1:]
+        assert callable(getattr(handlers, snake))

@@ -1,0 +1,184 @@
+"""A csp-syncer on the real RabbitMQ, with the simulator as CSP and a stand-in for the allocator."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aio_pika
+import httpx
+from aio_pika.abc import AbstractIncomingMessage
+from prometheus_client import REGISTRY
+
+from csp_simulator.app import DEFAULT_TOKEN
+from csp_simulator.app import create_app as create_simulator
+from csp_simulator.testing import serving
+from csp_syncer.main import create_app
+from csp_syncer.settings import Settings
+from sandbox_broker import topology
+from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.messages import (
+    ApplyListing,
+    BeginListing,
+    Command,
+    InvalidCommand,
+    ListingApplied,
+    ListingBegun,
+    ListingStaged,
+    Refused,
+    Reply,
+    ReplyEnvelope,
+    StageListing,
+    SyncPool,
+    decode_commands,
+)
+
+M = TypeVar("M", bound=Command)
+
+
+@dataclass
+class Csp:
+    """The simulator, and its control API."""
+
+    url: str
+    control: httpx.AsyncClient
+
+    async def behave(self, **switches: Any) -> None:
+        (await self.control.patch("/_control/behaviour", json=switches)).raise_for_status()
+
+    async def list_raw(self, records: list[Any]) -> None:
+        (await self.control.put("/_control/accounts", json={"raw": records})).raise_for_status()
+
+    async def records(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await self.control.get("/_control/accounts")).json()["accounts"]
+        return found
+
+    async def listings(self) -> int:
+        """Calls that were answered."""
+        return len((await self.control.get("/_control/calls", params={"method": "GET"})).json()["calls"])
+
+
+@asynccontextmanager
+async def simulated_csp(accounts: int) -> AsyncIterator[Csp]:
+    async with serving(create_simulator(accounts=accounts)) as url, httpx.AsyncClient(base_url=url) as control:
+        yield Csp(url, control)
+
+
+@dataclass
+class Allocator:
+    """Counts what is staged, applies it, and refuses what the test wants."""
+
+    staged: dict[int, list[str]] = field(default_factory=dict)
+    heard: list[Command] = field(default_factory=list)
+    refusal: Callable[[Command], Refused | None] = lambda _: None
+    before_answer: Callable[[Command], Awaitable[None]] | None = None
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [command for command in self.heard if isinstance(command, kind)]
+
+    async def answer(self, command: Command) -> Reply:
+        self.heard.append(command)
+        if self.before_answer is not None:
+            await self.before_answer(command)
+        if refusal := self.refusal(command):
+            return refusal
+        match command:
+            case BeginListing():
+                listing_id = len(self.staged) + 1
+                self.staged[listing_id] = []
+                return ListingBegun(listing_id=listing_id)
+            case StageListing():
+                self.staged[command.listing_id] += [account.sandbox_id for account in command.accounts]
+                return ListingStaged(staged=len(command.accounts))
+            case ApplyListing():
+                synced = len(self.staged[command.listing_id])
+                return ListingApplied(synced=synced, discovered=3, restored=2, marked_stale=1)
+        raise AssertionError(command)
+
+    @asynccontextmanager
+    async def consuming(self, amqp_url: str) -> AsyncIterator[None]:
+        connection = await aio_pika.connect(amqp_url)
+        async with connection, connection.channel() as channel:
+            queue = await channel.get_queue(topology.ALLOCATOR_COMMANDS.name)
+
+            async def handle(message: AbstractIncomingMessage) -> None:
+                await message.ack()
+                (command,) = decode_commands(message.body)
+                assert not isinstance(command, InvalidCommand)
+                body = ReplyEnvelope(replies=(await self.answer(command),)).model_dump_json().encode()
+                answered = aio_pika.Message(body, correlation_id=message.correlation_id)
+                await channel.default_exchange.publish(answered, message.reply_to or "", mandatory=False)
+
+            await queue.consume(handle)
+            yield
+
+
+@dataclass
+class Caller:
+    """Asks the csp-syncer, as the gateway does."""
+
+    requester: Requester
+
+    async def sync(self, *, force: bool = False) -> Reply:
+        command = SyncPool(request_id="r", force=force)
+        return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
+
+    async def send(self, command: Command) -> Reply:
+        return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
+
+    async def all_arrived(self) -> None:
+        """Returns when the csp-syncer has begun with all that was asked before."""
+        await asyncio.create_task(self.send(BeginListing()))  # which it refuses
+
+
+@asynccontextmanager
+async def calling(amqp_url: str) -> AsyncIterator[Caller]:
+    publisher = Publisher(amqp_url, "test")
+    requester = Requester(amqp_url, "test", publisher)
+    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(requester.run())]
+    try:
+        yield Caller(requester)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(
+        _env_file=None,
+        **{
+            "amqp_url": "amqp://127.0.0.1:1/",
+            "csp_base_url": "http://127.0.0.1:1/v2",
+            "csp_api_token": DEFAULT_TOKEN,
+            "sync_interval_sec": 3600,  # one tick at the start, and no other
+            **changes,
+        },
+    )
+
+
+@asynccontextmanager
+async def syncing(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None]:
+    app = create_app(settings(amqp_url=amqp_url, csp_base_url=f"{csp.url}/v2", **changes))
+    async with app.router.lifespan_context(app):
+        yield
+
+
+async def emptied(amqp_url: str) -> None:
+    """Declares the topology and purges every queue of it."""
+    connection = await aio_pika.connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        await topology.declare(channel)
+        for queue in topology.QUEUES:
+            await (await channel.get_queue(queue.name, ensure=False)).purge()
+
+
+async def until(condition: Callable[[], object], *, within_sec: float = 20) -> None:
+    async with asyncio.timeout(within_sec):
+        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+            await asyncio.sleep(0.005)
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,250 @@
+"""A gateway on the real RabbitMQ and PostgreSQL, and what stands in for the services on the far side of the bus."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import aio_pika
+import httpx
+from aio_pika.abc import AbstractIncomingMessage
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
+
+from gateway.main import create_app
+from gateway.settings import Settings
+from sandbox_broker import topology
+from sandbox_broker.messages import (
+    Command,
+    InvalidCommand,
+    LeaseGranted,
+    PoolSynced,
+    Refused,
+    ReleaseSandbox,
+    Reply,
+    ReplyEnvelope,
+    SandboxReleased,
+    SyncPool,
+    decode_commands,
+)
+
+TRACK_TOKEN = "track-token-1"
+OTHER_TRACK_TOKEN = "track-token-2"
+ADMIN_TOKEN = "admin-token-1"
+TRACK = {"Authorization": f"Bearer {TRACK_TOKEN}"}
+ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+STUDENT = {**TRACK, "X-Instruqt-Sandbox-ID": "student-1"}
+
+LEASE = LeaseGranted(
+    new=True,
+    sandbox_id="2012224",
+    name="sandbox-1",
+    external_id="af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3",
+    sfdc_account_id=None,
+    allocated_at=1728054123,
+    expires_at=1728068523,
+)
+
+Answer = Callable[[Command], Awaitable[Reply]]
+
+
+async def say_yes(command: Command) -> Reply:
+    if isinstance(command, ReleaseSandbox):
+        return SandboxReleased(
+            sandbox_id=command.sandbox_id, status="pending_deletion", deletion_requested_at=1728054200
+        )
+    if isinstance(command, SyncPool):
+        return PoolSynced(synced=5, marked_stale=1, restored=2, duration_ms=34)
+    return LEASE
+
+
+async def say_nothing(_: Command) -> Reply:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def refuse(code: Any, message: str = "because") -> Answer:
+    async def answer(_: Command) -> Reply:
+        return Refused(code=code, message=message)
+
+    return answer
+
+
+@dataclass
+class FarSide:
+    """A service that consumes a queue of commands and answers what the test wants."""
+
+    queue: topology.Queue
+    answer: Answer = say_yes
+    envelopes: list[list[Command | InvalidCommand]] = field(default_factory=list)
+
+    @property
+    def commands(self) -> list[Command | InvalidCommand]:
+        return [command for envelope in self.envelopes for command in envelope]
+
+    @asynccontextmanager
+    async def consuming(self, amqp_url: str) -> AsyncIterator[None]:
+        connection = await aio_pika.connect(amqp_url)
+        async with connection, connection.channel() as channel:
+            queue = await channel.get_queue(self.queue.name)
+            await queue.purge()
+
+            async def handle(message: AbstractIncomingMessage) -> None:
+                await message.ack()
+                commands = decode_commands(message.body)
+                self.envelopes.append(commands)
+                replies = tuple([await self.answer(command) for command in commands])  # type: ignore[arg-type]
+                body = ReplyEnvelope(replies=replies).model_dump_json().encode()
+                answered = aio_pika.Message(body, correlation_id=message.correlation_id)
+                await channel.default_exchange.publish(answered, message.reply_to or "", mandatory=False)
+
+            await queue.consume(handle)
+            yield
+
+
+@dataclass
+class Gateway:
+    app: FastAPI
+    client: httpx.AsyncClient
+    allocator: FarSide
+    syncer: FarSide
+
+    async def allocate(self, **headers: str | bytes) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.client.post("/v1/allocate", headers=raw({**STUDENT, **named}))
+
+    async def present(self) -> None:
+        """Returns when the gateway knows of a consumer of its commands."""
+        await until(
+            lambda: self.app.state.context.allocator._present and self.app.state.context.requester.connected
+        )
+
+    async def absent(self) -> None:
+        await until(lambda: not self.app.state.context.allocator._present)
+
+    def reset(self) -> None:
+        for far_side in (self.allocator, self.syncer):
+            far_side.answer = say_yes
+            far_side.envelopes.clear()
+
+
+def raw(headers: Mapping[str, str | bytes]) -> list[tuple[bytes, bytes]]:
+    """Headers for httpx, byte for byte."""
+    return [
+        (name.encode(), value if isinstance(value, bytes) else value.encode()) for name, value in headers.items()
+    ]
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(
+        _env_file=None,
+        **{
+            "amqp_url": "amqp://127.0.0.1:1/",
+            "database_url": "postgresql://127.0.0.1:1/nowhere",
+            "broker_api_token": f"{TRACK_TOKEN}, {OTHER_TRACK_TOKEN}",
+            "broker_admin_token": ADMIN_TOKEN,
+            **changes,
+        },
+    )
+
+
+def create_app_without_servers(**changes: Any) -> FastAPI:
+    """It does not run, so it has nobody to ask; what needs nobody works."""
+    return create_app(settings(**changes))
+
+
+def client(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway")
+
+
+@asynccontextmanager
+async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> AsyncIterator[Gateway]:
+    """A gateway that is connected; with `far_sides` both services that it asks are there."""
+    app = create_app(settings(amqp_url=amqp_url, **changes))
+    allocator, syncer = FarSide(topology.ALLOCATOR_COMMANDS), FarSide(topology.SYNCER_COMMANDS)
+    async with app.router.lifespan_context(app), client(app) as http:
+        gateway = Gateway(app, http, allocator, syncer)
+        await until(lambda: app.state.context.requester.connected)
+        if not far_sides:
+            yield gateway
+            return
+        async with allocator.consuming(amqp_url), syncer.consuming(amqp_url):
+            await gateway.present()
+            yield gateway
+
+
+class Cable:
+    """Between us and RabbitMQ; one that can be pulled."""
+
+    def __init__(self, amqp_url: str) -> None:
+        self._parts = urlsplit(amqp_url)
+        self._server: asyncio.Server | None = None
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._port = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, amqp_url: str) -> AsyncIterator[Self]:
+        cable = cls(amqp_url)
+        await cable.plug_in()
+        try:
+            yield cable
+        finally:
+            await cable.pull()
+
+    @property
+    def url(self) -> str:
+        user, _, _ = self._parts.netloc.rpartition("@")
+        return self._parts._replace(netloc=f"{user}@127.0.0.1:{self._port}").geturl()
+
+    async def plug_in(self) -> None:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def pull(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for end in list(self._ends):
+            end.transport.abort()
+        await until(lambda: not self._ends)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port or 5672)
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._ends.add(writer)
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+            self._ends.discard(writer)
+
+
+async def until(condition: Callable[[], object], *, within_sec: float = 20) -> None:
+    async with asyncio.timeout(within_sec):
+        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+            await asyncio.sleep(0.005)
+
+
+def detail(response: httpx.Response) -> dict[str, Any]:
+    """What the one error body holds, after a look at the body itself."""
+    body = response.json()
+    assert set(body) == {"detail"}
+    assert set(body["detail"]) - {"retry_after", "fields"} == {"code", "message", "request_id"}
+    assert body["detail"]["request_id"] == response.headers["X-Request-ID"]
+    retry_after = body["detail"].get("retry_after")
+    assert response.headers.get("Retry-After") == (None if retry_after is None else str(retry_after))
+    found: dict[str, Any] = body["detail"]
+    return found
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,141 @@
+"""The OpenAPI document and the page that shows it."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+import pytest
+
+from gateway.errors import KINDS
+
+from .gateway_harness import client, create_app_without_servers
+
+PAGE = "http://gateway/v1/docs"
+
+STATUSES = {
+    ("post", "/v1/allocate"): {200, 201, 400, 401, 409, 413, 500, 503, 504},
+    ("post", "/v1/sandboxes/{sandbox_id}/mark-for-deletion"): {200, 400, 401, 403, 404, 413, 500, 503, 504},
+    ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
+    ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 500, 503},
+    ("post", "/v1/admin/sync"): {200, 400, 401, 403, 409, 413, 500, 502, 503, 504},
+    ("get", "/healthz"): {200},
+    ("get", "/readyz"): {200, 503},
+    ("get", "/metrics"): {200},
+}
+TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with client(create_app_without_servers()) as http:
+        yield http
+
+
+@pytest.fixture
+async def document(http: httpx.AsyncClient) -> Any:
+    response = await http.get("/v1/openapi.json")
+    assert response.headers["Content-Type"] == "application/json"
+    return json.loads(response.content)
+
+
+def operations(document: Any) -> dict[tuple[str, str], Any]:
+    return {
+        (method, path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+async def test_the_document_lists_every_route_and_status(document: Any) -> None:
+    assert document["openapi"].startswith("3.")
+    found = {
+        route: {int(status) for status in operation["responses"] if status != "default"}
+        for route, operation in operations(document).items()
+    }
+    assert found == STATUSES
+
+
+async def test_the_document_has_every_error_code_somewhere(document: Any) -> None:
+    text = json.dumps(document["paths"])
+    for code in KINDS.keys() - {"NOT_FOUND", "METHOD_NOT_ALLOWED"}:  # those belong to no route
+        assert f"`{code}`" in text
+
+
+async def test_every_error_has_the_one_body_in_the_document(document: Any) -> None:
+    for (_, path), operation in operations(document).items():
+        for status, response in operation["responses"].items():
+            if path.startswith("/v1") and not status.startswith("2"):
+                assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+    assert not any("ValidationError" in name for name in document["components"]["schemas"])
+
+
+async def test_the_document_names_the_headers(document: Any) -> None:
+    for (_, path), operation in operations(document).items():
+        sent = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "header"}
+        if path == "/v1/allocate":
+            assert sent == TRACK_HEADERS | {"X-Instruqt-Track-ID", "X-Sandbox-Name-Prefix", "Idempotency-Key"}
+        elif "{sandbox_id}" in path:
+            assert sent == TRACK_HEADERS
+        else:
+            assert sent == set()
+        for status, response in operation["responses"].items():
+            assert "X-Request-ID" in response["headers"]
+            assert ("Deprecation" in response["headers"]) == bool(sent)
+            assert ("WWW-Authenticate" in response["headers"]) == (status == "401")
+    exhausted = document["paths"]["/v1/allocate"]["post"]["responses"]["409"]
+    assert exhausted["headers"]["Retry-After"]["schema"] == {"type": "integer"}
+
+
+async def test_both_tokens_can_be_given_in_the_document(document: Any) -> None:
+    schemes = document["components"]["securitySchemes"]
+    assert {name: (scheme["type"], scheme["scheme"]) for name, scheme in schemes.items()} == {
+        "trackToken": ("http", "bearer"),
+        "adminToken": ("http", "bearer"),
+    }
+    for (_, path), operation in operations(document).items():
+        if path.startswith("/v1/admin"):
+            assert operation["security"] == [{"adminToken": []}]
+        elif path.startswith("/v1"):
+            assert operation["security"] == [{"trackToken": []}, {"adminToken": []}]
+        else:
+            assert "security" not in operation
+
+
+async def test_every_reference_in_the_document_leads_somewhere(document: Any) -> None:
+    for reference in re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)):
+        target = document
+        for part in reference.split("/"):
+            target = target[part]
+
+
+async def test_the_page_and_its_assets_come_from_us(http: httpx.AsyncClient) -> None:
+    page = await http.get(PAGE)
+    assert page.headers["Content-Type"].startswith("text/html")
+    references = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(references) == 4
+    for reference in references:
+        assert not urlsplit(reference).netloc
+        assert not reference.startswith("/")  # so that it works behind a path of its own
+        asset = await http.get(urljoin(PAGE, reference))
+        assert asset.status_code == 200
+        assert asset.content
+        kind = {"js": "text/javascript", "css": "text/css", "png": "image/png"}[reference.rsplit(".", 1)[1]]
+        assert asset.headers["Content-Type"].startswith(kind)
+
+
+async def test_the_page_has_no_inline_code_that_its_policy_would_stop(http: httpx.AsyncClient) -> None:
+    page = await http.get(PAGE)
+    assert not re.search(r"<script(?![^>]*\bsrc=)", page.text)
+    assert not re.search(r"<style|\son\w+=", page.text)
+    policy = page.headers["Content-Security-Policy"]
+    assert "script-src 'self';" in policy
+    start = await http.get("/v1/docs/start.js")
+    assert 'url: "openapi.json"' in start.text  # beside the page
+
+
+async def test_the_style_sheet_loads_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+    style = (await http.get("/v1/docs/assets/swagger-ui.css")).text
+    assert all(url.startswith("data:") for url in re.findall(r"url\([\"']?([^\"')]+)", style))

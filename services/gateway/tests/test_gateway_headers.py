@@ -1,0 +1,155 @@
+"""What the track routes read from headers."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
+
+from .gateway_harness import STUDENT, TRACK, Gateway, detail, raw, running
+
+ROUTES = [
+    ("POST", "/v1/allocate"),
+    ("POST", "/v1/sandboxes/1/mark-for-deletion"),
+    ("GET", "/v1/sandboxes/1"),
+]
+NEW, OLD = "X-Instruqt-Sandbox-ID", "X-Track-ID"
+OPTIONAL = {
+    "X-Instruqt-Track-ID": "track_name",
+    "X-Sandbox-Name-Prefix": "name_prefix",
+    "Idempotency-Key": "idempotency_key",
+}
+NOT_PRINTABLE_ASCII = [
+    b"tab\tinside",
+    b"nul\x00",
+    b"escape\x1b[31m",
+    b"delete\x7f",
+    b"\x1c",
+    "ümlaut".encode(),
+    "ümlaut".encode("latin-1"),
+    b"\xa0",
+    b"no-break\xa0",
+    b"\x85",
+    "日本".encode(),
+    b"\xff\xfe",
+]
+
+
+@pytest.fixture(scope="module")
+async def shared_gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    async with running(amqp_url, database_url=database_url) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(shared_gateway: Gateway) -> Gateway:
+    shared_gateway.reset()
+    return shared_gateway
+
+
+@pytest.mark.parametrize("headers", [{}, {NEW: ""}, {NEW: " "}, {NEW: "\t "}, {OLD: ""}, {OLD: "  "}])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_a_missing_or_blank_student_id_is_400(
+    gateway: Gateway, method: str, path: str, headers: dict[str, str]
+) -> None:
+    response = await gateway.client.request(method, path, headers={**TRACK, **headers})
+    assert (response.status_code, detail(response)["code"]) == (400, "MISSING_SANDBOX_ID")
+    assert NEW in detail(response)["message"]
+    assert gateway.allocator.commands == []
+
+
+@pytest.mark.parametrize("name", [NEW, OLD])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_a_student_id_of_129_characters_is_400(gateway: Gateway, method: str, path: str, name: str) -> None:
+    response = await gateway.client.request(method, path, headers={**TRACK, name: "x" * 129})
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+    assert name in detail(response)["message"]
+    assert gateway.allocator.commands == []
+
+
+@pytest.mark.parametrize("value", NOT_PRINTABLE_ASCII)
+@pytest.mark.parametrize("name", [NEW, OLD, *OPTIONAL])
+async def test_characters_outside_printable_ascii_are_400(gateway: Gateway, name: str, value: bytes) -> None:
+    student = {} if name == OLD else {NEW: "student-1"}
+    response = await gateway.client.post("/v1/allocate", headers=raw({**TRACK, **student, name: value}))
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+    assert name in detail(response)["message"]
+    assert gateway.allocator.commands == []
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+async def test_an_optional_header_of_129_characters_is_400(gateway: Gateway, name: str) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**STUDENT, name: "x" * 129})
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+
+
+async def test_128_printable_characters_are_passed_on_as_they_are(gateway: Gateway) -> None:
+    longest = ("".join(chr(code) for code in range(0x21, 0x7F)) * 2)[:128]
+    response = await gateway.client.post(
+        "/v1/allocate", headers={**TRACK, NEW: longest, **dict.fromkeys(OPTIONAL, longest)}
+    )
+    assert response.status_code == 201
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert command.holder == longest
+    assert [getattr(command, field) for field in OPTIONAL.values()] == [longest] * 3
+
+
+async def test_blanks_around_a_value_do_not_count(gateway: Gateway) -> None:
+    padded = f" \t{'x' * 128}\t "
+    response = await gateway.client.post("/v1/allocate", headers={**TRACK, NEW: padded})
+    assert response.status_code == 201
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert command.holder == "x" * 128
+
+
+async def test_blank_optional_headers_count_as_absent(gateway: Gateway) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**STUDENT, **dict.fromkeys(OPTIONAL, "  ")})
+    assert response.status_code == 201
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert [getattr(command, field) for field in OPTIONAL.values()] == [None] * 3
+
+
+async def test_the_characters_of_wildcards_are_ordinary_in_a_prefix(gateway: Gateway) -> None:
+    await gateway.client.post("/v1/allocate", headers={**STUDENT, "X-Sandbox-Name-Prefix": "a%_*\\'b"})
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert command.name_prefix == "a%_*\\'b"
+
+
+async def test_the_old_name_works_and_is_called_deprecated(gateway: Gateway) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old-student"})
+    assert response.status_code == 201
+    assert response.headers["Deprecation"] == "true"
+    released = await gateway.client.post("/v1/sandboxes/7/mark-for-deletion", headers={**TRACK, OLD: "old-student"})
+    assert released.headers["Deprecation"] == "true"
+    allocate, release = gateway.allocator.commands
+    assert isinstance(allocate, AllocateSandbox)
+    assert isinstance(release, ReleaseSandbox)
+    assert allocate.holder == release.holder == "old-student"
+
+
+@pytest.mark.parametrize(("value", "code"), [("", "MISSING_SANDBOX_ID"), ("x" * 129, "INVALID_HEADER")])
+async def test_the_old_name_is_called_deprecated_on_errors_too(gateway: Gateway, value: str, code: str) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: value})
+    assert (response.status_code, detail(response)["code"]) == (400, code)
+    assert response.headers["Deprecation"] == "true"
+    unknown = await gateway.client.get("/v1/sandboxes/unknown", headers={**TRACK, OLD: "old-student"})
+    assert unknown.status_code == 404
+    assert unknown.headers["Deprecation"] == "true"
+
+
+async def test_of_both_names_the_new_one_counts(gateway: Gateway) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old", NEW: "new"})
+    assert "Deprecation" not in response.headers
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert command.holder == "new"
+
+
+async def test_a_blank_new_name_is_400_even_with_the_old_one_present(gateway: Gateway) -> None:
+    response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old", NEW: " "})
+    assert (response.status_code, detail(response)["code"]) == (400, "MISSING_SANDBOX_ID")
+    assert "Deprecation" not in response.headers

@@ -1,0 +1,156 @@
+"""What the gateway reads from the database by itself."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from .gateway_harness import ADMIN, STUDENT, TRACK, Gateway, client, create_app_without_servers, detail, running
+
+STATES = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted")
+
+
+@pytest.fixture(scope="module")
+async def shared_gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def database(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(clean_database)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def gateway(shared_gateway: Gateway, database: asyncpg.Connection) -> Gateway:
+    return shared_gateway
+
+
+async def add_sandbox(database: asyncpg.Connection, sandbox_id: str, status: str, holder: str | None = None) -> str:
+    """Returns its external id."""
+    external_id = str(uuid.uuid4())
+    await database.execute(
+        "INSERT INTO sandboxes (sandbox_id, external_id, name, status) VALUES ($1, $2, $3, $4)",
+        sandbox_id,
+        external_id,
+        f"sandbox-{sandbox_id}",
+        status,
+    )
+    if holder is not None:
+        await database.execute(
+            "INSERT INTO leases (sandbox_id, holder, track_name, allocated_at, expires_at, ended_at, end_reason) "
+            "VALUES ($1, $2, 'lab', to_timestamp(1728054123.9), to_timestamp(1728068523.9), $3, $4)",
+            sandbox_id,
+            holder,
+            *((None, None) if status == "allocated" else (await database.fetchval("SELECT now()"), "student")),
+        )
+    return external_id
+
+
+@pytest.mark.parametrize("status", ["allocated", "pending_deletion", "deleted"])
+async def test_a_student_sees_the_sandbox_also_after_its_release(
+    gateway: Gateway, database: asyncpg.Connection, status: str
+) -> None:
+    external_id = await add_sandbox(database, "7", status, holder="student-1")
+    response = await gateway.client.get("/v1/sandboxes/7", headers=STUDENT)
+    assert response.status_code == 200
+    assert response.json() == {
+        "sandbox_id": "7",
+        "name": "sandbox-7",
+        "external_id": external_id,
+        "status": status,
+        "allocated_to_track": "student-1",
+        "allocated_at": 1728054123,
+        "expires_at": 1728068523,
+        "track_name": "lab",
+        "sfdc_account_id": None,
+    }
+
+
+@pytest.mark.parametrize(("status", "holder"), [("allocated", "student-2"), ("available", None)])
+async def test_another_ones_or_nobodys_sandbox_is_403(
+    gateway: Gateway, database: asyncpg.Connection, status: str, holder: str | None
+) -> None:
+    await add_sandbox(database, "7", status, holder)
+    response = await gateway.client.get("/v1/sandboxes/7", headers=STUDENT)
+    assert (response.status_code, detail(response)["code"]) == (403, "NOT_SANDBOX_OWNER")
+    assert "student-2" not in response.text
+
+
+async def test_an_unknown_sandbox_is_404(gateway: Gateway) -> None:
+    response = await gateway.client.get("/v1/sandboxes/7", headers=STUDENT)
+    assert (response.status_code, detail(response)["code"]) == (404, "SANDBOX_NOT_FOUND")
+
+
+async def test_the_stats_count_every_state(gateway: Gateway, database: asyncpg.Connection) -> None:
+    empty = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
+    assert empty.json() == {"total": 0, **dict.fromkeys(STATES, 0)}
+    for number, status in enumerate(STATES):
+        for copy in range(number + 1):
+            await add_sandbox(database, f"{number}{copy}", status)
+    response = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
+    counts = {status: number + 1 for number, status in enumerate(STATES)}
+    assert response.json() == {"total": sum(counts.values()), **counts}
+
+
+async def test_ready_means_that_queue_and_database_answer(gateway: Gateway) -> None:
+    response = await gateway.client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json()["checks"] == {"queue": "ok", "database": "ok"}
+
+
+async def test_readiness_names_the_database_when_that_is_down(amqp_url: str) -> None:
+    async with running(amqp_url, far_sides=False) as gateway:
+        response = await gateway.client.get("/readyz")
+        assert response.status_code == 503
+        checks = response.json()["checks"]
+        assert checks["queue"] == "ok"
+        assert checks["database"] != "ok"
+
+
+async def test_readiness_names_the_queue_when_that_is_down(database_url: str) -> None:
+    async with client(create_app_without_servers(database_url=database_url)) as http:
+        response = await http.get("/readyz")
+    assert response.status_code == 503
+    checks = response.json()["checks"]
+    assert checks["database"] == "ok"
+    assert checks["queue"] != "ok"
+
+
+async def test_reads_without_a_database_are_503() -> None:
+    async with client(create_app_without_servers()) as http:
+        for path, headers in (("/v1/sandboxes/7", STUDENT), ("/v1/admin/stats", ADMIN)):
+            response = await http.get(path, headers=headers)
+            assert (response.status_code, detail(response)["code"]) == (503, "DATABASE_UNAVAILABLE")
+            assert detail(response)["retry_after"]
+        assert (await http.get("/v1/admin/stats", headers=TRACK)).status_code == 403
+
+
+async def test_a_database_connection_that_is_cut_costs_no_request(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
+    await database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
+
+
+async def test_a_read_that_the_database_breaks_off_is_503(gateway: Gateway, database: asyncpg.Connection) -> None:
+    assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
+    async with database.transaction():
+        await database.execute("LOCK sandboxes IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.TaskGroup() as group:
+            read = group.create_task(gateway.client.get("/v1/admin/stats", headers=ADMIN))
+            waiting = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event_type = 'Lock' AND pid <> pg_backend_pid()"
+            )
+            while not read.done() and not await database.fetch(waiting):
+                await asyncio.wait([read], timeout=0.01)
+    assert (read.result().status_code, detail(read.result())["code"]) == (503, "DATABASE_UNAVAILABLE")

@@ -1,0 +1,264 @@
+"""What every response has, whatever was asked: an id, security headers, one body for errors, one observation."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from structlog.testing import capture_logs
+
+from csp_simulator.testing import serving
+from gateway import routes
+
+from .gateway_harness import (
+    ADMIN,
+    STUDENT,
+    TRACK,
+    Gateway,
+    client,
+    create_app_without_servers,
+    detail,
+    raw,
+    running,
+    sample,
+)
+
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+LIMIT = 64 * 1024
+
+# Method, path, headers, and the status to expect.
+ALL_SORTS: list[tuple[str, str, dict[str, str], int]] = [
+    ("POST", "/v1/allocate", STUDENT, 201),
+    ("POST", "/v1/sandboxes/1/mark-for-deletion", STUDENT, 200),
+    ("GET", "/v1/sandboxes/unknown", STUDENT, 404),
+    ("GET", "/v1/admin/stats", ADMIN, 200),
+    ("GET", "/v1/admin/stats", TRACK, 403),
+    ("POST", "/v1/admin/sync?force=perhaps", ADMIN, 400),
+    ("POST", "/v1/allocate", {}, 401),
+    ("POST", "/v1/allocate", TRACK, 400),
+    ("GET", "/v1/docs", {}, 200),
+    ("GET", "/v1/openapi.json", {}, 200),
+    ("GET", "/v1/docs/assets/swagger-ui.css", {"Range": "bytes=99999999-"}, 200),
+    ("GET", "/v1/docs/assets/../main.py", {}, 404),
+    ("GET", "/v1/docs/assets/", {}, 404),
+    ("GET", "/healthz", {}, 200),
+    ("GET", "/readyz", {}, 200),
+    ("GET", "/metrics", {}, 200),
+    ("GET", "/", {}, 404),
+    ("GET", "/v1", {}, 404),
+    ("GET", "/nope?x=1", {}, 404),
+    ("GET", "/nope", {"Host": "["}, 404),
+    ("GET", "/v1/admin/nope", ADMIN, 404),
+    ("GET", "/v1/allocate", STUDENT, 405),
+    ("PUT", "/v1/allocate", STUDENT, 405),
+    ("DELETE", "/v1/sandboxes/1", STUDENT, 405),
+    ("OPTIONS", "/v1/allocate", STUDENT, 405),
+    ("POST", "/healthz", {}, 405),
+    ("BREW", "/v1/docs", {}, 405),
+    # Not redirected: a redirect of a POST would have no body of ours, and clients turn it into a GET.
+    ("POST", "/v1/allocate/", STUDENT, 404),
+    ("GET", "/v1/docs/", {}, 404),
+    ("GET", "/v1/sandboxes/", STUDENT, 404),
+    ("POST", "/v1//allocate", STUDENT, 404),
+    ("POST", "/v1/sandboxes//mark-for-deletion", STUDENT, 404),
+    ("GET", "/v1/sandboxes/a%2Fb", STUDENT, 404),
+    ("GET", "/v1/sandboxes/%00", STUDENT, 404),
+    ("GET", "/v1/sandboxes/%ff%fe", STUDENT, 404),
+    ("GET", "/v1/sandboxes/%0a%0dX-Evil:%20yes", STUDENT, 404),
+    ("POST", "/v1/sandboxes/%00/mark-for-deletion", STUDENT, 404),
+    ("POST", f"/v1/sandboxes/{'9' * 129}/mark-for-deletion", STUDENT, 404),
+    ("POST", "/v1/sandboxes/%C3%BC/mark-for-deletion", STUDENT, 404),
+    ("GET", f"/v1/sandboxes/{'9' * 5000}", STUDENT, 404),
+]
+
+
+@pytest.fixture(scope="module")
+async def shared_gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    async with running(amqp_url, database_url=database_url) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(shared_gateway: Gateway) -> Gateway:
+    shared_gateway.reset()
+    return shared_gateway
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    """A gateway whose POST /v1/allocate crashes."""
+
+    async def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("SELECT secret FROM somewhere")
+
+    monkeypatch.setattr(routes, "_ask", crash)
+    return create_app_without_servers()
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), ALL_SORTS)
+async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_body(
+    gateway: Gateway, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    response = await gateway.client.request(method, path, headers=headers)
+    assert response.status_code == status
+    assert UUID.fullmatch(response.headers["X-Request-ID"])
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["X-Frame-Options"] == "DENY"
+    assert response.headers["Referrer-Policy"] == "no-referrer"
+    assert response.headers["Strict-Transport-Security"].startswith("max-age=")
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    if path.startswith("/v1"):
+        assert response.headers["Cache-Control"] == "no-store"
+    if status >= 300:
+        assert response.headers["Content-Type"] == "application/json"
+        assert detail(response)["message"]
+    if status == 405:
+        assert response.headers["Allow"] in ("GET", "POST")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/v1/docs", "/v1/openapi.json"])
+async def test_head_is_get_without_its_body(gateway: Gateway, path: str) -> None:
+    async with serving(gateway.app) as url:
+        get, head = await gateway.client.get(path), None
+        async with asyncio.timeout(10):
+            reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+            writer.write(f"HEAD {path} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n".encode())
+            head = await reader.read()
+            writer.close()
+            await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 200")
+    assert head.endswith(b"\r\n\r\n")  # nothing after the headers
+    if path != "/metrics":  # whose length changes
+        assert f"content-length: {get.headers['content-length']}".encode() in head.lower()
+
+
+@pytest.mark.parametrize("given", ["a", "01J-abc_DEF.ghi:7", "x" * 128])
+async def test_a_well_formed_request_id_is_kept(gateway: Gateway, given: str) -> None:
+    response = await gateway.allocate(X_Request_ID=given)
+    assert response.headers["X-Request-ID"] == given
+    (command,) = gateway.allocator.commands
+    assert getattr(command, "request_id", None) == given
+    refused = await gateway.client.get("/nope", headers={"X-Request-ID": given})
+    assert detail(refused)["request_id"] == given
+
+
+@pytest.mark.parametrize(
+    "given", [b"", b" ", b"x" * 129, b"two words", b"<script>", "ü".encode(), b"a\r\nb", b"\x00"]
+)
+async def test_any_other_request_id_is_replaced(gateway: Gateway, given: bytes) -> None:
+    response = await gateway.client.get("/healthz", headers=raw({"X-Request-ID": given}))
+    assert UUID.fullmatch(response.headers["X-Request-ID"])
+
+
+async def test_a_wrong_query_value_is_named(gateway: Gateway) -> None:
+    response = await gateway.client.post("/v1/admin/sync?force=perhaps", headers=ADMIN)
+    assert detail(response)["code"] == "INVALID_REQUEST"
+    (field,) = detail(response)["fields"]
+    assert field["field"] == "force"
+    assert field["problem"]
+
+
+async def test_a_crash_is_500_without_its_reason(broken: FastAPI) -> None:
+    with capture_logs() as logs:
+        async with client(broken) as http:
+            response = await http.post("/v1/allocate", headers=STUDENT)
+    assert (response.status_code, detail(response)["code"]) == (500, "INTERNAL_ERROR")
+    assert detail(response)["retry_after"]
+    assert "SELECT" not in response.text
+    assert "Traceback" not in response.text
+    assert {"event": "request.failed", "request_id": response.headers["X-Request-ID"]}.items() <= logs[0].items()
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_a_crash_after_the_response_has_begun_cuts_it_off() -> None:
+    app = create_app_without_servers()
+
+    async def crash_half_way(_: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"half of "
+            raise RuntimeError
+
+        return StreamingResponse(body(), headers={"Content-Length": "20"})
+
+    app.add_api_route("/half", crash_half_way, response_model=None)
+    with capture_logs() as logs:
+        async with serving(app) as url, asyncio.timeout(10):
+            reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+            writer.write(b"GET /half HTTP/1.1\r\nHost: gateway\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            await writer.wait_closed()
+    assert "request.failed" in [line["event"] for line in logs]
+    assert answer.endswith(b"half of ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+async def _chunks(size: int) -> AsyncIterator[bytes]:
+    for start in range(0, size, 1024):
+        yield b"x" * min(1024, size - start)
+
+
+async def test_a_body_up_to_64_kib_is_let_through(gateway: Gateway) -> None:
+    for body in (b"x" * LIMIT, _chunks(LIMIT), b"{}", b"not JSON"):
+        response = await gateway.client.post("/v1/allocate", headers=STUDENT, content=body)
+        assert response.status_code == 201
+
+
+async def test_a_larger_body_is_413_announced_or_not(gateway: Gateway) -> None:
+    for body in (b"x" * (LIMIT + 1), _chunks(LIMIT + 1), _chunks(10 * LIMIT)):
+        response = await gateway.client.post("/v1/allocate", headers=STUDENT, content=body)
+        assert (response.status_code, detail(response)["code"]) == (413, "PAYLOAD_TOO_LARGE")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert gateway.allocator.commands == []
+
+
+async def test_a_body_that_never_ends_is_413_while_it_is_still_being_sent(gateway: Gateway) -> None:
+    async with serving(gateway.app) as url, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+        head = "".join(f"{name}: {value}\r\n" for name, value in STUDENT.items())
+        writer.write(f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        writer.write(b"10001\r\n" + b"x" * 0x10001 + b"\r\n")  # and no end
+        assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "endpoint", "status"),
+    [
+        ("POST", "/v1/allocate", "/v1/allocate", "201"),
+        ("POST", "/v1/sandboxes/1/mark-for-deletion", "/v1/sandboxes/{sandbox_id}/mark-for-deletion", "200"),
+        ("GET", "/v1/sandboxes/unknown-1", "/v1/sandboxes/{sandbox_id}", "404"),
+        ("GET", "/v1/sandboxes/unknown-2", "/v1/sandboxes/{sandbox_id}", "404"),
+        ("PUT", "/v1/sandboxes/1", "/v1/sandboxes/{sandbox_id}", "405"),
+        ("GET", "/v1/admin/stats", "/v1/admin/stats", "403"),
+        ("POST", "/v1/admin/sync?force=perhaps", "/v1/admin/sync", "403"),
+        ("GET", "/v1/docs", "/v1/docs", "200"),
+        ("GET", "/v1/openapi.json", "/v1/openapi.json", "200"),
+        ("GET", "/healthz", "/healthz", "200"),
+        ("GET", "/readyz", "/readyz", "200"),
+        ("GET", "/metrics", "/metrics", "200"),
+        ("HEAD", "/healthz", "/healthz", "200"),
+        ("GET", "/some/path/42", "unknown", "404"),
+        ("GET", "/v1/sandboxes//", "unknown", "404"),
+    ],
+)
+async def test_the_latency_is_counted_by_route_never_by_path(
+    gateway: Gateway, method: str, path: str, endpoint: str, status: str
+) -> None:
+    labels = {"method": method, "endpoint": endpoint, "status": status}
+    before = sample("broker_request_latency_seconds_count", **labels)
+    await gateway.client.request(method, path, headers=STUDENT)
+    assert sample("broker_request_latency_seconds_count", **labels) == before + 1
+
+
+async def test_made_up_methods_share_one_label(gateway: Gateway) -> None:
+    labels = {"method": "other", "endpoint": "/healthz", "status": "405"}
+    before = sample("broker_request_latency_seconds_count", **labels)
+    for method in ("BREW", "FROB1", "FROB2"):
+        await gateway.client.request(method, "/healthz")
+    assert sample("broker_request_latency_seconds_count", **labels) == before + 3

@@ -1,0 +1,67 @@
+"""A wrong or missing setting stops the gateway with one line that names the variable."""
+
+from pathlib import Path
+
+import pytest
+
+from gateway.settings import Settings
+from sandbox_broker.settings import load
+
+GOOD = {
+    "AMQP_URL": "amqp://guest:hidden@localhost/",
+    "DATABASE_URL": "postgresql://user:hidden@localhost/x",
+    "BROKER_API_TOKEN": "hidden-1,hidden-2",
+    "BROKER_ADMIN_TOKEN": "hidden-3",
+}
+
+
+@pytest.fixture(autouse=True)
+def good_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no .env
+    for name in ("GATEWAY_PORT", "ALLOCATE_TIMEOUT_SEC", "ADMIN_WAIT_SEC", "LOG_LEVEL", "LOG_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = load(Settings)
+    assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
+
+
+def test_no_secret_is_shown() -> None:
+    assert "hidden" not in repr(load(Settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, None) for name in GOOD),
+        ("BROKER_API_TOKEN", " , "),
+        ("BROKER_ADMIN_TOKEN", ""),
+        ("AMQP_URL", "http://guest:hidden@localhost"),
+        ("AMQP_URL", "amqp://guest:hidden@localhost:port/"),
+        ("DATABASE_URL", "mysql://user:hidden@localhost/x"),
+        ("GATEWAY_PORT", "0"),
+        ("GATEWAY_PORT", "http"),
+        ("ALLOCATE_TIMEOUT_SEC", "0"),
+        ("ALLOCATE_TIMEOUT_SEC", "-1"),
+        ("ALLOCATE_TIMEOUT_SEC", "nan"),
+        ("ADMIN_WAIT_SEC", "soon"),
+        ("LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_a_wrong_value_stops_the_start_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        load(Settings)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert name in line
+    assert "hidden" not in line

@@ -1,0 +1,210 @@
+"""A reaper on the real RabbitMQ, with the simulator as CSP and a stand-in for the allocator."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aio_pika
+import httpx
+from aio_pika.abc import AbstractIncomingMessage
+from prometheus_client import REGISTRY
+
+from csp_simulator.app import DEFAULT_TOKEN
+from csp_simulator.app import create_app as create_simulator
+from csp_simulator.testing import serving
+from reaper.main import create_app
+from reaper.settings import Settings
+from sandbox_broker import topology
+from sandbox_broker.messages import (
+    ClaimDeletions,
+    Command,
+    DeletionsClaimed,
+    DueDeletion,
+    ExpireLeases,
+    InvalidCommand,
+    LeasesExpired,
+    RecordDeletion,
+    RecordDeletionFailure,
+    Recorded,
+    Refused,
+    Reply,
+    ReplyEnvelope,
+    decode_commands,
+)
+
+M = TypeVar("M", bound=Command)
+
+REFUSED = Refused(code="ALLOCATOR_UNAVAILABLE", message="because")
+
+
+@dataclass
+class Csp:
+    """The simulator, and its control API."""
+
+    url: str
+    control: httpx.AsyncClient
+
+    async def behave(self, **switches: Any) -> None:
+        (await self.control.patch("/_control/behaviour", json=switches)).raise_for_status()
+
+    async def accounts(self) -> dict[str, str]:
+        """External ids by csp_id, of the active sandboxes."""
+        records = (await self.control.get("/_control/accounts")).json()["accounts"]
+        return {
+            str(record["csp_id"]): record["id"].rpartition("/")[2]
+            for record in records
+            if (record["account_type"], record["state"]) == ("sandbox", "active")
+        }
+
+    async def deletions(self) -> list[dict[str, Any]]:
+        """The DELETE calls that were answered, by their beginning."""
+        calls = (await self.control.get("/_control/calls", params={"method": "DELETE"})).json()["calls"]
+        return sorted(calls, key=lambda call: call["at"])
+
+
+@asynccontextmanager
+async def simulated_csp(accounts: int) -> AsyncIterator[Csp]:
+    async with serving(create_simulator(accounts=accounts)) as url, httpx.AsyncClient(base_url=url) as control:
+        yield Csp(url, control)
+
+
+@dataclass
+class Allocator:
+    """Knows what is due and when, and remembers what it was told."""
+
+    csp: Csp
+    due: dict[str, DueDeletion] = field(default_factory=dict)
+    due_at: dict[str, float] = field(default_factory=dict)
+    overdue_leases: int = 0
+    heard: list[tuple[float, Command]] = field(default_factory=list)
+    invalid: list[InvalidCommand] = field(default_factory=list)
+    refuses: Callable[[Command], bool] = lambda _: False
+    gone_from_csp_when_recorded: list[bool] = field(default_factory=list)
+
+    async def add_due(self) -> None:
+        """Every account that CSP has is to be deleted."""
+        for sandbox_id, external_id in (await self.csp.accounts()).items():
+            self.add(sandbox_id, external_id)
+
+    def add(self, sandbox_id: str, external_id: str, attempts: int = 0) -> None:
+        self.due[sandbox_id] = DueDeletion(
+            sandbox_id=sandbox_id, external_id=external_id, name=f"sandbox-{sandbox_id}", attempts=attempts
+        )
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [command for _, command in self.heard if isinstance(command, kind)]
+
+    async def answer(self, command: Command) -> Reply:
+        now = time.monotonic()
+        self.heard.append((now, command))
+        if self.refuses(command):
+            return REFUSED
+        match command:
+            case ExpireLeases():
+                ended = min(self.overdue_leases, command.limit)
+                self.overdue_leases -= ended
+                return LeasesExpired(sandbox_ids=tuple(map(str, range(ended))))
+            case ClaimDeletions():
+                ready = [due for key, due in self.due.items() if self.due_at.get(key, 0) <= now]
+                claimed = tuple(ready[: command.limit])
+                for due in claimed:
+                    self.due_at[due.sandbox_id] = now + command.claim_sec
+                return DeletionsClaimed(deletions=claimed)
+            case RecordDeletion():
+                in_csp = (await self.csp.accounts()).values()
+                self.gone_from_csp_when_recorded.append(self.due[command.sandbox_id].external_id not in in_csp)
+                del self.due[command.sandbox_id]
+                return Recorded(changed=True)
+            case RecordDeletionFailure():
+                due = self.due.pop(command.sandbox_id)
+                if command.retry_in_sec is not None:
+                    self.due[due.sandbox_id] = due.model_copy(update={"attempts": due.attempts + 1})
+                    self.due_at[due.sandbox_id] = now + command.retry_in_sec
+                return Recorded(changed=True)
+        raise AssertionError(command)
+
+    @asynccontextmanager
+    async def consuming(self, amqp_url: str) -> AsyncIterator[None]:
+        connection = await aio_pika.connect(amqp_url)
+        async with connection, connection.channel() as channel:
+            queue = await channel.get_queue(topology.ALLOCATOR_COMMANDS.name)
+
+            async def handle(message: AbstractIncomingMessage) -> None:
+                await message.ack()
+                commands = decode_commands(message.body)
+                self.invalid += [command for command in commands if isinstance(command, InvalidCommand)]
+                replies = tuple(
+                    [await self.answer(command) for command in commands if not isinstance(command, InvalidCommand)]
+                )
+                body = ReplyEnvelope(replies=replies).model_dump_json().encode()
+                answered = aio_pika.Message(body, correlation_id=message.correlation_id)
+                await channel.default_exchange.publish(answered, message.reply_to or "", mandatory=False)
+
+            await queue.consume(handle)
+            yield
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(
+        _env_file=None,
+        **{
+            "amqp_url": "amqp://127.0.0.1:1/",
+            "csp_base_url": "http://127.0.0.1:1/v2",
+            "csp_api_token": DEFAULT_TOKEN,
+            "cleanup_batch_delay_sec": 0,
+            # Ticks come once at the start; whatever happens later was woken by something else.
+            "cleanup_interval_sec": 3600,
+            "auto_expiry_interval_sec": 3600,
+            **changes,
+        },
+    )
+
+
+@asynccontextmanager
+async def reaping(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None]:
+    app = create_app(settings(amqp_url=amqp_url, csp_base_url=f"{csp.url}/v2", **changes))
+    async with app.router.lifespan_context(app):
+        yield
+
+
+async def announce(amqp_url: str) -> None:
+    """Publishes the event that a sandbox was released."""
+    await _publish(amqp_url, topology.EVENTS, "sandbox.deletion_requested")
+
+
+async def tick(amqp_url: str, queue: topology.Queue) -> None:
+    await _publish(amqp_url, topology.TICKS, queue.name)
+
+
+async def _publish(amqp_url: str, exchange: topology.Exchange, routing_key: str) -> None:
+    connection = await aio_pika.connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        target = await channel.get_exchange(exchange.name)
+        await target.publish(aio_pika.Message(b"{}"), routing_key)
+
+
+def any_external_id() -> str:
+    return str(uuid.uuid4())
+
+
+async def emptied(amqp_url: str) -> None:
+    """Declares the topology and purges every queue of it."""
+    connection = await aio_pika.connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        await topology.declare(channel)
+        for queue in topology.QUEUES:
+            await (await channel.get_queue(queue.name, ensure=False)).purge()
+
+
+async def until(condition: Callable[[], object], *, within_sec: float = 20) -> None:
+    async with asyncio.timeout(within_sec):
+        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+            await asyncio.sleep(0.005)
+
+
+def sample(name: str) -> float:
+    return REGISTRY.get_sample_value(name) or 0.0

@@ -1,0 +1,284 @@
+"""Deletions: from what is due to what CSP did, and what the allocator is told of it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import pairwise
+
+import pytest
+from structlog.testing import capture_logs
+
+from reaper import handlers, main
+from sandbox_broker import topology
+from sandbox_broker.messages import ClaimDeletions, RecordDeletion, RecordDeletionFailure
+
+from .reaper_harness import (
+    Allocator,
+    Csp,
+    announce,
+    any_external_id,
+    emptied,
+    reaping,
+    sample,
+    simulated_csp,
+    tick,
+    until,
+)
+
+
+@pytest.fixture
+async def queues(amqp_url: str) -> str:
+    """All empty; deleting them, as clean_queues does, would take longer than most tests."""
+    await emptied(amqp_url)
+    return amqp_url
+
+
+@pytest.fixture
+async def csp() -> AsyncIterator[Csp]:
+    async with simulated_csp(accounts=7) as csp:
+        yield csp
+
+
+@pytest.fixture
+async def allocator(csp: Csp, queues: str) -> AsyncIterator[Allocator]:
+    allocator = Allocator(csp)
+    async with allocator.consuming(queues):
+        yield allocator
+
+
+async def test_what_is_due_is_deleted_in_csp_and_only_then_recorded(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await allocator.add_due()
+    expected = set(allocator.due)
+    before = sample("broker_cleanup_deleted_total")
+    async with reaping(amqp_url, csp):
+        await until(lambda: not allocator.due)
+    assert await csp.accounts() == {}
+    assert {command.sandbox_id for command in allocator.all(RecordDeletion)} == expected
+    assert allocator.gone_from_csp_when_recorded == [True] * 7
+    assert [call["status"] for call in await csp.deletions()] == [204] * 7
+    assert sample("broker_cleanup_deleted_total") == before + 7
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+async def test_no_more_deletions_run_at_once_than_allowed(
+    csp: Csp, allocator: Allocator, amqp_url: str, concurrency: int
+) -> None:
+    await allocator.add_due()
+    await csp.behave(delete_latency_sec=0.1)
+    async with reaping(amqp_url, csp, cleanup_concurrency=concurrency):
+        await until(lambda: not allocator.due)
+    calls = await csp.deletions()
+    assert len(calls) == 7
+    begins = [(call["at"], 1) for call in calls]
+    ends = [(call["at"] + call["duration_ms"] / 1000, -1) for call in calls]
+    running, most = 0, 0
+    for _, change in sorted(begins + ends):
+        running += change
+        most = max(most, running)
+    assert most == concurrency
+
+
+async def test_batches_and_delays_are_kept(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await allocator.add_due()
+    async with reaping(
+        amqp_url,
+        csp,
+        cleanup_concurrency=1,
+        cleanup_batch_size=3,
+        cleanup_batch_delay_sec=0.3,
+        cleanup_per_sandbox_delay_sec=0.1,
+    ):
+        await until(lambda: not allocator.due)
+    assert {command.limit for command in allocator.all(ClaimDeletions)} == {3}
+    starts = [call["at"] for call in await csp.deletions()]
+    pauses = [later - earlier for earlier, later in pairwise(starts)]
+    assert all(pause >= 0.095 for pause in pauses)
+    assert all(pauses[number] >= 0.39 for number in (2, 5))  # between two batches
+
+
+async def test_a_claim_outlasts_the_slowest_batch(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    async with reaping(
+        amqp_url, csp, cleanup_concurrency=3, cleanup_batch_size=10, cleanup_per_sandbox_delay_sec=7
+    ):
+        await until(lambda: allocator.all(ClaimDeletions))
+    slowest = 4 * (handlers.CSP_TIMEOUT_SEC + handlers.REQUEST_TIMEOUT_SEC + 7)
+    assert allocator.all(ClaimDeletions)[0].claim_sec > slowest
+
+
+async def test_an_account_that_is_gone_already_counts_as_deleted(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    allocator.add("7", any_external_id())
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletion))
+    assert [call["status"] for call in await csp.deletions()] == [404]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "named"),
+    [
+        ({"delete_error_status": 500}, "500"),
+        ({"delete_error_status": 500, "delete_error_html": True}, "500"),
+        ({"delete_error_status": 200, "delete_error_html": True}, "200"),
+        ({"delete_error_status": 503}, "503"),
+        ({"delete_error_status": 400}, "400"),
+        ({"delete_error_status": 429, "retry_after_sec": 45}, "429"),
+    ],
+)
+async def test_a_failure_is_reported_with_a_delay(
+    csp: Csp, allocator: Allocator, amqp_url: str, behaviour: dict[str, object], named: str
+) -> None:
+    await csp.behave(delete_error_rate=1, **behaviour)
+    allocator.add("7", next(iter((await csp.accounts()).values())))
+    before = sample("broker_cleanup_failed_total")
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletionFailure))
+    (failure,) = allocator.all(RecordDeletionFailure)
+    assert (failure.sandbox_id, failure.attempts) == ("7", 0)
+    assert named in failure.error
+    assert failure.retry_in_sec is not None
+    if "retry_after_sec" in behaviour:
+        assert failure.retry_in_sec == 45
+    else:
+        assert 30 <= failure.retry_in_sec <= 37.5
+    assert sample("broker_cleanup_failed_total") == before + 1
+    assert allocator.all(RecordDeletion) == []
+
+
+async def test_csp_that_hangs_is_a_failure(
+    csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "CSP_TIMEOUT_SEC", 0.2)
+    await csp.behave(delete_latency_sec=0.5)
+    allocator.add("7", next(iter((await csp.accounts()).values())))
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletionFailure))
+    assert "no answer" in allocator.all(RecordDeletionFailure)[0].error
+
+
+async def test_failures_are_tried_again_by_themselves_later_and_later_until_they_succeed(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await csp.behave(fail_next_deletes=3)
+    allocator.add("7", next(iter((await csp.accounts()).values())))
+    async with reaping(amqp_url, csp, deletion_backoff_base_sec=0.05):
+        await until(lambda: allocator.all(RecordDeletion))
+    failures = allocator.all(RecordDeletionFailure)
+    assert [failure.attempts for failure in failures] == [0, 1, 2]
+    delays = [failure.retry_in_sec or 0 for failure in failures]
+    assert delays[0] >= 0.05
+    assert delays[1] >= 0.1
+    assert delays[2] >= 0.2
+    starts = [call["at"] for call in await csp.deletions()]
+    pauses = [later - earlier for earlier, later in pairwise(starts)]
+    assert all(pause >= delay for pause, delay in zip(pauses, delays, strict=True))
+
+
+async def test_the_last_attempt_asks_for_no_other(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await csp.behave(delete_error_rate=1)
+    allocator.add("7", next(iter((await csp.accounts()).values())), attempts=7)
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
+    assert allocator.invalid == []
+    (failure,) = allocator.all(RecordDeletionFailure)
+    assert (failure.attempts, failure.retry_in_sec) == (7, None)
+
+
+async def test_an_external_id_that_is_none_is_given_up_at_once(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    allocator.add("7", "../../etc")
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
+    assert [failure.retry_in_sec for failure in allocator.all(RecordDeletionFailure)] == [None]
+    assert await csp.deletions() == []
+
+
+async def test_a_refused_token_stops_all_deletions_and_is_seen_without_using_attempts_up(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await csp.behave(reject_tokens=True)
+    await allocator.add_due()
+    with capture_logs() as logs:
+        async with reaping(amqp_url, csp):
+            await until(lambda: sample("broker_csp_unauthorized") == 1)
+            assert len(await csp.deletions()) <= 2  # as many as run at once
+            assert "cleanup.unauthorized" in [line["event"] for line in logs if line["log_level"] == "error"]
+            assert allocator.all(RecordDeletionFailure) == []
+            assert len(allocator.due) == 7
+            # The claims end, the token is right again, and something wakes the reaper.
+            await csp.behave(reject_tokens=False)
+            allocator.due_at.clear()
+            await announce(amqp_url)
+            await until(lambda: not allocator.due)
+            assert sample("broker_csp_unauthorized") == 0
+    assert "simulator-token" not in str(logs)
+
+
+async def test_one_deletion_that_cannot_be_recorded_does_not_hold_up_the_others(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await allocator.add_due()
+    poison = next(iter(allocator.due))
+    allocator.refuses = lambda command: isinstance(command, RecordDeletion) and command.sandbox_id == poison
+    async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_batch_size=2):
+        await until(lambda: set(allocator.due) == {poison})
+        # Nothing is lost: when its claim ends it is found gone in CSP, and recorded.
+        allocator.refuses = lambda _: False
+        allocator.due_at.clear()
+        await announce(amqp_url)
+        await until(lambda: not allocator.due)
+    assert (await csp.deletions())[-1]["status"] == 404
+
+
+async def test_an_event_wakes_it_at_once(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(ClaimDeletions))  # the first tick, with nothing to do
+        await allocator.add_due()
+        await announce(amqp_url)
+        await until(lambda: not allocator.due)
+
+
+async def test_a_tick_finds_what_no_event_announced(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    async with reaping(amqp_url, csp, cleanup_interval_sec=0.2):
+        await until(lambda: allocator.all(ClaimDeletions))
+        await allocator.add_due()
+        await until(lambda: not allocator.due)
+
+
+async def test_an_allocator_that_does_not_answer_loses_nothing(
+    csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "REQUEST_TIMEOUT_SEC", 0.2)
+    allocator = Allocator(csp)
+    await allocator.add_due()
+    with capture_logs() as logs:
+        async with reaping(queues, csp):
+            await until(lambda: "cleanup.postponed" in [line["event"] for line in logs])
+            assert await csp.deletions() == []
+            async with allocator.consuming(queues):
+                await tick(queues, topology.CLEANUP_TICKS)
+                await until(lambda: not allocator.due)
+
+
+async def test_a_reaper_that_dies_in_the_middle_leaves_the_rest_to_the_next(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await allocator.add_due()
+    await csp.behave(delete_latency_sec=0.1)
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(RecordDeletion))
+    assert allocator.due
+    allocator.due_at.clear()  # the claims end
+    await csp.behave(delete_latency_sec=0)
+    async with reaping(amqp_url, csp):
+        await until(lambda: not allocator.due)
+    assert await csp.accounts() == {}
+
+
+async def test_a_reaper_that_stops_leaves_no_task_behind(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    before = asyncio.all_tasks()
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(ClaimDeletions))
+    await until(lambda: not {task for task in asyncio.all_tasks() - before if "reap" in repr(task)})
