@@ -57,10 +57,12 @@ async def test_it_is_ready_when_all_is_well() -> None:
 async def test_it_says_which_check_fails() -> None:
     answer = await get("/readyz", queue=ill, database=well)
     assert answer.status_code == 503
-    assert answer.json() == {
-        "status": "unavailable",
-        "checks": {"queue": "not connected to RabbitMQ", "database": "ok"},
-    }
+    body = answer.json()
+    assert body["checks"] == {"queue": "not connected to RabbitMQ", "database": "ok"}
+    assert body["detail"]["code"] == "NOT_READY"
+    assert "queue: not connected to RabbitMQ" in body["detail"]["message"]
+    assert body["detail"]["request_id"]
+    assert answer.headers["retry-after"] == str(body["detail"]["retry_after"])
 
 
 async def test_a_check_that_hangs_has_failed_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from devstack.testing import NewDatabase
+from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import Stack, eventually, running
 
 
 @pytest.fixture(scope="session")
-async def whole_stack(new_database: NewDatabase, amqp_url: str) -> AsyncIterator[Stack]:
-    async with new_database() as database_url, running(database_url, amqp_url) as stack:
+async def whole_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    async with new_database() as database_url, new_vhost() as amqp_url, running(database_url, amqp_url) as stack:
         yield stack
 
 

@@ -119,9 +119,9 @@ async def test_what_is_no_envelope_goes_to_the_dead_letters_and_blocks_nobody(
 @pytest.mark.parametrize(
     "poison",
     [
-        ExpireLeases(grace_sec=1e300, limit=1),
-        ClaimDeletions(limit=1, claim_sec=float("inf")),
-        RecordDeletionFailure(sandbox_id="1", attempts=2**40, error="", retry_in_sec=1),
+        ExpireLeases.model_construct(grace_sec=1e300, limit=1),
+        ClaimDeletions.model_construct(limit=1, claim_sec=float("inf")),
+        RecordDeletionFailure.model_construct(sandbox_id="1", attempts=2**40, error="", retry_in_sec=1),
     ],
     ids=repr,
 )

@@ -79,21 +79,35 @@ async def clean_database(database_url: str) -> str:
     return database_url
 
 
+NewVhost = Callable[[], AbstractAsyncContextManager[str]]
+
+
 @pytest.fixture(scope="session")
-async def amqp_url(servers: tuple[Found, Found]) -> AsyncIterator[str]:
-    """A virtual host of our own. Ask for `clean_queues` to have its queues empty."""
+def new_vhost(servers: tuple[Found, Found]) -> NewVhost:
+    """`async with new_vhost() as url`: a virtual host of one's own, which goes at the end of the block."""
     _, found = servers
-    if found.processes:  # it was started for us, so nobody else is on it
-        yield found.url
-        return
-    async with AsyncExitStack() as stack:
-        if urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and await _add_vhost(
-            name := f"broker_test_{secrets.token_hex(4)}", urlsplit(found.url).username or "guest"
-        ):
-            stack.push_async_callback(run, ["rabbitmqctl", "-q", "delete_vhost", name])
-            yield f"{found.url.rstrip('/')}/{name}"
-        else:
-            yield (await stack.enter_async_context(rabbitmq.PrivateRabbitMQ())).url
+    local = urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and not found.processes
+
+    @asynccontextmanager
+    async def create() -> AsyncIterator[str]:
+        name = f"broker_test_{secrets.token_hex(4)}"
+        if local and await _add_vhost(name, urlsplit(found.url).username or "guest"):
+            try:
+                yield f"{found.url.rstrip('/')}/{name}"
+            finally:
+                await run(["rabbitmqctl", "-q", "delete_vhost", name])
+        else:  # a server in a container, or one that this account may not administer
+            async with rabbitmq.PrivateRabbitMQ() as private:
+                yield private.url
+
+    return create
+
+
+@pytest.fixture(scope="session")
+async def amqp_url(new_vhost: NewVhost) -> AsyncIterator[str]:
+    """A virtual host for tests that leave no consumer behind. Ask for `clean_queues` to have it empty."""
+    async with new_vhost() as url:
+        yield url
 
 
 async def _add_vhost(name: str, user: str) -> bool:
