@@ -1,18 +1,14 @@
 """The admin routes: what the operator calls."""
 
-from typing import TYPE_CHECKING
-
 from fastapi import APIRouter, Request
 
 from gateway import views
+from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.schemas import Stats, Sync, responses
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import PoolSynced, SyncPool
-
-if TYPE_CHECKING:
-    from gateway.main import Context
 
 _ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 

@@ -2,17 +2,16 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import admin, auth, docs, errors, middleware, routes
+from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.replies import Allocator
 from gateway.settings import Settings
@@ -22,17 +21,6 @@ from sandbox_broker.settings import load
 
 POOL_TIMEOUT_SEC = 2
 """How long a read waits for one of the database connections."""
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What the routes work with: `app.state.context`."""
-
-    settings: Settings
-    engine: AsyncEngine
-    publisher: Publisher
-    requester: Requester
-    allocator: Allocator
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -1,10 +1,9 @@
 """The track routes: what lab authors' scripts call."""
 
-from typing import TYPE_CHECKING
-
 from fastapi import APIRouter, Request, Response
 
 from gateway import metrics, views
+from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.headers import Allocation, Holder
 from gateway.replies import Unavailable
@@ -17,9 +16,6 @@ from sandbox_broker.messages import (
     Reply,
     SandboxReleased,
 )
-
-if TYPE_CHECKING:
-    from gateway.main import Context
 
 _ALWAYS = ("UNAUTHORIZED", "MISSING_SANDBOX_ID", "INVALID_HEADER", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 

@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from gateway.replies import Allocator
+from gateway.settings import Settings
+from sandbox_broker.bus import Publisher, Requester
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the routes work with: `app.state.context`."""
+
+    settings: Settings
+    engine: AsyncEngine
+    publisher: Publisher
+    requester: Requester
+    allocator: Allocator
