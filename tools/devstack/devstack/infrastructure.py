@@ -75,16 +75,21 @@ async def find(settings: Settings, terminal: Terminal, stack: AsyncExitStack) ->
     return database_task.result(), broker_task.result()
 
 
-async def check_unused(broker: Found) -> None:
-    """Raises CannotRun when another broker runs on a virtual host that we have merely come across.
+async def take_over(broker: Found, terminal: Terminal) -> None:
+    """Makes a virtual host that we have merely come across fit for us; one that AMQP_URL names is left alone.
 
-    The two would take each other's commands. Whoever sets AMQP_URL may want just that: further replicas.
+    Raises CannotRun when another broker runs there: the two would take each other's commands. (Whoever sets
+    AMQP_URL may want just that: further replicas.)
     """
-    if not broker.given and await rabbitmq.has_consumers(broker.url, _COMMANDS_QUEUE):
+    if broker.given:
+        return
+    if await rabbitmq.has_consumers(broker.url, _COMMANDS_QUEUE):
         raise CannotRun(
             f"another Sandbox Broker already uses RabbitMQ on {rabbitmq.place(broker.url)}; "
             "stop it, or set AMQP_URL to another virtual host"
         )
+    for name in await rabbitmq.delete_outdated(broker.url):
+        terminal.note(f"RabbitMQ: queue {name} was of another version, and is made anew")
 
 
 async def _named_database(settings: Settings, terminal: Terminal) -> Found | None:

@@ -70,7 +70,7 @@ async def _work(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -
     settings.state_directory.mkdir(exist_ok=True)
     stack.enter_context(_only_run(settings))
     found_database, found_broker = await infrastructure.find(settings, terminal, stack)
-    await infrastructure.check_unused(found_broker)
+    await infrastructure.take_over(found_broker, terminal)
     dependencies_ready = time.monotonic()
     started = [*found_database.processes, *found_broker.processes]
     database_url = await unless_one_dies(database.prepare(settings, found_database), started)

@@ -11,12 +11,13 @@ from typing import Self
 from urllib.parse import urlsplit
 
 import aio_pika
-from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity
+from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port, is_free
 from devstack.private import account, make_directory, wait_until, write
 from devstack.processes import Process, run, spawn
+from sandbox_broker import topology
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"
@@ -49,6 +50,25 @@ async def has_consumers(url: str, queue: str) -> bool:
         except ChannelNotFoundEntity:
             return False
         return bool(declared.declaration_result.consumer_count)
+
+
+async def delete_outdated(url: str) -> list[str]:
+    """Deletes the broker's queues that another version has left with other arguments, which the services could
+    not declare; returns their names. What they held was only there to wake somebody: the database has the work.
+    A queue that somebody uses stays."""
+    outdated: list[str] = []
+    connection = await aio_pika.connect(url, timeout=5)
+    async with connection:
+        for queue in topology.QUEUES:
+            channel = await connection.channel()
+            try:
+                await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+            except ChannelPreconditionFailed:
+                outdated.append(queue.name)
+                channel = await connection.channel()
+                await channel.queue_delete(queue.name, if_unused=True)
+            await channel.close()
+    return outdated
 
 
 def place(url: str) -> str:

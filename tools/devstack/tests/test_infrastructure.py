@@ -13,9 +13,10 @@ from aio_pika.abc import AbstractIncomingMessage
 
 from devstack import docker, infrastructure, packages, postgres, processes, rabbitmq
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found, check_unused, find
+from devstack.infrastructure import Found, find, take_over
 from devstack.ports import free_port
 from devstack.settings import Settings
+from sandbox_broker import topology
 
 pytest_plugins = ("devstack.fixtures",)
 
@@ -149,7 +150,9 @@ async def test_a_role_that_may_not_create_databases_is_not_enough(
     assert "the role may not create databases" in terminal.lines[-1]
 
 
-async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_was_named(own_amqp_url: str) -> None:
+async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_was_named(
+    own_amqp_url: str, terminal: Any
+) -> None:
     async def ignore(_: AbstractIncomingMessage) -> None: ...
 
     async with await aio_pika.connect(own_amqp_url) as connection:
@@ -158,9 +161,22 @@ async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_w
         await queue.consume(ignore)
 
         with pytest.raises(CannotRun, match=r"another Sandbox Broker already uses RabbitMQ .* set AMQP_URL"):
-            await check_unused(Found(own_amqp_url))
+            await take_over(Found(own_amqp_url), terminal)
 
-        await check_unused(Found(own_amqp_url, given=True))
+        await take_over(Found(own_amqp_url, given=True), terminal)
+
+
+async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: str, terminal: Any) -> None:
+    async with await aio_pika.connect(own_amqp_url) as connection:
+        channel = await connection.channel()
+        await topology.declare(channel)
+        await channel.queue_delete(topology.REAPER_EVENTS.name)
+        await channel.declare_queue(topology.REAPER_EVENTS.name, durable=True)
+
+        await take_over(Found(own_amqp_url), terminal)
+
+        assert terminal.lines == ["• RabbitMQ: queue reaper.events was of another version, and is made anew"]
+        await topology.declare(channel)
 
 
 @pytest.mark.usefixtures("no_docker", "postgres_binaries", "rabbitmq_binaries")
