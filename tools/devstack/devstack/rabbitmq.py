@@ -64,9 +64,11 @@ async def delete_outdated(url: str) -> list[str]:
             try:
                 await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
             except ChannelPreconditionFailed:
-                outdated.append(queue.name)
                 channel = await connection.channel()
-                await channel.queue_delete(queue.name, if_unused=True)
+                there = await channel.declare_queue(queue.name, passive=True)
+                if not there.declaration_result.consumer_count:  # quorum queues know no if_unused
+                    await there.delete(if_unused=False, if_empty=False)
+                    outdated.append(queue.name)
             await channel.close()
     return outdated
 

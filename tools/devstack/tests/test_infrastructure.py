@@ -171,7 +171,7 @@ async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: 
         channel = await connection.channel()
         await topology.declare(channel)
         await channel.queue_delete(topology.REAPER_EVENTS.name)
-        await channel.declare_queue(topology.REAPER_EVENTS.name, durable=True)
+        await channel.declare_queue(topology.REAPER_EVENTS.name, durable=True, arguments={"x-queue-type": "quorum"})
 
         await take_over(Found(own_amqp_url), terminal)
 
