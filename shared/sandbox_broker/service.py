@@ -43,14 +43,19 @@ def lifespan(
         finally:
             for task in reversed(running):
                 task.remove_done_callback(ended)
-                while not task.done():
-                    # Once may not be enough: asyncio.wait_for of Python 3.11, in the client library, loses some.
-                    task.cancel()
-                    await asyncio.wait([task], timeout=1)
+                await cancel(task)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("service.task_failed", task=task.get_name(), exc_info=error)
 
     return run_tasks
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancels until the task has ended. Once may not be enough: the wait_for of Python 3.11, in the client
+    library, loses a cancellation that comes just when its wait is over."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:

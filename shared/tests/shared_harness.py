@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from sandbox_broker.service import cancel
+
 PATIENCE_SEC = 20.0
 
 
@@ -18,8 +20,7 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         yield
     finally:
         for task in reversed(tasks):
-            task.cancel()
-        await asyncio.wait(tasks)
+            await cancel(task)
     for task in tasks:
         assert task.cancelled(), task.exception()
 

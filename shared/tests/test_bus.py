@@ -34,6 +34,7 @@ from sandbox_broker.messages import (
     decode_commands,
     encode_commands,
 )
+from sandbox_broker.service import cancel
 
 from .shared_harness import Line, beside, line_to, nothing_stays, until
 
@@ -223,7 +224,7 @@ async def test_closing_fails_all_that_is_published_at_once(clean_queues: str) ->
     async with asyncio.timeout(AT_ONCE_SEC * 2):
         results = await asyncio.gather(*publishing, return_exceptions=True)
     assert {type(result) for result in results} <= {Disconnected, type(None)}
-    await asyncio.wait([running])
+    await cancel(running)
 
 
 async def test_who_stops_waiting_for_a_confirm_is_cancelled_and_nobody_else(wired: Bus) -> None:
@@ -655,6 +656,5 @@ async def test_cancelling_while_it_connects_leaves_nothing(amqp_line: Line) -> N
         made = Publisher(amqp_line.url, "test")
         running = asyncio.create_task(made.run())
         await asyncio.sleep(delay)
-        running.cancel()
-        await asyncio.wait([running])
+        await cancel(running)
         assert running.cancelled()

@@ -19,6 +19,7 @@ from devstack.ports import free_port
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher
 from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
+from sandbox_broker.service import cancel
 
 from .allocator_harness import until
 
@@ -53,11 +54,7 @@ async def allocator(
 async def stop(running: Sequence[asyncio.Task[None]]) -> None:
     """Cancels the tasks, the last first; one that has ended by itself fails the test."""
     for task in reversed(running):
-        while not task.done():
-            # Once is not enough: aiormq waits with asyncio.wait_for, which in Python 3.11 forgets a cancellation
-            # that comes just when the wait is over.
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
+        await cancel(task)
     for task in running:
         assert task.cancelled(), task.exception()
 

@@ -33,6 +33,7 @@ from sandbox_broker.messages import (
     SyncPool,
     decode_commands,
 )
+from sandbox_broker.service import cancel
 
 M = TypeVar("M", bound=Command)
 
@@ -140,9 +141,8 @@ async def calling(amqp_url: str) -> AsyncIterator[Caller]:
     try:
         yield Caller(requester)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        for task in reversed(tasks):
+            await cancel(task)
 
 
 def settings(**changes: Any) -> Settings:
