@@ -177,6 +177,8 @@ async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: 
 
         assert terminal.lines == ["• RabbitMQ: queue reaper.events was of another version, and is made anew"]
         await topology.declare(channel)
+        for queue in topology.QUEUES:
+            await channel.queue_delete(queue.name)
 
 
 @pytest.mark.usefixtures("no_docker", "postgres_binaries", "rabbitmq_binaries")

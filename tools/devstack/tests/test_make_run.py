@@ -17,6 +17,8 @@ from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from devstack.settings import PORTS
 
+pytest_plugins = ("devstack.fixtures",)
+
 STAND_IN = """
 import http.server, os, signal, sys, threading
 
@@ -48,12 +50,13 @@ def serve(variable):
     print("pid", os.getpid(), "log format", os.environ["LOG_FORMAT"], flush=True)
     server.serve_forever()
 """
+# The stand-ins are for what it starts, not for what it imports.
 ENTRY = """
-import sys
+import os, sys
 from pathlib import Path
+sys.path.remove(os.environ["PYTHONPATH"])
 from devstack.main import main
 
-pytest_plugins = ("devstack.fixtures",)
 sys.exit(main(Path(sys.argv[1])))
 """
 MODULES = {
