@@ -4,7 +4,6 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
-import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,8 +14,6 @@ Check = Callable[[], Awaitable[str | None]]
 
 CHECK_TIMEOUT_SEC = 2.0
 RETRY_AFTER_SEC = 2
-
-log = structlog.get_logger()
 
 
 def routes(checks: Mapping[str, Check]) -> list[Route]:
