@@ -17,7 +17,7 @@ run: setup ## Everything on this machine, in the foreground, until Ctrl-C
 	@$(PYTHON) -m devstack
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n 4 --dist loadfile $(ARGS)
 
 check: setup ## Lint, format, types, import rules, and whether the locked requirements are complete
 	@.venv/bin/ruff check .

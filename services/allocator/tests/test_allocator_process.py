@@ -74,7 +74,7 @@ async def test_a_process_that_is_told_to_stop_under_load_leaves_nothing_unanswer
     pool: Pool, clean_queues: str, asking: Client
 ) -> None:
     envelopes, students = 150, 4
-    await pool.fill(envelopes * students)
+    await pool.fill(envelopes * students + 1)
     first = await start(clean_queues, pool.url)
     asked = [
         await asking.publish([ask(f"student-{envelope}-{student}") for student in range(students)])
@@ -89,6 +89,7 @@ async def test_a_process_that_is_told_to_stop_under_load_leaves_nothing_unanswer
     second = await start(clean_queues, pool.url)
     try:
         replies = [reply for one in asked for reply in (await asking.answers(one))[0]]
+        granted(await asking.ask_one(ask("late")))  # the second is at work, however fast the first was
     finally:
         assert await second.stop() == 0
     assert len({granted(reply).sandbox_id for reply in replies}) == envelopes * students
