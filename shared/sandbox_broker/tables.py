@@ -9,6 +9,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Sequence,
     Table,
     Text,
     Uuid,
@@ -112,11 +113,14 @@ csp_accounts = Table(
     comment="what CSP last listed; a listing is staged here until it is complete",
 )
 
+_epochs = Sequence("allocator_epochs", metadata=metadata)
+
 allocator_epoch = Table(
     "allocator_epoch",
     metadata,
-    Column("only_row", Integer, primary_key=True, server_default=text("1")),
-    Column("epoch", BigInteger, nullable=False, server_default=text("0")),
+    Column("queue", Text, primary_key=True),
+    Column("epoch", BigInteger, _epochs, nullable=False, server_default=_epochs.next_value()),
     Column("backend_pid", Integer),
-    CheckConstraint("only_row = 1", name="allocator_epoch_only_row"),
+    Index("allocator_epoch_once", "epoch", unique=True),
+    comment="who may write: for each queue of the allocator the epoch of its newest consumer",
 )

@@ -46,7 +46,9 @@ _SINGLE: Mapping[str, Any] = {**_QUORUM, "x-single-active-consumer": True}
 # One tick waits at most: replicas that all publish theirs, or an outage, never pile up work.
 _TICK: Mapping[str, Any] = {"x-max-length": 1, "x-overflow": "drop-head", "x-single-active-consumer": True}
 
+# What students wait for, and what they must not wait for: pieces of listings, expiry, records of deletions.
 ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
+ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
 SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
 SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
 CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
@@ -57,6 +59,7 @@ DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
 EXCHANGES: tuple[Exchange, ...] = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)
 QUEUES: tuple[Queue, ...] = (
     ALLOCATOR_COMMANDS,
+    ALLOCATOR_MAINTENANCE,
     SYNCER_COMMANDS,
     SYNC_TICKS,
     CLEANUP_TICKS,
@@ -66,6 +69,7 @@ QUEUES: tuple[Queue, ...] = (
 )
 BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
+    Binding(ALLOCATOR_MAINTENANCE, COMMANDS, ALLOCATOR_MAINTENANCE.name),
     Binding(SYNCER_COMMANDS, COMMANDS, SYNCER_COMMANDS.name),
     Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),

@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from sandbox_broker import db, tables
+from sandbox_broker import db, tables, topology
 from sandbox_broker.migrate import config, migrate
 
 CATALOG = """
@@ -77,7 +77,7 @@ async def test_upgrading_again_is_harmless(empty: str) -> None:
 async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
     await asyncio.gather(*(migrate(empty) for _ in range(5)))
     opened = await asyncpg.connect(empty)
-    assert await opened.fetchval("SELECT count(*) FROM allocator_epoch") == 1
+    assert await opened.fetchval("SELECT count(*) FROM allocator_epoch") == 2
     assert await opened.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
     await opened.close()
 
@@ -195,10 +195,14 @@ async def test_a_status_is_one_of_those_in_the_contract(connection: asyncpg.Conn
         await add_sandbox(connection, "99", status=None)
 
 
-async def test_there_is_one_epoch(connection: asyncpg.Connection) -> None:
-    for row in ("1", "2"):
-        with pytest.raises((asyncpg.UniqueViolationError, asyncpg.CheckViolationError)):
-            await connection.execute(f"INSERT INTO allocator_epoch (only_row) VALUES ({row})")
+async def test_each_queue_has_one_epoch_that_no_other_has(connection: asyncpg.Connection) -> None:
+    queues = {row["queue"]: row["epoch"] for row in await connection.fetch("SELECT * FROM allocator_epoch")}
+    assert set(queues) == {topology.ALLOCATOR_COMMANDS.name, topology.ALLOCATOR_MAINTENANCE.name}
+    for queue, epoch in queues.items():
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await connection.execute("INSERT INTO allocator_epoch (queue) VALUES ($1)", queue)
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await connection.execute("INSERT INTO allocator_epoch (queue, epoch) VALUES ('new', $1)", epoch)
 
 
 async def test_prefixes_are_compared_byte_by_byte(connection: asyncpg.Connection) -> None:

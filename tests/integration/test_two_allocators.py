@@ -36,7 +36,9 @@ async def persistently(stack: Stack, student: str) -> httpx.Response:
 
 async def test_both_of_them_consume(pair: Stack) -> None:
     await pair.fill(1)
-    consumers = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'allocator' AND datname = $1"
+    consumers = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'allocator.commands' AND datname = $1"
+    )
     name = await pair.database.fetchval("SELECT current_database()")
 
     async def both_have_written() -> bool:

@@ -20,7 +20,7 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from allocator import domain, metrics, store
-from allocator.handlers import HANDLERS, TOGETHER, Handler, Overtaken, Writer
+from allocator.handlers import Handler, Lane, Overtaken, Writer
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from sandbox_broker import db, topology
@@ -36,8 +36,6 @@ from sandbox_broker.messages import (
 )
 from sandbox_broker.service import uninterrupted
 
-MAX_BATCH = 20
-"""Envelopes; each holds up to messages.MAX_ENVELOPE commands."""
 MAX_TRIES = 5
 REPLY_PATIENCE_SEC = 3.0
 """For a reply whose sending failed; then its sender has given up, or soon will."""
@@ -69,7 +67,11 @@ log = structlog.get_logger()
 
 
 class Consumer:
-    def __init__(self, settings: Settings, publisher: Publisher, relay: Relay) -> None:
+    """Handles what comes to one lane's queue."""
+
+    def __init__(self, lane: Lane, settings: Settings, publisher: Publisher, relay: Relay) -> None:
+        self._lane = lane
+        self._queue = lane.queue.name
         self._settings = settings
         self._publisher = publisher
         self._relay = relay
@@ -80,20 +82,21 @@ class Consumer:
 
     async def run(self) -> None:
         try:
-            await keep_connected(self._settings.amqp_url, "allocator-commands", self._session)
+            await keep_connected(self._settings.amqp_url, self._queue, self._session)
         finally:
             self._drop_connection()
 
     async def _session(self, connection: AbstractConnection) -> None:
-        subscription = await Subscription.open(connection, topology.ALLOCATOR_COMMANDS, prefetch=2 * MAX_BATCH)
+        limit = self._lane.max_batch
+        subscription = await Subscription.open(connection, self._lane.queue, prefetch=2 * limit)
         # Only the first delivery tells that this consumer is the active one.
         self._epoch = 0
-        metrics.EPOCH.set(0)
-        while deliveries := await subscription.batch(MAX_BATCH):
+        metrics.EPOCH.labels(self._queue).set(0)
+        while deliveries := await subscription.batch(limit):
             try:
                 await uninterrupted(self._handle(subscription, deliveries))
             except store.Fenced:
-                log.warning("allocator.fenced", epoch=self._epoch)
+                log.warning("allocator.fenced", queue=self._queue, epoch=self._epoch)
                 with losses():
                     await connection.close()  # gives back what is unacknowledged
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
@@ -105,7 +108,7 @@ class Consumer:
             try:
                 envelopes.append((delivery, decode_commands(delivery.body)))
             except InvalidEnvelope as error:
-                log.error("message.rejected", queue=topology.ALLOCATOR_COMMANDS.name, reason=str(error))
+                log.error("message.rejected", queue=self._queue, reason=str(error))
                 await subscription.reject(delivery)
         if not envelopes:
             return
@@ -130,18 +133,16 @@ class Consumer:
 
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
-        metrics.BATCH_SIZE.observe(len(entries))
-        return [reply for segment in domain.segments(entries) for reply in await self._replies_together(segment)]
+        metrics.BATCH_SIZE.labels(self._queue).observe(len(entries))
+        groups = domain.segments(entries) if self._lane.together else [[entry] for entry in entries]
+        return [reply for group in groups for reply in await self._replies_together(group)]
 
     async def _replies_together(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         replies: dict[int, Reply] = {}
-        for kind, handle in HANDLERS.items():
-            of_kind = [(place, entry) for place, entry in enumerate(entries) if isinstance(entry, kind)]
-            for together in [of_kind] if kind in TOGETHER else [[one] for one in of_kind]:
-                commands = [entry for _, entry in together]
-                if commands:
-                    answers = await self._run(handle, commands)
-                    replies.update((place, reply) for (place, _), reply in zip(together, answers, strict=True))
+        for kind, handle in self._lane.handlers.items():
+            of_kind = {place: entry for place, entry in enumerate(entries) if isinstance(entry, kind)}
+            if of_kind:
+                replies.update(zip(of_kind, await self._run(handle, list(of_kind.values())), strict=True))
         for place, entry in enumerate(entries):
             if place not in replies:
                 replies[place] = await self._refuse(entry)
@@ -186,11 +187,15 @@ class Consumer:
 
     async def _writer(self) -> Writer:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await store.connect(self._settings.database_url)
+            self._connection = await store.connect(
+                self._settings.database_url,
+                self._queue,
+                statement_timeout_sec=self._lane.statement_timeout_sec,
+            )
         if self._epoch == 0:
-            self._epoch = await store.raise_epoch(self._connection)
-            metrics.EPOCH.set(self._epoch)
-            log.info("allocator.active", epoch=self._epoch)
+            self._epoch = await store.raise_epoch(self._connection, self._queue)
+            metrics.EPOCH.labels(self._queue).set(self._epoch)
+            log.info("allocator.active", queue=self._queue, epoch=self._epoch)
         now = asyncio.get_running_loop().time()
         if now >= self._planned_at + REPLAN_SEC:
             await store.replan(self._connection)
@@ -206,8 +211,8 @@ class Consumer:
         if isinstance(entry, InvalidCommand):
             raw, reason = json.dumps(entry.raw), str(entry)
         else:
-            raw, reason = entry.model_dump_json(), f"{entry.type} is not for the allocator"
-        log.error("message.rejected", queue=topology.ALLOCATOR_COMMANDS.name, reason=reason)
+            raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
+        log.error("message.rejected", queue=self._queue, reason=reason)
         await self._keep(raw, reason)
         return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
 
@@ -217,7 +222,7 @@ class Consumer:
         try:
             await self._publisher.publish(
                 topology.DEAD_LETTERS.name,
-                topology.ALLOCATOR_COMMANDS.name,
+                self._queue,
                 body.encode(),
                 Basic.Properties(content_type="application/json", delivery_mode=2, headers=headers),
             )

@@ -13,7 +13,7 @@ import asyncpg
 import structlog
 
 from allocator import domain, metrics, store
-from sandbox_broker import messages
+from sandbox_broker import messages, topology
 from sandbox_broker.messages import (
     AllocateSandbox,
     ApplyListing,
@@ -228,20 +228,42 @@ def _one_by_one(handle: Callable[[Writer, Any], Awaitable[Reply]]) -> Handler:
     return handle_one
 
 
-TOGETHER = (ReleaseSandbox, AllocateSandbox)
-"""The kinds whose handlers take many commands at once. The others get one: what is repeated after a failure is
-then that command alone, and no claim that its neighbour was given is given away."""
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One queue of commands, with a consumer and a database connection of its own."""
 
-# In the order in which the kinds of one batch are handled; what ends leases comes before what asks for them, so
-# that nobody is told of a lease that the same batch ends.
-HANDLERS: Mapping[type[Command], Handler] = {
-    ReleaseSandbox: release_sandbox,
-    ExpireLeases: _one_by_one(expire_leases),
-    AllocateSandbox: allocate_sandbox,
-    ClaimDeletions: _one_by_one(claim_deletions),
-    RecordDeletion: _one_by_one(record_deletion),
-    RecordDeletionFailure: _one_by_one(record_deletion_failure),
-    BeginListing: _one_by_one(begin_listing),
-    StageListing: _one_by_one(stage_listing),
-    ApplyListing: _one_by_one(apply_listing),
-}
+    queue: topology.Queue
+    handlers: Mapping[type[Command], Handler]
+    max_batch: int
+    """Envelopes; each holds up to messages.MAX_ENVELOPE commands."""
+    together: bool
+    """Whether the handlers take all commands of their kind in a batch at once, in the order of `handlers`. Else
+    they get one: what is repeated after a failure is then that command alone, and no claim that its neighbour
+    was given is given away."""
+    statement_timeout_sec: float
+
+
+# What ends leases comes before what asks for them, so that nobody is told of a lease that the same batch ends.
+# A student's statement has less time than the gateway waits for us.
+STUDENTS = Lane(
+    topology.ALLOCATOR_COMMANDS,
+    {ReleaseSandbox: release_sandbox, AllocateSandbox: allocate_sandbox},
+    max_batch=20,
+    together=True,
+    statement_timeout_sec=2,
+)
+MAINTENANCE = Lane(
+    topology.ALLOCATOR_MAINTENANCE,
+    {
+        ExpireLeases: _one_by_one(expire_leases),
+        ClaimDeletions: _one_by_one(claim_deletions),
+        RecordDeletion: _one_by_one(record_deletion),
+        RecordDeletionFailure: _one_by_one(record_deletion_failure),
+        BeginListing: _one_by_one(begin_listing),
+        StageListing: _one_by_one(stage_listing),
+        ApplyListing: _one_by_one(apply_listing),
+    },
+    max_batch=1,
+    together=False,
+    statement_timeout_sec=30,
+)

@@ -1,4 +1,4 @@
-"""Wiring of the allocator: the consumer of commands, the relay of events, the gauges of the pool."""
+"""Wiring of the allocator: the consumers of commands, the relay of events, the gauges of the pool."""
 
 import structlog
 from sqlalchemy import text
@@ -6,6 +6,7 @@ from starlette.applications import Starlette
 
 from allocator import metrics, store
 from allocator.consumer import Consumer
+from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service
@@ -21,7 +22,7 @@ def create_app(settings: Settings) -> Starlette:
     engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = Relay(settings.database_url, publisher)
-    consumer = Consumer(settings, publisher, relay)
+    students, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
 
     async def queue() -> str | None:
         return None if publisher.connected else "not connected to RabbitMQ"
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> Starlette:
 
     return Starlette(
         routes=health.routes({"queue": queue, "database": database}),
-        lifespan=service.lifespan(publisher.run, gauges, relay.run, consumer.run),
+        lifespan=service.lifespan(publisher.run, gauges, relay.run, maintenance.run, students.run),
     )
 
 

@@ -7,9 +7,10 @@ EXPIRED = Counter("broker_expiry_orphaned_total", "Leases ended because they wer
 BATCH_SIZE = Histogram(
     "broker_allocator_batch_size",
     "Commands handled together",
+    ["queue"],
     buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
 )
-EPOCH = Gauge("broker_allocator_epoch", "The epoch this allocator writes under; 0 while it stands by")
+EPOCH = Gauge("broker_allocator_epoch", "The epoch this allocator writes under; 0 while it stands by", ["queue"])
 OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is not published yet")
 
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")

@@ -22,10 +22,6 @@ from sandbox_broker.messages import AllocateSandbox, ListedAccount, ReleaseSandb
 
 Rows = list[asyncpg.Record]
 
-APPLICATION_NAME = "allocator"
-STATEMENT_TIMEOUT_SEC = 30.0
-STUDENT_TIMEOUT_SEC = 4.0
-"""For statements that a student waits for; less than the gateway waits for us."""
 LOCK_TIMEOUT = "1s"
 
 UNAVAILABLE = (
@@ -42,14 +38,16 @@ class Fenced(Exception):
 # A generic plan spares the planning, two thirds of the time of a small statement; see replan.
 SETTINGS = f"SET lock_timeout = '{LOCK_TIMEOUT}'; SET plan_cache_mode = force_generic_plan"
 
+# Epochs come from one sequence, so a guard need not say which queue its own is of.
 RAISE_EPOCH = """
-UPDATE allocator_epoch SET epoch = epoch + 1, backend_pid = pg_backend_pid() RETURNING epoch
+UPDATE allocator_epoch SET epoch = nextval('allocator_epochs'), backend_pid = pg_backend_pid()
+WHERE queue = $1 RETURNING epoch
 """
 
 # Whoever still holds the epoch when our patience has ended has been in its statement for longer than that.
 TERMINATE_PREDECESSOR = f"""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = '{APPLICATION_NAME}' AND pid <> pg_backend_pid()
+WHERE datname = current_database() AND application_name = $1 AND pid <> pg_backend_pid()
   AND xact_start <= now() - interval '{LOCK_TIMEOUT}'
 """
 
@@ -404,11 +402,10 @@ SELECT * FROM counted
 COUNT_BY_STATUS = "SELECT status, count(*) FROM sandboxes GROUP BY status"
 
 
-async def connect(database_url: str) -> asyncpg.Connection:
-    """The connection for the statements of this file. Raises one of UNAVAILABLE."""
-    connection = await db.connect(
-        database_url, application_name=APPLICATION_NAME, statement_timeout_sec=STATEMENT_TIMEOUT_SEC
-    )
+async def connect(database_url: str, queue: str, *, statement_timeout_sec: float) -> asyncpg.Connection:
+    """A connection for the statements of this file, for the commands of one queue; it bears the queue's name.
+    Raises one of UNAVAILABLE."""
+    connection = await db.connect(database_url, application_name=queue, statement_timeout_sec=statement_timeout_sec)
     try:
         await connection.execute(SETTINGS)
     except BaseException:
@@ -423,14 +420,14 @@ async def replan(connection: asyncpg.Connection) -> None:
     await connection.execute("DISCARD PLANS")
 
 
-async def raise_epoch(connection: asyncpg.Connection) -> int:
-    """Makes this connection's allocator the one whose writes count, and returns its epoch. A predecessor that
-    is frozen inside a statement, and so holds the row, loses its connection."""
+async def raise_epoch(connection: asyncpg.Connection, queue: str) -> int:
+    """Makes this connection the one whose writes for the queue's commands count, and returns its epoch. A
+    predecessor that is frozen inside a statement, and so holds the row, loses its connection."""
     try:
-        return int(await connection.fetchval(RAISE_EPOCH))
+        return int(await connection.fetchval(RAISE_EPOCH, queue))
     except asyncpg.LockNotAvailableError:
-        await connection.execute(TERMINATE_PREDECESSOR)
-        return int(await connection.fetchval(RAISE_EPOCH))
+        await connection.fetch(TERMINATE_PREDECESSOR, queue)
+        return int(await connection.fetchval(RAISE_EPOCH, queue))
 
 
 async def allocate(
@@ -451,7 +448,6 @@ async def allocate(
             prefixes,
             [prefix_end(prefix) if prefix else "" for prefix in prefixes],
             [command.idempotency_key for command in commands],
-            timeout=STUDENT_TIMEOUT_SEC,
         )
     )
 
@@ -465,7 +461,6 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
             list(range(len(commands))),
             [command.sandbox_id for command in commands],
             [command.holder for command in commands],
-            timeout=STUDENT_TIMEOUT_SEC,
         )
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 
 from allocator import handlers, store
-from allocator.handlers import Writer
+from allocator.handlers import STUDENTS, Lane, Writer
 from sandbox_broker.messages import (
     AllocateSandbox,
     ApplyListing,
@@ -72,12 +72,14 @@ class Pool:
         self._observer = observer
         self._numbers = itertools.count(1)
 
-    async def writer(self, epoch: int | None = None) -> Writer:
-        """An allocator's connection, on the present epoch unless another is given."""
-        connection = await store.connect(self.url)
+    async def writer(self, epoch: int | None = None, *, lane: Lane = STUDENTS) -> Writer:
+        """An allocator's connection, on the lane's present epoch unless another is given."""
+        connection = await store.connect(
+            self.url, lane.queue.name, statement_timeout_sec=lane.statement_timeout_sec
+        )
         self._stack.callback(connection.terminate)
         if epoch is None:
-            epoch = await self.value("SELECT epoch FROM allocator_epoch")
+            epoch = await self.value("SELECT epoch FROM allocator_epoch WHERE queue = $1", lane.queue.name)
         return Writer(connection, epoch, LAB)
 
     async def fill(self, names: int | Sequence[str], status: str = "available") -> list[str]:

@@ -13,6 +13,7 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
 
 from allocator.consumer import Consumer
+from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from devstack.ports import free_port
@@ -31,6 +32,7 @@ class Allocator:
     publisher: Publisher
     relay: Relay
     consumer: Consumer
+    """Of the students' lane."""
     running: list[asyncio.Task[None]]
 
 
@@ -42,8 +44,9 @@ async def allocator(
     settings = Settings(amqp_url=amqp_url, database_url=database_url, _env_file=None)
     publisher = publisher or Publisher(amqp_url, "allocator-test")
     relay = Relay(database_url, publisher)
-    consumer = Consumer(settings, publisher, relay)
-    running = [asyncio.create_task(task()) for task in (publisher.run, relay.run, consumer.run)]
+    consumer, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
+    tasks = (publisher.run, relay.run, maintenance.run, consumer.run)
+    running = [asyncio.create_task(task()) for task in tasks]
     try:
         await publisher.wait_connected()
         yield Allocator(publisher, relay, consumer, running)
@@ -75,7 +78,12 @@ class Client:
             self._arrived.notify_all()
 
     async def publish(
-        self, commands: Sequence[Command] | bytes, *, reply_to: str | None = None, times: int = 1
+        self,
+        commands: Sequence[Command] | bytes,
+        *,
+        reply_to: str | None = None,
+        times: int = 1,
+        queue: topology.Queue = topology.ALLOCATOR_COMMANDS,
     ) -> str:
         """Puts an envelope into the queue, `times` over; returns its correlation id."""
         body = commands if isinstance(commands, bytes) else encode_commands(commands)
@@ -88,7 +96,7 @@ class Client:
                 reply_to=reply_to or self.replies.name,
                 delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             )
-            await exchange.publish(message, topology.ALLOCATOR_COMMANDS.name)
+            await exchange.publish(message, queue.name)
         return correlation_id
 
     async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 30) -> list[list[Reply]]:
@@ -97,8 +105,10 @@ class Client:
             await self._arrived.wait_for(lambda: len(self._answers[correlation_id]) >= times)
             return [list(replies) for replies in self._answers[correlation_id]]
 
-    async def ask(self, commands: Sequence[Command] | bytes) -> list[Reply]:
-        return (await self.answers(await self.publish(commands)))[0]
+    async def ask(
+        self, commands: Sequence[Command] | bytes, *, queue: topology.Queue = topology.ALLOCATOR_COMMANDS
+    ) -> list[Reply]:
+        return (await self.answers(await self.publish(commands, queue=queue)))[0]
 
     async def ask_one(self, command: Command) -> Reply:
         (reply,) = await self.ask([command])

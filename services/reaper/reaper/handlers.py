@@ -131,7 +131,7 @@ class Reaper:
     async def _ask(self, command: Command) -> Reply:
         try:
             reply = await self._requester.request(
-                topology.ALLOCATOR_COMMANDS, command, timeout_sec=REQUEST_TIMEOUT_SEC
+                topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=REQUEST_TIMEOUT_SEC
             )
         except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: garbled
             raise NoAnswer(str(error)) from error

@@ -131,7 +131,7 @@ class Allocator:
     async def consuming(self, amqp_url: str) -> AsyncIterator[None]:
         connection = await aio_pika.connect(amqp_url)
         async with connection, connection.channel() as channel:
-            queue = await channel.get_queue(topology.ALLOCATOR_COMMANDS.name)
+            queue = await channel.get_queue(topology.ALLOCATOR_MAINTENANCE.name)
 
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
