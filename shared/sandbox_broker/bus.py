@@ -1,10 +1,9 @@
-"""RabbitMQ for the services: confirmed publishing, batches of deliveries, requests.
+"""RabbitMQ for the services: batches of deliveries, requests and answers.
 
 The rules, and what each is for:
 
 - Connections are those of `connection.py`: they come back, and what waited for a lost one fails at once.
-- Publishing and consuming have connections of their own: a resource alarm blocks only publishers.
-- Every publish is confirmed, mandatory, and bounded in time; confirms are awaited together, not one by one.
+- Publishing (`publisher.py`) and consuming have connections of their own: a resource alarm blocks only publishers.
 - A delivery is only put in line by the callback; the work is done outside it, in batches, and acknowledged in
   order, up to and including the last of the batch.
 - Answers come to one exclusive queue per process. A request has a deadline on our side.
@@ -18,18 +17,17 @@ from typing import Self
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
-from aiormq.exceptions import PublishError
 from pamqp.commands import Basic
 
 from sandbox_broker import topology
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
 from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
-
-PUBLISH_TIMEOUT_SEC = 5.0
+from sandbox_broker.publisher import PUBLISH_TIMEOUT_SEC, Outgoing, Publisher, Unroutable
 
 __all__ = [
     "PUBLISH_TIMEOUT_SEC",
     "Disconnected",
+    "Outgoing",
     "Publisher",
     "Requester",
     "Subscription",
@@ -37,94 +35,6 @@ __all__ = [
     "answer",
     "keep_connected",
 ]
-
-
-class Unroutable(Exception):
-    """No queue takes messages for this exchange and routing key."""
-
-
-class Publisher:
-    """Publishes with confirms over a connection of its own. `run` keeps it connected."""
-
-    def __init__(self, url: str, name: str) -> None:
-        self._url = url
-        self._name = f"{name}-publish"
-        self._connection: AbstractConnection | None = None
-        self._channel: Channel | None = None
-        self._asking: Channel | None = None
-        self._connected = asyncio.Event()
-        self._limits: set[asyncio.Timeout] = set()
-
-    @property
-    def connected(self) -> bool:
-        return self._channel is not None
-
-    async def wait_connected(self) -> None:
-        await self._connected.wait()
-
-    async def run(self) -> None:
-        await keep_connected(self._url, self._name, self._session)
-
-    async def _session(self, connection: AbstractConnection) -> None:
-        with losses():
-            channel = await open_channel(connection, confirms=True)
-            self._connection, self._channel = connection, channel
-            self._connected.set()
-            try:
-                await channel.closing
-            finally:
-                self._connection = self._channel = self._asking = None
-                self._connected.clear()
-                # Nothing else wakes those that stand in line for a writer that is gone.
-                for limit in self._limits:
-                    if not limit.expired():
-                        limit.reschedule(0)
-
-    async def publish(
-        self,
-        exchange: str,
-        routing_key: str,
-        body: bytes,
-        properties: Basic.Properties | None = None,
-        *,
-        mandatory: bool = True,
-        timeout_sec: float = PUBLISH_TIMEOUT_SEC,
-    ) -> None:
-        """Returns when RabbitMQ has taken the message.
-
-        Raises Disconnected, or Unroutable where `mandatory` and no queue takes it.
-        """
-        if self._channel is None:
-            raise Disconnected("not connected to RabbitMQ")
-        with losses():
-            async with asyncio.timeout(timeout_sec) as limit:
-                self._limits.add(limit)
-                try:
-                    await self._channel.basic_publish(
-                        body,
-                        exchange=exchange,
-                        routing_key=routing_key,
-                        properties=properties or Basic.Properties(delivery_mode=2),
-                        mandatory=mandatory,
-                        wait=False,
-                    )
-                except PublishError as error:
-                    raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
-                finally:
-                    self._limits.discard(limit)
-
-    async def consumers(self, queue: str) -> int:
-        """How many consumers the queue has; raises Disconnected."""
-        if self._connection is None:
-            raise Disconnected("not connected to RabbitMQ")
-        with losses():
-            async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
-                # A channel of its own: on the other one, each question would hold up what is published, and a
-                # queue that does not exist would end it.
-                if self._asking is None or self._asking.is_closed:
-                    self._asking = await open_channel(self._connection, confirms=False)
-                declared = await self._asking.queue_declare(queue, passive=True)
-        return declared.consumer_count or 0
 
 
 class Subscription:

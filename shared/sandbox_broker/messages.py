@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 MAX_ID_LENGTH = 128
@@ -304,6 +305,26 @@ class Event(BaseModel):
     time: datetime
     datacontenttype: Literal["application/json"] = "application/json"
     data: dict[str, Any]
+
+
+EVENT_CONTENT_TYPE = "application/cloudevents+json"
+
+
+def encode_event(  # as an Event would, in a tenth of the time: there is one for every lease
+    event_id: str, event_type: str, subject: str | None, time: datetime, data: str
+) -> bytes:
+    """The event as JSON; `data` is JSON already."""
+    attributes = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": "/sandbox-broker/allocator",
+        "type": event_type,
+        "time": time,
+        "datacontenttype": "application/json",
+    }
+    if subject is not None:
+        attributes["subject"] = subject
+    return orjson.dumps(attributes | {"data": orjson.Fragment(data)})
 
 
 # Envelopes

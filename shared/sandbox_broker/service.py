@@ -95,6 +95,7 @@ def run(app: Starlette, port: int) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
         )
     )

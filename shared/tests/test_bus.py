@@ -17,6 +17,7 @@ from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker import connection, topology
 from sandbox_broker.bus import (
     Disconnected,
+    Outgoing,
     Publisher,
     Requester,
     Subscription,
@@ -212,6 +213,56 @@ async def test_a_cut_line_fails_all_that_is_published_at_once_and_comes_back(
     assert {type(result) for result in results} == {Disconnected}
     await on_a_line.publisher.wait_connected()
     await on_a_line.put()
+
+
+def outgoing(count: int) -> list[Outgoing]:
+    return [Outgoing(QUEUE.name, f"{number}".encode(), f"id-{number}", "text/plain") for number in range(count)]
+
+
+async def test_what_is_published_together_is_in_the_queue_in_order(
+    wired: Bus, consuming: AbstractConnection
+) -> None:
+    assert await wired.publisher.publish_all("", outgoing(300)) == 300
+    await asyncio.gather(wired.put(b"beside"), wired.publisher.publish_all("", outgoing(2)))
+    subscription = await Subscription.open(consuming, QUEUE, prefetch=500)
+    deliveries: list[DeliveredMessage] = []
+    while len(deliveries) < 303:
+        deliveries += await subscription.batch(500)
+    assert [delivery.body for delivery in deliveries[:300]] == [f"{number}".encode() for number in range(300)]
+    first = deliveries[0].header.properties
+    assert (first.message_id, first.content_type, first.delivery_mode) == ("id-0", "text/plain", 2)
+    assert {delivery.body for delivery in deliveries[300:]} == {b"beside", b"0", b"1"}
+
+
+async def test_nobody_need_take_what_is_published_together(wired: Bus) -> None:
+    nowhere = [Outgoing("nowhere", b"x", f"id-{number}", "text/plain") for number in range(3)]
+    assert await wired.publisher.publish_all("", nowhere) == 3
+
+
+async def test_a_cut_line_tells_how_many_of_those_published_together_were_confirmed(
+    on_a_line: Bus, amqp_line: Line
+) -> None:
+    amqp_line.silence()
+    publishing = asyncio.ensure_future(on_a_line.publisher.publish_all("", outgoing(300)))
+    await asyncio.wait([publishing], timeout=0.05)
+    amqp_line.cut()
+    amqp_line.speak()
+    async with asyncio.timeout(AT_ONCE_SEC):
+        assert await publishing == 0
+    await on_a_line.publisher.wait_connected()
+    assert await on_a_line.publisher.publish_all("", outgoing(300)) == 300
+
+
+async def test_publishing_together_without_a_connection_fails_at_once(clean_queues: str) -> None:
+    with pytest.raises(Disconnected):
+        await Bus(clean_queues).publisher.publish_all("", outgoing(2))
+
+
+async def test_a_silent_server_is_given_up_by_those_that_publish_together(on_a_line: Bus, amqp_line: Line) -> None:
+    amqp_line.silence()
+    assert await on_a_line.publisher.publish_all("", outgoing(2), timeout_sec=0.2) == 0
+    amqp_line.speak()
+    assert await on_a_line.publisher.publish_all("", outgoing(2)) == 2
 
 
 async def test_closing_fails_all_that_is_published_at_once(clean_queues: str) -> None:

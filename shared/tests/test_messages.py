@@ -40,6 +40,7 @@ from sandbox_broker.messages import (
     SyncPool,
     decode_commands,
     encode_commands,
+    encode_event,
 )
 
 FULL = ListedAccount(
@@ -234,3 +235,15 @@ def test_an_event_is_a_cloud_event() -> None:
     assert written["source"].startswith("/sandbox-broker/")
     assert written["data"] == {"sandbox_id": "7", "reason": None}
     assert Event.model_validate(written) == event
+
+
+def test_an_encoded_event_is_what_the_event_itself_would_write() -> None:
+    moment = datetime(2025, 3, 27, 16, 53, 47, 605459, tzinfo=UTC)
+    for subject in ('7"\\', None):
+        event_id, data = "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11", '{"name": "läb", "n": null}'
+        body = encode_event(event_id, "sandbox.deleted", subject, moment, data)
+        event = Event.model_validate_json(body)
+        assert (event.subject, event.time, event.data) == (subject, moment, {"name": "läb", "n": None})
+        assert json.loads(body) == json.loads(event.model_dump_json(exclude_none=True)) | {
+            "time": "2025-03-27T16:53:47.605459+00:00"
+        }

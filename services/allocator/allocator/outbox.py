@@ -7,30 +7,29 @@ freezes with the lock in its hands loses its connection.
 """
 
 import asyncio
-import json
 
 import asyncpg
 import structlog
-from pamqp.commands import Basic
 
 from allocator import metrics, store
 from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Publisher
-from sandbox_broker.messages import Event
+from sandbox_broker.bus import Disconnected, Outgoing, Publisher
+from sandbox_broker.messages import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.service import uninterrupted
 
 PIECE = 500
 POLL_SEC = 1.0
+STATEMENT_TIMEOUT_SEC = 10
 
 TAKE = """
-SELECT outbox_id, event_id, type, subject, occurred_at, data::text AS data,
+SELECT outbox_id, event_id::text, type, subject, occurred_at, data::text AS data,
     extract(epoch FROM now() - occurred_at)::float AS age
 FROM outbox ORDER BY outbox_id LIMIT $1
 """
 DELETE = "DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[])"
-SETTINGS = "SET idle_in_transaction_session_timeout = '20s'"
-"""Well above the time that RabbitMQ has for its confirms."""
-ONE_RELAY_AT_A_TIME = "SELECT pg_try_advisory_xact_lock(5914033)"
+SETTINGS = "SET idle_session_timeout = '20s'"
+"""Well above the time that RabbitMQ has for its confirms; a relay that lives asks once a second."""
+ONE_RELAY_AT_A_TIME = "SELECT pg_try_advisory_lock(5914033)"
 
 log = structlog.get_logger()
 
@@ -58,11 +57,13 @@ class Relay:
                     await self._relay(connection)
                 finally:
                     connection.terminate()
-            except (*store.UNAVAILABLE, asyncpg.InvalidTransactionStateError) as error:
+            except store.UNAVAILABLE as error:
                 log.warning("outbox.database_lost", error=db.reason(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:
+        while not await connection.fetchval(ONE_RELAY_AT_A_TIME):  # noqa: ASYNC110 (nothing tells us)
+            await asyncio.sleep(POLL_SEC)
         while True:
             self._wake.clear()
             if await uninterrupted(self._publish_piece(connection)) < PIECE:
@@ -73,45 +74,23 @@ class Relay:
                     pass
 
     async def _publish_piece(self, connection: asyncpg.Connection) -> int:
-        """Returns how many rows it has published and deleted."""
-        async with connection.transaction():
-            if not await connection.fetchval(ONE_RELAY_AT_A_TIME):
-                return 0
-            rows = await connection.fetch(TAKE, PIECE)
-            metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)
-            sent = rows[: await self._publish(rows)] if self._publisher.connected else []
-            if sent:
-                await connection.execute(DELETE, [row["outbox_id"] for row in sent])
-            return len(sent)
+        """Returns how many rows it has published and deleted. What comes after one that was not confirmed is
+        published again, behind it."""
+        rows = await connection.fetch(TAKE, PIECE)
+        metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)
+        if not rows:
+            return 0
+        try:
+            confirmed = await self._publisher.publish_all(topology.EVENTS.name, [_message(row) for row in rows])
+        except Disconnected:
+            confirmed = 0
+        if confirmed < len(rows):
+            log.warning("outbox.not_confirmed", events=len(rows) - confirmed)
+        if confirmed:
+            await connection.execute(DELETE, [row["outbox_id"] for row in rows[:confirmed]])
+        return confirmed
 
-    async def _publish(self, rows: list[asyncpg.Record]) -> int:
-        """Writes all of them out in order, then waits for the confirms together. Returns how many of the first
-        were confirmed; what comes after a gap is published again, behind it."""
-        results = await asyncio.gather(*(self._publish_one(row) for row in rows), return_exceptions=True)
-        for confirmed, result in enumerate(results):
-            if isinstance(result, Disconnected):
-                log.warning("outbox.not_confirmed", error=str(result))
-                return confirmed
-            if result is not None:
-                raise result
-        return len(results)
 
-    async def _publish_one(self, row: asyncpg.Record) -> None:
-        event = Event.model_validate(
-            {
-                "id": row["event_id"],
-                "type": row["type"],
-                "subject": row["subject"],
-                "time": row["occurred_at"],
-                "data": json.loads(row["data"]),
-            }
-        )
-        await self._publisher.publish(
-            topology.EVENTS.name,
-            event.type,
-            event.model_dump_json(exclude_none=True).encode(),
-            Basic.Properties(
-                content_type="application/cloudevents+json", delivery_mode=2, message_id=str(event.id)
-            ),
-            mandatory=False,
-        )
+def _message(row: asyncpg.Record) -> Outgoing:
+    body = encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"])
+    return Outgoing(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)

@@ -3,13 +3,14 @@
 import asyncio
 import uuid
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from allocator import metrics, outbox
 from allocator.outbox import Relay
-from sandbox_broker.bus import Publisher
+from sandbox_broker.bus import Outgoing, Publisher
 from sandbox_broker.messages import Event
 
 from .allocator_harness import Pool, until
@@ -137,12 +138,13 @@ async def test_events_survive_the_relays_connection_to_the_database(pool: Pool, 
 async def test_a_relay_that_freezes_with_the_lock_in_its_hands_loses_it(
     pool: Pool, clean_queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "SETTINGS", "SET idle_in_transaction_session_timeout = '300ms'")
+    monkeypatch.setattr(outbox, "SETTINGS", "SET idle_session_timeout = '1500ms'")
     thawed = asyncio.Event()
 
     class Frozen(Publisher):
-        async def publish(self, *_: Any, **__: Any) -> None:
+        async def publish_all(self, exchange: str, messages: Sequence[Outgoing], **__: Any) -> int:  # noqa: ARG002
             await thawed.wait()
+            return len(messages)
 
     frozen = Frozen(clean_queues, "frozen")
     relay = Relay(pool.url, frozen)

@@ -1,14 +1,14 @@
 """Who may call: bearer tokens, from a list each, so that they are rotated without downtime."""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import SecretStr
 
 from gateway.errors import ApiError
-from gateway.headers import BLANKS
+from gateway.headers import BLANKS, Fields
 
 # For the OpenAPI document and the docs page alone; the judging is done below.
 _track_token = HTTPBearer(scheme_name="trackToken", auto_error=False, description="One of BROKER_API_TOKEN")
@@ -29,12 +29,35 @@ class Tokens:
         return bool(sum([hmac.compare_digest(token, candidate) for token in self._tokens]))
 
 
-def _candidate(request: Request) -> bytes:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """Judges the header fields of a request; raises ApiError where they do not suffice."""
+
+    api: Tokens
+    admin: Tokens
+
+    def track(self, given: Fields) -> None:
+        """Track routes: either token will do."""
+        candidate = _candidate(given)
+        if not (self.api.hold(candidate) | self.admin.hold(candidate)):
+            raise _unknown()
+
+    def administration(self, given: Fields) -> None:
+        """Admin routes: the admin token alone."""
+        candidate = _candidate(given)
+        if self.admin.hold(candidate):
+            return
+        if self.api.hold(candidate):
+            raise ApiError("FORBIDDEN", "This route needs the admin token; yours is a track token.")
+        raise _unknown()
+
+
+def _candidate(given: Fields) -> bytes:
+    scheme, _, token = given.get(b"authorization", b"").partition(b" ")
     token = token.strip(BLANKS)
-    if scheme.lower() != "bearer" or not token:
+    if scheme.lower() != b"bearer" or not token:
         raise _unauthorized("Send the header 'Authorization: Bearer <token>'.")
-    return token.encode("latin-1")  # how it was decoded, so these are the bytes that were sent
+    return token
 
 
 def _unauthorized(message: str) -> ApiError:
@@ -45,28 +68,11 @@ def _unknown() -> ApiError:
     return _unauthorized("This token is not known here. Check it, or ask the operator for a new one.")
 
 
-def track(api: Tokens, admin: Tokens) -> Callable[..., Awaitable[None]]:
-    """The dependency of track routes: either token will do."""
-
-    async def require_token(
-        request: Request, _: object = Security(_track_token), __: object = Security(_admin_token)
-    ) -> None:
-        candidate = _candidate(request)
-        if not (api.hold(candidate) | admin.hold(candidate)):
-            raise _unknown()
-
-    return require_token
+async def track(request: Request, _: object = Security(_track_token), __: object = Security(_admin_token)) -> None:
+    """The dependency of track routes."""
+    request.app.state.context.auth.track(dict(request.scope["headers"]))
 
 
-def administration(api: Tokens, admin: Tokens) -> Callable[..., Awaitable[None]]:
-    """The dependency of admin routes: the admin token alone."""
-
-    async def require_admin_token(request: Request, _: object = Security(_admin_token)) -> None:
-        candidate = _candidate(request)
-        if admin.hold(candidate):
-            return
-        if api.hold(candidate):
-            raise ApiError("FORBIDDEN", "This route needs the admin token; yours is a track token.")
-        raise _unknown()
-
-    return require_admin_token
+async def administration(request: Request, _: object = Security(_admin_token)) -> None:
+    """The dependency of admin routes."""
+    request.app.state.context.auth.administration(dict(request.scope["headers"]))

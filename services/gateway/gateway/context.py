@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from gateway.auth import Auth
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker.bus import Publisher, Requester
@@ -12,6 +13,7 @@ class Context:
     """What the routes work with: `app.state.context`."""
 
     settings: Settings
+    auth: Auth
     engine: AsyncEngine
     publisher: Publisher
     requester: Requester

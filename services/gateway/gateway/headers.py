@@ -1,64 +1,71 @@
-"""What track routes read from headers, and the rules they must keep."""
+"""What track routes read from headers, and the rules they must keep.
+
+The functions read the fields themselves; the dependencies below them show FastAPI what there is to document.
+"""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from starlette.types import Scope
 
 from gateway.errors import ApiError
 from sandbox_broker.messages import MAX_ID_LENGTH
 
-BLANKS = " \t"
+BLANKS = b" \t"
 """What may surround a header's value. Python's own idea of blanks holds characters that are not ASCII."""
 
-_PRINTABLE = re.compile(r"[\x20-\x7e]*")
+STUDENT = "X-Instruqt-Sandbox-ID"
+STUDENT_OLD = "X-Track-ID"
+TRACK = "X-Instruqt-Track-ID"
+PREFIX = "X-Sandbox-Name-Prefix"
+KEY = "Idempotency-Key"
+_FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY)}
+
+_PRINTABLE = re.compile(rb"[\x20-\x7e]*")
+
+Fields = Mapping[bytes, bytes]
 
 
-def _checked(name: str, value: str | None) -> str | None:
+def fields(scope: Scope) -> Fields:
+    """The header fields by their names in lower case. Raises ApiError where one of ours is given twice: which of
+    the two is meant, nobody can tell."""
+    found = dict(scope["headers"])
+    if len(found) != len(scope["headers"]):
+        given = [field for field, _ in scope["headers"]]
+        for name, field in _FIELDS.items():
+            if given.count(field) > 1:
+                raise ApiError("INVALID_HEADER", f"{name} was sent more than once. Send it once.")
+    return found
+
+
+def _checked(name: str, given: Fields) -> str | None:
     """The value without blanks around it; None if there is nothing else."""
-    value = (value or "").strip(BLANKS)
+    value = given.get(_FIELDS[name], b"").strip(BLANKS)
     if not value:
         return None
     if len(value) > MAX_ID_LENGTH:
         raise ApiError("INVALID_HEADER", f"{name} is {len(value)} characters long; {MAX_ID_LENGTH} are allowed.")
     if not _PRINTABLE.fullmatch(value):
         raise ApiError("INVALID_HEADER", f"{name} may hold only printable ASCII characters.")
-    return value
+    return value.decode("ascii")
 
 
-async def _holder(
-    request: Request,
-    x_instruqt_sandbox_id: Annotated[
-        str | None,
-        Header(
-            alias="X-Instruqt-Sandbox-ID",
-            description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.",
-        ),
-    ] = None,
-    x_track_id: Annotated[
-        str | None,
-        Header(
-            alias="X-Track-ID",
-            description="The old name of X-Instruqt-Sandbox-ID, read where that is absent.",
-            deprecated=True,
-        ),
-    ] = None,
-) -> str:
-    if x_instruqt_sandbox_id is None and x_track_id is not None:
-        request.state.deprecated = True  # the middleware says so, on errors too
-        holder = _checked("X-Track-ID", x_track_id)
-    else:
-        holder = _checked("X-Instruqt-Sandbox-ID", x_instruqt_sandbox_id)
-    if holder is None:
+def holder(scope: Scope, given: Fields) -> str:
+    """Who asks: the student's own id."""
+    name = STUDENT
+    if _FIELDS[STUDENT] not in given and _FIELDS[STUDENT_OLD] in given:
+        name = STUDENT_OLD
+        scope["state"]["deprecated"] = True  # the middleware says so, on errors too
+    found = _checked(name, given)
+    if found is None:
         raise ApiError(
             "MISSING_SANDBOX_ID",
-            "Send the student's own id (INSTRUQT_PARTICIPANT_ID) in the header X-Instruqt-Sandbox-ID.",
+            f"Send the student's own id (INSTRUQT_PARTICIPANT_ID) in the header {STUDENT}.",
         )
-    return holder
-
-
-Holder = Annotated[str, Depends(_holder)]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +75,43 @@ class AllocationHeaders:
     idempotency_key: str | None
 
 
-async def _allocation_headers(
-    x_instruqt_track_id: Annotated[
-        str | None, Header(alias="X-Instruqt-Track-ID", description="The lab's name, kept for analytics.")
+def allocation(given: Fields) -> AllocationHeaders:
+    """What else an allocation may say."""
+    return AllocationHeaders(_checked(TRACK, given), _checked(PREFIX, given), _checked(KEY, given))
+
+
+async def _holder(
+    request: Request,
+    _: Annotated[
+        str | None,
+        Header(alias=STUDENT, description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required."),
     ] = None,
-    x_sandbox_name_prefix: Annotated[
+    __: Annotated[
         str | None,
         Header(
-            alias="X-Sandbox-Name-Prefix",
-            description="Only sandboxes whose name starts with exactly this text.",
+            alias=STUDENT_OLD,
+            description=f"The old name of {STUDENT}, read where that is absent.",
+            deprecated=True,
         ),
     ] = None,
-    idempotency_key: Annotated[
+) -> str:
+    return holder(request.scope, fields(request.scope))
+
+
+async def _allocation(
+    request: Request,
+    _: Annotated[str | None, Header(alias=TRACK, description="The lab's name, kept for analytics.")] = None,
+    __: Annotated[
         str | None,
-        Header(alias="Idempotency-Key", description="The same key from the same student gives the same lease."),
+        Header(alias=PREFIX, description="Only sandboxes whose name starts with exactly this text."),
+    ] = None,
+    ___: Annotated[
+        str | None,
+        Header(alias=KEY, description="The same key from the same student gives the same lease."),
     ] = None,
 ) -> AllocationHeaders:
-    return AllocationHeaders(
-        track_name=_checked("X-Instruqt-Track-ID", x_instruqt_track_id),
-        name_prefix=_checked("X-Sandbox-Name-Prefix", x_sandbox_name_prefix),
-        idempotency_key=_checked("Idempotency-Key", idempotency_key),
-    )
+    return allocation(fields(request.scope))
 
 
-Allocation = Annotated[AllocationHeaders, Depends(_allocation_headers)]
+Holder = Annotated[str, Depends(_holder)]
+Allocation = Annotated[AllocationHeaders, Depends(_allocation)]

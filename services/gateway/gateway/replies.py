@@ -61,15 +61,16 @@ class Allocator:
             raise Unavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
         entry = _Entry(command, loop.time() + timeout_sec, loop.create_future())
+        timer = loop.call_at(entry.deadline, _expire, entry)
         self._in_flight.add(entry)
         self._waiting.append(entry)
         self._wake.set()
         try:
-            async with asyncio.timeout(timeout_sec):
-                return await entry.reply
+            return await entry.reply
         except Disconnected as error:
             raise Unavailable("The queue or the allocator went away.") from error
         finally:
+            timer.cancel()
             self._in_flight.discard(entry)
 
     async def run(self) -> None:
@@ -128,6 +129,11 @@ class Allocator:
             for entry in self._in_flight:
                 if not entry.reply.done():
                     entry.reply.set_exception(Disconnected("no allocator is there to answer"))
+
+
+def _expire(entry: _Entry) -> None:
+    if not entry.reply.done():
+        entry.reply.set_exception(TimeoutError("no reply in time"))
 
 
 def _hand_out(entries: Sequence[_Entry], replies: asyncio.Future[tuple[Reply, ...]]) -> None:

@@ -12,6 +12,7 @@ import httpx
 from aio_pika.abc import AbstractIncomingMessage
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from starlette.types import ASGIApp
 
 from gateway.main import create_app
 from gateway.settings import Settings
@@ -155,7 +156,7 @@ def create_app_without_servers(**changes: Any) -> FastAPI:
     return create_app(settings(**changes))
 
 
-def client(app: FastAPI) -> httpx.AsyncClient:
+def client(app: ASGIApp) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://gateway")
 

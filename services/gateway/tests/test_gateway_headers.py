@@ -3,10 +3,12 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
 
-from .gateway_harness import STUDENT, TRACK, Gateway, detail, raw, running
+from .gateway_harness import STUDENT, TRACK, Gateway, client, detail, raw, running
 
 ROUTES = [
     ("POST", "/v1/allocate"),
@@ -153,3 +155,37 @@ async def test_a_blank_new_name_is_400_even_with_the_old_one_present(gateway: Ga
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old", NEW: " "})
     assert (response.status_code, detail(response)["code"]) == (400, "MISSING_SANDBOX_ID")
     assert "Deprecation" not in response.headers
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize("value", ["student-1", "student-2"])
+async def test_a_header_that_comes_twice_is_400_and_says_which(
+    gateway: Gateway, method: str, path: str, value: str
+) -> None:
+    twice = [*raw(STUDENT), (NEW.encode(), value.encode())]
+    response = await gateway.client.request(method, path, headers=twice)
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+    assert f"{NEW} was sent more than once" in detail(response)["message"]
+    assert gateway.allocator.commands == []
+
+
+async def test_headers_of_others_may_come_twice(gateway: Gateway) -> None:
+    via = [(b"via", b"1.1 a"), (b"via", b"1.1 b")]
+    assert (await gateway.client.post("/v1/allocate", headers=[*raw(STUDENT), *via])).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "headers", [STUDENT, {}, TRACK, {**STUDENT, "Idempotency-Key": "\x7f"}, {**STUDENT, "Content-Length": "99999"}]
+)
+async def test_the_route_in_the_document_answers_like_the_fast_one(
+    gateway: Gateway, headers: dict[str, str]
+) -> None:
+    async def documented(scope: Scope, receive: Receive, send: Send) -> None:
+        await FastAPI.__call__(gateway.app, scope, receive, send)
+
+    sent = {**headers, "X-Request-ID": "same"}
+    async with client(documented) as slow:
+        there = await slow.post("/v1/allocate", headers=sent)
+    here = await gateway.client.post("/v1/allocate", headers=sent)
+    assert (here.status_code, here.content) == (there.status_code, there.content)
+    assert sorted(here.headers.raw) == sorted(there.headers.raw)
