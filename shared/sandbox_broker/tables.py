@@ -4,6 +4,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Identity,
     Index,
@@ -39,6 +40,12 @@ sandboxes = Table(
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_error", Text),
+    Column(
+        "name_stem",
+        _Name,
+        Computed("rtrim(name, '0123456789'::text)", persisted=True),
+        comment="the name without its number",
+    ),
     CheckConstraint(
         "status IN ('available', 'allocated', 'pending_deletion', 'deletion_failed', 'stale', 'deleted')",
         name="sandboxes_status",
@@ -51,6 +58,13 @@ sandboxes = Table(
         postgresql_where=text("status <> 'deleted'"),
     ),
     Index("sandboxes_available", "status_since", "sandbox_id", postgresql_where=text("status = 'available'")),
+    Index(
+        "sandboxes_available_by_stem",
+        "name_stem",
+        "status_since",
+        "sandbox_id",
+        postgresql_where=text("status = 'available'"),
+    ),
     Index("sandboxes_available_by_name", "name", postgresql_where=text("status = 'available'")),
     Index("sandboxes_deletion_due", "deletion_due_at", postgresql_where=text("status = 'pending_deletion'")),
 )

@@ -39,9 +39,9 @@ from sandbox_broker.service import uninterrupted
 MAX_TRIES = 5
 REPLY_PATIENCE_SEC = 3.0
 """For a reply whose sending failed; then its sender has given up, or soon will."""
+REPLAN_SEC = 1.0
 DATABASE_PAUSE_SEC = 1.0
 """How long a database that does not answer is left alone; commands are refused at once meanwhile."""
-REPLAN_SEC = 1.0
 
 UNAVAILABLE = Refused(
     code="ALLOCATOR_UNAVAILABLE",
@@ -191,6 +191,7 @@ class Consumer:
                 self._settings.database_url,
                 self._queue,
                 statement_timeout_sec=self._lane.statement_timeout_sec,
+                plans=self._lane.plans,
             )
         if self._epoch == 0:
             self._epoch = await store.raise_epoch(self._connection, self._queue)

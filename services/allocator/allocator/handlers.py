@@ -241,6 +241,8 @@ class Lane:
     they get one: what is repeated after a failure is then that command alone, and no claim that its neighbour
     was given is given away."""
     statement_timeout_sec: float
+    plans: str
+    """How its statements are planned: see store.connect."""
 
 
 # What ends leases comes before what asks for them, so that nobody is told of a lease that the same batch ends.
@@ -251,6 +253,7 @@ STUDENTS = Lane(
     max_batch=20,
     together=True,
     statement_timeout_sec=2,
+    plans=store.LOOK_UPS,
 )
 MAINTENANCE = Lane(
     topology.ALLOCATOR_MAINTENANCE,
@@ -266,4 +269,5 @@ MAINTENANCE = Lane(
     max_batch=1,
     together=False,
     statement_timeout_sec=30,
+    plans=store.SCANS,
 )

@@ -12,6 +12,7 @@ any number of allocators at work; the epoch and the single consumer are for orde
 
 from collections.abc import Sequence
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any
 
 import asyncpg
@@ -35,8 +36,17 @@ class Fenced(Exception):
     """Another allocator has raised the epoch: stop, and leave the messages to it."""
 
 
-# A generic plan spares the planning, two thirds of the time of a small statement; see replan.
-SETTINGS = f"SET lock_timeout = '{LOCK_TIMEOUT}'; SET plan_cache_mode = force_generic_plan"
+# Planning would take two thirds of the time of a small statement, so a plan serves for a while (see replan). Only
+# look-ups along an index are left to choose from, and each set is joined by looking up its rows one by one.
+LOOK_UPS = """
+SET plan_cache_mode = force_generic_plan;
+SET enable_seqscan = off;
+SET enable_bitmapscan = off;
+SET enable_hashjoin = off;
+SET enable_mergejoin = off;
+"""
+# Statements that run seldom and see much of the pool are planned each time.
+SCANS = "SET plan_cache_mode = force_custom_plan;"
 
 # Epochs come from one sequence, so a guard need not say which queue its own is of.
 RAISE_EPOCH = """
@@ -54,67 +64,55 @@ WHERE datname = current_database() AND application_name = $1 AND pid <> pg_backe
 _GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
 
 # Parameters: epoch, lab duration, then one array per column of the requests.
-# known: the lease the student has; keyed: the lease that the idempotency key was used for; wanting: who has
-# neither; picked: for every prefix as many sandboxes as are wanted, those available longest first; dry: the
-# prefixes that had too few.
+# looked: the requests, with the lease that the student has and the one that the idempotency key was used for;
+# wanted: for each prefix who has neither; picked: as many sandboxes as they are, those available longest first;
+# assigned: who gets which, or none. Nothing here joins two sets: the lists of one prefix are unnested side by side,
+# so the work grows with the number of requests and no estimate can make it grow faster.
 _ALLOCATE = f"""
 WITH {_GUARD},
-request AS MATERIALIZED (
-    SELECT r.*
-    FROM guard, unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
+looked AS MATERIALIZED (
+    SELECT r.*, known.*, keyed.holder = r.holder AS key_is_own
+    FROM guard
+    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
         AS r (place, holder, track_name, prefix, prefix_end, idempotency_key)
+    LEFT JOIN LATERAL (
+        SELECT s.sandbox_id, s.name, s.external_id, s.sfdc_account_id, l.allocated_at, l.expires_at
+        FROM leases l JOIN sandboxes s USING (sandbox_id)
+        WHERE l.holder = r.holder AND l.ended_at IS NULL
+        LIMIT 1
+    ) known ON true
+    LEFT JOIN LATERAL (
+        SELECT l.holder FROM leases l
+        WHERE l.idempotency_key = r.idempotency_key AND l.idempotency_key IS NOT NULL
+        LIMIT 1
+    ) keyed ON true
 ),
-known AS MATERIALIZED (
-    SELECT r.place, l.sandbox_id, l.allocated_at, l.expires_at, s.name, s.external_id, s.sfdc_account_id
-    FROM request r
-    CROSS JOIN LATERAL (
-        SELECT * FROM leases WHERE holder = r.holder AND ended_at IS NULL LIMIT 1
-    ) l
-    CROSS JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = l.sandbox_id LIMIT 1) s
-),
-keyed AS MATERIALIZED (
-    SELECT r.place, l.holder = r.holder AS own, l.ended_at IS NOT NULL AS ended
-    FROM request r
-    CROSS JOIN LATERAL (
-        SELECT * FROM leases
-        WHERE idempotency_key = r.idempotency_key AND idempotency_key IS NOT NULL LIMIT 1
-    ) l
-),
-wanting AS MATERIALIZED (
-    SELECT r.*, row_number() OVER (PARTITION BY r.prefix ORDER BY r.place) AS turn
-    FROM request r
-    WHERE NOT EXISTS (SELECT FROM known WHERE known.place = r.place)
-      AND NOT EXISTS (SELECT FROM keyed WHERE keyed.place = r.place)
-),
-prefixes AS MATERIALIZED (
-    SELECT prefix, prefix_end, count(*) AS wanted FROM wanting GROUP BY prefix, prefix_end
+wanted AS MATERIALIZED (
+    SELECT prefix, prefix_end, count(*) AS number, array_agg(place) AS places, array_agg(holder) AS holders,
+        array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys
+    FROM looked
+    WHERE sandbox_id IS NULL AND key_is_own IS NULL
+    GROUP BY prefix, prefix_end
 ),
 picked AS MATERIALIZED (
-    SELECT p.prefix, s.sandbox_id,
-        row_number() OVER (PARTITION BY p.prefix ORDER BY s.status_since, s.sandbox_id) AS turn
-    FROM prefixes p
-    CROSS JOIN LATERAL (
-        SELECT sandbox_id, status_since FROM sandboxes
-        WHERE status = 'available' {{name_matches}}
-        ORDER BY status_since, sandbox_id
-        LIMIT p.wanted
-        FOR UPDATE SKIP LOCKED
-    ) s
+    SELECT w.*, ARRAY({{picks}}) AS sandbox_ids FROM wanted w
+),
+assigned AS MATERIALIZED (
+    SELECT a.*
+    FROM picked p
+    CROSS JOIN unnest(p.places, p.holders, p.track_names, p.idempotency_keys, p.sandbox_ids)
+        AS a (place, holder, track_name, idempotency_key, sandbox_id)
 ),
 claimed AS (
     UPDATE sandboxes s SET status = 'allocated', status_since = now()
-    FROM wanting w JOIN picked p ON p.prefix = w.prefix AND p.turn = w.turn
-    WHERE s.sandbox_id = p.sandbox_id AND s.status = 'available'
-    RETURNING w.place, w.holder, w.track_name, w.idempotency_key,
+    FROM assigned a
+    WHERE s.sandbox_id = a.sandbox_id AND s.status || '' = 'available'  -- no partial index will do: only the key
+    RETURNING a.place, a.holder, a.track_name, a.idempotency_key,
         s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
 ),
 leased AS (
     INSERT INTO leases (sandbox_id, holder, track_name, idempotency_key, expires_at)
-    SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed ORDER BY place
-    RETURNING sandbox_id, allocated_at, expires_at
-),
-dry AS (
-    SELECT DISTINCT prefix FROM wanting w WHERE NOT EXISTS (SELECT FROM claimed c WHERE c.place = w.place)
+    SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed
 ),
 announced AS (
     INSERT INTO outbox (type, subject, data)
@@ -124,32 +122,80 @@ announced AS (
     )
     FROM claimed c
     UNION ALL
-    SELECT 'pool.exhausted', NULL, jsonb_build_object('name_prefix', nullif(prefix, '')) FROM dry
+    SELECT 'pool.exhausted', NULL, jsonb_build_object('name_prefix', nullif(prefix, ''))
+    FROM picked WHERE cardinality(sandbox_ids) < number
+),
+answered AS (
+    SELECT place, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
+        now() AS allocated_at, now() + $2::interval AS expires_at
+    FROM claimed
+    UNION ALL
+    SELECT place,
+        CASE
+            WHEN NOT key_is_own THEN 'key_of_another'
+            WHEN sandbox_id IS NOT NULL THEN 'known'
+            ELSE 'key_used_up'
+        END,
+        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at
+    FROM looked WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
+    UNION ALL
+    SELECT place, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
 )
-SELECT r.place,
-    CASE
-        WHEN NOT keyed.own THEN 'key_of_another'
-        WHEN known.place IS NOT NULL THEN 'known'
-        WHEN keyed.ended THEN 'key_used_up'
-        WHEN claimed.place IS NOT NULL THEN 'new'
-        ELSE 'exhausted'
-    END AS outcome,
-    coalesce(claimed.sandbox_id, known.sandbox_id) AS sandbox_id,
-    coalesce(claimed.name, known.name) AS name,
-    coalesce(claimed.external_id, known.external_id) AS external_id,
-    coalesce(claimed.sfdc_account_id, known.sfdc_account_id) AS sfdc_account_id,
-    floor(extract(epoch FROM coalesce(leased.allocated_at, known.allocated_at)))::bigint AS allocated_at,
-    floor(extract(epoch FROM coalesce(leased.expires_at, known.expires_at)))::bigint AS expires_at
-FROM request r
-LEFT JOIN known ON known.place = r.place
-LEFT JOIN keyed ON keyed.place = r.place
-LEFT JOIN claimed ON claimed.place = r.place
-LEFT JOIN leased ON leased.sandbox_id = claimed.sandbox_id
-ORDER BY r.place
+SELECT place, outcome, sandbox_id, name, external_id, sfdc_account_id,
+    floor(extract(epoch FROM allocated_at))::bigint AS allocated_at,
+    floor(extract(epoch FROM expires_at))::bigint AS expires_at
+FROM answered
 """
 
-ALLOCATE_ANY = _ALLOCATE.format(name_matches="")
-ALLOCATE_BY_PREFIX = _ALLOCATE.format(name_matches="AND name >= p.prefix AND name < p.prefix_end")
+_PICK_ANY = """
+SELECT sandbox_id FROM sandboxes WHERE status = 'available'
+ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
+"""
+
+# Names are mostly numbered: the few stems (names without their number) that start with the prefix are walked along
+# the index from one to the next, and each has its sandboxes in the order of their age. A prefix that ends with a
+# digit may cut through a number; what starts with it is sorted.
+_PICK_BY_PREFIX = """
+SELECT sandbox_id FROM (
+    SELECT oldest.*
+    FROM (
+        WITH RECURSIVE stem AS (
+            SELECT (
+                SELECT name_stem FROM sandboxes
+                WHERE status = 'available' AND name_stem >= w.prefix AND name_stem < w.prefix_end
+                ORDER BY name_stem LIMIT 1
+            ) AS name_stem
+            WHERE w.prefix !~ '[0-9]$'
+            UNION ALL
+            SELECT (
+                SELECT next.name_stem FROM sandboxes next
+                WHERE next.status = 'available'
+                  AND next.name_stem > stem.name_stem AND next.name_stem < w.prefix_end
+                ORDER BY next.name_stem LIMIT 1
+            )
+            FROM stem WHERE stem.name_stem IS NOT NULL
+        )
+        SELECT name_stem FROM stem WHERE name_stem IS NOT NULL
+    ) stems
+    CROSS JOIN LATERAL (
+        SELECT sandbox_id, status_since FROM sandboxes
+        WHERE status = 'available' AND name_stem = stems.name_stem
+        ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
+    ) oldest
+    UNION ALL
+    SELECT oldest.*
+    FROM (SELECT WHERE w.prefix ~ '[0-9]$') by_name
+    CROSS JOIN LATERAL (
+        SELECT sandbox_id, status_since FROM sandboxes
+        WHERE status = 'available' AND name >= w.prefix AND name < w.prefix_end
+        ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
+    ) oldest
+) candidates
+ORDER BY status_since, sandbox_id LIMIT w.number
+"""
+
+ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
+ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
 
 # Ends a lease and asks for the deletion of its sandbox, for the rows of `ending (lease_id, sandbox_id, reason)`.
 _END_LEASES = """
@@ -195,10 +241,10 @@ ending AS MATERIALIZED (
 ),
 {_END_LEASES}
 SELECT f.place, f.exists, coalesce(f.own, false) AS own,
-    CASE WHEN m.sandbox_id IS NOT NULL THEN 'pending_deletion' ELSE coalesce(f.status, 'deleted') END AS status,
-    floor(extract(epoch FROM coalesce(m.deletion_requested_at, f.deletion_requested_at, f.ended_at)))::bigint
-        AS deletion_requested_at
-FROM found f LEFT JOIN moved m ON m.sandbox_id = f.sandbox_id
+    CASE WHEN f.moved THEN 'pending_deletion' ELSE coalesce(f.status, 'deleted') END AS status,
+    floor(extract(epoch FROM CASE WHEN f.moved THEN now() ELSE coalesce(f.deletion_requested_at, f.ended_at) END))
+        ::bigint AS deletion_requested_at
+FROM (SELECT found.*, sandbox_id IN (SELECT sandbox_id FROM moved) AS moved FROM found) f
 ORDER BY f.place
 """
 
@@ -402,12 +448,12 @@ SELECT * FROM counted
 COUNT_BY_STATUS = "SELECT status, count(*) FROM sandboxes GROUP BY status"
 
 
-async def connect(database_url: str, queue: str, *, statement_timeout_sec: float) -> asyncpg.Connection:
+async def connect(database_url: str, queue: str, *, statement_timeout_sec: float, plans: str) -> asyncpg.Connection:
     """A connection for the statements of this file, for the commands of one queue; it bears the queue's name.
-    Raises one of UNAVAILABLE."""
+    `plans` is LOOK_UPS or SCANS. Raises one of UNAVAILABLE."""
     connection = await db.connect(database_url, application_name=queue, statement_timeout_sec=statement_timeout_sec)
     try:
-        await connection.execute(SETTINGS)
+        await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'; {plans}")
     except BaseException:
         connection.terminate()
         raise
@@ -415,8 +461,8 @@ async def connect(database_url: str, queue: str, *, statement_timeout_sec: float
 
 
 async def replan(connection: asyncpg.Connection) -> None:
-    """Forgets the plans. One that was made for an empty pool takes seconds on a full one, and until statistics
-    are gathered nothing else would renew it; a new one goes by the size that the tables have."""
+    """Forgets the plans. Of several indexes of an empty table the planner may take the wrong one, and until
+    statistics are gathered nothing else would renew the plan."""
     await connection.execute("DISCARD PLANS")
 
 
@@ -437,7 +483,7 @@ async def allocate(
     Raises asyncpg.UniqueViolationError when another allocator was faster: repeat."""
     prefixes = [command.name_prefix or "" for command in commands]
     statement = ALLOCATE_BY_PREFIX if any(prefixes) else ALLOCATE_ANY
-    return _guarded(
+    rows = _guarded(
         await connection.fetch(
             statement,
             epoch,
@@ -450,6 +496,7 @@ async def allocate(
             [command.idempotency_key for command in commands],
         )
     )
+    return sorted(rows, key=itemgetter("place"))
 
 
 async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence[ReleaseSandbox]) -> Rows:

@@ -75,7 +75,7 @@ class Pool:
     async def writer(self, epoch: int | None = None, *, lane: Lane = STUDENTS) -> Writer:
         """An allocator's connection, on the lane's present epoch unless another is given."""
         connection = await store.connect(
-            self.url, lane.queue.name, statement_timeout_sec=lane.statement_timeout_sec
+            self.url, lane.queue.name, statement_timeout_sec=lane.statement_timeout_sec, plans=lane.plans
         )
         self._stack.callback(connection.terminate)
         if epoch is None:

@@ -246,3 +246,37 @@ async def test_a_plan_that_was_made_for_an_empty_pool_is_replaced(pool: Pool) ->
     finally:
         for table in ("sandboxes", "leases"):
             await pool.execute(f"ALTER TABLE {table} RESET (autovacuum_enabled)")
+
+
+async def test_a_prefix_gets_the_oldest_of_all_names_that_start_with_it(pool: Pool) -> None:
+    ids = await pool.fill(
+        ["lab-b-7", "other-1", "lab-a-12", "lab", "LAB-1", "lab-a-2", "lab-b-1", "lac-1", "lab-c"]
+    )
+    writer = await pool.writer()
+    given = [granted(reply).sandbox_id for reply in await allocate(writer, *(ask(f"{n}", "lab") for n in range(5)))]
+    assert given == [ids[place] for place in (0, 2, 3, 5, 6)]
+
+
+async def test_a_prefix_that_ends_within_a_number_gets_the_oldest_of_its_names(pool: Pool) -> None:
+    ids = await pool.fill(["lab-2", "lab-12", "lab-1", "lab-100", "lab-1-x", "lab-21"])
+    writer = await pool.writer()
+    given = [
+        granted(reply).sandbox_id for reply in await allocate(writer, *(ask(f"{n}", "lab-1") for n in range(4)))
+    ]
+    assert given == [ids[place] for place in (1, 2, 3, 4)]
+    assert refusal((await allocate(writer, ask("late", "lab-1")))[0]) == "POOL_EXHAUSTED"
+
+
+async def test_many_prefixes_of_one_batch_each_get_their_own(pool: Pool) -> None:
+    names = [f"lab-{letter}-{number}" for number in range(3) for letter in "abcdefgh"]
+    await pool.fill(names)
+    writer = await pool.writer()
+    asked = [ask(f"{letter}{number}", f"lab-{letter}-") for letter in "abcdefgh" for number in range(4)]
+    replies = await allocate(writer, *asked)
+    for letter in "abcdefgh":
+        mine = [
+            reply for command, reply in zip(asked, replies, strict=True) if command.name_prefix == f"lab-{letter}-"
+        ]
+        assert [granted(reply).name for reply in mine[:3]] == [f"lab-{letter}-{number}" for number in range(3)]
+        assert refusal(mine[3]) == "POOL_EXHAUSTED"
+    await pool.sound()
