@@ -4,23 +4,23 @@ Each test session has a database and a virtual host of its own, which go when it
 beside each other and beside `make run`.
 """
 
-import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from urllib.parse import urlsplit
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
 
 import asyncpg
 import pytest
 from aio_pika import connect
 
-from devstack import infrastructure, rabbitmq
+from devstack import infrastructure, temporary
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found
 from devstack.output import Terminal
-from devstack.processes import run
 from devstack.settings import load
 from sandbox_broker import topology
 from sandbox_broker.migrate import migrate
+
+_PREFIX = "broker_test"
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +40,7 @@ NewDatabase = Callable[[], AbstractAsyncContextManager[str]]
 def new_database(servers: tuple[Found, Found]) -> NewDatabase:
     """`async with new_database() as url`: a database with nothing in it, which goes at the end of the block."""
     found, _ = servers
-    server = found.url.rsplit("/", 1)[0] if found.given else found.url
-
-    @asynccontextmanager
-    async def create() -> AsyncIterator[str]:
-        name = f"broker_test_{secrets.token_hex(4)}"
-        admin = await asyncpg.connect(f"{server}/postgres")
-        await admin.execute(f"CREATE DATABASE {name}")
-        try:
-            yield f"{server}/{name}"
-        finally:
-            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-            await admin.close()
-
-    return create
+    return partial(temporary.database, found, _PREFIX)
 
 
 @pytest.fixture(scope="session")
@@ -86,21 +73,7 @@ NewVhost = Callable[[], AbstractAsyncContextManager[str]]
 def new_vhost(servers: tuple[Found, Found]) -> NewVhost:
     """`async with new_vhost() as url`: a virtual host of one's own, which goes at the end of the block."""
     _, found = servers
-    local = urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and not found.processes
-
-    @asynccontextmanager
-    async def create() -> AsyncIterator[str]:
-        name = f"broker_test_{secrets.token_hex(4)}"
-        if local and await _add_vhost(name, urlsplit(found.url).username or "guest"):
-            try:
-                yield f"{found.url.rstrip('/')}/{name}"
-            finally:
-                await run(["rabbitmqctl", "-q", "delete_vhost", name])
-        else:  # a server in a container, or one that this account may not administer
-            async with rabbitmq.PrivateRabbitMQ() as private:
-                yield private.url
-
-    return create
+    return partial(temporary.vhost, found, _PREFIX)
 
 
 @pytest.fixture(scope="session")
@@ -108,18 +81,6 @@ async def amqp_url(new_vhost: NewVhost) -> AsyncIterator[str]:
     """A virtual host for tests that leave no consumer behind. Ask for `clean_queues` to have it empty."""
     async with new_vhost() as url:
         yield url
-
-
-async def _add_vhost(name: str, user: str) -> bool:
-    """False where this account may not administer the RabbitMQ that answers."""
-    for command in (["add_vhost", name], ["set_permissions", "-p", name, user, ".*", ".*", ".*"]):
-        try:
-            code, _ = await run(["rabbitmqctl", "-q", *command])
-        except OSError:
-            return False
-        if code != 0:
-            return False
-    return True
 
 
 @pytest.fixture
