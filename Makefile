@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check fmt lock clean
+.PHONY: help setup run test bench check fmt lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
@@ -18,6 +18,9 @@ run: setup ## Everything on this machine, in the foreground, until Ctrl-C
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
 	@$(PYTHON) -m pytest -n 4 --dist loadfile $(ARGS)
+
+bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
+	@$(PYTHON) -m bench $(ARGS)
 
 check: setup ## Lint, format, types, import rules, and whether the locked requirements are complete
 	@.venv/bin/ruff check .

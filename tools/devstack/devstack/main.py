@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from devstack import database, infrastructure, pool, ports, processes, summary
 from devstack import settings as environment
@@ -158,7 +159,7 @@ class Launcher:
 class Interruption:
     """Ctrl-C and SIGTERM: the first one stops everything in order, a further Ctrl-C ends it at once."""
 
-    def __init__(self, work: "asyncio.Task[None]", terminal: Terminal) -> None:
+    def __init__(self, work: "asyncio.Task[Any]", terminal: Terminal) -> None:
         self.requested = False
         self._work = work
         self._terminal = terminal

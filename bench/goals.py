@@ -1,0 +1,70 @@
+"""The figures that stand for a goal. None decides whether the benchmark succeeds: the machine has its say."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from bench.rows import Row
+
+Rows = Mapping[str, Row]
+
+_CLAIM = ("claim-8", "claim-16", "claim-50")
+_LEASE = ("lease-8", "lease-16", "lease-50")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    name: str
+    figure: Callable[[Rows], float]
+    """Raises KeyError when a scenario that it needs was not run."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    name: str
+    value: float
+    target: str
+    met: bool
+
+
+def _throughput(rows: Rows, name: str, *others: str) -> float:
+    """Against the best of the others."""
+    return rows[name].throughput / max(rows[other].throughput for other in others)
+
+
+def _latency(rows: Rows, quantile: str, name: str, other: str) -> float:
+    return float(getattr(rows[name], quantile) / getattr(rows[other], quantile))
+
+
+def _memory(rows: Rows) -> float:
+    found = [mb for name, row in rows.items() if name.startswith("ours") for mb in row.memory.values()]
+    if not found:
+        raise KeyError("ours")
+    return max(found)
+
+
+GOALS = (
+    Goal("throughput at 200 ÷ baseline", lambda r: _throughput(r, "ours-200", "baseline-200"), at_least=3.5),
+    Goal("throughput at 200 ÷ pgbench claim", lambda r: _throughput(r, "ours-200", *_CLAIM), at_least=0.9),
+    Goal("throughput at 200 ÷ pgbench lease", lambda r: _throughput(r, "ours-200", *_LEASE), at_least=0.9),
+    Goal("p99 at 200 ÷ baseline", lambda r: _latency(r, "p99", "ours-200", "baseline-200"), at_most=0.35),
+    Goal("p50 at 1 ÷ baseline", lambda r: _latency(r, "p50", "ours-1", "baseline-1"), at_most=2.5),
+    Goal("class start, slowest (ms)", lambda r: r["class-start"].slowest or 0.0, at_most=1_000),
+    Goal("memory, largest service (MB)", _memory, at_most=150),
+)
+
+
+def reached(rows: Rows) -> list[Reached]:
+    """Of the goals whose scenarios were run."""
+    found = []
+    for goal in GOALS:
+        try:
+            value = goal.figure(rows)
+        except KeyError:
+            continue
+        if goal.at_least is not None:
+            found.append(Reached(goal.name, value, f"≥ {goal.at_least:g}", value >= goal.at_least))
+        elif goal.at_most is not None:
+            found.append(Reached(goal.name, value, f"≤ {goal.at_most:g}", value <= goal.at_most))
+    return found

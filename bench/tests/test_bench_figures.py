@@ -1,0 +1,98 @@
+"""What is read from the load generators, and what becomes of it."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import goals, load, pgbench, report, rows
+from bench.load import Load
+from bench.meter import Run
+from bench.pool import Lag
+from bench.rows import Row
+
+WRK = """\
+Running 2s test @ http://127.0.0.1:8080/v1/allocate
+  1 threads and 200 connections
+  Non-2xx or 3xx responses: 3
+Requests/sec:   5000.00
+{"requests": 10003, "duration_us": 2000000, "p50_us": 1500, "p99_us": 9000, "slowest_us": 12345, \
+"refused": 3, "broken": 2}
+"""
+
+PGBENCH = """\
+pgbench (17.2)
+number of clients: 16
+number of transactions actually processed: 16500
+number of failed transactions: 0 (0.000%)
+latency average = 1.939 ms
+initial connection time = 20.000 ms
+tps = 8250.000000 (without initial connection time)
+"""
+
+
+def test_of_what_wrk_counted_only_2xx_are_requests() -> None:
+    found = load.parse(WRK, cpu_sec=0.5)
+    assert found == Load(10_000, 2.0, errors=5, p50=1.5, p99=9.0, slowest=12.345, cpu_sec=0.5)
+
+
+def test_the_time_of_pgbench_is_without_its_connecting() -> None:
+    assert pgbench.parse(PGBENCH) == Load(16_500, 2.0)
+
+
+def test_a_row_holds_the_median_of_each_figure() -> None:
+    found = rows.row([_run(requests=100, p99=9.0), _run(requests=300, p99=5.0), _run(requests=200, p99=7.0)])
+    assert (found.throughput, found.p99) == (200.0, 7.0)
+
+
+def test_the_errors_of_all_runs_are_added_up() -> None:
+    assert rows.row([_run(errors=1), _run(), _run(errors=2)]).errors == 3
+
+
+def test_cpu_is_told_for_a_thousand_requests() -> None:
+    assert rows.row([_run(requests=2_000, cpu=1.0)]).cpu == {"server": 0.5}
+
+
+def test_events_that_come_late_count_against_the_throughput() -> None:
+    run = _run(requests=300, drained=2.0)
+    assert (run.throughput, run.sustained) == (300.0, 100.0)
+
+
+def test_a_goal_is_told_when_all_it_needs_was_run() -> None:
+    found = goals.reached({"ours-200": _row(350), "baseline-200": _row(100)})
+    assert ("throughput at 200 ÷ baseline", 3.5, True) in [(goal.name, goal.value, goal.met) for goal in found]
+    assert not [goal for goal in found if "pgbench" in goal.name]
+
+
+def test_pgbench_is_compared_at_its_best_number_of_clients() -> None:
+    claims = {f"claim-{clients}": _row(clients * 10) for clients in (8, 16, 50)}
+    found = {goal.name: goal for goal in goals.reached({"ours-200": _row(250), **claims})}
+    assert found["throughput at 200 ÷ pgbench claim"].value == 0.5
+    assert not found["throughput at 200 ÷ pgbench claim"].met
+
+
+def test_the_table_is_aligned_and_shows_what_is_not_known_as_a_dash() -> None:
+    head, line = report.table({"claim-8": rows.row([_run(requests=12_345, p99=None)])})
+    assert head.startswith("scenario")
+    assert line.split()[:5] == ["claim-8", "12,345", "12,345", "-", "-"]
+
+
+@pytest.mark.parametrize("script", ["claim", "lease"])
+def test_pgbench_gets_one_statement_a_transaction(script: str) -> None:
+    text = (Path(pgbench.__file__).parent / f"{script}.sql").read_text()
+    assert text.count(";") == 1
+
+
+def _run(
+    *,
+    requests: int = 100,
+    p99: float | None = 1.0,
+    errors: int = 0,
+    cpu: float = 0.1,
+    drained: float = 0.0,
+) -> Run:
+    loaded = Load(requests, 1.0, errors=errors, p99=p99)
+    return Run(loaded, 1.0, {"server": cpu}, {"server": 80.0}, Lag(), drained)
+
+
+def _row(requests: int) -> Row:
+    return rows.row([_run(requests=requests)])

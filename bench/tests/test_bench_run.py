@@ -1,0 +1,51 @@
+"""`python -m bench` as a whole, at its smallest."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import asyncpg
+
+from devstack.infrastructure import Found
+from devstack.processes import run, spawn
+from devstack.settings import ROOT
+
+SMALLEST = ["--seconds", "1", "--warm-up", "1", "--repeats", "1", "--students", "20"]
+
+
+async def test_a_small_run_prints_the_table_and_writes_the_figures(
+    servers: tuple[Found, Found], tmp_path: Path
+) -> None:
+    path = tmp_path / "figures.json"
+    chosen = ["ours-1", "baseline-1", "class-start"]
+    code, said = await run(
+        [sys.executable, "-m", "bench", *chosen, *SMALLEST, "--json", path], cwd=ROOT, timeout=120
+    )
+    assert code == 0, said
+    assert "req/s" in said
+    assert "class start, slowest (ms)" in said
+    figures = json.loads(path.read_text())
+    assert set(figures["rows"]) == set(chosen)
+    assert figures["rows"]["ours-1"]["cpu"]["server"] > 0
+    assert figures["runs"]["class-start"][0]["load"]["requests"] == 20
+
+
+async def test_what_is_stopped_half_way_leaves_no_database(servers: tuple[Found, Found]) -> None:
+    found, _ = servers
+    process = await spawn("bench", [sys.executable, "-m", "bench", "ours-1", *SMALLEST], cwd=ROOT)
+    admin = await asyncpg.connect(found.url if found.given else f"{found.url}/postgres")
+
+    async def databases() -> int:
+        names = f"broker_bench_{process.pid}_%"
+        return int(await admin.fetchval("SELECT count(*) FROM pg_database WHERE datname LIKE $1", names))
+
+    try:
+        while not await databases():
+            assert process.running, list(process.tail)
+        process.send(signal.SIGINT)
+        assert await process.wait() == 130, list(process.tail)
+        assert await databases() == 0
+    finally:
+        await process.stop()
+        await admin.close()
