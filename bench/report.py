@@ -39,7 +39,8 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
 
 def goals(reached: Iterable[Reached]) -> Iterator[str]:
     lines = [(goal.name, f"{goal.value:,.2f}", goal.target, "met" if goal.met else "not met") for goal in reached]
-    yield from _aligned([("goal", "value", "target", ""), *lines])
+    if lines:
+        yield from _aligned([("goal", "value", "target", ""), *lines])
 
 
 def _number(figure: float | None, digits: int) -> str:
