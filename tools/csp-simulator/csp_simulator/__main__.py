@@ -9,8 +9,9 @@ from pathlib import Path
 
 import uvicorn
 
+import csp_simulator
 from csp_simulator.accounts import StateError
-from csp_simulator.app import DEFAULT_TOKEN, create_app
+from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD, DEFAULT_TOKEN, create_app
 
 # A call that hangs on purpose must not keep the simulator from stopping.
 STOP_TIMEOUT_SEC = 2
@@ -23,6 +24,8 @@ def main() -> None:
         app = create_app(
             accounts=options.accounts,
             token=options.token,
+            email=options.email,
+            password=options.password,
             name_prefix=options.name_prefix,
             state_file=options.state,
             seed=options.seed,
@@ -48,7 +51,11 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="csp_simulator", description="Speaks the CSP API, faults included.")
+    parser = argparse.ArgumentParser(
+        prog="csp_simulator",
+        description=csp_simulator.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     # As a text, so that argparse judges a port from the environment like one from the command line.
     default_port = os.environ.get("CSP_SIMULATOR_PORT") or "9200"
     parser.add_argument(
@@ -57,9 +64,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--accounts", type=count, default=50, help="top up to this many active sandboxes")
     parser.add_argument("--token", default=DEFAULT_TOKEN, help="what the API accepts; default: %(default)s")
+    parser.add_argument("--email", default=DEFAULT_EMAIL, help="who may sign in to NIOSXaaS; default: %(default)s")
+    parser.add_argument("--password", default=DEFAULT_PASSWORD, help="with this; default: %(default)s")
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep the accounts here between runs")
     parser.add_argument("--name-prefix", default="sandbox-", help="of new accounts; default: %(default)s")
-    parser.add_argument("--seed", type=int, help="makes the error rates repeatable")
+    parser.add_argument("--seed", type=int, help="makes chance and the ids of new accounts repeatable")
     return parser.parse_args()
 
 

@@ -1,20 +1,17 @@
-"""The accounts the simulator has: listed, deleted, and kept in a file between two runs."""
+"""The accounts the simulator has: listed, deleted, disturbed, and kept in a file between two runs."""
 
 import json
 import os
-import re
+import random
 import uuid
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FIRST_CSP_ID = 2012224
-# Listed beside the sandboxes, so that whoever reads the listing must tell them apart.
-DECOYS = (("sandbox", "disabled"), ("sandbox", "pending"), ("standard", "active"), ("partner", "active"))
-FIRST_DECOY_CSP_ID = 1000001
+from csp_simulator.records import DECOYS, damaged, external_id_of, is_active_sandbox, new_record
 
-ID_PATTERN = re.compile(r"identity/accounts/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})", re.IGNORECASE)
+FIRST_CSP_ID = 2012224
+FIRST_DECOY_CSP_ID = 1000001
 
 
 class StateError(Exception):
@@ -22,26 +19,29 @@ class StateError(Exception):
 
 
 class Entry(NamedTuple):
-    """One listed record. It is encoded once: joining texts keeps a listing of 100,000 cheap."""
+    """One listed record. It is encoded once: joining bytes keeps a listing of 100,000 cheap."""
 
-    external_id: str | None  # bare uuid, lower case; None for a record whose id is not one
+    external_id: str | None
     counts: bool  # an active sandbox, which the API may delete
-    encoded: str
+    encoded: bytes
 
 
 class Accounts:
     """The listing and its changes; csp_ids are never used twice, not even after a reset."""
 
-    def __init__(self, state_file: Path | None = None) -> None:
+    def __init__(self, state_file: Path | None = None, seed: int | None = None) -> None:
         """Start from `state_file` if it exists, else with the decoys alone.
 
-        Raises StateError for a file that is damaged or cannot be used.
+        `seed` makes the ids of new accounts repeatable, and what `disturb` picks. Raises StateError
+        for a file that is damaged or cannot be used.
         """
         self._state_file = state_file
+        self._seed_chance(seed)
         self._next_csp_id = FIRST_CSP_ID
         self._next_numbers: dict[str, int] = {}
         self._entries: dict[int, Entry] = {}
         self._positions: dict[str, list[int]] = {}  # several, when raw records repeat an id
+        self._ghosts: dict[int, int | None] = {}  # deleted, and in so many listings still; None: in all
         self._next_position = 0
         self._listing: bytes | None = None
         if state_file is not None and state_file.exists():
@@ -51,39 +51,60 @@ class Accounts:
             self._changed()
 
     def active_count(self) -> int:
-        return sum(entry.counts for entry in self._entries.values())
+        return len(self._active())
 
-    def listing(self, fraction: float = 1.0) -> bytes:
-        """CSP's answer to a listing, of the first `fraction` (0 to 1) of the records."""
-        if fraction < 1.0:
-            return self._encode("results", list(self._encoded())[: int(len(self._entries) * fraction)])
-        if self._listing is None:
-            self._listing = self._encode("results", list(self._encoded()))
-        return self._listing
+    def listing(self, fraction: float = 1.0, duplicates: int = 0, malformed: int = 0) -> bytes:
+        """CSP's answer to a listing: the first `fraction` (0 to 1) of the records, the last `malformed`
+        sandboxes of them damaged, and the first `duplicates` sandboxes once more at the end."""
+        if (fraction, duplicates, malformed) == (1.0, 0, 0):
+            if self._listing is None:
+                self._listing = _encode("results", (entry.encoded for entry in self._entries.values()))
+            body = self._listing
+        else:
+            entries = list(self._entries.values())[: int(len(self._entries) * fraction)]
+            sandboxes = [index for index, entry in enumerate(entries) if entry.counts]
+            listed = [entry.encoded for entry in entries]
+            repeated = [listed[index] for index in sandboxes[:duplicates]]
+            for number, index in enumerate(sandboxes[-malformed:] if malformed else ()):
+                listed[index] = json.dumps(damaged(json.loads(listed[index]), number)).encode()
+            body = _encode("results", listed + repeated)
+        self._lay_ghosts()
+        return body
 
     def dump(self) -> bytes:
-        """All records as the control API shows them."""
-        return self._encode("accounts", list(self._encoded()))
+        """All records there are, as the control API shows them; what is deleted is not among them."""
+        return _encode("accounts", self._encoded())
 
     def add(self, count: int, name_prefix: str) -> list[dict[str, Any]]:
         """Create `count` active sandboxes named prefix + number and return their records."""
         added = [self._new_sandbox(name_prefix) for _ in range(count)]
-        for record in added:
-            self._append(record)
-        self._changed()
+        self.append(added)
         return added
 
-    def replace(self, records: list[Any]) -> None:
-        """List exactly these records, whatever they are, from now on."""
-        self._clear()
+    def append(self, records: list[Any]) -> None:
+        """List these records too, whatever they are."""
         for record in records:
             self._append(record)
         self._changed()
 
-    def delete(self, external_id: str) -> bool:
-        """Delete as the API does: False if no active sandbox has this id."""
+    def replace(self, records: list[Any]) -> None:
+        """List exactly these records, whatever they are, from now on."""
+        self._clear()
+        self.append(records)
+
+    def delete(self, external_id: str, stay_listed: int | None = 0) -> bool:
+        """Delete as the API does: False if no active sandbox has this id.
+
+        It is in the next `stay_listed` listings all the same; None: in all of them.
+        """
         positions = self._positions.get(external_id.lower(), [])
-        return any(self._entries[position].counts for position in positions) and self.drop(external_id)
+        if not any(self._entries[position].counts for position in positions):
+            return False
+        if stay_listed == 0:
+            return self.drop(external_id)
+        self._ghosts |= dict.fromkeys(self._positions.pop(external_id.lower()), stay_listed)
+        self._changed()
+        return True
 
     def drop(self, external_id: str) -> bool:
         """Take any record with this id out of the listing: False if there is none."""
@@ -94,48 +115,102 @@ class Accounts:
             self._changed()
         return bool(positions)
 
-    def reset(self, count: int, name_prefix: str) -> None:
+    def has(self, external_id: str) -> bool:
+        """Whether an active sandbox has this id."""
+        return any(self._entries[position].counts for position in self._positions.get(external_id.lower(), []))
+
+    def change(self, external_id: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Change fields of the record with this id, its id included, and return it; None if there is none."""
+        record = None
+        for position in self._positions.pop(external_id.lower(), []):
+            record = {**json.loads(self._entries[position].encoded), **changes}
+            self._put(position, record)
+        if record is not None:
+            self._changed()
+        return record
+
+    def disturb(self, *, drop: int = 0, rename: int = 0, new_id: int = 0) -> dict[str, list[str]]:
+        """Change as many sandboxes, picked by chance, none twice; returns the ids they had, by what was done."""
+        active = list(dict.fromkeys(self._active()))
+        picked = self._chance.sample(active, min(drop + rename + new_id, len(active)))
+        done = {
+            "drop": picked[:drop],
+            "rename": picked[drop : drop + rename],
+            "new_id": picked[drop + rename :],
+        }
+        for external_id in done["drop"]:
+            self.drop(external_id)
+        for external_id in done["rename"]:
+            name = json.loads(self._entries[self._positions[external_id][0]].encoded).get("name")
+            self.change(external_id, {"name": f"{name}-renamed"})
+        for external_id in done["new_id"]:
+            self.change(external_id, {"id": f"identity/accounts/{self._new_id(external_id)}"})
+        return done
+
+    def reset(self, count: int, name_prefix: str, seed: int | None = None) -> None:
         """Forget all and start again with the decoys and `count` new sandboxes, numbered from 1."""
+        if seed is not None:
+            self._seed_chance(seed)
         self._clear()
         self._next_numbers.clear()
         self._add_decoys()
         self.add(count, name_prefix)
 
+    def _seed_chance(self, seed: int | None) -> None:
+        self._seed = random.getrandbits(64) if seed is None else seed
+        self._chance = random.Random(self._seed)
+
+    def _new_id(self, what_for: object) -> uuid.UUID:
+        # Made from what is never used twice, so that a restart with the same seed repeats no id either.
+        return uuid.uuid5(uuid.NAMESPACE_OID, f"{self._seed}/{self._next_csp_id}/{what_for}")
+
     def _new_sandbox(self, name_prefix: str) -> dict[str, Any]:
         csp_id = self._next_csp_id
         number = self._next_numbers.get(name_prefix, 1)
+        record = new_record("sandbox", "active", f"{name_prefix}{number}", csp_id, self._new_id(csp_id))
         self._next_csp_id += 1
         self._next_numbers[name_prefix] = number + 1
-        return _record("sandbox", "active", f"{name_prefix}{number}", csp_id)
+        return record
 
     def _add_decoys(self) -> None:
-        for offset, (account_type, state) in enumerate(DECOYS):
+        for csp_id, (account_type, state) in enumerate(DECOYS, FIRST_DECOY_CSP_ID):
             name = f"{account_type}-{state}"
-            self._append(_record(account_type, state, name, FIRST_DECOY_CSP_ID + offset))
+            self._append(new_record(account_type, state, name, csp_id, self._new_id(csp_id)))
+
+    def _active(self) -> list[str]:
+        return [
+            entry.external_id
+            for position, entry in self._entries.items()
+            if entry.counts and entry.external_id is not None and position not in self._ghosts
+        ]
 
     def _append(self, record: Any) -> None:
-        external_id, counts = None, False
-        if isinstance(record, dict):
-            match = ID_PATTERN.fullmatch(str(record.get("id")))
-            external_id = match[1].lower() if match else None
-            counts = (record.get("account_type"), record.get("state")) == ("sandbox", "active")
-            if isinstance(record.get("csp_id"), int):
-                self._next_csp_id = max(self._next_csp_id, record["csp_id"] + 1)
-        self._entries[self._next_position] = Entry(external_id, counts, json.dumps(record))
-        if external_id is not None:
-            self._positions.setdefault(external_id, []).append(self._next_position)
+        self._put(self._next_position, record)
         self._next_position += 1
+
+    def _put(self, position: int, record: Any) -> None:
+        external_id = external_id_of(record)
+        if isinstance(record, dict) and isinstance(record.get("csp_id"), int):
+            self._next_csp_id = max(self._next_csp_id, record["csp_id"] + 1)
+        self._entries[position] = Entry(external_id, is_active_sandbox(record), json.dumps(record).encode())
+        if external_id is not None:
+            self._positions.setdefault(external_id, []).append(position)
+
+    def _lay_ghosts(self) -> None:
+        for position, listings in list(self._ghosts.items()):
+            if listings == 1:
+                del self._ghosts[position], self._entries[position]
+                self._listing = None
+            elif listings is not None:
+                self._ghosts[position] = listings - 1
 
     def _clear(self) -> None:
         self._entries.clear()
         self._positions.clear()
+        self._ghosts.clear()
 
-    def _encoded(self) -> Iterator[str]:
-        return (entry.encoded for entry in self._entries.values())
-
-    @staticmethod
-    def _encode(key: str, records: list[str], head: str = "") -> bytes:
-        return f'{{{head}"{key}": [{", ".join(records)}]}}'.encode()
+    def _encoded(self) -> Iterable[bytes]:
+        return (entry.encoded for position, entry in self._entries.items() if position not in self._ghosts)
 
     def _changed(self) -> None:
         self._listing = None
@@ -145,7 +220,7 @@ class Accounts:
         head = f'"next_csp_id": {self._next_csp_id}, "next_numbers": {numbers}, '
         temporary = self._state_file.with_name(f".{self._state_file.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(self._encode("accounts", list(self._encoded()), head))
+            temporary.write_bytes(_encode("accounts", self._encoded(), head))
             temporary.replace(self._state_file)
         except OSError as error:
             raise StateError(f"cannot write the state file {self._state_file}: {error.strerror}") from error
@@ -164,45 +239,5 @@ class Accounts:
             raise StateError(f"the state file {state_file} is damaged; delete it to start afresh") from error
 
 
-def _record(account_type: str, state: str, name: str, csp_id: int) -> dict[str, Any]:
-    return {
-        "account_type": account_type,
-        "state": state,
-        "id": f"identity/accounts/{uuid.uuid4()}",
-        "name": name,
-        "csp_id": csp_id,
-        "created_at": datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
-        # One in five has none, as in CSP.
-        "sfdc_account_id": None if csp_id % 5 == 0 else f"001SIM{csp_id:012d}",
-    }
-
-
-def problem_with(records: list[Any]) -> str | None:
-    """Say what stops these records from being a sound listing, or None."""
-    seen: set[object] = set()
-    for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            return f"accounts[{index}] must be an object"
-        for name, (rule, holds) in RECORD_RULES.items():
-            if not holds(record.get(name)):
-                return f"accounts[{index}].{name} {rule}"
-        keys = {record["id"].lower(), record["csp_id"]}
-        if keys & seen:
-            return f"accounts[{index}] repeats an earlier id or csp_id"
-        seen |= keys
-    return None
-
-
-def _is_filled(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-RECORD_RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "account_type": ("must be a text that is not blank", _is_filled),
-    "state": ("must be a text that is not blank", _is_filled),
-    "id": ("must be identity/accounts/<uuid>", lambda v: ID_PATTERN.fullmatch(str(v)) is not None),
-    "name": ("must be a text that is not blank", _is_filled),
-    "csp_id": ("must be a positive integer", lambda v: type(v) is int and v > 0),
-    "created_at": ("must be a text that is not blank", _is_filled),
-    "sfdc_account_id": ("must be a text or null", lambda v: isinstance(v, str | None)),
-}
+def _encode(key: str, records: Iterable[bytes], head: str = "") -> bytes:
+    return b"".join((f'{{{head}"{key}": ['.encode(), b", ".join(records), b"]}"))

@@ -1,6 +1,6 @@
-"""The control API: set the accounts and the behaviour, read the call record. It asks for no token."""
+"""The control API: what the simulator has, how it behaves, what it was asked. It asks for no token."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -8,37 +8,72 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from csp_simulator.accounts import Accounts, problem_with
-from csp_simulator.behaviour import Faults
+from csp_simulator import script
+from csp_simulator.accounts import Accounts
 from csp_simulator.calls import Calls
+from csp_simulator.faults import Faults
+from csp_simulator.records import problem_with
+from csp_simulator.services import Services
+from csp_simulator.switches import SWITCHES, is_count, is_number
 
 MAX_ACCOUNTS = 1_000_000
 
 
+@dataclass(frozen=True, slots=True)
 class Control:
-    def __init__(self, accounts: Accounts, faults: Faults, calls: Calls, name_prefix: str) -> None:
-        self._accounts = accounts
-        self._faults = faults
-        self._calls = calls
-        self._name_prefix = name_prefix
+    """The first sentence about a route is what `GET /_control` says of it."""
+
+    accounts: Accounts
+    services: Services
+    faults: Faults
+    calls: Calls
+    player: script.Player
+    name_prefix: str
 
     def routes(self) -> list[Route]:
         return [
             Route("/accounts", self.list_accounts, methods=["GET"]),
             Route("/accounts", self.replace_accounts, methods=["PUT"]),
             Route("/accounts", self.add_accounts, methods=["POST"]),
+            Route("/accounts/disturb", self.disturb_accounts, methods=["POST"]),
+            Route("/accounts/{external_id}", self.change_account, methods=["PATCH"]),
             Route("/accounts/{external_id}", self.drop_account, methods=["DELETE"]),
+            Route("/services", self.list_services, methods=["GET"]),
+            Route("/services", self.replace_services, methods=["PUT"]),
             Route("/behaviour", self.show_behaviour, methods=["GET"]),
             Route("/behaviour", self.patch_behaviour, methods=["PATCH"]),
+            Route("/script", self.show_script, methods=["GET"]),
+            Route("/script", self.play_script, methods=["PUT"]),
+            Route("/script", self.stop_script, methods=["DELETE"]),
             Route("/calls", self.list_calls, methods=["GET"]),
             Route("/calls", self.clear_calls, methods=["DELETE"]),
             Route("/reset", self.reset, methods=["POST"]),
         ]
 
+    async def index(self, _: Request) -> Response:
+        routes = {
+            f"{min(route.methods or {'?'} - {'HEAD'})} /_control{route.path}": " ".join(
+                (route.endpoint.__doc__ or "").split()
+            )
+            for route in self.routes()
+        }
+        switches = {
+            name: {
+                "now": self.faults.settings[name],
+                "default": switch.default,
+                "rule": switch.rule,
+                "meaning": switch.meaning,
+            }
+            for name, switch in SWITCHES.items()
+        }
+        return JSONResponse({"routes": routes, "switches": switches, "scripts": script.shipped()})
+
     async def list_accounts(self, _: Request) -> Response:
-        return Response(self._accounts.dump(), media_type="application/json")
+        """All records there are."""
+        return Response(self.accounts.dump(), media_type="application/json")
 
     async def replace_accounts(self, request: Request) -> Response:
+        """Have exactly {"accounts": […]}, which are checked, or {"raw": […]}, which are listed as they are."""
         body = await _object(request, {"accounts", "raw"})
         if len(body) != 1:
             raise HTTPException(400, "give either accounts (checked) or raw (listed as they are)")
@@ -47,51 +82,128 @@ class Control:
             raise HTTPException(400, f"{name} must be a list")
         if name == "accounts" and (problem := problem_with(records)):
             raise HTTPException(400, problem)
-        self._accounts.replace(records)
+        self.accounts.replace(records)
         return await self.list_accounts(request)
 
     async def add_accounts(self, request: Request) -> Response:
-        body = await _object(request, {"count", "name_prefix"})
+        """Add {"count": 5, "name_prefix": "lab-"} new sandboxes, or {"raw": […]} as they are."""
+        body = await _object(request, {"count", "name_prefix", "raw"})
+        if isinstance(raw := body.get("raw"), list) and len(body) == 1:
+            self.accounts.append(raw)
+            return JSONResponse({"accounts": raw}, 201)
         if "count" not in body:
             raise HTTPException(400, "count is missing")
-        added = self._accounts.add(_count(body, "count"), self._prefix(body))
+        added = self.accounts.add(_count(body, "count"), self._prefix(body))
         return JSONResponse({"accounts": added}, 201)
 
+    async def disturb_accounts(self, request: Request) -> Response:
+        """Change sandboxes picked by chance: {"drop": 1, "rename": 2, "new_id": 1}."""
+        try:
+            counts = script.disturbances(await _object(request, set(script.DISTURBANCES) - {"add"}))
+        except script.ScriptError as error:
+            raise HTTPException(400, str(error)) from error
+        return JSONResponse(self.accounts.disturb(**counts))
+
+    async def change_account(self, request: Request) -> Response:
+        """Change fields of a record to anything, its id included: {"name": "other"}."""
+        record = self.accounts.change(request.path_params["external_id"], await _object(request))
+        if record is None:
+            raise HTTPException(404, "no account has this id")
+        return JSONResponse(record)
+
     async def drop_account(self, request: Request) -> Response:
-        if not self._accounts.drop(request.path_params["external_id"]):
+        """Let an account disappear without a deletion."""
+        if not self.accounts.drop(request.path_params["external_id"]):
             raise HTTPException(404, "no account has this id")
         return Response(status_code=204)
 
+    async def list_services(self, _: Request) -> Response:
+        """The NIOSXaaS services, by account uuid."""
+        return Response(self.services.dump(), media_type="application/json")
+
+    async def replace_services(self, request: Request) -> Response:
+        """Have exactly {"services": {"<account uuid>": ["name", …]}}; "home" is the user's own account."""
+        names = (await _object(request, {"services"})).get("services")
+        if not isinstance(names, dict) or not all(isinstance(of_account, list) for of_account in names.values()):
+            raise HTTPException(400, "services must be an object of lists")
+        self.services.replace(names)
+        return await self.list_services(request)
+
     async def show_behaviour(self, _: Request) -> Response:
-        return JSONResponse(asdict(self._faults.behaviour))
+        """The switches as they are set."""
+        return JSONResponse(self.faults.settings)
 
     async def patch_behaviour(self, request: Request) -> Response:
+        """Set some switches, and leave the others: {"delete_error_rate": 0.2}."""
         changes = await _object(request)
         try:
-            self._faults.patch(changes)
+            self.faults.patch(changes)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return await self.show_behaviour(request)
 
+    async def show_script(self, _: Request) -> Response:
+        """How far the script is that is being played."""
+        return JSONResponse(self.player.progress())
+
+    async def play_script(self, request: Request) -> Response:
+        """Play {"name": "bad-day", "speed": 100}, or your own:
+        {"steps": [{"at_sec": 60, "behaviour": {…switches…}, "accounts": {"add": 5, "drop": 1}}]}."""
+        body = await _object(request, {"name", "steps", "speed"})
+        name, speed = body.get("name"), body.get("speed", 1)
+        if not is_number(speed, 1, 10_000):
+            raise HTTPException(400, "speed must be a number from 1 to 10000")
+        if ("name" in body) == ("steps" in body):
+            raise HTTPException(400, "give either name or steps")
+        if "name" in body and name not in script.shipped():
+            raise HTTPException(400, f"name must be one of {', '.join(script.shipped())}")
+        try:
+            steps = script.load(str(name)) if "name" in body else script.parse(body["steps"])
+        except script.ScriptError as error:
+            raise HTTPException(400, str(error)) from error
+        self.player.play(steps, speed)
+        return await self.show_script(request)
+
+    async def stop_script(self, _: Request) -> Response:
+        """Stop the script; what it has set stays."""
+        self.player.stop()
+        return Response(status_code=204)
+
     async def list_calls(self, request: Request) -> Response:
+        """The last 100,000 calls that have ended, and those that run;
+        ?method=DELETE&path_contains=sandbox&status=500&after_seq=17 for some of them."""
         query = request.query_params
-        calls = self._calls.select(query.get("method"), query.get("path_contains", ""))
-        return JSONResponse({"calls": [asdict(call) for call in calls]})
+        method, path_contains = query.get("method"), query.get("path_contains", "")
+        try:
+            status, after_seq = query.get("status"), int(query.get("after_seq", 0))
+            ended = self.calls.select(method, path_contains, None if status is None else int(status), after_seq)
+        except ValueError as error:
+            raise HTTPException(400, "status and after_seq must be integers") from error
+        running = self.calls.running(method, path_contains)
+        return JSONResponse(
+            {"calls": [asdict(call) for call in ended], "running": [asdict(call) for call in running]}
+        )
 
     async def clear_calls(self, _: Request) -> Response:
-        self._calls.clear()
+        """Forget the calls that have ended."""
+        self.calls.clear()
         return Response(status_code=204)
 
     async def reset(self, request: Request) -> Response:
-        body = await _object(request, {"accounts", "name_prefix"})
-        count, name_prefix = _count(body, "accounts"), self._prefix(body)
-        self._faults.reset()
-        self._calls.clear()
-        self._accounts.reset(count, name_prefix)
+        """Begin anew with {"accounts": 5, "name_prefix": "lab-", "seed": 1}: no faults, no script, no calls."""
+        body = await _object(request, {"accounts", "name_prefix", "seed"})
+        count, name_prefix, seed = _count(body, "accounts"), self._prefix(body), body.get("seed")
+        if seed is not None and type(seed) is not int:
+            raise HTTPException(400, "seed must be an integer")
+        self.player.stop()
+        self.faults.reset(seed)
+        self.calls.clear()
+        self.services.replace({})
+        self.accounts.reset(count, name_prefix, seed)
         return await self.list_accounts(request)
 
     def _prefix(self, body: dict[str, Any]) -> str:
-        name_prefix = body.get("name_prefix", self._name_prefix)
+        name_prefix = body.get("name_prefix", self.name_prefix)
         if not isinstance(name_prefix, str):
             raise HTTPException(400, "name_prefix must be a text")
         return name_prefix
@@ -99,7 +211,7 @@ class Control:
 
 def _count(body: dict[str, Any], name: str) -> int:
     count = body.get(name, 0)
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_ACCOUNTS:
+    if not is_count(count) or count > MAX_ACCOUNTS:
         raise HTTPException(400, f"{name} must be an integer from 0 to {MAX_ACCOUNTS}")
     return count
 

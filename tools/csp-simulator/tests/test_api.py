@@ -65,7 +65,7 @@ async def test_a_missing_or_wrong_token_is_401_in_json(csp: httpx.AsyncClient, h
     for method, path in (("GET", "/v2/current_user/accounts"), ("DELETE", "/v2/sandbox/accounts/x")):
         response = await csp.request(method, path, headers=headers)
         assert response.status_code == 401
-        assert "token" in response.json()["error"]
+        assert "token" in response.json()["error"][0]["message"]
 
 
 async def test_a_deleted_account_is_listed_no_more(csp: httpx.AsyncClient) -> None:

@@ -232,7 +232,7 @@ async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.Async
     response = await csp.post("/_control/reset", json={"accounts": 3, "name_prefix": "lab-"})
     assert response.status_code == 200
     after = response.json()["accounts"]
-    assert (await csp.get("/_control/calls")).json() == {"calls": []}
+    assert (await csp.get("/_control/calls")).json() == {"calls": [], "running": []}
     assert (await csp.get("/_control/behaviour")).json()["delete_error_rate"] == 0
     assert await names(csp) == ["lab-1", "lab-2", "lab-3"]
     assert {a["id"] for a in before}.isdisjoint(a["id"] for a in after)
