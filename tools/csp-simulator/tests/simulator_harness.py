@@ -67,5 +67,5 @@ async def running(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
 
 async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
     async with asyncio.timeout(PATIENCE_SEC):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 (nothing tells us)
             await asyncio.sleep(0.01)

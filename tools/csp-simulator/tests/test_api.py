@@ -4,38 +4,19 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 import pytest
 
-from csp_simulator.app import create_app
+from csp_simulator.app import DEFAULT_TOKEN, create_app
 
-TOKEN = "test-token"
+from .simulator_harness import LISTING, behave, client_of, eventually, path_of, results, running, sandboxes
 
 
 @pytest.fixture
 async def csp() -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(accounts=3, token=TOKEN, seed=1)
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app),
-        base_url="http://csp",
-        headers={"Authorization": f"Token {TOKEN}"},
-    ) as client:
+    async with client_of(create_app(accounts=3, seed=1)) as client:
         yield client
-
-
-async def sandboxes(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
-    results = (await csp.get("/v2/current_user/accounts")).raise_for_status().json()["results"]
-    return [r for r in results if (r["account_type"], r["state"]) == ("sandbox", "active")]
-
-
-def path_of(account: dict[str, Any]) -> str:
-    return "/v2/sandbox/accounts/" + str(account["id"]).removeprefix("identity/accounts/")
-
-
-async def behave(csp: httpx.AsyncClient, **switches: object) -> None:
-    (await csp.patch("/_control/behaviour", json=switches)).raise_for_status()
 
 
 async def test_lists_active_sandboxes_with_all_the_fields_csp_sends(csp: httpx.AsyncClient) -> None:
@@ -52,17 +33,16 @@ async def test_lists_active_sandboxes_with_all_the_fields_csp_sends(csp: httpx.A
 
 
 async def test_lists_accounts_that_do_not_count_among_the_others(csp: httpx.AsyncClient) -> None:
-    results = (await csp.get("/v2/current_user/accounts")).json()["results"]
-    kinds = {(r["account_type"], r["state"]) for r in results}
+    kinds = {(r["account_type"], r["state"]) for r in await results(csp)}
     assert ("sandbox", "disabled") in kinds
     assert ("standard", "active") in kinds
 
 
-@pytest.mark.parametrize("header", [None, "Token wrong", f"Bearer {TOKEN}", TOKEN])
+@pytest.mark.parametrize("header", [None, "Token wrong", f"Bearer {DEFAULT_TOKEN}", DEFAULT_TOKEN])
 async def test_a_missing_or_wrong_token_is_401_in_json(csp: httpx.AsyncClient, header: str | None) -> None:
     del csp.headers["Authorization"]
     headers = {} if header is None else {"Authorization": header}
-    for method, path in (("GET", "/v2/current_user/accounts"), ("DELETE", "/v2/sandbox/accounts/x")):
+    for method, path in (("GET", LISTING), ("DELETE", "/v2/sandbox/accounts/x")):
         response = await csp.request(method, path, headers=headers)
         assert response.status_code == 401
         assert "token" in response.json()["error"][0]["message"]
@@ -82,17 +62,16 @@ async def test_an_id_in_upper_case_is_the_same_account(csp: httpx.AsyncClient) -
 
 
 async def test_only_active_sandboxes_can_be_deleted(csp: httpx.AsyncClient) -> None:
-    results = (await csp.get("/v2/current_user/accounts")).json()["results"]
-    decoy = next(r for r in results if r["state"] == "disabled")
+    decoy = next(r for r in await results(csp) if r["state"] == "disabled")
     assert (await csp.delete(path_of(decoy))).status_code == 404
-    assert decoy in (await csp.get("/v2/current_user/accounts")).json()["results"]
+    assert decoy in await results(csp)
 
 
 async def test_an_account_stays_listed_until_its_deletion_is_answered(csp: httpx.AsyncClient) -> None:
-    await behave(csp, delete_latency_sec=0.2)
+    await behave(csp, delete_latency_sec=0.5)
     account = (await sandboxes(csp))[0]
     deletion = asyncio.create_task(csp.delete(path_of(account)))
-    await asyncio.sleep(0.05)
+    await eventually(lambda: running(csp))
     assert account in await sandboxes(csp)
     assert (await deletion).status_code == 204
     assert account not in await sandboxes(csp)
@@ -116,9 +95,9 @@ async def test_the_next_n_deletions_fail_and_then_it_works_again(csp: httpx.Asyn
 
 async def test_the_next_n_listings_fail_with_the_status_asked_for(csp: httpx.AsyncClient) -> None:
     await behave(csp, fail_next_listings=1, listing_error_status=429, retry_after_sec=7)
-    response = await csp.get("/v2/current_user/accounts")
+    response = await csp.get(LISTING)
     assert (response.status_code, response.headers["retry-after"]) == (429, "7")
-    assert (await csp.get("/v2/current_user/accounts")).status_code == 200
+    assert (await csp.get(LISTING)).status_code == 200
 
 
 async def test_an_error_rate_of_one_fails_always_and_changes_nothing(csp: httpx.AsyncClient) -> None:
@@ -132,13 +111,9 @@ async def test_an_error_rate_of_one_fails_always_and_changes_nothing(csp: httpx.
 
 async def test_error_rates_repeat_with_the_seed() -> None:
     async def statuses(seed: int) -> list[int]:
-        app = create_app(accounts=0, token=TOKEN, seed=seed)
-        headers = {"Authorization": f"Token {TOKEN}"}
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://csp", headers=headers
-        ) as csp:
+        async with client_of(create_app(accounts=0, seed=seed)) as csp:
             await behave(csp, listing_error_rate=0.5)
-            return [(await csp.get("/v2/current_user/accounts")).status_code for _ in range(40)]
+            return [(await csp.get(LISTING)).status_code for _ in range(40)]
 
     first = await statuses(1)
     assert set(first) == {200, 500}
@@ -154,11 +129,11 @@ async def test_listing_latency_is_waited_out(csp: httpx.AsyncClient) -> None:
 
 
 async def test_a_half_listing_is_either_short_or_cut_off(csp: httpx.AsyncClient) -> None:
-    whole = (await csp.get("/v2/current_user/accounts")).json()["results"]
+    whole = await results(csp)
     await behave(csp, listing_fraction=0.5)
-    assert (await csp.get("/v2/current_user/accounts")).json()["results"] == whole[: len(whole) // 2]
+    assert await results(csp) == whole[: len(whole) // 2]
     await behave(csp, listing_fraction=1, listing_cut_short=True)
-    cut = await csp.get("/v2/current_user/accounts")
+    cut = await csp.get(LISTING)
     assert cut.status_code == 200
     with pytest.raises(json.JSONDecodeError):
         cut.json()
@@ -166,11 +141,11 @@ async def test_a_half_listing_is_either_short_or_cut_off(csp: httpx.AsyncClient)
 
 async def test_every_token_can_be_rejected(csp: httpx.AsyncClient) -> None:
     await behave(csp, reject_tokens=True)
-    assert (await csp.get("/v2/current_user/accounts")).status_code == 401
+    assert (await csp.get(LISTING)).status_code == 401
 
 
 async def test_unknown_routes_and_methods_are_answered_in_json(csp: httpx.AsyncClient) -> None:
-    for method, path, status in (("GET", "/v2/nothing", 404), ("POST", "/v2/current_user/accounts", 405)):
+    for method, path, status in (("GET", "/v2/nothing", 404), ("POST", LISTING, 405)):
         response = await csp.request(method, path)
         assert response.status_code == status
         assert response.json()["error"]

@@ -1,8 +1,6 @@
 """The control API: accounts, behaviour, call record, reset."""
 
-import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,16 +9,12 @@ import pytest
 
 from csp_simulator.app import create_app
 
-TOKEN = "test-token"
-LISTING = "/v2/current_user/accounts"
+from .simulator_harness import LISTING, client_of, sandboxes
 
 
 @pytest.fixture
 async def csp() -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(accounts=2, token=TOKEN)
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app), base_url="http://csp", headers={"Authorization": f"Token {TOKEN}"}
-    ) as client:
+    async with client_of(create_app(accounts=2)) as client:
         yield client
 
 
@@ -38,8 +32,7 @@ def account(number: int, **changes: object) -> dict[str, Any]:
 
 
 async def names(csp: httpx.AsyncClient) -> list[str]:
-    results = (await csp.get(LISTING)).json()["results"]
-    return [r["name"] for r in results if (r["account_type"], r["state"]) == ("sandbox", "active")]
+    return [record["name"] for record in await sandboxes(csp)]
 
 
 async def test_healthz_answers(csp: httpx.AsyncClient) -> None:
@@ -191,40 +184,6 @@ async def test_the_default_behaviour_can_be_put_back(csp: httpx.AsyncClient) -> 
     assert (await csp.patch("/_control/behaviour", json=defaults)).json() == defaults
 
 
-async def test_calls_are_recorded_in_the_order_they_ended(csp: httpx.AsyncClient) -> None:
-    await csp.patch("/_control/behaviour", json={"listing_latency_sec": 0.1})
-    start = time.time()
-    await asyncio.gather(csp.get(LISTING), csp.delete("/v2/sandbox/accounts/none"))
-    await csp.get(LISTING, headers={"Authorization": "Token no"})
-    await csp.get("/v2/nothing")
-    await csp.get("/healthz")
-    calls = (await csp.get("/_control/calls")).json()["calls"]
-    assert [(c["seq"], c["method"], c["path"], c["status"]) for c in calls] == [
-        (1, "DELETE", "/v2/sandbox/accounts/none", 404),
-        (2, "GET", LISTING, 200),
-        (3, "GET", LISTING, 401),
-        (4, "GET", "/v2/nothing", 404),
-    ]
-    assert calls[1]["duration_ms"] >= 99
-    assert start <= calls[0]["at"] <= time.time()
-
-
-async def test_calls_can_be_filtered_and_cleared(csp: httpx.AsyncClient) -> None:
-    await csp.get(LISTING)
-    await csp.delete("/v2/sandbox/accounts/none")
-
-    async def seqs(**query: str) -> list[int]:
-        return [c["seq"] for c in (await csp.get("/_control/calls", params=query)).json()["calls"]]
-
-    assert await seqs(method="delete") == [2]
-    assert await seqs(path_contains="current_user") == [1]
-    assert await seqs(method="GET", path_contains="none") == []
-    assert (await csp.delete("/_control/calls")).status_code == 204
-    assert await seqs() == []
-    await csp.get(LISTING)
-    assert await seqs() == [3]
-
-
 async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.AsyncClient) -> None:
     await csp.patch("/_control/behaviour", json={"delete_error_rate": 1, "fail_next_listings": 3})
     await csp.get(LISTING)
@@ -237,3 +196,19 @@ async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.Async
     assert await names(csp) == ["lab-1", "lab-2", "lab-3"]
     assert {a["id"] for a in before}.isdisjoint(a["id"] for a in after)
     assert [a["csp_id"] for a in after if a["csp_id"] > 2000000] == [2012226, 2012227, 2012228]
+
+
+async def test_the_index_tells_every_route_and_every_switch(csp: httpx.AsyncClient) -> None:
+    await csp.patch("/_control/behaviour", json={"delete_error_rate": 0.5})
+    index = (await csp.get("/_control")).json()
+    behaviour = (await csp.get("/_control/behaviour")).json()
+    assert {name: switch["now"] for name, switch in index["switches"].items()} == behaviour
+    assert index["switches"]["delete_error_rate"] == {
+        "now": 0.5,
+        "default": 0,
+        "rule": "must be a number from 0 to 1",
+        "meaning": "delete: how many of the calls fail, by chance",
+    }
+    assert index["routes"]["PATCH /_control/behaviour"].startswith("Set some switches")
+    assert all(index["routes"].values())
+    assert index["scripts"] == ["bad-day"]

@@ -39,7 +39,7 @@ def simulator(*options: str, **env: str) -> Iterator[tuple[subprocess.Popen[str]
 
 
 def results(client: httpx.Client) -> list[dict[str, Any]]:
-    listed: list[dict[str, Any]] = client.get("/current_user/accounts").json()["results"]
+    listed: list[dict[str, Any]] = client.get("/current_user/accounts", timeout=60).json()["results"]
     return [r for r in listed if (r["account_type"], r["state"]) == ("sandbox", "active")]
 
 
@@ -115,6 +115,17 @@ def test_a_damaged_state_file_is_refused_and_left_alone(tmp_path: Path, content:
     with pytest.raises(StateError, match=r"is damaged; delete it to start afresh$"):
         Accounts(state)
     assert state.read_text() == content
+
+
+def test_a_hundred_thousand_accounts_take_little_memory_however_often_they_are_listed() -> None:
+    with simulator("--port", "0", "--accounts", "100000") as (process, client):
+        for account in results(client)[:5]:
+            client.delete("/sandbox/accounts/" + account["id"].removeprefix("identity/accounts/"))
+            listing = client.get("/current_user/accounts", timeout=60).content
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    # The records, the listing, and once more while it is put together.
+    assert peak_kib * 1024 < 12 * len(listing)
 
 
 def run_in_vain(*options: str) -> str:
