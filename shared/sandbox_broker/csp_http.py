@@ -1,0 +1,168 @@
+"""How CSP is asked: one call, bounded in time and size, and what is wrong when there is no usable answer.
+
+    CspError                 base; `status` is the HTTP status, None if there was no answer
+    ├── CspUnavailable       no usable answer, another try can help; `retry_after` in seconds or None:
+    │                        time-out, lost connection, 429, 5xx, any status not known here,
+    │                        an HTML page, a listing that is not JSON or has no results
+    └── CspUnauthorized      401 or 403: token, password or JWT are wrong, and trying again cannot help
+
+Messages are one line, bounded, and never hold a token, a password or a JWT.
+"""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import httpx
+
+MAX_EXCERPT = 200
+MAX_BODY = 256 * 1024 * 1024
+"""Bytes of an answer, unpacked: ten times what 100,000 accounts take."""
+MAX_RETRY_AFTER_SEC = 86_400.0
+
+# Surrogates come from broken JSON escapes; neither they nor NUL can be stored in the database.
+UNSTORABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+_UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+EXTERNAL_ID = re.compile(_UUID)
+ACCOUNT_ID = re.compile(f"identity/accounts/({_UUID})")
+
+_JWT = re.compile(r"eyJ[\w-]+\.[\w.-]+")
+
+
+class CspError(Exception):
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class CspUnavailable(CspError):
+    def __init__(self, message: str, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, status)
+        self.retry_after = retry_after
+
+
+class CspUnauthorized(CspError):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def is_html(self) -> bool:
+        """Whether a proxy wrote it, whatever the status says: CSP speaks JSON."""
+        declared = self.headers.get("Content-Type", "").lower().startswith("text/html")
+        return declared or self.body[:MAX_EXCERPT].lstrip().startswith(b"<")
+
+
+class CspHttp:
+    """Makes one attempt per call, follows no redirect and keeps no cookie."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        secrets: tuple[str, ...],
+        headers: Mapping[str, str] | None = None,
+        timeout_sec: float,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`secrets` are what no message may hold, `headers` go with every call, `transport` takes the place
+        of the network."""
+        self._secrets = secrets
+        self._timeout_sec = timeout_sec
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers={"Accept": "application/json", **(headers or {})},
+            # A cookie would tie calls together that have nothing to do with each other.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            timeout=timeout_sec,
+            follow_redirects=False,
+            transport=transport,
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        json: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline: float | None = None,
+    ) -> Answer:
+        """Make one call, `what` in messages, until `deadline` on the loop's clock (by default `timeout_sec`
+        from now), from connecting to the last byte of the answer. Raises CspUnavailable if there is none."""
+        now = asyncio.get_running_loop().time()
+        if deadline is None:
+            deadline = now + self._timeout_sec
+        if now >= deadline:
+            raise CspUnavailable(f"no time was left for {what}")
+        try:
+            # httpx's own limits are for each read: an answer that drips in would never end.
+            async with (
+                asyncio.timeout_at(deadline),
+                self._http.stream(method, path, json=json, headers=headers) as response,
+            ):
+                return Answer(response.status_code, response.headers, await _body(response, what))
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise CspUnavailable(f"CSP gave no answer to {what} within {self._timeout_sec:g} s") from error
+        except httpx.HTTPError as error:
+            reason = self.line(f"{type(error).__name__} {error}")
+            raise CspUnavailable(f"{what} did not get through to CSP: {reason}") from error
+
+    def failure(self, answer: Answer, *, what: str, quote: bool = True, hide: str = "") -> CspError:
+        """The error that an answer of no use stands for; `quote` shows the beginning of its body, except
+        what is to `hide`."""
+        message = f"CSP answered {what} with {answer.status}"
+        if quote:
+            message += f": {self.line(answer.body[: 100 * MAX_EXCERPT].decode(errors='replace'), hide)}"
+        if answer.status in (401, 403):
+            return CspUnauthorized(message, answer.status)
+        return CspUnavailable(message, answer.status, _retry_after(answer.headers.get("Retry-After")))
+
+    def line(self, text: str, hide: str = "") -> str:
+        """What may be shown of a text, as one line."""
+        # The secrets go first: cutting could leave a part of them that no longer matches.
+        for secret in filter(None, (*self._secrets, hide)):
+            text = text.replace(secret, "***")
+        clean = _JWT.sub("***", text)[: 10 * MAX_EXCERPT]
+        line = " ".join(UNSTORABLE.sub(" ", clean).split())
+        return line if len(line) <= MAX_EXCERPT else f"{line[:MAX_EXCERPT]}…"
+
+
+async def _body(response: httpx.Response, what: str) -> bytes:
+    chunks, size = [], 0
+    async for chunk in response.aiter_bytes():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise CspUnavailable(f"CSP answered {what} with more than {MAX_BODY} bytes", response.status_code)
+    return b"".join(chunks)
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds to wait: the header is either that or an HTTP date; None if it is neither."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(header)
+            seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, OverflowError):
+            return None
+    # Written so that "nan" and negative numbers come out as 0.
+    return min(seconds, MAX_RETRY_AFTER_SEC) if seconds > 0 else 0.0
