@@ -26,6 +26,8 @@ MAX_BIGINT = 2**63 - 1
 
 SandboxStatus = Literal["available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted"]
 DeletionReason = Literal["student", "expired", "admin"]
+JobKind = Literal["sync", "cleanup"]
+JobState = Literal["running", "completed", "held", "failed"]
 
 PrintableAscii = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]+$")]
 """What a header may carry here: an id, a track name, a prefix, an idempotency key."""
@@ -140,6 +142,18 @@ class ApplyListing(Message):
     force: bool = False
 
 
+class RecordJob(Message):
+    """How a job goes that an administrator waits for. Who works on it tells at least once a minute; once it is no
+    longer `running`, nothing changes it. → Recorded."""
+
+    type: Literal["RecordJob"] = "RecordJob"
+    job_id: uuid.UUID
+    kind: JobKind
+    state: JobState = "running"
+    progress: dict[str, int] = Field(default_factory=dict, max_length=20)
+    result: dict[str, int | _StorableText] | None = Field(default=None, max_length=20)
+
+
 # Commands to the csp-syncer
 
 
@@ -161,6 +175,7 @@ Command = Annotated[
     | BeginListing
     | StageListing
     | ApplyListing
+    | RecordJob
     | SyncPool,
     Field(discriminator="type"),
 ]

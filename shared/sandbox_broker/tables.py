@@ -40,6 +40,7 @@ sandboxes = Table(
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_error", Text),
+    Column("deleted_at", _Time),
     Column(
         "name_stem",
         _Name,
@@ -81,6 +82,7 @@ leases = Table(
     Column("expires_at", _Time, nullable=False),
     Column("ended_at", _Time),
     Column("end_reason", Text),
+    Column("end_note", Text, comment="what the administrator gave as a reason"),
     CheckConstraint("end_reason IN ('student', 'expired', 'admin')", name="leases_end_reason"),
     CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
     # A used sandbox is never handed out again: one lease per sandbox, for good.
@@ -104,6 +106,21 @@ outbox = Table(
     Column("subject", Text),
     Column("occurred_at", _Time, nullable=False, server_default=func.now()),
     Column("data", JSONB, nullable=False),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job_id", Uuid, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("progress", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("result", JSONB),
+    Column("started_at", _Time, nullable=False, server_default=func.now()),
+    Column("updated_at", _Time, nullable=False, server_default=func.now()),
+    CheckConstraint("kind IN ('sync', 'cleanup')", name="jobs_kind"),
+    CheckConstraint("state IN ('running', 'completed', 'held', 'failed')", name="jobs_state"),
+    comment="what an administrator has started, and how it goes",
 )
 
 csp_listings = Table(

@@ -1,6 +1,7 @@
 """What crosses RabbitMQ: it comes back as it went out, and nonsense is told from sense."""
 
 import json
+import uuid
 from datetime import UTC, datetime
 from typing import Any, get_args
 
@@ -31,6 +32,7 @@ from sandbox_broker.messages import (
     RecordDeletion,
     RecordDeletionFailure,
     Recorded,
+    RecordJob,
     Refused,
     ReleaseSandbox,
     Reply,
@@ -62,6 +64,13 @@ COMMANDS: list[Command] = [
     BeginListing(),
     StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
     ApplyListing(listing_id=3, total=2, max_stale_fraction=0.25, force=True),
+    RecordJob(
+        job_id=uuid.UUID(int=7),
+        kind="sync",
+        state="completed",
+        progress={"staged": 500},
+        result={"synced": 7, "message": "done"},
+    ),
     SyncPool(request_id="r", force=True),
 ]
 REPLIES: list[Reply] = [

@@ -78,8 +78,11 @@ async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
     await asyncio.gather(*(migrate(empty) for _ in range(5)))
     opened = await asyncpg.connect(empty)
     assert await opened.fetchval("SELECT count(*) FROM allocator_epoch") == 2
-    ours = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-    assert await opened.fetchval(f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND {ours}") == 0
+    left = """
+        SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database
+        WHERE locktype = 'advisory' AND datname = current_database()
+    """
+    assert await opened.fetchval(left) == 0
     await opened.close()
 
 

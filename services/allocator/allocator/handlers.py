@@ -4,6 +4,7 @@ A handler gets all commands of its kind in a batch and answers with as many repl
 statements on the writer's connection under the epoch given, and raises what the database raises.
 """
 
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from sandbox_broker.messages import (
     ExpireLeases,
     RecordDeletion,
     RecordDeletionFailure,
+    RecordJob,
     ReleaseSandbox,
     Reply,
     StageListing,
@@ -217,6 +219,20 @@ async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
     return messages.ListingApplied(**counts)
 
 
+async def record_job(writer: Writer, command: RecordJob) -> Reply:
+    row = await store.one(
+        writer.connection,
+        store.RECORD_JOB,
+        writer.epoch,
+        command.job_id,
+        command.kind,
+        command.state,
+        json.dumps(command.progress),
+        None if command.result is None else json.dumps(command.result),
+    )
+    return messages.Recorded(changed=row["changed"])
+
+
 Handler = Callable[[Writer, Sequence[Any]], Awaitable[list[Reply]]]
 
 
@@ -265,6 +281,7 @@ MAINTENANCE = Lane(
         BeginListing: _one_by_one(begin_listing),
         StageListing: _one_by_one(stage_listing),
         ApplyListing: _one_by_one(apply_listing),
+        RecordJob: _one_by_one(record_job),
     },
     max_batch=1,
     together=False,

@@ -121,7 +121,15 @@ class Pool:
         """All that a statement could have changed."""
         return [
             await self._observer.fetch(f"SELECT * FROM {table} ORDER BY 1")
-            for table in ("sandboxes", "leases", "outbox", "csp_listings", "csp_accounts", "allocator_epoch")
+            for table in (
+                "sandboxes",
+                "leases",
+                "outbox",
+                "jobs",
+                "csp_listings",
+                "csp_accounts",
+                "allocator_epoch",
+            )
         ]
 
     async def until_waiting(self, writer: Writer) -> None:

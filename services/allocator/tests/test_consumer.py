@@ -321,7 +321,7 @@ async def private_server() -> AsyncIterator[PrivatePostgres]:
 async def server(private_server: PrivatePostgres) -> PrivatePostgres:
     """A database server of our own, with an empty pool."""
     async with pool_in(private_server.url) as pool:
-        await pool.execute("TRUNCATE sandboxes, leases, outbox, csp_listings, csp_accounts")
+        await pool.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
     return private_server
 
 

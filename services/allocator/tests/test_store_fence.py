@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 
 import pytest
 
@@ -15,6 +16,7 @@ from sandbox_broker.messages import (
     ExpireLeases,
     RecordDeletion,
     RecordDeletionFailure,
+    RecordJob,
     StageListing,
 )
 
@@ -41,6 +43,7 @@ async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
         BeginListing(),
         StageListing(listing_id=listing_id, accounts=(account(901),)),
         ApplyListing(listing_id=listing_id, total=1, max_stale_fraction=0, force=True),
+        RecordJob(job_id=uuid.uuid4(), kind="sync"),
     ]
     return {type(command).__name__: command for command in found}
 

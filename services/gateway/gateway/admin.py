@@ -1,11 +1,13 @@
 """The admin routes: what the operator calls."""
 
+import uuid
+
 from fastapi import APIRouter, Request
 
 from gateway import views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
-from gateway.schemas import Stats, Sync, responses
+from gateway.schemas import Job, Stats, Sync, responses
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import PoolSynced, SyncPool
@@ -57,3 +59,24 @@ async def sync(request: Request, force: bool = False) -> Sync:
         restored=reply.restored,
         duration_ms=reply.duration_ms,
     )
+
+
+@router.get("/jobs/{job_id}", responses=responses(*_ALWAYS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))
+async def get_job(request: Request, job_id: str) -> Job:
+    """How a sync or clean-up goes, and what came of it."""
+    context: Context = request.app.state.context
+    found = await views.job(context.engine, _uuid(job_id))
+    if found is None:
+        raise _no_such_job()
+    return found
+
+
+def _uuid(job_id: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(job_id)
+    except ValueError:
+        raise _no_such_job() from None
+
+
+def _no_such_job() -> ApiError:
+    return ApiError("JOB_NOT_FOUND", "There is no such job. Use the job_id that starting it has answered.")

@@ -30,6 +30,7 @@ KINDS: Mapping[str, Kind] = {
     "FORBIDDEN": Kind(403, "The token is valid, but not for this route"),
     "NOT_SANDBOX_OWNER": Kind(403, "Another student holds or held this sandbox"),
     "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox"),
+    "JOB_NOT_FOUND": Kind(404, "No such job"),
     "NOT_FOUND": Kind(404, "No such path"),
     "METHOD_NOT_ALLOWED": Kind(405, "The path exists, but not with this method"),
     "POOL_EXHAUSTED": Kind(409, "Nothing in the pool is available", retry_after=30),

@@ -1,12 +1,13 @@
 """The bodies of the API, as the OpenAPI document shows them."""
 
+import uuid
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gateway.errors import KINDS
-from sandbox_broker.messages import SandboxStatus
+from sandbox_broker.messages import JobKind, JobState, SandboxStatus
 
 
 class Lease(BaseModel):
@@ -54,6 +55,24 @@ class Sync(BaseModel):
     marked_stale: int
     restored: int
     duration_ms: int
+
+
+class Job(BaseModel):
+    job_id: uuid.UUID
+    kind: JobKind
+    state: JobState = Field(description="`held`: a sync that waits for an administrator to force it")
+    progress: dict[str, int]
+    result: dict[str, int | str] | None = Field(description="once it is no longer `running`")
+    started_at: int = Field(description="Unix seconds")
+    updated_at: int = Field(description="Unix seconds")
+
+
+class JobRunning(BaseModel):
+    """The answer to whoever started a job that takes longer than they are kept waiting."""
+
+    status: Literal["running"] = "running"
+    job_id: uuid.UUID
+    job_url: str = Field(examples=["/v1/admin/jobs/af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])
 
 
 class FieldProblem(BaseModel):

@@ -1,16 +1,22 @@
 """What the gateway reads from the database by itself. It never writes."""
 
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway.errors import ApiError
-from gateway.schemas import Sandbox, Stats
+from gateway.schemas import Job, Sandbox, Stats
 from sandbox_broker import db
-from sandbox_broker.tables import leases, sandboxes
+from sandbox_broker.tables import jobs, leases, sandboxes
+
+JOB_SILENCE_SEC = 120
+"""Who works on a job tells at least once a minute; one that was silent for this long is dead."""
+ABANDONED = "Whoever worked on it has died. Nothing is lost: start it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,29 @@ async def stats(engine: AsyncEngine) -> Stats:
         counts = {status: int(number) for status, number in await connection.execute(query)}
     by_status = {status: counts.get(status, 0) for status in Stats.model_fields if status != "total"}
     return Stats(total=sum(by_status.values()), **by_status)
+
+
+async def job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
+    """None if there is no such job."""
+    silent_since = func.now() - timedelta(seconds=JOB_SILENCE_SEC)
+    query = select(
+        jobs.c.job_id,
+        jobs.c.kind,
+        jobs.c.state,
+        jobs.c.progress,
+        jobs.c.result,
+        func.floor(func.extract("epoch", jobs.c.started_at)).label("started_at"),
+        func.floor(func.extract("epoch", jobs.c.updated_at)).label("updated_at"),
+        ((jobs.c.state == "running") & (jobs.c.updated_at < silent_since)).label("abandoned"),
+    ).where(jobs.c.job_id == job_id)
+    async with _reading(engine) as connection:
+        row = (await connection.execute(query)).mappings().one_or_none()
+    if row is None:
+        return None
+    found = Job.model_validate(row)
+    if row["abandoned"]:
+        return found.model_copy(update={"state": "failed", "result": {"message": ABANDONED}})
+    return found
 
 
 @asynccontextmanager

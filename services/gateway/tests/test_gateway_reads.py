@@ -154,3 +154,50 @@ async def test_a_read_that_the_database_breaks_off_is_503(gateway: Gateway, data
             while not read.done() and not await database.fetch(waiting):
                 await asyncio.wait([read], timeout=0.01)
     assert (read.result().status_code, detail(read.result())["code"]) == (503, "DATABASE_UNAVAILABLE")
+
+
+async def add_job(database: asyncpg.Connection, state: str, silent_sec: int = 0) -> uuid.UUID:
+    job_id = uuid.uuid4()
+    await database.execute(
+        "INSERT INTO jobs (job_id, kind, state, progress, started_at, updated_at) VALUES "
+        "($1, 'cleanup', $2, '{\"deleted\": 3}', to_timestamp(1728054123.9), now() - $3 * interval '1 second')",
+        job_id,
+        state,
+        silent_sec,
+    )
+    return job_id
+
+
+async def test_a_job_tells_how_it_goes(gateway: Gateway, database: asyncpg.Connection) -> None:
+    job_id = await add_job(database, "running")
+    response = await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)
+    assert response.status_code == 200
+    job = response.json()
+    assert job.pop("updated_at") > 1728054123
+    assert job == {
+        "job_id": str(job_id),
+        "kind": "cleanup",
+        "state": "running",
+        "progress": {"deleted": 3},
+        "result": None,
+        "started_at": 1728054123,
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_sec", "shown"),
+    [("running", 100, "running"), ("running", 130, "failed"), ("completed", 100_000, "completed")],
+)
+async def test_a_job_whose_worker_died_has_failed(
+    gateway: Gateway, database: asyncpg.Connection, state: str, silent_sec: int, shown: str
+) -> None:
+    job_id = await add_job(database, state, silent_sec)
+    job = (await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)).json()
+    assert job["state"] == shown
+    assert (job["result"] or {}).get("message", "").startswith("Whoever worked on it has died") == (shown != state)
+
+
+@pytest.mark.parametrize("job_id", ["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3", "nonsense"])
+async def test_an_unknown_job_is_404(gateway: Gateway, job_id: str) -> None:
+    response = await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)
+    assert (response.status_code, detail(response)["code"]) == (404, "JOB_NOT_FOUND")

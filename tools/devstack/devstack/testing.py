@@ -61,7 +61,7 @@ async def database_url(empty_database_url: str) -> str:
 async def clean_database(database_url: str) -> str:
     """The database with our tables, all of them empty."""
     connection = await asyncpg.connect(database_url)
-    await connection.execute("TRUNCATE sandboxes, leases, outbox, csp_listings, csp_accounts")
+    await connection.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
     await connection.close()
     return database_url
 
