@@ -79,11 +79,29 @@ class ExpireLeases(Message):
 
 class ClaimDeletions(Message):
     """Take at most `limit` due deletions for `claim_sec`; a claim that is not answered in that time ends by
-    itself. → DeletionsClaimed."""
+    itself. For as long no other clean-up run gets any. → DeletionsClaimed."""
 
     type: Literal["ClaimDeletions"] = "ClaimDeletions"
+    run_id: uuid.UUID
     limit: int = Field(ge=1, le=1000)
     claim_sec: float = Field(gt=0, le=MAX_SEC)
+
+
+class HurryDeletions(Message):
+    """Make at most `limit` pending deletions due now that would be tried later, those that this run has claimed
+    excepted. Keeps other runs away like a claim. → DeletionsHurried."""
+
+    type: Literal["HurryDeletions"] = "HurryDeletions"
+    run_id: uuid.UUID
+    limit: int = Field(ge=1, le=1000)
+    claim_sec: float = Field(gt=0, le=MAX_SEC)
+
+
+class EndCleanup(Message):
+    """The run has nothing in hand any more: another may begin. → Recorded."""
+
+    type: Literal["EndCleanup"] = "EndCleanup"
+    run_id: uuid.UUID
 
 
 class RecordDeletion(Message):
@@ -94,14 +112,33 @@ class RecordDeletion(Message):
 
 
 class RecordDeletionFailure(Message):
-    """CSP did not delete it. `attempts` is the count that came with the claim, so that a message delivered
-    twice counts once; without `retry_in_sec` it was the last attempt. → Recorded."""
+    """CSP did not delete it. Counts for the claim that it belongs to, `attempts` being the count that came with
+    it, so that a message delivered twice counts once; without `retry_in_sec` it was the last attempt.
+    → Recorded."""
 
     type: Literal["RecordDeletionFailure"] = "RecordDeletionFailure"
+    run_id: uuid.UUID
     sandbox_id: SandboxId
     attempts: int = Field(ge=0, le=1_000_000)
     error: _StorableText = Field(max_length=500)
     retry_in_sec: float | None = Field(default=None, ge=0, le=MAX_SEC)
+
+
+class EndLease(Message):
+    """An administrator ends a student's lease; `note` says why. → SandboxReleased or Refused."""
+
+    type: Literal["EndLease"] = "EndLease"
+    request_id: str
+    sandbox_id: SandboxId
+    note: _StorableText = Field(min_length=1, max_length=500)
+
+
+class RetryDeletion(Message):
+    """An administrator sends a failed deletion back to be tried anew. → SandboxReleased or Refused."""
+
+    type: Literal["RetryDeletion"] = "RetryDeletion"
+    request_id: str
+    sandbox_id: SandboxId
 
 
 class BeginListing(Message):
@@ -165,18 +202,34 @@ class SyncPool(Message):
     force: bool = False
 
 
+# Commands to the reaper
+
+
+class CleanUpNow(Message):
+    """Delete what is pending now, whatever its backoff says. → CleanedUp or Refused."""
+
+    type: Literal["CleanUpNow"] = "CleanUpNow"
+    request_id: str
+    job_id: uuid.UUID
+
+
 Command = Annotated[
     AllocateSandbox
     | ReleaseSandbox
     | ExpireLeases
     | ClaimDeletions
+    | HurryDeletions
+    | EndCleanup
     | RecordDeletion
     | RecordDeletionFailure
+    | EndLease
+    | RetryDeletion
     | BeginListing
     | StageListing
     | ApplyListing
     | RecordJob
-    | SyncPool,
+    | SyncPool
+    | CleanUpNow,
     Field(discriminator="type"),
 ]
 
@@ -190,6 +243,8 @@ RefusalCode = Literal[
     "INTERNAL_ERROR",
     "INVALID_COMMAND",
     "LISTING_OUTDATED",
+    "NOT_ALLOCATED",
+    "NOT_DELETION_FAILED",
     "NOT_SANDBOX_OWNER",
     "POOL_EXHAUSTED",
     "SANDBOX_NOT_FOUND",
@@ -241,6 +296,16 @@ class DueDeletion(BaseModel):
 class DeletionsClaimed(Message):
     type: Literal["DeletionsClaimed"] = "DeletionsClaimed"
     deletions: tuple[DueDeletion, ...]
+    on_duty: bool = True
+    """False: another clean-up run is at work, so this one gets nothing."""
+    next_in_sec: float | None = None
+    """Without deletions: when asking again can give some, as things stand; None if nothing is pending."""
+
+
+class DeletionsHurried(Message):
+    type: Literal["DeletionsHurried"] = "DeletionsHurried"
+    on_duty: bool = True
+    hurried: int
 
 
 class Recorded(Message):
@@ -268,6 +333,14 @@ class ListingApplied(Message):
     marked_stale: int
 
 
+class CleanedUp(Message):
+    type: Literal["CleanedUp"] = "CleanedUp"
+    deleted: int
+    failed: int
+    """Attempts."""
+    duration_ms: int
+
+
 class PoolSynced(Message):
     type: Literal["PoolSynced"] = "PoolSynced"
     synced: int
@@ -282,6 +355,8 @@ Reply = Annotated[
     | SandboxReleased
     | LeasesExpired
     | DeletionsClaimed
+    | DeletionsHurried
+    | CleanedUp
     | Recorded
     | ListingBegun
     | ListingStaged

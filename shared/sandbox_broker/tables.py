@@ -39,6 +39,7 @@ sandboxes = Table(
     Column("deletion_reason", Text),
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
+    Column("deletion_claim", Uuid, comment="the clean-up run that has it in hand, or had it last"),
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
     Column(
@@ -106,6 +107,16 @@ outbox = Table(
     Column("subject", Text),
     Column("occurred_at", _Time, nullable=False, server_default=func.now()),
     Column("data", JSONB, nullable=False),
+)
+
+cleanup_duty = Table(
+    "cleanup_duty",
+    metadata,
+    Column("only_row", Integer, primary_key=True, server_default=text("1")),
+    Column("run_id", Uuid),
+    Column("until", _Time, nullable=False, server_default=text("'epoch'")),
+    CheckConstraint("only_row = 1", name="cleanup_duty_only_row"),
+    comment="which clean-up run may delete, and until when without asking again",
 )
 
 jobs = Table(

@@ -1,9 +1,12 @@
 """Timers through RabbitMQ: every replica of a service publishes ticks, one replica gets them.
 
 A tick queue holds one message at most and has a single active consumer, so replicas or an outage never pile up
-work, and nothing runs twice at once. A tick that is lost costs one period.
+work, and nothing runs twice at once. A tick that comes before its time, from another replica, is dropped: any
+number of them give one run per period. A tick that is lost costs one period.
 """
 
+import asyncio
+import math
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -12,6 +15,9 @@ from aio_pika.abc import AbstractConnection
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, keep_connected
 from sandbox_broker.service import every
+
+TOLERANCE = 0.1
+"""Of a period: so much may a tick come early and still be the next one."""
 
 log = structlog.get_logger()
 
@@ -29,13 +35,20 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
     await every(period_sec, tick)
 
 
-async def consume(url: str, queue: topology.Queue, work: Callable[[], Awaitable[object]]) -> None:
-    """Does `work` once for every tick, for ever."""
+async def consume(
+    url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
+) -> None:
+    """Does `work` once a period, for ever, as long as ticks come."""
+    loop = asyncio.get_running_loop()
+    not_before = -math.inf
 
     async def session(connection: AbstractConnection) -> None:
+        nonlocal not_before
         subscription = await Subscription.open(connection, queue, prefetch=1)
         while deliveries := await subscription.batch(1):
-            await work()
+            if loop.time() >= not_before:
+                not_before = loop.time() + (1 - TOLERANCE) * period_sec
+                await work()
             await subscription.ack(deliveries[0])
 
     await keep_connected(url, queue.name, session)

@@ -50,6 +50,7 @@ _TICK: Mapping[str, Any] = {"x-max-length": 1, "x-overflow": "drop-head", "x-sin
 ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
 ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
 SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
+REAPER_COMMANDS = Queue("reaper.commands", _SINGLE)
 SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
 CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
 EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
@@ -61,6 +62,7 @@ QUEUES: tuple[Queue, ...] = (
     ALLOCATOR_COMMANDS,
     ALLOCATOR_MAINTENANCE,
     SYNCER_COMMANDS,
+    REAPER_COMMANDS,
     SYNC_TICKS,
     CLEANUP_TICKS,
     EXPIRY_TICKS,
@@ -71,6 +73,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
     Binding(ALLOCATOR_MAINTENANCE, COMMANDS, ALLOCATOR_MAINTENANCE.name),
     Binding(SYNCER_COMMANDS, COMMANDS, SYNCER_COMMANDS.name),
+    Binding(REAPER_COMMANDS, COMMANDS, REAPER_COMMANDS.name),
     Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
     Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),

@@ -15,11 +15,17 @@ from sandbox_broker.messages import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
+    CleanedUp,
+    CleanUpNow,
     Command,
     DeletionsClaimed,
+    DeletionsHurried,
     DueDeletion,
+    EndCleanup,
+    EndLease,
     Event,
     ExpireLeases,
+    HurryDeletions,
     InvalidCommand,
     InvalidEnvelope,
     LeaseGranted,
@@ -37,6 +43,7 @@ from sandbox_broker.messages import (
     ReleaseSandbox,
     Reply,
     ReplyEnvelope,
+    RetryDeletion,
     SandboxReleased,
     StageListing,
     SyncPool,
@@ -52,15 +59,20 @@ FULL = ListedAccount(
     sfdc_account_id="s",
     created_at=datetime(2025, 3, 27, tzinfo=UTC),
 )
+RUN = uuid.UUID(int=8)
 COMMANDS: list[Command] = [
     AllocateSandbox(request_id="r", holder="h"),
     AllocateSandbox(request_id="r", holder="h", track_name="t", name_prefix="p%_*", idempotency_key="k"),
     ReleaseSandbox(request_id="r", sandbox_id="7", holder="h"),
     ExpireLeases(grace_sec=1800, limit=200),
-    ClaimDeletions(limit=10, claim_sec=120.5),
+    ClaimDeletions(run_id=RUN, limit=10, claim_sec=120.5),
+    HurryDeletions(run_id=RUN, limit=500, claim_sec=120.5),
+    EndCleanup(run_id=RUN),
     RecordDeletion(sandbox_id="7"),
-    RecordDeletionFailure(sandbox_id="7", attempts=1, error="500", retry_in_sec=30.5),
-    RecordDeletionFailure(sandbox_id="7", attempts=8, error="500", retry_in_sec=None),
+    RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=1, error="500", retry_in_sec=30.5),
+    RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=8, error="500", retry_in_sec=None),
+    EndLease(request_id="r", sandbox_id="7", note="läb over"),
+    RetryDeletion(request_id="r", sandbox_id="7"),
     BeginListing(),
     StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
     ApplyListing(listing_id=3, total=2, max_stale_fraction=0.25, force=True),
@@ -72,6 +84,7 @@ COMMANDS: list[Command] = [
         result={"synced": 7, "message": "done"},
     ),
     SyncPool(request_id="r", force=True),
+    CleanUpNow(request_id="r", job_id=uuid.UUID(int=7)),
 ]
 REPLIES: list[Reply] = [
     Refused(code="POOL_EXHAUSTED", message="No available sandboxes in pool"),
@@ -87,6 +100,9 @@ REPLIES: list[Reply] = [
     SandboxReleased(sandbox_id="7", status="pending_deletion", deletion_requested_at=1),
     LeasesExpired(sandbox_ids=("7", "8")),
     DeletionsClaimed(deletions=(DueDeletion(sandbox_id="7", external_id="u", name="n", attempts=0),)),
+    DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=12.5),
+    DeletionsHurried(on_duty=True, hurried=3),
+    CleanedUp(deleted=3, failed=1, duration_ms=12),
     Recorded(changed=False),
     ListingBegun(listing_id=3),
     ListingStaged(staged=2),
@@ -225,7 +241,7 @@ def test_text_that_postgresql_cannot_store_is_refused() -> None:
     with pytest.raises(ValidationError):
         ListedAccount(sandbox_id="7", external_id="u", name="n", sfdc_account_id="a\0b")
     with pytest.raises(ValidationError):
-        RecordDeletionFailure(sandbox_id="7", attempts=1, error="a\0b")
+        RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=1, error="a\0b")
     assert ListedAccount(sandbox_id="7", external_id="u", name="läb\n7").name == "läb\n7"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import aio_pika
 import pytest
@@ -12,6 +13,8 @@ from sandbox_broker.bus import Publisher
 from .shared_harness import beside, nothing_stays, until
 
 QUEUE = topology.CLEANUP_TICKS
+AT_ONCE = 0
+"""A period so short that no tick comes before its time."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
 ) -> None:
     work = Work()
     async with beside(
-        *(ticks.consume(clean_queues, QUEUE, work) for _ in range(3)),
+        *(ticks.consume(clean_queues, QUEUE, AT_ONCE, work) for _ in range(3)),
         *(ticks.publish(publisher, QUEUE, 0.005) for _ in range(3)),
     ):
         await until(lambda: work.begun == 1)
@@ -80,15 +83,53 @@ async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
             assert await waiting(clean_queues) <= 1
 
 
+async def test_a_storm_of_ticks_is_one_run(clean_queues: str, publisher: Publisher) -> None:
+    work = Work()
+    work.go.release()
+    async with beside(*(ticks.consume(clean_queues, QUEUE, 3600, work) for _ in range(2))):
+        await asyncio.gather(*(publisher.publish(topology.TICKS.name, QUEUE.name, b"{}") for _ in range(1000)))
+        await until(lambda: work.begun == 1)
+        async with asyncio.timeout(20):
+            while await waiting(clean_queues):  # noqa: ASYNC110 (what it looks at knows no events)
+                await asyncio.sleep(0.01)
+        await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+        assert (work.begun, work.at_work) == (1, 0)
+
+
+async def test_any_number_of_replicas_give_one_run_a_period(clean_queues: str, publisher: Publisher) -> None:
+    begun: list[float] = []
+
+    async def work() -> None:
+        begun.append(asyncio.get_running_loop().time())
+
+    async with beside(
+        *(ticks.consume(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
+        *(ticks.publish(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
+    ):
+        await until(lambda: len(begun) == 4)
+    assert all(later - earlier >= 0.9 * 0.5 for earlier, later in pairwise(begun))
+
+
+async def test_after_an_outage_missed_periods_are_caught_up_once(clean_queues: str, publisher: Publisher) -> None:
+    for _ in range(5):  # nobody consumes
+        await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
+    work = Work()
+    work.go.release()
+    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
+        await until(lambda: work.begun == 1 and work.at_work == 0)
+        assert await waiting(clean_queues) == 0
+    assert work.begun == 1
+
+
 async def test_a_tick_whose_worker_goes_is_another_ones(clean_queues: str, publisher: Publisher) -> None:
     first, second = Work(), Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, second)):
-        async with beside(ticks.consume(clean_queues, QUEUE, first)):
+    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, second)):
+        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
             await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
             await until(lambda: first.begun + second.begun == 1)
         if first.begun:
             await until(lambda: second.begun == 1)
-    async with beside(ticks.consume(clean_queues, QUEUE, first)):
+    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
         await until(lambda: first.begun)
 
 
@@ -99,13 +140,13 @@ async def test_publishing_goes_on_while_the_queue_is_away(clean_queues: str, pub
             await channel.queue_delete(QUEUE.name)
             with pytest.raises(Exception, match="no queue"):
                 await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
-        async with beside(ticks.consume(clean_queues, QUEUE, done)):  # which declares it
+        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, done)):  # which declares it
             await until(lambda: done.begun == 1)
 
 
 async def test_the_first_tick_waits_for_the_connection(clean_queues: str) -> None:
     made, work = Publisher(clean_queues, "late"), Work()
-    async with beside(ticks.publish(made, QUEUE, 3600), ticks.consume(clean_queues, QUEUE, work)):
+    async with beside(ticks.publish(made, QUEUE, 3600), ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
         await asyncio.sleep(0)
         assert not made.connected
         async with beside(made.run()):
@@ -120,7 +161,7 @@ async def test_work_that_fails_ends_the_consumer_and_leaves_the_tick(
 
     await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
     with pytest.raises(TimeoutError, match="a mistake"):
-        await asyncio.wait_for(ticks.consume(clean_queues, QUEUE, fail), 20)
+        await asyncio.wait_for(ticks.consume(clean_queues, QUEUE, AT_ONCE, fail), 20)
     work = Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, work)):
+    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
         await until(lambda: work.begun == 1)

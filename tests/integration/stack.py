@@ -90,6 +90,7 @@ class Stack:
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
         """Everything anew: as many accounts in CSP, all of them available, nobody holds one."""
         await self.database.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
+        await self.database.execute("UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'")
         await self.control("POST", "reset", {"accounts": accounts, "name_prefix": name_prefix})
 
         async def synced() -> bool:

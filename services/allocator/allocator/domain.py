@@ -112,6 +112,19 @@ def not_owner(sandbox_id: str) -> Refused:
     )
 
 
+def not_allocated(sandbox_id: str, status: str) -> Refused:
+    return Refused(
+        code="NOT_ALLOCATED", message=f"Nobody ever held sandbox '{sandbox_id}' (it is {status}): nothing to end."
+    )
+
+
+def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
+    return Refused(
+        code="NOT_DELETION_FAILED",
+        message=f"Sandbox '{sandbox_id}' is {status}: only a deletion_failed one can be sent back.",
+    )
+
+
 def held(listed: int, stale: int, pool: int, max_stale_fraction: float) -> Refused | None:
     """The guard against a listing that would wipe the pool: None if it may be applied."""
     if listed == 0:

@@ -21,12 +21,16 @@ from sandbox_broker.messages import (
     BeginListing,
     ClaimDeletions,
     Command,
+    EndCleanup,
+    EndLease,
     ExpireLeases,
+    HurryDeletions,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
     ReleaseSandbox,
     Reply,
+    RetryDeletion,
     StageListing,
 )
 
@@ -141,24 +145,54 @@ async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
     return messages.LeasesExpired(sandbox_ids=tuple(row["sandbox_ids"]))
 
 
+async def end_lease(writer: Writer, command: EndLease) -> Reply:
+    row = await store.one(writer.connection, store.END_LEASE, writer.epoch, command.sandbox_id, command.note)
+    if row["status"] is None:
+        return domain.not_found(command.sandbox_id)
+    if row["lease_id"] is None:
+        return domain.not_allocated(command.sandbox_id, row["status"])
+    if row["deletion_requested_at"] is None:
+        raise Overtaken
+    if row["changed"]:
+        log.info("lease.ended", request_id=command.request_id, sandbox_id=command.sandbox_id, note=command.note)
+    return messages.SandboxReleased(
+        sandbox_id=command.sandbox_id,
+        status=row["status"],
+        deletion_requested_at=row["deletion_requested_at"],
+    )
+
+
 async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
-    rows = await writer.connection.fetch(
-        store.CLAIM_DELETIONS, writer.epoch, command.limit, timedelta(seconds=command.claim_sec)
-    )
-    if not rows:
-        raise store.Fenced
-    return messages.DeletionsClaimed(
-        deletions=tuple(
-            messages.DueDeletion(
-                sandbox_id=row["sandbox_id"],
-                external_id=row["external_id"],
-                name=row["name"],
-                attempts=row["deletion_attempts"],
-            )
-            for row in rows
-            if row["sandbox_id"] is not None
+    rows = await store.claim_deletions(writer.connection, writer.epoch, command)
+    deletions = tuple(
+        messages.DueDeletion(
+            sandbox_id=row["sandbox_id"],
+            external_id=row["external_id"],
+            name=row["name"],
+            attempts=row["deletion_attempts"],
         )
+        for row in rows
+        if row["sandbox_id"] is not None
     )
+    next_in_sec = None if deletions else rows[0]["next_in_sec"]
+    return messages.DeletionsClaimed(deletions=deletions, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
+
+
+async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
+    row = await store.one(
+        writer.connection,
+        store.HURRY_DELETIONS,
+        writer.epoch,
+        command.run_id,
+        timedelta(seconds=command.claim_sec),
+        command.limit,
+    )
+    return messages.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
+
+
+async def end_cleanup(writer: Writer, command: EndCleanup) -> Reply:
+    row = await store.one(writer.connection, store.END_CLEANUP, writer.epoch, command.run_id)
+    return messages.Recorded(changed=row["changed"])
 
 
 async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
@@ -178,6 +212,7 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
         command.attempts,
         command.error,
         retry_in,
+        command.run_id,
     )
     if row["changed"]:
         log.warning(
@@ -188,6 +223,20 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
             retry_in_sec=command.retry_in_sec,
         )
     return messages.Recorded(changed=row["changed"])
+
+
+async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
+    row = await store.one(writer.connection, store.RETRY_DELETION, writer.epoch, command.sandbox_id)
+    if row["status"] is None:
+        return domain.not_found(command.sandbox_id)
+    if not row["changed"]:
+        return domain.not_deletion_failed(command.sandbox_id, row["status"])
+    log.info("sandbox.deletion_retried", request_id=command.request_id, sandbox_id=command.sandbox_id)
+    return messages.SandboxReleased(
+        sandbox_id=command.sandbox_id,
+        status="pending_deletion",
+        deletion_requested_at=row["deletion_requested_at"],
+    )
 
 
 async def begin_listing(writer: Writer, _: BeginListing) -> Reply:
@@ -275,9 +324,13 @@ MAINTENANCE = Lane(
     topology.ALLOCATOR_MAINTENANCE,
     {
         ExpireLeases: _one_by_one(expire_leases),
+        EndLease: _one_by_one(end_lease),
         ClaimDeletions: _one_by_one(claim_deletions),
+        HurryDeletions: _one_by_one(hurry_deletions),
+        EndCleanup: _one_by_one(end_cleanup),
         RecordDeletion: _one_by_one(record_deletion),
         RecordDeletionFailure: _one_by_one(record_deletion_failure),
+        RetryDeletion: _one_by_one(retry_deletion),
         BeginListing: _one_by_one(begin_listing),
         StageListing: _one_by_one(stage_listing),
         ApplyListing: _one_by_one(apply_listing),

@@ -33,11 +33,13 @@ def create_app(settings: Settings) -> Starlette:
     async def count_pool() -> None:
         try:
             async with engine.connect() as connection:
-                rows = await connection.execute(text(store.COUNT_BY_STATUS))
-                counts = {status: int(number) for status, number in rows}
+                rows = (await connection.execute(text(store.COUNT_BY_STATUS))).all()
         except db.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=db.reason(error))
             return
+        counts = {status: int(number) for status, number, _ in rows}
+        waiting_sec = {status: age for status, _, age in rows}
+        metrics.OLDEST_DELETION.set(waiting_sec.get("pending_deletion") or 0)
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))
         metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))

@@ -12,6 +12,9 @@ BATCH_SIZE = Histogram(
 )
 EPOCH = Gauge("broker_allocator_epoch", "The epoch this allocator writes under; 0 while it stands by", ["queue"])
 OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is not published yet")
+OLDEST_DELETION = Gauge(
+    "broker_oldest_pending_deletion_seconds", "Since when the oldest pending deletion has been asked for"
+)
 
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}

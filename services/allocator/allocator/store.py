@@ -19,7 +19,7 @@ import asyncpg
 
 from allocator.domain import prefix_end
 from sandbox_broker import db
-from sandbox_broker.messages import AllocateSandbox, ListedAccount, ReleaseSandbox
+from sandbox_broker.messages import AllocateSandbox, ClaimDeletions, ListedAccount, ReleaseSandbox
 
 Rows = list[asyncpg.Record]
 
@@ -197,10 +197,11 @@ ORDER BY status_since, sandbox_id LIMIT w.number
 ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
 ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
 
-# Ends a lease and asks for the deletion of its sandbox, for the rows of `ending (lease_id, sandbox_id, reason)`.
+# Ends leases and asks for the deletion of their sandboxes, for the rows of
+# `ending (lease_id, sandbox_id, reason, note)`.
 _END_LEASES = """
 ended AS (
-    UPDATE leases l SET ended_at = now(), end_reason = e.reason
+    UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
     FROM ending e
     WHERE l.lease_id = e.lease_id AND l.ended_at IS NULL
     RETURNING l.sandbox_id, l.holder, l.track_name, e.reason
@@ -237,7 +238,8 @@ found AS MATERIALIZED (
     LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
 ),
 ending AS MATERIALIZED (
-    SELECT DISTINCT lease_id, sandbox_id, 'student' AS reason FROM found WHERE own AND ended_at IS NULL
+    SELECT DISTINCT lease_id, sandbox_id, 'student' AS reason, NULL::text AS note
+    FROM found WHERE own AND ended_at IS NULL
 ),
 {_END_LEASES}
 SELECT f.place, f.exists, coalesce(f.own, false) AS own,
@@ -251,7 +253,7 @@ ORDER BY f.place
 EXPIRE = f"""
 WITH {_GUARD},
 ending AS MATERIALIZED (
-    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason
+    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note
     FROM guard CROSS JOIN LATERAL (
         SELECT lease_id, sandbox_id FROM leases
         WHERE ended_at IS NULL AND expires_at <= now() - $2::interval
@@ -262,29 +264,99 @@ ending AS MATERIALIZED (
 SELECT epoch, ARRAY(SELECT sandbox_id FROM moved) AS sandbox_ids FROM guard
 """
 
+# An administrator ends a lease, whoever holds it.
+END_LEASE = f"""
+WITH {_GUARD},
+found AS MATERIALIZED (
+    SELECT s.sandbox_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at
+    FROM guard, sandboxes s LEFT JOIN leases l ON l.sandbox_id = s.sandbox_id
+    WHERE s.sandbox_id = $2
+),
+ending AS MATERIALIZED (
+    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note
+    FROM found WHERE lease_id IS NOT NULL AND ended_at IS NULL
+),
+{_END_LEASES}
+SELECT epoch, f.lease_id,
+    CASE WHEN m.sandbox_id IS NOT NULL THEN 'pending_deletion' ELSE f.status END AS status,
+    floor(extract(epoch FROM coalesce(m.deletion_requested_at, f.deletion_requested_at, f.ended_at)))::bigint
+        AS deletion_requested_at,
+    m.sandbox_id IS NOT NULL AS changed
+FROM guard LEFT JOIN found f ON true LEFT JOIN moved m ON true
+"""
+
+# One clean-up run at a time. Of two that ask at once the second waits for the row, then sees the first in it. What
+# is locked for a run names the duty, or it could be locked before the duty is looked at.
+_DUTY = """
+duty AS (
+    UPDATE cleanup_duty SET run_id = $2, until = now() + $3::interval
+    FROM guard
+    WHERE run_id = $2 OR until <= now()
+    RETURNING run_id
+)
+"""
+
 CLAIM_DELETIONS = f"""
 WITH {_GUARD},
+{_DUTY},
 due AS MATERIALIZED (
     SELECT s.sandbox_id
-    FROM guard CROSS JOIN LATERAL (
+    FROM duty CROSS JOIN LATERAL (
         SELECT sandbox_id FROM sandboxes
-        WHERE status = 'pending_deletion' AND deletion_due_at <= now()
-        ORDER BY deletion_due_at LIMIT $2 FOR UPDATE SKIP LOCKED
+        WHERE status = 'pending_deletion' AND deletion_due_at <= now() AND duty.run_id = $2
+        ORDER BY deletion_due_at LIMIT $4 FOR UPDATE SKIP LOCKED
     ) s
 ),
 claimed AS (
-    UPDATE sandboxes s SET deletion_due_at = now() + $3::interval
+    UPDATE sandboxes s SET deletion_due_at = now() + $3::interval, deletion_claim = $2
     FROM due WHERE s.sandbox_id = due.sandbox_id
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at
 )
-SELECT epoch, c.* FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
+SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
+    extract(epoch FROM CASE
+        WHEN EXISTS (SELECT FROM duty) THEN (
+            SELECT deletion_due_at FROM sandboxes
+            WHERE status = 'pending_deletion' ORDER BY deletion_due_at LIMIT 1
+        )
+        ELSE (SELECT until FROM cleanup_duty)
+    END - now())::float AS next_in_sec,
+    c.*
+FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
+"""
+
+# Not what this run has in hand: made due, it would be deleted a second time beside the first.
+HURRY_DELETIONS = f"""
+WITH {_GUARD},
+{_DUTY},
+postponed AS MATERIALIZED (
+    SELECT s.sandbox_id
+    FROM duty CROSS JOIN LATERAL (
+        SELECT sandbox_id FROM sandboxes
+        WHERE status = 'pending_deletion' AND deletion_due_at > now()
+          AND deletion_claim IS DISTINCT FROM duty.run_id
+        ORDER BY deletion_due_at LIMIT $4 FOR UPDATE SKIP LOCKED
+    ) s
+),
+hurried AS (
+    UPDATE sandboxes s SET deletion_due_at = now() FROM postponed WHERE s.sandbox_id = postponed.sandbox_id
+    RETURNING 1
+)
+SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty, (SELECT count(*) FROM hurried) AS hurried FROM guard
+"""
+
+END_CLEANUP = f"""
+WITH {_GUARD}, ended AS (
+    UPDATE cleanup_duty SET run_id = NULL, until = now() FROM guard WHERE run_id = $2 RETURNING 1
+)
+SELECT epoch, EXISTS (SELECT FROM ended) AS changed FROM guard
 """
 
 RECORD_DELETION = f"""
 WITH {_GUARD},
 moved AS (
     UPDATE sandboxes s
-    SET status = 'deleted', status_since = now(), deletion_due_at = NULL, deletion_error = NULL
+    SET status = 'deleted', status_since = now(), deleted_at = now(),
+        deletion_due_at = NULL, deletion_claim = NULL, deletion_error = NULL
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
     RETURNING s.sandbox_id, s.external_id, s.name
@@ -298,16 +370,19 @@ announced AS (
 SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
 """
 
-# The count of attempts is the condition: of a message that comes twice, the second finds it changed.
+# The claim and its count of attempts are the condition: of a message that comes twice the second finds them
+# changed, and one that comes when another run has taken over says nothing about that one's attempt.
 RECORD_DELETION_FAILURE = f"""
 WITH {_GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = CASE WHEN $5::interval IS NULL THEN 'deletion_failed' ELSE s.status END,
         status_since = CASE WHEN $5::interval IS NULL THEN now() ELSE s.status_since END,
-        deletion_attempts = s.deletion_attempts + 1, deletion_error = $4, deletion_due_at = now() + $5::interval
+        deletion_attempts = s.deletion_attempts + 1, deletion_error = $4,
+        deletion_due_at = now() + $5::interval, deletion_claim = NULL
     FROM guard
-    WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion' AND s.deletion_attempts = $3
+    WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
+      AND s.deletion_attempts = $3 AND s.deletion_claim = $6
     RETURNING s.sandbox_id, s.external_id, s.name, s.status, s.deletion_attempts
 ),
 announced AS (
@@ -319,6 +394,27 @@ announced AS (
     FROM moved m WHERE m.status = 'deletion_failed'
 )
 SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
+"""
+
+RETRY_DELETION = f"""
+WITH {_GUARD},
+moved AS (
+    UPDATE sandboxes s
+    SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now()
+    FROM guard
+    WHERE s.sandbox_id = $2 AND s.status = 'deletion_failed'
+    RETURNING s.sandbox_id, s.external_id, s.name
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.deletion_requested', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'reason', 'admin'
+    )
+    FROM moved m
+)
+SELECT epoch, EXISTS (SELECT FROM moved) AS changed, s.status,
+    floor(extract(epoch FROM coalesce(s.deletion_requested_at, now())))::bigint AS deletion_requested_at
+FROM guard LEFT JOIN sandboxes s ON s.sandbox_id = $2
 """
 
 BEGIN_LISTING = f"""
@@ -458,7 +554,10 @@ WITH {_GUARD}, recorded AS (
 SELECT epoch, EXISTS (SELECT FROM recorded) AS changed FROM guard
 """
 
-COUNT_BY_STATUS = "SELECT status, count(*) FROM sandboxes GROUP BY status"
+COUNT_BY_STATUS = """
+SELECT status, count(*), extract(epoch FROM now() - min(deletion_requested_at))::float
+FROM sandboxes GROUP BY status
+"""
 
 
 async def connect(database_url: str, queue: str, *, statement_timeout_sec: float, plans: str) -> asyncpg.Connection:
@@ -523,6 +622,12 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
             [command.holder for command in commands],
         )
     )
+
+
+async def claim_deletions(connection: asyncpg.Connection, epoch: int, command: ClaimDeletions) -> Rows:
+    """A row for each deletion, or one without a sandbox_id; all have on_duty and next_in_sec."""
+    claim = timedelta(seconds=command.claim_sec)
+    return _guarded(await connection.fetch(CLAIM_DELETIONS, epoch, command.run_id, claim, command.limit))
 
 
 async def stage_listing(

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -25,6 +26,8 @@ from sandbox_broker.messages import (
 )
 
 LAB = timedelta(hours=4)
+RUN = uuid.UUID(int=8)
+"""Of the clean-up."""
 
 
 def ask(
@@ -129,6 +132,7 @@ class Pool:
                 "csp_listings",
                 "csp_accounts",
                 "allocator_epoch",
+                "cleanup_duty",
             )
         ]
 

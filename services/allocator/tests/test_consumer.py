@@ -30,7 +30,7 @@ from sandbox_broker.messages import (
 from sandbox_broker.migrate import migrate
 
 from . import bus_harness
-from .allocator_harness import Pool, ask, done, granted, pool_in, refusal, until
+from .allocator_harness import RUN, Pool, ask, done, granted, pool_in, refusal, until
 from .bus_harness import Allocator, Client, allocator, client
 
 
@@ -82,8 +82,8 @@ async def test_maintenance_is_done_in_the_order_of_the_envelope(
             RecordDeletion(sandbox_id=pending),
             ExpireLeases(grace_sec=0, limit=10),
             ask("dan"),
-            ClaimDeletions(limit=10, claim_sec=60),
-            RecordDeletionFailure(sandbox_id="unknown", attempts=0, error="", retry_in_sec=1),
+            ClaimDeletions(run_id=RUN, limit=10, claim_sec=60),
+            RecordDeletionFailure(run_id=RUN, sandbox_id="unknown", attempts=0, error="", retry_in_sec=1),
         ],
         queue=topology.ALLOCATOR_MAINTENANCE,
     )
@@ -157,15 +157,15 @@ async def test_what_is_no_envelope_goes_to_the_dead_letters_and_blocks_nobody(
     "poison",
     [
         ExpireLeases.model_construct(grace_sec=1e300, limit=1),
-        ClaimDeletions.model_construct(limit=1, claim_sec=float("inf")),
-        RecordDeletionFailure.model_construct(sandbox_id="1", attempts=2**40, error="", retry_in_sec=1),
+        ClaimDeletions.model_construct(run_id=RUN, limit=1, claim_sec=float("inf")),
+        RecordDeletionFailure.model_construct(run_id=RUN, sandbox_id="1", attempts=2**40, error="", retry_in_sec=1),
     ],
     ids=repr,
 )
 async def test_a_number_that_the_database_cannot_hold_is_refused_and_kept(
     running: Allocator, asking: Client, poison: ExpireLeases
 ) -> None:
-    body = json.dumps({"commands": [poison.model_dump(), BeginListing().model_dump()]}).encode()
+    body = json.dumps({"commands": [poison.model_dump(mode="json"), BeginListing().model_dump()]}).encode()
     replies = await asking.ask(body, queue=topology.ALLOCATOR_MAINTENANCE)
     assert refusal(replies[0]) in ("INTERNAL_ERROR", "INVALID_COMMAND")
     assert replies[1].type == "ListingBegun"

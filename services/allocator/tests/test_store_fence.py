@@ -13,14 +13,18 @@ from sandbox_broker.messages import (
     BeginListing,
     ClaimDeletions,
     Command,
+    EndCleanup,
+    EndLease,
     ExpireLeases,
+    HurryDeletions,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RetryDeletion,
     StageListing,
 )
 
-from .allocator_harness import Pool, account, allocate, ask, begin, done, granted, release, stage
+from .allocator_harness import RUN, Pool, account, allocate, ask, begin, done, granted, release, stage
 
 HANDLERS = {**STUDENTS.handlers, **MAINTENANCE.handlers}
 STUDENTS_QUEUE = STUDENTS.queue.name
@@ -30,16 +34,23 @@ async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
     """One of each kind, all of which would change something."""
     await pool.fill(1)
     leased, pending = await pool.lease("ann"), await pool.pending()
+    (failed,) = await pool.fill(1, "deletion_failed")
     await pool.overdue("bob")
+    await pool.execute("UPDATE sandboxes SET deletion_claim = $2 WHERE sandbox_id = $1", pending, RUN)
+    await pool.execute("UPDATE cleanup_duty SET run_id = $1", RUN)
     listing_id = await begin(writer)
     await stage(writer, listing_id, [account(900)])
     found: list[Command] = [
         ask("cid"),
         done(leased, "ann"),
         ExpireLeases(grace_sec=0, limit=10),
-        ClaimDeletions(limit=10, claim_sec=60),
+        EndLease(request_id="request", sandbox_id=leased, note="why"),
+        ClaimDeletions(run_id=RUN, limit=10, claim_sec=60),
+        HurryDeletions(run_id=RUN, limit=10, claim_sec=60),
+        EndCleanup(run_id=RUN),
         RecordDeletion(sandbox_id=pending),
-        RecordDeletionFailure(sandbox_id=pending, attempts=0, error="", retry_in_sec=None),
+        RecordDeletionFailure(run_id=RUN, sandbox_id=pending, attempts=0, error="", retry_in_sec=None),
+        RetryDeletion(request_id="request", sandbox_id=failed),
         BeginListing(),
         StageListing(listing_id=listing_id, accounts=(account(901),)),
         ApplyListing(listing_id=listing_id, total=1, max_stale_fraction=0, force=True),

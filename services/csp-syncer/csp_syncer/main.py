@@ -29,7 +29,7 @@ def create_app(settings: Settings) -> Starlette:
         publisher.run,
         requester.run,
         partial(keep_connected, settings.amqp_url, "csp-syncer-commands", schedule.commands),
-        partial(ticks.consume, settings.amqp_url, topology.SYNC_TICKS, schedule.tick),
+        partial(ticks.consume, settings.amqp_url, topology.SYNC_TICKS, settings.sync_interval_sec, schedule.tick),
         partial(ticks.publish, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
     )
 

@@ -1,16 +1,28 @@
 """The admin routes: what the operator calls."""
 
 import uuid
+from collections.abc import Callable
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request, Response
 
-from gateway import views
+from gateway import jobs, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
-from gateway.schemas import Job, Stats, Sync, responses
+from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, Stats, Sync, responses
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import PoolSynced, SyncPool
+from sandbox_broker.messages import (
+    CleanedUp,
+    CleanUpNow,
+    Command,
+    EndLease,
+    PoolSynced,
+    Reply,
+    RetryDeletion,
+    SandboxReleased,
+    SyncPool,
+)
 
 _ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 
@@ -59,6 +71,90 @@ async def sync(request: Request, force: bool = False) -> Sync:
         restored=reply.restored,
         duration_ms=reply.duration_ms,
     )
+
+
+@router.post(
+    "/cleanup",
+    responses={
+        202: JOB_RUNNING,
+        **responses(*_ALWAYS, "CSP_UNAVAILABLE", "REAPER_UNAVAILABLE", "ALLOCATOR_UNAVAILABLE"),
+    },
+)
+async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
+    """Deletes what is pending now, whatever its backoff says. A call while one runs joins it."""
+    reply = await jobs.run(
+        request,
+        response,
+        "cleanup",
+        topology.REAPER_COMMANDS,
+        lambda job_id: CleanUpNow(request_id=request.state.request_id, job_id=job_id),
+        unavailable=("REAPER_UNAVAILABLE", "reaper"),
+    )
+    if isinstance(reply, JobRunning):
+        return reply
+    if not isinstance(reply, CleanedUp):
+        refuse(reply)
+    return Cleanup(deleted=reply.deleted, failed=reply.failed, duration_ms=reply.duration_ms)
+
+
+@router.post(
+    "/sandboxes/{sandbox_id}/release",
+    responses=responses(
+        *_ALWAYS, "SANDBOX_NOT_FOUND", "NOT_ALLOCATED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+    ),
+)
+async def release(
+    request: Request,
+    sandbox_id: str,
+    reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*\S[^\x00]*$")],
+) -> Release:
+    """Ends the lease, whoever holds it; the sandbox will be deleted. Repeating it is success. `reason` is kept."""
+    request_id = request.state.request_id
+    return await _released(
+        request, sandbox_id, lambda known: EndLease(request_id=request_id, sandbox_id=known, note=reason)
+    )
+
+
+@router.post(
+    "/sandboxes/{sandbox_id}/retry-deletion",
+    responses=responses(
+        *_ALWAYS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+    ),
+)
+async def retry_deletion(request: Request, sandbox_id: str) -> Release:
+    """Sends a failed deletion back: `deletion_failed` becomes `pending_deletion`, all attempts before it again."""
+    request_id = request.state.request_id
+    return await _released(
+        request, sandbox_id, lambda known: RetryDeletion(request_id=request_id, sandbox_id=known)
+    )
+
+
+async def _released(request: Request, sandbox_id: str, command: Callable[..., EndLease | RetryDeletion]) -> Release:
+    try:
+        asked = command(sandbox_id=sandbox_id)
+    except ValueError:
+        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox.") from None
+    reply = await _maintain(request, asked)
+    if not isinstance(reply, SandboxReleased):
+        refuse(reply)
+    return Release.model_validate(reply, from_attributes=True)
+
+
+async def _maintain(request: Request, command: Command) -> Reply:
+    """Asks the allocator for what no student waits for."""
+    context: Context = request.app.state.context
+    try:
+        if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
+            raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
+        return await context.requester.request(
+            topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
+        )
+    except (Disconnected, Unroutable) as error:
+        raise ApiError("ALLOCATOR_UNAVAILABLE", "The queue is down. Try again shortly.") from error
+    except TimeoutError as error:
+        raise ApiError(
+            "MAINTENANCE_TIMEOUT", "No answer in time. It may still be done: look before you ask again."
+        ) from error
 
 
 @router.get("/jobs/{job_id}", responses=responses(*_ALWAYS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))

@@ -35,6 +35,8 @@ KINDS: Mapping[str, Kind] = {
     "METHOD_NOT_ALLOWED": Kind(405, "The path exists, but not with this method"),
     "POOL_EXHAUSTED": Kind(409, "Nothing in the pool is available", retry_after=30),
     "IDEMPOTENCY_KEY_CONFLICT": Kind(409, "The key belongs to another lease"),
+    "NOT_ALLOCATED": Kind(409, "Nobody ever held this sandbox"),
+    "NOT_DELETION_FAILED": Kind(409, "Its deletion has not failed for good"),
     "SYNC_HELD": Kind(409, "The listing looks wrong, and nothing was changed"),
     "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", retry_after=5),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB"),
@@ -42,9 +44,11 @@ KINDS: Mapping[str, Kind] = {
     "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", retry_after=60),
     "ALLOCATOR_UNAVAILABLE": Kind(503, "The queue or the allocator is down", retry_after=2),
     "SYNCER_UNAVAILABLE": Kind(503, "The queue or the csp-syncer is down", retry_after=5),
+    "REAPER_UNAVAILABLE": Kind(503, "The queue or the reaper is down", retry_after=5),
     "DATABASE_UNAVAILABLE": Kind(503, "The database does not answer", retry_after=2),
     "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
     "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
+    "MAINTENANCE_TIMEOUT": Kind(504, "No answer in time; it may still be done", retry_after=5),
     "SYNC_TIMEOUT": Kind(504, "The sync is still running; asking again joins it", retry_after=5),
 }
 

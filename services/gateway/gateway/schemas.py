@@ -57,6 +57,13 @@ class Sync(BaseModel):
     duration_ms: int
 
 
+class Cleanup(BaseModel):
+    status: Literal["completed"] = "completed"
+    deleted: int
+    failed: int = Field(description="attempts; they are repeated later, by themselves")
+    duration_ms: int
+
+
 class Job(BaseModel):
     job_id: uuid.UUID
     kind: JobKind
@@ -104,6 +111,13 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
         if kind.status == HTTPStatus.UNAUTHORIZED:
             entry["headers"]["WWW-Authenticate"] = header("always `Bearer`")
     return entries | {"default": {"model": Error, "description": "Any other error has the same body."}}
+
+
+JOB_RUNNING: dict[str, Any] = {
+    "model": JobRunning,
+    "description": "It takes longer; ask after it at `Location`",
+    "headers": {"Location": {"description": "the path of the job", "schema": {"type": "string"}}},
+}
 
 
 def header(description: str, kind: str = "string") -> dict[str, Any]:

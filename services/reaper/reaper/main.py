@@ -6,7 +6,11 @@ from functools import partial
 
 from starlette.applications import Starlette
 
-from reaper.handlers import CSP_TIMEOUT_SEC, Reaper
+from reaper import metrics
+from reaper.cleanup import CleanUp
+from reaper.deletion import CSP_TIMEOUT_SEC, Deleter
+from reaper.handlers import expire_overdue
+from reaper.jobs import Jobs
 from reaper.schedule import Schedule
 from reaper.settings import Settings
 from sandbox_broker import health, logging, preflight, service, ticks, topology
@@ -20,8 +24,12 @@ def create_app(settings: Settings) -> Starlette:
     publisher = Publisher(url, "reaper")
     requester = Requester(url, "reaper", publisher)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
-    reaper = Reaper(settings, csp, requester)
-    schedule = Schedule(reaper)
+    deleter = Deleter(settings, csp, requester)
+    jobs = Jobs(requester)
+    cleanup = CleanUp(settings, requester, deleter, jobs)
+    schedule = Schedule(cleanup, jobs, publisher)
+    expire = partial(expire_overdue, settings, requester)
+    metrics.CIRCUIT.set_function(lambda: deleter.state)
 
     async def queue() -> str | None:
         return None if requester.connected else "not connected to RabbitMQ"
@@ -29,10 +37,18 @@ def create_app(settings: Settings) -> Starlette:
     tasks = service.lifespan(
         publisher.run,
         requester.run,
-        reaper.clean_up,
+        cleanup.run,
+        jobs.report,
         partial(keep_connected, url, "reaper-events", schedule.events),
-        partial(ticks.consume, url, topology.CLEANUP_TICKS, schedule.cleanup_tick),
-        partial(ticks.consume, url, topology.EXPIRY_TICKS, reaper.expire_overdue),
+        partial(keep_connected, url, "reaper-commands", schedule.commands),
+        partial(
+            ticks.consume,
+            url,
+            topology.CLEANUP_TICKS,
+            settings.cleanup_interval_sec,
+            schedule.cleanup_tick,
+        ),
+        partial(ticks.consume, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
         partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
         partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
     )

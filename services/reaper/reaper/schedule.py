@@ -1,24 +1,38 @@
-"""When the reaper works: on its ticks, and as soon as an event tells of a release."""
+"""When the reaper works: on its ticks, as soon as an event tells of a release, and when an administrator asks."""
 
 from aio_pika.abc import AbstractConnection
 
-from reaper.handlers import Reaper
+from reaper.cleanup import CleanUp
+from reaper.handlers import clean_up_now
+from reaper.jobs import Jobs
 from sandbox_broker import topology
-from sandbox_broker.bus import Subscription
+from sandbox_broker.bus import Publisher, Subscription
+from sandbox_broker.messages import CleanUpNow, Command, Reply
+from sandbox_broker.serving import serve
 
 PREFETCH = 200
 
 
 class Schedule:
-    def __init__(self, reaper: Reaper) -> None:
-        self._reaper = reaper
+    def __init__(self, cleanup: CleanUp, jobs: Jobs, publisher: Publisher) -> None:
+        self._cleanup = cleanup
+        self._jobs = jobs
+        self._publisher = publisher
 
     async def cleanup_tick(self) -> None:
-        self._reaper.wake()
+        self._cleanup.wake()
 
     async def events(self, connection: AbstractConnection) -> None:
         """An event only wakes; what is due is asked of the allocator, so a lost or repeated one is harmless."""
         subscription = await Subscription.open(connection, topology.REAPER_EVENTS, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
-            self._reaper.wake()
+            self._cleanup.wake()
             await subscription.ack(deliveries[-1], all_before=True)
+
+    async def commands(self, connection: AbstractConnection) -> None:
+        async def handle(command: Command) -> Reply | None:
+            if isinstance(command, CleanUpNow):
+                return await clean_up_now(self._cleanup, self._jobs, command)
+            return None
+
+        await serve(connection, topology.REAPER_COMMANDS, self._publisher, handle)

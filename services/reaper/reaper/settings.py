@@ -17,3 +17,5 @@ class Settings(ServiceSettings):
     deletion_backoff_base_sec: float = Field(default=30, gt=0)
     deletion_backoff_max_sec: float = Field(default=3600, gt=0)
     deletion_max_attempts: int = Field(default=8, ge=1)
+    circuit_breaker_threshold: int = Field(default=5, ge=1)
+    circuit_breaker_timeout_sec: float = Field(default=60, gt=0)

@@ -23,12 +23,16 @@ from sandbox_broker.messages import (
     ClaimDeletions,
     Command,
     DeletionsClaimed,
+    DeletionsHurried,
     DueDeletion,
+    EndCleanup,
     ExpireLeases,
+    HurryDeletions,
     InvalidCommand,
     LeasesExpired,
     RecordDeletion,
     RecordDeletionFailure,
+    RecordJob,
     Recorded,
     Refused,
     Reply,
@@ -79,6 +83,7 @@ class Allocator:
     csp: Csp
     due: dict[str, DueDeletion] = field(default_factory=dict)
     due_at: dict[str, float] = field(default_factory=dict)
+    on_duty: tuple[uuid.UUID | None, float] = (None, 0)
     overdue_leases: int = 0
     heard: list[tuple[float, Command]] = field(default_factory=list)
     invalid: list[InvalidCommand] = field(default_factory=list)
@@ -98,6 +103,17 @@ class Allocator:
     def all(self, kind: type[M]) -> list[M]:
         return [command for _, command in self.heard if isinstance(command, kind)]
 
+    def claims_end(self) -> None:
+        self.due_at.clear()
+        self.on_duty = (None, 0)
+
+    def _takes_duty(self, command: ClaimDeletions | HurryDeletions, now: float) -> bool:
+        run_id, until = self.on_duty
+        if run_id != command.run_id and until > now:
+            return False
+        self.on_duty = (command.run_id, now + command.claim_sec)
+        return True
+
     async def answer(self, command: Command) -> Reply:
         now = time.monotonic()
         self.heard.append((now, command))
@@ -109,18 +125,36 @@ class Allocator:
                 self.overdue_leases -= ended
                 return LeasesExpired(sandbox_ids=tuple(map(str, range(ended))))
             case ClaimDeletions():
+                if not self._takes_duty(command, now):
+                    return DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=self.on_duty[1] - now)
                 ready = [due for key, due in self.due.items() if self.due_at.get(key, 0) <= now]
                 claimed = tuple(ready[: command.limit])
                 for due in claimed:
                     self.due_at[due.sandbox_id] = now + command.claim_sec
-                return DeletionsClaimed(deletions=claimed)
+                later = [self.due_at[key] - now for key in self.due if key in self.due_at]
+                return DeletionsClaimed(deletions=claimed, next_in_sec=min(later, default=None))
+            case HurryDeletions():
+                if not self._takes_duty(command, now):
+                    return DeletionsHurried(on_duty=False, hurried=0)
+                hurried = len(self.due_at)
+                self.due_at.clear()
+                return DeletionsHurried(hurried=hurried)
+            case EndCleanup():
+                ended = self.on_duty[0] == command.run_id
+                if ended:
+                    self.on_duty = (None, 0)
+                return Recorded(changed=ended)
+            case RecordJob():
+                return Recorded(changed=True)
             case RecordDeletion():
                 in_csp = (await self.csp.accounts()).values()
                 self.gone_from_csp_when_recorded.append(self.due[command.sandbox_id].external_id not in in_csp)
                 del self.due[command.sandbox_id]
+                self.due_at.pop(command.sandbox_id, None)
                 return Recorded(changed=True)
             case RecordDeletionFailure():
                 due = self.due.pop(command.sandbox_id)
+                self.due_at.pop(command.sandbox_id, None)
                 if command.retry_in_sec is not None:
                     self.due[due.sandbox_id] = due.model_copy(update={"attempts": due.attempts + 1})
                     self.due_at[due.sandbox_id] = now + command.retry_in_sec

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from structlog.testing import capture_logs
 
-from reaper import handlers, main
+from reaper import asking, cleanup, main
 from sandbox_broker import topology
 from sandbox_broker.messages import ClaimDeletions, RecordDeletion, RecordDeletionFailure
 
@@ -250,7 +250,7 @@ async def test_a_tick_finds_what_no_event_announced(csp: Csp, allocator: Allocat
 async def test_an_allocator_that_does_not_answer_loses_nothing(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "REQUEST_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.2)
     allocator = Allocator(csp)
     await allocator.add_due()
     with capture_logs() as logs:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 from structlog.testing import capture_logs
 
-from reaper import handlers
+from reaper import asking
 from reaper.handlers import EXPIRY_PIECE
 from sandbox_broker import topology
 from sandbox_broker.messages import ExpireLeases
@@ -39,7 +39,7 @@ async def test_it_asks_until_nothing_is_overdue(csp: Csp, queues: str) -> None:
 async def test_it_goes_on_with_the_next_tick_when_the_allocator_was_away(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "REQUEST_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.2)
     allocator = Allocator(csp, overdue_leases=5)
     with capture_logs() as logs:
         async with reaping(queues, csp):

@@ -62,6 +62,7 @@ async def clean_database(database_url: str) -> str:
     """The database with our tables, all of them empty."""
     connection = await asyncpg.connect(database_url)
     await connection.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
+    await connection.execute("UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'")
     await connection.close()
     return database_url
 

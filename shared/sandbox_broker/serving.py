@@ -1,0 +1,62 @@
+"""Commands that take long to carry out: each in a task of its own, so that one which comes meanwhile can join."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer
+from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
+
+MAX_AT_ONCE = 100
+
+log = structlog.get_logger()
+
+Handle = Callable[[Command], Awaitable[Reply | None]]
+"""None: this command is not for us."""
+
+
+async def serve(
+    connection: AbstractConnection, queue: topology.Queue, publisher: Publisher, handle: Handle
+) -> None:
+    """Answers what comes to the queue until the connection is lost. A command is acknowledged after its answer, so
+    one whose process dies is the next consumer's."""
+    subscription = await Subscription.open(connection, queue, prefetch=MAX_AT_ONCE)
+    handling: set[asyncio.Task[None]] = set()
+
+    async def serve_one(delivery: DeliveredMessage) -> None:
+        try:
+            commands = decode_commands(delivery.body)
+        except InvalidEnvelope as error:
+            log.error("message.rejected", queue=queue.name, reason=str(error))
+            await subscription.reject(delivery)
+            return
+        replies = [await _reply(queue, command, handle) for command in commands]
+        try:
+            await answer(publisher, delivery, replies)
+        except Disconnected as error:
+            log.warning("reply.lost", error=str(error))
+        await subscription.ack(delivery)
+
+    async with asyncio.TaskGroup() as group:
+        while deliveries := await subscription.batch(MAX_AT_ONCE):
+            for delivery in deliveries:
+                task = group.create_task(serve_one(delivery))
+                handling.add(task)
+                task.add_done_callback(handling.discard)
+        # The connection is gone: the commands come again over the next one, and join what still runs.
+        for task in handling:
+            task.cancel()
+
+
+async def _reply(queue: topology.Queue, command: Command | InvalidCommand, handle: Handle) -> Reply:
+    if isinstance(command, InvalidCommand):
+        reason = str(command)
+    elif (reply := await handle(command)) is not None:
+        return reply
+    else:
+        reason = f"{command.type} is not for {queue.name}"
+    return Refused(code="INVALID_COMMAND", message=f"This cannot be understood here: {reason}")
