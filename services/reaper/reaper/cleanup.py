@@ -29,7 +29,7 @@ from sandbox_broker.messages import (
 
 CLAIM_MARGIN_SEC = 10.0
 HURRY_PIECE = 500
-MIN_PAUSE_SEC = 1.0
+MIN_PAUSE_SEC = 0.2
 NO_ANSWER_PAUSE_SEC = 5.0
 
 log = structlog.get_logger()

@@ -32,8 +32,8 @@ from sandbox_broker.messages import (
     LeasesExpired,
     RecordDeletion,
     RecordDeletionFailure,
-    RecordJob,
     Recorded,
+    RecordJob,
     Refused,
     Reply,
     ReplyEnvelope,
@@ -207,18 +207,22 @@ async def reaping(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None
 
 async def announce(amqp_url: str) -> None:
     """Publishes the event that a sandbox was released."""
-    await _publish(amqp_url, topology.EVENTS, "sandbox.deletion_requested")
+    await storm(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1)
 
 
-async def tick(amqp_url: str, queue: topology.Queue) -> None:
-    await _publish(amqp_url, topology.TICKS, queue.name)
-
-
-async def _publish(amqp_url: str, exchange: topology.Exchange, routing_key: str) -> None:
+async def storm(amqp_url: str, exchange: topology.Exchange, routing_key: str, size: int) -> None:
+    """As many messages at once."""
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         target = await channel.get_exchange(exchange.name)
-        await target.publish(aio_pika.Message(b"{}"), routing_key)
+        await asyncio.gather(*(target.publish(aio_pika.Message(b"{}"), routing_key) for _ in range(size)))
+
+
+async def waiting(amqp_url: str, queue: topology.Queue) -> int:
+    connection = await aio_pika.connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        declared = await channel.declare_queue(queue.name, passive=True)
+        return declared.declaration_result.message_count or 0
 
 
 def any_external_id() -> str:

@@ -1,15 +1,17 @@
 """Deletions: from what is due to what CSP did, and what the allocator is told of it."""
 
 import asyncio
+import time
+import uuid
 from collections.abc import AsyncIterator
 from itertools import pairwise
 
 import pytest
 from structlog.testing import capture_logs
 
-from reaper import asking, cleanup, main
+from reaper import asking, cleanup, deletion, main
 from sandbox_broker import topology
-from sandbox_broker.messages import ClaimDeletions, RecordDeletion, RecordDeletionFailure
+from sandbox_broker.messages import ClaimDeletions, EndCleanup, RecordDeletion, RecordDeletionFailure
 
 from .reaper_harness import (
     Allocator,
@@ -20,8 +22,9 @@ from .reaper_harness import (
     reaping,
     sample,
     simulated_csp,
-    tick,
+    storm,
     until,
+    waiting,
 )
 
 
@@ -90,19 +93,19 @@ async def test_batches_and_delays_are_kept(csp: Csp, allocator: Allocator, amqp_
         cleanup_per_sandbox_delay_sec=0.1,
     ):
         await until(lambda: not allocator.due)
-    assert {command.limit for command in allocator.all(ClaimDeletions)} == {3}
     starts = [call["at"] for call in await csp.deletions()]
     pauses = [later - earlier for earlier, later in pairwise(starts)]
     assert all(pause >= 0.095 for pause in pauses)
     assert all(pauses[number] >= 0.39 for number in (2, 5))  # between two batches
 
 
-async def test_a_claim_outlasts_the_slowest_batch(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    async with reaping(
-        amqp_url, csp, cleanup_concurrency=3, cleanup_batch_size=10, cleanup_per_sandbox_delay_sec=7
-    ):
+@pytest.mark.parametrize("delays", [(7, 0), (2, 9)])
+async def test_a_claim_outlasts_the_slowest_deletion_and_the_pause_after_it(
+    csp: Csp, allocator: Allocator, amqp_url: str, delays: tuple[float, float]
+) -> None:
+    async with reaping(amqp_url, csp, cleanup_batch_delay_sec=delays[0], cleanup_per_sandbox_delay_sec=delays[1]):
         await until(lambda: allocator.all(ClaimDeletions))
-    slowest = 4 * (handlers.CSP_TIMEOUT_SEC + handlers.REQUEST_TIMEOUT_SEC + 7)
+    slowest = 3 * asking.REQUEST_TIMEOUT_SEC + deletion.CSP_TIMEOUT_SEC + max(delays)
     assert allocator.all(ClaimDeletions)[0].claim_sec > slowest
 
 
@@ -195,24 +198,27 @@ async def test_an_external_id_that_is_none_is_given_up_at_once(
     assert await csp.deletions() == []
 
 
-async def test_a_refused_token_stops_all_deletions_and_is_seen_without_using_attempts_up(
+async def test_a_refused_token_stops_all_deletions_until_one_probe_finds_it_accepted(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await csp.behave(reject_tokens=True)
     await allocator.add_due()
     with capture_logs() as logs:
-        async with reaping(amqp_url, csp):
+        async with reaping(amqp_url, csp, circuit_breaker_timeout_sec=1):
             await until(lambda: sample("broker_csp_unauthorized") == 1)
-            assert len(await csp.deletions()) <= 2  # as many as run at once
+            refused = await csp.deletions()
+            assert len(refused) <= 2  # as many as run at once
             assert "cleanup.unauthorized" in [line["event"] for line in logs if line["log_level"] == "error"]
-            assert allocator.all(RecordDeletionFailure) == []
-            assert len(allocator.due) == 7
-            # The claims end, the token is right again, and something wakes the reaper.
+            for _ in range(5):  # whatever wakes it meanwhile
+                await announce(amqp_url)
+            allocator.claims_end()
+            await until(lambda: sample("broker_circuit_state") == 1)
+            assert len(await csp.deletions()) <= len(refused) + 1
             await csp.behave(reject_tokens=False)
-            allocator.due_at.clear()
-            await announce(amqp_url)
+            allocator.claims_end()
             await until(lambda: not allocator.due)
             assert sample("broker_csp_unauthorized") == 0
+    assert allocator.all(RecordDeletionFailure) == []  # no attempt was used up
     assert "simulator-token" not in str(logs)
 
 
@@ -226,7 +232,7 @@ async def test_one_deletion_that_cannot_be_recorded_does_not_hold_up_the_others(
         await until(lambda: set(allocator.due) == {poison})
         # Nothing is lost: when its claim ends it is found gone in CSP, and recorded.
         allocator.refuses = lambda _: False
-        allocator.due_at.clear()
+        allocator.claims_end()
         await announce(amqp_url)
         await until(lambda: not allocator.due)
     assert (await csp.deletions())[-1]["status"] == 404
@@ -247,10 +253,64 @@ async def test_a_tick_finds_what_no_event_announced(csp: Csp, allocator: Allocat
         await until(lambda: not allocator.due)
 
 
+async def test_a_storm_of_ticks_costs_one_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await storm(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(EndCleanup))
+        await storm(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
+        async with asyncio.timeout(20):
+            while await waiting(amqp_url, topology.CLEANUP_TICKS):  # noqa: ASYNC110 (nothing tells us)
+                await asyncio.sleep(0.01)
+        assert len({command.run_id for command in allocator.all(ClaimDeletions)}) == 1
+
+
+async def test_a_storm_of_events_deletes_nothing_twice(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await allocator.add_due()
+    async with reaping(amqp_url, csp):
+        await storm(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1000)
+        await until(lambda: not allocator.due)
+    assert [call["status"] for call in await csp.deletions()] == [204] * 7
+
+
+async def test_two_reapers_together_keep_the_throttles_of_one(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await allocator.add_due()
+    await csp.behave(delete_latency_sec=0.05)
+    throttles = {
+        "cleanup_concurrency": 1,
+        "cleanup_batch_size": 3,
+        "cleanup_batch_delay_sec": 0.3,
+        "cleanup_per_sandbox_delay_sec": 0.1,
+        "cleanup_interval_sec": 0.2,  # ticks go to one of them, events to any
+    }
+    async with reaping(amqp_url, csp, **throttles), reaping(amqp_url, csp, **throttles):
+        for _ in range(10):
+            await announce(amqp_url)
+        await until(lambda: not allocator.due)
+    calls = await csp.deletions()
+    assert [call["status"] for call in calls] == [204] * 7  # none twice
+    pauses = [later["at"] - earlier["at"] - earlier["duration_ms"] / 1000 for earlier, later in pairwise(calls)]
+    assert all(pause >= 0.095 for pause in pauses)
+    assert all(pauses[number] >= 0.39 for number in (2, 5))
+
+
+async def test_a_reaper_beside_one_that_died_on_duty_begins_when_its_claim_ends(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await allocator.add_due()
+    allocator.on_duty = (uuid.uuid4(), time.monotonic() + 0.5)
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(ClaimDeletions))
+        assert await csp.deletions() == []
+        await until(lambda: not allocator.due)
+
+
 async def test_an_allocator_that_does_not_answer_loses_nothing(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(cleanup, "NO_ANSWER_PAUSE_SEC", 0.1)
     allocator = Allocator(csp)
     await allocator.add_due()
     with capture_logs() as logs:
@@ -258,7 +318,6 @@ async def test_an_allocator_that_does_not_answer_loses_nothing(
             await until(lambda: "cleanup.postponed" in [line["event"] for line in logs])
             assert await csp.deletions() == []
             async with allocator.consuming(queues):
-                await tick(queues, topology.CLEANUP_TICKS)
                 await until(lambda: not allocator.due)
 
 
@@ -270,7 +329,7 @@ async def test_a_reaper_that_dies_in_the_middle_leaves_the_rest_to_the_next(
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(RecordDeletion))
     assert allocator.due
-    allocator.due_at.clear()  # the claims end
+    allocator.claims_end()  # the claims end
     await csp.behave(delete_latency_sec=0)
     async with reaping(amqp_url, csp):
         await until(lambda: not allocator.due)

@@ -7,10 +7,9 @@ from structlog.testing import capture_logs
 
 from reaper import asking
 from reaper.handlers import EXPIRY_PIECE
-from sandbox_broker import topology
 from sandbox_broker.messages import ExpireLeases
 
-from .reaper_harness import Allocator, Csp, emptied, reaping, simulated_csp, tick, until
+from .reaper_harness import Allocator, Csp, emptied, reaping, simulated_csp, until
 
 
 @pytest.fixture
@@ -28,10 +27,9 @@ async def csp() -> AsyncIterator[Csp]:
 
 async def test_it_asks_until_nothing_is_overdue(csp: Csp, queues: str) -> None:
     allocator = Allocator(csp, overdue_leases=2 * EXPIRY_PIECE + 1)
-    async with allocator.consuming(queues), reaping(queues, csp, grace_period_minutes=30):
+    async with allocator.consuming(queues), reaping(queues, csp, auto_expiry_interval_sec=1):
         await until(lambda: len(allocator.all(ExpireLeases)) == 3)
-        await tick(queues, topology.EXPIRY_TICKS)
-        await until(lambda: len(allocator.all(ExpireLeases)) == 4)
+        await until(lambda: len(allocator.all(ExpireLeases)) == 4)  # with the next tick
     assert allocator.overdue_leases == 0
     assert {(command.limit, command.grace_sec) for command in allocator.all(ExpireLeases)} == {(EXPIRY_PIECE, 1800)}
 
@@ -42,10 +40,9 @@ async def test_it_goes_on_with_the_next_tick_when_the_allocator_was_away(
     monkeypatch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.2)
     allocator = Allocator(csp, overdue_leases=5)
     with capture_logs() as logs:
-        async with reaping(queues, csp):
+        async with reaping(queues, csp, auto_expiry_interval_sec=0.1):
             await until(lambda: "expiry.postponed" in [line["event"] for line in logs])
             async with allocator.consuming(queues):
-                await tick(queues, topology.EXPIRY_TICKS)
                 await until(lambda: allocator.overdue_leases == 0)
 
 
