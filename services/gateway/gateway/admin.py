@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -106,13 +107,10 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
 async def release(
     request: Request,
     sandbox_id: str,
-    reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*\S[^\x00]*$")],
+    reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")],
 ) -> Release:
     """Ends the lease, whoever holds it; the sandbox will be deleted. Repeating it is success. `reason` is kept."""
-    request_id = request.state.request_id
-    return await _released(
-        request, sandbox_id, lambda known: EndLease(request_id=request_id, sandbox_id=known, note=reason)
-    )
+    return await _released(request, partial(EndLease, sandbox_id=sandbox_id, note=reason))
 
 
 @router.post(
@@ -123,17 +121,14 @@ async def release(
 )
 async def retry_deletion(request: Request, sandbox_id: str) -> Release:
     """Sends a failed deletion back: `deletion_failed` becomes `pending_deletion`, all attempts before it again."""
-    request_id = request.state.request_id
-    return await _released(
-        request, sandbox_id, lambda known: RetryDeletion(request_id=request_id, sandbox_id=known)
-    )
+    return await _released(request, partial(RetryDeletion, sandbox_id=sandbox_id))
 
 
-async def _released(request: Request, sandbox_id: str, command: Callable[..., EndLease | RetryDeletion]) -> Release:
+async def _released(request: Request, command: Callable[..., Command]) -> Release:
     try:
-        asked = command(sandbox_id=sandbox_id)
-    except ValueError:
-        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox.") from None
+        asked = command(request_id=request.state.request_id)
+    except ValueError:  # no id can look like that
+        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
     reply = await _maintain(request, asked)
     if not isinstance(reply, SandboxReleased):
         refuse(reply)

@@ -36,6 +36,8 @@ async def run(
     try:
         if await context.publisher.consumers(queue.name) == 0:
             raise ApiError(code, f"No {service} is running. Start it, then try again.")
+        if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
+            raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         await _record(context, RecordJob(job_id=job_id, kind=kind), deadline)
         return await context.requester.request(queue, command(job_id), timeout_sec=deadline - loop.time())
     except (Disconnected, Unroutable) as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -18,14 +18,20 @@ from gateway.main import create_app
 from gateway.settings import Settings
 from sandbox_broker import topology
 from sandbox_broker.messages import (
+    CleanedUp,
+    CleanUpNow,
     Command,
+    EndLease,
     InvalidCommand,
     LeaseGranted,
     PoolSynced,
+    Recorded,
+    RecordJob,
     Refused,
     ReleaseSandbox,
     Reply,
     ReplyEnvelope,
+    RetryDeletion,
     SandboxReleased,
     SyncPool,
     decode_commands,
@@ -58,6 +64,14 @@ async def say_yes(command: Command) -> Reply:
         )
     if isinstance(command, SyncPool):
         return PoolSynced(synced=5, marked_stale=1, restored=2, duration_ms=34)
+    if isinstance(command, EndLease | RetryDeletion):
+        return SandboxReleased(
+            sandbox_id=command.sandbox_id, status="pending_deletion", deletion_requested_at=1728054200
+        )
+    if isinstance(command, CleanUpNow):
+        return CleanedUp(deleted=3, failed=1, duration_ms=34)
+    if isinstance(command, RecordJob):
+        return Recorded(changed=True)
     return LEASE
 
 
@@ -110,7 +124,9 @@ class Gateway:
     app: FastAPI
     client: httpx.AsyncClient
     allocator: FarSide
+    maintenance: FarSide
     syncer: FarSide
+    reaper: FarSide
 
     async def allocate(self, **headers: str | bytes) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -126,7 +142,7 @@ class Gateway:
         await until(lambda: not self.app.state.context.allocator._present)
 
     def reset(self) -> None:
-        for far_side in (self.allocator, self.syncer):
+        for far_side in (self.allocator, self.maintenance, self.syncer, self.reaper):
             far_side.answer = say_yes
             far_side.envelopes.clear()
 
@@ -163,16 +179,24 @@ def client(app: ASGIApp) -> httpx.AsyncClient:
 
 @asynccontextmanager
 async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> AsyncIterator[Gateway]:
-    """A gateway that is connected; with `far_sides` both services that it asks are there."""
+    """A gateway that is connected; with `far_sides` the services that it asks are there."""
     app = create_app(settings(amqp_url=amqp_url, **changes))
-    allocator, syncer = FarSide(topology.ALLOCATOR_COMMANDS), FarSide(topology.SYNCER_COMMANDS)
+    queues = (
+        topology.ALLOCATOR_COMMANDS,
+        topology.ALLOCATOR_MAINTENANCE,
+        topology.SYNCER_COMMANDS,
+        topology.REAPER_COMMANDS,
+    )
+    far = [FarSide(queue) for queue in queues]
     async with app.router.lifespan_context(app), client(app) as http:
-        gateway = Gateway(app, http, allocator, syncer)
+        gateway = Gateway(app, http, *far)
         await until(lambda: app.state.context.requester.connected)
         if not far_sides:
             yield gateway
             return
-        async with allocator.consuming(amqp_url), syncer.consuming(amqp_url):
+        async with AsyncExitStack() as stack:
+            for far_side in far:
+                await stack.enter_async_context(far_side.consuming(amqp_url))
             await gateway.present()
             yield gateway
 

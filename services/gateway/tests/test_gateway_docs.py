@@ -21,6 +21,9 @@ STATUSES = {
     ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
     ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 500, 503},
     ("post", "/v1/admin/sync"): {200, 400, 401, 403, 409, 413, 500, 502, 503, 504},
+    ("post", "/v1/admin/cleanup"): {200, 202, 400, 401, 403, 413, 500, 502, 503},
+    ("post", "/v1/admin/sandboxes/{sandbox_id}/release"): {200, 400, 401, 403, 404, 409, 413, 500, 503, 504},
+    ("post", "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"): {200, 400, 401, 403, 404, 409, 413, 500, 503, 504},
     ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
     ("get", "/healthz"): {200},
     ("get", "/readyz"): {200, 503},
@@ -78,7 +81,7 @@ async def test_the_document_names_the_headers(document: Any) -> None:
         sent = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "header"}
         if path == "/v1/allocate":
             assert sent == TRACK_HEADERS | {"X-Instruqt-Track-ID", "X-Sandbox-Name-Prefix", "Idempotency-Key"}
-        elif "{sandbox_id}" in path:
+        elif path.startswith("/v1/sandboxes/"):
             assert sent == TRACK_HEADERS
         else:
             assert sent == set()
