@@ -44,13 +44,18 @@ class Stack:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.environment['GATEWAY_PORT']}"
 
-    async def start_service(self, module: str, *, name: str | None = None) -> Process:
+    async def start_service(
+        self, module: str, *, name: str | None = None, launcher: tuple[str, ...] | None = None
+    ) -> Process:
         """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
         environment = dict(self.environment)
         if name is not None:
             environment[PORTS[module]] = str(free_port())
         process = await spawn(
-            name or module, [sys.executable, *self.launcher, module], env=environment, cwd=ROOT / "tests"
+            name or module,
+            [sys.executable, *(launcher or self.launcher), module],
+            env=environment,
+            cwd=ROOT / "tests",
         )
         self.processes[name or module] = process
         await self.until_ready(f"http://127.0.0.1:{environment[PORTS[module]]}/readyz", process)
@@ -86,6 +91,9 @@ class Stack:
 
     async def sync(self, **parameters: str) -> httpx.Response:
         return await self.client.post(f"{self.url}/v1/admin/sync", headers=ADMIN, params=parameters)
+
+    async def admin(self, method: str, path: str, **parameters: str) -> httpx.Response:
+        return await self.client.request(method, f"{self.url}/v1/admin/{path}", headers=ADMIN, params=parameters)
 
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
         """Everything anew: as many accounts in CSP, all of them available, nobody holds one."""

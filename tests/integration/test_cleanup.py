@@ -1,8 +1,12 @@
 """What happens to sandboxes after the lab."""
 
 import asyncio
+from datetime import timedelta
+from pathlib import Path
 
 from tests.integration.stack import Stack, eventually
+
+WRONG_CLOCK = str(Path(__file__).with_name("wrong_clock.py"))
 
 
 async def test_a_deletion_that_csp_refuses_is_tried_again_until_it_succeeds(stack: Stack) -> None:
@@ -76,3 +80,72 @@ async def test_a_killed_reaper_loses_no_deletion(stack: Stack) -> None:
         return (await stack.stats())["deleted"] == 1
 
     await eventually(deleted)
+
+
+async def test_a_clean_up_on_demand_deletes_what_is_put_off(stack: Stack) -> None:
+    lease = (await stack.allocate("ada")).json()
+    stack.processes.pop("reaper").kill()
+    await stack.release(lease["sandbox_id"], "ada")
+    await stack.database.execute("UPDATE sandboxes SET deletion_due_at = now() + interval '1 hour'")
+    await stack.start_service("reaper")
+    response = await stack.admin("POST", "cleanup")
+    assert response.status_code == 200, response.text
+    assert (response.json()["status"], response.json()["deleted"]) == ("completed", 1)
+    assert (await stack.stats())["deleted"] == 1
+    job_id = await stack.database.fetchval("SELECT job_id FROM jobs")
+    job = (await stack.admin("GET", f"jobs/{job_id}")).json()
+    assert (job["state"], job["result"]["deleted"]) == ("completed", 1)
+
+
+async def test_an_administrator_ends_a_lease_and_the_sandbox_is_deleted(stack: Stack) -> None:
+    lease = (await stack.allocate("ada")).json()
+    first, again = [
+        await stack.admin("POST", f"sandboxes/{lease['sandbox_id']}/release", reason="class is over") for _ in "12"
+    ]
+    assert (first.status_code, again.status_code) == (200, 200)
+
+    async def deleted() -> bool:
+        return (await stack.stats())["deleted"] == 1
+
+    await eventually(deleted)
+    assert await stack.database.fetchval("SELECT (end_reason, end_note) = ('admin', 'class is over') FROM leases")
+    assert (await stack.allocate("ada")).json()["sandbox_id"] != lease["sandbox_id"]
+
+
+async def test_a_failed_deletion_that_is_sent_back_is_deleted(stack: Stack) -> None:
+    lease = (await stack.allocate("ada")).json()
+    await stack.release(lease["sandbox_id"], "ada")
+
+    async def deleted() -> bool:
+        return (await stack.stats())["deleted"] == 1
+
+    await eventually(deleted)
+    await stack.database.execute("UPDATE sandboxes SET status = 'deletion_failed' WHERE status = 'deleted'")
+    retry = f"sandboxes/{lease['sandbox_id']}/retry-deletion"
+    assert (await stack.admin("POST", retry)).json()["status"] == "pending_deletion"
+    await eventually(deleted)
+    assert (await stack.admin("POST", retry)).json()["detail"]["code"] == "NOT_DELETION_FAILED"
+
+
+async def test_a_reaper_whose_clock_is_an_hour_ahead_ends_no_lease_early_and_deletes_all(stack: Stack) -> None:
+    stack.processes["reaper"].kill()
+    await stack.start_service("reaper", launcher=(WRONG_CLOCK,))
+    try:
+        await stack.control("PATCH", "behaviour", {"fail_next_deletes": 2})
+        overdue = (await stack.allocate("forgetful")).json()
+        await stack.allocate("present")
+        in_time = "UPDATE leases SET expires_at = now() - $2::interval WHERE holder = $1"
+        await stack.database.execute(in_time, "present", timedelta(minutes=29))
+        await stack.database.execute(in_time, "forgetful", timedelta(minutes=31))
+
+        async def deleted() -> bool:
+            return (await stack.stats())["deleted"] == 1
+
+        await eventually(deleted)
+        assert (await stack.stats())["allocated"] == 1
+        calls = await stack.deletions()
+        assert {call["path"].rsplit("/", 1)[1] for call in calls} == {overdue["external_id"]}
+        assert [call["status"] for call in calls] == [500, 500, 204]
+    finally:
+        stack.processes["reaper"].kill()
+        await stack.start_service("reaper")

@@ -1,0 +1,67 @@
+"""Runs a service that kills or freezes itself at a named point, once told to: `python dying.py MODULE`.
+
+What and where is read from the file that DIE_AT names; who reaches it removes the file and stops as by `kill -9` or
+`kill -STOP`. The reaper's patience is cut short, so that what a dead one has claimed is soon free.
+"""
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from reaper import asking, deletion
+from sandbox_broker import bus, csp
+
+told = Path(os.environ["DIE_AT"])
+module = sys.argv.pop(1)
+
+asking.REQUEST_TIMEOUT_SEC = 1
+deletion.CSP_TIMEOUT_SEC = 1
+
+from reaper import cleanup  # noqa: E402 (it reads what was changed)
+
+cleanup.CLAIM_MARGIN_SEC = 0.5
+cleanup.NO_ANSWER_PAUSE_SEC = 0.2
+
+
+def here(point: str) -> None:
+    try:
+        where, _, how = told.read_text().partition(", ")
+        if where != f"{module}: {point}":
+            return
+        told.unlink()
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
+
+
+def dying(work: Callable[..., Awaitable[Any]], before: str | None, after: str | None) -> Callable[..., Any]:
+    async def wrapped(*arguments: Any, **named: Any) -> Any:
+        if before:
+            here(before)
+        result = await work(*arguments, **named)
+        if after:
+            here(after)
+        return result
+
+    return wrapped
+
+
+if module == "reaper":
+    client, deleter = csp.CspClient, deletion.Deleter
+    client.delete_account = dying(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = dying(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = dying(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "allocator":
+    from allocator import handlers
+
+    lane = handlers.MAINTENANCE.handlers
+    for kind, handle in lane.items():
+        if kind.__name__ in ("ClaimDeletions", "RecordDeletion", "RecordDeletionFailure"):
+            lane[kind] = dying(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
+    bus.Subscription.ack = dying(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+
+runpy.run_module(module, run_name="__main__", alter_sys=True)
