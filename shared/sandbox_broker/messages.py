@@ -160,16 +160,18 @@ class ListedAccount(BaseModel):
 
 
 class StageListing(Message):
-    """A piece of a listing, kept aside until all of it is there. → ListingStaged."""
+    """A piece of a listing, kept aside until all of it is there. `unreadable` are sandboxes that CSP lists in
+    records which lack what we need: nothing is learned of them but that they are there. → ListingStaged."""
 
     type: Literal["StageListing"] = "StageListing"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)
     accounts: tuple[ListedAccount, ...] = Field(max_length=1000)
+    unreadable: tuple[SandboxId, ...] = Field(default=(), max_length=1000)
 
 
 class ApplyListing(Message):
-    """All `total` accounts of the listing are staged: bring the pool in line, as a whole or not at all.
-    Held when empty or when more than `max_stale_fraction` of the pool would go stale, unless `force`.
+    """All `total` records of the listing are staged: bring the pool in line, as a whole or not at all.
+    Held when empty or when it lacks more than `max_stale_fraction` of the pool, unless `force`.
     → ListingApplied or Refused."""
 
     type: Literal["ApplyListing"] = "ApplyListing"
@@ -177,6 +179,34 @@ class ApplyListing(Message):
     total: int = Field(ge=0)
     max_stale_fraction: float = Field(ge=0, le=1)
     force: bool = False
+
+
+class RefreshSandboxes(Message):
+    """Correct the names of at most `limit` sandboxes after the listing that was applied, in the order of their ids,
+    beginning behind `after`. → SandboxesRefreshed."""
+
+    type: Literal["RefreshSandboxes"] = "RefreshSandboxes"
+    listing_id: int = Field(ge=1, le=MAX_BIGINT)
+    after: SandboxId | None = None
+    limit: int = Field(ge=1, le=1000)
+
+
+class DeleteStale(Message):
+    """Take at most `limit` sandboxes that have been stale for `stale_for_sec` as deleted. → Purged."""
+
+    type: Literal["DeleteStale"] = "DeleteStale"
+    stale_for_sec: float = Field(ge=0, le=MAX_SEC)
+    limit: int = Field(ge=1, le=1000)
+
+
+class PurgeRecords(Message):
+    """Forget at most `limit` sandboxes that have been in this state for `for_sec`; their leases stay. CSP is not
+    asked. → Purged."""
+
+    type: Literal["PurgeRecords"] = "PurgeRecords"
+    status: Literal["stale", "deletion_failed", "deleted"]
+    for_sec: float = Field(default=0, ge=0, le=MAX_SEC)
+    limit: int = Field(ge=1, le=1000)
 
 
 class RecordJob(Message):
@@ -200,6 +230,8 @@ class SyncPool(Message):
     type: Literal["SyncPool"] = "SyncPool"
     request_id: str
     force: bool = False
+    job_id: uuid.UUID | None = None
+    """Where the sync's progress and end are to be recorded."""
 
 
 # Commands to the reaper
@@ -227,6 +259,9 @@ Command = Annotated[
     | BeginListing
     | StageListing
     | ApplyListing
+    | RefreshSandboxes
+    | DeleteStale
+    | PurgeRecords
     | RecordJob
     | SyncPool
     | CleanUpNow,
@@ -291,6 +326,8 @@ class DueDeletion(BaseModel):
     external_id: str
     name: str
     attempts: int
+    missing: bool = False
+    """CSP no longer lists it: there is nothing to delete."""
 
 
 class DeletionsClaimed(Message):
@@ -326,11 +363,28 @@ class ListingStaged(Message):
 
 
 class ListingApplied(Message):
+    """`reopened`: CSP had deleted them and still lists them. `leaked`: CSP lists them, and they are not in the
+    pool."""
+
     type: Literal["ListingApplied"] = "ListingApplied"
     synced: int
     discovered: int
     restored: int
     marked_stale: int
+    reopened: int = 0
+    leaked: int = 0
+
+
+class SandboxesRefreshed(Message):
+    """`last`: the last of those that were corrected, None where nothing was left to correct."""
+
+    type: Literal["SandboxesRefreshed"] = "SandboxesRefreshed"
+    last: str | None
+
+
+class Purged(Message):
+    type: Literal["Purged"] = "Purged"
+    count: int
 
 
 class CleanedUp(Message):
@@ -361,6 +415,8 @@ Reply = Annotated[
     | ListingBegun
     | ListingStaged
     | ListingApplied
+    | SandboxesRefreshed
+    | Purged
     | PoolSynced,
     Field(discriminator="type"),
 ]

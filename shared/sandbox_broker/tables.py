@@ -1,5 +1,7 @@
 """The schema, for reading and for comparing with the migrations. Who writes it: allocator/store.py, alone."""
 
+from datetime import timedelta
+
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -24,6 +26,10 @@ metadata = MetaData()
 _Time = DateTime(timezone=True)
 _Name = Text(collation="C")
 """Prefixes are found as ranges of a btree, which needs byte order."""
+
+PROOF_GRACE = timedelta(minutes=5)
+"""A listing that was begun this long after a deletion was recorded must not show the account any more; CSP's
+listing may lag a little behind its deletions."""
 
 sandboxes = Table(
     "sandboxes",
@@ -69,6 +75,12 @@ sandboxes = Table(
     ),
     Index("sandboxes_available_by_name", "name", postgresql_where=text("status = 'available'")),
     Index("sandboxes_deletion_due", "deletion_due_at", postgresql_where=text("status = 'pending_deletion'")),
+    Index(
+        "sandboxes_to_purge",
+        "status",
+        "status_since",
+        postgresql_where=text("status IN ('stale', 'deletion_failed', 'deleted')"),
+    ),
 )
 
 leases = Table(
@@ -140,19 +152,23 @@ csp_listings = Table(
     Column("listing_id", BigInteger, Identity(always=True), primary_key=True),
     Column("begun_at", _Time, nullable=False, server_default=func.now()),
     Column("applied_at", _Time),
+    Column("held_at", _Time),
+    Column("outcome", JSONB, comment="what it has done, or, while it is held, would do"),
 )
 
+# Unlogged: what is lost in a crash of the database, the next listing brings again.
 csp_accounts = Table(
     "csp_accounts",
     metadata,
-    Column("external_id", Text, primary_key=True),
-    Column("sandbox_id", Text, nullable=False),
-    Column("name", _Name, nullable=False),
+    Column("listing_id", BigInteger, primary_key=True),
+    Column("sandbox_id", Text, primary_key=True),
+    Column("external_id", Text, comment="null where the record could not be read further than its csp_id"),
+    Column("name", _Name),
     Column("sfdc_account_id", Text),
     Column("created_at", _Time),
-    Column("listing_id", BigInteger, nullable=False),
-    Index("csp_accounts_by_listing", "listing_id"),
-    comment="what CSP last listed; a listing is staged here until it is complete",
+    Index("csp_accounts_once", "listing_id", "external_id", unique=True),
+    prefixes=["UNLOGGED"],
+    comment="what the last applied listing of CSP contains, and what is staged of the next",
 )
 
 _epochs = Sequence("allocator_epochs", metadata=metadata)

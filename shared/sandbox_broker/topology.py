@@ -52,6 +52,7 @@ ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
 SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
 REAPER_COMMANDS = Queue("reaper.commands", _SINGLE)
 SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
+PURGE_TICKS = Queue("csp-syncer.purge_ticks", _TICK)
 CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
 EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
 REAPER_EVENTS = Queue("reaper.events", _SINGLE)
@@ -64,6 +65,7 @@ QUEUES: tuple[Queue, ...] = (
     SYNCER_COMMANDS,
     REAPER_COMMANDS,
     SYNC_TICKS,
+    PURGE_TICKS,
     CLEANUP_TICKS,
     EXPIRY_TICKS,
     REAPER_EVENTS,
@@ -75,6 +77,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(SYNCER_COMMANDS, COMMANDS, SYNCER_COMMANDS.name),
     Binding(REAPER_COMMANDS, COMMANDS, REAPER_COMMANDS.name),
     Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),
+    Binding(PURGE_TICKS, TICKS, PURGE_TICKS.name),
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
     Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),
     Binding(REAPER_EVENTS, EVENTS, "sandbox.deletion_requested"),

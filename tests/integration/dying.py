@@ -4,6 +4,7 @@ What and where is read from the file that DIE_AT names; who reaches it removes t
 `kill -STOP`. The reaper's patience is cut short, so that what a dead one has claimed is soon free.
 """
 
+import asyncio
 import os
 import runpy
 import signal
@@ -14,6 +15,16 @@ from typing import Any
 
 from reaper import asking, deletion
 from sandbox_broker import bus, csp
+
+DYING_AT = (
+    "ClaimDeletions",
+    "RecordDeletion",
+    "RecordDeletionFailure",
+    "BeginListing",
+    "StageListing",
+    "ApplyListing",
+    "RefreshSandboxes",
+)
 
 told = Path(os.environ["DIE_AT"])
 module = sys.argv.pop(1)
@@ -56,12 +67,39 @@ if module == "reaper":
     deleter._record = dying(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = dying(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
-    from allocator import handlers
+    from allocator import handlers, listings, store
 
     lane = handlers.MAINTENANCE.handlers
     for kind, handle in lane.items():
-        if kind.__name__ in ("ClaimDeletions", "RecordDeletion", "RecordDeletionFailure"):
+        if kind.__name__ in DYING_AT:
             lane[kind] = dying(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
+    one = store.one
+
+    async def one_dying(connection: Any, statement: str, *arguments: Any) -> Any:
+        """A statement goes on in the database when who sent it is dead."""
+        if statement != listings.APPLY_LISTING:
+            return await one(connection, statement, *arguments)
+        running = asyncio.create_task(one(connection, statement, *arguments))
+        await asyncio.wait([running], timeout=0.001)
+        here("amid ApplyListing")
+        result = await running
+        here("between ApplyListing and its flags")
+        return result
+
+    store.one = one_dying  # type: ignore[assignment]
     bus.Subscription.ack = dying(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+if module == "csp_syncer":
+    from csp_syncer import asking as syncer_asking
+    from csp_syncer import handlers as syncer
+    from csp_syncer import plan
+
+    plan.PIECE = 10  # so that there are several
+    ask = syncer_asking.ask
+
+    async def ask_dying(requester: Any, command: Any, **named: Any) -> Any:
+        kind = type(command).__name__
+        return await dying(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+
+    syncer.ask = ask_dying  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

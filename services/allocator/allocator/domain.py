@@ -125,15 +125,26 @@ def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
     )
 
 
-def held(listed: int, stale: int, pool: int, max_stale_fraction: float) -> Refused | None:
-    """The guard against a listing that would wipe the pool: None if it may be applied."""
+LISTING_OUTDATED = Refused(
+    code="LISTING_OUTDATED",
+    message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",
+)
+
+
+def held(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
+    """The guard against a listing that would wipe the pool: None if it may be applied. `lost` are sandboxes of the
+    pool that it lacks, or that have another account in it."""
     if listed == 0:
         found = "CSP listed no sandbox at all"
-    elif stale > max_stale_fraction * pool:
-        found = f"{stale} of {pool} sandboxes would go stale, more than the {max_stale_fraction:.0%} allowed"
+    elif lost > max_stale_fraction * pool:
+        found = (
+            f"{lost} of {pool} sandboxes are missing from CSP's listing or have another account there, "
+            f"more than the {max_stale_fraction:.0%} allowed"
+        )
     else:
         return None
     return Refused(
         code="SYNC_HELD",
-        message=f"{found}; nothing was changed. If CSP is right, repeat the sync with force=true.",
+        message=f"{found}; nothing was changed. GET /v1/admin/sync shows what would change. If CSP is right, "
+        "repeat the sync with force=true.",
     )

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from allocator import domain, metrics, store
+from allocator import domain, listings, metrics, purge, store
 from sandbox_broker import messages, topology
 from sandbox_broker.messages import (
     AllocateSandbox,
@@ -21,18 +21,22 @@ from sandbox_broker.messages import (
     BeginListing,
     ClaimDeletions,
     Command,
+    DeleteStale,
     EndCleanup,
     EndLease,
     ExpireLeases,
     HurryDeletions,
+    PurgeRecords,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RefreshSandboxes,
     ReleaseSandbox,
     Reply,
     RetryDeletion,
     StageListing,
 )
+from sandbox_broker.tables import PROOF_GRACE
 
 log = structlog.get_logger()
 
@@ -170,6 +174,7 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
             external_id=row["external_id"],
             name=row["name"],
             attempts=row["deletion_attempts"],
+            missing=row["missing"],
         )
         for row in rows
         if row["sandbox_id"] is not None
@@ -240,32 +245,85 @@ async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
 
 
 async def begin_listing(writer: Writer, _: BeginListing) -> Reply:
-    row = await store.one(writer.connection, store.BEGIN_LISTING, writer.epoch)
+    row = await store.one(writer.connection, listings.BEGIN_LISTING, writer.epoch)
     return messages.ListingBegun(listing_id=row["listing_id"])
 
 
 async def stage_listing(writer: Writer, command: StageListing) -> Reply:
-    staged = await store.stage_listing(writer.connection, writer.epoch, command.listing_id, command.accounts)
+    staged = await listings.stage_listing(
+        writer.connection, writer.epoch, command.listing_id, command.accounts, command.unreadable
+    )
     return messages.ListingStaged(staged=staged)
 
 
 async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
-    """Weighs the listing, then applies it in one statement or not at all."""
-    weight = await store.one(writer.connection, store.WEIGH_LISTING, writer.epoch, command.listing_id)
-    if weight["outdated"] or weight["listed"] != command.total:
-        return messages.Refused(
-            code="LISTING_OUTDATED",
-            message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",
+    """Weighs the listing, then applies it or not. A listing that has been applied gives its answer again."""
+    listing_id = command.listing_id
+    weight = await store.one(writer.connection, listings.WEIGH_LISTING, writer.epoch, listing_id)
+    if weight["outdated"]:
+        return domain.LISTING_OUTDATED
+    if not weight["applied"]:
+        if weight["listed"] != command.total:
+            return domain.LISTING_OUTDATED
+        refusal = domain.held(
+            weight["listed"],
+            weight["lacking"] + weight["moving_in_pool"],
+            weight["pool"],
+            command.max_stale_fraction,
         )
-    refusal = domain.held(weight["listed"], weight["stale"], weight["pool"], command.max_stale_fraction)
-    if refusal and not command.force:
-        await store.one(writer.connection, store.HOLD_LISTING, writer.epoch, command.listing_id, refusal.message)
-        log.warning("sync.held", listing_id=command.listing_id, reason=refusal.message)
-        return refusal
-    row = await store.one(writer.connection, store.APPLY_LISTING, writer.epoch, command.listing_id)
-    counts = {name: row[name] for name in ("synced", "discovered", "restored", "marked_stale")}
-    log.info("sync.applied", listing_id=command.listing_id, **counts)
-    return messages.ListingApplied(**counts)
+        if refusal and not command.force:
+            await store.one(writer.connection, listings.HOLD_LISTING, writer.epoch, listing_id, refusal.message)
+            log.warning("sync.held", listing_id=listing_id, reason=refusal.message)
+            return refusal
+        if weight["moving"]:
+            await listings.move_accounts(writer.connection, writer.epoch, listing_id)
+        row = await store.one(writer.connection, listings.APPLY_LISTING, writer.epoch, listing_id, PROOF_GRACE)
+        if row["synced"] is None:
+            raise Overtaken
+        metrics.REOPENED.inc(row["reopened"])
+    flagged = await store.one(writer.connection, listings.FLAG_MISSING, writer.epoch, listing_id, PROOF_GRACE)
+    outcome = json.loads(flagged["outcome"])
+    log.info("sync.applied", listing_id=listing_id, **outcome)
+    return messages.ListingApplied(**outcome)
+
+
+async def refresh_sandboxes(writer: Writer, command: RefreshSandboxes) -> Reply:
+    row = await store.one(
+        writer.connection,
+        listings.REFRESH_SANDBOXES,
+        writer.epoch,
+        command.listing_id,
+        command.after or "",
+        command.limit,
+    )
+    return messages.SandboxesRefreshed(last=row["last"])
+
+
+async def delete_stale(writer: Writer, command: DeleteStale) -> Reply:
+    row = await store.one(
+        writer.connection,
+        purge.DELETE_STALE,
+        writer.epoch,
+        timedelta(seconds=command.stale_for_sec),
+        command.limit,
+    )
+    if row["count"]:
+        log.info("stale.deleted", count=row["count"])
+    return messages.Purged(count=row["count"])
+
+
+async def purge_records(writer: Writer, command: PurgeRecords) -> Reply:
+    row = await store.one(
+        writer.connection,
+        purge.PURGE_RECORDS,
+        writer.epoch,
+        command.status,
+        timedelta(seconds=command.for_sec),
+        command.limit,
+    )
+    if row["count"]:
+        log.info("records.purged", status=command.status, count=row["count"])
+    return messages.Purged(count=row["count"])
 
 
 async def record_job(writer: Writer, command: RecordJob) -> Reply:
@@ -334,6 +392,9 @@ MAINTENANCE = Lane(
         BeginListing: _one_by_one(begin_listing),
         StageListing: _one_by_one(stage_listing),
         ApplyListing: _one_by_one(apply_listing),
+        RefreshSandboxes: _one_by_one(refresh_sandboxes),
+        DeleteStale: _one_by_one(delete_stale),
+        PurgeRecords: _one_by_one(purge_records),
         RecordJob: _one_by_one(record_job),
     },
     max_batch=1,

@@ -4,7 +4,7 @@ import structlog
 from sqlalchemy import text
 from starlette.applications import Starlette
 
-from allocator import metrics, store
+from allocator import listings, metrics, store
 from allocator.consumer import Consumer
 from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
@@ -34,10 +34,14 @@ def create_app(settings: Settings) -> Starlette:
         try:
             async with engine.connect() as connection:
                 rows = (await connection.execute(text(store.COUNT_BY_STATUS))).all()
+                sync = (await connection.execute(text(listings.SYNC_STATE))).one()
         except db.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=db.reason(error))
             return
         counts = {status: int(number) for status, number, _ in rows}
+        metrics.SYNC_HELD.set(sync.held)
+        metrics.LEAKS.labels("in_csp").set(sync.leaked)
+        metrics.LEAKS.labels("missing").set(sync.missing)
         waiting_sec = {status: age for status, _, age in rows}
         metrics.OLDEST_DELETION.set(waiting_sec.get("pending_deletion") or 0)
         for status, gauge in metrics.POOL.items():

@@ -15,6 +15,13 @@ OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is
 OLDEST_DELETION = Gauge(
     "broker_oldest_pending_deletion_seconds", "Since when the oldest pending deletion has been asked for"
 )
+REOPENED = Counter("broker_deletions_reopened_total", "Deletions to be done again: CSP still lists the account")
+SYNC_HELD = Gauge("broker_sync_held", "1 while the newest listing is held back for a person to look at")
+LEAKS = Gauge(
+    "broker_leaks",
+    "Differences between CSP and us: in_csp are accounts that are not in the pool, missing are held by a student",
+    ["kind"],
+)
 
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}

@@ -1,4 +1,4 @@
-"""The only SQL that writes the pool.
+"""The SQL that writes the pool; there is no other than this, and that of listings.py, which keeps the same rules.
 
 Every change is one statement in a transaction of its own, with the rows for the outbox in the same statement,
 so nothing is ever half done and an allocator that freezes holds no locks. Each begins with the epoch guard:
@@ -19,7 +19,7 @@ import asyncpg
 
 from allocator.domain import prefix_end
 from sandbox_broker import db
-from sandbox_broker.messages import AllocateSandbox, ClaimDeletions, ListedAccount, ReleaseSandbox
+from sandbox_broker.messages import AllocateSandbox, ClaimDeletions, ReleaseSandbox
 
 Rows = list[asyncpg.Record]
 
@@ -61,7 +61,7 @@ WHERE datname = current_database() AND application_name = $1 AND pid <> pg_backe
   AND xact_start <= now() - interval '{LOCK_TIMEOUT}'
 """
 
-_GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
+GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
 
 # Parameters: epoch, lab duration, then one array per column of the requests.
 # looked: the requests, with the lease that the student has and the one that the idempotency key was used for;
@@ -69,7 +69,7 @@ _GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch =
 # assigned: who gets which, or none. Nothing here joins two sets: the lists of one prefix are unnested side by side,
 # so the work grows with the number of requests and no estimate can make it grow faster.
 _ALLOCATE = f"""
-WITH {_GUARD},
+WITH {GUARD},
 looked AS MATERIALIZED (
     SELECT r.*, known.*, keyed.holder = r.holder AS key_is_own
     FROM guard
@@ -226,7 +226,7 @@ announced AS (
 """
 
 RELEASE = f"""
-WITH {_GUARD},
+WITH {GUARD},
 request AS MATERIALIZED (
     SELECT r.* FROM guard, unnest($2::int[], $3::text[], $4::text[]) AS r (place, sandbox_id, holder)
 ),
@@ -251,7 +251,7 @@ ORDER BY f.place
 """
 
 EXPIRE = f"""
-WITH {_GUARD},
+WITH {GUARD},
 ending AS MATERIALIZED (
     SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note
     FROM guard CROSS JOIN LATERAL (
@@ -266,7 +266,7 @@ SELECT epoch, ARRAY(SELECT sandbox_id FROM moved) AS sandbox_ids FROM guard
 
 # An administrator ends a lease, whoever holds it.
 END_LEASE = f"""
-WITH {_GUARD},
+WITH {GUARD},
 found AS MATERIALIZED (
     SELECT s.sandbox_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at
     FROM guard, sandboxes s LEFT JOIN leases l ON l.sandbox_id = s.sandbox_id
@@ -297,7 +297,7 @@ duty AS (
 """
 
 CLAIM_DELETIONS = f"""
-WITH {_GUARD},
+WITH {GUARD},
 {_DUTY},
 due AS MATERIALIZED (
     SELECT s.sandbox_id
@@ -310,7 +310,8 @@ due AS MATERIALIZED (
 claimed AS (
     UPDATE sandboxes s SET deletion_due_at = now() + $3::interval, deletion_claim = $2
     FROM due WHERE s.sandbox_id = due.sandbox_id
-    RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at
+    RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at,
+        s.missing_since IS NOT NULL AS missing
 )
 SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
     extract(epoch FROM CASE
@@ -326,7 +327,7 @@ FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
 
 # Not what this run has in hand: made due, it would be deleted a second time beside the first.
 HURRY_DELETIONS = f"""
-WITH {_GUARD},
+WITH {GUARD},
 {_DUTY},
 postponed AS MATERIALIZED (
     SELECT s.sandbox_id
@@ -345,14 +346,14 @@ SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty, (SELECT count(*) FROM hurrie
 """
 
 END_CLEANUP = f"""
-WITH {_GUARD}, ended AS (
+WITH {GUARD}, ended AS (
     UPDATE cleanup_duty SET run_id = NULL, until = now() FROM guard WHERE run_id = $2 RETURNING 1
 )
 SELECT epoch, EXISTS (SELECT FROM ended) AS changed FROM guard
 """
 
 RECORD_DELETION = f"""
-WITH {_GUARD},
+WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'deleted', status_since = now(), deleted_at = now(),
@@ -373,7 +374,7 @@ SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
 # The claim and its count of attempts are the condition: of a message that comes twice the second finds them
 # changed, and one that comes when another run has taken over says nothing about that one's attempt.
 RECORD_DELETION_FAILURE = f"""
-WITH {_GUARD},
+WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = CASE WHEN $5::interval IS NULL THEN 'deletion_failed' ELSE s.status END,
@@ -397,7 +398,7 @@ SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
 """
 
 RETRY_DELETION = f"""
-WITH {_GUARD},
+WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now()
@@ -417,133 +418,9 @@ SELECT epoch, EXISTS (SELECT FROM moved) AS changed, s.status,
 FROM guard LEFT JOIN sandboxes s ON s.sandbox_id = $2
 """
 
-BEGIN_LISTING = f"""
-WITH {_GUARD}, begun AS (
-    INSERT INTO csp_listings (begun_at) SELECT now() FROM guard RETURNING listing_id
-)
-SELECT listing_id FROM begun
-"""
-
-STAGE_LISTING = f"""
-WITH {_GUARD}, staged AS (
-    INSERT INTO csp_accounts (external_id, sandbox_id, name, sfdc_account_id, created_at, listing_id)
-    SELECT DISTINCT ON (a.external_id) a.*, $2
-    FROM guard, unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[])
-        AS a (external_id, sandbox_id, name, sfdc_account_id, created_at)
-    ON CONFLICT (external_id) DO UPDATE SET
-        sandbox_id = excluded.sandbox_id, name = excluded.name, sfdc_account_id = excluded.sfdc_account_id,
-        created_at = excluded.created_at, listing_id = excluded.listing_id
-    WHERE csp_accounts.listing_id <= excluded.listing_id
-    RETURNING 1
-)
-SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
-"""
-
-# What a listing would do. outdated: a listing that was begun later has been applied already.
-# NOT IN, here and below, is hashed (up to some 100,000 rows); NOT EXISTS becomes a nested loop over all of the
-# listing as soon as the planner takes it for short.
-WEIGH_LISTING = f"""
-WITH {_GUARD},
-listed AS MATERIALIZED (SELECT a.sandbox_id FROM guard, csp_accounts a WHERE a.listing_id = $2)
-SELECT epoch,
-    EXISTS (SELECT FROM csp_listings WHERE listing_id > $2 AND applied_at IS NOT NULL) AS outdated,
-    (SELECT count(*) FROM listed) AS listed,
-    (SELECT count(*) FROM sandboxes WHERE status IN ('available', 'allocated')) AS pool,
-    (
-        SELECT count(*) FROM sandboxes
-        WHERE status = 'available' AND sandbox_id NOT IN (SELECT sandbox_id FROM listed)
-    ) AS stale
-FROM guard
-"""
-
-HOLD_LISTING = f"""
-WITH {_GUARD}, announced AS (
-    INSERT INTO outbox (type, data)
-    SELECT 'sync.held', jsonb_build_object('listing_id', $2::bigint, 'reason', $3::text) FROM guard
-)
-SELECT epoch FROM guard
-"""
-
-_ACCOUNT_OF_ANOTHER = """
-    SELECT FROM sandboxes other
-    WHERE other.external_id = a.external_id AND other.status <> 'deleted' AND other.sandbox_id <> a.sandbox_id
-"""
-
-# A sandbox that is known is never inserted again, whatever its state: what was deleted stays deleted. Nor is one
-# that was leased before and whose record has been forgotten. An account id that another live sandbox has is not
-# taken over; the next listing that shows it free gives it.
-APPLY_LISTING = f"""
-WITH {_GUARD},
-listed AS MATERIALIZED (SELECT a.* FROM guard, csp_accounts a WHERE a.listing_id = $2),
-refreshed AS (
-    UPDATE sandboxes s
-    SET name = a.name, external_id = a.external_id, sfdc_account_id = a.sfdc_account_id, missing_since = NULL
-    FROM listed a
-    WHERE s.sandbox_id = a.sandbox_id AND s.status IN ('available', 'allocated')
-      AND (s.name, s.external_id, s.sfdc_account_id, s.missing_since)
-          IS DISTINCT FROM (a.name, a.external_id, a.sfdc_account_id, NULL)
-      AND NOT EXISTS ({_ACCOUNT_OF_ANOTHER})
-),
-restored AS (
-    UPDATE sandboxes s
-    SET status = 'available', status_since = now(),
-        name = a.name, external_id = a.external_id, sfdc_account_id = a.sfdc_account_id
-    FROM listed a
-    WHERE s.sandbox_id = a.sandbox_id AND s.status = 'stale'
-      AND NOT EXISTS ({_ACCOUNT_OF_ANOTHER})
-    RETURNING s.sandbox_id, s.external_id, s.name
-),
-discovered AS (
-    INSERT INTO sandboxes (sandbox_id, external_id, name, sfdc_account_id, status)
-    SELECT a.sandbox_id, a.external_id, a.name, a.sfdc_account_id, 'available'
-    FROM listed a
-    WHERE NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)
-    ORDER BY a.created_at, a.sandbox_id
-    ON CONFLICT DO NOTHING
-    RETURNING sandbox_id, external_id, name
-),
-gone AS (
-    UPDATE sandboxes s SET status = 'stale', status_since = now()
-    FROM guard
-    WHERE s.status = 'available' AND s.sandbox_id NOT IN (SELECT sandbox_id FROM listed)
-    RETURNING s.sandbox_id, s.external_id, s.name
-),
-flagged AS (
-    UPDATE sandboxes s SET missing_since = now()
-    FROM guard
-    WHERE s.status = 'allocated' AND s.missing_since IS NULL
-      AND s.sandbox_id NOT IN (SELECT sandbox_id FROM listed)
-),
-applied AS (
-    UPDATE csp_listings SET applied_at = now() FROM guard WHERE listing_id = $2 AND applied_at IS NULL
-    RETURNING listing_id
-),
-forgotten AS (
-    DELETE FROM csp_accounts USING guard WHERE listing_id < $2
-),
-counted AS MATERIALIZED (
-    SELECT epoch, (SELECT count(*) FROM listed) AS synced, (SELECT count(*) FROM discovered) AS discovered,
-        (SELECT count(*) FROM restored) AS restored, (SELECT count(*) FROM gone) AS marked_stale
-    FROM guard
-),
-announced AS (
-    INSERT INTO outbox (type, subject, data)
-    SELECT e.type, e.sandbox_id,
-        jsonb_build_object('sandbox_id', e.sandbox_id, 'external_id', e.external_id, 'name', e.name)
-    FROM (
-        SELECT 'sandbox.discovered' AS type, * FROM discovered
-        UNION ALL SELECT 'sandbox.restored', * FROM restored
-        UNION ALL SELECT 'sandbox.stale', * FROM gone
-    ) e
-    UNION ALL
-    SELECT 'sync.completed', NULL, to_jsonb(counted) - 'epoch' || to_jsonb(applied) FROM counted, applied
-)
-SELECT * FROM counted
-"""
-
 # A job that has ended stays as it ended, whatever comes late.
 RECORD_JOB = f"""
-WITH {_GUARD}, recorded AS (
+WITH {GUARD}, recorded AS (
     INSERT INTO jobs (job_id, kind, state, progress, result)
     SELECT $2, $3, $4, $5::text::jsonb, $6::text::jsonb FROM guard
     ON CONFLICT (job_id) DO UPDATE SET
@@ -628,24 +505,6 @@ async def claim_deletions(connection: asyncpg.Connection, epoch: int, command: C
     """A row for each deletion, or one without a sandbox_id; all have on_duty and next_in_sec."""
     claim = timedelta(seconds=command.claim_sec)
     return _guarded(await connection.fetch(CLAIM_DELETIONS, epoch, command.run_id, claim, command.limit))
-
-
-async def stage_listing(
-    connection: asyncpg.Connection, epoch: int, listing_id: int, accounts: Sequence[ListedAccount]
-) -> int:
-    row = await one(
-        connection,
-        STAGE_LISTING,
-        epoch,
-        listing_id,
-        [account.external_id for account in accounts],
-        [account.sandbox_id for account in accounts],
-        [account.name for account in accounts],
-        [account.sfdc_account_id for account in accounts],
-        [account.created_at for account in accounts],
-    )
-    staged: int = row["staged"]
-    return staged
 
 
 async def one(connection: asyncpg.Connection, statement: str, epoch: int, *arguments: Any) -> asyncpg.Record:

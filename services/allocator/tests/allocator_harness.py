@@ -18,10 +18,13 @@ from sandbox_broker.messages import (
     BeginListing,
     LeaseGranted,
     ListedAccount,
+    ListingApplied,
     ListingBegun,
+    RefreshSandboxes,
     Refused,
     ReleaseSandbox,
     Reply,
+    SandboxesRefreshed,
     StageListing,
 )
 
@@ -201,8 +204,12 @@ async def begin(writer: Writer) -> int:
     return reply.listing_id
 
 
-async def stage(writer: Writer, listing_id: int, accounts: Sequence[ListedAccount]) -> None:
-    await handlers.stage_listing(writer, StageListing(listing_id=listing_id, accounts=tuple(accounts)))
+async def stage(
+    writer: Writer, listing_id: int, accounts: Sequence[ListedAccount], unreadable: Sequence[str] = ()
+) -> None:
+    await handlers.stage_listing(
+        writer, StageListing(listing_id=listing_id, accounts=tuple(accounts), unreadable=tuple(unreadable))
+    )
 
 
 async def apply(
@@ -219,8 +226,25 @@ async def apply(
     )
 
 
-async def sync(writer: Writer, accounts: Sequence[ListedAccount], **options: Any) -> Reply:
-    """A whole listing, from its beginning to the answer."""
+async def refresh(writer: Writer, listing_id: int, *, limit: int = 500) -> int:
+    """Returns the pieces it took."""
+    after, pieces = None, 0
+    while True:
+        command = RefreshSandboxes(listing_id=listing_id, after=after, limit=limit)
+        reply = await handlers.refresh_sandboxes(writer, command)
+        assert isinstance(reply, SandboxesRefreshed)
+        if reply.last is None:
+            return pieces
+        after, pieces = reply.last, pieces + 1
+
+
+async def sync(
+    writer: Writer, accounts: Sequence[ListedAccount], unreadable: Sequence[str] = (), **options: Any
+) -> Reply:
+    """A whole listing, from its beginning to the last name."""
     listing_id = await begin(writer)
-    await stage(writer, listing_id, accounts)
-    return await apply(writer, listing_id, len(accounts), **options)
+    await stage(writer, listing_id, accounts, unreadable)
+    reply = await apply(writer, listing_id, len(accounts) + len(unreadable), **options)
+    if isinstance(reply, ListingApplied):
+        await refresh(writer, listing_id)
+    return reply

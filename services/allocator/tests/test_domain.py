@@ -85,11 +85,11 @@ def test_a_release_stays_behind_the_allocation_of_the_same_student_and_the_other
 
 
 def test_a_listing_within_the_limit_is_not_held() -> None:
-    assert held(listed=75, stale=25, pool=100, max_stale_fraction=0.25) is None
+    assert held(listed=75, lost=25, pool=100, max_stale_fraction=0.25) is None
 
 
 def test_a_listing_above_the_limit_is_held_and_says_so() -> None:
-    refused = held(listed=74, stale=26, pool=100, max_stale_fraction=0.25)
+    refused = held(listed=74, lost=26, pool=100, max_stale_fraction=0.25)
     assert refused is not None
     assert refused.code == "SYNC_HELD"
     assert "26 of 100" in refused.message
@@ -97,8 +97,8 @@ def test_a_listing_above_the_limit_is_held_and_says_so() -> None:
 
 
 def test_an_empty_listing_is_held_even_of_an_empty_pool() -> None:
-    assert held(listed=0, stale=0, pool=0, max_stale_fraction=1) is not None
+    assert held(listed=0, lost=0, pool=0, max_stale_fraction=1) is not None
 
 
 def test_the_first_listing_of_an_empty_pool_is_not_held() -> None:
-    assert held(listed=10, stale=0, pool=0, max_stale_fraction=0) is None
+    assert held(listed=10, lost=0, pool=0, max_stale_fraction=0) is None

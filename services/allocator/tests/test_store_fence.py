@@ -6,23 +6,27 @@ import uuid
 
 import pytest
 
-from allocator import handlers, store
+from allocator import handlers, listings, store
 from allocator.handlers import MAINTENANCE, STUDENTS, Writer
 from sandbox_broker.messages import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
     Command,
+    DeleteStale,
     EndCleanup,
     EndLease,
     ExpireLeases,
     HurryDeletions,
+    PurgeRecords,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RefreshSandboxes,
     RetryDeletion,
     StageListing,
 )
+from sandbox_broker.tables import PROOF_GRACE
 
 from .allocator_harness import RUN, Pool, account, allocate, ask, begin, done, granted, release, stage
 
@@ -38,8 +42,9 @@ async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
     await pool.overdue("bob")
     await pool.execute("UPDATE sandboxes SET deletion_claim = $2 WHERE sandbox_id = $1", pending, RUN)
     await pool.execute("UPDATE cleanup_duty SET run_id = $1", RUN)
+    await pool.fill(1, "stale")
     listing_id = await begin(writer)
-    await stage(writer, listing_id, [account(900)])
+    await stage(writer, listing_id, [account(900), account(int(leased), "renamed")])
     found: list[Command] = [
         ask("cid"),
         done(leased, "ann"),
@@ -53,7 +58,10 @@ async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
         RetryDeletion(request_id="request", sandbox_id=failed),
         BeginListing(),
         StageListing(listing_id=listing_id, accounts=(account(901),)),
-        ApplyListing(listing_id=listing_id, total=1, max_stale_fraction=0, force=True),
+        ApplyListing(listing_id=listing_id, total=2, max_stale_fraction=0, force=True),
+        RefreshSandboxes(listing_id=listing_id, limit=10),
+        DeleteStale(stale_for_sec=0, limit=10),
+        PurgeRecords(status="deletion_failed", limit=10),
         RecordJob(job_id=uuid.uuid4(), kind="sync"),
     ]
     return {type(command).__name__: command for command in found}
@@ -74,7 +82,7 @@ async def test_a_fenced_allocator_changes_nothing(pool: Pool, kind: str) -> None
     assert await pool.state() != before
 
 
-@pytest.mark.parametrize("statement", [store.HOLD_LISTING, store.APPLY_LISTING])
+@pytest.mark.parametrize("statement", [listings.HOLD_LISTING, listings.APPLY_LISTING, listings.FLAG_MISSING])
 async def test_an_allocator_fenced_between_weighing_and_applying_changes_nothing(
     pool: Pool, statement: str
 ) -> None:
@@ -83,9 +91,9 @@ async def test_an_allocator_fenced_between_weighing_and_applying_changes_nothing
     await stage(writer, listing_id, [account(900)])
     await store.raise_epoch(writer.connection, STUDENTS_QUEUE)
     before = await pool.state()
-    arguments = [listing_id, "reason"] if statement == store.HOLD_LISTING else [listing_id]
+    argument = "reason" if statement == listings.HOLD_LISTING else PROOF_GRACE
     with pytest.raises(store.Fenced):
-        await store.one(writer.connection, statement, writer.epoch, *arguments)
+        await store.one(writer.connection, statement, writer.epoch, listing_id, argument)
     assert await pool.state() == before
 
 

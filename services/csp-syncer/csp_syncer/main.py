@@ -6,19 +6,25 @@ from functools import partial
 
 from starlette.applications import Starlette
 
-from csp_syncer.handlers import Syncer
-from csp_syncer.schedule import Schedule
+from csp_syncer.handlers import LISTING_TIMEOUT_SEC, Syncer
+from csp_syncer.purge import purge
+from csp_syncer.schedule import Schedule, tick
 from csp_syncer.settings import Settings
 from sandbox_broker import health, logging, preflight, service, ticks, topology
 from sandbox_broker.bus import Publisher, Requester, keep_connected
 from sandbox_broker.csp import CspClient
 from sandbox_broker.settings import load
 
+PURGE_INTERVAL_SEC = 3600.0
+
 
 def create_app(settings: Settings) -> Starlette:
-    publisher = Publisher(settings.amqp_url, "csp-syncer")
-    requester = Requester(settings.amqp_url, "csp-syncer", publisher)
-    csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value())
+    url = settings.amqp_url
+    publisher = Publisher(url, "csp-syncer")
+    requester = Requester(url, "csp-syncer", publisher)
+    csp = CspClient(
+        settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=LISTING_TIMEOUT_SEC
+    )
     syncer = Syncer(settings, csp, requester)
     schedule = Schedule(publisher, syncer)
 
@@ -28,9 +34,11 @@ def create_app(settings: Settings) -> Starlette:
     tasks = service.lifespan(
         publisher.run,
         requester.run,
-        partial(keep_connected, settings.amqp_url, "csp-syncer-commands", schedule.commands),
-        partial(ticks.consume, settings.amqp_url, topology.SYNC_TICKS, settings.sync_interval_sec, schedule.tick),
+        partial(keep_connected, url, "csp-syncer-commands", schedule.commands),
+        partial(ticks.consume, url, topology.SYNC_TICKS, settings.sync_interval_sec, partial(tick, publisher)),
         partial(ticks.publish, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
+        partial(ticks.consume, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)),
+        partial(ticks.publish, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
     )
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""When the csp-syncer syncs: on its ticks, and when a command asks for it."""
+"""When the csp-syncer syncs: when a command asks for it, and on its ticks."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from aiormq.abc import DeliveredMessage
 
 from csp_syncer.handlers import Syncer
 from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer
+from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, answer
 from sandbox_broker.messages import (
     Command,
     InvalidCommand,
@@ -17,6 +17,7 @@ from sandbox_broker.messages import (
     Reply,
     SyncPool,
     decode_commands,
+    encode_commands,
 )
 
 MAX_WAITING = 100
@@ -25,13 +26,20 @@ MAX_WAITING = 100
 log = structlog.get_logger()
 
 
+async def tick(publisher: Publisher) -> None:
+    """Becomes a command. So all syncs run where the commands are consumed, by one replica, and a tick joins the
+    sync that an administrator has started as well as the other way round."""
+    body = encode_commands([SyncPool(request_id="tick")])
+    try:
+        await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)
+    except (Disconnected, Unroutable) as error:
+        log.warning("sync.postponed", error=str(error))
+
+
 class Schedule:
     def __init__(self, publisher: Publisher, syncer: Syncer) -> None:
         self._publisher = publisher
         self._syncer = syncer
-
-    async def tick(self) -> None:
-        await self._syncer.sync_pool(force=False)
 
     async def commands(self, connection: AbstractConnection) -> None:
         """Handles every command in a task of its own, so that one which comes during a sync joins it."""
@@ -63,6 +71,6 @@ class Schedule:
 
     async def _reply(self, command: Command | InvalidCommand) -> Reply:
         if isinstance(command, SyncPool):
-            return await self._syncer.sync_pool(force=command.force)
+            return await self._syncer.sync_pool(force=command.force, job_id=command.job_id)
         reason = str(command) if isinstance(command, InvalidCommand) else f"{command.type} is not for it"
         return Refused(code="INVALID_COMMAND", message=f"The csp-syncer does not understand this: {reason}")

@@ -1,6 +1,7 @@
 """A csp-syncer on the real RabbitMQ, with the simulator as CSP and a stand-in for the allocator."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,13 +23,20 @@ from sandbox_broker.messages import (
     ApplyListing,
     BeginListing,
     Command,
+    DeleteStale,
     InvalidCommand,
     ListingApplied,
     ListingBegun,
     ListingStaged,
+    Purged,
+    PurgeRecords,
+    Recorded,
+    RecordJob,
+    RefreshSandboxes,
     Refused,
     Reply,
     ReplyEnvelope,
+    SandboxesRefreshed,
     StageListing,
     SyncPool,
     decode_commands,
@@ -72,6 +80,10 @@ class Allocator:
 
     staged: dict[int, list[str]] = field(default_factory=dict)
     heard: list[Command] = field(default_factory=list)
+    jobs: list[RecordJob] = field(default_factory=list)
+    purges: list[DeleteStale | PurgeRecords] = field(default_factory=list)
+    to_purge: int = 0
+    to_refresh: list[str] = field(default_factory=list)
     refusal: Callable[[Command], Refused | None] = lambda _: None
     before_answer: Callable[[Command], Awaitable[None]] | None = None
 
@@ -79,6 +91,14 @@ class Allocator:
         return [command for command in self.heard if isinstance(command, kind)]
 
     async def answer(self, command: Command) -> Reply:
+        if isinstance(command, DeleteStale | PurgeRecords):
+            self.purges.append(command)
+            count = min(command.limit, self.to_purge)
+            self.to_purge -= count
+            return self.refusal(command) or Purged(count=count)
+        if isinstance(command, RecordJob):
+            self.jobs.append(command)
+            return Recorded(changed=True)
         self.heard.append(command)
         if self.before_answer is not None:
             await self.before_answer(command)
@@ -92,6 +112,9 @@ class Allocator:
             case StageListing():
                 self.staged[command.listing_id] += [account.sandbox_id for account in command.accounts]
                 return ListingStaged(staged=len(command.accounts))
+            case RefreshSandboxes():
+                left = [one for one in self.to_refresh if one > (command.after or "")][: command.limit]
+                return SandboxesRefreshed(last=left[-1] if left else None)
             case ApplyListing():
                 synced = len(self.staged[command.listing_id])
                 return ListingApplied(synced=synced, discovered=3, restored=2, marked_stale=1)
@@ -121,8 +144,8 @@ class Caller:
 
     requester: Requester
 
-    async def sync(self, *, force: bool = False) -> Reply:
-        command = SyncPool(request_id="r", force=force)
+    async def sync(self, *, force: bool = False, job_id: uuid.UUID | None = None) -> Reply:
+        command = SyncPool(request_id="r", force=force, job_id=job_id)
         return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
 
     async def send(self, command: Command) -> Reply:

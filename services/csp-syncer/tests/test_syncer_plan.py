@@ -1,5 +1,6 @@
 """How a listing is cut up."""
 
+import math
 import random
 import uuid
 from datetime import UTC, datetime
@@ -21,13 +22,15 @@ def account(number: int) -> Account:
     )
 
 
+@pytest.mark.parametrize("unreadable", [0, 1, PIECE + 1])
 @pytest.mark.parametrize("count", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE + 7])
-def test_every_account_is_in_one_piece_in_order_and_unchanged(count: int) -> None:
+def test_every_account_is_in_one_piece_in_order_and_unchanged(count: int, unreadable: int) -> None:
     accounts = tuple(account(number) for number in range(count))
-    cut = list(pieces(42, accounts))
+    ids = [f"x-{number}" for number in range(unreadable)]
+    cut = list(pieces(42, accounts, ids))
     assert {piece.listing_id for piece in cut} <= {42}
-    assert [len(piece.accounts) for piece in cut] == [PIECE] * (count // PIECE) + [count % PIECE] * (
-        count % PIECE > 0
-    )
+    assert len(cut) == math.ceil(max(count, unreadable) / PIECE)
+    assert max((len(piece.accounts) for piece in cut), default=0) <= PIECE
+    assert [one for piece in cut for one in piece.unreadable] == ids
     put_together = [listed for piece in cut for listed in piece.accounts]
     assert put_together == [ListedAccount.model_validate(one, from_attributes=True) for one in accounts]

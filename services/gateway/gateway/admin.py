@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from gateway import jobs, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
-from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, Stats, Sync, responses
+from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, Stats, responses
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import (
@@ -18,19 +18,17 @@ from sandbox_broker.messages import (
     CleanUpNow,
     Command,
     EndLease,
-    PoolSynced,
     Reply,
     RetryDeletion,
     SandboxReleased,
-    SyncPool,
 )
 
-_ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
+ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
 
-@router.get("/stats", responses=responses(*_ALWAYS, "DATABASE_UNAVAILABLE"))
+@router.get("/stats", responses=responses(*ALWAYS, "DATABASE_UNAVAILABLE"))
 async def get_stats(request: Request) -> Stats:
     """How many sandboxes are in each state."""
     context: Context = request.app.state.context
@@ -38,47 +36,10 @@ async def get_stats(request: Request) -> Stats:
 
 
 @router.post(
-    "/sync",
-    responses=responses(
-        *_ALWAYS,
-        "SYNC_HELD",
-        "LISTING_OUTDATED",
-        "CSP_UNAVAILABLE",
-        "SYNCER_UNAVAILABLE",
-        "ALLOCATOR_UNAVAILABLE",
-        "SYNC_TIMEOUT",
-    ),
-)
-async def sync(request: Request, force: bool = False) -> Sync:
-    """Brings the pool in line with CSP now; a call while one runs joins it."""
-    context: Context = request.app.state.context
-    command = SyncPool(request_id=request.state.request_id, force=force)
-    try:
-        if await context.publisher.consumers(topology.SYNCER_COMMANDS.name) == 0:
-            raise ApiError("SYNCER_UNAVAILABLE", "No csp-syncer is running. Start it, then try again.")
-        reply = await context.requester.request(
-            topology.SYNCER_COMMANDS, command, timeout_sec=context.settings.admin_wait_sec
-        )
-    except (Disconnected, Unroutable) as error:
-        raise ApiError("SYNCER_UNAVAILABLE", "The queue is down. Try again shortly.") from error
-    except TimeoutError as error:
-        raise ApiError("SYNC_TIMEOUT", "The sync is still running. Ask again to join it.") from error
-    if not isinstance(reply, PoolSynced):
-        refuse(reply)
-    return Sync(
-        status="completed",
-        synced=reply.synced,
-        marked_stale=reply.marked_stale,
-        restored=reply.restored,
-        duration_ms=reply.duration_ms,
-    )
-
-
-@router.post(
     "/cleanup",
     responses={
         202: JOB_RUNNING,
-        **responses(*_ALWAYS, "CSP_UNAVAILABLE", "REAPER_UNAVAILABLE", "ALLOCATOR_UNAVAILABLE"),
+        **responses(*ALWAYS, "CSP_UNAVAILABLE", "REAPER_UNAVAILABLE", "ALLOCATOR_UNAVAILABLE"),
     },
 )
 async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
@@ -101,7 +62,7 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
 @router.post(
     "/sandboxes/{sandbox_id}/release",
     responses=responses(
-        *_ALWAYS, "SANDBOX_NOT_FOUND", "NOT_ALLOCATED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+        *ALWAYS, "SANDBOX_NOT_FOUND", "NOT_ALLOCATED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
     ),
 )
 async def release(
@@ -116,7 +77,7 @@ async def release(
 @router.post(
     "/sandboxes/{sandbox_id}/retry-deletion",
     responses=responses(
-        *_ALWAYS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+        *ALWAYS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
     ),
 )
 async def retry_deletion(request: Request, sandbox_id: str) -> Release:
@@ -129,13 +90,13 @@ async def _released(request: Request, command: Callable[..., Command]) -> Releas
         asked = command(request_id=request.state.request_id)
     except ValueError:  # no id can look like that
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
-    reply = await _maintain(request, asked)
+    reply = await maintain(request, asked)
     if not isinstance(reply, SandboxReleased):
         refuse(reply)
     return Release.model_validate(reply, from_attributes=True)
 
 
-async def _maintain(request: Request, command: Command) -> Reply:
+async def maintain(request: Request, command: Command) -> Reply:
     """Asks the allocator for what no student waits for."""
     context: Context = request.app.state.context
     try:
@@ -152,7 +113,7 @@ async def _maintain(request: Request, command: Command) -> Reply:
         ) from error
 
 
-@router.get("/jobs/{job_id}", responses=responses(*_ALWAYS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))
+@router.get("/jobs/{job_id}", responses=responses(*ALWAYS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))
 async def get_job(request: Request, job_id: str) -> Job:
     """How a sync or clean-up goes, and what came of it."""
     context: Context = request.app.state.context

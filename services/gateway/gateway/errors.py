@@ -49,7 +49,6 @@ KINDS: Mapping[str, Kind] = {
     "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
     "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
     "MAINTENANCE_TIMEOUT": Kind(504, "No answer in time; it may still be done", retry_after=5),
-    "SYNC_TIMEOUT": Kind(504, "The sync is still running; asking again joins it", retry_after=5),
 }
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import admin, auth, docs, errors, middleware, routes
+from gateway import admin, auth, docs, errors, middleware, routes, syncs
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.replies import Allocator
@@ -77,6 +77,7 @@ def create_app(settings: Settings) -> Gateway:
     app.state.context = Context(settings, judge, engine, publisher, requester, allocator)
     app.include_router(routes.router, dependencies=[Depends(auth.track)])
     app.include_router(admin.router, dependencies=[Depends(auth.administration)])
+    app.include_router(syncs.router, dependencies=[Depends(auth.administration)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])

@@ -47,13 +47,77 @@ class Stats(BaseModel):
     deletion_failed: int
     stale: int
     deleted: int
+    missing: int = Field(description="of the allocated: CSP no longer lists them, and a student has them still")
 
 
 class Sync(BaseModel):
-    status: str = Field(examples=["completed"])
+    status: Literal["completed"] = "completed"
     synced: int = Field(description="active sandbox accounts in CSP")
     marked_stale: int
     restored: int
+    duration_ms: int
+
+
+class AppliedSync(BaseModel):
+    listing_id: int
+    begun_at: int = Field(description="Unix seconds")
+    applied_at: int = Field(description="Unix seconds")
+    synced: int = Field(description="active sandbox accounts in CSP")
+    discovered: int
+    restored: int
+    marked_stale: int
+    reopened: int = Field(description="CSP had deleted them and still lists them: they are deleted again")
+    leaked: int = Field(default=0, description="listed by CSP, and not in the pool")
+
+
+class SandboxName(BaseModel):
+    sandbox_id: str
+    name: str
+
+
+class Change(BaseModel):
+    count: int
+    examples: list[SandboxName] = Field(description="20 at most")
+
+
+class HeldSync(BaseModel):
+    listing_id: int
+    begun_at: int = Field(description="Unix seconds")
+    held_at: int = Field(description="Unix seconds")
+    reason: str
+    stale: Change = Field(description="available ones that it lacks")
+    missing: Change = Field(description="allocated ones that it lacks: they would be flagged")
+    moved: Change = Field(description="those that have another account in it")
+    discovered: Change
+    restored: Change
+
+
+class SyncState(BaseModel):
+    applied: AppliedSync | None = Field(description="the last listing that was applied")
+    held: HeldSync | None = Field(description="the newest listing, while it is held: what it would change")
+
+
+class Leak(BaseModel):
+    sandbox_id: str
+    external_id: str
+    name: str
+    kind: Literal["unknown", "deleted", "missing"] = Field(
+        description="`unknown` and `deleted`: in CSP, but not known or deleted here; "
+        "`missing`: held by a student, but gone from CSP"
+    )
+    since: int | None = Field(description="Unix seconds; null where it is unknown")
+
+
+class Leaks(BaseModel):
+    leaks: list[Leak]
+    count: int = Field(description="on this page")
+    cursor: str | None = Field(description="for the next page; null on the last")
+    listed_at: int | None = Field(description="Unix seconds: the listing compared with; null before the first")
+
+
+class Purge(BaseModel):
+    status: Literal["completed"] = "completed"
+    deleted: int
     duration_ms: int
 
 

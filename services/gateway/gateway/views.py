@@ -4,15 +4,17 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import get_args
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, case, func, literal, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway.errors import ApiError
-from gateway.schemas import Job, Sandbox, Stats
+from gateway.schemas import AppliedSync, HeldSync, Job, Leak, Leaks, Sandbox, Stats, SyncState
 from sandbox_broker import db
-from sandbox_broker.tables import jobs, leases, sandboxes
+from sandbox_broker.messages import SandboxStatus
+from sandbox_broker.tables import PROOF_GRACE, csp_accounts, csp_listings, jobs, leases, sandboxes
 
 JOB_SILENCE_SEC = 120
 """Who works on a job tells at least once a minute; one that was silent for this long is dead."""
@@ -38,8 +40,8 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
             sandboxes.c.sfdc_account_id,
             leases.c.holder,
             leases.c.track_name,
-            func.floor(func.extract("epoch", leases.c.allocated_at)).label("allocated_at"),
-            func.floor(func.extract("epoch", leases.c.expires_at)).label("expires_at"),
+            _seconds(leases.c.allocated_at).label("allocated_at"),
+            _seconds(leases.c.expires_at).label("expires_at"),
         )
         .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
         .where(sandboxes.c.sandbox_id == sandbox_id)
@@ -54,11 +56,93 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
 
 
 async def stats(engine: AsyncEngine) -> Stats:
-    query = select(sandboxes.c.status, func.count()).group_by(sandboxes.c.status)
+    gone = (sandboxes.c.status == "allocated") & sandboxes.c.missing_since.is_not(None)
+    query = select(sandboxes.c.status, func.count(), func.count().filter(gone)).group_by(sandboxes.c.status)
     async with _reading(engine) as connection:
-        counts = {status: int(number) for status, number in await connection.execute(query)}
-    by_status = {status: counts.get(status, 0) for status in Stats.model_fields if status != "total"}
-    return Stats(total=sum(by_status.values()), **by_status)
+        rows = (await connection.execute(query)).all()
+    counts = {status: int(number) for status, number, _ in rows}
+    by_status = {status: counts.get(status, 0) for status in get_args(SandboxStatus)}
+    return Stats(total=sum(by_status.values()), missing=sum(int(missing) for _, _, missing in rows), **by_status)
+
+
+async def sync_state(engine: AsyncEngine) -> SyncState:
+    listing = (
+        select(
+            csp_listings.c.listing_id,
+            _seconds(csp_listings.c.begun_at).label("begun_at"),
+            _seconds(csp_listings.c.applied_at).label("applied_at"),
+            _seconds(csp_listings.c.held_at).label("held_at"),
+            csp_listings.c.outcome,
+        )
+        .order_by(csp_listings.c.listing_id.desc())
+        .limit(1)
+    )
+    applied = csp_listings.c.applied_at.is_not(None)
+    async with _reading(engine) as connection:
+        newest = await connection.execute(listing.where(applied | csp_listings.c.held_at.is_not(None)))
+        last = await connection.execute(listing.where(applied))
+        held, done = newest.mappings().one_or_none(), last.mappings().one_or_none()
+    return SyncState(
+        applied=AppliedSync.model_validate({**done, **done["outcome"]}) if done else None,
+        held=HeldSync.model_validate({**held, **held["outcome"]}) if held and held["held_at"] is not None else None,
+    )
+
+
+async def leaks(engine: AsyncEngine, limit: int, after: str) -> Leaks:
+    """Differences to the last listing that was applied, those behind the sandbox id `after`."""
+    latest = (
+        select(csp_listings.c.listing_id, csp_listings.c.begun_at)
+        .where(csp_listings.c.applied_at.is_not(None))
+        .order_by(csp_listings.c.listing_id.desc())
+        .limit(1)
+        .cte("latest")
+    )
+    unknown = sandboxes.c.sandbox_id.is_(None)
+    deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= latest.c.begun_at - PROOF_GRACE)
+    in_csp = (
+        select(
+            csp_accounts.c.sandbox_id,
+            csp_accounts.c.external_id,
+            csp_accounts.c.name,
+            case((unknown, "unknown"), else_="deleted").label("kind"),
+            _seconds(sandboxes.c.status_since).label("since"),
+        )
+        .select_from(
+            latest.join(csp_accounts, csp_accounts.c.listing_id == latest.c.listing_id).outerjoin(
+                sandboxes, sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id
+            )
+        )
+        .where(csp_accounts.c.external_id.is_not(None), csp_accounts.c.sandbox_id > after, unknown | deleted)
+        .order_by(csp_accounts.c.sandbox_id)
+        .limit(limit + 1)
+    )
+    missing = (
+        select(
+            sandboxes.c.sandbox_id,
+            sandboxes.c.external_id,
+            sandboxes.c.name,
+            literal("missing").label("kind"),
+            _seconds(sandboxes.c.missing_since).label("since"),
+        )
+        .where(
+            sandboxes.c.status == "allocated",
+            sandboxes.c.missing_since.is_not(None),
+            sandboxes.c.sandbox_id > after,
+        )
+        .order_by(sandboxes.c.sandbox_id)
+        .limit(limit + 1)
+    )
+    both = union_all(in_csp.subquery().select(), missing.subquery().select())
+    async with _reading(engine) as connection:
+        rows = (await connection.execute(both.order_by("sandbox_id").limit(limit + 1))).mappings().all()
+        listed_at = await connection.scalar(select(_seconds(latest.c.begun_at)))
+    page = [Leak.model_validate(row) for row in rows[:limit]]
+    return Leaks(
+        leaks=page,
+        count=len(page),
+        cursor=page[-1].sandbox_id if len(rows) > limit else None,
+        listed_at=listed_at,
+    )
 
 
 async def job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
@@ -70,8 +154,8 @@ async def job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
         jobs.c.state,
         jobs.c.progress,
         jobs.c.result,
-        func.floor(func.extract("epoch", jobs.c.started_at)).label("started_at"),
-        func.floor(func.extract("epoch", jobs.c.updated_at)).label("updated_at"),
+        _seconds(jobs.c.started_at).label("started_at"),
+        _seconds(jobs.c.updated_at).label("updated_at"),
         ((jobs.c.state == "running") & (jobs.c.updated_at < silent_since)).label("abandoned"),
     ).where(jobs.c.job_id == job_id)
     async with _reading(engine) as connection:
@@ -82,6 +166,10 @@ async def job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
     if row["abandoned"]:
         return found.model_copy(update={"state": "failed", "result": {"message": ABANDONED}})
     return found
+
+
+def _seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
+    return func.floor(func.extract("epoch", time))
 
 
 @asynccontextmanager

@@ -21,10 +21,13 @@ from sandbox_broker.messages import (
     CleanedUp,
     CleanUpNow,
     Command,
+    DeleteStale,
     EndLease,
     InvalidCommand,
     LeaseGranted,
     PoolSynced,
+    Purged,
+    PurgeRecords,
     Recorded,
     RecordJob,
     Refused,
@@ -70,6 +73,8 @@ async def say_yes(command: Command) -> Reply:
         )
     if isinstance(command, CleanUpNow):
         return CleanedUp(deleted=3, failed=1, duration_ms=34)
+    if isinstance(command, DeleteStale | PurgeRecords):
+        return Purged(count=7)
     if isinstance(command, RecordJob):
         return Recorded(changed=True)
     return LEASE

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from sandbox_broker import topology
+from sandbox_broker.messages import Command, Purged, RecordJob, Reply, SyncPool
 
 from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes, until
 
@@ -87,10 +88,26 @@ async def test_a_lost_rabbitmq_is_503_within_a_second_and_comes_back(amqp_url: s
         assert (await gateway.allocate()).status_code == 201
 
 
-async def test_a_sync_that_takes_long_is_504(hasty: Gateway) -> None:
+async def test_a_sync_that_takes_long_becomes_a_job(hasty: Gateway) -> None:
     hasty.syncer.answer = say_nothing
     response = await hasty.client.post("/v1/admin/sync", headers=ADMIN)
-    assert (response.status_code, detail(response)["code"]) == (504, "SYNC_TIMEOUT")
+    assert response.status_code == 202
+    (begun,), (asked,) = hasty.maintenance.commands, hasty.syncer.commands
+    assert isinstance(begun, RecordJob)
+    assert isinstance(asked, SyncPool)
+    assert (begun.kind, begun.state, begun.job_id) == ("sync", "running", asked.job_id)
+    path = f"/v1/admin/jobs/{asked.job_id}"
+    assert response.json() == {"status": "running", "job_id": str(asked.job_id), "job_url": path}
+    assert response.headers["Location"] == path
+
+
+async def test_a_purge_without_an_end_tells_how_far_it_came(hasty: Gateway) -> None:
+    async def purge(_: Command) -> Reply:
+        return Purged(count=500)
+
+    hasty.maintenance.answer = purge
+    response = await hasty.client.post("/v1/admin/bulk-delete?status=stale", headers=ADMIN)
+    assert (response.status_code, detail(response)["code"]) == (504, "MAINTENANCE_TIMEOUT")
 
 
 async def test_a_sync_without_a_csp_syncer_is_503(amqp_url: str, database_url: str) -> None:

@@ -88,13 +88,23 @@ async def test_an_unknown_sandbox_is_404(gateway: Gateway) -> None:
 
 async def test_the_stats_count_every_state(gateway: Gateway, database: asyncpg.Connection) -> None:
     empty = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
-    assert empty.json() == {"total": 0, **dict.fromkeys(STATES, 0)}
+    assert empty.json() == {"total": 0, "missing": 0, **dict.fromkeys(STATES, 0)}
     for number, status in enumerate(STATES):
         for copy in range(number + 1):
             await add_sandbox(database, f"{number}{copy}", status)
     response = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
     counts = {status: number + 1 for number, status in enumerate(STATES)}
-    assert response.json() == {"total": sum(counts.values()), **counts}
+    assert response.json() == {"total": sum(counts.values()), "missing": 0, **counts}
+
+
+async def test_the_stats_tell_what_students_hold_and_csp_no_longer_lists(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    for number, status in enumerate(("allocated", "allocated", "allocated", "pending_deletion")):
+        await add_sandbox(database, str(number), status)
+    await database.execute("UPDATE sandboxes SET missing_since = now() WHERE sandbox_id <> '0'")
+    stats = (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).json()
+    assert (stats["total"], stats["allocated"], stats["missing"]) == (4, 3, 2)
 
 
 async def test_ready_means_that_queue_and_database_answer(gateway: Gateway) -> None:

@@ -59,7 +59,14 @@ class Deleter:
         return "CSP keeps failing"
 
     async def delete(self, run_id: uuid.UUID, deletion: DueDeletion) -> Outcome:
-        """Dying in between is harmless: the claim ends, and the next attempt finds the account gone."""
+        """Dying in between is harmless: the claim ends, and the next attempt finds the account gone.
+
+        What CSP no longer lists it is not asked to delete. Should a later listing have it after all, that opens the
+        deletion again."""
+        if deletion.missing:
+            log.info("csp.missing", sandbox_id=deletion.sandbox_id)
+            await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id))
+            return Outcome.DELETED
         try:
             outcome = await self._csp.delete_account(deletion.external_id)
         except CspUnauthorized as error:

@@ -63,6 +63,17 @@ async def test_what_is_due_is_deleted_in_csp_and_only_then_recorded(
     assert sample("broker_cleanup_deleted_total") == before + 7
 
 
+async def test_what_csp_no_longer_lists_is_recorded_as_deleted_without_asking_csp(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await csp.behave(reject_tokens=True)
+    allocator.add("7", str(uuid.uuid4()))
+    allocator.due["7"] = allocator.due["7"].model_copy(update={"missing": True})
+    async with reaping(amqp_url, csp):
+        await until(lambda: not allocator.due)
+    assert await csp.deletions() == []
+
+
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
 async def test_no_more_deletions_run_at_once_than_allowed(
     csp: Csp, allocator: Allocator, amqp_url: str, concurrency: int
