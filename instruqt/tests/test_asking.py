@@ -226,7 +226,7 @@ def test_a_proxy_sees_only_a_tunnel_to_a_broker_on_https_at_each_attempt(
     track: Track, broker: CannedServer
 ) -> None:
     broker.replies = [page(502)]
-    run = track.allocate(https_proxy=broker.origin, BROKER_API_URL=None, BROKER_TIMEOUT_SEC="0.7")
+    run = track.allocate(https_proxy=broker.origin, BROKER_API_URL=None, BROKER_TIMEOUT_SEC="2.5")
     assert run.code == 1
     assert len(broker.calls) >= 2
     assert {(call.method, call.path) for call in broker.calls} == {

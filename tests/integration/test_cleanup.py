@@ -92,7 +92,7 @@ async def test_a_clean_up_on_demand_deletes_what_is_put_off(stack: Stack) -> Non
     assert response.status_code == 200, response.text
     assert (response.json()["status"], response.json()["deleted"]) == ("completed", 1)
     assert (await stack.stats())["deleted"] == 1
-    job_id = await stack.database.fetchval("SELECT job_id FROM jobs")
+    job_id = await stack.database.fetchval("SELECT job_id FROM jobs WHERE kind = 'cleanup'")
     job = (await stack.admin("GET", f"jobs/{job_id}")).json()
     assert (job["state"], job["result"]["deleted"]) == ("completed", 1)
 

@@ -30,6 +30,7 @@ async def tick(publisher: Publisher) -> None:
     """Becomes a command. So all syncs run where the commands are consumed, by one replica, and a tick joins the
     sync that an administrator has started as well as the other way round."""
     body = encode_commands([SyncPool(request_id="tick")])
+    await publisher.wait_connected()  # the first tick may come before; the next is a whole period away
     try:
         await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)
     except (Disconnected, Unroutable) as error:
