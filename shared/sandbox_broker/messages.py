@@ -105,10 +105,12 @@ class EndCleanup(Message):
 
 
 class RecordDeletion(Message):
-    """CSP deleted the sandbox, or no longer had it. → Recorded."""
+    """CSP deleted the sandbox, or no longer had it. `services_error` is what went wrong with the services inside
+    it. → Recorded."""
 
     type: Literal["RecordDeletion"] = "RecordDeletion"
     sandbox_id: SandboxId
+    services_error: _StorableText | None = Field(default=None, max_length=500)
 
 
 class RecordDeletionFailure(Message):
@@ -122,6 +124,7 @@ class RecordDeletionFailure(Message):
     attempts: int = Field(ge=0, le=1_000_000)
     error: _StorableText = Field(max_length=500)
     retry_in_sec: float | None = Field(default=None, ge=0, le=MAX_SEC)
+    services_error: _StorableText | None = Field(default=None, max_length=500)
 
 
 class EndLease(Message):

@@ -48,6 +48,7 @@ sandboxes = Table(
     Column("deletion_claim", Uuid, comment="the clean-up run that has it in hand, or had it last"),
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
+    Column("services_error", Text, comment="what went wrong with the services inside it, before its deletion"),
     Column(
         "name_stem",
         _Name,

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from tests.integration.stack import Stack
+from tests.integration.stack import Stack, eventually
 
 
 async def test_new_accounts_become_available_and_vanished_ones_stale_and_back(stack: Stack) -> None:
@@ -64,3 +64,75 @@ async def test_syncs_that_are_asked_for_at_once_share_one_listing(stack: Stack) 
     answers = await asyncio.gather(*(stack.sync() for _ in range(5)))
     assert {answer.status_code for answer in answers} == {200}
     assert len((await stack.control("GET", "calls?method=GET"))["calls"]) == 1
+
+
+async def test_what_a_held_listing_would_change_is_shown_until_a_sync_completes(stack: Stack) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
+    await stack.sync()
+    held = (await stack.admin("GET", "sync")).json()["held"]
+    assert held["stale"]["count"] > 20
+    assert len(held["stale"]["examples"]) == 20
+    assert "are missing" in held["reason"]
+
+    async def alarm() -> bool:
+        port = stack.environment["ALLOCATOR_PORT"]
+        metrics = (await stack.client.get(f"http://127.0.0.1:{port}/metrics")).text
+        return "broker_sync_held 1.0" in metrics
+
+    await eventually(alarm)
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 1})
+    assert (await stack.sync()).json()["synced"] == 50
+    state = (await stack.admin("GET", "sync")).json()
+    assert (state["held"], state["applied"]["synced"]) == (None, 50)
+
+
+async def test_forcing_is_for_once(stack: Stack) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
+    assert (await stack.sync(force="true")).status_code == 200
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.1})
+    assert (await stack.sync()).status_code == 409
+
+
+async def test_a_sandbox_whose_record_is_malformed_stays_available(stack: Stack) -> None:
+    records = (await stack.control("GET", "accounts"))["accounts"]
+    for record in records:
+        record["name"] = None
+    await stack.control("PUT", "accounts", {"raw": records})
+    synced = (await stack.sync()).json()
+    assert (synced["synced"], synced["marked_stale"]) == (0, 0)
+    assert (await stack.stats())["available"] == 50
+
+
+async def test_a_released_sandbox_that_is_missing_in_csp_is_deleted_without_asking_csp(stack: Stack) -> None:
+    lease = (await stack.allocate("ada")).json()
+    await stack.control("DELETE", f"accounts/{lease['external_id']}")
+    await stack.sync()
+    assert (await stack.stats())["missing"] == 1
+    (leak,) = (await stack.admin("GET", "leaks")).json()["leaks"]
+    assert (leak["sandbox_id"], leak["kind"]) == (lease["sandbox_id"], "missing")
+    await stack.release(lease["sandbox_id"], "ada")
+    await eventually(stack.nothing_pending)
+    assert (await stack.stats())["deleted"] == 1
+    assert await stack.deletions() == []
+    assert (await stack.admin("GET", "leaks")).json()["leaks"] == []
+
+
+async def test_a_deletion_that_csp_has_confirmed_and_not_done_is_done_again(stack: Stack) -> None:
+    await stack.control("PATCH", "behaviour", {"deleted_stay_listed": None})
+    lease = (await stack.allocate("ada")).json()
+    await stack.release(lease["sandbox_id"], "ada")
+    await eventually(stack.nothing_pending)
+    await stack.sync()
+    assert (await stack.stats())["deleted"] == 1  # it may be that the listing lags behind
+
+    ago = "UPDATE sandboxes SET status_since = now() - interval '10 minutes' WHERE status = 'deleted'"
+    await stack.database.execute(ago)
+    await stack.control("DELETE", "calls")
+    assert (await stack.sync()).status_code == 200
+
+    async def deleted_again() -> bool:
+        return len(await stack.deletions()) > 0 and await stack.nothing_pending()
+
+    await eventually(deleted_again)
+    assert (await stack.stats())["deleted"] == 1
+    assert (await stack.stats())["available"] == 49

@@ -119,3 +119,18 @@ async def test_whoever_dies_wherever_the_pool_is_as_before_or_as_after_and_ends_
         }, (SEED, point)
         assert dict(sorted((await states(dying)).items())) == expected, (SEED, point)
     await dying.assert_sound()
+
+
+async def test_a_sync_that_takes_longer_than_one_waits_is_a_job_to_ask_after(dying: Stack) -> None:
+    await dying.fill(50)
+    await dying.control("PATCH", "behaviour", {"listing_latency_sec": 6})
+    begun = await dying.sync()
+    assert begun.status_code == 202
+    path = begun.headers["Location"].removeprefix("/v1/admin/")
+
+    async def completed() -> bool:
+        return bool((await dying.admin("GET", path)).json()["state"] == "completed")
+
+    await eventually(completed)
+    job = (await dying.admin("GET", path)).json()
+    assert job["progress"]["staged"] == job["result"]["synced"] == 50

@@ -201,7 +201,9 @@ async def end_cleanup(writer: Writer, command: EndCleanup) -> Reply:
 
 
 async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
-    row = await store.one(writer.connection, store.RECORD_DELETION, writer.epoch, command.sandbox_id)
+    row = await store.one(
+        writer.connection, store.RECORD_DELETION, writer.epoch, command.sandbox_id, command.services_error
+    )
     if row["changed"]:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
     return messages.Recorded(changed=row["changed"])
@@ -218,6 +220,7 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
         command.error,
         retry_in,
         command.run_id,
+        command.services_error,
     )
     if row["changed"]:
         log.warning(

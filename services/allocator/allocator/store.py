@@ -357,7 +357,7 @@ WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'deleted', status_since = now(), deleted_at = now(),
-        deletion_due_at = NULL, deletion_claim = NULL, deletion_error = NULL
+        deletion_due_at = NULL, deletion_claim = NULL, deletion_error = NULL, services_error = $3
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
     RETURNING s.sandbox_id, s.external_id, s.name
@@ -380,7 +380,7 @@ moved AS (
     SET status = CASE WHEN $5::interval IS NULL THEN 'deletion_failed' ELSE s.status END,
         status_since = CASE WHEN $5::interval IS NULL THEN now() ELSE s.status_since END,
         deletion_attempts = s.deletion_attempts + 1, deletion_error = $4,
-        deletion_due_at = now() + $5::interval, deletion_claim = NULL
+        deletion_due_at = now() + $5::interval, deletion_claim = NULL, services_error = $7
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
       AND s.deletion_attempts = $3 AND s.deletion_claim = $6

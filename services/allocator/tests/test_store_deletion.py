@@ -214,6 +214,22 @@ async def test_a_deletion_is_recorded_once(pool: Pool) -> None:
     assert await claim(writer) == []
 
 
+async def test_what_went_wrong_with_the_services_is_kept_with_the_deletion(pool: Pool) -> None:
+    failed, deleted = await make_due(pool, 2)
+    writer = await pool.writer()
+    await claim(writer)
+    await record_deletion(writer, RecordDeletion(sandbox_id=deleted, services_error="no JWT"))
+    await record_deletion_failure(
+        writer,
+        RecordDeletionFailure(
+            run_id=RUN, sandbox_id=failed, attempts=0, error="500", retry_in_sec=0, services_error="lab: 500"
+        ),
+    )
+    assert await pool.column("SELECT services_error FROM sandboxes ORDER BY sandbox_id") == ["lab: 500", "no JWT"]
+    assert await delete(writer, failed)
+    assert await pool.column("SELECT services_error FROM sandboxes ORDER BY sandbox_id") == [None, "no JWT"]
+
+
 @pytest.mark.parametrize("status", ["available", "allocated", "deletion_failed", "stale", "deleted"])
 async def test_only_a_pending_deletion_can_be_recorded(pool: Pool, status: str) -> None:
     (sandbox_id,) = await pool.fill(1, status)

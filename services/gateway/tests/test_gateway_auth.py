@@ -27,7 +27,14 @@ TRACK_ROUTES = [
     ("POST", "/v1/sandboxes/1/mark-for-deletion"),
     ("GET", "/v1/sandboxes/1"),
 ]
-ADMIN_ROUTES = [("GET", "/v1/admin/stats"), ("POST", "/v1/admin/sync")]
+ADMIN_ROUTES = [
+    ("GET", "/v1/admin/stats"),
+    ("POST", "/v1/admin/sync"),
+    ("GET", "/v1/admin/sync"),
+    ("GET", "/v1/admin/leaks"),
+    ("POST", "/v1/admin/auto-delete-stale"),
+    ("POST", "/v1/admin/bulk-delete?status=stale"),
+]
 
 
 @pytest.fixture(scope="module")

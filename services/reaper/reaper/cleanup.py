@@ -14,7 +14,7 @@ import structlog
 
 from reaper.asking import REQUEST_TIMEOUT_SEC, NoAnswer, ask
 from reaper.circuit import State
-from reaper.deletion import CSP_TIMEOUT_SEC, Deleter
+from reaper.deletion import Deleter
 from reaper.jobs import Jobs
 from reaper.settings import Settings
 from sandbox_broker.bus import Requester
@@ -56,7 +56,7 @@ class CleanUp:
         self._woken = asyncio.Event()
         # From asking for a deletion over CSP's answer and its record to when the next is asked for.
         pause_sec = max(settings.cleanup_batch_delay_sec, settings.cleanup_per_sandbox_delay_sec)
-        self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + CSP_TIMEOUT_SEC + pause_sec + CLAIM_MARGIN_SEC
+        self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.longest_sec + pause_sec + CLAIM_MARGIN_SEC
 
     def wake(self) -> None:
         """There may be something to delete."""
@@ -151,11 +151,9 @@ class CleanUp:
             if not claimed.deletions:
                 batch.left, batch.on_duty, batch.next_in_sec = 0, claimed.on_duty, claimed.next_in_sec
                 return
-            if time.monotonic() > asked_at + REQUEST_TIMEOUT_SEC:
-                raise NoAnswer("this process was frozen, and its claim may have ended")
             for deletion in claimed.deletions:
                 batch.tried += 1
-                outcome = await self._deleter.delete(batch.run_id, deletion)
+                outcome = await self._deleter.delete(batch.run_id, deletion, asked_at + REQUEST_TIMEOUT_SEC)
                 self._jobs.count(outcome)
             if self._deleter.state is not State.CLOSED:
                 batch.left = 0

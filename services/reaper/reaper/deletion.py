@@ -6,7 +6,7 @@ from enum import Enum, auto
 
 import structlog
 
-from reaper import metrics
+from reaper import metrics, services
 from reaper.asking import NoAnswer, ask
 from reaper.backoff import retry_in_sec
 from reaper.circuit import Circuit, State
@@ -14,6 +14,7 @@ from reaper.settings import Settings
 from sandbox_broker.bus import Requester
 from sandbox_broker.csp import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.messages import DueDeletion, RecordDeletion, RecordDeletionFailure
+from sandbox_broker.niosxaas import NiosxaasClient
 
 CSP_TIMEOUT_SEC = 30.0
 MAX_ERROR = 500
@@ -33,9 +34,12 @@ class Deleter:
     """Knows whether CSP is worth asking: one circuit for its failures, one for our token, which a single refusal
     opens."""
 
-    def __init__(self, settings: Settings, csp: CspClient, requester: Requester) -> None:
+    def __init__(
+        self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, requester: Requester
+    ) -> None:
         self._settings = settings
         self._csp = csp
+        self._niosxaas = niosxaas
         self._requester = requester
         self._failing = Circuit(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
         self._refusing = Circuit(1, settings.circuit_breaker_timeout_sec)
@@ -58,8 +62,18 @@ class Deleter:
             return "CSP refuses our token"
         return "CSP keeps failing"
 
-    async def delete(self, run_id: uuid.UUID, deletion: DueDeletion) -> Outcome:
-        """Dying in between is harmless: the claim ends, and the next attempt finds the account gone.
+    @property
+    def longest_sec(self) -> float:
+        """How long CSP may take for one deletion, and for what comes before it."""
+        return CSP_TIMEOUT_SEC + self._preparing_sec
+
+    @property
+    def _preparing_sec(self) -> float:
+        return services.TIMEOUT_SEC if self._niosxaas is not None else 0
+
+    async def delete(self, run_id: uuid.UUID, deletion: DueDeletion, begin_by: float) -> Outcome:
+        """Dying in between is harmless: the claim ends, and the next attempt finds the account gone. Past
+        `begin_by`, on the monotonic clock, that may have happened already: raises NoAnswer.
 
         What CSP no longer lists it is not asked to delete. Should a later listing have it after all, that opens the
         deletion again."""
@@ -67,7 +81,12 @@ class Deleter:
             log.info("csp.missing", sandbox_id=deletion.sandbox_id)
             await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id))
             return Outcome.DELETED
+        problem: str | None = None
         try:
+            if self._niosxaas is not None:
+                problem = await services.remove_services(self._niosxaas, deletion)
+            if time.monotonic() > begin_by + self._preparing_sec:
+                raise NoAnswer("this process was frozen, and its claim may have ended")
             outcome = await self._csp.delete_account(deletion.external_id)
         except CspUnauthorized as error:
             self._refusing.failed(time.monotonic())
@@ -77,15 +96,17 @@ class Deleter:
         except CspUnavailable as error:
             self._failing.failed(time.monotonic())
             retry_in = retry_in_sec(self._settings, deletion.attempts, error.retry_after)
-            await self._record_failure(run_id, deletion, str(error), retry_in)
+            await self._record_failure(run_id, deletion, str(error), retry_in, problem)
             return Outcome.FAILED
         except ValueError as error:  # an external id that is none: no attempt can help
-            await self._record_failure(run_id, deletion, str(error), None)
+            await self._record_failure(run_id, deletion, str(error), None, problem)
             return Outcome.FAILED
         self._accepted()
         metrics.DELETED.inc()
         log.info("csp.deleted", sandbox_id=deletion.sandbox_id, outcome=outcome)
-        await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id))
+        if outcome == "already_gone":
+            problem = None  # gone with the account
+        await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id, services_error=_short(problem)))
         return Outcome.DELETED
 
     def _accepted(self) -> None:
@@ -95,7 +116,12 @@ class Deleter:
         metrics.UNAUTHORIZED.set(0)
 
     async def _record_failure(
-        self, run_id: uuid.UUID, deletion: DueDeletion, error: str, retry_in: float | None
+        self,
+        run_id: uuid.UUID,
+        deletion: DueDeletion,
+        error: str,
+        retry_in: float | None,
+        services_error: str | None,
     ) -> None:
         metrics.FAILED.inc()
         log.warning("csp.delete_failed", sandbox_id=deletion.sandbox_id, error=error, retry_in_sec=retry_in)
@@ -106,6 +132,7 @@ class Deleter:
                 attempts=deletion.attempts,
                 error=error[:MAX_ERROR],
                 retry_in_sec=retry_in,
+                services_error=_short(services_error),
             )
         )
 
@@ -114,3 +141,7 @@ class Deleter:
             await ask(self._requester, command)
         except NoAnswer as error:  # it stays claimed, and is due again when the claim ends
             log.warning("deletion.not_recorded", sandbox_id=command.sandbox_id, error=str(error))
+
+
+def _short(error: str | None) -> str | None:
+    return None if error is None else error[:MAX_ERROR]

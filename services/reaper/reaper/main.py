@@ -1,12 +1,12 @@
 """Wiring of the reaper: ticks and events start its work."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from starlette.applications import Starlette
 
-from reaper import metrics
+from reaper import metrics, services
 from reaper.cleanup import CleanUp
 from reaper.deletion import CSP_TIMEOUT_SEC, Deleter
 from reaper.handlers import expire_overdue
@@ -24,7 +24,8 @@ def create_app(settings: Settings) -> Starlette:
     publisher = Publisher(url, "reaper")
     requester = Requester(url, "reaper", publisher)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
-    deleter = Deleter(settings, csp, requester)
+    niosxaas = services.client(settings)
+    deleter = Deleter(settings, csp, niosxaas, requester)
     jobs = Jobs(requester)
     cleanup = CleanUp(settings, requester, deleter, jobs)
     schedule = Schedule(cleanup, jobs, publisher)
@@ -55,7 +56,11 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with csp, tasks(app):
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(csp)
+            if niosxaas is not None:
+                await stack.enter_async_context(niosxaas)
+            await stack.enter_async_context(tasks(app))
             yield
 
     return Starlette(

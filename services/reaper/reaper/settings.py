@@ -1,4 +1,4 @@
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from sandbox_broker.settings import HttpUrl, Port, ServiceSettings
 
@@ -19,3 +19,17 @@ class Settings(ServiceSettings):
     deletion_max_attempts: int = Field(default=8, ge=1)
     circuit_breaker_threshold: int = Field(default=5, ge=1)
     circuit_breaker_timeout_sec: float = Field(default=60, gt=0)
+    niosxaas_enabled: bool = False
+    niosxaas_shadow_mode: bool = False
+    niosxaas_base_url: HttpUrl = "https://csp.infoblox.com"
+    niosxaas_email: str = Field(default="", validate_default=True)
+    niosxaas_password: SecretStr = Field(default=SecretStr(""), validate_default=True)
+    niosxaas_service_name: str = ""
+
+    @field_validator("niosxaas_email", "niosxaas_password")
+    @classmethod
+    def _needed_when_enabled(cls, value: str | SecretStr, info: ValidationInfo) -> str | SecretStr:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if info.data.get("niosxaas_enabled") and not text.strip():
+            raise ValueError("is needed with NIOSXAAS_ENABLED")
+        return value

@@ -1,0 +1,49 @@
+"""What runs inside a used sandbox is removed before its account is deleted: off by default."""
+
+import structlog
+
+from reaper import metrics
+from reaper.settings import Settings
+from sandbox_broker.csp_http import CspError
+from sandbox_broker.messages import DueDeletion
+from sandbox_broker.niosxaas import NiosxaasClient
+
+TIMEOUT_SEC = 30.0
+"""For one account."""
+
+log = structlog.get_logger()
+
+
+def client(settings: Settings) -> NiosxaasClient | None:
+    """None: the services are left to CSP."""
+    if not settings.niosxaas_enabled:
+        return None
+    return NiosxaasClient(
+        settings.niosxaas_base_url,
+        settings.niosxaas_email,
+        settings.niosxaas_password.get_secret_value(),
+        service_name=settings.niosxaas_service_name,
+        shadow_mode=settings.niosxaas_shadow_mode,
+        timeout_sec=TIMEOUT_SEC,
+    )
+
+
+async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> str | None:
+    """Returns what went wrong: the deletion goes on all the same."""
+    try:
+        cleaned = await niosxaas.clean_account(deletion.external_id)
+    except CspError as error:
+        problem = str(error)
+    else:
+        log.info(
+            "services.removed",
+            sandbox_id=deletion.sandbox_id,
+            deleted=cleaned.deleted,
+            would_delete=cleaned.would_delete,
+        )
+        problem = "; ".join(cleaned.failed)
+    if not problem:
+        return None
+    metrics.SERVICES_FAILED.inc()
+    log.warning("services.not_removed", sandbox_id=deletion.sandbox_id, error=problem)
+    return problem

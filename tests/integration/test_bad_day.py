@@ -1,0 +1,81 @@
+"""A quarter of an hour of failures in CSP, as it once was, played fast: nothing is left behind."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.stack import Stack, eventually, running
+
+SPEED = 120
+STUDENTS = 150
+BATCH_SIZE, BATCH_DELAY_SEC = 10, 2 / SPEED
+
+
+@pytest.fixture
+async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    """With two reapers, and every duration as much shorter as the day is."""
+    settings = {
+        "CLEANUP_INTERVAL_SEC": str(300 / SPEED),
+        "CLEANUP_BATCH_DELAY_SEC": str(BATCH_DELAY_SEC),
+        "DELETION_BACKOFF_BASE_SEC": str(30 / SPEED),
+        "DELETION_BACKOFF_MAX_SEC": str(3600 / SPEED),
+        "CIRCUIT_BREAKER_TIMEOUT_SEC": str(60 / SPEED),
+    }
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url, settings=settings) as stack,
+    ):
+        await stack.start_service("reaper", name="second reaper")
+        yield stack
+
+
+def most_at_once(calls: list[dict[str, Any]]) -> int:
+    changes = [(call["at"], 1) for call in calls] + [(end(call), -1) for call in calls]
+    running, most = 0, 0
+    for _, change in sorted(changes):
+        running += change
+        most = max(most, running)
+    return most
+
+
+def largest_batch(calls: list[dict[str, Any]]) -> int:
+    """The most calls that began without a pause before the next."""
+    largest, size, over = 0, 0, 0.0
+    for call in calls:
+        size = 1 if call["at"] >= over + 0.9 * BATCH_DELAY_SEC else size + 1
+        largest, over = max(largest, size), max(over, end(call))
+    return largest
+
+
+def end(call: dict[str, Any]) -> float:
+    return float(call["at"] + call["duration_ms"] / 1000)
+
+
+@pytest.mark.timeout(400)
+async def test_no_account_is_left_behind_and_nobody_has_to_look(stack: Stack) -> None:
+    await stack.fill(STUDENTS)
+    await stack.control("PUT", "script", {"name": "bad-day", "speed": SPEED})
+    for number in range(STUDENTS):
+        student = f"student-{number}"
+        lease = (await stack.allocate(student)).json()
+        assert (await stack.release(lease["sandbox_id"], student)).status_code == 200
+        await asyncio.sleep(0.04)
+
+    async def the_day_is_over() -> bool:
+        script = await stack.control("GET", "script")
+        return bool(script["steps_done"] == script["steps"])
+
+    await eventually(the_day_is_over, within_sec=60)
+    await eventually(stack.nothing_pending, within_sec=240)
+    calls = sorted(await stack.deletions(), key=lambda call: float(call["at"]))
+    assert (await stack.stats())["deleted"] == STUDENTS
+    accounts = (await stack.control("GET", "accounts"))["accounts"]
+    assert not [a for a in accounts if (a["account_type"], a["state"]) == ("sandbox", "active")]
+    assert sum(call["status"] == 500 for call in calls) > 20
+    assert most_at_once(calls) <= 2
+    assert largest_batch(calls) <= BATCH_SIZE
+    await stack.assert_sound()
