@@ -37,7 +37,7 @@ from sandbox_broker.messages import (
 )
 from sandbox_broker.service import cancel
 
-from .shared_harness import Line, beside, line_to, nothing_stays, until
+from .shared_harness import PATIENCE_SEC, Line, beside, line_to, nothing_stays, until
 
 QUEUE = topology.ALLOCATOR_COMMANDS
 FILLED = topology.SYNC_TICKS  # it keeps one message
@@ -232,6 +232,14 @@ async def test_what_is_published_together_is_in_the_queue_in_order(
     first = deliveries[0].header.properties
     assert (first.message_id, first.content_type, first.delivery_mode) == ("id-0", "text/plain", 2)
     assert {delivery.body for delivery in deliveries[300:]} == {b"beside", b"0", b"1"}
+
+
+@pytest.mark.parametrize("others", [9, 10, 11])
+async def test_those_published_together_wait_for_room_in_the_line_to_the_writer(wired: Bus, others: int) -> None:
+    """The client library lets ten pieces stand in line."""
+    before = [wired.put() for _ in range(others)]
+    published = await asyncio.gather(*before, wired.publisher.publish_all("", outgoing(3)))
+    assert published == [*others * [None], 3]
 
 
 async def test_nobody_need_take_what_is_published_together(wired: Bus) -> None:
@@ -458,7 +466,12 @@ async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
     with pytest.raises(TimeoutError, match="no reply"):
         await replies
     await until(lambda: wired.requester._waiting == {})
-    # RabbitMQ has dropped them, too.
+    # RabbitMQ drops them too, a moment later: their time began when they arrived.
+    async with consuming.channel() as channel, asyncio.timeout(PATIENCE_SEC):
+        queue = await channel.declare_queue(QUEUE.name, passive=True)
+        while queue.declaration_result.message_count:
+            await asyncio.sleep(0.01)
+            queue = await channel.declare_queue(QUEUE.name, passive=True)
     await wired.put(b"behind them")
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     assert await bodies(subscription, 1) == [b"behind them"]

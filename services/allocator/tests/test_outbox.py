@@ -142,7 +142,7 @@ async def test_a_relay_that_freezes_with_the_lock_in_its_hands_loses_it(
     thawed = asyncio.Event()
 
     class Frozen(Publisher):
-        async def publish_all(self, exchange: str, messages: Sequence[Outgoing], **__: Any) -> int:  # noqa: ARG002
+        async def publish_all(self, exchange: str, messages: Sequence[Outgoing], **__: Any) -> int:  # noqa: ARG002 (as Publisher has it)
             await thawed.wait()
             return len(messages)
 
