@@ -185,7 +185,7 @@ class Requester:
                 properties,
                 timeout_sec=min(timeout_sec, PUBLISH_TIMEOUT_SEC),
             )
-        except BaseException:
+        except BaseException:  # also when cancelled: nobody waits for a reply to what was not sent
             future.cancel()
             raise
         return future

@@ -443,7 +443,7 @@ async def connect(database_url: str, queue: str, *, statement_timeout_sec: float
     connection = await db.connect(database_url, application_name=queue, statement_timeout_sec=statement_timeout_sec)
     try:
         await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'; {plans}")
-    except BaseException:
+    except BaseException:  # also when cancelled: nobody else would close it
         connection.terminate()
         raise
     return connection

@@ -76,7 +76,7 @@ class Envelope:
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
             await errors.response(error, request_id)(scope, receive, send_decorated)
-        except Exception:
+        except Exception:  # the outermost layer: whatever broke gets our own error body, and the log all of it
             log.exception("request.failed", request_id=request_id)
             if status:
                 raise  # too late for another answer: the server cuts the connection
