@@ -166,6 +166,8 @@ async def test_a_child_ends_when_we_are_killed() -> None:
     with parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
+        # It is tethered by setpriv, which then becomes what was asked for.
+        await until(lambda: "setpriv" not in Path(f"/proc/{child}/cmdline").read_text())
         assert is_alive(child)
         os.kill(parent.pid, signal.SIGKILL)
 
