@@ -14,6 +14,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 GRACEFUL_STOP_SEC = 20
+KEEP_ALIVE_SEC = 75
+"""Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
+first, a request could be sent into the closing and be lost."""
 
 T = TypeVar("T")
 
@@ -96,6 +99,7 @@ def run(app: Starlette, port: int) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SEC,
             timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
         )
     )
