@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from sandbox_broker.service import cancel
 
-PATIENCE_SEC = 20.0
+PATIENCE_SEC = 60.0
 
 
 @asynccontextmanager

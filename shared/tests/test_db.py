@@ -57,7 +57,7 @@ async def admin(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def wait_for_sleeper(admin: asyncpg.Connection) -> int:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             found = await admin.fetchval(
                 "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
@@ -92,7 +92,7 @@ async def test_a_statement_that_takes_too_long_is_ended(query: Query) -> None:
 async def test_a_database_that_falls_silent_is_given_up(query: Query, database_line: Line) -> None:
     await query("SELECT 1")
     database_line.silence()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(db.CONNECTION_ERRORS):
             await query("SELECT 1")
     database_line.speak()

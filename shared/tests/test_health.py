@@ -67,7 +67,7 @@ async def test_it_says_which_check_fails() -> None:
 
 async def test_a_check_that_hangs_has_failed_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "CHECK_TIMEOUT_SEC", 0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         answer = await get("/readyz", queue=hangs, database=hangs, other=well)
     assert answer.status_code == 503
     assert answer.json()["checks"] == {
@@ -94,7 +94,7 @@ async def test_a_database_that_falls_silent_is_told_in_time_and_well_again_when_
     try:
         assert (await get("/readyz", database=database)).status_code == 200
         database_line.silence()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             answer = await get("/readyz", database=database)
         assert answer.status_code == 503
         database_line.cut()

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from devstack.ports import free_port
 from sandbox_broker.service import every, lifespan, uninterrupted
 
-PATIENCE_SEC = 20.0
+PATIENCE_SEC = 60.0
 
 PROGRAM = """
 import asyncio, sys

@@ -12,7 +12,7 @@ from aio_pika.exceptions import ChannelPreconditionFailed
 from sandbox_broker import topology
 from sandbox_broker.topology import Queue
 
-PATIENCE_SEC = 20.0
+PATIENCE_SEC = 60.0
 COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
 TICKS = (topology.SYNC_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
 DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS)

@@ -196,7 +196,7 @@ async def running(
             await stop_all(stack.processes.values())
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], *, within_sec: float = 30) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], *, within_sec: float = 60) -> None:
     """Waits until the condition holds; fails when it does not within the time."""
     deadline = time.monotonic() + within_sec
     while not await condition():

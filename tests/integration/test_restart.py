@@ -92,4 +92,4 @@ async def test_everything_reconnects_and_nothing_is_lost(stack: Stack, rabbitmq:
     async def deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted, within_sec=10)
+    await eventually(deleted)

@@ -53,7 +53,7 @@ async def test_a_student_gets_a_sandbox_keeps_it_and_gives_it_back(stack: Stack,
     async def deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted, within_sec=10)
+    await eventually(deleted)
     (call,) = await stack.deletions()
     assert call["path"].endswith(lease["id"].removeprefix("identity/accounts/"))
     stats = await stack.stats()

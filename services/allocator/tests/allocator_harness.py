@@ -62,7 +62,7 @@ def refusal(reply: Reply) -> str:
     return reply.code
 
 
-async def until(condition: Callable[[], Awaitable[object]], *, timeout_sec: float = 20) -> None:
+async def until(condition: Callable[[], Awaitable[object]], *, timeout_sec: float = 60) -> None:
     """Waits until the condition is true; the test fails if that takes longer than `timeout_sec`."""
     async with asyncio.timeout(timeout_sec):
         while not await condition():  # noqa: ASYNC110 (nothing tells us)

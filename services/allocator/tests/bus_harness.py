@@ -99,7 +99,7 @@ class Client:
             await exchange.publish(message, queue.name)
         return correlation_id
 
-    async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 30) -> list[list[Reply]]:
+    async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60) -> list[list[Reply]]:
         """The first `times` answers that have come to an envelope."""
         async with asyncio.timeout(timeout_sec), self._arrived:
             await self._arrived.wait_for(lambda: len(self._answers[correlation_id]) >= times)

@@ -258,7 +258,7 @@ class Cable:
             self._ends.discard(writer)
 
 
-async def until(condition: Callable[[], object], *, within_sec: float = 20) -> None:
+async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
     async with asyncio.timeout(within_sec):
         while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
             await asyncio.sleep(0.005)

@@ -124,7 +124,7 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
 async def test_head_is_get_without_its_body(gateway: Gateway, path: str) -> None:
     async with serving(gateway.app) as url:
         get, head = await gateway.client.get(path), None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
             writer.write(f"HEAD {path} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n".encode())
             head = await reader.read()
@@ -186,7 +186,7 @@ async def test_a_crash_after_the_response_has_begun_cuts_it_off() -> None:
 
     app.add_api_route("/half", crash_half_way, response_model=None)
     with capture_logs() as logs:
-        async with serving(app) as url, asyncio.timeout(10):
+        async with serving(app) as url, asyncio.timeout(30):
             reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
             writer.write(b"GET /half HTTP/1.1\r\nHost: gateway\r\n\r\n")
             answer = await reader.read()

@@ -54,6 +54,7 @@ class CleanUp:
         self._deleter = deleter
         self._jobs = jobs
         self._woken = asyncio.Event()
+        self._run_id = uuid.uuid4()
         # From asking for a deletion over CSP's answer and its record to when the next is asked for.
         pause_sec = max(settings.cleanup_batch_delay_sec, settings.cleanup_per_sandbox_delay_sec)
         self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.longest_sec + pause_sec + CLAIM_MARGIN_SEC
@@ -78,16 +79,16 @@ class CleanUp:
         """One run. Returns in how many seconds to look again at the latest."""
         if self._deleter.state is State.OPEN:
             return await self._give_up_for_now()
-        run_id = uuid.uuid4()
         try:
-            pause_sec = await self._delete_all_due(run_id)
-            # If we die before this, or it gets lost, the duty ends with the last claim.
-            await ask(self._requester, EndCleanup(run_id=run_id))
+            pause_sec = await self._delete_all_due(self._run_id)
+            # If we die before this, the duty ends with the last claim.
+            await ask(self._requester, EndCleanup(run_id=self._run_id))
         except NoAnswer as error:
             log.warning("cleanup.postponed", error=str(error))
             message = f"The allocator did not answer: {error}. What is pending is deleted later, by itself."
             await self._jobs.fail(Refused(code="ALLOCATOR_UNAVAILABLE", message=message))
-            return NO_ANSWER_PAUSE_SEC
+            return NO_ANSWER_PAUSE_SEC  # then the same run goes on: it may still be on duty
+        self._run_id = uuid.uuid4()
         return pause_sec
 
     async def _delete_all_due(self, run_id: uuid.UUID) -> float | None:

@@ -238,7 +238,7 @@ async def emptied(amqp_url: str) -> None:
             await (await channel.get_queue(queue.name, ensure=False)).purge()
 
 
-async def until(condition: Callable[[], object], *, within_sec: float = 20) -> None:
+async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
     async with asyncio.timeout(within_sec):
         while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
             await asyncio.sleep(0.005)

@@ -332,6 +332,19 @@ async def test_an_allocator_that_does_not_answer_loses_nothing(
                 await until(lambda: not allocator.due)
 
 
+async def test_a_run_that_could_not_end_goes_on_and_does_not_wait_for_its_own_duty(
+    csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "NO_ANSWER_PAUSE_SEC", 0.1)
+    allocator.refuses = lambda command: isinstance(command, EndCleanup)
+    async with reaping(amqp_url, csp):
+        await until(lambda: allocator.all(EndCleanup))
+        allocator.refuses = lambda _: False
+        await allocator.add_due()
+        await announce(amqp_url)
+        await until(lambda: not allocator.due)
+
+
 async def test_a_reaper_that_dies_in_the_middle_leaves_the_rest_to_the_next(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:

@@ -13,7 +13,7 @@ from csp_simulator.testing import serving
 
 LISTING = "/v2/current_user/accounts"
 HEADERS = {"Authorization": f"Token {DEFAULT_TOKEN}"}
-PATIENCE_SEC = 20.0
+PATIENCE_SEC = 60.0
 
 
 @asynccontextmanager

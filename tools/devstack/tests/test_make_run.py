@@ -109,7 +109,7 @@ async def make_run(tmp_path: Path, environ: dict[str, str]) -> AsyncIterator[Mak
 
 async def until_line(run: Process, text: str) -> str:
     """The first line that contains the text."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             for line in run.tail:
                 if text in line:
@@ -200,7 +200,7 @@ async def test_a_second_ctrl_c_ends_what_does_not_want_to_stop(make_run: MakeRun
 
     run.send(signal.SIGINT)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await run.wait() == 0
     assert not any(is_alive(pid) for pid in pids(run))
 
@@ -251,7 +251,7 @@ async def test_killed_it_leaves_no_orphans(make_run: MakeRun) -> None:
     run.send(signal.SIGKILL)
     await run.wait()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while any(is_alive(pid) for pid in pids(run)):  # noqa: ASYNC110 - processes tell no event
             await asyncio.sleep(0.01)
     assert len(pids(run)) == 5

@@ -57,7 +57,7 @@ async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_an
 
     assert not directory.exists()
     assert processes_below(directory) == []
-    async with asyncio.timeout(10):  # its orphans notice by themselves, and hold on to it until then
+    async with asyncio.timeout(30):  # its orphans notice by themselves, and hold on to it until then
         while segment in shared_memory_segments():  # noqa: ASYNC110 - the kernel tells no event
             await asyncio.sleep(0.01)
 
