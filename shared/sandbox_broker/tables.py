@@ -1,6 +1,7 @@
 """The schema, for reading and for comparing with the migrations. Who writes it: allocator/store.py, alone."""
 
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -31,6 +32,16 @@ PROOF_GRACE = timedelta(minutes=5)
 """A listing that was begun this long after a deletion was recorded must not show the account any more; CSP's
 listing may lag a little behind its deletions."""
 
+
+def _while_available(name: str, kind: Text | DateTime, value: str, comment: str | None = None) -> Column[Any]:
+    """Each way to the available sandboxes has a column and an index of its own, so that no statement can be planned
+    along another's."""
+    nothing = "NULL::timestamp with time zone" if kind is _Time else "NULL::text"
+    # The lines are as PostgreSQL prints them: alembic compares the text.
+    expression = f"\nCASE\nWHEN status = 'available'::text THEN {value}\nELSE {nothing}\nEND"
+    return Column(name, kind, Computed(expression, persisted=True), comment=comment)
+
+
 sandboxes = Table(
     "sandboxes",
     metadata,
@@ -49,11 +60,13 @@ sandboxes = Table(
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
     Column("services_error", Text, comment="what went wrong with the services inside it, before its deletion"),
-    Column(
-        "name_stem",
+    _while_available("available_since", _Time, "status_since"),
+    _while_available("available_name", _Name, "name", comment="the name, while it is available"),
+    _while_available(
+        "available_stem",
         _Name,
-        Computed("rtrim(name, '0123456789'::text)", persisted=True),
-        comment="the name without its number",
+        "rtrim(name, '0123456789'::text)",
+        comment="the name without its number, while it is available",
     ),
     CheckConstraint(
         "status IN ('available', 'allocated', 'pending_deletion', 'deletion_failed', 'stale', 'deleted')",
@@ -66,15 +79,20 @@ sandboxes = Table(
         unique=True,
         postgresql_where=text("status <> 'deleted'"),
     ),
-    Index("sandboxes_available", "status_since", "sandbox_id", postgresql_where=text("status = 'available'")),
+    Index(
+        "sandboxes_available",
+        "available_since",
+        "sandbox_id",
+        postgresql_where=text("available_since IS NOT NULL"),
+    ),
+    Index("sandboxes_available_by_name", "available_name", postgresql_where=text("available_name IS NOT NULL")),
     Index(
         "sandboxes_available_by_stem",
-        "name_stem",
+        "available_stem",
         "status_since",
         "sandbox_id",
-        postgresql_where=text("status = 'available'"),
+        postgresql_where=text("available_stem IS NOT NULL"),
     ),
-    Index("sandboxes_available_by_name", "name", postgresql_where=text("status = 'available'")),
     Index("sandboxes_deletion_due", "deletion_due_at", postgresql_where=text("status = 'pending_deletion'")),
     Index(
         "sandboxes_to_purge",
@@ -108,7 +126,7 @@ leases = Table(
         unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
-    Index("leases_by_expiry", "expires_at", postgresql_where=text("ended_at IS NULL")),
+    Index("leases_by_expiry", "expires_at", postgresql_where=text("end_reason IS NULL")),
 )
 
 outbox = Table(

@@ -39,7 +39,6 @@ from sandbox_broker.service import uninterrupted
 MAX_TRIES = 5
 REPLY_PATIENCE_SEC = 3.0
 """For a reply whose sending failed; then its sender has given up, or soon will."""
-REPLAN_SEC = 1.0
 DATABASE_PAUSE_SEC = 1.0
 """How long a database that does not answer is left alone; commands are refused at once meanwhile."""
 
@@ -77,7 +76,6 @@ class Consumer:
         self._relay = relay
         self._connection: asyncpg.Connection | None = None
         self._epoch = 0
-        self._planned_at = -math.inf
         self._unavailable_until = -math.inf
 
     async def run(self) -> None:
@@ -197,10 +195,6 @@ class Consumer:
             self._epoch = await store.raise_epoch(self._connection, self._queue)
             metrics.EPOCH.labels(self._queue).set(self._epoch)
             log.info("allocator.active", queue=self._queue, epoch=self._epoch)
-        now = asyncio.get_running_loop().time()
-        if now >= self._planned_at + REPLAN_SEC:
-            await store.replan(self._connection)
-            self._planned_at = now
         return Writer(self._connection, self._epoch, timedelta(hours=self._settings.lab_duration_hours))
 
     def _drop_connection(self) -> None:

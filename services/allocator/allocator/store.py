@@ -36,14 +36,14 @@ class Fenced(Exception):
     """Another allocator has raised the epoch: stop, and leave the messages to it."""
 
 
-# Planning would take two thirds of the time of a small statement, so a plan serves for a while (see replan). Only
-# look-ups along an index are left to choose from, and each set is joined by looking up its rows one by one.
+# Planning would take two thirds of the time of a small statement, so each is planned once, for the empty table of a
+# new installation as for a million sandboxes. So that there is only one plan to find, whatever the statistics say:
+# tables are not joined but looked up, by LIMIT 1 or `= ANY (ARRAY[key])`; each index has a condition that only its
+# own look-up states; and what else a row must fulfil is written so that it states none (`status || ''`, num_nulls).
 LOOK_UPS = """
 SET plan_cache_mode = force_generic_plan;
 SET enable_seqscan = off;
 SET enable_bitmapscan = off;
-SET enable_hashjoin = off;
-SET enable_mergejoin = off;
 """
 # Statements that run seldom and see much of the pool are planned each time.
 SCANS = "SET plan_cache_mode = force_custom_plan;"
@@ -76,14 +76,17 @@ looked AS MATERIALIZED (
     CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
         AS r (place, holder, track_name, prefix, prefix_end, idempotency_key)
     LEFT JOIN LATERAL (
-        SELECT s.sandbox_id, s.name, s.external_id, s.sfdc_account_id, l.allocated_at, l.expires_at
-        FROM leases l JOIN sandboxes s USING (sandbox_id)
-        WHERE l.holder = r.holder AND l.ended_at IS NULL
+        SELECT its.*, held.allocated_at, held.expires_at
+        FROM leases held CROSS JOIN LATERAL (
+            SELECT sandbox_id, name, external_id, sfdc_account_id FROM sandboxes its
+            WHERE its.sandbox_id = held.sandbox_id LIMIT 1
+        ) its
+        WHERE held.holder = r.holder AND held.ended_at IS NULL
         LIMIT 1
     ) known ON true
     LEFT JOIN LATERAL (
-        SELECT l.holder FROM leases l
-        WHERE l.idempotency_key = r.idempotency_key AND l.idempotency_key IS NOT NULL
+        SELECT keyed.holder FROM leases keyed
+        WHERE keyed.idempotency_key = r.idempotency_key AND keyed.idempotency_key IS NOT NULL
         LIMIT 1
     ) keyed ON true
 ),
@@ -106,7 +109,7 @@ assigned AS MATERIALIZED (
 claimed AS (
     UPDATE sandboxes s SET status = 'allocated', status_since = now()
     FROM assigned a
-    WHERE s.sandbox_id = a.sandbox_id AND s.status || '' = 'available'  -- no partial index will do: only the key
+    WHERE s.sandbox_id = ANY (ARRAY[a.sandbox_id]) AND s.status || '' = 'available'
     RETURNING a.place, a.holder, a.track_name, a.idempotency_key,
         s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
 ),
@@ -148,8 +151,8 @@ FROM answered
 """
 
 _PICK_ANY = """
-SELECT sandbox_id FROM sandboxes WHERE status = 'available'
-ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
+SELECT sandbox_id FROM sandboxes oldest WHERE available_since IS NOT NULL
+ORDER BY available_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
 """
 
 # Names are mostly numbered: the few stems (names without their number) that start with the prefix are walked along
@@ -160,34 +163,32 @@ SELECT sandbox_id FROM (
     SELECT oldest.*
     FROM (
         WITH RECURSIVE stem AS (
-            SELECT (
-                SELECT name_stem FROM sandboxes
-                WHERE status = 'available' AND name_stem >= w.prefix AND name_stem < w.prefix_end
-                ORDER BY name_stem LIMIT 1
-            ) AS name_stem
-            WHERE w.prefix !~ '[0-9]$'
-            UNION ALL
-            SELECT (
-                SELECT next.name_stem FROM sandboxes next
-                WHERE next.status = 'available'
-                  AND next.name_stem > stem.name_stem AND next.name_stem < w.prefix_end
-                ORDER BY next.name_stem LIMIT 1
+            (
+                SELECT available_stem FROM sandboxes first
+                WHERE w.prefix !~ '[0-9]$' AND available_stem >= w.prefix AND available_stem < w.prefix_end
+                ORDER BY available_stem LIMIT 1
             )
-            FROM stem WHERE stem.name_stem IS NOT NULL
+            UNION ALL
+            SELECT following.available_stem
+            FROM stem CROSS JOIN LATERAL (
+                SELECT available_stem FROM sandboxes next
+                WHERE available_stem > stem.available_stem AND available_stem < w.prefix_end
+                ORDER BY available_stem LIMIT 1
+            ) following
         )
-        SELECT name_stem FROM stem WHERE name_stem IS NOT NULL
+        SELECT available_stem FROM stem
     ) stems
     CROSS JOIN LATERAL (
-        SELECT sandbox_id, status_since FROM sandboxes
-        WHERE status = 'available' AND name_stem = stems.name_stem
+        SELECT sandbox_id, status_since FROM sandboxes of_stem
+        WHERE available_stem = stems.available_stem
         ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
     ) oldest
     UNION ALL
     SELECT oldest.*
-    FROM (SELECT WHERE w.prefix ~ '[0-9]$') by_name
+    FROM (SELECT WHERE w.prefix ~ '[0-9]$') ends_with_a_digit
     CROSS JOIN LATERAL (
-        SELECT sandbox_id, status_since FROM sandboxes
-        WHERE status = 'available' AND name >= w.prefix AND name < w.prefix_end
+        SELECT sandbox_id, status_since FROM sandboxes by_name
+        WHERE available_name >= w.prefix AND available_name < w.prefix_end
         ORDER BY status_since, sandbox_id LIMIT w.number FOR UPDATE SKIP LOCKED
     ) oldest
 ) candidates
@@ -203,7 +204,7 @@ _END_LEASES = """
 ended AS (
     UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
     FROM ending e
-    WHERE l.lease_id = e.lease_id AND l.ended_at IS NULL
+    WHERE l.lease_id = ANY (ARRAY[e.lease_id]) AND num_nulls(l.ended_at) = 1
     RETURNING l.sandbox_id, l.holder, l.track_name, e.reason
 ),
 moved AS (
@@ -211,7 +212,7 @@ moved AS (
     SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
         deletion_due_at = now(), deletion_reason = ended.reason
     FROM ended
-    WHERE s.sandbox_id = ended.sandbox_id AND s.status = 'allocated'
+    WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_requested_at,
         ended.holder, ended.track_name, ended.reason
 ),
@@ -256,7 +257,7 @@ ending AS MATERIALIZED (
     SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note
     FROM guard CROSS JOIN LATERAL (
         SELECT lease_id, sandbox_id FROM leases
-        WHERE ended_at IS NULL AND expires_at <= now() - $2::interval
+        WHERE end_reason IS NULL AND expires_at <= now() - $2::interval
         ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
     ) l
 ),
@@ -447,12 +448,6 @@ async def connect(database_url: str, queue: str, *, statement_timeout_sec: float
         connection.terminate()
         raise
     return connection
-
-
-async def replan(connection: asyncpg.Connection) -> None:
-    """Forgets the plans. Of several indexes of an empty table the planner may take the wrong one, and until
-    statistics are gathered nothing else would renew the plan."""
-    await connection.execute("DISCARD PLANS")
 
 
 async def raise_epoch(connection: asyncpg.Connection, queue: str) -> int:

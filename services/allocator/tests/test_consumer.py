@@ -13,7 +13,6 @@ from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from allocator import consumer
 from allocator.handlers import STUDENTS
 from devstack.postgres import PrivatePostgres
 from sandbox_broker import topology
@@ -270,12 +269,10 @@ async def test_a_reply_that_could_not_be_sent_is_sent_when_the_connection_is_bac
 
 
 async def test_a_connection_that_the_server_has_ended_is_replaced_without_anybody_noticing(
-    pool: Pool, running: Allocator, asking: Client, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, running: Allocator, asking: Client
 ) -> None:
     await pool.fill(10)
     for number in range(10):
-        # What finds the connection gone is now the student's statement, now the one before it.
-        monkeypatch.setattr(consumer, "REPLAN_SEC", number % 2)
         granted(await asking.ask_one(ask(f"student-{number}")))
         await pool.value(
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "

@@ -1,13 +1,11 @@
 """Who gets which sandbox, and that nobody gets two or the same."""
 
 import asyncio
-import time
 from datetime import timedelta
 
 import asyncpg
 import pytest
 
-from allocator import store
 from allocator.handlers import Writer
 from sandbox_broker.messages import AllocateSandbox, Reply
 
@@ -222,30 +220,6 @@ async def test_a_statement_that_fails_leaves_nothing_not_even_an_event(pool: Poo
     with pytest.raises(asyncpg.UniqueViolationError):
         await allocate(await pool.writer(), ask("ann"))
     assert await pool.state() == before
-
-
-async def test_a_plan_that_was_made_for_an_empty_pool_is_replaced(pool: Pool) -> None:
-    """Such a plan compares every student with every sandbox."""
-    for table in ("sandboxes", "leases"):  # statistics would renew it too, some day
-        await pool.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
-    try:
-        await pool.execute("VACUUM ANALYZE sandboxes, leases")
-        writer = await pool.writer()
-        await allocate(writer, ask("early"))
-        await pool.fill(10_000)
-
-        async def duration(batch: str) -> float:
-            began = time.perf_counter()
-            replies = await allocate(writer, *(ask(f"{batch}-{number}") for number in range(200)))
-            assert all(granted(reply).new for reply in replies)
-            return time.perf_counter() - began
-
-        old = await duration("old")
-        await store.replan(writer.connection)
-        assert min([await duration(f"new-{attempt}") for attempt in range(3)]) < old / 3
-    finally:
-        for table in ("sandboxes", "leases"):
-            await pool.execute(f"ALTER TABLE {table} RESET (autovacuum_enabled)")
 
 
 async def test_a_prefix_gets_the_oldest_of_all_names_that_start_with_it(pool: Pool) -> None:

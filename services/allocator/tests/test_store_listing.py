@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from allocator import handlers, listings, store
+from allocator import handlers, listings
 from allocator.handlers import MAINTENANCE, Writer
 from sandbox_broker.messages import (
     ClaimDeletions,
@@ -336,7 +336,6 @@ async def test_no_statement_scans_a_listing_for_every_sandbox(pool: Pool, name: 
     for start in range(0, len(ids), 1000):
         await stage(writer, listing_id, [account(int(one)) for one in ids[start : start + 1000]])
     statement, more = STATEMENTS[name]
-    await store.replan(writer.connection)
     rows = await writer.connection.fetch(
         f"EXPLAIN (ANALYZE, FORMAT TEXT) {statement}", writer.epoch, listing_id, *more
     )

@@ -1,0 +1,103 @@
+"""The plans of the statements that students wait for, made once and kept (generic), must be look-ups along the same
+indexes whatever the tables held, and whatever the statistics said, when they were made."""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from allocator import store
+
+from .allocator_harness import Pool
+
+_ARRAYS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text]"
+STATEMENTS = {
+    "any": (store.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
+    "by prefix": (store.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
+    "release": (store.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder']"),
+}
+_KNOWN = {
+    "allocator_epoch": "allocator_epoch_once: epoch",
+    "held": "leases_one_per_holder: holder",
+    "its": "sandboxes_pkey: sandbox_id",
+    "keyed": "leases_one_per_idempotency_key: idempotency_key",
+    "s": "sandboxes_pkey: sandbox_id",
+}
+PLANS = {
+    "any": {**_KNOWN, "oldest": "sandboxes_available: available_since"},
+    "by prefix": {
+        **_KNOWN,
+        "first": "sandboxes_available_by_stem: available_stem",
+        "next": "sandboxes_available_by_stem: available_stem",
+        "of_stem": "sandboxes_available_by_stem: available_stem",
+        "by_name": "sandboxes_available_by_name: available_name",
+    },
+    "release": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "sandboxes": "sandboxes_pkey: sandbox_id",
+        "leases": "leases_one_per_sandbox: sandbox_id",
+        "l": "leases_pkey: lease_id",
+        "s": "sandboxes_pkey: sandbox_id",
+    },
+}
+
+
+async def _new(pool: Pool) -> None:
+    pass
+
+
+async def _emptied(pool: Pool) -> None:
+    """As after a restored backup of an empty pool: the statistics say that nothing is there."""
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _full(pool: Pool) -> None:
+    await pool.fill(1_000)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _grown(pool: Pool) -> None:
+    """Statistics of an empty pool, for one that is not."""
+    await pool.execute("VACUUM ANALYZE")
+    await pool.fill(1_000)
+
+
+async def _leased(pool: Pool) -> None:
+    for sandbox_id in await pool.fill(1_000, "allocated"):
+        await pool.execute("INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, $1, now())", sandbox_id)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _large(pool: Pool) -> None:
+    await pool.fill(50_000)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _every_name_a_stem(pool: Pool) -> None:
+    await pool.fill([f"lab-{number}-x" for number in range(5_000)])
+    await pool.execute("VACUUM ANALYZE")
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+@pytest.mark.parametrize("fill", [_new, _emptied, _full, _grown, _leased, _large, _every_name_a_stem])
+async def test_a_kept_plan_only_looks_up(
+    pool: Pool, fill: Callable[[Pool], Awaitable[None]], statement: str
+) -> None:
+    await fill(pool)
+    sql, arguments = STATEMENTS[statement]
+    connection = (await pool.writer()).connection
+    await connection.execute(f"PREPARE kept AS {sql}")
+    plan = json.loads(await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept ({arguments})"))
+    assert dict(_ways(plan[0]["Plan"])) == PLANS[statement]
+
+
+def _ways(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """For each table that is read its name in the statement, and the way to its rows: index and column."""
+    if "Relation Name" in node and node["Node Type"] != "ModifyTable":
+        way = node.get("Index Name", node["Node Type"])
+        if condition := node.get("Index Cond"):
+            way += ": " + condition.replace("(", "").split()[0].rpartition(".")[2]
+        yield node["Alias"], way
+    for inner in node.get("Plans", ()):
+        yield from _ways(inner)
