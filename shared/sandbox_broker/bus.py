@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Sequence
 from typing import Self
 
+import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
@@ -35,6 +36,13 @@ __all__ = [
     "answer",
     "keep_connected",
 ]
+
+
+ANSWER_PATIENCE_SEC = 3.0
+"""For a reply whose sending failed; then its sender has given up, or soon will."""
+ANSWER_PAUSE_SEC = 0.1
+
+log = structlog.get_logger()
 
 
 class Subscription:
@@ -221,13 +229,20 @@ def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:
 
 
 async def answer(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
-    """Sends the replies to whoever asked; nobody waiting any more is no error. Raises Disconnected."""
+    """Sends the replies to whoever asked; nobody waiting any more is no error. Again until they have arrived: of
+    two answers to one question the second is dropped by who asked."""
     asked = delivery.header.properties
-    if asked.reply_to:
-        await publisher.publish(
-            "",
-            asked.reply_to,
-            ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode(),
-            Basic.Properties(content_type="application/json", correlation_id=asked.correlation_id),
-            mandatory=False,
-        )
+    if not asked.reply_to:
+        return None
+    body = ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode()
+    properties = Basic.Properties(content_type="application/json", correlation_id=asked.correlation_id)
+    try:
+        async with asyncio.timeout(ANSWER_PATIENCE_SEC):
+            while True:
+                try:
+                    return await publisher.publish("", asked.reply_to, body, properties, mandatory=False)
+                except Disconnected as error:
+                    log.info("reply.delayed", error=str(error))
+                    await asyncio.sleep(ANSWER_PAUSE_SEC)
+    except TimeoutError:
+        log.warning("reply.lost")  # its sender asks again, and gets the same

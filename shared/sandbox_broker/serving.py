@@ -8,7 +8,7 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription, answer
+from sandbox_broker.bus import Publisher, Subscription, answer
 from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
 
 MAX_AT_ONCE = 100
@@ -35,10 +35,7 @@ async def serve(
             await subscription.reject(delivery)
             return
         replies = [await _reply(queue, command, handle) for command in commands]
-        try:
-            await answer(publisher, delivery, replies)
-        except Disconnected as error:
-            log.warning("reply.lost", error=str(error))
+        await answer(publisher, delivery, replies)
         await subscription.ack(delivery)
 
     async with asyncio.TaskGroup() as group:

@@ -14,7 +14,7 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import connection, topology
+from sandbox_broker import bus, connection, topology
 from sandbox_broker.bus import (
     Disconnected,
     Outgoing,
@@ -543,6 +543,28 @@ async def test_a_reply_to_someone_who_has_gone_is_no_error(wired: Bus, consuming
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)
     await answer(wired.publisher, delivery, [Recorded(changed=True)])
+
+
+async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str, wired: Bus) -> None:
+    publisher = Publisher(clean_queues, "late")
+    async with beside(consume(clean_queues, replying(publisher))):
+        asking = asyncio.ensure_future(wired.ask())
+        with structlog.testing.capture_logs() as logs:
+            await until(lambda: "reply.delayed" in [line["event"] for line in logs])
+        async with beside(publisher.run()):
+            assert await asking == ListingBegun(listing_id=0)
+
+
+async def test_a_reply_that_cannot_be_sent_is_given_up(
+    wired: Bus, consuming: AbstractConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "ANSWER_PATIENCE_SEC", 0.3)
+    await wired.put(properties=Basic.Properties(reply_to="somebody", correlation_id="1"))
+    subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
+    (delivery,) = await subscription.batch(1)
+    with structlog.testing.capture_logs() as logs:
+        await answer(Publisher(wired.url, "never"), delivery, [Recorded(changed=True)])
+    assert "reply.lost" in [line["event"] for line in logs]
 
 
 async def test_a_deleted_reply_queue_fails_who_waits_at_once_and_is_made_again(clean_queues: str) -> None:

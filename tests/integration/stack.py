@@ -15,6 +15,7 @@ import httpx
 
 from devstack.ports import free_port
 from devstack.processes import Process, spawn, stop_all
+from devstack.testing import empty
 from sandbox_broker.migrate import migrate
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +98,7 @@ class Stack:
 
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
         """Everything anew: as many accounts in CSP, all of them available, nobody holds one."""
-        await self.database.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
-        await self.database.execute("UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'")
+        await empty(self.database)
         await self.control("POST", "reset", {"accounts": accounts, "name_prefix": name_prefix})
 
         async def synced() -> bool:

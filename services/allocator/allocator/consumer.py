@@ -37,8 +37,6 @@ from sandbox_broker.messages import (
 from sandbox_broker.service import uninterrupted
 
 MAX_TRIES = 5
-REPLY_PATIENCE_SEC = 3.0
-"""For a reply whose sending failed; then its sender has given up, or soon will."""
 DATABASE_PAUSE_SEC = 1.0
 """How long a database that does not answer is left alone; commands are refused at once meanwhile."""
 
@@ -113,21 +111,8 @@ class Consumer:
         replies = iter(await self._replies([entry for _, commands in envelopes for entry in commands]))
         self._relay.wake()
         answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-        await asyncio.gather(*(self._answer(delivery, given) for delivery, given in answers))
+        await asyncio.gather(*(answer(self._publisher, delivery, given) for delivery, given in answers))
         await subscription.ack(envelopes[-1][0], all_before=True)
-
-    async def _answer(self, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
-        """Again until it has arrived: of two answers to one question the second is dropped by who asked."""
-        try:
-            async with asyncio.timeout(REPLY_PATIENCE_SEC):
-                while True:
-                    try:
-                        return await answer(self._publisher, delivery, replies)
-                    except Disconnected as error:
-                        log.info("reply.delayed", error=str(error))
-                        await asyncio.sleep(0.1)
-        except TimeoutError:
-            log.warning("reply.lost")  # its sender asks again, and gets the same
 
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
