@@ -309,7 +309,7 @@ async def test_a_csp_of_the_user_needs_no_simulator_and_is_never_forced(make_run
 
 
 async def test_a_service_that_never_becomes_ready_is_named_with_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "READY_SEC", 0.3)
+    monkeypatch.setattr(pool, "READY_SEC", 3)
 
     async def unwell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
