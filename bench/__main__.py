@@ -16,10 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from bench import goals, load, report, rows, scenarios, servers
 from bench.meter import Run
-from bench.scenarios import Scenario, Sizes
+from bench.scenarios import Scenario
 from bench.servers import Servers
+from bench.sizes import Sizes
 from devstack.errors import CannotRun
 from devstack.main import Interruption
 from devstack.output import Terminal
@@ -35,6 +38,7 @@ def main() -> int:
     # Tries that find nobody are ours to report, not the client library's.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         return asyncio.run(_run_until_stopped(arguments, Terminal()))
     except CannotRun as reason:
@@ -46,10 +50,12 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the broker.")
     groups = list(dict.fromkeys(scenario.group for scenario in scenarios.ALL))
+    usual = Sizes()
     parser.add_argument("scenario", nargs="*", help=f"{', '.join(groups)}, or one alone, like ours-200")
-    parser.add_argument("--seconds", type=int, default=8, help="of each run")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="SECONDS", help="before each run")
-    parser.add_argument("--students", type=int, default=1_000, help="of a class that starts")
+    parser.add_argument("--seconds", type=int, default=usual.seconds, help="of load in a run")
+    parser.add_argument("--warm-up", type=int, default=usual.warm_up, metavar="SECONDS", help="before each run")
+    parser.add_argument("--students", type=int, default=usual.students, help="of a class")
+    parser.add_argument("--accounts", type=int, default=usual.accounts, help="in a listing of CSP")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each scenario; their medians are shown")
     parser.add_argument("--json", type=Path, help="the file with the results")
     arguments = parser.parse_args()
@@ -80,7 +86,7 @@ async def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
         for scenario in scenarios.ALL
         if not arguments.scenario or {scenario.group, scenario.name} & set(arguments.scenario)
     ]
-    sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students)
+    sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts)
     async with servers.running(terminal) as running:
         machine = await _machine(running)
         measuring = _measure(chosen, arguments.repeats, running, sizes, terminal)
@@ -110,7 +116,7 @@ def _report(
     medians = {name: rows.row(its) for name, its in runs.items()}
     reached = goals.reached(medians)
     terminal.say()
-    for line in (*report.table(medians), "", *report.goals(reached), ""):
+    for line in (*report.table(medians), "", *report.more(medians), "", *report.goals(reached), ""):
         terminal.say(line)
     path = arguments.json or _RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.json"
     options = {name: value for name, value in vars(arguments).items() if name != "json"}

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench import cpu, pool
 from bench.load import Load
@@ -25,11 +25,15 @@ class Run:
     """CPU seconds that each part has used, the publishing of the last event included."""
     memory: Mapping[str, float]
     """MB in RAM of each of our own processes, at the end."""
+    peak: Mapping[str, float]
+    """The same, when it was most; looked at every quarter of a second."""
     lag: pool.Lag
     """Of the events, at the end of the load."""
     drained: float
     """Seconds from there until every event was published."""
     problems: tuple[str, ...] = ()
+    more: Mapping[str, float] = field(default_factory=dict)
+    """What else this scenario has measured, by names that tell the units."""
 
     @property
     def throughput(self) -> float:
@@ -46,6 +50,9 @@ class Run:
 
     def having(self, problems: tuple[str, ...]) -> "Run":
         return dataclasses.replace(self, problems=(*self.problems, *problems))
+
+    def telling(self, more: Mapping[str, float]) -> "Run":
+        return dataclasses.replace(self, more={**self.more, **more})
 
     def lasting(self, seconds: float) -> "Run":
         return dataclasses.replace(self, seconds=seconds)
@@ -65,21 +72,28 @@ async def measure(target: Target, put_load: Callable[[], Awaitable[Load]], *, ev
         loaded,
         loaded.seconds,
         {**meter.used(), "load": loaded.cpu_sec},
-        {part: cpu.memory(process.pid) for part, process in target.processes.items()},
+        memory(target),
+        meter.peak,
         lag,
         drained,
         (f"{loaded.errors} requests failed",) if loaded.errors else (),
     )
 
 
+def memory(target: Target) -> dict[str, float]:
+    """MB in RAM of each of our own processes."""
+    return {part: cpu.memory(process.pid) for part, process in target.processes.items()}
+
+
 class _Meter:
-    """Adds up the CPU time of processes. It looks often: one that has ended, as PostgreSQL's backends do, cannot be
-    asked any more."""
+    """Adds up the CPU time of processes, and sees their memory. It looks often: one that has ended, as PostgreSQL's
+    backends do, cannot be asked any more."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._at_first: dict[tuple[str, int], float] = {}
         self._at_last: dict[tuple[str, int], float] = {}
+        self.peak = memory(target)
 
     async def watch(self, loading: Awaitable[Load]) -> Load:
         task = asyncio.ensure_future(loading)
@@ -96,6 +110,7 @@ class _Meter:
             for pid, used in cpu.seconds(pids).items():
                 self._at_first.setdefault((part, pid), used if first else 0.0)
                 self._at_last[part, pid] = used
+        self.peak = {part: max(mb, self.peak[part]) for part, mb in memory(self._target).items()}
 
     def used(self) -> dict[str, float]:
         parts: defaultdict[str, float] = defaultdict(float)

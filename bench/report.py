@@ -37,6 +37,15 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
     )
 
 
+def more(rows: Mapping[str, Row]) -> Iterator[str]:
+    """What only some scenarios measure."""
+    lines = [
+        (f"{name}: {what}", f"{figure:,.2f}") for name, row in rows.items() for what, figure in row.more.items()
+    ]
+    if lines:
+        yield from _aligned([("further figures", "value"), *lines])
+
+
 def goals(reached: Iterable[Reached]) -> Iterator[str]:
     lines = [(goal.name, f"{goal.value:,.2f}", goal.target, "met" if goal.met else "not met") for goal in reached]
     if lines:

@@ -20,8 +20,11 @@ class Row:
     """Of all runs together."""
     cpu: Mapping[str, float]
     memory: Mapping[str, float]
+    peak: Mapping[str, float]
     lag_sec: float
     drained_sec: float
+    more: Mapping[str, float]
+    """What else was measured, by names that tell the units."""
 
 
 def row(runs: Sequence[Run]) -> Row:
@@ -44,6 +47,8 @@ def row(runs: Sequence[Run]) -> Row:
         errors=sum(run.load.errors for run in runs),
         cpu=of_parts(lambda run: run.cpu_per_thousand),
         memory=of_parts(lambda run: run.memory),
+        peak=of_parts(lambda run: run.peak),
         lag_sec=middle(lambda run: run.lag.seconds),
         drained_sec=middle(lambda run: run.drained),
+        more=of_parts(lambda run: run.more),
     )

@@ -23,7 +23,12 @@ from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
 from devstack.settings import ROOT, load
 from sandbox_broker.migrate import migrate
 
-TOKEN = "bench-track-token"  # noqa: S105 - of a server that lives as long as the benchmark
+TOKEN = "bench-track-token"  # noqa: S105 - of servers that live as long as the benchmark
+ADMIN_TOKEN = "bench-admin-token"  # noqa: S105
+_CSP_TOKEN = "bench-csp-token"  # noqa: S105
+EXPIRY_INTERVAL_SEC = 2.0
+"""A tick of the reaper; that of production would not come in the time of a scenario."""
+_NEVER_SEC = "1000000"
 _PREFIX = f"broker_bench_{os.getpid()}"
 _LAST_LINES = 5
 # The log goes through a file: a pipe would make the benchmark read it, at the cost of who is measured.
@@ -43,6 +48,15 @@ class Target:
     queue: Sequence[int] = ()
     """RabbitMQ's process."""
 
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[asyncpg.Connection]:
+        """A further connection to the database, for what goes on during the load."""
+        connection = await _connect(self.database_url)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
     async def pids(self) -> cpu.Pids:
         ours = {part: [process.pid] for part, process in self.processes.items()}
         return {**ours, "postgres": await cpu.postgres(self.database), "rabbitmq": self.queue}
@@ -57,6 +71,10 @@ class Servers:
     """Nothing but the HTTP server."""
     bare: Target
     """Nothing but a database with our tables."""
+    amqp_url: str
+    """Of the broker."""
+    csp: str
+    """The CSP simulator that the broker has for CSP."""
     logs: Path
     processes: Sequence[Process]
 
@@ -76,14 +94,15 @@ async def running(terminal: Terminal) -> AsyncIterator[Servers]:
         amqp_url = await stack.enter_async_context(temporary.vhost(found_broker, _PREFIX))
         launcher = _Launcher(stack, logs, found_database)
         try:
+            csp = await launcher.simulator()
             ours, baseline, floor, bare = (
-                await launcher.broker(amqp_url),
+                await launcher.broker(amqp_url, csp),
                 await launcher.baseline(),
                 await launcher.floor(),
                 await launcher.bare(),
             )
             await unless_one_dies(wait_until_ready(launcher.ready), launcher.processes)
-            yield Servers(ours, baseline, floor, bare, logs, launcher.processes)
+            yield Servers(ours, baseline, floor, bare, amqp_url, csp, logs, launcher.processes)
         except ProcessDied as death:
             last = (logs / death.process.name).read_text(errors="replace").splitlines()[-_LAST_LINES:]
             raise CannotRun(f"{death}: {' / '.join(last)}", status=1) from None
@@ -100,23 +119,39 @@ class _Launcher:
     ready: dict[str, str] = field(default_factory=dict)
     """What answers when they can be used."""
 
-    async def broker(self, amqp_url: str) -> Target:
+    async def simulator(self) -> str:
+        """Without accounts, so that the sync with which the csp-syncer begins changes nothing."""
+        port = free_port()
+        arguments = ["csp_simulator", "--port", str(port), "--accounts", "0", "--token", _CSP_TOKEN]
+        await self._start("csp-simulator", arguments, port, {}, ready="healthz")
+        return _local(port)
+
+    async def broker(self, amqp_url: str, csp: str) -> Target:
         url, database = await self._database()
         await migrate(url)
-        ports = {"gateway": free_port(), "allocator": free_port()}
+        modules = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
+        ports = {name: free_port() for name in modules}
         environment = {
             "DATABASE_URL": url,
             "AMQP_URL": amqp_url,
             "BROKER_API_TOKEN": TOKEN,
-            "BROKER_ADMIN_TOKEN": f"{TOKEN}-of-admin",
-            **{f"{name.upper()}_PORT": str(port) for name, port in ports.items()},
+            "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+            "CSP_BASE_URL": f"{csp}/v2",
+            "CSP_API_TOKEN": _CSP_TOKEN,
+            **{f"{modules[name].upper()}_PORT": str(port) for name, port in ports.items()},
             "LOG_LEVEL": "INFO",
             "LOG_FORMAT": "json",
             "RATE_LIMIT": "",  # all load comes from one address
+            "ADMIN_WAIT_SEC": "300",  # the time of a sync is its answer's
+            "AUTO_EXPIRY_INTERVAL_SEC": str(EXPIRY_INTERVAL_SEC),
+            "SYNC_INTERVAL_SEC": _NEVER_SEC,
         }
-        gateway, allocator = [await self._start(name, [name], port, environment) for name, port in ports.items()]
+        processes = {
+            name: await self._start(name, [module], ports[name], environment) for name, module in modules.items()
+        }
         queue = cpu.listener(urlsplit(amqp_url).port or 5672)
-        return Target(_local(ports["gateway"]), {"server": gateway, "allocator": allocator}, url, database, queue)
+        parts = {"server": processes.pop("gateway"), **processes}
+        return Target(_local(ports["gateway"]), parts, url, database, queue)
 
     async def baseline(self) -> Target:
         url, database = await self._database()
@@ -143,11 +178,19 @@ class _Launcher:
     async def _database(self) -> tuple[str, asyncpg.Connection]:
         """A new one, and a connection of ours to it."""
         url = await self.stack.enter_async_context(temporary.database(self.found, _PREFIX))
-        database = await asyncpg.connect(url, server_settings={"application_name": "bench"})
+        database = await _connect(url)
         self.stack.push_async_callback(database.close)
         return url, database
 
-    async def _start(self, name: str, module: Sequence[str], port: int, environment: Mapping[str, str]) -> Process:
+    async def _start(
+        self,
+        name: str,
+        module: Sequence[str],
+        port: int,
+        environment: Mapping[str, str],
+        *,
+        ready: str = "readyz",
+    ) -> Process:
         """Starts a module of Python. It finds nothing of the caller's settings, and no `.env` file."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
         process = await spawn(
@@ -158,8 +201,12 @@ class _Launcher:
         )
         self.stack.push_async_callback(process.stop)
         self.processes.append(process)
-        self.ready[name] = f"{_local(port)}/readyz"
+        self.ready[name] = f"{_local(port)}/{ready}"
         return process
+
+
+async def _connect(database_url: str) -> asyncpg.Connection:
+    return await asyncpg.connect(database_url, server_settings={"application_name": "bench"})
 
 
 def _local(port: int) -> str:

@@ -1,6 +1,7 @@
 """What is read from the load generators, and what becomes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ Running 2s test @ http://127.0.0.1:8080/v1/allocate
   Non-2xx or 3xx responses: 3
 Requests/sec:   5000.00
 {"requests": 10003, "duration_us": 2000000, "p50_us": 1500, "p99_us": 9000, "slowest_us": 12345, \
-"refused": 3, "broken": 2}
+"refused": 3, "broken": 2, "new": -1, "known": -1, "released": -1}
 """
 
 PGBENCH = """\
@@ -33,6 +34,12 @@ tps = 8250.000000 (without initial connection time)
 def test_of_what_wrk_counted_only_2xx_are_requests() -> None:
     found = load.parse(WRK, cpu_sec=0.5)
     assert found == Load(10_000, 2.0, errors=5, p50=1.5, p99=9.0, slowest=12.345, cpu_sec=0.5)
+
+
+def test_answers_are_told_apart_where_the_load_generator_looks_at_them() -> None:
+    assert load.parse(WRK).known is None
+    looked = load.parse(WRK.replace('"new": -1, "known": -1', '"new": 0, "known": 10000'))
+    assert (looked.new, looked.known, looked.released) == (0, 10_000, None)
 
 
 def test_the_time_of_pgbench_is_without_its_connecting() -> None:
@@ -70,6 +77,35 @@ def test_pgbench_is_compared_at_its_best_number_of_clients() -> None:
     assert not found["throughput at 200 ÷ pgbench claim"].met
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "figures"),
+    [
+        ("throughput at 1,000,000 sandboxes ÷ 1,000", 0.8, {"pool-1000000": {"requests": 80}, "pool-1000": {}}),
+        ("throughput with 200 prefixes ÷ without", 0.5, {"prefix-200": {"requests": 50}, "ours-200": {}}),
+        ("p99 beside a sync ÷ without", 3.0, {"sync-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
+        ("p99 beside expiry ÷ without", 3.0, {"expiry-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
+        ("p99 beside a purge ÷ without", 3.0, {"purge-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
+        ("a sync beside students (s)", 61.0, {"sync-beside": {"more": {"sync s": 61.0}}}),
+        ("long run, last tenth ÷ first", 0.8, {"long": {"more": {"last tenth ÷ first": 0.8}}}),
+        ("long run, largest service (MB)", 151.0, {"long": {"memory": 151.0}}),
+        ("long run, memory at the end ÷ middle", 1.2, {"long": {"more": {"memory at the end ÷ middle": 1.2}}}),
+    ],
+)
+def test_a_goal_is_missed_by_a_figure_beyond_it(
+    name: str, value: float, figures: dict[str, dict[str, Any]]
+) -> None:
+    reached = goals.reached({scenario: rows.row([_run(**its)]) for scenario, its in figures.items()})
+    found = {goal.name: (goal.value, goal.met) for goal in reached}
+    assert found[name] == (value, False)
+
+
+def test_what_only_some_scenarios_measure_has_a_table_of_its_own() -> None:
+    lines = list(
+        report.more({"ours-1": rows.row([_run()]), "sync-beside": rows.row([_run(more={"sync s": 12.5})])})
+    )
+    assert [line.split() for line in lines[1:]] == [["sync-beside:", "sync", "s", "12.50"]]
+
+
 def test_the_table_is_aligned_and_shows_what_is_not_known_as_a_dash() -> None:
     head, line = report.table({"claim-8": rows.row([_run(requests=12_345, p99=None)])})
     assert head.startswith("scenario")
@@ -89,9 +125,13 @@ def _run(
     errors: int = 0,
     cpu: float = 0.1,
     drained: float = 0.0,
+    memory: float = 80.0,
+    more: dict[str, float] | None = None,
 ) -> Run:
     loaded = Load(requests, 1.0, errors=errors, p99=p99)
-    return Run(loaded, 1.0, {"server": cpu}, {"server": 80.0}, Lag(), drained)
+    return Run(
+        loaded, 1.0, {"server": cpu}, {"server": memory}, {"server": memory}, Lag(), drained, more=more or {}
+    )
 
 
 def _row(requests: int) -> Row:
