@@ -260,14 +260,13 @@ async def stage_listing(writer: Writer, command: StageListing) -> Reply:
 
 
 async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
-    """Weighs the listing, then applies it or not. A listing that has been applied gives its answer again."""
+    """Weighs the listing, then applies it or not. A listing that has been applied gives its answer again, unless a
+    crash of the database has emptied it: then all that students hold would look as if CSP lacked it."""
     listing_id = command.listing_id
     weight = await store.one(writer.connection, listings.WEIGH_LISTING, writer.epoch, listing_id)
-    if weight["outdated"]:
+    if weight["outdated"] or weight["listed"] != command.total:
         return domain.LISTING_OUTDATED
     if not weight["applied"]:
-        if weight["listed"] != command.total:
-            return domain.LISTING_OUTDATED
         refusal = domain.held(
             weight["listed"],
             weight["lacking"] + weight["moving_in_pool"],

@@ -242,6 +242,17 @@ async def test_what_was_listed_is_kept_until_the_next_listing_is_applied_and_no_
     assert await pool.column(kept) == [last]
 
 
+async def test_a_listing_that_a_crash_of_the_database_has_emptied_flags_nothing(pool: Pool) -> None:
+    """PostgreSQL empties unlogged tables after a crash. The command comes again, and what it has applied stays."""
+    leased = await pool.lease("ann")
+    writer = await pool.writer()
+    listing_id = await begin(writer)
+    await stage(writer, listing_id, [account(int(leased))])
+    assert counts(await apply(writer, listing_id, 1)) == (1, 0, 0, 0)
+    await pool.execute("TRUNCATE csp_accounts")
+    assert await refused(pool, writer, listing_id, 1) == "LISTING_OUTDATED"
+
+
 async def test_listings_of_long_ago_are_forgotten(pool: Pool) -> None:
     writer = await pool.writer()
     await sync(writer, [account(1)])
@@ -331,7 +342,7 @@ STATEMENTS = {
 async def test_no_statement_scans_a_listing_for_every_sandbox(pool: Pool, name: str) -> None:
     """Planned without statistics, as it is right after the staging; else a large pool takes minutes."""
     ids = await pool.fill(3000)
-    writer = await pool.writer()
+    writer = await pool.writer(lane=MAINTENANCE)
     listing_id = await begin(writer)
     for start in range(0, len(ids), 1000):
         await stage(writer, listing_id, [account(int(one)) for one in ids[start : start + 1000]])
