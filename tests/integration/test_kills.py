@@ -57,11 +57,19 @@ async def dying(
 
 async def insist(stack: Stack, student: str) -> None:
     """A student who takes a sandbox and gives it back, whatever dies meanwhile."""
-    while (lease := await stack.allocate(student)).status_code not in (200, 201):  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
-    sandbox_id = lease.json()["sandbox_id"]
-    while (await stack.release(sandbox_id, student)).status_code != 200:  # noqa: ASYNC110
-        await asyncio.sleep(0.1)
+    sandbox_id = ""
+
+    async def leased() -> bool:
+        nonlocal sandbox_id
+        lease = await stack.allocate(student)
+        sandbox_id = lease.json().get("sandbox_id", "")
+        return lease.status_code in (200, 201)
+
+    async def released() -> bool:
+        return (await stack.release(sandbox_id, student)).status_code == 200
+
+    await eventually(leased, within_sec=60)
+    await eventually(released, within_sec=60)
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)
