@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench check fmt lock clean
+.PHONY: help setup run test bench check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
@@ -22,16 +22,20 @@ test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for 
 bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
 	@$(PYTHON) -m bench $(ARGS)
 
-check: setup ## Lint, format, types, import rules, and whether the locked requirements are complete
+check: setup ## Lint, format, types, import rules, and whether locked requirements and generated pages are current
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m devstack.locks
+	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 
 fmt: setup ## Format, and repair what the linter can
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
+
+docs: setup ## Renew the pages that are made from the code
+	@$(PYTHON) -m gateway.error_page >docs/errors.md
 
 lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
 	@for service in $(SERVICES); do \

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
 import uvicorn
@@ -84,7 +84,9 @@ async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(period_sec)
 
 
-def run(app: Starlette, port: int) -> None:
+def run(
+    app: Starlette, port: int, *, protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
     server = uvicorn.Server(
         uvicorn.Config(
@@ -92,7 +94,7 @@ def run(app: Starlette, port: int) -> None:
             host="0.0.0.0",
             port=port,
             loop="uvloop",
-            http="httptools",
+            http=protocol,
             lifespan="on",
             ws="none",
             log_config=None,

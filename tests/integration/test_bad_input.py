@@ -1,5 +1,8 @@
 """What the API answers to what it cannot accept."""
 
+import asyncio
+import json
+
 import httpx
 import pytest
 
@@ -41,6 +44,39 @@ async def test_bad_requests_are_told_what_to_do(
     assert detail["message"]
     assert detail["request_id"] == response.headers["x-request-id"]
     assert ("www-authenticate" in response.headers) == (status == 401)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",  # TLS
+        b"nonsense\r\n\r\n",
+        b"GET /v1/docs HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"GET no-slash HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nNo colon here\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-Track-ID: a\x00b\r\n\r\n",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n",
+    ],
+)
+async def test_what_is_not_http_gets_the_same_error_body(stack: Stack, sent: bytes) -> None:
+    async with asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(stack.url).port)
+        writer.write(sent)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+    status, *lines = head.decode().split("\r\n")
+    headers = httpx.Headers(dict(line.split(": ", 1) for line in lines))
+    assert status == "HTTP/1.1 400 Bad Request"
+    detail = json.loads(body)["detail"]
+    assert (detail["code"], detail["request_id"]) == ("MALFORMED_REQUEST", headers["X-Request-ID"])
+    assert detail["message"]
+    assert headers["Content-Type"] == "application/json"
+    assert int(headers["Content-Length"]) == len(body)
+    assert headers["X-Content-Type-Options"] == "nosniff"
 
 
 async def test_another_students_sandbox_is_not_given_back(stack: Stack) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from gateway.schemas import header
+from gateway.schemas import header, responses
 
 _OURS = files("gateway") / "static"
 # fastapi-offline is used for the files it carries: a released Swagger UI, hash-locked like the rest.
@@ -27,7 +27,7 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
     "/readyz": {
         "tags": ["operations"],
         "summary": "Do the queue and the database answer?",
-        "responses": {503: {"description": "One of them does not; `checks` says which"}},
+        "responses": responses("NOT_READY", "INTERNAL_ERROR"),
     },
     "/metrics": {
         "tags": ["operations"],

@@ -1,5 +1,7 @@
 """Every error the API answers with: one table from code to HTTP status, one body for all.
 
+docs/errors.md and the OpenAPI document are made from the table.
+
 A message says what to do next. `retry_after` is given, in the body and as a header, wherever asking again can
 help.
 """
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse
 
+from sandbox_broker import health
 from sandbox_broker.messages import Refused, Reply
 
 
@@ -18,37 +21,97 @@ from sandbox_broker.messages import Refused, Reply
 class Kind:
     status: int
     meaning: str
+    advice: str
+    """What the caller should do."""
     retry_after: int | None = None
     """Seconds."""
 
 
+AGAIN = "Try again after `retry_after` seconds."
+SAME_AGAIN = "Ask again: it gives the same result, whether or not the first request was carried out."
+
 KINDS: Mapping[str, Kind] = {
-    "MISSING_SANDBOX_ID": Kind(400, "The X-Instruqt-Sandbox-ID header is missing or blank"),
-    "INVALID_HEADER": Kind(400, "A header is too long or holds characters outside printable ASCII"),
-    "INVALID_REQUEST": Kind(400, "A parameter is malformed; `fields` names it"),
-    "UNAUTHORIZED": Kind(401, "No valid token"),
-    "FORBIDDEN": Kind(403, "The token is valid, but not for this route"),
-    "NOT_SANDBOX_OWNER": Kind(403, "Another student holds or held this sandbox"),
-    "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox"),
-    "JOB_NOT_FOUND": Kind(404, "No such job"),
-    "NOT_FOUND": Kind(404, "No such path"),
-    "METHOD_NOT_ALLOWED": Kind(405, "The path exists, but not with this method"),
-    "POOL_EXHAUSTED": Kind(409, "Nothing in the pool is available", retry_after=30),
-    "IDEMPOTENCY_KEY_CONFLICT": Kind(409, "The key belongs to another lease"),
-    "NOT_ALLOCATED": Kind(409, "Nobody ever held this sandbox"),
-    "NOT_DELETION_FAILED": Kind(409, "Its deletion has not failed for good"),
-    "SYNC_HELD": Kind(409, "The listing looks wrong, and nothing was changed"),
-    "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", retry_after=5),
-    "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB"),
-    "INTERNAL_ERROR": Kind(500, "A fault of ours", retry_after=5),
-    "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", retry_after=60),
-    "ALLOCATOR_UNAVAILABLE": Kind(503, "The queue or the allocator is down", retry_after=2),
-    "SYNCER_UNAVAILABLE": Kind(503, "The queue or the csp-syncer is down", retry_after=5),
-    "REAPER_UNAVAILABLE": Kind(503, "The queue or the reaper is down", retry_after=5),
-    "DATABASE_UNAVAILABLE": Kind(503, "The database does not answer", retry_after=2),
-    "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
-    "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", retry_after=1),
-    "MAINTENANCE_TIMEOUT": Kind(504, "No answer in time; it may still be done", retry_after=5),
+    "MISSING_SANDBOX_ID": Kind(
+        400,
+        "The X-Instruqt-Sandbox-ID header is missing or blank",
+        "Send the student's own id (`INSTRUQT_PARTICIPANT_ID`) in it.",
+    ),
+    "INVALID_HEADER": Kind(
+        400,
+        "A header is too long, holds characters outside printable ASCII, or came twice",
+        "Correct the header that the message names; 128 characters are allowed.",
+    ),
+    "INVALID_REQUEST": Kind(400, "A parameter is malformed", "Correct the parameters that `fields` names."),
+    "MALFORMED_REQUEST": Kind(
+        400,
+        "What was sent is not HTTP/1.1; the connection is closed",
+        "Look at the client or at the proxy before it. Sending the same again gives the same.",
+    ),
+    "UNAUTHORIZED": Kind(
+        401, "No token, or an unknown one", "Send `Authorization: Bearer <token>`; ask the operator for a token."
+    ),
+    "FORBIDDEN": Kind(403, "The token is valid, but not for this route", "Use an admin token on admin routes."),
+    "NOT_SANDBOX_OWNER": Kind(
+        403,
+        "Another student holds or held this sandbox",
+        "Send the `X-Instruqt-Sandbox-ID` that it was allocated with.",
+    ),
+    "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox", "Use the `sandbox_id` that the allocation returned."),
+    "JOB_NOT_FOUND": Kind(404, "No such job", "Use the `job_id` that starting it has answered."),
+    "NOT_FOUND": Kind(404, "No such path", "See `/v1/docs` for what there is."),
+    "METHOD_NOT_ALLOWED": Kind(
+        405, "The path exists, but not with this method", "Use the method that the `Allow` header names."
+    ),
+    "POOL_EXHAUSTED": Kind(
+        409,
+        "Nothing in the pool is available",
+        f"{AGAIN} If it stays, the operator has to provide more sandboxes.",
+        retry_after=30,
+    ),
+    "IDEMPOTENCY_KEY_CONFLICT": Kind(
+        409, "The key belongs to another student's lease", "Use a key of your own for each student."
+    ),
+    "NOT_ALLOCATED": Kind(409, "Nobody ever held this sandbox", "There is no lease to end: nothing is to be done."),
+    "NOT_DELETION_FAILED": Kind(
+        409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
+    ),
+    "SYNC_HELD": Kind(
+        409,
+        "The listing looks wrong, and nothing was changed",
+        "Look at `GET /v1/admin/sync`; if the listing is right, repeat with `force=true`.",
+    ),
+    "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", AGAIN, retry_after=5),
+    "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
+    "INTERNAL_ERROR": Kind(
+        500,
+        "A fault of ours",
+        "Try again; if it stays, tell the operator the `request_id`.",
+        retry_after=5,
+    ),
+    "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", AGAIN, retry_after=60),
+    "ALLOCATOR_UNAVAILABLE": Kind(
+        503,
+        "The queue or the allocator is down, or too many requests are in flight",
+        f"{AGAIN} Nothing is lost.",
+        retry_after=2,
+    ),
+    "SYNCER_UNAVAILABLE": Kind(503, "The queue or the csp-syncer is down", AGAIN, retry_after=5),
+    "REAPER_UNAVAILABLE": Kind(503, "The queue or the reaper is down", AGAIN, retry_after=5),
+    "DATABASE_UNAVAILABLE": Kind(503, "The database does not answer", AGAIN, retry_after=2),
+    "NOT_READY": Kind(
+        503,
+        "`/readyz`: this process cannot work now; the message says why",
+        "Send requests to another replica meanwhile.",
+        retry_after=health.RETRY_AFTER_SEC,
+    ),
+    "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
+    "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
+    "MAINTENANCE_TIMEOUT": Kind(
+        504,
+        "No answer in time; it may still be done",
+        "Look whether it was done, and ask again if not: nothing is done twice.",
+        retry_after=5,
+    ),
 }
 
 
@@ -94,6 +157,10 @@ def internal() -> ApiError:
         "INTERNAL_ERROR",
         "Something went wrong on our side. Try again; if it stays, tell the operator this request_id.",
     )
+
+
+def malformed() -> ApiError:
+    return ApiError("MALFORMED_REQUEST", "This is not HTTP/1.1. Look at the client, or at the proxy before it.")
 
 
 def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from gateway import admin, auth, docs, errors, middleware, routes, syncs
 from gateway.context import Context
 from gateway.errors import ApiError
+from gateway.malformed import Protocol
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service
@@ -114,4 +115,4 @@ def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
-    service.run(create_app(settings), settings.gateway_port)
+    service.run(create_app(settings), settings.gateway_port, protocol=Protocol)

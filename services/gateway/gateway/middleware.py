@@ -26,14 +26,14 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-_SECURITY_HEADERS = [
+SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
     (b"strict-transport-security", b"max-age=31536000; includeSubDomains"),
     (b"content-security-policy", _POLICY.encode()),
 ]
-_NO_STORE = (b"cache-control", b"no-store")
+NO_STORE = (b"cache-control", b"no-store")
 _DEPRECATED = (b"deprecation", b"true")
 
 log = structlog.get_logger()
@@ -64,11 +64,11 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = [*message["headers"], (b"x-request-id", request_id.encode()), *_SECURITY_HEADERS]
+                headers = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
                 if "deprecated" in state:
                     headers.append(_DEPRECATED)
                 if path.startswith("/v1"):
-                    headers.append(_NO_STORE)
+                    headers.append(NO_STORE)
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -168,13 +168,35 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     entries: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         kind = KINDS[code]
-        entry = entries.setdefault(kind.status, {"model": Error, "description": "", "headers": {}})
-        entry["description"] = f"{entry['description']} `{code}`: {kind.meaning}.".lstrip()
+        entry = entries.setdefault(
+            kind.status,
+            {
+                "model": Error,
+                "description": "",
+                "headers": {},
+                "content": {"application/json": {"examples": {}}},
+            },
+        )
+        entry["description"] = f"{entry['description']}\n\n`{code}`: {kind.meaning}. {kind.advice}".lstrip()
+        entry["content"]["application/json"]["examples"][code] = {"summary": kind.meaning, "value": _example(code)}
         if kind.retry_after is not None:
             entry["headers"]["Retry-After"] = header("seconds until trying again can help", "integer")
         if kind.status == HTTPStatus.UNAUTHORIZED:
             entry["headers"]["WWW-Authenticate"] = header("always `Bearer`")
     return entries | {"default": {"model": Error, "description": "Any other error has the same body."}}
+
+
+def _example(code: str) -> dict[str, Any]:
+    detail = ErrorDetail(
+        code=code,
+        message=f"{KINDS[code].meaning}.",
+        request_id="5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11",
+        retry_after=KINDS[code].retry_after,
+        fields=[FieldProblem(field="limit", problem="Input should be less than or equal to 500")]
+        if code == "INVALID_REQUEST"
+        else None,
+    )
+    return Error(detail=detail).model_dump(exclude_none=True)
 
 
 JOB_RUNNING: dict[str, Any] = {

@@ -9,6 +9,8 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 import pytest
 
+from devstack.settings import ROOT
+from gateway.error_page import page
 from gateway.errors import KINDS
 
 from .gateway_harness import client, create_app_without_servers
@@ -30,7 +32,7 @@ STATUSES = {
     ("post", "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"): {200, 400, 401, 403, 404, 409, 413, 500, 503, 504},
     ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
     ("get", "/healthz"): {200},
-    ("get", "/readyz"): {200, 503},
+    ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
 }
 TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
@@ -66,10 +68,26 @@ async def test_the_document_lists_every_route_and_status(document: Any) -> None:
     assert found == STATUSES
 
 
-async def test_the_document_has_every_error_code_somewhere(document: Any) -> None:
-    text = json.dumps(document["paths"])
-    for code in KINDS.keys() - {"NOT_FOUND", "METHOD_NOT_ALLOWED"}:  # those belong to no route
-        assert f"`{code}`" in text
+async def test_the_document_says_of_every_error_what_to_do(document: Any) -> None:
+    described: set[str] = set()
+    for operation in operations(document).values():
+        for status, response in operation["responses"].items():
+            content = response.get("content", {}).get("application/json", {})
+            for code, example in content.get("examples", {}).items():
+                kind = KINDS[code]
+                assert int(status) == kind.status
+                assert f"`{code}`: {kind.meaning}. {kind.advice}" in response["description"]
+                detail = example["value"]["detail"]
+                assert (detail["code"], detail.get("retry_after")) == (code, kind.retry_after)
+                described.add(code)
+    # These belong to no route.
+    assert described == KINDS.keys() - {"NOT_FOUND", "METHOD_NOT_ALLOWED", "MALFORMED_REQUEST"}
+
+
+def test_the_page_of_errors_is_current() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text() == page()  # `make docs` renews it
+    for code, kind in KINDS.items():
+        assert f"| {kind.status} | `{code}` | {kind.meaning} | {kind.advice} |" in page()
 
 
 async def test_every_error_has_the_one_body_in_the_document(document: Any) -> None:
