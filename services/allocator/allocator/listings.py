@@ -295,7 +295,7 @@ REFRESH_SANDBOXES = f"""
 WITH {GUARD},
 room AS MATERIALIZED (
     SELECT greatest(1, count(*) / 2) AS rows
-    FROM (SELECT FROM sandboxes WHERE status = 'available' LIMIT 2 * $4::int) available
+    FROM (SELECT FROM sandboxes WHERE available_since IS NOT NULL LIMIT 2 * $4::int) available
 ),
 renamed AS MATERIALIZED (
     SELECT r.* FROM guard, room CROSS JOIN LATERAL (
