@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -658,14 +659,14 @@ async def test_a_server_that_is_not_there_is_tried_again_at_growing_intervals(
     monkeypatch.setattr(asyncio, "sleep", note)
     try:
         async with beside(keep_connected("amqp://guest:secret@127.0.0.1:1/", "test", never)):
-            async with asyncio.timeout(20):
-                while len(pauses) < 1200:
+            async with asyncio.timeout(60):
+                while len(pauses) < 200:
                     await sleep(0.01)
     finally:
         monkeypatch.undo()
     assert 0.05 <= pauses[0] <= 0.2
     assert max(pauses) <= connection.MAX_BACKOFF_SEC
-    assert min(pauses[10:]) >= connection.MAX_BACKOFF_SEC / 2
+    assert statistics.median(pauses) >= connection.MAX_BACKOFF_SEC / 2  # a try that took long begins anew
     assert len(set(pauses)) > 100
     assert {entry["event"] for entry in logged} == {"rabbitmq.disconnected"}
     assert "secret" not in repr(logged)
