@@ -56,6 +56,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=usual.warm_up, metavar="SECONDS", help="before each run")
     parser.add_argument("--students", type=int, default=usual.students, help="of a class")
     parser.add_argument("--accounts", type=int, default=usual.accounts, help="in a listing of CSP")
+    parser.add_argument(
+        "--cycles", type=int, default=usual.cycles, help="of allocation and release in the long run"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each scenario; their medians are shown")
     parser.add_argument("--json", type=Path, help="the file with the results")
     arguments = parser.parse_args()
@@ -81,12 +84,8 @@ async def _run_until_stopped(arguments: argparse.Namespace, terminal: Terminal) 
 
 async def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
     await load.have_wrk(terminal)
-    chosen = [
-        scenario
-        for scenario in scenarios.ALL
-        if not arguments.scenario or {scenario.group, scenario.name} & set(arguments.scenario)
-    ]
-    sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts)
+    chosen = scenarios.chosen(arguments.scenario, long=os.environ.get("LONG") == "1")
+    sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts, arguments.cycles)
     async with servers.running(terminal) as running:
         machine = await _machine(running)
         measuring = _measure(chosen, arguments.repeats, running, sizes, terminal)
@@ -100,6 +99,8 @@ async def _measure(
     runs: dict[str, list[Run]] = {scenario.name: [] for scenario in chosen}
     for repeat in range(1, repeats + 1):
         for scenario in chosen:
+            if scenario.long and repeat > 1:
+                continue
             running.forget_logs()
             run = await scenario.run(running, sizes)
             runs[scenario.name].append(run)
@@ -136,8 +137,10 @@ async def _machine(running: Servers) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "python": platform.python_version(),
         "postgresql": await database.fetchval("SHOW server_version"),
-        "synchronous_commit": await database.fetchval("SHOW synchronous_commit"),
-        "fsync": await database.fetchval("SHOW fsync"),
+        **{
+            setting: await database.fetchval(f"SHOW {setting}")
+            for setting in ("synchronous_commit", "fsync", "autovacuum", "shared_buffers")
+        },
     }
 
 

@@ -2,6 +2,7 @@
 new ids and names, and with their events. They come by SQL, since accounts of CSP take minutes."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -74,17 +75,22 @@ async def restocked(target: Target, sandboxes: int) -> AsyncIterator[Restocked]:
 
 @asynccontextmanager
 async def repeated(pause_sec: float, step: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-    """Again and again in the block, the last time whole; raises what a step has raised."""
+    """Again and again in the block, the last time whole. A step that raises ends the block, and is raised."""
     over = asyncio.Event()
 
     async def repeat() -> None:
         while not over.is_set():
             await step()
-            await asyncio.sleep(pause_sec)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_sec):
+                    await over.wait()
 
-    repeating = asyncio.create_task(repeat())
     try:
-        yield
-    finally:
-        over.set()
-        await repeating
+        async with asyncio.TaskGroup() as group:
+            group.create_task(repeat())
+            try:
+                yield
+            finally:
+                over.set()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -14,6 +14,7 @@ from devstack import packages
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import spawn
+from sandbox_broker.service import cancel
 
 _SCRIPT = Path(__file__).with_name("students.lua")
 _TIMEOUT_SEC = 10
@@ -85,7 +86,7 @@ async def put(
         try:
             async with asyncio.timeout(seconds + _GRACE_SEC):
                 if until is not None:
-                    await until()
+                    await _wait(until(), seconds)
                     wrk.send(signal.SIGINT)
                 code = await wrk.wait()
         finally:
@@ -94,6 +95,17 @@ async def put(
     if code != 0:
         raise CannotRun(f"wrk ended with exit code {code}: {' / '.join(said)}", status=1)
     return parse("\n".join(said), cpu_sec=used.seconds)
+
+
+async def _wait(work: Awaitable[object], seconds: int) -> None:
+    """For its end, or as long; raises what it raises."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if task.done():
+            task.result()
+    finally:
+        await cancel(task)
 
 
 def parse(said: str, *, cpu_sec: float = 0.0) -> Load:

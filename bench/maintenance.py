@@ -87,14 +87,19 @@ async def asking(servers: Servers) -> AsyncIterator[Requester]:
 
 
 async def purge(requester: Requester, *, deleted_for_sec: float) -> int:
-    """Forgets all records of sandboxes that have been deleted for so long, with the commands that the csp-syncer
-    sends every hour; returns how many there were."""
+    """Forgets all records of sandboxes that have been deleted for so long; returns how many there were."""
     purged = 0
     while True:
-        command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_PIECE)
-        reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_ANSWER_SEC)
-        if not isinstance(reply, Purged):
-            raise CannotRun(f"the purge was answered {reply}", status=1)
-        purged += reply.count
-        if reply.count < _PURGE_PIECE:
+        count = await purge_piece(requester, deleted_for_sec=deleted_for_sec)
+        purged += count
+        if count < _PURGE_PIECE:
             return purged
+
+
+async def purge_piece(requester: Requester, *, deleted_for_sec: float) -> int:
+    """The command that the csp-syncer repeats every hour until nothing is left."""
+    command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_PIECE)
+    reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_ANSWER_SEC)
+    if not isinstance(reply, Purged):
+        raise CannotRun(f"the purge was answered {reply}", status=1)
+    return reply.count

@@ -1,11 +1,11 @@
 """What is measured. A scenario is run several times, in turn with the others, so that what is compared meets the
 same state of the machine."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import allocating, beside, meter, pgbench, pool
+from bench import allocating, beside, life, meter, pgbench, pool
 from bench.load import Load
 from bench.meter import Run
 from bench.servers import Servers, Target
@@ -21,6 +21,8 @@ class Scenario:
     name: str
     """The word that chooses it alone."""
     run: Callable[[Servers, Sizes], Awaitable[Run]]
+    long: bool = False
+    """Takes so long that it is run once, and only when it is asked for."""
 
 
 async def claim(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
@@ -46,6 +48,15 @@ def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callabl
 
 def _each(group: str, what: str, run: Callable[..., Awaitable[Run]], numbers: Iterable[int]) -> list[Scenario]:
     return [Scenario(group, f"{group}-{number}", partial(run, **{what: number})) for number in numbers]
+
+
+def chosen(words: Collection[str], *, long: bool) -> list[Scenario]:
+    """Those that the words name; without words all, though those that take long only if `long`."""
+    return [
+        scenario
+        for scenario in ALL
+        if {scenario.group, scenario.name} & set(words) or (not words and (long or not scenario.long))
+    ]
 
 
 _CONNECTIONS = (1, 50, 200)
@@ -74,4 +85,5 @@ ALL: tuple[Scenario, ...] = (
     Scenario("beside", "sync-beside", beside.sync),
     Scenario("beside", "expiry-beside", beside.expiry),
     Scenario("beside", "purge-beside", beside.purge),
+    Scenario("long", "long", life.long, long=True),
 )

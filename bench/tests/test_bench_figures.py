@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench import goals, load, pgbench, report, rows
+from bench import goals, load, pgbench, report, rows, scenarios
 from bench.load import Load
 from bench.meter import Run
 from bench.pool import Lag
@@ -110,6 +110,16 @@ def test_the_table_is_aligned_and_shows_what_is_not_known_as_a_dash() -> None:
     head, line = report.table({"claim-8": rows.row([_run(requests=12_345, p99=None)])})
     assert head.startswith("scenario")
     assert line.split()[:5] == ["claim-8", "12,345", "12,345", "-", "-"]
+
+
+def test_what_takes_long_is_left_out_unless_it_is_asked_for() -> None:
+    def names(*words: str, long: bool = False) -> set[str]:
+        return {scenario.name for scenario in scenarios.chosen(words, long=long)}
+
+    assert names("long") == {"long"}
+    assert names("ours-1") == names("ours-1", long=True) == {"ours-1"}
+    assert names(long=True) == {*names(), "long"}
+    assert "long" not in names()
 
 
 @pytest.mark.parametrize("script", ["claim", "lease"])

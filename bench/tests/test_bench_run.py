@@ -31,6 +31,23 @@ async def test_a_small_run_prints_the_table_and_writes_the_figures(
     assert figures["runs"]["class-start"][0]["load"]["requests"] == 20
 
 
+async def test_every_promise_holds_in_the_smallest_run_of_each_kind(
+    servers: tuple[Found, Found], tmp_path: Path
+) -> None:
+    path = tmp_path / "figures.json"
+    chosen = ["repeat", "prefix-20", "pool-1000", "beside", "long"]
+    sizes = ["--accounts", "20000", "--cycles", "2000"]
+    code, said = await run(
+        [sys.executable, "-m", "bench", *chosen, *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=170
+    )
+    assert code == 0, said
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["sync-beside"]["more"]["sync s"] > 0
+    assert rows["expiry-beside"]["more"]["expiry s"] > 0
+    assert rows["purge-beside"]["more"]["purge s"] > 0
+    assert rows["long"]["more"]["cycles"] >= 2_000
+
+
 async def test_what_is_stopped_half_way_leaves_no_database(servers: tuple[Found, Found]) -> None:
     found, _ = servers
     process = await spawn("bench", [sys.executable, "-m", "bench", "ours-1", *SMALLEST], cwd=ROOT)
