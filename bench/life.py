@@ -74,6 +74,7 @@ class Renewed(Pool):
 
     requester: Requester
     purged: int = 0
+    purges_postponed: int = 0
     catch_up_at: float = 0.0
 
     async def renew(self) -> None:
@@ -84,7 +85,11 @@ class Renewed(Pool):
             self.catch_up_at = time.monotonic() + _CATCH_UP_EVERY_SEC
 
     async def purge(self) -> None:
-        self.purged += await maintenance.purge_piece(self.requester, deleted_for_sec=_RETENTION_SEC)
+        purged = await maintenance.purge_piece(self.requester, deleted_for_sec=_RETENTION_SEC)
+        if purged is None:
+            self.purges_postponed += 1
+        else:
+            self.purged += purged
 
     async def catch_up(self) -> None:
         """Also for those that the reaper has deleted."""
@@ -138,7 +143,8 @@ async def long(servers: Servers, sizes: Sizes) -> Run:
         await renewed.renew()
         await renewed.catch_up()
     problems = await _problems(target.database, run.load, renewed)
-    return run.having(problems).telling(progress(samples)).telling(await _table_sizes(target.database))
+    further = {"records purged": renewed.purged, "purges postponed": renewed.purges_postponed}
+    return run.having(problems).telling(progress(samples) | await _table_sizes(target.database) | further)
 
 
 @asynccontextmanager

@@ -12,13 +12,14 @@ import httpx
 from bench.servers import ADMIN_TOKEN, Servers
 from devstack.errors import CannotRun
 from sandbox_broker import topology
-from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
 from sandbox_broker.messages import Purged, PurgeRecords
 from sandbox_broker.service import cancel
 
 _PURGE_PIECE = 500
 """As the csp-syncer has it."""
-_ANSWER_SEC = 30.0
+_ANSWER_SEC = 60.0
+"""Longer than the allocator gives the statement."""
 _SYNC_SEC = 300.0
 _BETWEEN_LOOKS_SEC = 0.1
 
@@ -91,15 +92,17 @@ async def purge(requester: Requester, *, deleted_for_sec: float) -> int:
     purged = 0
     while True:
         count = await purge_piece(requester, deleted_for_sec=deleted_for_sec)
-        purged += count
-        if count < _PURGE_PIECE:
+        purged += count or 0
+        if count != _PURGE_PIECE:
             return purged
 
 
-async def purge_piece(requester: Requester, *, deleted_for_sec: float) -> int:
-    """The command that the csp-syncer repeats every hour until nothing is left."""
+async def purge_piece(requester: Requester, *, deleted_for_sec: float) -> int | None:
+    """The command that the csp-syncer repeats every hour until nothing is left. None when the allocator could not
+    do it; nothing is purged then, and it is to be tried again later."""
     command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_PIECE)
-    reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_ANSWER_SEC)
-    if not isinstance(reply, Purged):
-        raise CannotRun(f"the purge was answered {reply}", status=1)
-    return reply.count
+    try:
+        reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_ANSWER_SEC)
+    except (Disconnected, Unroutable, TimeoutError) as error:
+        raise CannotRun(f"the purge was not answered: {error}", status=1) from error
+    return reply.count if isinstance(reply, Purged) else None

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from devstack.infrastructure import Found
 from devstack.processes import run, spawn
@@ -31,6 +32,7 @@ async def test_a_small_run_prints_the_table_and_writes_the_figures(
     assert figures["runs"]["class-start"][0]["load"]["requests"] == 20
 
 
+@pytest.mark.timeout(400)
 async def test_every_promise_holds_in_the_smallest_run_of_each_kind(
     servers: tuple[Found, Found], tmp_path: Path
 ) -> None:
@@ -38,7 +40,7 @@ async def test_every_promise_holds_in_the_smallest_run_of_each_kind(
     chosen = ["repeat", "prefix-20", "pool-1000", "beside", "long"]
     sizes = ["--accounts", "20000", "--cycles", "2000"]
     code, said = await run(
-        [sys.executable, "-m", "bench", *chosen, *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=170
+        [sys.executable, "-m", "bench", *chosen, *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=390
     )
     assert code == 0, said
     rows = json.loads(path.read_text())["rows"]
