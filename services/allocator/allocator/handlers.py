@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import structlog
 
-from allocator import domain, listings, metrics, purge, store
+from allocator import deletions, domain, jobs, listings, metrics, purge, store
 from sandbox_broker import messages, topology
 from sandbox_broker.messages import (
     AllocateSandbox,
@@ -167,8 +167,8 @@ async def end_lease(writer: Writer, command: EndLease) -> Reply:
 
 
 async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
-    rows = await store.claim_deletions(writer.connection, writer.epoch, command)
-    deletions = tuple(
+    rows = await deletions.claim_deletions(writer.connection, writer.epoch, command)
+    claimed = tuple(
         messages.DueDeletion(
             sandbox_id=row["sandbox_id"],
             external_id=row["external_id"],
@@ -179,14 +179,14 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
         for row in rows
         if row["sandbox_id"] is not None
     )
-    next_in_sec = None if deletions else rows[0]["next_in_sec"]
-    return messages.DeletionsClaimed(deletions=deletions, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
+    next_in_sec = None if claimed else rows[0]["next_in_sec"]
+    return messages.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
 
 
 async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
     row = await store.one(
         writer.connection,
-        store.HURRY_DELETIONS,
+        deletions.HURRY_DELETIONS,
         writer.epoch,
         command.run_id,
         timedelta(seconds=command.claim_sec),
@@ -196,13 +196,13 @@ async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
 
 
 async def end_cleanup(writer: Writer, command: EndCleanup) -> Reply:
-    row = await store.one(writer.connection, store.END_CLEANUP, writer.epoch, command.run_id)
+    row = await store.one(writer.connection, deletions.END_CLEANUP, writer.epoch, command.run_id)
     return messages.Recorded(changed=row["changed"])
 
 
 async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
     row = await store.one(
-        writer.connection, store.RECORD_DELETION, writer.epoch, command.sandbox_id, command.services_error
+        writer.connection, deletions.RECORD_DELETION, writer.epoch, command.sandbox_id, command.services_error
     )
     if row["changed"]:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
@@ -213,7 +213,7 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
     retry_in = None if command.retry_in_sec is None else timedelta(seconds=command.retry_in_sec)
     row = await store.one(
         writer.connection,
-        store.RECORD_DELETION_FAILURE,
+        deletions.RECORD_DELETION_FAILURE,
         writer.epoch,
         command.sandbox_id,
         command.attempts,
@@ -234,7 +234,7 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
 
 
 async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
-    row = await store.one(writer.connection, store.RETRY_DELETION, writer.epoch, command.sandbox_id)
+    row = await store.one(writer.connection, deletions.RETRY_DELETION, writer.epoch, command.sandbox_id)
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)
     if not row["changed"]:
@@ -331,7 +331,7 @@ async def purge_records(writer: Writer, command: PurgeRecords) -> Reply:
 async def record_job(writer: Writer, command: RecordJob) -> Reply:
     row = await store.one(
         writer.connection,
-        store.RECORD_JOB,
+        jobs.RECORD_JOB,
         writer.epoch,
         command.job_id,
         command.kind,
