@@ -114,7 +114,7 @@ async def test_as_many_as_were_cut_off_may_have_a_lease_unknown_to_them(database
 
 async def test_names_begin_with_prefixes_in_turn(database: asyncpg.Connection) -> None:
     await pool.fill(database, SANDBOXES, prefixes=2)
-    counts = await database.fetch("SELECT name_stem, count(*) FROM sandboxes GROUP BY 1 ORDER BY 1")
+    counts = await database.fetch("SELECT available_stem, count(*) FROM sandboxes GROUP BY 1 ORDER BY 1")
     assert [tuple(row) for row in counts] == [("lab0-", 5), ("lab1-", 5)]
 
 
@@ -123,6 +123,6 @@ async def test_a_lease_of_another_prefix_than_its_track_is_found(database: async
     await pool.lease(database, "student", LEASES)
     await database.execute("UPDATE leases SET track_name = 'lab1-'")
     of_lab0 = await database.fetchval(
-        "SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE name_stem = 'lab0-'"
+        "SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE available_stem = 'lab0-'"
     )
     assert await pool.elsewhere(database) == of_lab0 > 0

@@ -20,6 +20,9 @@ MAX_IN_FLIGHT = 2000
 """Requests that wait for a reply; past that the next is refused at once instead of making all of them late."""
 WATCH_PERIOD_SEC = 0.5
 LOOK_TIMEOUT_SEC = 1.0
+"""For an answer of RabbitMQ about an allocator that was not there."""
+DOUBT_SEC = 3.0
+"""For one about an allocator that was: a slow answer must not fail everybody who waits."""
 
 log = structlog.get_logger()
 
@@ -118,7 +121,7 @@ class Allocator:
 
     async def _count_consumers(self) -> None:
         try:
-            async with asyncio.timeout(LOOK_TIMEOUT_SEC):
+            async with asyncio.timeout(DOUBT_SEC if self._present else LOOK_TIMEOUT_SEC):
                 present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name) > 0
         except (Disconnected, TimeoutError):
             present = False
