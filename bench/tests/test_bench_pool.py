@@ -123,6 +123,6 @@ async def test_a_lease_of_another_prefix_than_its_track_is_found(database: async
     await pool.lease(database, "student", LEASES)
     await database.execute("UPDATE leases SET track_name = 'lab1-'")
     of_lab0 = await database.fetchval(
-        "SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE available_stem = 'lab0-'"
+        "SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE name LIKE 'lab0-%'"
     )
     assert await pool.elsewhere(database) == of_lab0 > 0
