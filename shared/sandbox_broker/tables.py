@@ -1,4 +1,4 @@
-"""The schema, for reading and for comparing with the migrations. Who writes it: allocator/store.py, alone."""
+"""The schema, for reading and for comparing with the migrations. Who writes it: the allocator, alone."""
 
 from datetime import timedelta
 from typing import Any
