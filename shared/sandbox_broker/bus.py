@@ -51,7 +51,7 @@ class Subscription:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._inbox: asyncio.Queue[DeliveredMessage | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[DeliveredMessage, float] | None] = asyncio.Queue()
         self._ended = False
 
     @classmethod
@@ -67,14 +67,21 @@ class Subscription:
         return subscription
 
     async def _deliver(self, delivery: DeliveredMessage) -> None:
-        self._inbox.put_nowait(delivery)
+        self._inbox.put_nowait((delivery, asyncio.get_running_loop().time()))
 
     async def batch(self, limit: int) -> list[DeliveredMessage]:
-        """All that has gathered, up to `limit`, and at least one; empty once the subscription has ended."""
+        """All that has gathered, up to `limit`, and at least one; empty once the subscription has ended. What has
+        expired in line here is dropped, as RabbitMQ drops what expires in the queue: nobody waits for it."""
         deliveries: list[DeliveredMessage] = []
         while not self._ended and len(deliveries) < limit and (not deliveries or not self._inbox.empty()):
-            delivery = await self._inbox.get()
-            if delivery is not None:
+            if (arrived := await self._inbox.get()) is None:
+                continue
+            delivery, since = arrived
+            expiration = delivery.header.properties.expiration
+            if expiration and (asyncio.get_running_loop().time() - since) * 1000 > int(expiration):
+                log.info("message.expired", correlation_id=delivery.header.properties.correlation_id)
+                await self.ack(delivery)
+            else:
                 deliveries.append(delivery)
         return [] if self._ended else deliveries
 

@@ -546,6 +546,22 @@ async def test_a_reply_to_someone_who_has_gone_is_no_error(wired: Bus, consuming
     await answer(wired.publisher, delivery, [Recorded(changed=True)])
 
 
+async def test_what_expires_in_the_consumers_own_line_is_dropped(
+    clean_queues: str, wired: Bus, consuming: AbstractConnection
+) -> None:
+    subscription = await Subscription.open(consuming, QUEUE, prefetch=2)
+    await wired.put(b"late", properties=Basic.Properties(expiration="200"))
+    await wired.put(b"in time", properties=Basic.Properties(expiration="60000"))
+    await until(lambda: subscription._inbox.qsize() == 2)
+    await asyncio.sleep(0.25)
+    deliveries = await subscription.batch(10)
+    assert [delivery.body for delivery in deliveries] == [b"in time"]
+    await subscription.ack(deliveries[0])  # and not what came before it: that is settled
+    await consuming.close()
+    async with await aio_pika.connect(clean_queues) as later, later.channel() as channel:
+        assert (await channel.declare_queue(QUEUE.name, passive=True)).declaration_result.message_count == 0
+
+
 async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str, wired: Bus) -> None:
     publisher = Publisher(clean_queues, "late")
     async with beside(consume(clean_queues, replying(publisher))):
