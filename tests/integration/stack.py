@@ -166,6 +166,7 @@ async def running(
         "AMQP_URL": amqp_url,
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+        "RATE_LIMIT": "",  # all students come from one address
         "CSP_BASE_URL": f"{simulator}/v2",
         "CSP_API_TOKEN": CSP_TOKEN,
         "CLEANUP_BATCH_DELAY_SEC": "0",

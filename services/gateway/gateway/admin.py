@@ -23,7 +23,7 @@ from sandbox_broker.messages import (
     SandboxReleased,
 )
 
-ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
+ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "RATE_LIMITED", "INTERNAL_ERROR")
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 

@@ -1,14 +1,18 @@
 """Who may call: bearer tokens, from a list each, so that they are rotated without downtime."""
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import SecretStr
+from starlette.types import Scope
 
+from gateway import metrics
 from gateway.errors import ApiError
 from gateway.headers import BLANKS, Fields
+from gateway.limits import RateLimit, exceeded
 
 # For the OpenAPI document and the docs page alone; the judging is done below.
 _track_token = HTTPBearer(scheme_name="trackToken", auto_error=False, description="One of BROKER_API_TOKEN")
@@ -31,48 +35,60 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """Judges the header fields of a request; raises ApiError where they do not suffice."""
+    """Judges the token of a request; raises ApiError where it does not suffice.
+
+    Requests without a known token are counted by address, and past a limit told to wait. A known token is never
+    refused for others at the same address: whole classes come from one, and one of their tracks may have a wrong
+    token.
+    """
 
     api: Tokens
     admin: Tokens
+    failures: RateLimit | None
+    client_address: Callable[[Scope], str]
 
-    def track(self, given: Fields) -> None:
+    def track(self, scope: Scope) -> None:
         """Track routes: either token will do."""
-        candidate = _candidate(given)
+        candidate = self._candidate(scope)
         if not (self.api.hold(candidate) | self.admin.hold(candidate)):
-            raise _unknown()
+            raise self._unknown(scope)
 
-    def administration(self, given: Fields) -> None:
+    def administration(self, scope: Scope) -> None:
         """Admin routes: the admin token alone."""
-        candidate = _candidate(given)
+        candidate = self._candidate(scope)
         if self.admin.hold(candidate):
             return
         if self.api.hold(candidate):
+            metrics.AUTH_FAILURES.labels(reason="forbidden").inc()
             raise ApiError("FORBIDDEN", "This route needs the admin token; yours is a track token.")
-        raise _unknown()
+        raise self._unknown(scope)
 
+    def _candidate(self, scope: Scope) -> bytes:
+        given: Fields = dict(scope["headers"])
+        scheme, _, token = given.get(b"authorization", b"").partition(b" ")
+        token = token.strip(BLANKS)
+        if scheme.lower() != b"bearer" or not token:
+            raise self._failure(scope, "missing", "Send the header 'Authorization: Bearer <token>'.")
+        return token
 
-def _candidate(given: Fields) -> bytes:
-    scheme, _, token = given.get(b"authorization", b"").partition(b" ")
-    token = token.strip(BLANKS)
-    if scheme.lower() != b"bearer" or not token:
-        raise _unauthorized("Send the header 'Authorization: Bearer <token>'.")
-    return token
+    def _unknown(self, scope: Scope) -> ApiError:
+        message = "This token is not known here. Check it, or ask the operator for a new one."
+        return self._failure(scope, "unknown", message)
 
-
-def _unauthorized(message: str) -> ApiError:
-    return ApiError("UNAUTHORIZED", message, headers={"WWW-Authenticate": "Bearer"})
-
-
-def _unknown() -> ApiError:
-    return _unauthorized("This token is not known here. Check it, or ask the operator for a new one.")
+    def _failure(self, scope: Scope, reason: str, message: str) -> ApiError:
+        metrics.AUTH_FAILURES.labels(reason=reason).inc()
+        if self.failures is not None:
+            standing = self.failures.hit(self.client_address(scope))
+            if standing.over:
+                return exceeded(standing, "Too many requests without a known token")
+        return ApiError("UNAUTHORIZED", message, headers={"WWW-Authenticate": "Bearer"})
 
 
 async def track(request: Request, _: object = Security(_track_token), __: object = Security(_admin_token)) -> None:
     """The dependency of track routes."""
-    request.app.state.context.auth.track(dict(request.scope["headers"]))
+    request.app.state.context.auth.track(request.scope)
 
 
 async def administration(request: Request, _: object = Security(_admin_token)) -> None:
     """The dependency of admin routes."""
-    request.app.state.context.auth.administration(dict(request.scope["headers"]))
+    request.app.state.context.auth.administration(request.scope)

@@ -1,8 +1,11 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.types import Scope
 
 from gateway.auth import Auth
+from gateway.limits import Limits
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker.bus import Publisher, Requester
@@ -14,6 +17,8 @@ class Context:
 
     settings: Settings
     auth: Auth
+    limits: Limits | None
+    client_address: Callable[[Scope], str]
     engine: AsyncEngine
     publisher: Publisher
     requester: Requester

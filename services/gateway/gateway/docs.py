@@ -37,6 +37,12 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """How the routes of sandbox_broker.health are described."""
 
+_LIMIT_HEADERS = {
+    "X-RateLimit-Limit": header("requests an address has in a window; absent where there is no limit", "integer"),
+    "X-RateLimit-Remaining": header("what is left of them", "integer"),
+    "X-RateLimit-Reset": header("Unix seconds, when the window ends", "integer"),
+}
+
 
 def add_routes(app: FastAPI) -> None:
     """To be called last: the document describes the routes that are there."""
@@ -60,12 +66,14 @@ def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response
 def _document(app: FastAPI) -> dict[str, Any]:
     """FastAPI's, and in it the headers that the middleware adds to every response."""
     document = app.openapi()
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
             parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
             for response in operation["responses"].values():
                 headers = response.setdefault("headers", {})
                 headers["X-Request-ID"] = header("the request's own one if it was well-formed, or a new one")
+                if path.startswith("/v1"):
+                    headers.update(_LIMIT_HEADERS)
                 if "X-Track-ID" in parameters:
                     headers["Deprecation"] = header("`true` where X-Track-ID was read")
     return document

@@ -16,7 +16,8 @@ Every response that is not 2xx has this body, whatever went wrong:
 
 `code` is for programs, `message` for people; it says what to do next. `request_id` is also the `X-Request-ID`
 header of the response, and is in our log. `retry_after` (seconds, also the `Retry-After` header) is there wherever
-asking again can help. `fields` names the parameters of `INVALID_REQUEST`.
+asking again can help; that of `RATE_LIMITED` is what is left of the window. `fields` names the parameters of
+`INVALID_REQUEST`.
 
 | status | code | meaning | what to do | `retry_after` |
 | --- | --- | --- | --- | --- |

@@ -82,6 +82,12 @@ KINDS: Mapping[str, Kind] = {
     ),
     "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", AGAIN, retry_after=5),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
+    "RATE_LIMITED": Kind(
+        429,
+        "Too many requests from this address, or too many without a known token",
+        f"{AGAIN} It is what is left of the window.",
+        retry_after=300,
+    ),
     "INTERNAL_ERROR": Kind(
         500,
         "A fault of ours",
@@ -125,21 +131,24 @@ class ApiError(Exception):
         *,
         fields: Sequence[Mapping[str, str]] | None = None,
         headers: Mapping[str, str] | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after` (seconds) where it is not that of the table."""
         super().__init__(message)
         self.code = code
         self.message = message
         self.fields = fields
         self.headers = headers or {}
+        self.retry_after = retry_after or KINDS[code].retry_after
 
 
 def response(error: ApiError, request_id: str) -> JSONResponse:
     kind = KINDS[error.code]
     detail: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
     headers = dict(error.headers)
-    if kind.retry_after is not None:
-        detail["retry_after"] = kind.retry_after
-        headers["Retry-After"] = str(kind.retry_after)
+    if error.retry_after is not None:
+        detail["retry_after"] = error.retry_after
+        headers["Retry-After"] = str(error.retry_after)
     if error.fields:
         detail["fields"] = error.fields
     return JSONResponse({"detail": detail}, kind.status, headers)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import admin, auth, docs, errors, middleware, routes, syncs
+from gateway import addresses, admin, auth, docs, errors, limits, middleware, routes, syncs
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.malformed import Protocol
@@ -74,8 +74,15 @@ def create_app(settings: Settings) -> Gateway:
             RequestValidationError: _invalid_request,
         },
     )
-    judge = auth.Auth(auth.Tokens(settings.broker_api_token), auth.Tokens(settings.broker_admin_token))
-    app.state.context = Context(settings, judge, engine, publisher, requester, allocator)
+    limited = limits.of(limits.rate(settings.rate_limit)) if settings.rate_limit else None
+    client_address = addresses.client_address(addresses.networks(settings.trusted_proxies))
+    judge = auth.Auth(
+        auth.Tokens(settings.broker_api_token),
+        auth.Tokens(settings.broker_admin_token),
+        limited.failures if limited else None,
+        client_address,
+    )
+    app.state.context = Context(settings, judge, limited, client_address, engine, publisher, requester, allocator)
     app.include_router(routes.router, dependencies=[Depends(auth.track)])
     app.include_router(admin.router, dependencies=[Depends(auth.administration)])
     app.include_router(syncs.router, dependencies=[Depends(auth.administration)])

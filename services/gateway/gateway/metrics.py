@@ -25,4 +25,9 @@ ALLOCATION_LATENCY = Histogram(
     "From a valid request to its answer",
     buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
+AUTH_FAILURES = Counter(
+    "broker_auth_failures_total",
+    "Requests that were refused for their token: missing, unknown, or a track token on an admin route (forbidden)",
+    ["reason"],
+)
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])

@@ -1,5 +1,5 @@
-"""What every request gets, whatever route it goes to or misses: an id, security headers, a size limit, one log
-line, one observation, and our own error body when something breaks."""
+"""What every request gets, whatever route it goes to or misses: an id, security headers, the limits of rate and
+size, one log line, one observation, and our own error body when something breaks."""
 
 import re
 import time
@@ -13,8 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import errors, metrics
 from gateway.errors import ApiError
+from gateway.limits import Standing, exceeded
 
 MAX_BODY = 64 * 1024
+
+_NOT_LIMITED = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked by the platform, from one address and for ever."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -59,12 +63,18 @@ class Envelope:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
+        limits = scope["app"].state.context.limits
+        standing: Standing | None = None
+        if limits is not None and path not in _NOT_LIMITED:
+            standing = limits.requests.hit(scope["app"].state.context.client_address(scope))
 
         async def send_decorated(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+                if standing is not None:
+                    headers += _standing_headers(standing)
                 if "deprecated" in state:
                     headers.append(_DEPRECATED)
                 if path.startswith("/v1"):
@@ -73,6 +83,7 @@ class Envelope:
             await send(message)
 
         try:
+            _check(standing)
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
             await errors.response(error, request_id)(scope, receive, send_decorated)
@@ -95,6 +106,19 @@ class Envelope:
                     status=status,
                     duration_ms=round(seconds * 1000, 1),
                 )
+
+
+def _check(standing: Standing | None) -> None:
+    if standing is not None and standing.over:
+        raise exceeded(standing, "Too many requests")
+
+
+def _standing_headers(standing: Standing) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"x-ratelimit-limit", b"%d" % standing.limit),
+        (b"x-ratelimit-remaining", b"%d" % standing.remaining),
+        (b"x-ratelimit-reset", b"%d" % standing.reset),
+    ]
 
 
 def _request_id(given: bytes) -> str:

@@ -18,7 +18,14 @@ from sandbox_broker.messages import (
     SandboxReleased,
 )
 
-_ALWAYS = ("UNAUTHORIZED", "MISSING_SANDBOX_ID", "INVALID_HEADER", "PAYLOAD_TOO_LARGE", "INTERNAL_ERROR")
+_ALWAYS = (
+    "MISSING_SANDBOX_ID",
+    "INVALID_HEADER",
+    "UNAUTHORIZED",
+    "PAYLOAD_TOO_LARGE",
+    "RATE_LIMITED",
+    "INTERNAL_ERROR",
+)
 
 router = APIRouter(prefix="/v1", tags=["track"])
 
@@ -29,7 +36,7 @@ ALLOCATE = "/v1/allocate"
 async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/allocate as an ASGI application: see main.Gateway."""
     context: Context = scope["app"].state.context
-    context.auth.track(dict(scope["headers"]))
+    context.auth.track(scope)
     response = await _lease(Request(scope, receive))
     await response(scope, receive, send)
 

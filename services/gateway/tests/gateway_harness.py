@@ -167,6 +167,7 @@ def settings(**changes: Any) -> Settings:
             "database_url": "postgresql://127.0.0.1:1/nowhere",
             "broker_api_token": f"{TRACK_TOKEN}, {OTHER_TRACK_TOKEN}",
             "broker_admin_token": ADMIN_TOKEN,
+            "rate_limit": "",
             **changes,
         },
     )

@@ -16,21 +16,22 @@ from gateway.errors import KINDS
 from .gateway_harness import client, create_app_without_servers
 
 PAGE = "http://gateway/v1/docs"
+RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
 
 STATUSES = {
-    ("post", "/v1/allocate"): {200, 201, 400, 401, 409, 413, 500, 503, 504},
-    ("post", "/v1/sandboxes/{sandbox_id}/mark-for-deletion"): {200, 400, 401, 403, 404, 413, 500, 503, 504},
-    ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
-    ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 500, 503},
-    ("post", "/v1/admin/sync"): {200, 202, 400, 401, 403, 409, 413, 500, 502, 503},
-    ("get", "/v1/admin/sync"): {200, 400, 401, 403, 413, 500, 503},
-    ("get", "/v1/admin/leaks"): {200, 400, 401, 403, 413, 500, 503},
-    ("post", "/v1/admin/auto-delete-stale"): {200, 400, 401, 403, 413, 500, 503, 504},
-    ("post", "/v1/admin/bulk-delete"): {200, 400, 401, 403, 413, 500, 503, 504},
-    ("post", "/v1/admin/cleanup"): {200, 202, 400, 401, 403, 413, 500, 502, 503},
-    ("post", "/v1/admin/sandboxes/{sandbox_id}/release"): {200, 400, 401, 403, 404, 409, 413, 500, 503, 504},
-    ("post", "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"): {200, 400, 401, 403, 404, 409, 413, 500, 503, 504},
-    ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 500, 503},
+    ("post", "/v1/allocate"): {200, 201, 400, 401, 409, 413, 429, 500, 503, 504},
+    ("post", "/v1/sandboxes/{sandbox_id}/mark-for-deletion"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
+    ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
+    ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("post", "/v1/admin/sync"): {200, 202, 400, 401, 403, 409, 413, 429, 500, 502, 503},
+    ("get", "/v1/admin/sync"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/leaks"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("post", "/v1/admin/auto-delete-stale"): {200, 400, 401, 403, 413, 429, 500, 503, 504},
+    ("post", "/v1/admin/bulk-delete"): {200, 400, 401, 403, 413, 429, 500, 503, 504},
+    ("post", "/v1/admin/cleanup"): {200, 202, 400, 401, 403, 413, 429, 500, 502, 503},
+    ("post", "/v1/admin/sandboxes/{sandbox_id}/release"): {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504},
+    ("post", RETRY_DELETION): {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504},
+    ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
     ("get", "/healthz"): {200},
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
@@ -109,6 +110,7 @@ async def test_the_document_names_the_headers(document: Any) -> None:
             assert sent == set()
         for status, response in operation["responses"].items():
             assert "X-Request-ID" in response["headers"]
+            assert ("X-RateLimit-Remaining" in response["headers"]) == path.startswith("/v1")
             assert ("Deprecation" in response["headers"]) == bool(sent)
             assert ("WWW-Authenticate" in response["headers"]) == (status == "401")
     exhausted = document["paths"]["/v1/allocate"]["post"]["responses"]["409"]

@@ -18,8 +18,8 @@ GOOD = {
 @pytest.fixture(autouse=True)
 def good_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no .env
-    for name in ("GATEWAY_PORT", "ALLOCATE_TIMEOUT_SEC", "ADMIN_WAIT_SEC", "LOG_LEVEL", "LOG_FORMAT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
 
@@ -27,6 +27,7 @@ def good_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     settings = load(Settings)
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
+    assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
 
 
 def test_no_secret_is_shown() -> None:
@@ -48,6 +49,13 @@ def test_no_secret_is_shown() -> None:
         ("ALLOCATE_TIMEOUT_SEC", "-1"),
         ("ALLOCATE_TIMEOUT_SEC", "nan"),
         ("ADMIN_WAIT_SEC", "soon"),
+        ("RATE_LIMIT", "many"),
+        ("RATE_LIMIT", "0/minute"),
+        ("RATE_LIMIT", "2000"),
+        ("RATE_LIMIT", "5/0 minutes"),
+        ("RATE_LIMIT", "5/minute;1/second"),
+        ("TRUSTED_PROXIES", "somewhere"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, 10.0.0.0/99"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )
