@@ -37,6 +37,8 @@ from sandbox_broker.messages import (
 from sandbox_broker.service import uninterrupted
 
 MAX_TRIES = 5
+LONGEST_REST_SEC = 0.1
+"""After a batch of a lane that gives way."""
 DATABASE_PAUSE_SEC = 1.0
 """How long a database that does not answer is left alone; commands are refused at once meanwhile."""
 
@@ -89,6 +91,7 @@ class Consumer:
         self._epoch = 0
         metrics.EPOCH.labels(self._queue).set(0)
         while deliveries := await subscription.batch(limit):
+            began = asyncio.get_running_loop().time()
             try:
                 await uninterrupted(self._handle(subscription, deliveries))
             except store.Fenced:
@@ -97,6 +100,9 @@ class Consumer:
                     await connection.close()  # gives back what is unacknowledged
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return
+            if self._lane.gives_way:
+                took = asyncio.get_running_loop().time() - began
+                await asyncio.sleep(min(2 * took, LONGEST_REST_SEC))
 
     async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []

@@ -368,6 +368,9 @@ class Lane:
     statement_timeout_sec: float
     plans: str
     """How its statements are planned: see store.connect."""
+    gives_way: bool
+    """Whether it rests after each batch for twice as long as that took, so that others mostly find the machine
+    free."""
 
 
 # What ends leases comes before what asks for them, so that nobody is told of a lease that the same batch ends.
@@ -379,6 +382,7 @@ STUDENTS = Lane(
     together=True,
     statement_timeout_sec=2,
     plans=store.LOOK_UPS,
+    gives_way=False,
 )
 MAINTENANCE = Lane(
     topology.ALLOCATOR_MAINTENANCE,
@@ -403,4 +407,5 @@ MAINTENANCE = Lane(
     together=False,
     statement_timeout_sec=30,
     plans=store.SCANS,
+    gives_way=True,
 )

@@ -17,7 +17,8 @@ from sandbox_broker.bus import Disconnected, Outgoing, Publisher
 from sandbox_broker.messages import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.service import uninterrupted
 
-PIECE = 500
+PIECE = 100
+"""Events that are encoded at a stretch, which takes a few milliseconds; students wait for them."""
 POLL_SEC = 1.0
 GATHER_SEC = 0.01
 """From a wake to the look at the outbox: under load one look serves many changes, and none of them competes with

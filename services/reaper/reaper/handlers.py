@@ -11,7 +11,7 @@ from reaper.settings import Settings
 from sandbox_broker.bus import Requester
 from sandbox_broker.messages import CleanUpNow, ExpireLeases, LeasesExpired, Reply
 
-EXPIRY_PIECE = 200
+EXPIRY_PIECE = 50
 """Leases ended by one command: other maintenance waits for one such piece at most."""
 
 log = structlog.get_logger()
