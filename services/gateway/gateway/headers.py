@@ -84,7 +84,11 @@ async def _holder(
     request: Request,
     _: Annotated[
         str | None,
-        Header(alias=STUDENT, description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required."),
+        Header(
+            alias=STUDENT,
+            description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.",
+            examples=["inst-student-1-abc"],
+        ),
     ] = None,
     __: Annotated[
         str | None,

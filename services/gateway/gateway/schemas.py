@@ -2,89 +2,101 @@
 
 import uuid
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gateway.errors import KINDS
 from sandbox_broker.messages import JobKind, JobState, SandboxStatus
 
+SandboxId = Annotated[str, Field(examples=["2012224"], description="CSP's csp_id, as text")]
+Name = Annotated[str, Field(examples=["sandbox-1"])]
+ExternalId = Annotated[
+    str, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the account's UUID in CSP")
+]
+SfdcAccount = Annotated[str | None, Field(examples=["0014X00002nYyZ0QAK", None])]
+TrackName = Annotated[str | None, Field(examples=["dns-basics", None], description="the lab")]
+UnixSeconds = Annotated[int, Field(examples=[1728054123], description="Unix seconds")]
+Milliseconds = Annotated[int, Field(examples=[1250])]
+Count = Annotated[int, Field(examples=[12])]
+Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
+ListingId = Annotated[int, Field(examples=[4711])]
+JobId = Annotated[uuid.UUID, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])]
+
 
 class Lease(BaseModel):
-    sandbox_id: str = Field(examples=["2012224"], description="CSP's csp_id, as text")
-    name: str = Field(examples=["sandbox-1"])
-    external_id: str = Field(
-        examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the account's UUID in CSP"
-    )
-    allocated_at: int = Field(examples=[1728054123], description="Unix seconds")
-    expires_at: int = Field(examples=[1728068523], description="Unix seconds")
-    sfdc_account_id: str | None
+    sandbox_id: SandboxId
+    name: Name
+    external_id: ExternalId
+    allocated_at: UnixSeconds
+    expires_at: UnixSeconds
+    sfdc_account_id: SfdcAccount
 
 
 class Release(BaseModel):
-    sandbox_id: str
+    sandbox_id: SandboxId
     status: SandboxStatus
-    deletion_requested_at: int = Field(description="Unix seconds")
+    deletion_requested_at: UnixSeconds
 
 
 class Sandbox(BaseModel):
-    sandbox_id: str
-    name: str
-    external_id: str
+    sandbox_id: SandboxId
+    name: Name
+    external_id: ExternalId
     status: SandboxStatus
-    allocated_to_track: str = Field(description="the student's id (the field has its old name)")
-    allocated_at: int = Field(description="Unix seconds")
-    expires_at: int = Field(description="Unix seconds")
-    track_name: str | None
-    sfdc_account_id: str | None
+    allocated_to_track: Holder = Field(description="the student's id (the field has its old name)")
+    allocated_at: UnixSeconds
+    expires_at: UnixSeconds
+    track_name: TrackName
+    sfdc_account_id: SfdcAccount
 
 
 class Stats(BaseModel):
-    total: int
-    available: int
-    allocated: int
-    pending_deletion: int
-    deletion_failed: int
-    stale: int
-    deleted: int
-    missing: int = Field(description="of the allocated: CSP no longer lists them, and a student has them still")
+    total: Count
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    deleted: Count
+    missing: Count = Field(description="of the allocated: CSP no longer lists them, and a student has them still")
 
 
 class Sync(BaseModel):
     status: Literal["completed"] = "completed"
-    synced: int = Field(description="active sandbox accounts in CSP")
-    marked_stale: int
-    restored: int
-    duration_ms: int
+    synced: Count = Field(description="active sandbox accounts in CSP")
+    marked_stale: Count
+    restored: Count
+    duration_ms: Milliseconds
 
 
 class AppliedSync(BaseModel):
-    listing_id: int
-    begun_at: int = Field(description="Unix seconds")
-    applied_at: int = Field(description="Unix seconds")
-    synced: int = Field(description="active sandbox accounts in CSP")
-    discovered: int
-    restored: int
-    marked_stale: int
-    reopened: int = Field(description="CSP had deleted them and still lists them: they are deleted again")
-    leaked: int = Field(default=0, description="listed by CSP, and not in the pool")
+    listing_id: ListingId
+    begun_at: UnixSeconds
+    applied_at: UnixSeconds
+    synced: Count = Field(description="active sandbox accounts in CSP")
+    discovered: Count
+    restored: Count
+    marked_stale: Count
+    reopened: Count = Field(description="CSP had deleted them and still lists them: they are deleted again")
+    leaked: Count = Field(default=0, description="listed by CSP, and not in the pool")
 
 
 class SandboxName(BaseModel):
-    sandbox_id: str
-    name: str
+    sandbox_id: SandboxId
+    name: Name
 
 
 class Change(BaseModel):
-    count: int
+    count: Count
     examples: list[SandboxName] = Field(description="20 at most")
 
 
 class HeldSync(BaseModel):
-    listing_id: int
-    begun_at: int = Field(description="Unix seconds")
-    held_at: int = Field(description="Unix seconds")
-    reason: str
+    listing_id: ListingId
+    begun_at: UnixSeconds
+    held_at: UnixSeconds
+    reason: str = Field(examples=["The listing is empty."])
     stale: Change = Field(description="available ones that it lacks")
     missing: Change = Field(description="allocated ones that it lacks: they would be flagged")
     moved: Change = Field(description="those that have another account in it")
@@ -98,64 +110,68 @@ class SyncState(BaseModel):
 
 
 class Leak(BaseModel):
-    sandbox_id: str
-    external_id: str
-    name: str
+    sandbox_id: SandboxId
+    external_id: ExternalId
+    name: Name
     kind: Literal["unknown", "deleted", "missing"] = Field(
         description="`unknown` and `deleted`: in CSP, but not known or deleted here; "
         "`missing`: held by a student, but gone from CSP"
     )
-    since: int | None = Field(description="Unix seconds; null where it is unknown")
+    since: int | None = Field(examples=[1728054123, None], description="Unix seconds; null where it is unknown")
 
 
 class Leaks(BaseModel):
     leaks: list[Leak]
-    count: int = Field(description="on this page")
-    cursor: str | None = Field(description="for the next page; null on the last")
-    listed_at: int | None = Field(description="Unix seconds: the listing compared with; null before the first")
+    count: Count = Field(description="on this page")
+    cursor: str | None = Field(examples=["2012224", None], description="for the next page; null on the last")
+    listed_at: int | None = Field(
+        examples=[1728054123, None], description="Unix seconds: the listing compared with; null before the first"
+    )
 
 
 class Purge(BaseModel):
     status: Literal["completed"] = "completed"
-    deleted: int
-    duration_ms: int
+    deleted: Count
+    duration_ms: Milliseconds
 
 
 class Cleanup(BaseModel):
     status: Literal["completed"] = "completed"
-    deleted: int
-    failed: int = Field(description="attempts; they are repeated later, by themselves")
-    duration_ms: int
+    deleted: Count
+    failed: Count = Field(description="attempts; they are repeated later, by themselves")
+    duration_ms: Milliseconds
 
 
 class Job(BaseModel):
-    job_id: uuid.UUID
+    job_id: JobId
     kind: JobKind
     state: JobState = Field(description="`held`: a sync that waits for an administrator to force it")
-    progress: dict[str, int]
-    result: dict[str, int | str] | None = Field(description="once it is no longer `running`")
-    started_at: int = Field(description="Unix seconds")
-    updated_at: int = Field(description="Unix seconds")
+    progress: dict[str, int] = Field(examples=[{"deleted": 12, "failed": 0}])
+    result: dict[str, int | str] | None = Field(
+        examples=[None, {"deleted": 40, "failed": 0}], description="once it is no longer `running`"
+    )
+    started_at: UnixSeconds
+    updated_at: UnixSeconds
 
 
 class JobRunning(BaseModel):
     """The answer to whoever started a job that takes longer than they are kept waiting."""
 
     status: Literal["running"] = "running"
-    job_id: uuid.UUID
+    job_id: JobId
     job_url: str = Field(examples=["/v1/admin/jobs/af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])
 
 
 class FieldProblem(BaseModel):
-    field: str
-    problem: str
+    field: str = Field(examples=["limit"])
+    problem: str = Field(examples=["Input should be less than or equal to 500"])
 
 
 class ErrorDetail(BaseModel):
-    code: str
-    message: str
-    request_id: str
-    retry_after: int | None = Field(default=None, description="seconds")
+    code: str = Field(examples=["POOL_EXHAUSTED"])
+    message: str = Field(examples=["No available sandboxes in pool"], description="what to do next")
+    request_id: str = Field(examples=["5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11"])
+    retry_after: int | None = Field(default=None, examples=[30], description="seconds")
     fields: list[FieldProblem] | None = None
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import httpx
+import openapi_spec_validator
 import pytest
+from openapi_schema_validator import OAS31Validator
 
 from devstack.settings import ROOT
 from gateway.error_page import page
@@ -130,6 +132,33 @@ async def test_both_tokens_can_be_given_in_the_document(document: Any) -> None:
             assert operation["security"] == [{"trackToken": []}, {"adminToken": []}]
         else:
             assert "security" not in operation
+
+
+async def test_the_document_is_valid(document: Any) -> None:
+    assert document["openapi"].startswith("3.1.")
+    openapi_spec_validator.validate(document)
+
+
+async def test_every_field_has_an_example_that_fits(document: Any) -> None:
+    examples = 0
+    for schema in document["components"]["schemas"].values():
+        for described in schema["properties"].values():
+            given = described.get("examples") or described.get("enum") or [described.get("const")]
+            if "$ref" in json.dumps(described):
+                continue  # that schema's fields have theirs
+            validator = OAS31Validator({**described, "components": document["components"]})
+            for example in given:
+                validator.validate(example)
+                examples += 1
+    assert examples
+
+
+async def test_the_examples_of_errors_fit(document: Any) -> None:
+    validator = OAS31Validator({"$ref": "#/components/schemas/Error", "components": document["components"]})
+    for operation in operations(document).values():
+        for response in operation["responses"].values():
+            for example in response.get("content", {}).get("application/json", {}).get("examples", {}).values():
+                validator.validate(example["value"])
 
 
 async def test_every_reference_in_the_document_leads_somewhere(document: Any) -> None:
