@@ -1,5 +1,6 @@
 """The SQL that ends what is over: stale sandboxes, and records that nobody needs any more. It keeps the rules of
-store.py, and takes a few hundred rows at a time."""
+store.py, and takes a few hundred rows at a time, by their keys: joined to what is old, the planner might compare
+each with each."""
 
 from allocator.store import GUARD
 
@@ -13,8 +14,7 @@ old AS MATERIALIZED (
 ),
 moved AS (
     UPDATE sandboxes s SET status = 'deleted', status_since = now(), deleted_at = now()
-    FROM old
-    WHERE s.sandbox_id = old.sandbox_id AND s.status = 'stale'
+    WHERE s.sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM old)) AND s.status = 'stale'
     RETURNING s.sandbox_id, s.external_id, s.name
 ),
 announced AS (
@@ -36,8 +36,8 @@ old AS MATERIALIZED (
     LIMIT $4 FOR UPDATE OF s SKIP LOCKED
 ),
 purged AS (
-    DELETE FROM sandboxes s USING old
-    WHERE s.sandbox_id = old.sandbox_id AND s.status = $2
+    DELETE FROM sandboxes s
+    WHERE s.sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM old)) AND s.status = $2
     RETURNING 1
 )
 SELECT epoch, (SELECT count(*) FROM purged) AS count FROM guard

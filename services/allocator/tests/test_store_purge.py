@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 
 from allocator import handlers
-from allocator.handlers import Writer
+from allocator import purge as statements
+from allocator.handlers import MAINTENANCE, Writer
 from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
 
 from .allocator_harness import Pool
@@ -104,3 +105,21 @@ async def test_what_is_restored_meanwhile_stays(pool: Pool) -> None:
     assert await purge(writer, "stale") == 0
     await transaction.commit()
     assert await pool.status(sandbox_id) == "available"
+
+
+@pytest.mark.parametrize(
+    ("statement", "arguments", "status"),
+    [
+        (statements.DELETE_STALE, (timedelta(), 500), "stale"),
+        (statements.PURGE_RECORDS, ("deleted", timedelta(), 500), "deleted"),
+    ],
+)
+async def test_old_records_are_looked_up_by_their_keys_whatever_the_statistics_say(
+    pool: Pool, statement: str, arguments: tuple[object, ...], status: str
+) -> None:
+    await pool.fill(10, status)
+    await pool.execute("VACUUM ANALYZE sandboxes")
+    await pool.fill(5_000, status)
+    writer = await pool.writer(lane=MAINTENANCE)
+    plan = await writer.connection.fetch(f"EXPLAIN {statement}", writer.epoch, *arguments)
+    assert any(row[0].strip().startswith("Index Cond: (sandbox_id = ANY (") for row in plan)
