@@ -553,7 +553,7 @@ async def test_what_expires_in_the_consumers_own_line_is_dropped(
     await wired.put(b"late", properties=Basic.Properties(expiration="200"))
     await wired.put(b"in time", properties=Basic.Properties(expiration="60000"))
     await until(lambda: subscription._inbox.qsize() == 2)
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.25)  # nothing but time makes it late
     deliveries = await subscription.batch(10)
     assert [delivery.body for delivery in deliveries] == [b"in time"]
     await subscription.ack(deliveries[0])  # and not what came before it: that is settled

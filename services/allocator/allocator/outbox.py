@@ -18,7 +18,7 @@ from sandbox_broker.messages import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.service import uninterrupted
 
 PIECE = 100
-"""Events that are encoded at a stretch, which takes a few milliseconds; students wait for them."""
+"""Events that are encoded at a stretch, while students wait."""
 POLL_SEC = 1.0
 GATHER_SEC = 0.01
 """From a wake to the look at the outbox: under load one look serves many changes, and none of them competes with
@@ -54,7 +54,9 @@ class Relay:
         while True:
             try:
                 connection = await db.connect(
-                    self._database_url, application_name="allocator-outbox", statement_timeout_sec=10
+                    self._database_url,
+                    application_name="allocator-outbox",
+                    statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
                 )
                 try:
                     await connection.execute(SETTINGS)
