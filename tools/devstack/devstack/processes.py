@@ -73,8 +73,11 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal to the process; nothing happens if it has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(number)
+        # Not send_signal of the child, which looks whether it has ended and so may take its exit code away from
+        # asyncio, which then says 255.
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Ends it and every process it has started in its session, at once."""

@@ -172,3 +172,12 @@ async def test_a_child_ends_when_we_are_killed() -> None:
         os.kill(parent.pid, signal.SIGKILL)
 
     await until(lambda: not is_alive(child))
+
+
+async def test_a_signal_to_a_process_that_is_just_ending_does_not_change_its_exit_code() -> None:
+    for _ in range(30):
+        process = await spawn("child", ["sh", "-c", "exit 7"])
+        while process.running:
+            process.send(signal.SIGCONT)
+            await asyncio.sleep(0)
+        assert await process.wait() == 7
