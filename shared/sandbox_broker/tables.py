@@ -28,6 +28,12 @@ _Time = DateTime(timezone=True)
 _Name = Text(collation="C")
 """Prefixes are found as ranges of a btree, which needs byte order."""
 
+def prefix_end(prefix: str) -> str:
+    """The first name, in code point order, after all that start with `prefix`: names in [prefix, prefix_end)
+    are a range that an index finds. A prefix is printable ASCII, so its last character can be raised."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
 PROOF_GRACE = timedelta(minutes=5)
 """A listing that was begun this long after a deletion was recorded must not show the account any more; CSP's
 listing may lag a little behind its deletions."""
@@ -60,6 +66,7 @@ sandboxes = Table(
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
     Column("services_error", Text, comment="what went wrong with the services inside it, before its deletion"),
+    Column("track_name", Text, comment="of the lease that it has or had"),
     _while_available("available_since", _Time, "status_since"),
     _while_available("available_name", _Name, "name", comment="the name, while it is available"),
     _while_available(
@@ -100,6 +107,11 @@ sandboxes = Table(
         "status_since",
         postgresql_where=text("status IN ('stale', 'deletion_failed', 'deleted')"),
     ),
+    Index("sandboxes_missing", "sandbox_id", postgresql_where=text("missing_since IS NOT NULL")),
+    # For the administrator's pages. No statement of the allocator looks up by these values.
+    Index("sandboxes_by_name", "name", "sandbox_id"),
+    Index("sandboxes_by_track", "track_name", "sandbox_id", postgresql_where=text("track_name IS NOT NULL")),
+    Index("sandboxes_by_status", text("('' || status)"), "sandbox_id"),
 )
 
 leases = Table(
@@ -127,6 +139,16 @@ leases = Table(
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
     Index("leases_by_expiry", "expires_at", postgresql_where=text("end_reason IS NULL")),
+    # For the administrator's pages.
+    Index("leases_by_time", "allocated_at", "lease_id"),
+    Index("leases_by_holder", text("('' || holder)"), "allocated_at", "lease_id"),
+    Index(
+        "leases_by_track",
+        "track_name",
+        "allocated_at",
+        "lease_id",
+        postgresql_where=text("track_name IS NOT NULL"),
+    ),
 )
 
 outbox = Table(
@@ -138,6 +160,41 @@ outbox = Table(
     Column("subject", Text),
     Column("occurred_at", _Time, nullable=False, server_default=func.now()),
     Column("data", JSONB, nullable=False),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("sandbox_id", Text, primary_key=True),
+    Column("outbox_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("type", Text, nullable=False),
+    Column("occurred_at", _Time, nullable=False),
+    Column("data", JSONB, nullable=False),
+    comment="the published events of each sandbox whose record is kept",
+)
+
+# Triggers on sandboxes insert into pool_changes, whatever changes them; the relay of the outbox adds up. So counting
+# makes nobody wait, and what both tables contain together is exact in every snapshot.
+pool_changes = Table(
+    "pool_changes",
+    metadata,
+    Column("status", Text, nullable=False),
+    Column("stem", _Name, nullable=False),
+    Column("track_name", Text),
+    Column("number", BigInteger, nullable=False),
+    comment="what pool_counts does not contain yet",
+)
+
+pool_counts = Table(
+    "pool_counts",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("value", _Name, primary_key=True),
+    Column("status", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    CheckConstraint("kind IN ('pool', 'name_prefix', 'track_name')", name="pool_counts_kind"),
+    Index("pool_counts_zero", "kind", postgresql_where=text("number = 0")),
+    comment="how many sandboxes there are; exact together with pool_changes",
 )
 
 cleanup_duty = Table(

@@ -9,12 +9,6 @@ from sandbox_broker.messages import AllocateSandbox, Refused
 T = TypeVar("T")
 
 
-def prefix_end(prefix: str) -> str:
-    """The first name, in code point order, after all that start with `prefix`: names in [prefix, prefix_end)
-    are a range that an index finds. A prefix is printable ASCII, so its last character can be raised."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
-
-
 MAX_ROUND = 500
 """Requests that one statement takes; above it the gain is small and the locks are many."""
 

@@ -34,16 +34,16 @@ def create_app(settings: Settings) -> Starlette:
         try:
             async with engine.connect() as connection:
                 rows = (await connection.execute(text(store.COUNT_BY_STATUS))).all()
+                oldest_deletion_sec = await connection.scalar(text(store.OLDEST_DELETION))
                 sync = (await connection.execute(text(listings.SYNC_STATE))).one()
         except db.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=db.reason(error))
             return
-        counts = {status: int(number) for status, number, _ in rows}
+        counts = {status: int(number) for status, number in rows}
         metrics.SYNC_HELD.set(sync.held)
         metrics.LEAKS.labels("in_csp").set(sync.leaked)
         metrics.LEAKS.labels("missing").set(sync.missing)
-        waiting_sec = {status: age for status, _, age in rows}
-        metrics.OLDEST_DELETION.set(waiting_sec.get("pending_deletion") or 0)
+        metrics.OLDEST_DELETION.set(oldest_deletion_sec)
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))
         metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))

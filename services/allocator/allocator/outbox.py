@@ -1,12 +1,15 @@
 """Brings the events from the outbox to RabbitMQ: at least once, and in order for each sandbox.
 
-A row is written in the same statement as the change it tells of, and deleted when RabbitMQ has confirmed the
-event. The rows of one sandbox are numbered in the order of its changes, because each change waits for the row
+A row is written in the same statement as the change it tells of, and moved to the history of its sandbox when RabbitMQ
+has confirmed the event. The rows of one sandbox are numbered in the order of its changes, because each change waits for the row
 lock of the one before; the advisory lock lets one relay work at a time, so that nobody overtakes. A relay that
 freezes with the lock in its hands loses its connection.
+
+Being the only one of its kind, the relay also adds up what the triggers on sandboxes have logged for the counters.
 """
 
 import asyncio
+import math
 
 import asyncpg
 import structlog
@@ -30,7 +33,30 @@ SELECT outbox_id, event_id::text, type, subject, occurred_at, data::text AS data
     extract(epoch FROM now() - occurred_at)::float AS age
 FROM outbox ORDER BY outbox_id LIMIT $1
 """
-DELETE = "DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[])"
+COUNT_PERIOD_SEC = 1.0
+
+MOVE = """
+WITH published AS (
+    DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[]) RETURNING subject, outbox_id, type, occurred_at, data
+)
+INSERT INTO history (sandbox_id, outbox_id, type, occurred_at, data)
+SELECT subject, outbox_id, type, occurred_at, data FROM published WHERE subject IS NOT NULL
+"""
+# Each logged change is added once, since it is deleted with that.
+COUNT = """
+WITH taken AS (
+    DELETE FROM pool_changes RETURNING status, stem, track_name, number
+)
+INSERT INTO pool_counts AS counted (kind, value, status, number)
+SELECT kind, value, status, sum(number)
+FROM taken CROSS JOIN LATERAL (
+    VALUES ('pool', ''), ('name_prefix', stem), ('track_name', track_name)
+) kinds (kind, value)
+WHERE value IS NOT NULL
+GROUP BY kind, value, status HAVING sum(number) <> 0
+ON CONFLICT (kind, value, status) DO UPDATE SET number = counted.number + excluded.number
+"""
+DROP_ZEROS = "DELETE FROM pool_counts WHERE number = 0"
 SETTINGS = "SET idle_session_timeout = '20s'"
 """Well above the time that RabbitMQ has for its confirms; a relay that lives asks once a second."""
 ONE_RELAY_AT_A_TIME = "SELECT pg_try_advisory_lock(5914033)"
@@ -70,7 +96,12 @@ class Relay:
     async def _relay(self, connection: asyncpg.Connection) -> None:
         while not await connection.fetchval(ONE_RELAY_AT_A_TIME):  # noqa: ASYNC110 (nothing tells us)
             await asyncio.sleep(POLL_SEC)
+        counted_at = -math.inf
         while True:
+            now = asyncio.get_running_loop().time()
+            if now - counted_at >= COUNT_PERIOD_SEC:
+                await uninterrupted(_count(connection))
+                counted_at = now
             self._wake.clear()
             if await uninterrupted(self._publish_piece(connection)) < PIECE:
                 try:
@@ -81,7 +112,7 @@ class Relay:
                 await asyncio.sleep(GATHER_SEC)
 
     async def _publish_piece(self, connection: asyncpg.Connection) -> int:
-        """Returns how many rows it has published and deleted. What comes after one that was not confirmed is
+        """Returns how many rows it has published and moved. What comes after one that was not confirmed is
         published again, behind it."""
         rows = await connection.fetch(TAKE, PIECE)
         metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)
@@ -94,8 +125,13 @@ class Relay:
         if confirmed < len(rows):
             log.warning("outbox.not_confirmed", events=len(rows) - confirmed)
         if confirmed:
-            await connection.execute(DELETE, [row["outbox_id"] for row in rows[:confirmed]])
+            await connection.execute(MOVE, [row["outbox_id"] for row in rows[:confirmed]])
         return confirmed
+
+
+async def _count(connection: asyncpg.Connection) -> None:
+    await connection.execute(COUNT)
+    await connection.execute(DROP_ZEROS)
 
 
 def _message(row: asyncpg.Record) -> Outgoing:

@@ -26,7 +26,7 @@ announced AS (
 SELECT epoch, (SELECT count(*) FROM moved) AS count FROM guard
 """
 
-# Leases stay: they are the history, and what was leased once is never inserted again.
+# Leases stay: who had what is kept, and what was leased once is never inserted again.
 PURGE_RECORDS = f"""
 WITH {GUARD},
 old AS MATERIALIZED (
@@ -38,7 +38,10 @@ old AS MATERIALIZED (
 purged AS (
     DELETE FROM sandboxes s
     WHERE s.sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM old)) AND s.status = $2
-    RETURNING 1
+    RETURNING s.sandbox_id
+),
+forgotten AS (
+    DELETE FROM history WHERE sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM purged))
 )
 SELECT epoch, (SELECT count(*) FROM purged) AS count FROM guard
 """

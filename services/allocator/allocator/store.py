@@ -18,9 +18,9 @@ from typing import Any
 
 import asyncpg
 
-from allocator.domain import prefix_end
 from sandbox_broker import db
 from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.tables import prefix_end
 
 Rows = list[asyncpg.Record]
 
@@ -108,7 +108,7 @@ assigned AS MATERIALIZED (
         AS a (place, holder, track_name, idempotency_key, sandbox_id)
 ),
 claimed AS (
-    UPDATE sandboxes s SET status = 'allocated', status_since = now()
+    UPDATE sandboxes s SET status = 'allocated', status_since = now(), track_name = a.track_name
     FROM assigned a
     WHERE s.sandbox_id = ANY (ARRAY[a.sandbox_id]) AND s.status || '' = 'available'
     RETURNING a.place, a.holder, a.track_name, a.idempotency_key,
@@ -288,8 +288,19 @@ FROM guard LEFT JOIN found f ON true LEFT JOIN moved m ON true
 """
 
 COUNT_BY_STATUS = """
-SELECT status, count(*), extract(epoch FROM now() - min(deletion_requested_at))::float
-FROM sandboxes GROUP BY status
+SELECT status, sum(number)::bigint
+FROM (
+    SELECT status, number FROM pool_counts WHERE kind = 'pool' UNION ALL SELECT status, number FROM pool_changes
+) counted
+GROUP BY status
+"""
+
+# Whose turn comes first has mostly waited longest.
+OLDEST_DELETION = """
+SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::float FROM (
+    SELECT deletion_requested_at FROM sandboxes
+    WHERE status = 'pending_deletion' ORDER BY deletion_due_at LIMIT 1000
+) due
 """
 
 
