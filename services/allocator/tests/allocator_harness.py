@@ -110,6 +110,10 @@ class Pool:
     async def column(self, query: str, *arguments: object) -> list[Any]:
         return [row[0] for row in await self._observer.fetch(query, *arguments)]
 
+    async def rows(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        found: list[asyncpg.Record] = await self._observer.fetch(query, *arguments)
+        return found
+
     async def execute(self, query: str, *arguments: object) -> None:
         await self._observer.execute(query, *arguments)
 

@@ -318,7 +318,7 @@ async def private_server() -> AsyncIterator[PrivatePostgres]:
 async def server(private_server: PrivatePostgres) -> PrivatePostgres:
     """A database server of our own, with an empty pool."""
     async with pool_in(private_server.url) as pool:
-        await pool.execute("TRUNCATE sandboxes, leases, outbox, jobs, csp_listings, csp_accounts")
+        await pool.execute("TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs")
     return private_server
 
 

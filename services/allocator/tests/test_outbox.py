@@ -73,6 +73,31 @@ async def test_an_event_is_a_cloud_event_and_leaves_the_outbox(pool: Pool, clean
     assert event.data["holder"] == "ann"
 
 
+async def test_a_published_event_becomes_the_history_of_its_sandbox(pool: Pool, clean_queues: str) -> None:
+    sandbox_id = await pool.lease("ann")
+    await pool.execute("INSERT INTO outbox (type, data) VALUES ('pool.exhausted', '{}')")  # of no sandbox
+    written = await pool.rows(
+        "SELECT subject, outbox_id, type, occurred_at, data FROM outbox WHERE subject IS NOT NULL"
+    )
+    async with allocator(clean_queues, pool.url):
+        await until(lambda: empty(pool))
+        kept = await pool.rows("SELECT sandbox_id, outbox_id, type, occurred_at, data FROM history")
+    assert [tuple(row) for row in kept] == [tuple(row) for row in written]
+    assert [row["sandbox_id"] for row in kept] == [sandbox_id]
+
+
+async def test_the_relay_adds_up_the_counters(pool: Pool, clean_queues: str) -> None:
+    await pool.fill(3)
+    async with allocator(clean_queues, pool.url):
+
+        async def added_up() -> bool:
+            counted = await pool.column("SELECT number FROM pool_counts WHERE kind = 'pool' AND status = 'available'")
+            return counted == [3]
+
+        await until(added_up)
+    assert await pool.value("SELECT count(*) FROM pool_changes") == 0
+
+
 async def test_events_come_in_order_for_each_sandbox_and_once_where_nothing_fails(
     pool: Pool, clean_queues: str
 ) -> None:

@@ -54,6 +54,17 @@ async def test_what_has_been_stale_for_long_enough_is_deleted_and_announced(pool
     assert await delete_stale(writer) == 0
 
 
+async def test_the_history_goes_with_the_record(pool: Pool) -> None:
+    gone, kept = *(await pool.fill(1, "deleted")), *(await pool.fill(1))
+    for sandbox_id in (gone, kept):
+        await pool.execute(
+            "INSERT INTO history SELECT $1, place, 'sandbox.discovered', now(), '{}' FROM generate_series(1, 3) place",
+            sandbox_id,
+        )
+    assert await purge(await pool.writer(), "deleted") == 1
+    assert await pool.column("SELECT DISTINCT sandbox_id FROM history") == [kept]
+
+
 async def test_the_purge_goes_in_pieces(pool: Pool) -> None:
     ids = await pool.fill(7, "stale")
     for one in ids:

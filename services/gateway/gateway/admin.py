@@ -1,4 +1,4 @@
-"""The admin routes: what the operator calls."""
+"""The admin routes that change something, or tell how that goes."""
 
 import uuid
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from gateway import jobs, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
-from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, Stats, responses
+from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import (
@@ -26,13 +26,6 @@ from sandbox_broker.messages import (
 ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "RATE_LIMITED", "INTERNAL_ERROR")
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
-
-
-@router.get("/stats", responses=responses(*ALWAYS, "DATABASE_UNAVAILABLE"))
-async def get_stats(request: Request) -> Stats:
-    """How many sandboxes are in each state."""
-    context: Context = request.app.state.context
-    return await views.stats(context.engine)
 
 
 @router.post(

@@ -42,6 +42,11 @@ KINDS: Mapping[str, Kind] = {
         "Correct the header that the message names; 128 characters are allowed.",
     ),
     "INVALID_REQUEST": Kind(400, "A parameter is malformed", "Correct the parameters that `fields` names."),
+    "INVALID_CURSOR": Kind(
+        400,
+        "The cursor is not of this listing with these filters",
+        "Begin again without a cursor, and keep the filters while you follow those that you are given.",
+    ),
     "MALFORMED_REQUEST": Kind(
         400,
         "What was sent is not HTTP/1.1; the connection is closed",

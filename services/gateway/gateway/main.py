@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway import addresses, admin, auth, docs, errors, limits, middleware, routes, syncs
+from gateway import addresses, admin, auth, docs, errors, inventory, limits, middleware, routes, syncs
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.malformed import Protocol
@@ -84,6 +84,7 @@ def create_app(settings: Settings) -> Gateway:
     )
     app.state.context = Context(settings, judge, limited, client_address, engine, publisher, requester, allocator)
     app.include_router(routes.router, dependencies=[Depends(auth.track)])
+    app.include_router(inventory.router, dependencies=[Depends(auth.administration)])
     app.include_router(admin.router, dependencies=[Depends(auth.administration)])
     app.include_router(syncs.router, dependencies=[Depends(auth.administration)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.

@@ -20,6 +20,17 @@ UnixSeconds = Annotated[int, Field(examples=[1728054123], description="Unix seco
 Milliseconds = Annotated[int, Field(examples=[1250])]
 Count = Annotated[int, Field(examples=[12])]
 Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
+MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
+EndReason = Annotated[
+    Literal["student", "expired", "admin"] | None, Field(examples=["student", None], description="why the lease ended")
+]
+Cursor = Annotated[
+    str | None,
+    Field(
+        examples=["2vYx8hZk3nRbMjAxMjIyNCJd", None],
+        description="for the next page; null on the last. A page may hold less than `limit` and have one",
+    ),
+]
 ListingId = Annotated[int, Field(examples=[4711])]
 JobId = Annotated[uuid.UUID, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])]
 
@@ -60,6 +71,97 @@ class Stats(BaseModel):
     stale: Count
     deleted: Count
     missing: Count = Field(description="of the allocated: CSP no longer lists them, and a student has them still")
+
+
+class StatsGroup(BaseModel):
+    value: str = Field(examples=["dns-basics"], description="the track, or what the names have before their number")
+    total: Count
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    deleted: Count
+
+
+class GroupedStats(Stats):
+    by: Literal["track_name", "name_prefix"]
+    groups: list[StatsGroup] = Field(
+        description="by value; a sandbox that was never leased, or without a track, is in no track's group"
+    )
+    cursor: Cursor
+
+
+class SandboxSummary(BaseModel):
+    sandbox_id: SandboxId
+    name: Name
+    external_id: ExternalId
+    sfdc_account_id: SfdcAccount
+    status: SandboxStatus
+    status_since: UnixSeconds
+    missing_since: MaybeSeconds = Field(description="a student holds it, and CSP no longer lists it")
+    holder: Holder | None = Field(description="the student who has or had it")
+    track_name: TrackName
+    allocated_at: MaybeSeconds
+    expires_at: MaybeSeconds
+    deletion_requested_at: MaybeSeconds
+    deletion_attempts: Count
+    deletion_error: str | None = Field(examples=["CSP answered 500", None], description="of the last attempt")
+
+
+class SandboxPage(BaseModel):
+    sandboxes: list[SandboxSummary]
+    count: Count = Field(description="on this page")
+    cursor: Cursor
+
+
+Actor = Literal["csp", "student", "administrator", "broker"]
+
+
+class Transition(BaseModel):
+    at: UnixSeconds
+    event: str = Field(examples=["sandbox.allocated"])
+    status: SandboxStatus = Field(description="the state that it came to")
+    by: Actor = Field(description="who caused it")
+    reason: str | None = Field(examples=["expired", None])
+    holder: Holder | None
+    track_name: TrackName
+    error: str | None = Field(examples=["CSP answered 500", None])
+
+
+class SandboxStory(SandboxSummary):
+    deletion_reason: Literal["student", "expired", "admin"] | None
+    deletion_due_at: MaybeSeconds = Field(description="not tried before")
+    deleted_at: MaybeSeconds
+    services_error: str | None = Field(
+        examples=[None], description="what went wrong with the services inside it, before its deletion"
+    )
+    idempotency_key: str | None = Field(examples=[None], description="that it was allocated with")
+    ended_at: MaybeSeconds = Field(description="the lease")
+    end_reason: EndReason
+    end_note: str | None = Field(examples=["student left", None], description="what the administrator gave as a reason")
+    history: list[Transition] = Field(description="the oldest first; of very many the newest 500")
+
+
+class Allocation(BaseModel):
+    lease_id: Annotated[int, Field(examples=[815])]
+    sandbox_id: SandboxId
+    name: str | None = Field(examples=["sandbox-1"], description="null once the sandbox's record has been purged")
+    external_id: str | None = Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="likewise")
+    holder: Holder
+    track_name: TrackName
+    allocated_at: UnixSeconds
+    expires_at: UnixSeconds
+    ended_at: MaybeSeconds = Field(description="null while it lasts")
+    duration_sec: Annotated[int, Field(examples=[5400], description="until now, while it lasts")]
+    end_reason: EndReason
+    end_note: str | None = Field(examples=["student left", None], description="what the administrator gave as a reason")
+
+
+class Allocations(BaseModel):
+    allocations: list[Allocation]
+    count: Count = Field(description="on this page")
+    cursor: Cursor
 
 
 class Sync(BaseModel):

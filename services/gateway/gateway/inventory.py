@@ -1,0 +1,78 @@
+"""The admin routes that look at the pool and at who had what."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from gateway import pages, views
+from gateway.admin import ALWAYS
+from gateway.context import Context
+from gateway.errors import ApiError
+from gateway.pages import AllocationFilter, GroupedBy, SandboxFilter
+from gateway.schemas import Allocations, GroupedStats, SandboxPage, SandboxStory, Stats, responses
+from sandbox_broker.messages import MAX_ID_LENGTH, SandboxStatus
+
+router = APIRouter(prefix="/v1/admin", tags=["admin"])
+
+PAGED = (*ALWAYS, "INVALID_CURSOR", "DATABASE_UNAVAILABLE")
+
+Limit = Annotated[int, Query(ge=1, le=500)]
+Cursor = Annotated[str, Query(max_length=1024, description="that of the page before; the filters stay the same")]
+Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
+"""As in the headers that it comes from; blank is no filter."""
+Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]
+
+
+@router.get("/stats", responses=responses(*PAGED))
+async def get_stats(
+    request: Request, by: GroupedBy | None = None, limit: Limit = 50, cursor: Cursor = ""
+) -> GroupedStats | Stats:
+    """How many sandboxes are in each state; with `by` also for each track, or for each beginning of their names,
+    which is all before their number."""
+    context: Context = request.app.state.context
+    if by is None:
+        return await views.stats(context.engine)
+    return await pages.grouped_stats(context.engine, by, limit, cursor)
+
+
+@router.get("/sandboxes", responses=responses(*PAGED))
+async def get_sandboxes(
+    request: Request,
+    status: SandboxStatus | None = None,
+    name_prefix: Text = None,
+    track_name: Text = None,
+    holder: Text = None,
+    limit: Limit = 50,
+    cursor: Cursor = "",
+) -> SandboxPage:
+    """The sandboxes that all filters given are true of. `name_prefix` is exact, without wildcards."""
+    context: Context = request.app.state.context
+    wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None)
+    return await pages.sandboxes_page(context.engine, wanted, limit, cursor)
+
+
+@router.get("/sandboxes/{sandbox_id}", responses=responses(*ALWAYS, "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"))
+async def get_sandbox(request: Request, sandbox_id: str) -> SandboxStory:
+    """All about one, with its history: each transition, when, why, and by whom."""
+    context: Context = request.app.state.context
+    found = await views.story(context.engine, sandbox_id) if "\0" not in sandbox_id else None
+    if found is None:
+        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.")
+    return found
+
+
+@router.get("/allocations", responses=responses(*PAGED))
+async def get_allocations(
+    request: Request,
+    track_name: Text = None,
+    holder: Text = None,
+    since: Time = None,
+    until: Time = None,
+    limit: Limit = 50,
+    cursor: Cursor = "",
+) -> Allocations:
+    """Which student had which sandbox when, how long, and how it ended; the newest first. Of the leases that began
+    at `since` or later, and before `until`."""
+    context: Context = request.app.state.context
+    wanted = AllocationFilter(track_name or None, holder or None, since, until)
+    return await pages.allocations_page(context.engine, wanted, limit, cursor)

@@ -1,0 +1,289 @@
+"""What the gateway reads page by page. Each page is found along one index and costs the same wherever it is.
+
+Where several filters are given, the narrowest is the one that has the index; rows are looked at for the others, 1,000
+a page at most. So a page may hold fewer rows than were asked for, or none, and still have a cursor: the listing has
+ended when there is none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    DateTime,
+    Label,
+    RowMapping,
+    ScalarSelect,
+    Table,
+    func,
+    literal,
+    literal_column,
+    select,
+    true,
+    tuple_,
+    union,
+    union_all,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from gateway import cursors
+from gateway.schemas import (
+    Allocation,
+    Allocations,
+    GroupedStats,
+    SandboxPage,
+    SandboxSummary,
+    StatsGroup,
+)
+from gateway.views import NONE_OF_EACH, reading, seconds, stats
+from sandbox_broker.messages import SandboxStatus
+from sandbox_broker.tables import leases, pool_changes, pool_counts, prefix_end, sandboxes
+
+LOOK = 1_000
+"""Rows that are looked at for one page."""
+
+FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed", "stale"})
+"""States that few sandboxes are in."""
+
+# As the indexes have them.
+STATUS = literal_column("'' || sandboxes.status")
+HOLDER = literal_column("'' || leases.holder")
+
+GroupedBy = Literal["track_name", "name_prefix"]
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxFilter:
+    status: SandboxStatus | None = None
+    name_prefix: str | None = None
+    track_name: str | None = None
+    holder: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationFilter:
+    track_name: str | None = None
+    holder: str | None = None
+    since: int | None = None
+    """Unix seconds; this one counts."""
+    until: int | None = None
+    """Unix seconds; this one counts no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """An index to walk along: `key` is what it is ordered by."""
+
+    table: Table
+    key: Sequence[ColumnElement[Any]]
+    within: Sequence[ColumnElement[bool]] = ()
+    begins: ColumnElement[bool] = true()
+    """Where the walk begins without a cursor; with one it begins there, since of two bounds the database would take
+    either and walk to the other."""
+    descending: bool = False
+
+    def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
+        here, there = tuple_(*self.key), tuple_(*map(literal, key))
+        return here < there if self.descending else here > there
+
+    def order(self, key: Sequence[ColumnElement[Any]], *, backwards: bool = False) -> list[ColumnElement[Any]]:
+        return [part.desc() if self.descending != backwards else part.asc() for part in key]
+
+
+_BY_ID = (sandboxes.c.sandbox_id,)
+_NEWEST_LEASE = (leases.c.allocated_at, leases.c.lease_id)
+
+
+def seconds_of(column: ColumnElement[datetime]) -> Label[Any]:
+    return seconds(column).label(column.name)
+
+
+SUMMARY = (
+    sandboxes.c.sandbox_id,
+    sandboxes.c.name,
+    sandboxes.c.external_id,
+    sandboxes.c.sfdc_account_id,
+    sandboxes.c.status,
+    seconds_of(sandboxes.c.status_since),
+    seconds_of(sandboxes.c.missing_since),
+    seconds_of(sandboxes.c.deletion_requested_at),
+    sandboxes.c.deletion_attempts,
+    sandboxes.c.deletion_error,
+    leases.c.holder,
+    leases.c.track_name,
+    seconds_of(leases.c.allocated_at),
+    seconds_of(leases.c.expires_at),
+)
+
+_ALLOCATION = (
+    leases.c.lease_id,
+    leases.c.sandbox_id,
+    sandboxes.c.name,
+    sandboxes.c.external_id,
+    leases.c.holder,
+    leases.c.track_name,
+    seconds_of(leases.c.allocated_at),
+    seconds_of(leases.c.expires_at),
+    seconds_of(leases.c.ended_at),
+    func.floor(func.extract("epoch", func.coalesce(leases.c.ended_at, func.now()) - leases.c.allocated_at)).label(
+        "duration_sec"
+    ),
+    leases.c.end_reason,
+    leases.c.end_note,
+)
+
+
+async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, limit: int, cursor: str) -> SandboxPage:
+    """By sandbox id; by name where the prefix has the index, the newest lease first where the student has it.
+    Raises ApiError INVALID_CURSOR."""
+    filters = _filters(wanted)
+    way = filters[0][0] if filters else _Way(sandboxes, _BY_ID)
+    others = [condition for _, condition in filters[1:]]
+    rows, following = await _page(engine, way, SUMMARY, others, limit, cursor, wanted)
+    page = [SandboxSummary.model_validate(row) for row in rows]
+    return SandboxPage(sandboxes=page, count=len(page), cursor=following)
+
+
+def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
+    """Of each filter that is given, the narrowest first, its way, and its condition where another one has the way."""
+    found: list[tuple[_Way, ColumnElement[bool]]] = []
+    if wanted.holder is not None:
+        found.append((_Way(leases, _NEWEST_LEASE, [wanted.holder == HOLDER], descending=True), true()))
+    if wanted.track_name is not None:
+        of_track = sandboxes.c.track_name == wanted.track_name
+        found.append((_Way(sandboxes, _BY_ID, [of_track]), of_track))
+    if wanted.name_prefix is not None:
+        starts = sandboxes.c.name >= wanted.name_prefix
+        ends = sandboxes.c.name < prefix_end(wanted.name_prefix)
+        found.append((_Way(sandboxes, (sandboxes.c.name, sandboxes.c.sandbox_id), [ends], starts), starts & ends))
+    if wanted.status is not None:
+        by_status = _Way(sandboxes, _BY_ID, [wanted.status == STATUS]), sandboxes.c.status == wanted.status
+        found.insert(0 if wanted.status in FEW and wanted.holder is None else len(found), by_status)
+    return found
+
+
+async def allocations_page(engine: AsyncEngine, wanted: AllocationFilter, limit: int, cursor: str) -> Allocations:
+    """The newest first. Raises ApiError INVALID_CURSOR."""
+    of_track = leases.c.track_name == wanted.track_name
+    within, others = [], []
+    if wanted.holder is not None:
+        within.append(wanted.holder == HOLDER)
+    if wanted.track_name is not None:
+        (within if wanted.holder is None else others).append(of_track)
+    if wanted.since is not None:
+        within.append(leases.c.allocated_at >= _time(wanted.since))
+    begins = true() if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
+    way = _Way(leases, _NEWEST_LEASE, within, begins, descending=True)
+    rows, following = await _page(engine, way, _ALLOCATION, others, limit, cursor, wanted)
+    page = [Allocation.model_validate(row) for row in rows]
+    return Allocations(allocations=page, count=len(page), cursor=following)
+
+
+async def _page(
+    engine: AsyncEngine,
+    way: _Way,
+    columns: Sequence[ColumnElement[Any]],
+    others: Sequence[ColumnElement[bool]],
+    limit: int,
+    cursor: str,
+    wanted: SandboxFilter | AllocationFilter,
+) -> tuple[Sequence[RowMapping], str | None]:
+    """The rows of a page, and the cursor of the next, or None at the end."""
+    begins = way.after(_key(way, cursor, wanted)) if cursor else way.begins
+    look = LOOK if others else limit + 1
+    keys = [f"key_{place}" for place in range(len(way.key))]
+    looked = (
+        select(way.table.c.sandbox_id, *(part.label(key) for part, key in zip(way.key, keys, strict=True)))
+        .where(*way.within, begins)
+        .order_by(*way.order(way.key))
+        .limit(look)
+        .cte("looked")
+    )
+    last = (
+        select(*(looked.c[key].label(f"last_{key}") for key in keys), _count_of(looked).label("looked"))
+        .order_by(*way.order([looked.c[key] for key in keys], backwards=True))
+        .limit(1)
+        .subquery("last")
+    )
+    # A record that has been purged has left its lease.
+    of_lease = leases.c.sandbox_id == looked.c.sandbox_id
+    of_sandbox = sandboxes.c.sandbox_id == looked.c.sandbox_id
+    if columns is _ALLOCATION:
+        found = looked.join(leases, of_lease).outerjoin(sandboxes, of_sandbox)
+    else:
+        found = looked.join(sandboxes, of_sandbox).outerjoin(leases, of_lease)
+    shown = (
+        select(*columns, *(looked.c[key] for key in keys))
+        .select_from(found)
+        .where(*others)
+        .order_by(*way.order([looked.c[key] for key in keys]))
+        .limit(limit + 1)
+        .subquery("shown")
+    )
+    query = (
+        select(last, shown)
+        .select_from(last.outerjoin(shown, true()))
+        .order_by(*way.order([shown.c[key] for key in keys]))
+    )
+    async with reading(engine) as connection:
+        rows = (await connection.execute(query)).mappings().all()
+    page = [row for row in rows if row["sandbox_id"] is not None]
+    if len(page) > limit:
+        following = [page[limit - 1][key] for key in keys]
+    elif rows and rows[0]["looked"] == look:
+        following = [rows[0][f"last_{key}"] for key in keys]
+    else:
+        return page, None
+    return page[:limit], cursors.encode(following, wanted)
+
+
+def _count_of(looked: CTE) -> ScalarSelect[int]:
+    return select(func.count()).select_from(looked).scalar_subquery()
+
+
+def _key(way: _Way, cursor: str, wanted: SandboxFilter | AllocationFilter) -> list[Any]:
+    return [
+        datetime.fromisoformat(str(value)) if isinstance(part.type, DateTime) else value
+        for part, value in zip(way.key, cursors.decode(cursor, wanted), strict=True)
+    ]
+
+
+def _time(unix_seconds: int) -> datetime:
+    return datetime.fromtimestamp(unix_seconds, UTC)
+
+
+async def grouped_stats(engine: AsyncEngine, by: GroupedBy, limit: int, cursor: str) -> GroupedStats:
+    """The groups by their values, in byte order. Raises ApiError INVALID_CURSOR."""
+    after = str(cursors.decode(cursor, by)[0]) if cursor else ""
+    counted = pool_counts.c.value
+    changed = (pool_changes.c.track_name if by == "track_name" else pool_changes.c.stem).collate("C")
+    added_up = select(counted).where(pool_counts.c.kind == by, counted >= after if not cursor else counted > after)
+    logged = select(changed).where(changed >= after if not cursor else changed > after)
+    some = added_up.distinct().order_by(counted).limit(limit + 1).subquery()
+    values = union(select(some), logged).subquery()
+    async with reading(engine) as connection:
+        page = (await connection.scalars(select(values.c[0]).order_by(values.c[0]).limit(limit + 1))).all()
+        numbers = union_all(
+            select(counted.label("value"), pool_counts.c.status, pool_counts.c.number).where(
+                pool_counts.c.kind == by, counted.in_(page[:limit])
+            ),
+            select(changed, pool_changes.c.status, pool_changes.c.number).where(changed.in_(page[:limit])),
+        ).subquery()
+        rows = await connection.execute(
+            select(numbers.c.value, numbers.c.status, func.sum(numbers.c.number))
+            .group_by(numbers.c.value, numbers.c.status)
+        )
+        groups: dict[str, dict[str, int]] = {value: {} for value in page[:limit]}
+        for value, status, number in rows:
+            groups[value][status] = int(number)
+    shown = [
+        StatsGroup(value=value, total=sum(counts.values()), **{**NONE_OF_EACH, **counts})
+        for value, counts in groups.items()
+        if any(counts.values())
+    ]
+    whole = await stats(engine)
+    following = cursors.encode([page[limit - 1]], by) if len(page) > limit else None
+    return GroupedStats(**whole.model_dump(), by=by, groups=shown, cursor=following)
