@@ -87,7 +87,7 @@ async def fill(database: asyncpg.Connection, sandboxes: int, *, prefixes: int = 
 async def empty(database: asyncpg.Connection) -> str:
     """Names the tables that are empty now."""
     has_events = await database.fetchval("SELECT to_regclass('outbox') IS NOT NULL")
-    tables = "sandboxes, outbox" if has_events else "sandboxes"
+    tables = "sandboxes, outbox, history, pool_changes, pool_counts" if has_events else "sandboxes"
     await database.execute(f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
     return f"{tables}, leases"
 

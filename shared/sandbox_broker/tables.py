@@ -109,9 +109,14 @@ sandboxes = Table(
     ),
     Index("sandboxes_missing", "sandbox_id", postgresql_where=text("missing_since IS NOT NULL")),
     # For the administrator's pages. No statement of the allocator looks up by these values.
-    Index("sandboxes_by_name", "name", "sandbox_id"),
-    Index("sandboxes_by_track", "track_name", "sandbox_id", postgresql_where=text("track_name IS NOT NULL")),
-    Index("sandboxes_by_status", text("('' || status)"), "sandbox_id"),
+    Index("sandboxes_by_name", "name", text("('' || sandbox_id)")),
+    Index(
+        "sandboxes_by_track",
+        "track_name",
+        text("('' || sandbox_id)"),
+        postgresql_where=text("track_name IS NOT NULL"),
+    ),
+    Index("sandboxes_by_status", text("('' || status)"), text("('' || sandbox_id)")),
 )
 
 leases = Table(
@@ -140,13 +145,13 @@ leases = Table(
     ),
     Index("leases_by_expiry", "expires_at", postgresql_where=text("end_reason IS NULL")),
     # For the administrator's pages.
-    Index("leases_by_time", "allocated_at", "lease_id"),
-    Index("leases_by_holder", text("('' || holder)"), "allocated_at", "lease_id"),
+    Index("leases_by_time", "allocated_at", text("(0 + lease_id)")),
+    Index("leases_by_holder", text("('' || holder)"), "allocated_at", text("(0 + lease_id)")),
     Index(
         "leases_by_track",
         "track_name",
         "allocated_at",
-        "lease_id",
+        text("(0 + lease_id)"),
         postgresql_where=text("track_name IS NOT NULL"),
     ),
 )

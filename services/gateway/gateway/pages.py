@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     DateTime,
     Label,
     RowMapping,
     ScalarSelect,
     Table,
+    Text,
     func,
     literal,
     literal_column,
@@ -49,8 +51,10 @@ FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed"
 """States that few sandboxes are in."""
 
 # As the indexes have them.
-STATUS = literal_column("'' || sandboxes.status")
-HOLDER = literal_column("'' || leases.holder")
+STATUS = literal_column("('' || sandboxes.status)", Text())
+HOLDER = literal_column("('' || leases.holder)", Text())
+SANDBOX_ID = literal_column("('' || sandboxes.sandbox_id)", Text())
+LEASE_ID = literal_column("(0 + leases.lease_id)", BigInteger())
 
 GroupedBy = Literal["track_name", "name_prefix"]
 
@@ -93,8 +97,8 @@ class _Way:
         return [part.desc() if self.descending != backwards else part.asc() for part in key]
 
 
-_BY_ID = (sandboxes.c.sandbox_id,)
-_NEWEST_LEASE = (leases.c.allocated_at, leases.c.lease_id)
+_BY_ID = (SANDBOX_ID,)
+_NEWEST_LEASE = (leases.c.allocated_at, LEASE_ID)
 
 
 def seconds_of(column: ColumnElement[datetime]) -> Label[Any]:
@@ -140,7 +144,7 @@ async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, limit: int,
     """By sandbox id; by name where the prefix has the index, the newest lease first where the student has it.
     Raises ApiError INVALID_CURSOR."""
     filters = _filters(wanted)
-    way = filters[0][0] if filters else _Way(sandboxes, _BY_ID)
+    way = filters[0][0] if filters else _Way(sandboxes, [sandboxes.c.sandbox_id])
     others = [condition for _, condition in filters[1:]]
     rows, following = await _page(engine, way, SUMMARY, others, limit, cursor, wanted)
     page = [SandboxSummary.model_validate(row) for row in rows]
@@ -158,7 +162,7 @@ def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
     if wanted.name_prefix is not None:
         starts = sandboxes.c.name >= wanted.name_prefix
         ends = sandboxes.c.name < prefix_end(wanted.name_prefix)
-        found.append((_Way(sandboxes, (sandboxes.c.name, sandboxes.c.sandbox_id), [ends], starts), starts & ends))
+        found.append((_Way(sandboxes, (sandboxes.c.name, SANDBOX_ID), [ends], starts), starts & ends))
     if wanted.status is not None:
         by_status = _Way(sandboxes, _BY_ID, [wanted.status == STATUS]), sandboxes.c.status == wanted.status
         found.insert(0 if wanted.status in FEW and wanted.holder is None else len(found), by_status)

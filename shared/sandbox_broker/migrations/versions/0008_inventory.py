@@ -2,8 +2,8 @@
 of each sandbox.
 
 The counters are right whatever statement changes the pool, because triggers log each change with it. They only ever
-insert, so nobody waits for anybody; the relay adds up what they have logged. Pages have indexes over values that no
-statement of the allocator looks up by ('' || status, '' || holder), so that none of its plans can go along them."""
+insert, so nobody waits for anybody; the relay adds up what they have logged. The indexes of pages are over values that
+no statement of the allocator looks up by ('' || status, 0 + lease_id), so that none of its plans can go along them."""
 
 from alembic import op
 
@@ -23,19 +23,19 @@ COMMENT ON COLUMN sandboxes.track_name IS 'of the lease that it has or had';
 UPDATE sandboxes s SET track_name = l.track_name
     FROM leases l WHERE l.sandbox_id = s.sandbox_id AND l.track_name IS NOT NULL;
 
-CREATE INDEX sandboxes_by_name ON sandboxes (name, sandbox_id);
+CREATE INDEX sandboxes_by_name ON sandboxes (name, ('' || sandbox_id));
 
-CREATE INDEX sandboxes_by_track ON sandboxes (track_name, sandbox_id) WHERE track_name IS NOT NULL;
+CREATE INDEX sandboxes_by_track ON sandboxes (track_name, ('' || sandbox_id)) WHERE track_name IS NOT NULL;
 
-CREATE INDEX sandboxes_by_status ON sandboxes (('' || status), sandbox_id);
+CREATE INDEX sandboxes_by_status ON sandboxes (('' || status), ('' || sandbox_id));
 
 CREATE INDEX sandboxes_missing ON sandboxes (sandbox_id) WHERE missing_since IS NOT NULL;
 
-CREATE INDEX leases_by_time ON leases (allocated_at, lease_id);
+CREATE INDEX leases_by_time ON leases (allocated_at, (0 + lease_id));
 
-CREATE INDEX leases_by_holder ON leases (('' || holder), allocated_at, lease_id);
+CREATE INDEX leases_by_holder ON leases (('' || holder), allocated_at, (0 + lease_id));
 
-CREATE INDEX leases_by_track ON leases (track_name, allocated_at, lease_id) WHERE track_name IS NOT NULL;
+CREATE INDEX leases_by_track ON leases (track_name, allocated_at, (0 + lease_id)) WHERE track_name IS NOT NULL;
 
 CREATE TABLE pool_changes (
     status text NOT NULL,
