@@ -28,6 +28,7 @@ _Time = DateTime(timezone=True)
 _Name = Text(collation="C")
 """Prefixes are found as ranges of a btree, which needs byte order."""
 
+
 def prefix_end(prefix: str) -> str:
     """The first name, in code point order, after all that start with `prefix`: names in [prefix, prefix_end)
     are a range that an index finds. A prefix is printable ASCII, so its last character can be raised."""
@@ -178,8 +179,8 @@ history = Table(
     comment="the published events of each sandbox whose record is kept",
 )
 
-# Triggers on sandboxes insert into pool_changes, whatever changes them; the relay of the outbox adds up. So counting
-# makes nobody wait, and what both tables contain together is exact in every snapshot.
+# Triggers on sandboxes insert into pool_changes, whatever changes them; the relay of the outbox adds up. So
+# counting makes nobody wait, and what both tables contain together is exact in every snapshot.
 pool_changes = Table(
     "pool_changes",
     metadata,

@@ -1,9 +1,9 @@
 """Brings the events from the outbox to RabbitMQ: at least once, and in order for each sandbox.
 
-A row is written in the same statement as the change it tells of, and moved to the history of its sandbox when RabbitMQ
-has confirmed the event. The rows of one sandbox are numbered in the order of its changes, because each change waits for the row
-lock of the one before; the advisory lock lets one relay work at a time, so that nobody overtakes. A relay that
-freezes with the lock in its hands loses its connection.
+A row is written in the same statement as the change it tells of, and moved to the history of its sandbox when
+RabbitMQ has confirmed the event. The rows of one sandbox are numbered in the order of its changes, because each
+change waits for the row lock of the one before; the advisory lock lets one relay work at a time, so that nobody
+overtakes. A relay that freezes with the lock in its hands loses its connection.
 
 Being the only one of its kind, the relay also adds up what the triggers on sandboxes have logged for the counters.
 """

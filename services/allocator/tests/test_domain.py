@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from allocator.domain import MAX_ROUND, held, rounds, segments
 from sandbox_broker.messages import AllocateSandbox, ExpireLeases
 

@@ -91,7 +91,9 @@ async def test_the_relay_adds_up_the_counters(pool: Pool, clean_queues: str) -> 
     async with allocator(clean_queues, pool.url):
 
         async def added_up() -> bool:
-            counted = await pool.column("SELECT number FROM pool_counts WHERE kind = 'pool' AND status = 'available'")
+            counted = await pool.column(
+                "SELECT number FROM pool_counts WHERE kind = 'pool' AND status = 'available'"
+            )
             return counted == [3]
 
         await until(added_up)

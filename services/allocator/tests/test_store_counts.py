@@ -16,7 +16,8 @@ BY_SCAN = "SELECT status, count(*)::bigint AS number FROM sandboxes GROUP BY sta
 GROUPS_BY_SCAN = """
 SELECT 'pool' AS kind, '' AS value, status, count(*)::bigint FROM sandboxes GROUP BY 3
 UNION ALL SELECT 'name_prefix', rtrim(name, '0123456789'), status, count(*) FROM sandboxes GROUP BY 2, 3
-UNION ALL SELECT 'track_name', track_name, status, count(*) FROM sandboxes WHERE track_name IS NOT NULL GROUP BY 2, 3
+UNION ALL
+SELECT 'track_name', track_name, status, count(*) FROM sandboxes WHERE track_name IS NOT NULL GROUP BY 2, 3
 """
 
 
@@ -36,7 +37,9 @@ async def check(pool: Pool) -> None:
     assert {row for row in await rows(pool, store.COUNT_BY_STATUS) if row[1]} == expected
     await count(pool)
     assert {row for row in await rows(pool, store.COUNT_BY_STATUS) if row[1]} == expected
-    assert await rows(pool, "SELECT kind, value, status, number FROM pool_counts") == await rows(pool, GROUPS_BY_SCAN)
+    assert await rows(pool, "SELECT kind, value, status, number FROM pool_counts") == await rows(
+        pool, GROUPS_BY_SCAN
+    )
     assert await pool.value("SELECT count(*) FROM pool_changes") == 0
 
 
@@ -48,7 +51,9 @@ async def test_the_counters_follow_a_sandbox_through_its_life(pool: Pool) -> Non
     await check(pool)
     await release(writer, done(granted(replies[0]).sandbox_id, "ann"))
     await check(pool)
-    await pool.execute("UPDATE sandboxes SET status = 'deleted', deleted_at = now() WHERE status = 'pending_deletion'")
+    await pool.execute(
+        "UPDATE sandboxes SET status = 'deleted', deleted_at = now() WHERE status = 'pending_deletion'"
+    )
     await check(pool)
     await sync(writer, [account(number, name=f"renamed-{number}") for number in range(1, 6)])
     await check(pool)

@@ -58,7 +58,8 @@ async def test_the_history_goes_with_the_record(pool: Pool) -> None:
     gone, kept = *(await pool.fill(1, "deleted")), *(await pool.fill(1))
     for sandbox_id in (gone, kept):
         await pool.execute(
-            "INSERT INTO history SELECT $1, place, 'sandbox.discovered', now(), '{}' FROM generate_series(1, 3) place",
+            "INSERT INTO history "
+            "SELECT $1, place, 'sandbox.discovered', now(), '{}' FROM generate_series(1, 3) place",
             sandbox_id,
         )
     assert await purge(await pool.writer(), "deleted") == 1

@@ -25,19 +25,20 @@ Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix s
 
 @router.get("/stats", responses=responses(*PAGED))
 async def get_stats(
-    request: Request, by: GroupedBy | None = None, limit: Limit = 50, cursor: Cursor = ""
+    request: Request, *, by: GroupedBy | None = None, limit: Limit = 50, cursor: Cursor = ""
 ) -> GroupedStats | Stats:
     """How many sandboxes are in each state; with `by` also for each track, or for each beginning of their names,
     which is all before their number."""
     context: Context = request.app.state.context
     if by is None:
         return await views.stats(context.engine)
-    return await pages.grouped_stats(context.engine, by, limit, cursor)
+    return await pages.grouped_stats(context.engine, by, limit=limit, cursor=cursor)
 
 
 @router.get("/sandboxes", responses=responses(*PAGED))
 async def get_sandboxes(
     request: Request,
+    *,
     status: SandboxStatus | None = None,
     name_prefix: Text = None,
     track_name: Text = None,
@@ -48,7 +49,7 @@ async def get_sandboxes(
     """The sandboxes that all filters given are true of. `name_prefix` is exact, without wildcards."""
     context: Context = request.app.state.context
     wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None)
-    return await pages.sandboxes_page(context.engine, wanted, limit, cursor)
+    return await pages.sandboxes_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
 @router.get("/sandboxes/{sandbox_id}", responses=responses(*ALWAYS, "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"))
@@ -64,6 +65,7 @@ async def get_sandbox(request: Request, sandbox_id: str) -> SandboxStory:
 @router.get("/allocations", responses=responses(*PAGED))
 async def get_allocations(
     request: Request,
+    *,
     track_name: Text = None,
     holder: Text = None,
     since: Time = None,
@@ -75,4 +77,4 @@ async def get_allocations(
     at `since` or later, and before `until`."""
     context: Context = request.app.state.context
     wanted = AllocationFilter(track_name or None, holder or None, since, until)
-    return await pages.allocations_page(context.engine, wanted, limit, cursor)
+    return await pages.allocations_page(context.engine, wanted, limit=limit, cursor=cursor)

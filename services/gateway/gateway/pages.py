@@ -1,8 +1,8 @@
 """What the gateway reads page by page. Each page is found along one index and costs the same wherever it is.
 
-Where several filters are given, the narrowest is the one that has the index; rows are looked at for the others, 1,000
-a page at most. So a page may hold fewer rows than were asked for, or none, and still have a cursor: the listing has
-ended when there is none.
+Where several filters are given, the narrowest is the one that has the index; rows are looked at for the others,
+1,000 a page at most. So a page may hold fewer rows than were asked for, or none, and still have a cursor: the
+listing has ended when there is none.
 """
 
 from collections.abc import Sequence
@@ -51,10 +51,12 @@ FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed"
 """States that few sandboxes are in."""
 
 # As the indexes have them.
-STATUS = literal_column("('' || sandboxes.status)", Text())
-HOLDER = literal_column("('' || leases.holder)", Text())
-SANDBOX_ID = literal_column("('' || sandboxes.sandbox_id)", Text())
-LEASE_ID = literal_column("(0 + leases.lease_id)", BigInteger())
+_status = literal_column("('' || sandboxes.status)", Text())
+_holder = literal_column("('' || leases.holder)", Text())
+_sandbox_id = literal_column("('' || sandboxes.sandbox_id)", Text())
+_lease_id = literal_column("(0 + leases.lease_id)", BigInteger())
+
+ALL = true()
 
 GroupedBy = Literal["track_name", "name_prefix"]
 
@@ -84,7 +86,7 @@ class _Way:
     table: Table
     key: Sequence[ColumnElement[Any]]
     within: Sequence[ColumnElement[bool]] = ()
-    begins: ColumnElement[bool] = true()
+    begins: ColumnElement[bool] = ALL
     """Where the walk begins without a cursor; with one it begins there, since of two bounds the database would take
     either and walk to the other."""
     descending: bool = False
@@ -97,8 +99,8 @@ class _Way:
         return [part.desc() if self.descending != backwards else part.asc() for part in key]
 
 
-_BY_ID = (SANDBOX_ID,)
-_NEWEST_LEASE = (leases.c.allocated_at, LEASE_ID)
+_BY_ID = (_sandbox_id,)
+_NEWEST_LEASE = (leases.c.allocated_at, _lease_id)
 
 
 def seconds_of(column: ColumnElement[datetime]) -> Label[Any]:
@@ -140,48 +142,51 @@ _ALLOCATION = (
 )
 
 
-async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, limit: int, cursor: str) -> SandboxPage:
+async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, *, limit: int, cursor: str) -> SandboxPage:
     """By sandbox id; by name where the prefix has the index, the newest lease first where the student has it.
     Raises ApiError INVALID_CURSOR."""
     filters = _filters(wanted)
     way = filters[0][0] if filters else _Way(sandboxes, [sandboxes.c.sandbox_id])
     others = [condition for _, condition in filters[1:]]
-    rows, following = await _page(engine, way, SUMMARY, others, limit, cursor, wanted)
+    rows, following = await _page(engine, way, SUMMARY, others, limit=limit, cursor=cursor, wanted=wanted)
     page = [SandboxSummary.model_validate(row) for row in rows]
     return SandboxPage(sandboxes=page, count=len(page), cursor=following)
 
 
 def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
-    """Of each filter that is given, the narrowest first, its way, and its condition where another one has the way."""
+    """Of each filter that is given, the narrowest first, its way, and its condition where another has the way."""
     found: list[tuple[_Way, ColumnElement[bool]]] = []
     if wanted.holder is not None:
-        found.append((_Way(leases, _NEWEST_LEASE, [wanted.holder == HOLDER], descending=True), true()))
+        found.append((_Way(leases, _NEWEST_LEASE, [_holder == wanted.holder], descending=True), ALL))
     if wanted.track_name is not None:
         of_track = sandboxes.c.track_name == wanted.track_name
         found.append((_Way(sandboxes, _BY_ID, [of_track]), of_track))
     if wanted.name_prefix is not None:
         starts = sandboxes.c.name >= wanted.name_prefix
         ends = sandboxes.c.name < prefix_end(wanted.name_prefix)
-        found.append((_Way(sandboxes, (sandboxes.c.name, SANDBOX_ID), [ends], starts), starts & ends))
+        found.append((_Way(sandboxes, (sandboxes.c.name, _sandbox_id), [ends], starts), starts & ends))
     if wanted.status is not None:
-        by_status = _Way(sandboxes, _BY_ID, [wanted.status == STATUS]), sandboxes.c.status == wanted.status
+        by_status = _Way(sandboxes, _BY_ID, [_status == wanted.status]), sandboxes.c.status == wanted.status
         found.insert(0 if wanted.status in FEW and wanted.holder is None else len(found), by_status)
     return found
 
 
-async def allocations_page(engine: AsyncEngine, wanted: AllocationFilter, limit: int, cursor: str) -> Allocations:
+async def allocations_page(
+    engine: AsyncEngine, wanted: AllocationFilter, *, limit: int, cursor: str
+) -> Allocations:
     """The newest first. Raises ApiError INVALID_CURSOR."""
     of_track = leases.c.track_name == wanted.track_name
-    within, others = [], []
+    within: list[ColumnElement[bool]] = []
+    others: list[ColumnElement[bool]] = []
     if wanted.holder is not None:
-        within.append(wanted.holder == HOLDER)
+        within.append(_holder == wanted.holder)
     if wanted.track_name is not None:
         (within if wanted.holder is None else others).append(of_track)
     if wanted.since is not None:
         within.append(leases.c.allocated_at >= _time(wanted.since))
-    begins = true() if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
+    begins = ALL if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
     way = _Way(leases, _NEWEST_LEASE, within, begins, descending=True)
-    rows, following = await _page(engine, way, _ALLOCATION, others, limit, cursor, wanted)
+    rows, following = await _page(engine, way, _ALLOCATION, others, limit=limit, cursor=cursor, wanted=wanted)
     page = [Allocation.model_validate(row) for row in rows]
     return Allocations(allocations=page, count=len(page), cursor=following)
 
@@ -191,6 +196,7 @@ async def _page(
     way: _Way,
     columns: Sequence[ColumnElement[Any]],
     others: Sequence[ColumnElement[bool]],
+    *,
     limit: int,
     cursor: str,
     wanted: SandboxFilter | AllocationFilter,
@@ -259,7 +265,7 @@ def _time(unix_seconds: int) -> datetime:
     return datetime.fromtimestamp(unix_seconds, UTC)
 
 
-async def grouped_stats(engine: AsyncEngine, by: GroupedBy, limit: int, cursor: str) -> GroupedStats:
+async def grouped_stats(engine: AsyncEngine, by: GroupedBy, *, limit: int, cursor: str) -> GroupedStats:
     """The groups by their values, in byte order. Raises ApiError INVALID_CURSOR."""
     after = str(cursors.decode(cursor, by)[0]) if cursor else ""
     counted = pool_counts.c.value
@@ -277,8 +283,9 @@ async def grouped_stats(engine: AsyncEngine, by: GroupedBy, limit: int, cursor: 
             select(changed, pool_changes.c.status, pool_changes.c.number).where(changed.in_(page[:limit])),
         ).subquery()
         rows = await connection.execute(
-            select(numbers.c.value, numbers.c.status, func.sum(numbers.c.number))
-            .group_by(numbers.c.value, numbers.c.status)
+            select(numbers.c.value, numbers.c.status, func.sum(numbers.c.number)).group_by(
+                numbers.c.value, numbers.c.status
+            )
         )
         groups: dict[str, dict[str, int]] = {value: {} for value in page[:limit]}
         for value, status, number in rows:

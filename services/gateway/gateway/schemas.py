@@ -22,7 +22,8 @@ Count = Annotated[int, Field(examples=[12])]
 Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
 MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
 EndReason = Annotated[
-    Literal["student", "expired", "admin"] | None, Field(examples=["student", None], description="why the lease ended")
+    Literal["student", "expired", "admin"] | None,
+    Field(examples=["student", None], description="why the lease ended"),
 ]
 Cursor = Annotated[
     str | None,
@@ -139,7 +140,9 @@ class SandboxStory(SandboxSummary):
     idempotency_key: str | None = Field(examples=[None], description="that it was allocated with")
     ended_at: MaybeSeconds = Field(description="the lease")
     end_reason: EndReason
-    end_note: str | None = Field(examples=["student left", None], description="what the administrator gave as a reason")
+    end_note: str | None = Field(
+        examples=["student left", None], description="what the administrator gave as a reason"
+    )
     history: list[Transition] = Field(description="the oldest first; of very many the newest 500")
 
 
@@ -155,7 +158,9 @@ class Allocation(BaseModel):
     ended_at: MaybeSeconds = Field(description="null while it lasts")
     duration_sec: Annotated[int, Field(examples=[5400], description="until now, while it lasts")]
     end_reason: EndReason
-    end_note: str | None = Field(examples=["student left", None], description="what the administrator gave as a reason")
+    end_note: str | None = Field(
+        examples=["student left", None], description="what the administrator gave as a reason"
+    )
 
 
 class Allocations(BaseModel):

@@ -116,7 +116,11 @@ FILTERS: list[dict[str, str]] = [
     for combination in itertools.combinations(
         (("status", "deleted"), ("name_prefix", "lab-"), ("track_name", "dns"), ("holder", "student-3")), length
     )
-] + [{"status": "stale", "name_prefix": "lab-"}, {"status": "available"}, {"status": "allocated", "track_name": "dns"}]
+] + [
+    {"status": "stale", "name_prefix": "lab-"},
+    {"status": "available"},
+    {"status": "allocated", "track_name": "dns"},
+]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "+".join(filters) or "none")
@@ -283,10 +287,12 @@ async def test_the_stats_of_groups_add_up(
     groups = await all_pages(gateway, "stats", by=by, limit=limit)
     value = "track_name" if by == "track_name" else "rtrim(name, '0123456789')"
     expected = await database.fetch(
-        f"SELECT {value} COLLATE \"C\" AS value, count(*) AS total, count(*) FILTER (WHERE status = 'deleted') AS deleted "  # noqa: S608, E501
+        f"SELECT {value} COLLATE \"C\" AS value, count(*) AS total, count(*) FILTER (WHERE status = 'deleted') AS deleted "  # noqa: E501
         f"FROM sandboxes WHERE {value} IS NOT NULL GROUP BY 1 ORDER BY 1"
     )
-    assert [(group["value"], group["total"], group["deleted"]) for group in groups] == [tuple(row) for row in expected]
+    assert [(group["value"], group["total"], group["deleted"]) for group in groups] == [
+        tuple(row) for row in expected
+    ]
     whole = await page(gateway, "stats", by=by)
     assert whole["by"] == by
     assert whole["total"] == await database.fetchval("SELECT count(*) FROM sandboxes")
@@ -367,7 +373,7 @@ async def test_a_sandbox_has_its_history_published_or_not(gateway: Gateway, data
         "UPDATE leases SET end_reason = 'admin', end_note = 'broken'; "
         "INSERT INTO history VALUES "
         "('7', -2, 'sandbox.discovered', to_timestamp(1000), '{\"name\": \"sandbox-7\"}'), "
-        "('7', -1, 'sandbox.allocated', to_timestamp(1001), '{\"holder\": \"student-1\", \"track_name\": \"dns\"}'), "
+        '(\'7\', -1, \'sandbox.allocated\', to_timestamp(1001), \'{"holder": "student-1", "track_name": "dns"}\'), '
         "('8', -3, 'sandbox.discovered', to_timestamp(1000), '{}'); "
         "INSERT INTO outbox (type, subject, occurred_at, data) VALUES "
         "('sandbox.deletion_requested', '7', to_timestamp(1002), "

@@ -74,7 +74,8 @@ async def empty(database: asyncpg.Connection | asyncpg.Pool) -> None:
         # Services at work lock the same tables in another order.
         with contextlib.suppress(asyncpg.DeadlockDetectedError):
             await database.execute(
-                "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts; "
+                "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, "
+                "csp_listings, csp_accounts; "
                 "UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'"
             )
             done = True

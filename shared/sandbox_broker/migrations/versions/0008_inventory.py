@@ -1,9 +1,10 @@
-"""What the administrator sees of a large pool without reading it all: counters, the way to every page, and the history
-of each sandbox.
+"""What the administrator sees of a large pool without reading it all: counters, the way to every page, and the
+history of each sandbox.
 
 The counters are right whatever statement changes the pool, because triggers log each change with it. They only ever
-insert, so nobody waits for anybody; the relay adds up what they have logged. The indexes of pages are over values that
-no statement of the allocator looks up by ('' || status, 0 + lease_id), so that none of its plans can go along them."""
+insert, so nobody waits for anybody; the relay adds up what they have logged. The indexes of pages are over values
+that no statement of the allocator looks up by ('' || status, 0 + lease_id), so that none of its plans can go along
+them."""
 
 from alembic import op
 
@@ -70,7 +71,8 @@ CREATE TABLE history (
 
 COMMENT ON TABLE history IS 'the published events of each sandbox whose record is kept';
 
-INSERT INTO pool_changes SELECT status, rtrim(name, '0123456789'), track_name, count(*) FROM sandboxes GROUP BY 1, 2, 3;
+INSERT INTO pool_changes
+    SELECT status, rtrim(name, '0123456789'), track_name, count(*) FROM sandboxes GROUP BY 1, 2, 3;
 
 CREATE FUNCTION sandboxes_added() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     INSERT INTO pool_changes (status, stem, track_name, number)
