@@ -62,7 +62,7 @@ WHERE (s.status IN ('pending_deletion', 'deletion_failed', 'deleted')) <> (l.san
 """
 
 _ELSEWHERE = """
-SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE NOT starts_with(name, track_name)
+SELECT count(*) FROM leases l JOIN sandboxes s USING (sandbox_id) WHERE NOT starts_with(s.name, l.track_name)
 """
 
 

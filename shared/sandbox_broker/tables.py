@@ -103,21 +103,15 @@ sandboxes = Table(
     ),
     Index("sandboxes_deletion_due", "deletion_due_at", postgresql_where=text("status = 'pending_deletion'")),
     Index(
-        "sandboxes_to_purge",
+        "sandboxes_by_status",
         "status",
         "status_since",
-        postgresql_where=text("status IN ('stale', 'deletion_failed', 'deleted')"),
+        "sandbox_id",
+        postgresql_where=text("status IN ('pending_deletion', 'deletion_failed', 'stale', 'deleted')"),
     ),
     Index("sandboxes_missing", "sandbox_id", postgresql_where=text("missing_since IS NOT NULL")),
-    # For the administrator's pages. No statement of the allocator looks up by these values.
+    # For the administrator's pages. No statement of the allocator looks up by it.
     Index("sandboxes_by_name", "name", text("('' || sandbox_id)")),
-    Index(
-        "sandboxes_by_track",
-        "track_name",
-        text("('' || sandbox_id)"),
-        postgresql_where=text("track_name IS NOT NULL"),
-    ),
-    Index("sandboxes_by_status", text("('' || status)"), text("('' || sandbox_id)")),
 )
 
 leases = Table(

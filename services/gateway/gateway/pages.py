@@ -51,7 +51,6 @@ FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed"
 """States that few sandboxes are in."""
 
 # As the indexes have them.
-_status = literal_column("('' || sandboxes.status)", Text())
 _holder = literal_column("('' || leases.holder)", Text())
 _sandbox_id = literal_column("('' || sandboxes.sandbox_id)", Text())
 _lease_id = literal_column("(0 + leases.lease_id)", BigInteger())
@@ -99,7 +98,6 @@ class _Way:
         return [part.desc() if self.descending != backwards else part.asc() for part in key]
 
 
-_BY_ID = (_sandbox_id,)
 _NEWEST_LEASE = (leases.c.allocated_at, _lease_id)
 
 
@@ -143,8 +141,8 @@ _ALLOCATION = (
 
 
 async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, *, limit: int, cursor: str) -> SandboxPage:
-    """By sandbox id; by name where the prefix has the index, the newest lease first where the student has it.
-    Raises ApiError INVALID_CURSOR."""
+    """In the order of the filter that has the index: the newest lease first for a student or a track, by name for a
+    prefix, the oldest first for a state; without filters by sandbox id. Raises ApiError INVALID_CURSOR."""
     filters = _filters(wanted)
     way = filters[0][0] if filters else _Way(sandboxes, [sandboxes.c.sandbox_id])
     others = [condition for _, condition in filters[1:]]
@@ -159,16 +157,27 @@ def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
     if wanted.holder is not None:
         found.append((_Way(leases, _NEWEST_LEASE, [_holder == wanted.holder], descending=True), ALL))
     if wanted.track_name is not None:
-        of_track = sandboxes.c.track_name == wanted.track_name
-        found.append((_Way(sandboxes, _BY_ID, [of_track]), of_track))
+        of_track = leases.c.track_name == wanted.track_name
+        found.append((_Way(leases, _NEWEST_LEASE, [of_track], descending=True), of_track))
     if wanted.name_prefix is not None:
         starts = sandboxes.c.name >= wanted.name_prefix
         ends = sandboxes.c.name < prefix_end(wanted.name_prefix)
         found.append((_Way(sandboxes, (sandboxes.c.name, _sandbox_id), [ends], starts), starts & ends))
     if wanted.status is not None:
-        by_status = _Way(sandboxes, _BY_ID, [_status == wanted.status]), sandboxes.c.status == wanted.status
+        by_status = _way_of(wanted.status), sandboxes.c.status == wanted.status
         found.insert(0 if wanted.status in FEW and wanted.holder is None else len(found), by_status)
     return found
+
+
+def _way_of(status: SandboxStatus) -> _Way:
+    if status == "available":
+        since = sandboxes.c.available_since
+        return _Way(sandboxes, (since, sandboxes.c.sandbox_id), [since.is_not(None)])
+    if status == "allocated":
+        return _Way(leases, (leases.c.expires_at, leases.c.lease_id), [leases.c.end_reason.is_(None)])
+    # A literal, as the condition of the index has it.
+    key = (sandboxes.c.status_since, sandboxes.c.sandbox_id)
+    return _Way(sandboxes, key, [sandboxes.c.status == literal_column(f"'{status}'")])
 
 
 async def allocations_page(

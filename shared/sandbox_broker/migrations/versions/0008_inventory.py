@@ -3,8 +3,9 @@ history of each sandbox.
 
 The counters are right whatever statement changes the pool, because triggers log each change with it. They only ever
 insert, so nobody waits for anybody; the relay adds up what they have logged. The indexes of pages are over values
-that no statement of the allocator looks up by ('' || status, 0 + lease_id), so that none of its plans can go along
-them."""
+that no statement of the allocator looks up by ('' || sandbox_id, 0 + lease_id), so that none of its plans can go
+along them.
+"""
 
 from alembic import op
 
@@ -26,9 +27,10 @@ UPDATE sandboxes s SET track_name = l.track_name
 
 CREATE INDEX sandboxes_by_name ON sandboxes (name, ('' || sandbox_id));
 
-CREATE INDEX sandboxes_by_track ON sandboxes (track_name, ('' || sandbox_id)) WHERE track_name IS NOT NULL;
+DROP INDEX sandboxes_to_purge;
 
-CREATE INDEX sandboxes_by_status ON sandboxes (('' || status), ('' || sandbox_id));
+CREATE INDEX sandboxes_by_status ON sandboxes (status, status_since, sandbox_id)
+    WHERE status IN ('pending_deletion', 'deletion_failed', 'stale', 'deleted');
 
 CREATE INDEX sandboxes_missing ON sandboxes (sandbox_id) WHERE missing_since IS NOT NULL;
 
@@ -115,7 +117,9 @@ DROP TRIGGER sandboxes_changed ON sandboxes;
 DROP FUNCTION sandboxes_added, sandboxes_removed, sandboxes_changed;
 DROP TABLE history, pool_counts, pool_changes;
 DROP INDEX leases_by_time, leases_by_holder, leases_by_track;
-DROP INDEX sandboxes_by_name, sandboxes_by_track, sandboxes_by_status, sandboxes_missing;
+DROP INDEX sandboxes_by_name, sandboxes_by_status, sandboxes_missing;
+CREATE INDEX sandboxes_to_purge ON sandboxes (status, status_since)
+    WHERE status IN ('stale', 'deletion_failed', 'deleted');
 ALTER TABLE sandboxes DROP COLUMN track_name
 """
 
