@@ -56,7 +56,7 @@ async def test_a_sandbox_is_allocated_and_a_repeat_gives_it_again(ada: Track, st
     ada.environment["STUDENT_HEADER"] = student_header
     assert await ada.run("allocate") == (0, f"201 {4 * 3600}")
     lease = await ada.stack.database.fetchrow(
-        "SELECT sandbox_id, external_id, name, track_name FROM leases JOIN sandboxes USING (sandbox_id) "
+        "SELECT sandbox_id, external_id, name, leases.track_name FROM leases JOIN sandboxes USING (sandbox_id) "
         "WHERE holder = 'inst-ada' AND ended_at IS NULL"
     )
     saved = (ada.saved("sandbox_id"), ada.saved("external_id"), ada.saved("sandbox_name"), "dns-basics")
