@@ -17,7 +17,8 @@ GROUPS_BY_SCAN = """
 SELECT 'pool' AS kind, '' AS value, status, count(*)::bigint FROM sandboxes GROUP BY 3
 UNION ALL SELECT 'name_prefix', rtrim(name, '0123456789'), status, count(*) FROM sandboxes GROUP BY 2, 3
 UNION ALL
-SELECT 'track_name', track_name, status, count(*) FROM sandboxes WHERE track_name IS NOT NULL GROUP BY 2, 3
+SELECT 'track_name', l.track_name, s.status, count(*) FROM sandboxes s JOIN leases l USING (sandbox_id)
+WHERE l.track_name IS NOT NULL GROUP BY 2, 3
 """
 
 
