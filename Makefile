@@ -1,17 +1,17 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench check fmt docs lock clean
+.PHONY: help setup run test bench check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
 ARGS :=
 
 SERVICES := gateway allocator reaper csp-syncer
-OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack
+OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack k8s-check
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock"
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: setup ## Everything on this machine, in the foreground, until Ctrl-C
 	@$(PYTHON) -m devstack
@@ -22,13 +22,17 @@ test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for 
 bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
 	@$(PYTHON) -m bench $(ARGS)
 
-check: setup ## Lint, format, types, import rules, and whether locked requirements and generated pages are current
+check: setup ## Lint, format, types, import rules, manifests, and whether locked requirements and generated pages are current
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m k8s_check
+
+k8s-check: setup ## Whether the Kubernetes manifests are valid, safe, and say what the code says
+	@$(PYTHON) -m k8s_check
 
 fmt: setup ## Format, and repair what the linter can
 	@.venv/bin/ruff check --fix .

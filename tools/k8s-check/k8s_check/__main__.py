@@ -1,0 +1,3 @@
+from k8s_check.main import main
+
+raise SystemExit(main())

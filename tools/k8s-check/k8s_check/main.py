@@ -1,0 +1,45 @@
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from k8s_check import network, references, restricted, schemas, users, wiring
+from k8s_check.manifests import CannotBuild, Manifest, build
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all is well, 1 with a line for each problem, 2 when nothing could be checked."""
+    parser = argparse.ArgumentParser(prog="k8s_check")
+    parser.add_argument("--deploy", type=Path, default=ROOT / "deploy", help="default: %(default)s")
+    deploy: Path = parser.parse_args(arguments).deploy
+    overlays = sorted(path.parent for path in deploy.glob("k8s/overlays/*/kustomization.yaml"))
+    if not overlays:
+        print(f"no overlays below {deploy}", file=sys.stderr)
+        return 2
+    found = 0
+    for overlay in overlays:
+        try:
+            manifests = build(overlay)
+        except CannotBuild as error:
+            print(f"{overlay.name}: {error}", file=sys.stderr)
+            return 2
+        for problem in problems(manifests, deploy):
+            print(f"{overlay.name}: {problem}", file=sys.stderr)
+            found += 1
+        if not found:
+            print(
+                f"{overlay.name}: {len(manifests)} manifests are fine for Kubernetes {', '.join(schemas.VERSIONS)}"
+            )
+    return 1 if found else 0
+
+
+def problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
+    """A line for each, naming the manifest and what it should be."""
+    yield from schemas.problems(manifests)
+    yield from restricted.problems(manifests)
+    yield from references.problems(manifests)
+    yield from wiring.problems(manifests)
+    yield from network.problems(manifests)
+    yield from users.problems(manifests, deploy)

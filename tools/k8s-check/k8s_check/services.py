@@ -1,0 +1,94 @@
+"""What the code says of each thing that a container may run: its settings, its port, its routes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_settings import BaseSettings
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+import allocator.main
+import allocator.settings
+import csp_syncer.main
+import csp_syncer.settings
+import gateway.main
+import gateway.settings
+import reaper.main
+import reaper.settings
+from sandbox_broker import declare, migrate
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    settings: type[BaseSettings]
+    create_app: Callable[[Any], Starlette] | None = None
+    """None: it serves nothing, and ends."""
+    port: str | None = None
+    """The field of the settings that is its port."""
+
+    @property
+    def fields(self) -> set[str]:
+        return set(self.settings.model_fields)
+
+    @property
+    def required(self) -> set[str]:
+        return {name for name, field in self.settings.model_fields.items() if field.is_required()}
+
+
+SERVICES: Mapping[str, Program] = {
+    "gateway": Program(gateway.settings.Settings, gateway.main.create_app, "gateway_port"),
+    "allocator": Program(allocator.settings.Settings, allocator.main.create_app, "allocator_port"),
+    "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
+    "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
+}
+"""By the name of the image."""
+
+COMMANDS: Mapping[str, Program] = {
+    "sandbox_broker.migrate": Program(migrate.Settings),
+    "sandbox_broker.declare": Program(declare.Settings),
+}
+"""By the module that any of the images can run instead of its service."""
+
+SECRETS = frozenset(
+    {
+        "amqp_url",
+        "database_url",
+        "broker_api_token",
+        "broker_admin_token",
+        "csp_api_token",
+        "niosxaas_password",
+    }
+)
+"""Settings that hold a password or a token; a test compares this with the settings' types."""
+
+STAND_INS: Mapping[str, str] = {
+    "amqp_url": "amqp://stand-in:stand-in@rabbitmq/",
+    "database_url": "postgresql://stand-in:stand-in@postgres/sandbox_broker",
+}
+"""For what only the cluster knows."""
+
+
+def of_container(container: Mapping[str, Any]) -> Program | None:
+    """None: it runs nothing of ours. Raises ValueError when it runs something of ours that does not exist."""
+    _, ours, image = str(container["image"]).split("@")[0].rpartition("sandbox-broker/")
+    if not ours:
+        return None
+    name = image.split(":")[0]
+    command = container.get("command")
+    if command is None:
+        if name not in SERVICES:
+            raise ValueError(f"there is no service {name}")
+        return SERVICES[name]
+    module = command[-1]
+    if command[:-1] != ["python", "-m"] or module not in COMMANDS:
+        raise ValueError(f"{' '.join(command)} is none of {', '.join(f'python -m {name}' for name in COMMANDS)}")
+    return COMMANDS[module]
+
+
+def paths(program: Program, settings: BaseSettings) -> set[str]:
+    """What answers GET."""
+    if program.create_app is None:
+        return set()
+    routes = program.create_app(settings).routes
+    return {route.path for route in routes if isinstance(route, Route) and "GET" in (route.methods or ())}

@@ -1,0 +1,102 @@
+"""Each mistake is planted in a copy of deploy/, built as an overlay, and must be told."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from k8s_check.main import ROOT, main
+
+DEPLOYMENT = "k8s/base/gateway/deployment.yaml"
+POLICY = "k8s/base/reaper/networkpolicy.yaml"
+
+
+@pytest.fixture
+def deploy(tmp_path: Path) -> Path:
+    copy = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy)
+    shutil.rmtree(copy / "k8s" / "overlays" / "dev")
+    return copy
+
+
+def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "told"),
+    [
+        (
+            DEPLOYMENT,
+            "containerPort: 8080",
+            "containerPort: 8081",
+            "Deployment gateway, container gateway: port 8081 is not served; 8080 is",
+        ),
+        (
+            "k8s/base/gateway/kustomization.yaml",
+            "GATEWAY_PORT=8080",
+            "GATEWAY_PORT=8081",
+            "Deployment gateway, container gateway: port 8080 is not served; 8081 is",
+        ),
+        (
+            "k8s/base/gateway/kustomization.yaml",
+            "- LOG_LEVEL=INFO",
+            "- LOG_LEVLE=INFO",
+            "Deployment gateway, container gateway: LOG_LEVLE is no setting of this program",
+        ),
+        (
+            "k8s/base/reaper/deployment.yaml",
+            "- name: CSP_API_TOKEN",
+            "- name: CSP_TOKEN",
+            "Deployment reaper, container reaper: CSP_API_TOKEN is required, and is not set",
+        ),
+        (
+            DEPLOYMENT,
+            "readinessProbe:\n            httpGet: {path: /readyz",
+            "readinessProbe:\n            httpGet: {path: /ready",
+            "Deployment gateway, container gateway: readinessProbe: /ready is not served",
+        ),
+        (
+            POLICY,
+            "port: 443}",
+            "port: 8443}",
+            "NetworkPolicy: reaper to CSP, port 443 is needed, and is not let through",
+        ),
+        (
+            POLICY,
+            "app.kubernetes.io/name: rabbitmq",
+            "app.kubernetes.io/name: gateway",
+            "NetworkPolicy: reaper to RabbitMQ, port 5672 is needed, and is not let through",
+        ),
+        (
+            "k8s/base/gateway/horizontalpodautoscaler.yaml",
+            "minReplicas",
+            "minimumReplicas",
+            "HorizontalPodAutoscaler gateway: Kubernetes",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_is_told(
+    deploy: Path, capsys: pytest.CaptureFixture[str], file: str, right: str, wrong: str, told: str
+) -> None:
+    if "horizontal" in file:  # KEDA's component takes it out
+        overlay = deploy / "k8s/overlays/prod/kustomization.yaml"
+        overlay.write_text(overlay.read_text().replace("  - ../../components/keda\n", ""))
+    path = deploy / file
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong, 1))
+
+    assert main(["--deploy", str(deploy)]) == 1
+
+    assert told in capsys.readouterr().err
+
+
+def test_an_overlay_that_cannot_be_built_is_told_with_the_reason(
+    deploy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (deploy / "k8s/base/gateway/service.yaml").unlink()
+
+    assert main(["--deploy", str(deploy)]) == 2
+
+    assert "service.yaml" in capsys.readouterr().err
