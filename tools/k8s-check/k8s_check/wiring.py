@@ -77,9 +77,9 @@ def settle(program: Program, variables: Mapping[str, str | None]) -> tuple[BaseS
         name.lower(): services.STAND_INS.get(name.lower(), "stand-in") if value is None else value
         for name, value in variables.items()
     }
-    stand_ins = {field: services.STAND_INS.get(field, "stand-in") for field in program.required}
+    stand_ins: dict[str, Any] = {field: services.STAND_INS.get(field, "stand-in") for field in program.required}
     try:
-        return program.settings(_env_file=None, **{**stand_ins, **values}), []
+        return program.settings(_env_file=None, **(stand_ins | values)), []
     except ValidationError as error:
         return None, [f"{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors()]
 

@@ -1,0 +1,51 @@
+# One image per service:
+#
+#   docker build --build-arg SERVICE=gateway -t sandbox-broker/gateway .
+#
+# SERVICE is gateway, allocator, reaper or csp-syncer. Each image also has python -m sandbox_broker.migrate and
+# python -m sandbox_broker.declare. It runs as user 10001 and writes nothing, so its root file system may be read-only.
+
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS build
+ARG SERVICE
+# Where its package is, and what it needs; for the CSP simulator these differ (docker-compose.yml).
+ARG SOURCE=services/${SERVICE}
+ARG LOCK=requirements/${SERVICE}.txt
+COPY ${LOCK} /tmp/requirements.txt
+# No installer in the environment that goes into the image, and nothing that is not locked by its hash.
+RUN python3 -m venv --without-pip /opt/venv \
+ && python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install \
+        --no-cache-dir --no-compile --only-binary :all: --require-hashes -r /tmp/requirements.txt
+COPY shared/ ${SOURCE}/ deploy/image/ /opt/broker/
+# Compiled here, since nothing can be written there.
+RUN python3 -m compileall -q -j 0 /opt/venv/lib /opt/broker
+
+FROM ${PYTHON_IMAGE}
+ARG SERVICE
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Sandbox Broker: ${SERVICE}" \
+      org.opencontainers.image.description="Leases pre-created Infoblox CSP accounts to Instruqt students" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+# The base image's own installer is of no use to a service, and of some to an intruder.
+RUN rm -rf /usr/local/lib/python3*/site-packages/pip /usr/local/lib/python3*/site-packages/pip-* \
+        /usr/local/lib/python3*/ensurepip /usr/local/bin/pip*
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/broker /opt/broker
+ENV SERVICE=${SERVICE} \
+    PATH=/opt/venv/bin:${PATH} \
+    PYTHONPATH=/opt/broker \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/opt/broker \
+    GATEWAY_PORT=8080 \
+    ALLOCATOR_PORT=9101 \
+    REAPER_PORT=9102 \
+    CSP_SYNCER_PORT=9103 \
+    CSP_SIMULATOR_PORT=9200
+WORKDIR /opt/broker
+USER 10001:10001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15s --retries=3 CMD ["python", "/opt/broker/healthy.py"]
+ENTRYPOINT ["python", "/opt/broker/serve.py"]
