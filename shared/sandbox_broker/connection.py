@@ -12,7 +12,7 @@ import aio_pika
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
-from aiormq.exceptions import AMQPError
+from aiormq.exceptions import AMQPError, ChannelAccessRefused
 
 from sandbox_broker import topology
 
@@ -50,8 +50,8 @@ def losses() -> Iterator[None]:
 
 async def keep_connected(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
     """Runs `session` on a fresh connection for ever; when it ends or raises Disconnected, after a pause with
-    jitter again. Each connection starts with the topology declared. Ends by being cancelled, or with what else
-    `session` raises."""
+    jitter again. Each connection starts with the topology declared, where its user may do that. Ends by being
+    cancelled, or with what else `session` raises."""
     loop = asyncio.get_running_loop()
     pause = MIN_BACKOFF_SEC
     while True:
@@ -80,13 +80,23 @@ async def _connect(url: str, name: str) -> AbstractConnection:
             client_properties={"connection_name": name},
         )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SEC), connection.channel() as channel:
-                await topology.declare(channel)
+            async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
+                await _declare(connection)
         except BaseException:
             await _close(connection)
             raise
     log.info("rabbitmq.connected", connection=name)
     return connection
+
+
+async def _declare(connection: AbstractConnection) -> None:
+    """A user of least privilege may not: then `python -m sandbox_broker.declare` has done it, or what uses a queue
+    that is not there says so."""
+    try:
+        async with connection.channel() as channel:
+            await topology.declare(channel)
+    except ChannelAccessRefused as error:
+        log.debug("rabbitmq.not_declared", error=str(error))
 
 
 async def _close(connection: AbstractConnection) -> None:

@@ -4,6 +4,7 @@ For where the services' own users may not do that; otherwise they do it themselv
 """
 
 import asyncio
+import logging
 
 import aio_pika
 from aio_pika.exceptions import AMQPError
@@ -32,6 +33,8 @@ async def declare(amqp_url: str) -> None:
 
 def main() -> None:
     url = load(Settings).amqp_url
+    for library in ("aio_pika", "aiormq"):  # they log what they raise
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         asyncio.run(declare(url))
     except (AMQPError, OSError, TimeoutError) as error:

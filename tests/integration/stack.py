@@ -39,6 +39,8 @@ class Stack:
     database: asyncpg.Pool
     simulator: str
     launcher: tuple[str, ...] = ("-m",)
+    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What one kind of service has in its environment instead, by module."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,7 @@ class Stack:
         self, module: str, *, name: str | None = None, launcher: tuple[str, ...] | None = None
     ) -> Process:
         """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
-        environment = dict(self.environment)
+        environment = {**self.environment, **self.own.get(module, {})}
         if name is not None:
             environment[PORTS[module]] = str(free_port())
         process = await spawn(
@@ -156,6 +158,7 @@ async def running(
     *,
     launcher: tuple[str, ...] = ("-m",),
     settings: Mapping[str, str] | None = None,
+    own: Mapping[str, Mapping[str, str]] | None = None,
 ) -> AsyncIterator[Stack]:
     await migrate(database_url)
     simulator_port = free_port()
@@ -181,7 +184,7 @@ async def running(
         httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client,
         asyncpg.create_pool(database_url, min_size=1, max_size=2) as database,
     ):
-        stack = Stack(environment, client, database, simulator, launcher)
+        stack = Stack(environment, client, database, simulator, launcher, own or {})
         try:
             stack.processes["simulator"] = await spawn(
                 "simulator",

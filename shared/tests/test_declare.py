@@ -1,0 +1,47 @@
+"""`python -m sandbox_broker.declare`, as the operator runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import aio_pika
+
+from devstack.ports import free_port
+from devstack.testing import NewVhost
+from sandbox_broker import topology
+
+
+def declare(cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sandbox_broker.declare"],
+        env={"PATH": os.environ["PATH"], **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+async def test_it_makes_every_queue_and_may_be_repeated(tmp_path: Path, new_vhost: NewVhost) -> None:
+    async with new_vhost() as url:
+        for _ in range(2):
+            done = declare(tmp_path, AMQP_URL=url)
+            assert (done.returncode, done.stderr) == (0, "")
+
+        connection = await aio_pika.connect(url)
+        async with connection, connection.channel() as channel:
+            for queue in topology.QUEUES:
+                await channel.declare_queue(queue.name, passive=True)
+
+
+def test_without_an_address_or_a_server_it_says_so_in_one_line(tmp_path: Path) -> None:
+    unset = declare(tmp_path)
+    away = declare(tmp_path, AMQP_URL=f"amqp://guest:secret@127.0.0.1:{free_port()}/")
+
+    assert (unset.returncode, unset.stderr) == (2, "cannot start: AMQP_URL: is not set\n")
+    assert away.returncode == 2
+    assert away.stderr.startswith("cannot start: AMQP_URL: ")
+    assert away.stderr.count("\n") == 1
+    assert "secret" not in away.stderr
