@@ -1,6 +1,8 @@
 """What the images and docker-compose.yml say, without a Docker."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -56,6 +58,27 @@ def test_an_image_starts_the_service_it_was_built_for(service: str, tmp_path: Pa
 
     missing = "; ".join(f"{name.upper()}: is not set" for name in _in_order(SERVICES[service]))
     assert (started.returncode, started.stderr) == (2, f"cannot start: {missing}\n")
+
+
+def test_a_stop_that_comes_before_the_service_is_up_is_obeyed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        starting = subprocess.Popen(
+            [sys.executable, SCRIPTS / "serve.py"],
+            env={
+                "SERVICE": "allocator",
+                "PATH": os.environ["PATH"],
+                "AMQP_URL": f"amqp://guest:guest@{address}/",
+                "DATABASE_URL": f"postgresql://postgres@{address}/none",
+            },
+            cwd=tmp_path,
+        )
+        connection, _ = silent.accept()  # it asks whether the servers answer
+        with connection:
+            starting.send_signal(signal.SIGTERM)
+
+            assert starting.wait(timeout=60) == 0
 
 
 def _in_order(program: Program) -> list[str]:
