@@ -18,21 +18,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not overlays:
         print(f"no overlays below {deploy}", file=sys.stderr)
         return 2
-    found = 0
+    fine = True
     for overlay in overlays:
         try:
             manifests = build(overlay)
         except CannotBuild as error:
             print(f"{overlay.name}: {error}", file=sys.stderr)
             return 2
-        for problem in problems(manifests, deploy):
+        found = list(problems(manifests, deploy))
+        for problem in found:
             print(f"{overlay.name}: {problem}", file=sys.stderr)
-            found += 1
-        if not found:
-            print(
-                f"{overlay.name}: {len(manifests)} manifests are fine for Kubernetes {', '.join(schemas.VERSIONS)}"
-            )
-    return 1 if found else 0
+        if found:
+            fine = False
+        else:
+            versions = " and ".join(schemas.VERSIONS)
+            print(f"{overlay.name}: {len(manifests)} manifests are fine for Kubernetes {versions}")
+    return 0 if fine else 1
 
 
 def problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:

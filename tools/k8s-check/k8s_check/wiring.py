@@ -12,6 +12,9 @@ from k8s_check.references import target_port
 from k8s_check.services import Program
 from sandbox_broker.health import CHECK_TIMEOUT_SEC
 
+STOP_SEC = 30
+"""A service that is told to stop has ended by then."""
+
 _PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
@@ -36,6 +39,9 @@ def _container(manifests: Sequence[Manifest], pod: Pods, container: Mapping[str,
     yield from _variables(program, variables)
     settings, wrong = settle(program, variables)
     yield from wrong
+    grace = pod.spec.get("terminationGracePeriodSeconds", 30)
+    if program.create_app is not None and grace <= STOP_SEC:
+        yield f"has {grace} s to stop, and may need {STOP_SEC}: set terminationGracePeriodSeconds"
     if settings is not None:
         yield from _ports(program, settings, container)
         if program.create_app is not None:

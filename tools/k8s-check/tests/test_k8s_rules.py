@@ -131,6 +131,12 @@ def test_a_probe_that_means_nothing_is_told(
     assert any(told in problem for problem in wiring.problems(manifests))
 
 
+def test_a_pod_that_may_be_killed_before_it_has_stopped_is_told(manifests: list[Any]) -> None:
+    pod(manifests, "gateway").pop("terminationGracePeriodSeconds")
+
+    assert any("gateway: has 30 s to stop" in problem for problem in wiring.problems(manifests))
+
+
 def test_a_module_that_does_not_exist_is_told(manifests: list[Any]) -> None:
     job = find(manifests, "Job", "migration")["spec"]["template"]["spec"]["containers"][0]
     job["command"] = ["python", "-m", "sandbox_broker.migration"]
