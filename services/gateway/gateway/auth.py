@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from gateway import metrics
 from gateway.errors import ApiError
-from gateway.headers import BLANKS, Fields
+from gateway.headers import BLANKS
 from gateway.limits import RateLimit, exceeded
 
 # For the OpenAPI document and the docs page alone; the judging is done below.
@@ -64,11 +64,12 @@ class Auth:
         raise self._unknown(scope)
 
     def _candidate(self, scope: Scope) -> bytes:
-        given: Fields = dict(scope["headers"])
-        scheme, _, token = given.get(b"authorization", b"").partition(b" ")
+        # Of two, a proxy before us may have looked at the other one.
+        given = [value for field, value in scope["headers"] if field == b"authorization"]
+        scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
         token = token.strip(BLANKS)
         if scheme.lower() != b"bearer" or not token:
-            raise self._failure(scope, "missing", "Send the header 'Authorization: Bearer <token>'.")
+            raise self._failure(scope, "missing", "Send the header 'Authorization: Bearer <token>', once.")
         return token
 
     def _unknown(self, scope: Scope) -> ApiError:

@@ -81,6 +81,15 @@ async def test_a_malformed_or_unknown_token_is_401(gateway: Gateway, path: str, 
     assert response.headers["WWW-Authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("second", [b"Bearer unknown", b"", b"Bearer " + ADMIN_TOKEN.encode()])
+@pytest.mark.parametrize(("method", "path"), TRACK_ROUTES + ADMIN_ROUTES)
+async def test_of_two_tokens_none_counts(gateway: Gateway, method: str, path: str, second: bytes) -> None:
+    for tokens in ([*raw(ADMIN), (b"authorization", second)], [(b"authorization", second), *raw(ADMIN)]):
+        headers = [*tokens, (b"x-instruqt-sandbox-id", b"s")]
+        response = await gateway.client.request(method, path, headers=headers)
+        assert (response.status_code, detail(response)["code"]) == (401, "UNAUTHORIZED")
+
+
 @pytest.mark.parametrize("token", [TRACK_TOKEN, OTHER_TRACK_TOKEN, ADMIN_TOKEN])
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 async def test_every_listed_token_works_on_track_routes(gateway: Gateway, scheme: str, token: str) -> None:
