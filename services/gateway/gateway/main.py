@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -9,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from gateway import addresses, admin, auth, docs, errors, inventory, limits, middleware, routes, syncs
@@ -102,8 +104,22 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
-    refused = errors.of_status(error.status_code, request.method, request.scope["path"], error.headers)
+    headers = error.headers
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = {"Allow": ", ".join(_methods(request))}
+    refused = errors.of_status(error.status_code, request.method, request.scope["path"], headers)
     return errors.response(refused, request.state.request_id)
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the path takes. A route knows only its own, and some paths have several routes."""
+    asked = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
+    routes = request.app.routes
+    return [
+        method
+        for method in sorted(middleware.METHODS)
+        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:

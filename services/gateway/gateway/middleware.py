@@ -20,7 +20,7 @@ MAX_BODY = 64 * 1024
 _NOT_LIMITED = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked by the platform, from one address and for ever."""
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
@@ -95,7 +95,7 @@ class Envelope:
         finally:
             seconds = time.perf_counter() - started
             endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
-            known_method = method if method in _METHODS else "other"
+            known_method = method if method in METHODS else "other"
             metrics.request_latency(known_method, endpoint, status).observe(seconds)
             if path.startswith("/v1"):
                 log.info(

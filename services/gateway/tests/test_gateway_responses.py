@@ -58,6 +58,7 @@ ALL_SORTS: list[tuple[str, str, dict[str, str], int]] = [
     ("DELETE", "/v1/sandboxes/1", STUDENT, 405),
     ("OPTIONS", "/v1/allocate", STUDENT, 405),
     ("POST", "/healthz", {}, 405),
+    ("DELETE", "/v1/admin/sync", ADMIN, 405),
     ("BREW", "/v1/docs", {}, 405),
     # Not redirected: a redirect of a POST would have no body of ours, and clients turn it into a GET.
     ("POST", "/v1/allocate/", STUDENT, 404),
@@ -117,7 +118,13 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
         assert response.headers["Content-Type"] == "application/json"
         assert detail(response)["message"]
     if status == 405:
-        assert response.headers["Allow"] in ("GET", "POST")
+        assert response.headers["Allow"] in ("GET", "POST", "GET, POST")
+
+
+async def test_a_wrong_method_is_told_all_that_the_path_takes(gateway: Gateway) -> None:
+    response = await gateway.client.delete("/v1/admin/sync", headers=ADMIN)
+    assert response.headers["Allow"] == "GET, POST"
+    assert detail(response)["message"] == "/v1/admin/sync takes GET, POST, not DELETE."
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/v1/docs", "/v1/openapi.json"])
