@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from gateway.headers import STUDENT
 from gateway.schemas import header, responses
 
 _OURS = files("gateway") / "static"
@@ -64,10 +65,13 @@ def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's, and in it the headers that the middleware adds to every response."""
+    """FastAPI's, and in it what that cannot know: the header that we require ourselves, with an error of our own,
+    and the headers that the middleware adds to every response."""
     document = app.openapi()
     for path, operations in document["paths"].items():
         for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                parameter["required"] |= parameter["name"] == STUDENT
             parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
             for response in operation["responses"].values():
                 headers = response.setdefault("headers", {})

@@ -6,9 +6,10 @@ The functions read the fields themselves; the dependencies below them show FastA
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
+from pydantic import WithJsonSchema
 from starlette.types import Scope
 
 from gateway.errors import ApiError
@@ -80,18 +81,29 @@ def allocation(given: Fields) -> AllocationHeaders:
     return AllocationHeaders(_checked(TRACK, given), _checked(PREFIX, given), _checked(KEY, given))
 
 
+# What the OpenAPI document says of a value. FastAPI does not check it: that is done above, with errors of our own.
+_VALUE = WithJsonSchema({"type": "string", "maxLength": MAX_ID_LENGTH, "pattern": r"^[\x20-\x7e]*$"})
+_STUDENT = WithJsonSchema(
+    {
+        "type": "string",
+        "maxLength": MAX_ID_LENGTH,
+        "pattern": r"^[\x20-\x7e]*[\x21-\x7e][\x20-\x7e]*$",
+        "examples": ["inst-student-1-abc"],
+    }
+)
+_IGNORED_BESIDE_IT = WithJsonSchema({"type": "string"})
+
+
 async def _holder(
     request: Request,
     _: Annotated[
-        str | None,
-        Header(
-            alias=STUDENT,
-            description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required.",
-            examples=["inst-student-1-abc"],
-        ),
+        Any,
+        _STUDENT,
+        Header(alias=STUDENT, description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required."),
     ] = None,
     __: Annotated[
-        str | None,
+        Any,
+        _IGNORED_BESIDE_IT,
         Header(
             alias=STUDENT_OLD,
             description=f"The old name of {STUDENT}, read where that is absent.",
@@ -104,13 +116,15 @@ async def _holder(
 
 async def _allocation(
     request: Request,
-    _: Annotated[str | None, Header(alias=TRACK, description="The lab's name, kept for analytics.")] = None,
+    _: Annotated[Any, _VALUE, Header(alias=TRACK, description="The lab's name, kept for analytics.")] = None,
     __: Annotated[
-        str | None,
+        Any,
+        _VALUE,
         Header(alias=PREFIX, description="Only sandboxes whose name starts with exactly this text."),
     ] = None,
     ___: Annotated[
-        str | None,
+        Any,
+        _VALUE,
         Header(alias=KEY, description="The same key from the same student gives the same lease."),
     ] = None,
 ) -> AllocationHeaders:

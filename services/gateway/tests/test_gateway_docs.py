@@ -14,6 +14,7 @@ from openapi_schema_validator import OAS31Validator
 from devstack.settings import ROOT
 from gateway.error_page import page
 from gateway.errors import KINDS
+from sandbox_broker.messages import MAX_ID_LENGTH
 
 from .gateway_harness import client, create_app_without_servers
 
@@ -120,6 +121,22 @@ async def test_the_document_names_the_headers(document: Any) -> None:
             assert ("WWW-Authenticate" in response["headers"]) == (status == "401")
     exhausted = document["paths"]["/v1/allocate"]["post"]["responses"]["409"]
     assert exhausted["headers"]["Retry-After"]["schema"] == {"type": "integer"}
+
+
+async def test_the_document_says_what_the_headers_may_hold(document: Any) -> None:
+    for (_, path), operation in operations(document).items():
+        for parameter in operation.get("parameters", ()):
+            if parameter["in"] == "header":
+                assert parameter["required"] == (parameter["name"] == "X-Instruqt-Sandbox-ID"), path
+                schema = parameter["schema"]
+                if parameter["name"] == "X-Track-ID":  # whatever it holds, it is ignored beside the required one
+                    assert schema.keys() == {"type", "title"}
+                    continue
+                assert (schema["type"], schema["maxLength"]) == ("string", MAX_ID_LENGTH)
+                validator = OAS31Validator(schema)
+                assert validator.is_valid("inst-student-1 a~!%_")
+                assert validator.is_valid("") == (not parameter["required"])
+                assert not validator.is_valid("ü")
 
 
 async def test_both_tokens_can_be_given_in_the_document(document: Any) -> None:
