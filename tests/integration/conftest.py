@@ -3,7 +3,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
+from tests.integration import search
 from tests.integration.stack import Stack, eventually, running
+
+
+def pytest_report_header() -> str | None:
+    return f"search: {search.AMOUNT} cases by chance, SEARCH_SEED={search.SEED}" if search.AMOUNT else None
 
 
 @pytest.fixture(scope="session")

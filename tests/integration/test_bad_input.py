@@ -1,11 +1,9 @@
 """What the API answers to what it cannot accept."""
 
-import asyncio
-import json
-
 import httpx
 import pytest
 
+from tests.integration import wire
 from tests.integration.stack import ADMIN, TRACK_TOKEN, Stack, track
 
 TOKEN = {"Authorization": f"Bearer {TRACK_TOKEN}"}
@@ -62,21 +60,13 @@ async def test_bad_requests_are_told_what_to_do(
     ],
 )
 async def test_what_is_not_http_gets_the_same_error_body(stack: Stack, sent: bytes) -> None:
-    async with asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(stack.url).port)
-        writer.write(sent)
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-        await writer.wait_closed()
-    status, *lines = head.decode().split("\r\n")
-    headers = httpx.Headers(dict(line.split(": ", 1) for line in lines))
-    assert status == "HTTP/1.1 400 Bad Request"
-    detail = json.loads(body)["detail"]
-    assert (detail["code"], detail["request_id"]) == ("MALFORMED_REQUEST", headers["X-Request-ID"])
+    answer = await wire.send(stack.url, sent)
+    assert answer.error == (400, "MALFORMED_REQUEST")
+    detail = answer.json["detail"]
+    assert detail["request_id"] == answer.headers["X-Request-ID"]
     assert detail["message"]
-    assert headers["Content-Type"] == "application/json"
-    assert int(headers["Content-Length"]) == len(body)
-    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 async def test_another_students_sandbox_is_not_given_back(stack: Stack) -> None:

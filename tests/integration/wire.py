@@ -1,0 +1,56 @@
+"""HTTP byte for byte, for what clients refuse to send."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> tuple[int, str | None]:
+        """The status, and the code of what was refused."""
+        return self.status, None if self.status < 300 else self.json["detail"]["code"]
+
+
+def request(method: str, path: str, headers: Headers | Mapping[str, str]) -> bytes:
+    """A request after which the server closes the connection."""
+    if isinstance(headers, Mapping):
+        headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    fields = [(b"Host", b"gateway"), (b"Connection", b"close"), *headers]
+    head = b"".join(b"%b: %b\r\n" % field for field in fields)
+    return f"{method} {path} HTTP/1.1\r\n".encode() + head + b"\r\n"
+
+
+async def send(url: str, sent: bytes) -> Answer:
+    """Sends the bytes as they are, and reads until the server closes."""
+    there = httpx.URL(url)
+    async with asyncio.timeout(60):
+        reader, writer = await asyncio.open_connection(there.host, there.port)
+        try:
+            writer.write(sent)
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+            await writer.wait_closed()
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    version, status, *_ = status_line.split(" ")
+    assert version == "HTTP/1.1"
+    pairs = [line.partition(": ") for line in lines]
+    answer = Answer(int(status), httpx.Headers([(name, value) for name, _, value in pairs]), body)
+    assert int(answer.headers["Content-Length"]) == len(body)
+    return answer
