@@ -1,8 +1,10 @@
 """Many students at the same moment."""
 
 import asyncio
+from itertools import pairwise
+from typing import Any
 
-from tests.integration.stack import Stack
+from tests.integration.stack import Stack, eventually
 
 
 async def test_200_students_at_once_get_200_different_sandboxes(stack: Stack) -> None:
@@ -65,3 +67,56 @@ async def test_students_who_come_and_go_at_once_leave_a_sound_pool(stack: Stack)
     await asyncio.gather(*(visit(f"visitor-{number}") for number in range(60)))
     await asyncio.gather(*(visit(f"visitor-{number}") for number in range(60)))
     assert (await stack.stats())["allocated"] == 0
+
+
+async def test_50_mixed_requests_of_one_student_at_once_leave_one_consistent_story(stack: Stack) -> None:
+    await stack.fill(150)
+    granted: list[dict[str, Any]] = []
+    new: list[str] = []
+    released: set[str] = set()
+
+    async def come(**key: str) -> str | None:
+        answer = await stack.allocate("restless", **key)
+        if answer.status_code == 409:  # the key's lease had ended, and there was no other
+            assert answer.json()["detail"]["code"] == "IDEMPOTENCY_KEY_CONFLICT"
+            assert key
+            return None
+        assert answer.status_code in (200, 201), answer.text
+        lease = answer.json()
+        granted.append(lease)
+        if answer.status_code == 201:
+            new.append(lease["sandbox_id"])
+        return str(lease["sandbox_id"])
+
+    async def go(sandbox_id: str) -> None:
+        answer = await stack.release(sandbox_id, "restless")
+        assert answer.status_code == 200, answer.text
+        released.add(sandbox_id)
+
+    async def come_and_go(number: int) -> None:
+        key = {"Idempotency_Key": f"key-{number % 4}"} if number % 2 else {}
+        sandbox_id = await come(**key)
+        if sandbox_id is not None and number % 5 < 3:
+            await go(sandbox_id)
+            if number % 5 == 0:
+                await come()
+
+    await asyncio.gather(*(come_and_go(number) for number in range(50)))
+
+    leases = await stack.database.fetch("SELECT * FROM leases ORDER BY allocated_at")
+    assert {lease["holder"] for lease in leases} == {"restless"}
+    assert sorted(new) == sorted(lease["sandbox_id"] for lease in leases)
+    known = {lease["sandbox_id"]: int(lease["allocated_at"].timestamp()) for lease in leases}
+    assert all(known.get(lease["sandbox_id"]) == lease["allocated_at"] for lease in granted)
+    for earlier, later in pairwise(leases):
+        assert earlier["ended_at"] is not None
+        assert earlier["ended_at"] <= later["allocated_at"]
+    assert {lease["sandbox_id"] for lease in leases if lease["ended_at"] is not None} == released
+    assert len(leases) > 1
+
+    async def all_deleted() -> bool:
+        return (await stack.stats())["deleted"] == len(released)
+
+    await eventually(all_deleted)
+    external_ids = {lease["external_id"] for lease in granted if lease["sandbox_id"] in released}
+    assert {call["path"].rsplit("/", 1)[1] for call in await stack.deletions()} == external_ids
