@@ -23,7 +23,7 @@ from tests.integration import search
 from tests.integration.model import Csp, Lease, Model, Refused
 from tests.integration.stack import Stack, eventually, running, track
 
-STORIES, STEPS = 12, 25
+STORIES, STEPS = 12, 40
 
 MAX_SANDBOXES = 9
 STUDENTS = st.sampled_from(["ada", "grace", "alan"])
@@ -99,14 +99,15 @@ class Broker(RuleBasedStateMachine):
         self.bodies: dict[str, dict[str, Any]] = {}
         """What the students were answered, by sandbox."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(csp=st.sampled_from(Csp))
+    def begin(self, csp: Csp) -> None:
         self._run(empty(self.stack.database))
         self._control("POST", "reset", {"accounts": 0})
         for name_prefix, count in (("lab-a-", 4), ("lab-b-", 2)):
             for _ in range(count):
                 self.csp_makes(name_prefix)
         self.sync(force=False)
+        self.csp_becomes(csp)
 
     # Students
 
@@ -146,10 +147,6 @@ class Broker(RuleBasedStateMachine):
         sandbox_id = self._one(data, "allocated")
         self._release(self.model.leases[sandbox_id].holder, sandbox_id)
 
-    @rule(student=STUDENTS, number=ANY_ONE)
-    def release_any(self, student: str, number: int) -> None:
-        self._release(student, self._id(number))
-
     def _release(self, student: str, sandbox_id: str) -> None:
         answer = self._run(self.stack.release(sandbox_id, student))
         try:
@@ -160,9 +157,7 @@ class Broker(RuleBasedStateMachine):
             assert answer.status_code == 200, answer.text
             assert (answer.json()["sandbox_id"], answer.json()["status"]) == (sandbox_id, status)
 
-    @rule(student=STUDENTS, number=ANY_ONE)
-    def look(self, student: str, number: int) -> None:
-        sandbox_id = self._id(number)
+    def _look(self, student: str, sandbox_id: str) -> None:
         url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}"
         answer = self._run(self.stack.client.get(url, headers=track(student)))
         try:
@@ -181,10 +176,6 @@ class Broker(RuleBasedStateMachine):
     def end_lease(self, data: st.DataObject) -> None:
         self._end_lease(self._one(data, "allocated"))
 
-    @rule(number=ANY_ONE)
-    def end_any_lease(self, number: int) -> None:
-        self._end_lease(self._id(number))
-
     def _end_lease(self, sandbox_id: str) -> None:
         answer = self._admin("POST", f"sandboxes/{sandbox_id}/release", reason="class is over")
         try:
@@ -198,11 +189,6 @@ class Broker(RuleBasedStateMachine):
     @rule(data=st.data())
     def retry_deletion(self, data: st.DataObject) -> None:
         self._retry_deletion(self._one(data, "deletion_failed"))
-
-    @precondition(some("available", "pending_deletion", "deleted", "stale"))
-    @rule(data=st.data())
-    def retry_what_has_not_failed(self, data: st.DataObject) -> None:
-        self._retry_deletion(self._one(data, "available", "pending_deletion", "deleted", "stale"))
 
     def _retry_deletion(self, sandbox_id: str) -> None:
         answer = self._admin("POST", f"sandboxes/{sandbox_id}/retry-deletion")
@@ -238,6 +224,22 @@ class Broker(RuleBasedStateMachine):
             assert {name: body[name] for name in ("synced", "marked_stale", "restored")} == {
                 name: counts[name] for name in ("synced", "marked_stale", "restored")
             }
+
+    # Anybody, about a sandbox in whatever state, also where there is nothing to be done
+
+    @rule(student=STUDENTS, number=ANY_ONE)
+    def ask_about_any(self, student: str, number: int) -> None:
+        sandbox_id = self._id(number)
+        self._look(student, sandbox_id)
+        self._release(student, sandbox_id)
+        self._come_to_rest()
+        self._look(student, sandbox_id)
+
+    @rule(number=ANY_ONE)
+    def administer_any(self, number: int) -> None:
+        self._retry_deletion(self._id(number))
+        self._come_to_rest()
+        self._end_lease(self._id(number))
 
     # CSP
 
@@ -305,14 +307,17 @@ class Broker(RuleBasedStateMachine):
 
     @invariant()
     def the_database_is_as_the_model_says(self) -> None:
-        self._run(eventually(self._is_at_rest))
+        self._come_to_rest()
         sandboxes = self._fetch("SELECT sandbox_id, status, name, missing_since IS NOT NULL FROM sandboxes")
         assert sandboxes == {(id, s.status, s.name, s.missing) for id, s in self.model.sandboxes.items()}
         leases = self._fetch("SELECT sandbox_id, holder, idempotency_key, end_reason FROM leases")
         assert leases == {(id, lease.holder, lease.key, lease.ended) for id, lease in self.model.leases.items()}
 
+    def _come_to_rest(self) -> None:
+        """What goes on by itself is done: leases end, sandboxes are deleted."""
+        self._run(eventually(self._is_at_rest))
+
     async def _is_at_rest(self) -> bool:
-        """Whether what goes on by itself has been done."""
         pending = {id for id, sandbox in self.model.sandboxes.items() if sandbox.status == "pending_deletion"}
         ended = [id for id, lease in self.model.leases.items() if lease.ended]
         under_way = """
