@@ -30,6 +30,7 @@ def effort(examples: int, steps: int = 1) -> settings:
         stateful_step_count=max(steps, 2),
         derandomize=not AMOUNT,
         database=None,
+        report_multiple_bugs=False,  # the time for making it short is for one story
         deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
