@@ -49,7 +49,7 @@ lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade
 	@$(COMPILE) $(ARGS) $(OURS:%=--no-emit-package %) --group dev -o requirements/dev.txt pyproject.toml
 
 clean: ## Remove the virtual environment, caches and the local accounts of make run
-	@rm -rf .venv .devstack .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@rm -rf .venv .devstack .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Part of every other target. Does nothing while the requirements are the ones that were installed.
