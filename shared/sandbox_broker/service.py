@@ -13,7 +13,8 @@ import structlog
 import uvicorn
 from starlette.applications import Starlette
 
-GRACEFUL_STOP_SEC = 20
+from sandbox_broker.server import STOP_SEC, Server
+
 KEEP_ALIVE_SEC = 75
 """Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
 first, a request could be sent into the closing and be lost."""
@@ -85,10 +86,14 @@ async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
 
 
 def run(
-    app: Starlette, port: int, *, protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools"
+    app: Starlette,
+    port: int,
+    *,
+    protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools",
+    drain_sec: float = 0,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             app,
             host="0.0.0.0",
@@ -102,8 +107,10 @@ def run(
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SEC,
-            timeout_graceful_shutdown=GRACEFUL_STOP_SEC,
-        )
+            timeout_graceful_shutdown=int(STOP_SEC - drain_sec),
+        ),
+        app,
+        drain_sec=drain_sec,
     )
 
     def stop(*_: object) -> None:

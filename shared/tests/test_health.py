@@ -54,6 +54,16 @@ async def test_it_is_ready_when_all_is_well() -> None:
     assert answer.json() == {"status": "ready", "checks": {"queue": "ok", "database": "ok"}}
 
 
+async def test_it_is_not_ready_while_it_stops_whatever_the_checks_say() -> None:
+    app = Starlette(routes=health.routes({"queue": well}))
+    app.state.stopping = True
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        answer = await client.get("/readyz")
+        assert (await client.get("/healthz")).status_code == 200
+    assert (answer.status_code, answer.json()["detail"]["code"]) == (503, "NOT_READY")
+    assert answer.headers["Retry-After"] == str(answer.json()["detail"]["retry_after"])
+
+
 async def test_it_says_which_check_fails() -> None:
     answer = await get("/readyz", queue=ill, database=well)
     assert answer.status_code == 503

@@ -1,6 +1,7 @@
 """One process with its tasks: how they start and end, and how the process does."""
 
 import asyncio
+import http.client
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from devstack.ports import free_port
 from sandbox_broker.service import every, lifespan, uninterrupted
 
 PATIENCE_SEC = 60.0
+TOO_LONG_SEC = 600.0
+"""More than a test may take."""
 
 PROGRAM = """
 import asyncio, sys
@@ -41,14 +44,16 @@ app = Starlette(
     routes=health.routes({{}}),
     lifespan=service.lifespan(partial(holds, "first"), partial(holds, "second"), {tasks}),
 )
-service.run(app, int(sys.argv[1]))
+service.run(app, int(sys.argv[1]), drain_sec={drain_sec})
 """
 
 
-def start(tmp_path: Path, tasks: str = "", failure: str = "pass") -> tuple[subprocess.Popen[str], int]:
+def start(
+    tmp_path: Path, tasks: str = "", failure: str = "pass", drain_sec: float = 0
+) -> tuple[subprocess.Popen[str], int]:
     port = free_port()
     program = tmp_path / "service.py"
-    program.write_text(PROGRAM.format(tasks=tasks, failure=failure))
+    program.write_text(PROGRAM.format(tasks=tasks, failure=failure, drain_sec=drain_sec))
     return (
         subprocess.Popen(
             [sys.executable, str(program), str(port)],
@@ -68,12 +73,22 @@ def serving(port: int) -> bool:
         return False
 
 
+def ask(port: int, path: str) -> tuple[int, str | None]:
+    """The status, and the Connection header."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SEC)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers["Connection"]
+
+
 ALL_IN_ORDER = "started first\nstarted second\nended second\nended first\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
-    process, port = start(tmp_path)
+    process, port = start(tmp_path, drain_sec=0.3)
     with process:
         deadline = time.monotonic() + PATIENCE_SEC
         while not serving(port):
@@ -81,7 +96,40 @@ def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal
             time.sleep(0.02)
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE_SEC)
-    assert (process.returncode, out, err) == (0, ALL_IN_ORDER, "")
+    assert process.returncode == 0
+    assert [line for line in out.splitlines() if "service.stopping" not in line] == ALL_IN_ORDER.splitlines()
+    assert err == ""
+
+
+def test_before_it_stops_it_says_that_it_is_not_ready_and_still_serves(tmp_path: Path) -> None:
+    process, port = start(tmp_path, drain_sec=TOO_LONG_SEC)
+    with process:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not serving(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert ask(port, "/readyz") == (200, None)
+        process.send_signal(signal.SIGTERM)
+        while ask(port, "/readyz")[0] != 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert ask(port, "/readyz") == (503, "close")
+        assert ask(port, "/healthz") == (200, "close")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_SEC)
+    assert process.returncode == 0
+
+
+def test_whoever_waits_at_the_keyboard_need_not_wait_for_that(tmp_path: Path) -> None:
+    process, port = start(tmp_path, drain_sec=TOO_LONG_SEC)
+    with process:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not serving(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_SEC)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,17 @@ class Stack:
         return f"http://127.0.0.1:{self.environment['GATEWAY_PORT']}"
 
     async def start_service(
-        self, module: str, *, name: str | None = None, launcher: tuple[str, ...] | None = None
+        self,
+        module: str,
+        *,
+        name: str | None = None,
+        launcher: tuple[str, ...] | None = None,
+        port: int | None = None,
     ) -> Process:
         """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
         environment = {**self.environment, **self.own.get(module, {})}
         if name is not None:
-            environment[PORTS[module]] = str(free_port())
+            environment[PORTS[module]] = str(port or free_port())
         process = await spawn(
             name or module,
             [sys.executable, *(launcher or self.launcher), module],
@@ -170,6 +175,7 @@ async def running(
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
         "RATE_LIMIT": "",  # all students come from one address
+        "DRAIN_SEC": "0",
         "CSP_BASE_URL": f"{simulator}/v2",
         "CSP_API_TOKEN": CSP_TOKEN,
         "CLEANUP_BATCH_DELAY_SEC": "0",
