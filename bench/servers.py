@@ -142,6 +142,7 @@ class _Launcher:
             "LOG_LEVEL": "INFO",
             "LOG_FORMAT": "json",
             "RATE_LIMIT": "",  # all load comes from one address
+            "DRAIN_SEC": "0",
             "ADMIN_WAIT_SEC": "300",  # the time of a sync is its answer's
             "AUTO_EXPIRY_INTERVAL_SEC": str(EXPIRY_INTERVAL_SEC),
             "SYNC_INTERVAL_SEC": _NEVER_SEC,

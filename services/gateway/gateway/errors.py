@@ -86,6 +86,11 @@ KINDS: Mapping[str, Kind] = {
         "Look at `GET /v1/admin/sync`; if the listing is right, repeat with `force=true`.",
     ),
     "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", AGAIN, retry_after=5),
+    "CORS_REFUSED": Kind(
+        400,
+        "A page of another origin asks through a browser, and its origin, method or header is not allowed",
+        "Add the origin to `CORS_ALLOWED_ORIGINS` if it may ask.",
+    ),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
     "RATE_LIMITED": Kind(
         429,
@@ -114,6 +119,12 @@ KINDS: Mapping[str, Kind] = {
         "`/readyz`: this process cannot work now; the message says why",
         "Send requests to another replica meanwhile.",
         retry_after=health.RETRY_AFTER_SEC,
+    ),
+    "STOPPING": Kind(
+        503,
+        "This process stops, and there was no answer in time; the request may still succeed",
+        SAME_AGAIN,
+        retry_after=1,
     ),
     "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
     "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
@@ -170,6 +181,12 @@ def internal() -> ApiError:
     return ApiError(
         "INTERNAL_ERROR",
         "Something went wrong on our side. Try again; if it stays, tell the operator this request_id.",
+    )
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        "STOPPING", "This gateway stops, and there was no answer in time. The request may still succeed: ask again."
     )
 
 

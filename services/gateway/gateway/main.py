@@ -1,8 +1,10 @@
 """Wiring of the gateway: HTTP in, messages out."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,10 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from gateway import addresses, admin, auth, docs, errors, inventory, limits, middleware, routes, syncs
+from gateway import addresses, admin, auth, clients, cors, docs, errors, inventory, limits, middleware, routes, syncs
 from gateway.context import Context
 from gateway.errors import ApiError
-from gateway.malformed import Protocol
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service
@@ -41,6 +42,21 @@ class Gateway(FastAPI):
             await super().__call__(scope, receive, send)
 
 
+class CrossOriginGateway(Gateway):
+    """One that pages of other origins may ask too."""
+
+    def __init__(self, allowed_origins: Sequence[str], **named: Any) -> None:
+        super().__init__(**named)
+        self._cors = cors.Cors(super().__call__, allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["app"] = self
+            await self._cors(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def create_app(settings: Settings) -> Gateway:
     engine = db.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
@@ -61,7 +77,8 @@ def create_app(settings: Settings) -> Gateway:
             yield
         await engine.dispose()
 
-    app = Gateway(
+    allowed_origins = cors.origins(settings.cors_allowed_origins)
+    app = (partial(CrossOriginGateway, allowed_origins) if allowed_origins else Gateway)(
         title="Sandbox Broker",
         version="1",
         summary="Leases pre-created Infoblox CSP accounts to Instruqt students",
@@ -139,4 +156,9 @@ def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
-    service.run(create_app(settings), settings.gateway_port, protocol=Protocol)
+    service.run(
+        create_app(settings),
+        settings.gateway_port,
+        protocol=clients.protocol(settings.client_timeout_sec),
+        drain_sec=settings.drain_sec,
+    )

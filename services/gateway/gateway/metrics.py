@@ -30,4 +30,9 @@ AUTH_FAILURES = Counter(
     "Requests that were refused for their token: missing, unknown, or a track token on an admin route (forbidden)",
     ["reason"],
 )
+SLOW_CLIENTS = Counter(
+    "broker_slow_clients_total",
+    "Connections cut off because the client did not send its request, or read a response, in time",
+    ["late_with"],
+)
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])

@@ -1,6 +1,7 @@
 """What every request gets, whatever route it goes to or misses: an id, security headers, the limits of rate and
 size, one log line, one observation, and our own error body when something breaks."""
 
+import asyncio
 import re
 import time
 import uuid
@@ -14,11 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway import errors, metrics
 from gateway.errors import ApiError
 from gateway.limits import Standing, exceeded
+from gateway.replies import Gone
 
 MAX_BODY = 64 * 1024
 
 _NOT_LIMITED = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked by the platform, from one address and for ever."""
+
+_CLIENT_GONE = 499
+"""In the log and in metrics, in place of a status that nobody has seen; nginx has made it known."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -46,9 +51,11 @@ log = structlog.get_logger()
 class Envelope:
     """The outermost layer of the application, or of the one route `endpoint`."""
 
-    def __init__(self, app: ASGIApp, *, endpoint: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, *, endpoint: str | None = None, limited: bool = True) -> None:
+        """`limited`: requests count against the rate limit."""
         self._app = app
         self._endpoint = endpoint
+        self._limited = limited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,10 +70,7 @@ class Envelope:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
-        limits = scope["app"].state.context.limits
-        standing: Standing | None = None
-        if limits is not None and path not in _NOT_LIMITED:
-            standing = limits.requests.hit(scope["app"].state.context.client_address(scope))
+        standing = self._standing(scope)
 
         async def send_decorated(message: Message) -> None:
             nonlocal status
@@ -87,6 +91,12 @@ class Envelope:
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
             await errors.response(error, request_id)(scope, receive, send_decorated)
+        except Gone:
+            status = _CLIENT_GONE
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            if status or not getattr(scope["app"].state, "stopping", False):
+                raise
+            await errors.response(errors.stopping(), request_id)(scope, receive, send_decorated)
         except Exception:  # the outermost layer: whatever broke gets our own error body, and the log all of it
             log.exception("request.failed", request_id=request_id)
             if status:
@@ -106,6 +116,14 @@ class Envelope:
                     status=status,
                     duration_ms=round(seconds * 1000, 1),
                 )
+
+    def _standing(self, scope: Scope) -> Standing | None:
+        """Counts the request against the rate limit, if there is one for it."""
+        context = scope["app"].state.context
+        if context.limits is None or not self._limited or scope["path"] in _NOT_LIMITED:
+            return None
+        standing: Standing = context.limits.requests.hit(context.client_address(scope))
+        return standing
 
 
 def _check(standing: Standing | None) -> None:
@@ -137,6 +155,8 @@ async def _limited(given: Mapping[bytes, bytes], receive: Receive) -> Receive:
     received, more = 0, True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
         messages.append(message)
         received += len(message.get("body", b""))
         if received > MAX_BODY:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
+from starlette.types import Scope
 
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
@@ -24,11 +25,17 @@ LOOK_TIMEOUT_SEC = 1.0
 DOUBT_SEC = 3.0
 """For one about an allocator that was: a slow answer must not fail everybody who waits."""
 
+_WAITING = "gateway.waiting"
+
 log = structlog.get_logger()
 
 
 class Unavailable(Exception):
     """The queue or the allocator is down, or too many requests are in flight."""
+
+
+class Gone(Exception):
+    """The client has disconnected: nobody waits for the answer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,8 +61,9 @@ class Allocator:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    async def ask(self, command: Command, *, timeout_sec: float) -> Reply:
-        """Raises Unavailable, or TimeoutError: then the command may still be carried out."""
+    async def ask(self, command: Command, *, timeout_sec: float, scope: Scope | None = None) -> Reply:
+        """Raises Unavailable, or TimeoutError: then the command may still be carried out. So it may on Gone, where
+        `scope` is that of a request whose client leaves."""
         if not self._present:
             await self._look()  # it may have come since the last look
         if not (self._present and self._requester.connected):
@@ -65,6 +73,8 @@ class Allocator:
         loop = asyncio.get_running_loop()
         entry = _Entry(command, loop.time() + timeout_sec, loop.create_future())
         timer = loop.call_at(entry.deadline, _expire, entry)
+        if scope is not None:
+            scope[_WAITING] = entry.reply
         self._in_flight.add(entry)
         self._waiting.append(entry)
         self._wake.set()
@@ -132,6 +142,13 @@ class Allocator:
             for entry in self._in_flight:
                 if not entry.reply.done():
                     entry.reply.set_exception(Disconnected("no allocator is there to answer"))
+
+
+def leave(scope: Scope) -> None:
+    """The client of this request has gone. Who waits for its reply is freed, and what was not sent yet never is."""
+    reply: asyncio.Future[Reply] | None = scope.get(_WAITING)
+    if reply is not None and not reply.done():
+        reply.set_exception(Gone())
 
 
 def _expire(entry: _Entry) -> None:

@@ -7,7 +7,7 @@ from gateway import headers, metrics, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.headers import Allocation, Holder
-from gateway.replies import Unavailable
+from gateway.replies import Gone, Unavailable
 from gateway.schemas import Lease, Release, Sandbox, responses
 from sandbox_broker.messages import (
     AllocateSandbox,
@@ -59,6 +59,9 @@ async def _lease(request: Request) -> Response:
                 refuse(reply)
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
+            raise
+        except Gone:
+            metrics.ALLOCATIONS.labels(outcome="client_gone").inc()
             raise
     if reply.new:
         metrics.ALLOCATED.inc()
@@ -134,7 +137,9 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sand
 async def _ask(request: Request, command: Command, *, timeout_code: str) -> Reply:
     context: Context = request.app.state.context
     try:
-        return await context.allocator.ask(command, timeout_sec=context.settings.allocate_timeout_sec)
+        return await context.allocator.ask(
+            command, timeout_sec=context.settings.allocate_timeout_sec, scope=request.scope
+        )
     except Unavailable as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} Nothing is lost: try again shortly.") from error
     except TimeoutError as error:

@@ -42,6 +42,7 @@ STATUSES = {
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
 }
+NO_ROUTES_OWN = {"NOT_FOUND", "METHOD_NOT_ALLOWED", "MALFORMED_REQUEST", "CORS_REFUSED", "STOPPING"}
 TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
 
 
@@ -87,8 +88,7 @@ async def test_the_document_says_of_every_error_what_to_do(document: Any) -> Non
                 detail = example["value"]["detail"]
                 assert (detail["code"], detail.get("retry_after")) == (code, kind.retry_after)
                 described.add(code)
-    # These belong to no route.
-    assert described == KINDS.keys() - {"NOT_FOUND", "METHOD_NOT_ALLOWED", "MALFORMED_REQUEST"}
+    assert described == KINDS.keys() - NO_ROUTES_OWN
 
 
 def test_the_page_of_errors_is_current() -> None:

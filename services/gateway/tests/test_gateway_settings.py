@@ -28,6 +28,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     settings = load(Settings)
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
     assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
+    assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ("", 30, 5)
 
 
 def test_no_secret_is_shown() -> None:
@@ -56,6 +57,13 @@ def test_no_secret_is_shown() -> None:
         ("RATE_LIMIT", "5/minute;1/second"),
         ("TRUSTED_PROXIES", "somewhere"),
         ("TRUSTED_PROXIES", "10.0.0.0/8, 10.0.0.0/99"),
+        ("CORS_ALLOWED_ORIGINS", "labs.example.com"),
+        ("CORS_ALLOWED_ORIGINS", "https://labs.example.com, https://labs.example.com/lab"),
+        ("CORS_ALLOWED_ORIGINS", "*/lab"),
+        ("CORS_ALLOWED_ORIGINS", "*, https://labs.example.com"),
+        ("CLIENT_TIMEOUT_SEC", "0"),
+        ("DRAIN_SEC", "-1"),
+        ("DRAIN_SEC", "30"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )

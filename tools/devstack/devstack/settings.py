@@ -30,7 +30,8 @@ TOKENS = {
 }
 """Variable and development default of every token. Nothing else in the project has a default token."""
 
-_DEFAULTS = {"LOG_FORMAT": "console", "LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1"}
+# No proxy has to notice that the gateway stops.
+_DEFAULTS = {"LOG_FORMAT": "console", "LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "DRAIN_SEC": "0"}
 
 
 @dataclass(frozen=True, slots=True)
