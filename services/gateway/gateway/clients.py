@@ -47,7 +47,7 @@ class Protocol(malformed.Protocol):
             return
         self._received += len(data)
         if self._received > MAX_RECEIVED:
-            self._cut("request")
+            self._cut("request_too_large")
 
     def on_message_complete(self) -> None:
         self._whole = self.scope
@@ -55,13 +55,14 @@ class Protocol(malformed.Protocol):
 
     @property
     def _answered(self) -> bool:
-        """Before it has come as a whole: most routes never look at a body."""
+        """The newest request, perhaps before it has come as a whole: most routes never look at a body."""
         return self.cycle is not None and self.cycle.scope is self.scope and self.cycle.response_complete
 
     def _look_later(self) -> None:
         self._timer = self.loop.call_later(self.patience_sec / _LOOKS, self._look)
 
     def _look(self) -> None:
+        self._keep_alive()
         awaited = self._awaited()
         if awaited is None or awaited is not self._late:
             self._late, self._looks = awaited, 0
@@ -70,7 +71,7 @@ class Protocol(malformed.Protocol):
         if self._looks < _LOOKS:
             self._look_later()
         else:
-            self._cut("response" if awaited is self.transport else "request")
+            self._cut("response_unread" if awaited is self.transport else "request_unfinished")
 
     def _awaited(self) -> object:
         """What the client owes us: the same object as long as it is the same thing, or None."""
@@ -79,15 +80,17 @@ class Protocol(malformed.Protocol):
         busy = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         if busy or self.pipeline:
             return None
-        if self.scope is not self._whole:
-            return self.scope or self
-        if self.timeout_keep_alive_task is None and self.cycle is not None and self.cycle.response_complete:
-            # The rest of a request came after its response. uvicorn has then forgotten its own time limit.
-            return self.scope
-        return None
+        return (self.scope or self) if self.scope is not self._whole else None
 
-    def _cut(self, late_with: str) -> None:
-        metrics.SLOW_CLIENTS.labels(late_with=late_with).inc()
+    def _keep_alive(self) -> None:
+        """Where the rest of a request came after its response, uvicorn has forgotten its limit for idle ones."""
+        if self._answered and self.scope is self._whole and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _cut(self, reason: str) -> None:
+        metrics.SLOW_CLIENTS.labels(reason=reason).inc()
         self.transport.abort()
 
 

@@ -32,7 +32,7 @@ AUTH_FAILURES = Counter(
 )
 SLOW_CLIENTS = Counter(
     "broker_slow_clients_total",
-    "Connections cut off because the client did not send its request, or read a response, in time",
-    ["late_with"],
+    "Connections cut off: a client did not finish its request or read its response in time, or sent too much",
+    ["reason"],
 )
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])

@@ -160,6 +160,7 @@ async def test_too_many_in_flight_is_503_at_once_and_over_when_they_are_answered
     await until(lambda: gateway.app.state.context.allocator.in_flight == 10)
     response = await gateway.allocate()
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
+    assert detail(response)["retry_after"]  # and the header with it
     gate.set()
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [201] * 10
     assert (await gateway.allocate()).status_code == 201

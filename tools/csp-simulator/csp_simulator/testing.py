@@ -4,18 +4,19 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp) -> AsyncIterator[str]:
-    """Serve `app` inside the block; yields its root URL, to which /v2 and /_control are appended."""
+async def serving(app: ASGIApp, **options: Any) -> AsyncIterator[str]:
+    """Serve `app` inside the block; yields its root URL, to which /v2 and /_control are appended. `options` are
+    uvicorn's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(
-            app, lifespan="off", access_log=False, log_level="critical", timeout_graceful_shutdown=1
-        )
+        usual = {"lifespan": "off", "access_log": False, "log_level": "critical", "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(app, **{**usual, **options})
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -1,0 +1,247 @@
+"""Clients that are slow, and clients that go away."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi import FastAPI
+
+from csp_simulator.testing import serving
+from gateway import clients, replies
+
+from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
+
+SHORT_SEC = 0.4
+FOR_EVER_SEC = 600.0
+"""Longer than a test may take."""
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+BUNDLE = b"GET /v1/docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+ALLOCATE = (
+    b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n"
+    + "".join(f"{name}: {value}\r\n" for name, value in STUDENT.items()).encode()
+)
+
+
+class Client:
+    """A connection, byte by byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def response(self) -> tuple[int, dict[str, Any]]:
+        """The next one: its status, and its JSON."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        assert length
+        return int(head.split()[1]), json.loads(await self.reader.readexactly(int(length[1])))
+
+    async def cut_off(self) -> bytes:
+        """What comes until the server has ended the connection."""
+        received = bytearray()
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := await self.reader.read(1 << 16):
+                received += chunk
+        return bytes(received)
+
+
+@asynccontextmanager
+async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
+    protocol = clients.protocol(patience_sec)
+    async with serving(app, http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url, asyncio.timeout(60):
+        yield url
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"\r\n",
+        b"GET /heal",
+        b"GET /healthz HTTP/1.1\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Half",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha",
+        b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        HEALTH + b"GET /heal",
+        HEALTH + HEALTH + b"POST /healthz HTTP/1.1\r\nContent-Length: 1\r\n\r\n",
+    ],
+)
+async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
+    before = sample("broker_slow_clients_total", reason="request_unfinished")
+    async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
+        slow.writer.write(sent)
+        answer = await slow.cut_off()
+        async with connected(url) as other:
+            other.writer.write(HEALTH)
+            assert (await other.response())[0] == 200
+    assert answer.count(b"HTTP/1.1 200") == sent.count(HEALTH)
+    assert sample("broker_slow_clients_total", reason="request_unfinished") > before
+
+
+async def test_a_request_that_comes_in_drops_without_an_end_is_cut_off_too() -> None:
+    async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
+        slow.writer.write(b"GET /healthz HTTP/1.1\r\n")
+
+        async def drip() -> None:
+            while not slow.writer.transport.is_closing():
+                slow.writer.write(b"X-More: and more\r\n")
+                await asyncio.sleep(SHORT_SEC / 20)
+
+        dripping = asyncio.create_task(drip())
+        assert await slow.cut_off() == b""
+        slow.writer.transport.abort()
+        await dripping
+
+
+async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() -> None:
+    app = create_app_without_servers()
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow_route() -> dict[str, str]:
+        asked.set()
+        await go_on.wait()
+        return {}
+
+    app.add_api_route("/slow", slow_route)
+    async with served(app, SHORT_SEC) as url, connected(url) as waiting, connected(url) as idle:
+        idle.writer.write(HEALTH)
+        assert (await idle.response())[0] == 200
+        waiting.writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asked.wait()
+        for _ in range(3):  # each has been cut off after as long a time
+            async with connected(url) as silent:
+                await silent.cut_off()
+        go_on.set()
+        assert await waiting.response() == (200, {})
+        idle.writer.write(HEALTH)
+        assert (await idle.response())[0] == 200
+
+
+async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is() -> None:
+    app = create_app_without_servers()
+    async with served(app, SHORT_SEC) as url, connected(url) as client:
+        client.writer.write(b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        assert (await client.response())[0] == 401
+        client.writer.write(b"{}")
+        for _ in range(3):
+            async with connected(url) as silent:
+                await silent.cut_off()
+        client.writer.write(HEALTH)
+        assert (await client.response())[0] == 200
+
+
+async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_for_ever() -> None:
+    protocol = clients.protocol(SHORT_SEC)
+    async with (
+        serving(create_app_without_servers(), http=protocol, timeout_keep_alive=1) as url,
+        asyncio.timeout(60),
+        connected(url) as client,
+    ):
+        client.writer.write(b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        assert (await client.response())[0] == 401
+        client.writer.write(b"{}")
+        assert await client.cut_off() == b""
+
+
+async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> None:
+    before = sample("broker_slow_clients_total", reason="response_unread")
+    async with served(create_app_without_servers(), SHORT_SEC) as url:
+        with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as deaf:
+            deaf.setblocking(False)
+            # More than fits between us: 1.4 MB for each.
+            await asyncio.get_running_loop().sock_sendall(deaf, 20 * BUNDLE)
+            await until(lambda: sample("broker_slow_clients_total", reason="response_unread") > before)
+        async with connected(url) as other:
+            other.writer.write(HEALTH)
+            assert (await other.response())[0] == 200
+
+
+async def test_a_head_without_an_end_is_cut_off_by_its_size_however_quick_it_comes() -> None:
+    before = sample("broker_slow_clients_total", reason="request_too_large")
+    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
+        client.writer.write(HEALTH)
+        assert (await client.response())[0] == 200
+        with contextlib.suppress(ConnectionError):
+            client.writer.write(b"GET /healthz HTTP/1.1\r\n")
+            while True:
+                client.writer.write(b"X-More: and more\r\n" * 100)
+                await client.writer.drain()
+    assert sample("broker_slow_clients_total", reason="request_too_large") == before + 1
+
+
+@pytest.mark.parametrize("size", [1, 16])
+async def test_the_largest_body_is_let_through_however_small_its_chunks(size: int) -> None:
+    chunk = f"{size:x}\r\n".encode() + b"x" * size + b"\r\n"
+    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
+        client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.writer.write(chunk * (64 * 1024 // size) + b"0\r\n\r\n")
+        status, body = await client.response()
+    assert (status, body["detail"]["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
+
+
+async def test_clients_that_leave_make_room_at_once(
+    amqp_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "MAX_IN_FLIGHT", 5)
+    gone = sample("broker_allocate_total", outcome="client_gone")
+    # Without their leaving they would wait for longer than this test does.
+    async with running(amqp_url, database_url=database_url, allocate_timeout_sec=60) as gateway:
+        gateway.allocator.answer = say_nothing
+        in_flight = gateway.app.state.context.allocator
+        async with served(gateway.app, FOR_EVER_SEC) as url, contextlib.AsyncExitStack() as connections:
+            for _ in range(5):
+                client = await connections.enter_async_context(connected(url))
+                client.writer.write(ALLOCATE + b"\r\n")
+            await until(lambda: in_flight.in_flight == 5)
+            refused = await gateway.allocate()
+            assert (refused.status_code, detail(refused)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
+            await connections.aclose()
+            await until(lambda: in_flight.in_flight == 0, within_sec=45)
+            gateway.reset()
+            assert (await gateway.allocate()).status_code == 201
+            assert sample("broker_allocate_total", outcome="client_gone") == gone + 5
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_has_asked_for_nothing(
+    amqp_url: str, database_url: str
+) -> None:
+    labels = {"method": "POST", "endpoint": "/v1/allocate", "status": "499"}
+    before = sample("broker_request_latency_seconds_count", **labels)
+    async with running(amqp_url, database_url=database_url) as gateway:
+        async with served(gateway.app, FOR_EVER_SEC) as url:
+            async with connected(url) as client:
+                client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+                await client.writer.drain()
+            await until(lambda: sample("broker_request_latency_seconds_count", **labels) > before)
+        assert gateway.allocator.commands == []
+
+
+async def test_what_a_stop_cannot_wait_for_is_told_so(amqp_url: str, database_url: str) -> None:
+    async with running(amqp_url, database_url=database_url, allocate_timeout_sec=60) as gateway:
+        gateway.allocator.answer = say_nothing
+        gateway.app.state.stopping = True
+        async with contextlib.AsyncExitStack() as connections:
+            async with served(gateway.app, FOR_EVER_SEC) as url:
+                client = await connections.enter_async_context(connected(url))
+                client.writer.write(ALLOCATE + b"\r\n")
+                await until(lambda: gateway.allocator.commands)
+            status, body = await client.response()
+    assert (status, body["detail"]["code"]) == (503, "STOPPING")
+    assert body["detail"]["retry_after"]
