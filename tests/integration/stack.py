@@ -53,12 +53,11 @@ class Stack:
         *,
         name: str | None = None,
         launcher: tuple[str, ...] | None = None,
-        port: int | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> Process:
         """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
-        environment = {**self.environment, **self.own.get(module, {})}
-        if name is not None:
-            environment[PORTS[module]] = str(port or free_port())
+        port = {} if name is None else {PORTS[module]: str(free_port())}
+        environment = {**self.environment, **self.own.get(module, {}), **port, **(settings or {})}
         process = await spawn(
             name or module,
             [sys.executable, *(launcher or self.launcher), module],

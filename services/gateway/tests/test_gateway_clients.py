@@ -2,18 +2,16 @@
 
 import asyncio
 import contextlib
-import json
-import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from fastapi import FastAPI
 
 from csp_simulator.testing import serving
+from devstack.wire import GET_HEALTH, connected
 from gateway import clients, replies
 
 from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
@@ -21,7 +19,6 @@ from .gateway_harness import STUDENT, create_app_without_servers, detail, runnin
 SHORT_SEC = 0.4
 FOR_EVER_SEC = 600.0
 """Longer than a test may take."""
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 BUNDLE = b"GET /v1/docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 ALLOCATE = (
     b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n"
@@ -29,43 +26,11 @@ ALLOCATE = (
 )
 
 
-class Client:
-    """A connection, byte by byte."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    async def response(self) -> tuple[int, dict[str, Any]]:
-        """The next one: its status, and its JSON."""
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-        assert length
-        return int(head.split()[1]), json.loads(await self.reader.readexactly(int(length[1])))
-
-    async def cut_off(self) -> bytes:
-        """What comes until the server has ended the connection."""
-        received = bytearray()
-        with contextlib.suppress(ConnectionResetError):
-            while chunk := await self.reader.read(1 << 16):
-                received += chunk
-        return bytes(received)
-
-
 @asynccontextmanager
 async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
     protocol = clients.protocol(patience_sec)
     async with serving(app, http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url, asyncio.timeout(60):
         yield url
-
-
-@asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Client]:
-    reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
-    try:
-        yield Client(reader, writer)
-    finally:
-        writer.transport.abort()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +44,8 @@ async def connected(url: str) -> AsyncIterator[Client]:
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf",
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha",
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
-        HEALTH + b"GET /heal",
-        HEALTH + HEALTH + b"POST /healthz HTTP/1.1\r\nContent-Length: 1\r\n\r\n",
+        GET_HEALTH + b"GET /heal",
+        GET_HEALTH + GET_HEALTH + b"POST /healthz HTTP/1.1\r\nContent-Length: 1\r\n\r\n",
     ],
 )
 async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
@@ -89,9 +54,9 @@ async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
         slow.writer.write(sent)
         answer = await slow.cut_off()
         async with connected(url) as other:
-            other.writer.write(HEALTH)
+            other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
-    assert answer.count(b"HTTP/1.1 200") == sent.count(HEALTH)
+    assert answer.count(b"HTTP/1.1 200") == sent.count(GET_HEALTH)
     assert sample("broker_slow_clients_total", reason="request_unfinished") > before
 
 
@@ -121,7 +86,7 @@ async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() 
 
     app.add_api_route("/slow", slow_route)
     async with served(app, SHORT_SEC) as url, connected(url) as waiting, connected(url) as idle:
-        idle.writer.write(HEALTH)
+        idle.writer.write(GET_HEALTH)
         assert (await idle.response())[0] == 200
         waiting.writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
         await asked.wait()
@@ -130,7 +95,7 @@ async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() 
                 await silent.cut_off()
         go_on.set()
         assert await waiting.response() == (200, {})
-        idle.writer.write(HEALTH)
+        idle.writer.write(GET_HEALTH)
         assert (await idle.response())[0] == 200
 
 
@@ -143,7 +108,7 @@ async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is
         for _ in range(3):
             async with connected(url) as silent:
                 await silent.cut_off()
-        client.writer.write(HEALTH)
+        client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
 
 
@@ -169,14 +134,14 @@ async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> No
             await asyncio.get_running_loop().sock_sendall(deaf, 20 * BUNDLE)
             await until(lambda: sample("broker_slow_clients_total", reason="response_unread") > before)
         async with connected(url) as other:
-            other.writer.write(HEALTH)
+            other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
 
 
 async def test_a_head_without_an_end_is_cut_off_by_its_size_however_quick_it_comes() -> None:
     before = sample("broker_slow_clients_total", reason="request_too_large")
     async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
-        client.writer.write(HEALTH)
+        client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
         with contextlib.suppress(ConnectionError):
             client.writer.write(b"GET /healthz HTTP/1.1\r\n")

@@ -1,0 +1,137 @@
+"""Gateways are replaced one by one under load: no request fails, though nobody tries one again."""
+
+import asyncio
+import random
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from devstack import haproxy
+from devstack.errors import CannotRun
+from devstack.haproxy import Proxy
+from devstack.output import Terminal
+from devstack.ports import free_port
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.stack import Stack, eventually, running, track
+
+GATEWAYS = ("gateway-1", "gateway-2")
+CONNECTIONS = 200
+PERIODS = 1 + 2 * len(GATEWAYS)
+"""Before, and for each gateway while it is away and after it has come back. In each everybody is somebody new."""
+PAUSE_SEC = 1.0
+DRAIN_SEC = 10
+"""HAProxy looks ten times a second; the rest is for a crowded machine."""
+
+
+@pytest.fixture
+def ports() -> dict[str, int]:
+    return {name: free_port() for name in GATEWAYS}
+
+
+@pytest.fixture
+async def stack(new_database: NewDatabase, new_vhost: NewVhost, ports: dict[str, int]) -> AsyncIterator[Stack]:
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url) as stack,
+    ):
+        for name in GATEWAYS:
+            await start(stack, name, ports)
+        yield stack
+        for name in GATEWAYS:
+            await stack.processes[name].stop(with_signal=signal.SIGINT)
+
+
+@pytest.fixture
+async def proxy(stack: Stack, ports: dict[str, int]) -> AsyncIterator[Proxy]:
+    try:
+        async with haproxy.before(ports, Terminal()) as proxy:
+            yield proxy
+    except CannotRun as reason:
+        pytest.fail(f"this test needs HAProxy: {reason}")
+
+
+async def start(stack: Stack, name: str, ports: dict[str, int]) -> None:
+    settings = {"GATEWAY_PORT": str(ports[name]), "DRAIN_SEC": str(DRAIN_SEC)}
+    await stack.start_service("gateway", name=name, settings=settings)
+
+
+class Class:
+    """Students on so many connections, who ask for their sandbox again and again."""
+
+    def __init__(self, url: str) -> None:
+        self.period = 0
+        self.over = False
+        self.leases: dict[str, str] = {}
+        self.served: Counter[tuple[int, int]] = Counter()
+        """How often each connection was, in each period."""
+        self.failures: list[str] = []
+        self._url = url
+
+    async def attend(self) -> None:
+        limits = httpx.Limits(
+            max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=None
+        )
+        async with (
+            httpx.AsyncClient(limits=limits, timeout=60, trust_env=False) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            for number in range(CONNECTIONS):
+                group.create_task(self._sit(client, number))
+
+    async def _sit(self, client: httpx.AsyncClient, number: int) -> None:
+        while not self.over:
+            await asyncio.sleep(random.uniform(0, 2 * PAUSE_SEC))
+            period = self.period
+            student = f"student-{number}-{period}"
+            try:
+                answer = await client.post(f"{self._url}/v1/allocate", headers=track(student))
+            except httpx.TransportError as error:
+                self.failures.append(f"{student}: {error!r}")
+                continue
+            if answer.status_code not in (200, 201):
+                self.failures.append(f"{student}: {answer.status_code} {answer.text}")
+            elif self.leases.setdefault(student, answer.json()["sandbox_id"]) != answer.json()["sandbox_id"]:
+                self.failures.append(f"{student} has two sandboxes")
+            self.served[number, period] += 1
+
+    async def everybody_was_served(self) -> bool:
+        return all(self.served[number, self.period] for number in range(CONNECTIONS))
+
+
+@pytest.mark.timeout(400)
+async def test_gateways_are_replaced_and_no_request_fails(
+    stack: Stack, proxy: Proxy, ports: dict[str, int]
+) -> None:
+    await stack.fill(PERIODS * CONNECTIONS)
+    students = Class(proxy.url)
+    attending = asyncio.create_task(students.attend())
+    try:
+        await eventually(students.everybody_was_served)
+        for name in GATEWAYS:
+
+            async def is_back(name: str = name) -> bool:
+                return await proxy.up(name)
+
+            students.period += 1
+            stack.processes[name].send(signal.SIGTERM)
+            assert await stack.processes[name].wait() == 0
+            await eventually(students.everybody_was_served)
+            students.period += 1
+            await start(stack, name, ports)
+            await eventually(is_back)
+            await eventually(students.everybody_was_served)
+    finally:
+        students.over = True
+        await attending
+
+    assert students.failures == []
+    rows = await stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
+    assert {row["holder"]: row["sandbox_id"] for row in rows} == students.leases
+    await stack.assert_sound()
+    states = await proxy.states()
+    assert all(int(states[name]["stot"]) > CONNECTIONS for name in GATEWAYS)
+    assert [(states[name]["wretr"], states[name]["wredis"]) for name in GATEWAYS] == [("0", "0")] * len(GATEWAYS)

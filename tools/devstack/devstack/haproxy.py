@@ -1,0 +1,85 @@
+"""HAProxy before several gateways, for the test that replaces them one by one."""
+
+import csv
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from devstack import packages
+from devstack.output import Terminal
+from devstack.ports import free_port
+from devstack.private import wait_until
+from devstack.processes import spawn
+
+# It sends a request once and tells what came of it: nothing is tried again, here or on another server. It asks the
+# servers itself whether they are ready, and waits for answers as long as a crowded machine may take.
+_CONFIGURATION = """
+global
+    maxconn 2000
+defaults
+    mode http
+    retries 0
+    no option redispatch
+    timeout connect 30s
+    timeout client 60s
+    timeout server 60s
+    timeout check 30s
+listen servers
+    bind 127.0.0.1:{port}
+    balance roundrobin
+    option httpchk GET /readyz
+    http-check expect status 200
+    default-server check inter 100ms fall 1 rise 1
+{servers}
+listen states
+    bind 127.0.0.1:{states_port}
+    stats enable
+    stats uri /
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    url: str
+    _states: str
+
+    async def states(self) -> Mapping[str, Mapping[str, str]]:
+        """What HAProxy tells of each server, by the names of its CSV: `status`, `stot` (requests), `wretr` (tried
+        again), and many more."""
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            answer = await client.get(f"{self._states}/;csv")
+        answer.raise_for_status()
+        rows = csv.DictReader(answer.text.removeprefix("# ").splitlines())
+        return {row["svname"]: row for row in rows if row["pxname"] == "servers"}
+
+    async def up(self, name: str) -> bool:
+        return (await self.states())[name]["status"] == "UP"
+
+
+@asynccontextmanager
+async def before(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[Proxy]:
+    """HAProxy before servers on this machine, by name. Raises CannotRun where it cannot be had."""
+    program = await packages.program(["haproxy"], "haproxy", terminal)
+    port, states_port = free_port(), free_port()
+    servers = "\n".join(f"    server {name} 127.0.0.1:{server}" for name, server in ports.items())
+    proxy = Proxy(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{states_port}")
+    with tempfile.TemporaryDirectory(prefix="sandbox-broker-haproxy-") as directory:
+        file = Path(directory) / "haproxy.cfg"
+        file.write_text(_CONFIGURATION.format(port=port, servers=servers, states_port=states_port))
+        process = await spawn("haproxy", [program, "-db", "-f", file])
+
+        async def answers() -> str | None:
+            try:
+                return None if await proxy.states() else "it knows no servers"
+            except httpx.HTTPError as error:
+                return f"{type(error).__name__} {error}"
+
+        try:
+            await wait_until(answers, process, "HAProxy")
+            yield proxy
+        finally:
+            await process.stop()
