@@ -55,6 +55,11 @@ GOALS = (
     Goal("p99 beside a sync ÷ without", lambda r: _latency(r, "p99", "sync-beside", "beside-nothing"), at_most=2),
     Goal("p99 beside expiry ÷ without", lambda r: _latency(r, "p99", "expiry-beside", "beside-nothing"), at_most=2),
     Goal("p99 beside a purge ÷ without", lambda r: _latency(r, "p99", "purge-beside", "beside-nothing"), at_most=2),
+    Goal(
+        "p99 beside slow clients ÷ without",
+        lambda r: _latency(r, "p99", "slow-clients", "beside-nothing"),
+        at_most=2,
+    ),
     Goal("a sync beside students (s)", lambda r: r["sync-beside"].more["sync s"], at_most=60),
     Goal("long run, last tenth ÷ first", lambda r: r["long"].more["last tenth ÷ first"], at_least=0.9),
     Goal("long run, largest service (MB)", lambda r: max(r["long"].memory.values()), at_most=150),

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import allocating, beside, life, meter, pgbench, pool
+from bench import allocating, beside, life, meter, pgbench, pool, slow
 from bench.load import Load
 from bench.meter import Run
 from bench.servers import Servers, Target
@@ -82,6 +82,7 @@ ALL: tuple[Scenario, ...] = (
     Scenario("class-start", "class-start", allocating.class_start),
     *_each("pool", "sandboxes", allocating.stock, [1_000, 100_000, 1_000_000]),
     Scenario("beside", "beside-nothing", beside.nothing),
+    Scenario("slow", "slow-clients", slow.clients),
     Scenario("beside", "sync-beside", beside.sync),
     Scenario("beside", "expiry-beside", beside.expiry),
     Scenario("beside", "purge-beside", beside.purge),

@@ -37,7 +37,7 @@ async def test_every_promise_holds_in_the_smallest_run_of_each_kind(
     servers: tuple[Found, Found], tmp_path: Path
 ) -> None:
     path = tmp_path / "figures.json"
-    chosen = ["repeat", "prefix-20", "pool-1000", "beside", "long"]
+    chosen = ["repeat", "prefix-20", "pool-1000", "beside", "slow", "long"]
     sizes = ["--accounts", "20000", "--cycles", "2000"]
     code, said = await run(
         [sys.executable, "-m", "bench", *chosen, *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=390
