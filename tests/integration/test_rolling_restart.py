@@ -86,7 +86,7 @@ class Class:
                 try:
                     await client.send(f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
                     status, body = await client.response()
-                except (OSError, asyncio.IncompleteReadError) as error:
+                except (OSError, asyncio.IncompleteReadError, ValueError) as error:  # or the proxy's own answer
                     self.failures.append(f"{student}: {error!r}")
                     return
                 if status not in (200, 201):

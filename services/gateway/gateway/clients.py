@@ -77,9 +77,6 @@ class Protocol(malformed.Protocol):
         """What the client owes us: the same object as long as it is the same thing, or None."""
         if self.transport.get_write_buffer_size() > 0:
             return self.transport
-        busy = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
-        if busy or self.pipeline:
-            return None
         return (self.scope or self) if self.scope is not self._whole else None
 
     def _keep_alive(self) -> None:
