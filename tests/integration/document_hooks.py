@@ -20,5 +20,5 @@ def filter_failure(_: Any, failure: Exception, case: Any, response: Any) -> bool
     if isinstance(failure, AcceptedNegativeData | MissingHeaderNotRejected):
         return OLD not in case.headers or NEW in case.headers
     if isinstance(failure, RejectedPositiveData):
-        return response.status_code != 400 or response.json()["detail"]["code"] != "INVALID_CURSOR"
+        return not (response.status_code == 400 and response.json()["detail"]["code"] == "INVALID_CURSOR")
     return True

@@ -15,7 +15,20 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from gateway import addresses, admin, auth, clients, cors, docs, errors, inventory, limits, middleware, routes, syncs
+from gateway import (
+    addresses,
+    admin,
+    auth,
+    clients,
+    cors,
+    docs,
+    errors,
+    inventory,
+    limits,
+    middleware,
+    routes,
+    syncs,
+)
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.replies import Allocator
