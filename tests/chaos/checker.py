@@ -24,7 +24,6 @@ LATEST_EFFECT_SEC = 60.0
 an allocator that had it in hand may be slow."""
 OVERDUE_SEC = 60.0
 """How long after its time, the grace included, a lease must have ended."""
-RECOVERY_SEC = 10.0
 
 UNKNOWN, AVAILABLE, ALLOCATED, STALE = "unknown", "available", "allocated", "stale"
 PENDING, FAILED, DELETED = "pending_deletion", "deletion_failed", "deleted"
@@ -269,14 +268,13 @@ def released_sandboxes_are_deleted_in_csp(evidence: Evidence) -> Iterator[str]:
             yield f"{when} of {_told([lease])}"
 
 
-def students_are_served_again_after_healing(evidence: Evidence) -> Iterator[str]:
+def students_are_served_again_in_time(evidence: Evidence) -> Iterator[str]:
     for recovery in evidence.recoveries:
-        healed = f"{recovery.fault}, healed at {_clock(recovery.healed_at)}"
+        fault = f"{recovery.fault}, {_clock(recovery.since)}"
         if recovery.served_at is None:
-            yield f"after {healed}, no new student was given a sandbox"
-        elif recovery.served_at - recovery.healed_at > RECOVERY_SEC:
-            took = recovery.served_at - recovery.healed_at
-            yield f"after {healed}, a new student was first given a sandbox {took:.1f} s later"
+            yield f"after {fault}, no new student was given a sandbox"
+        elif (took := recovery.served_at - recovery.since) > recovery.within_sec:
+            yield f"after {fault}, a new student was given a sandbox {took:.1f} s later"
 
 
 def nothing_goes_wrong_that_is_ours(evidence: Evidence) -> Iterator[str]:
@@ -299,7 +297,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     epochs_never_go_back,
     counts_add_up,
     released_sandboxes_are_deleted_in_csp,
-    students_are_served_again_after_healing,
+    students_are_served_again_in_time,
     nothing_goes_wrong_that_is_ours,
 )
 

@@ -30,6 +30,7 @@ class Operation:
     """The answer's HTTP status, if there was one."""
     code: str = ""
     """The code of a refusal, or what went wrong."""
+    retry_after_sec: float = 0
     allocated_at: int | None = None
     expires_at: int | None = None
 
@@ -86,12 +87,14 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """How long it took, once a fault was healed, until a new student was given a sandbox."""
+    """How long it took until a new student was given a sandbox, from when that is to be expected: from the end of a
+    fault or, where a standby is there, from its beginning."""
 
     fault: str
-    healed_at: float
+    since: float
     served_at: float | None
-    """None: nobody was, as long as the round lasted."""
+    """None: nobody was, for as long as somebody tried."""
+    within_sec: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,12 @@ class Proxy:
         await asyncio.gather(*self._connections, return_exceptions=True)
         await self._server.wait_closed()
 
+    @property
+    def outgoing_ports(self) -> set[int]:
+        """By which the target knows the connections that go through here."""
+        names = (writer.get_extra_info("sockname") for writer in self._writers if not writer.is_closing())
+        return {name[1] for name in names if name is not None}
+
     def heal(self) -> None:
         self._become("passing")
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ class Stack:
     database: asyncpg.Pool
     simulator: str
     launcher: tuple[str, ...] = ("-m",)
-    own: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """What one kind of service has in its environment instead, by module."""
+    settings_of: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By module, or by the process's name: where it has other settings than all."""
+    on_line: Callable[[str, str], None] | None = None
+    """Is given each line that a service writes, after the name of its process."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     @property
@@ -56,28 +59,46 @@ class Stack:
         settings: Mapping[str, str] | None = None,
     ) -> Process:
         """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
-        port = {} if name is None else {PORTS[module]: str(free_port())}
-        environment = {**self.environment, **self.own.get(module, {}), **port, **(settings or {})}
+        process, url = await self.launch(module, name=name, launcher=launcher, settings=settings)
+        await self.until_ready(f"{url}/readyz", process)
+        return process
+
+    async def launch(
+        self,
+        module: str,
+        *,
+        name: str | None = None,
+        launcher: tuple[str, ...] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> tuple[Process, str]:
+        """Starts a service; returns it and its address, at which it does not answer yet."""
+        environment = {**self.environment, **self.settings_of.get(module, {})}
+        if name is not None:
+            environment |= {PORTS[module]: str(free_port()), **self.settings_of.get(name, {})}
+        environment |= settings or {}
         process = await spawn(
             name or module,
             [sys.executable, *(launcher or self.launcher), module],
             env=environment,
             cwd=ROOT / "tests",
+            on_line=None if self.on_line is None else partial(self.on_line, name or module),
         )
         self.processes[name or module] = process
-        await self.until_ready(f"http://127.0.0.1:{environment[PORTS[module]]}/readyz", process)
-        return process
+        return process, f"http://127.0.0.1:{environment[PORTS[module]]}"
 
     async def until_ready(self, url: str, process: Process) -> None:
         async def ready() -> bool:
             if not process.running:
                 raise AssertionError(f"{process.name} {process.ending}: {list(process.tail)}")
-            try:
-                return (await self.client.get(url)).status_code == 200
-            except httpx.TransportError:
-                return False
+            return await self.is_ready(url)
 
         await eventually(ready)
+
+    async def is_ready(self, url: str) -> bool:
+        try:
+            return (await self.client.get(url)).status_code == 200
+        except httpx.TransportError:
+            return False
 
     async def allocate(self, student: str, **headers: str) -> httpx.Response:
         return await self.client.post(
@@ -162,10 +183,12 @@ async def running(
     *,
     launcher: tuple[str, ...] = ("-m",),
     settings: Mapping[str, str] | None = None,
-    own: Mapping[str, Mapping[str, str]] | None = None,
+    settings_of: Mapping[str, Mapping[str, str]] | None = None,
+    on_line: Callable[[str, str], None] | None = None,
+    simulator_port: int | None = None,
 ) -> AsyncIterator[Stack]:
     await migrate(database_url)
-    simulator_port = free_port()
+    simulator_port = simulator_port or free_port()
     simulator = f"http://127.0.0.1:{simulator_port}"
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("PORT",)},
@@ -189,7 +212,7 @@ async def running(
         httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client,
         asyncpg.create_pool(database_url, min_size=1, max_size=2) as database,
     ):
-        stack = Stack(environment, client, database, simulator, launcher, own or {})
+        stack = Stack(environment, client, database, simulator, launcher, settings_of or {}, on_line)
         try:
             stack.processes["simulator"] = await spawn(
                 "simulator",

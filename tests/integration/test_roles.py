@@ -123,7 +123,7 @@ async def stack_with_roles(servers_with_roles: Servers) -> AsyncIterator[Stack]:
         "reaper": {"AMQP_URL": servers.amqp_url("reaper")},
         "csp_syncer": {"AMQP_URL": servers.amqp_url("csp-syncer")},
     }
-    async with running(servers.postgres, servers.rabbitmq, own=own) as stack:
+    async with running(servers.postgres, servers.rabbitmq, settings_of=own) as stack:
         yield stack
 
 
