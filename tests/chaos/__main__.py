@@ -60,7 +60,7 @@ async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _planned(seed: str, words: str, seconds: float) -> Iterator[Fault]:
-    """Every fault once, then again in another order, until so much time has passed since the first was asked for."""
+    """Every fault once, then again in another order, until so much time has passed since the first."""
     chance = random.Random(seed)
     until = time.monotonic() + seconds
     while True:

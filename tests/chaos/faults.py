@@ -18,6 +18,10 @@ SLOW_SEC = 0.3
 CRASH_PATIENCE_SEC = 10.0
 
 
+class NotReached(Exception):
+    """Nobody has come to the point at which it was to die: nothing has happened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     kind: str
@@ -50,6 +54,7 @@ def crash(point: str) -> Fault:
                     await asyncio.sleep(0.01)
         except TimeoutError:
             chaos.crash_at.unlink(missing_ok=True)
+            raise NotReached from None
 
     return Fault(f"kill -9 of {_a(module)} at a point", f"kill -9 of the {point}", inject, _nothing, standby=True)
 

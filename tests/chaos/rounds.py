@@ -11,7 +11,7 @@ from typing import Any
 from tests.chaos.client import History, Students
 from tests.chaos.collecting import collect, come_to_rest, watch_epochs
 from tests.chaos.evidence import Epoch, Evidence, Recovery
-from tests.chaos.faults import Fault
+from tests.chaos.faults import Fault, NotReached
 from tests.chaos.stack import Chaos
 from tests.integration.stack import eventually
 
@@ -53,8 +53,11 @@ async def run(chaos: Chaos, faults: Iterable[Fault], seed: str, say: Callable[[s
         work = asyncio.create_task(students.run(PLACES))
         await asyncio.sleep(BEGIN_SEC)
         for number, fault in enumerate(faults):
-            done.append(Done(fault, await _put(chaos, fault, students, f"probe-{number}")))
-            say(f"{_seconds(done[-1].recovery)}  {fault.name}")
+            try:
+                done.append(Done(fault, await _put(chaos, fault, students, f"probe-{number}")))
+                say(f"{_seconds(done[-1].recovery)}  {fault.name}")
+            except NotReached:
+                say(f"     -  {fault.name}: nobody came there")
             await asyncio.sleep(chance.uniform(*BETWEEN_SEC))
         students.stop()
         await work
@@ -111,4 +114,4 @@ async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]
 
 
 def _seconds(recovery: Recovery) -> str:
-    return "     -" if recovery.served_at is None else f"{recovery.served_at - recovery.since:5.1f}s"
+    return "never " if recovery.served_at is None else f"{recovery.served_at - recovery.since:5.1f}s"
