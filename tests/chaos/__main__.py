@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", default=secrets.token_hex(4), help="of a round to be repeated")
     parser.add_argument("--minutes", type=float, default=3, help="of faults; the last one is not cut short")
-    parser.add_argument("--only", default="", metavar="WORDS", help="faults whose name has these words")
+    parser.add_argument("--only", default="", metavar="WORDS", help="parts of names, comma-separated")
     arguments = parser.parse_args()
     # Tries that find nobody are ours to report, not the client library's.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
@@ -65,7 +65,7 @@ def _planned(seed: str, words: str, seconds: float) -> Iterator[Fault]:
     until = time.monotonic() + seconds
     while True:
         for fault in faults.schedule(chance):
-            if words in fault.name:
+            if any(word in fault.name for word in words.split(",")):
                 if time.monotonic() > until:
                     return
                 yield fault
