@@ -4,6 +4,7 @@ response, as long as it takes; only between two requests of a connection it has 
 import asyncio
 
 from gateway import malformed, metrics
+from gateway.joining import JoiningTransport
 from gateway.replies import leave
 
 MAX_RECEIVED = 512 * 1024
@@ -31,7 +32,8 @@ class Protocol(malformed.Protocol):
     _timer: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        # A transport in all but its class.
+        super().connection_made(JoiningTransport(transport, self.loop))  # type: ignore[arg-type]
         self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
