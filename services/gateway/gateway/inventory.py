@@ -1,4 +1,4 @@
-"""The admin routes that look at the pool and at who had what."""
+"""The admin routes that look at the pool, at who had what, and at what differs from CSP."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from gateway.admin import ALWAYS
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.pages import AllocationFilter, GroupedBy, SandboxFilter
-from gateway.schemas import Allocations, GroupedStats, SandboxPage, SandboxStory, Stats, responses
+from gateway.schemas import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats, responses
 from sandbox_broker.messages import MAX_ID_LENGTH, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -78,3 +78,11 @@ async def get_allocations(
     context: Context = request.app.state.context
     wanted = AllocationFilter(track_name or None, holder or None, since, until)
     return await pages.allocations_page(context.engine, wanted, limit=limit, cursor=cursor)
+
+
+@router.get("/leaks", responses=responses(*PAGED))
+async def get_leaks(request: Request, limit: Limit = 50, cursor: Cursor = "") -> Leaks:
+    """Where CSP and we differ: accounts in CSP that are not in the pool, and sandboxes that a student holds and CSP
+    no longer lists. By sandbox id."""
+    context: Context = request.app.state.context
+    return await pages.leaks(context.engine, limit=limit, cursor=cursor)

@@ -1,8 +1,8 @@
 """What the gateway reads page by page. Each page is found along one index and costs the same wherever it is.
 
 Where several filters are given, the narrowest is the one that has the index; rows are looked at for the others,
-1,000 a page at most. So a page may hold fewer rows than were asked for, or none, and still have a cursor: the
-listing has ended when there is none.
+1,000 a page at most, and 4,000 where leaks are looked for. So a page may hold fewer rows than were asked for, or
+none, and still have a cursor: the listing has ended when there is none.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from sqlalchemy import (
     Label,
     RowMapping,
     ScalarSelect,
+    Select,
     Table,
     Text,
+    case,
     func,
     literal,
     literal_column,
@@ -36,16 +38,29 @@ from gateway.schemas import (
     Allocation,
     Allocations,
     GroupedStats,
+    Leak,
+    Leaks,
     SandboxPage,
     SandboxSummary,
     StatsGroup,
 )
 from gateway.views import NONE_OF_EACH, reading, seconds, stats
 from sandbox_broker.messages import SandboxStatus
-from sandbox_broker.tables import leases, pool_changes, pool_counts, prefix_end, sandboxes
+from sandbox_broker.tables import (
+    PROOF_GRACE,
+    csp_accounts,
+    csp_listings,
+    leases,
+    pool_changes,
+    pool_counts,
+    prefix_end,
+    sandboxes,
+)
 
 LOOK = 1_000
 """Rows that are looked at for one page."""
+LOOK_ACCOUNTS = 4_000
+"""The same of accounts in CSP, of which few are leaks."""
 
 FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed", "stale"})
 """States that few sandboxes are in."""
@@ -272,6 +287,64 @@ def _key(way: _Way, cursor: str, wanted: SandboxFilter | AllocationFilter) -> li
 
 def _time(unix_seconds: int) -> datetime:
     return datetime.fromtimestamp(unix_seconds, UTC)
+
+
+async def leaks(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
+    """Differences to the last listing that was applied, by sandbox id. Raises ApiError INVALID_CURSOR."""
+    after = str(cursors.decode(cursor, "leaks")[0]) if cursor else ""
+    latest = (
+        select(csp_listings.c.listing_id, csp_listings.c.begun_at, seconds(csp_listings.c.begun_at).label("at"))
+        .where(csp_listings.c.applied_at.is_not(None))
+        .order_by(csp_listings.c.listing_id.desc())
+        .limit(1)
+    )
+    async with reading(engine) as connection:
+        listing = (await connection.execute(latest)).one_or_none()
+        if listing is None:
+            return Leaks(leaks=[], count=0, cursor=None, listed_at=None)
+        account = csp_accounts.c.sandbox_id
+        listed = (csp_accounts.c.listing_id == listing.listing_id) & (account > after)
+        end = await connection.scalar(
+            select(account).where(listed).order_by(account).offset(LOOK_ACCOUNTS - 1).limit(1)
+        )
+        in_csp = _in_csp(listed if end is None else listed & (account <= end), listing.begun_at)
+        gone = (sandboxes.c.sandbox_id > after) & sandboxes.c.missing_since.is_not(None)
+        missing = _missing(gone if end is None else gone & (sandboxes.c.sandbox_id <= end))
+        both = union_all(
+            in_csp.order_by("sandbox_id").limit(limit + 1).subquery().select(),
+            missing.order_by("sandbox_id").limit(limit + 1).subquery().select(),
+        )
+        rows = (await connection.execute(both.order_by("sandbox_id").limit(limit + 1))).mappings().all()
+    page = [Leak.model_validate(row) for row in rows[:limit]]
+    last = page[-1].sandbox_id if len(rows) > limit else end
+    following = None if last is None else cursors.encode([last], "leaks")
+    return Leaks(leaks=page, count=len(page), cursor=following, listed_at=listing.at)
+
+
+def _in_csp(listed: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
+    unknown = sandboxes.c.sandbox_id.is_(None)
+    deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= begun_at - PROOF_GRACE)
+    return (
+        select(
+            csp_accounts.c.sandbox_id,
+            csp_accounts.c.external_id,
+            csp_accounts.c.name,
+            case((unknown, "unknown"), else_="deleted").label("kind"),
+            seconds(sandboxes.c.status_since).label("since"),
+        )
+        .select_from(csp_accounts.outerjoin(sandboxes, sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id))
+        .where(listed, csp_accounts.c.external_id.is_not(None), unknown | deleted)
+    )
+
+
+def _missing(gone: ColumnElement[bool]) -> Select[Any]:
+    return select(
+        sandboxes.c.sandbox_id,
+        sandboxes.c.external_id,
+        sandboxes.c.name,
+        literal("missing").label("kind"),
+        seconds(sandboxes.c.missing_since).label("since"),
+    ).where(gone, sandboxes.c.status == "allocated")
 
 
 async def grouped_stats(engine: AsyncEngine, by: GroupedBy, *, limit: int, cursor: str) -> GroupedStats:

@@ -230,7 +230,7 @@ class Leak(BaseModel):
 class Leaks(BaseModel):
     leaks: list[Leak]
     count: Count = Field(description="on this page")
-    cursor: str | None = Field(examples=["2012224", None], description="for the next page; null on the last")
+    cursor: Cursor
     listed_at: int | None = Field(
         examples=[1728054123, None], description="Unix seconds: the listing compared with; null before the first"
     )

@@ -1,4 +1,4 @@
-"""The admin routes about CSP's listing: sync, what is held, what differs, what is to be forgotten."""
+"""The admin routes about CSP's listing: sync, what is held, what is to be forgotten."""
 
 import asyncio
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from gateway import jobs, views
 from gateway.admin import ALWAYS, maintain
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
-from gateway.schemas import JOB_RUNNING, JobRunning, Leaks, Purge, Sync, SyncState, responses
+from gateway.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
 from sandbox_broker import topology
 from sandbox_broker.messages import DeleteStale, PoolSynced, Purged, PurgeRecords, SyncPool
 
@@ -57,18 +57,6 @@ async def get_sync(request: Request) -> SyncState:
     """What the last listing of CSP has changed; and if the newest is held, why, and what it would change."""
     context: Context = request.app.state.context
     return await views.sync_state(context.engine)
-
-
-@router.get("/leaks", responses=responses(*ALWAYS, "DATABASE_UNAVAILABLE"))
-async def get_leaks(
-    request: Request,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: Annotated[str, Query(max_length=128, pattern=r"^[\x20-\x7e]*$")] = "",
-) -> Leaks:
-    """Where CSP and we differ: accounts in CSP that are not in the pool, and sandboxes that a student holds and CSP
-    no longer lists. By sandbox id; `cursor` of one page gives the next."""
-    context: Context = request.app.state.context
-    return await views.leaks(context.engine, limit, cursor)
 
 
 @router.post("/auto-delete-stale", responses=responses(*ALWAYS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, case, func, literal, select, union_all
+from sqlalchemy import ColumnElement, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway.errors import ApiError
@@ -16,8 +16,6 @@ from gateway.schemas import (
     AppliedSync,
     HeldSync,
     Job,
-    Leak,
-    Leaks,
     Sandbox,
     SandboxStory,
     Stats,
@@ -27,8 +25,6 @@ from gateway.schemas import (
 from sandbox_broker import db
 from sandbox_broker.messages import SandboxStatus
 from sandbox_broker.tables import (
-    PROOF_GRACE,
-    csp_accounts,
     csp_listings,
     history,
     jobs,
@@ -199,63 +195,6 @@ async def sync_state(engine: AsyncEngine) -> SyncState:
     return SyncState(
         applied=AppliedSync.model_validate({**done, **done["outcome"]}) if done else None,
         held=HeldSync.model_validate({**held, **held["outcome"]}) if held and held["held_at"] is not None else None,
-    )
-
-
-async def leaks(engine: AsyncEngine, limit: int, after: str) -> Leaks:
-    """Differences to the last listing that was applied, those behind the sandbox id `after`."""
-    latest = (
-        select(csp_listings.c.listing_id, csp_listings.c.begun_at)
-        .where(csp_listings.c.applied_at.is_not(None))
-        .order_by(csp_listings.c.listing_id.desc())
-        .limit(1)
-        .cte("latest")
-    )
-    unknown = sandboxes.c.sandbox_id.is_(None)
-    deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= latest.c.begun_at - PROOF_GRACE)
-    in_csp = (
-        select(
-            csp_accounts.c.sandbox_id,
-            csp_accounts.c.external_id,
-            csp_accounts.c.name,
-            case((unknown, "unknown"), else_="deleted").label("kind"),
-            seconds(sandboxes.c.status_since).label("since"),
-        )
-        .select_from(
-            latest.join(csp_accounts, csp_accounts.c.listing_id == latest.c.listing_id).outerjoin(
-                sandboxes, sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id
-            )
-        )
-        .where(csp_accounts.c.external_id.is_not(None), csp_accounts.c.sandbox_id > after, unknown | deleted)
-        .order_by(csp_accounts.c.sandbox_id)
-        .limit(limit + 1)
-    )
-    missing = (
-        select(
-            sandboxes.c.sandbox_id,
-            sandboxes.c.external_id,
-            sandboxes.c.name,
-            literal("missing").label("kind"),
-            seconds(sandboxes.c.missing_since).label("since"),
-        )
-        .where(
-            sandboxes.c.status == "allocated",
-            sandboxes.c.missing_since.is_not(None),
-            sandboxes.c.sandbox_id > after,
-        )
-        .order_by(sandboxes.c.sandbox_id)
-        .limit(limit + 1)
-    )
-    both = union_all(in_csp.subquery().select(), missing.subquery().select())
-    async with reading(engine) as connection:
-        rows = (await connection.execute(both.order_by("sandbox_id").limit(limit + 1))).mappings().all()
-        listed_at = await connection.scalar(select(seconds(latest.c.begun_at)))
-    page = [Leak.model_validate(row) for row in rows[:limit]]
-    return Leaks(
-        leaks=page,
-        count=len(page),
-        cursor=page[-1].sandbox_id if len(rows) > limit else None,
-        listed_at=listed_at,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from gateway import pages
 from sandbox_broker.messages import Command, DeleteStale, Purged, PurgeRecords, Reply
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
@@ -142,7 +143,30 @@ async def test_leaks_come_in_pages(gateway: Gateway, database: asyncpg.Connectio
     assert (second["leaks"], second["cursor"]) == (LEAKS[2:], None)
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=501", "limit=x", "cursor=%00", f"cursor={'x' * 129}"])
+async def test_a_page_of_leaks_looks_at_so_many_accounts_at_most(
+    gateway: Gateway, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LOOK_ACCOUNTS", 1)
+    await leaky(database)
+    shown, cursor, requests = [], "", 0
+    while cursor is not None:
+        page = await get(gateway, f"/v1/admin/leaks?cursor={cursor}")
+        shown += page["leaks"]
+        cursor, requests = page["cursor"], requests + 1
+    assert shown == LEAKS
+    assert requests > len(LEAKS)
+
+
+@pytest.mark.parametrize("cursor", ["3", "%00", "x" * 129])
+async def test_a_cursor_that_is_none_of_ours_is_400(
+    gateway: Gateway, database: asyncpg.Connection, cursor: str
+) -> None:
+    await leaky(database)
+    response = await gateway.client.get(f"/v1/admin/leaks?cursor={cursor}", headers=ADMIN)
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=501", "limit=x", f"cursor={'x' * 1025}"])
 async def test_a_page_that_cannot_be_is_400(gateway: Gateway, query: str) -> None:
     response = await gateway.client.get(f"/v1/admin/leaks?{query}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_REQUEST")
