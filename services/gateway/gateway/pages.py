@@ -307,9 +307,10 @@ async def leaks(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
         end = await connection.scalar(
             select(account).where(listed).order_by(account).offset(LOOK_ACCOUNTS - 1).limit(1)
         )
-        in_csp = _in_csp(listed if end is None else listed & (account <= end), listing.begun_at)
-        gone = (sandboxes.c.sandbox_id > after) & sandboxes.c.missing_since.is_not(None)
-        missing = _missing(gone if end is None else gone & (sandboxes.c.sandbox_id <= end))
+        near = sandboxes.c.sandbox_id > after
+        if end is not None:
+            listed, near = listed & (account <= end), near & (sandboxes.c.sandbox_id <= end)
+        in_csp, missing = _in_csp(listed, near, listing.begun_at), _missing(near)
         both = union_all(
             in_csp.order_by("sandbox_id").limit(limit + 1).subquery().select(),
             missing.order_by("sandbox_id").limit(limit + 1).subquery().select(),
@@ -321,7 +322,7 @@ async def leaks(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
     return Leaks(leaks=page, count=len(page), cursor=following, listed_at=listing.at)
 
 
-def _in_csp(listed: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
+def _in_csp(listed: ColumnElement[bool], near: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
     unknown = sandboxes.c.sandbox_id.is_(None)
     deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= begun_at - PROOF_GRACE)
     return (
@@ -332,19 +333,21 @@ def _in_csp(listed: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
             case((unknown, "unknown"), else_="deleted").label("kind"),
             seconds(sandboxes.c.status_since).label("since"),
         )
-        .select_from(csp_accounts.outerjoin(sandboxes, sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id))
+        .select_from(
+            csp_accounts.outerjoin(sandboxes, (sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id) & near)
+        )
         .where(listed, csp_accounts.c.external_id.is_not(None), unknown | deleted)
     )
 
 
-def _missing(gone: ColumnElement[bool]) -> Select[Any]:
+def _missing(near: ColumnElement[bool]) -> Select[Any]:
     return select(
         sandboxes.c.sandbox_id,
         sandboxes.c.external_id,
         sandboxes.c.name,
         literal("missing").label("kind"),
         seconds(sandboxes.c.missing_since).label("since"),
-    ).where(gone, sandboxes.c.status == "allocated")
+    ).where(near, sandboxes.c.missing_since.is_not(None), sandboxes.c.status == "allocated")
 
 
 async def grouped_stats(engine: AsyncEngine, by: GroupedBy, *, limit: int, cursor: str) -> GroupedStats:
