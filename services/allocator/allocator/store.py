@@ -295,12 +295,12 @@ FROM (
 GROUP BY status
 """
 
-# Whose turn comes first has mostly waited longest.
+# Among those that have been pending longest: one that is sent back, or reopened, was asked for before that.
 OLDEST_DELETION = """
 SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::float FROM (
     SELECT deletion_requested_at FROM sandboxes
-    WHERE status = 'pending_deletion' ORDER BY deletion_due_at LIMIT 1000
-) due
+    WHERE status = 'pending_deletion' ORDER BY status_since LIMIT 1000
+) longest
 """
 
 

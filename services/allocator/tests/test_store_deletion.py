@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 
+from allocator import store
 from allocator.handlers import (
     Writer,
     claim_deletions,
@@ -307,3 +308,19 @@ async def test_a_used_sandbox_whose_record_is_forgotten_comes_back_through_no_li
     assert await pool.column("SELECT sandbox_id FROM sandboxes") == ["900"]
     (reply,) = await allocate(writer, ask("bob"))
     assert reply.type == "LeaseGranted"
+
+
+async def test_the_longest_pending_deletion_is_told_however_far_off_its_turn_is(pool: Pool) -> None:
+    assert await pool.value(store.OLDEST_DELETION) == 0
+    await pool.fill(1_001, "pending_deletion")
+    await pool.execute(
+        "UPDATE sandboxes SET (status_since, deletion_requested_at, deletion_due_at) = (now(), now(), now())"
+    )
+    (stuck,) = await pool.fill(1, "pending_deletion")
+    await pool.execute(
+        "UPDATE sandboxes SET status_since = now() - interval '1 day', "
+        "deletion_requested_at = now() - interval '1 day', deletion_due_at = now() + interval '1 hour' "
+        "WHERE sandbox_id = $1",
+        stuck,
+    )
+    assert await pool.value(store.OLDEST_DELETION) >= 24 * 3600
