@@ -23,7 +23,8 @@ from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
 from devstack.settings import ROOT, load
 from sandbox_broker.migrate import migrate
 
-TOKEN = "bench-track-token"  # noqa: S105 - of servers that live as long as the benchmark
+# Of servers that live as long as the benchmark.
+TOKEN = "bench-track-token"  # noqa: S105
 ADMIN_TOKEN = "bench-admin-token"  # noqa: S105
 _CSP_TOKEN = "bench-csp-token"  # noqa: S105
 EXPIRY_INTERVAL_SEC = 2.0

@@ -82,7 +82,7 @@ async def _connect(url: str, name: str) -> AbstractConnection:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
                 await _declare(connection)
-        except BaseException:
+        except BaseException:  # also when cancelled: nobody else would close it
             await _close(connection)
             raise
     log.info("rabbitmq.connected", connection=name)

@@ -35,11 +35,13 @@ def main() -> int:
     try:
         return asyncio.run(_run(arguments, Terminal()))
     except CannotRun as reason:
-        sys.stderr.write(f"make chaos: {reason}\n")
+        sys.stderr.write(f"python -m tests.chaos: {reason}\n")
         return reason.status
 
 
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    if not any(_chosen(fault, arguments.only) for fault in faults.schedule(random.Random(arguments.seed))):
+        raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
     terminal.say(f"SEED={arguments.seed}; logs in {directory}")
     async with chaos(directory) as broker:
@@ -65,10 +67,14 @@ def _planned(seed: str, words: str, seconds: float) -> Iterator[Fault]:
     until = time.monotonic() + seconds
     while True:
         for fault in faults.schedule(chance):
-            if any(word in fault.name for word in words.split(",")):
+            if _chosen(fault, words):
                 if time.monotonic() > until:
                     return
                 yield fault
+
+
+def _chosen(fault: Fault, words: str) -> bool:
+    return any(word in fault.name for word in words.split(","))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Runs a service that kills or freezes itself at a named point, once told to: `python dying.py MODULE`.
 
-What and where is read from the file that DIE_AT names; who reaches it removes the file and stops as by `kill -9` or
-`kill -STOP`. The reaper's patience is cut short, so that what a dead one has claimed is soon free.
+The file that DIE_AT names tells it the point (see devstack.crashes). The reaper's patience is cut short, so that
+what a dead one has claimed is soon free.
 """
 
 import asyncio
 import os
 import runpy
-import signal
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from devstack.crashes import Crashes
 from reaper import asking, deletion
 from sandbox_broker import bus, csp
 
@@ -26,8 +25,8 @@ DYING_AT = (
     "RefreshSandboxes",
 )
 
-told = Path(os.environ["DIE_AT"])
 module = sys.argv.pop(1)
+crashes = Crashes(Path(os.environ["DIE_AT"]), module)
 
 asking.REQUEST_TIMEOUT_SEC = 1
 deletion.CSP_TIMEOUT_SEC = 1
@@ -37,42 +36,18 @@ from reaper import cleanup  # noqa: E402 (it reads what was changed)
 cleanup.CLAIM_MARGIN_SEC = 0.5
 cleanup.NO_ANSWER_PAUSE_SEC = 0.2
 
-
-def here(point: str) -> None:
-    try:
-        where, _, how = told.read_text().partition(", ")
-        if where != f"{module}: {point}":
-            return
-        told.unlink()
-    except FileNotFoundError:
-        return
-    os.kill(os.getpid(), signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
-
-
-def dying(work: Callable[..., Awaitable[Any]], before: str | None, after: str | None) -> Callable[..., Any]:
-    async def wrapped(*arguments: Any, **named: Any) -> Any:
-        if before:
-            here(before)
-        result = await work(*arguments, **named)
-        if after:
-            here(after)
-        return result
-
-    return wrapped
-
-
 if module == "reaper":
     client, deleter = csp.CspClient, deletion.Deleter
-    client.delete_account = dying(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
-    deleter._record = dying(deleter._record, None, "after the record")  # type: ignore[method-assign]
-    cleanup.CleanUp._claim = dying(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+    client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import handlers, listings, store
 
     lane = handlers.MAINTENANCE.handlers
     for kind, handle in lane.items():
         if kind.__name__ in DYING_AT:
-            lane[kind] = dying(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
+            lane[kind] = crashes.around(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
     one = store.one
 
     async def one_dying(connection: Any, statement: str, *arguments: Any) -> Any:
@@ -81,13 +56,13 @@ if module == "allocator":
             return await one(connection, statement, *arguments)
         running = asyncio.create_task(one(connection, statement, *arguments))
         await asyncio.wait([running], timeout=0.001)
-        here("amid ApplyListing")
+        crashes.here("amid ApplyListing")
         result = await running
-        here("between ApplyListing and its flags")
+        crashes.here("between ApplyListing and its flags")
         return result
 
     store.one = one_dying  # type: ignore[assignment]
-    bus.Subscription.ack = dying(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+    bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import handlers as syncer
@@ -98,7 +73,7 @@ if module == "csp_syncer":
 
     async def ask_dying(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await dying(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.around(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
 
     syncer.ask = ask_dying  # type: ignore[attr-defined]
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from devstack.wire import connected
+
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -38,15 +40,9 @@ def request(method: str, path: str, headers: Headers | Mapping[str, str]) -> byt
 
 async def send(url: str, sent: bytes) -> Answer:
     """Sends the bytes as they are, and reads until the server closes."""
-    there = httpx.URL(url)
-    async with asyncio.timeout(60):
-        reader, writer = await asyncio.open_connection(there.host, there.port)
-        try:
-            writer.write(sent)
-            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-            await writer.wait_closed()
+    async with asyncio.timeout(60), connected(url) as client:
+        client.writer.write(sent)
+        head, _, body = (await client.cut_off()).partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
     version, status, *_ = status_line.split(" ")
     assert version == "HTTP/1.1"

@@ -26,6 +26,7 @@ POLL_SEC = 1.0
 GATHER_SEC = 0.01
 """From a wake to the look at the outbox: under load one look serves many changes, and none of them competes with
 the answer to the student who has made it."""
+COUNT_PERIOD_SEC = 1.0
 STATEMENT_TIMEOUT_SEC = 10
 
 TAKE = """
@@ -33,8 +34,6 @@ SELECT outbox_id, event_id::text, type, subject, occurred_at, data::text AS data
     extract(epoch FROM now() - occurred_at)::float AS age
 FROM outbox ORDER BY outbox_id LIMIT $1
 """
-COUNT_PERIOD_SEC = 1.0
-
 MOVE = """
 WITH published AS (
     DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[]) RETURNING subject, outbox_id, type, occurred_at, data

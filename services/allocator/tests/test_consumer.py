@@ -94,6 +94,7 @@ async def test_maintenance_is_done_in_the_order_of_the_envelope(
         "DeletionsClaimed",
         "Recorded",
     ]
+    # Of the types above.
     assert replies[2].sandbox_ids == (overdue,)  # type: ignore[union-attr]
     assert [due.sandbox_id for due in replies[4].deletions] == [overdue]  # type: ignore[union-attr]
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from gateway import pages, views
+from gateway import leaks, pages, views
 from gateway.admin import ALWAYS
 from gateway.context import Context
 from gateway.errors import ApiError
@@ -85,4 +85,4 @@ async def get_leaks(request: Request, limit: Limit = 50, cursor: Cursor = "") ->
     """Where CSP and we differ: accounts in CSP that are not in the pool, and sandboxes that a student holds and CSP
     no longer lists. By sandbox id."""
     context: Context = request.app.state.context
-    return await pages.leaks(context.engine, limit=limit, cursor=cursor)
+    return await leaks.page(context.engine, limit=limit, cursor=cursor)

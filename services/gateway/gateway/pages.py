@@ -1,7 +1,7 @@
 """What the gateway reads page by page. Each page is found along one index and costs the same wherever it is.
 
 Where several filters are given, the narrowest is the one that has the index; rows are looked at for the others,
-1,000 a page at most, and 4,000 where leaks are looked for. So a page may hold fewer rows than were asked for, or
+1,000 a page at most. So a page may hold fewer rows than were asked for, or
 none, and still have a cursor: the listing has ended when there is none.
 """
 
@@ -18,10 +18,8 @@ from sqlalchemy import (
     Label,
     RowMapping,
     ScalarSelect,
-    Select,
     Table,
     Text,
-    case,
     func,
     literal,
     literal_column,
@@ -38,8 +36,6 @@ from gateway.schemas import (
     Allocation,
     Allocations,
     GroupedStats,
-    Leak,
-    Leaks,
     SandboxPage,
     SandboxSummary,
     StatsGroup,
@@ -47,9 +43,6 @@ from gateway.schemas import (
 from gateway.views import NONE_OF_EACH, reading, seconds, stats
 from sandbox_broker.messages import SandboxStatus
 from sandbox_broker.tables import (
-    PROOF_GRACE,
-    csp_accounts,
-    csp_listings,
     leases,
     pool_changes,
     pool_counts,
@@ -59,8 +52,6 @@ from sandbox_broker.tables import (
 
 LOOK = 1_000
 """Rows that are looked at for one page."""
-LOOK_ACCOUNTS = 4_000
-"""The same of accounts in CSP, of which few are leaks."""
 
 FEW: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed", "stale"})
 """States that few sandboxes are in."""
@@ -70,7 +61,7 @@ _holder = literal_column("('' || leases.holder)", Text())
 _sandbox_id = literal_column("('' || sandboxes.sandbox_id)", Text())
 _lease_id = literal_column("(0 + leases.lease_id)", BigInteger())
 
-ALL = true()
+_ALL = true()
 
 GroupedBy = Literal["track_name", "name_prefix"]
 
@@ -100,7 +91,7 @@ class _Way:
     table: Table
     key: Sequence[ColumnElement[Any]]
     within: Sequence[ColumnElement[bool]] = ()
-    begins: ColumnElement[bool] = ALL
+    begins: ColumnElement[bool] = _ALL
     """Where the walk begins without a cursor; with one it begins there, since of two bounds the database would take
     either and walk to the other."""
     descending: bool = False
@@ -116,25 +107,25 @@ class _Way:
 _NEWEST_LEASE = (leases.c.allocated_at, _lease_id)
 
 
-def seconds_of(column: ColumnElement[datetime]) -> Label[Any]:
+def _seconds_of(column: ColumnElement[datetime]) -> Label[Any]:
     return seconds(column).label(column.name)
 
 
-SUMMARY = (
+_SUMMARY = (
     sandboxes.c.sandbox_id,
     sandboxes.c.name,
     sandboxes.c.external_id,
     sandboxes.c.sfdc_account_id,
     sandboxes.c.status,
-    seconds_of(sandboxes.c.status_since),
-    seconds_of(sandboxes.c.missing_since),
-    seconds_of(sandboxes.c.deletion_requested_at),
+    _seconds_of(sandboxes.c.status_since),
+    _seconds_of(sandboxes.c.missing_since),
+    _seconds_of(sandboxes.c.deletion_requested_at),
     sandboxes.c.deletion_attempts,
     sandboxes.c.deletion_error,
     leases.c.holder,
     leases.c.track_name,
-    seconds_of(leases.c.allocated_at),
-    seconds_of(leases.c.expires_at),
+    _seconds_of(leases.c.allocated_at),
+    _seconds_of(leases.c.expires_at),
 )
 
 _ALLOCATION = (
@@ -144,9 +135,9 @@ _ALLOCATION = (
     sandboxes.c.external_id,
     leases.c.holder,
     leases.c.track_name,
-    seconds_of(leases.c.allocated_at),
-    seconds_of(leases.c.expires_at),
-    seconds_of(leases.c.ended_at),
+    _seconds_of(leases.c.allocated_at),
+    _seconds_of(leases.c.expires_at),
+    _seconds_of(leases.c.ended_at),
     func.floor(func.extract("epoch", func.coalesce(leases.c.ended_at, func.now()) - leases.c.allocated_at)).label(
         "duration_sec"
     ),
@@ -161,7 +152,9 @@ async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, *, limit: i
     filters = _filters(wanted)
     way = filters[0][0] if filters else _Way(sandboxes, [sandboxes.c.sandbox_id])
     others = [condition for _, condition in filters[1:]]
-    rows, following = await _page(engine, way, SUMMARY, others, limit=limit, cursor=cursor, wanted=wanted)
+    rows, following = await _page(
+        engine, way, _SUMMARY, sandboxes, others, limit=limit, cursor=cursor, wanted=wanted
+    )
     page = [SandboxSummary.model_validate(row) for row in rows]
     return SandboxPage(sandboxes=page, count=len(page), cursor=following)
 
@@ -170,7 +163,7 @@ def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
     """Of each filter that is given, the narrowest first, its way, and its condition where another has the way."""
     found: list[tuple[_Way, ColumnElement[bool]]] = []
     if wanted.holder is not None:
-        found.append((_Way(leases, _NEWEST_LEASE, [_holder == wanted.holder], descending=True), ALL))
+        found.append((_Way(leases, _NEWEST_LEASE, [_holder == wanted.holder], descending=True), _ALL))
     if wanted.track_name is not None:
         of_track = leases.c.track_name == wanted.track_name
         found.append((_Way(leases, _NEWEST_LEASE, [of_track], descending=True), of_track))
@@ -208,9 +201,11 @@ async def allocations_page(
         (within if wanted.holder is None else others).append(of_track)
     if wanted.since is not None:
         within.append(leases.c.allocated_at >= _time(wanted.since))
-    begins = ALL if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
+    begins = _ALL if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
     way = _Way(leases, _NEWEST_LEASE, within, begins, descending=True)
-    rows, following = await _page(engine, way, _ALLOCATION, others, limit=limit, cursor=cursor, wanted=wanted)
+    rows, following = await _page(
+        engine, way, _ALLOCATION, leases, others, limit=limit, cursor=cursor, wanted=wanted
+    )
     page = [Allocation.model_validate(row) for row in rows]
     return Allocations(allocations=page, count=len(page), cursor=following)
 
@@ -219,13 +214,15 @@ async def _page(
     engine: AsyncEngine,
     way: _Way,
     columns: Sequence[ColumnElement[Any]],
+    of: Table,
     others: Sequence[ColumnElement[bool]],
     *,
     limit: int,
     cursor: str,
     wanted: SandboxFilter | AllocationFilter,
 ) -> tuple[Sequence[RowMapping], str | None]:
-    """The rows of a page, and the cursor of the next, or None at the end."""
+    """The rows of a page, and the cursor of the next, or None at the end. `of`: what each row has for certain. The
+    lease of a record that has been purged has no sandbox, and many sandboxes have no lease."""
     begins = way.after(_key(way, cursor, wanted)) if cursor else way.begins
     look = LOOK if others else limit + 1
     keys = [f"key_{place}" for place in range(len(way.key))]
@@ -242,13 +239,9 @@ async def _page(
         .limit(1)
         .subquery("last")
     )
-    # A record that has been purged has left its lease.
-    of_lease = leases.c.sandbox_id == looked.c.sandbox_id
-    of_sandbox = sandboxes.c.sandbox_id == looked.c.sandbox_id
-    if columns is _ALLOCATION:
-        found = looked.join(leases, of_lease).outerjoin(sandboxes, of_sandbox)
-    else:
-        found = looked.join(sandboxes, of_sandbox).outerjoin(leases, of_lease)
+    other = leases if of is sandboxes else sandboxes
+    found = looked.join(of, of.c.sandbox_id == looked.c.sandbox_id)
+    found = found.outerjoin(other, other.c.sandbox_id == looked.c.sandbox_id)
     shown = (
         select(*columns, *(looked.c[key] for key in keys))
         .select_from(found)
@@ -287,67 +280,6 @@ def _key(way: _Way, cursor: str, wanted: SandboxFilter | AllocationFilter) -> li
 
 def _time(unix_seconds: int) -> datetime:
     return datetime.fromtimestamp(unix_seconds, UTC)
-
-
-async def leaks(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
-    """Differences to the last listing that was applied, by sandbox id. Raises ApiError INVALID_CURSOR."""
-    after = str(cursors.decode(cursor, "leaks")[0]) if cursor else ""
-    latest = (
-        select(csp_listings.c.listing_id, csp_listings.c.begun_at, seconds(csp_listings.c.begun_at).label("at"))
-        .where(csp_listings.c.applied_at.is_not(None))
-        .order_by(csp_listings.c.listing_id.desc())
-        .limit(1)
-    )
-    async with reading(engine) as connection:
-        listing = (await connection.execute(latest)).one_or_none()
-        if listing is None:
-            return Leaks(leaks=[], count=0, cursor=None, listed_at=None)
-        account = csp_accounts.c.sandbox_id
-        listed = (csp_accounts.c.listing_id == listing.listing_id) & (account > after)
-        end = await connection.scalar(
-            select(account).where(listed).order_by(account).offset(LOOK_ACCOUNTS - 1).limit(1)
-        )
-        near = sandboxes.c.sandbox_id > after
-        if end is not None:
-            listed, near = listed & (account <= end), near & (sandboxes.c.sandbox_id <= end)
-        in_csp, missing = _in_csp(listed, near, listing.begun_at), _missing(near)
-        both = union_all(
-            in_csp.order_by("sandbox_id").limit(limit + 1).subquery().select(),
-            missing.order_by("sandbox_id").limit(limit + 1).subquery().select(),
-        )
-        rows = (await connection.execute(both.order_by("sandbox_id").limit(limit + 1))).mappings().all()
-    page = [Leak.model_validate(row) for row in rows[:limit]]
-    last = page[-1].sandbox_id if len(rows) > limit else end
-    following = None if last is None else cursors.encode([last], "leaks")
-    return Leaks(leaks=page, count=len(page), cursor=following, listed_at=listing.at)
-
-
-def _in_csp(listed: ColumnElement[bool], near: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
-    unknown = sandboxes.c.sandbox_id.is_(None)
-    deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= begun_at - PROOF_GRACE)
-    return (
-        select(
-            csp_accounts.c.sandbox_id,
-            csp_accounts.c.external_id,
-            csp_accounts.c.name,
-            case((unknown, "unknown"), else_="deleted").label("kind"),
-            seconds(sandboxes.c.status_since).label("since"),
-        )
-        .select_from(
-            csp_accounts.outerjoin(sandboxes, (sandboxes.c.sandbox_id == csp_accounts.c.sandbox_id) & near)
-        )
-        .where(listed, csp_accounts.c.external_id.is_not(None), unknown | deleted)
-    )
-
-
-def _missing(near: ColumnElement[bool]) -> Select[Any]:
-    return select(
-        sandboxes.c.sandbox_id,
-        sandboxes.c.external_id,
-        sandboxes.c.name,
-        literal("missing").label("kind"),
-        seconds(sandboxes.c.missing_since).label("since"),
-    ).where(near, sandboxes.c.missing_since.is_not(None), sandboxes.c.status == "allocated")
 
 
 async def grouped_stats(engine: AsyncEngine, by: GroupedBy, *, limit: int, cursor: str) -> GroupedStats:

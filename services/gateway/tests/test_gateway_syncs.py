@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from gateway import pages
+from gateway import leaks
 from sandbox_broker.messages import Command, DeleteStale, Purged, PurgeRecords, Reply
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
@@ -146,7 +146,7 @@ async def test_leaks_come_in_pages(gateway: Gateway, database: asyncpg.Connectio
 async def test_a_page_of_leaks_looks_at_so_many_accounts_at_most(
     gateway: Gateway, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "LOOK_ACCOUNTS", 1)
+    monkeypatch.setattr(leaks, "LOOK", 1)
     await leaky(database)
     shown, cursor, requests = [], "", 0
     while cursor is not None:
