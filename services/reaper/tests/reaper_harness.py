@@ -84,6 +84,7 @@ class Allocator:
     due: dict[str, DueDeletion] = field(default_factory=dict)
     due_at: dict[str, float] = field(default_factory=dict)
     on_duty: tuple[uuid.UUID | None, float] = (None, 0)
+    dead: set[uuid.UUID | None] = field(default_factory=set)
     overdue_leases: int = 0
     heard: list[tuple[float, Command]] = field(default_factory=list)
     invalid: list[InvalidCommand] = field(default_factory=list)
@@ -107,9 +108,14 @@ class Allocator:
         self.due_at.clear()
         self.on_duty = (None, 0)
 
+    def run_dies(self) -> None:
+        """The claims of the run on duty end. What it has asked for and nobody has heard yet gives it none."""
+        self.dead.add(self.on_duty[0])
+        self.claims_end()
+
     def _takes_duty(self, command: ClaimDeletions | HurryDeletions, now: float) -> bool:
         run_id, until = self.on_duty
-        if run_id != command.run_id and until > now:
+        if command.run_id in self.dead or (run_id != command.run_id and until > now):
             return False
         self.on_duty = (command.run_id, now + command.claim_sec)
         return True

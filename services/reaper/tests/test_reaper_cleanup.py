@@ -353,7 +353,7 @@ async def test_a_reaper_that_dies_in_the_middle_leaves_the_rest_to_the_next(
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(RecordDeletion))
     assert allocator.due
-    allocator.claims_end()  # the claims end
+    allocator.run_dies()
     await csp.behave(delete_latency_sec=0)
     async with reaping(amqp_url, csp):
         await until(lambda: not allocator.due)
