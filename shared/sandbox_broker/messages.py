@@ -224,6 +224,23 @@ class RecordJob(Message):
     result: dict[str, int | _StorableText] | None = Field(default=None, max_length=20)
 
 
+class ReplayDeadLetter(Message):
+    """An administrator puts a dead letter back into the queue that it died in, with the ids that it had.
+    → DeadLetterReplayed or Refused."""
+
+    type: Literal["ReplayDeadLetter"] = "ReplayDeadLetter"
+    request_id: str
+    dead_letter_id: uuid.UUID
+
+
+class DropDeadLetter(Message):
+    """An administrator has no use for a dead letter. → Recorded or Refused."""
+
+    type: Literal["DropDeadLetter"] = "DropDeadLetter"
+    request_id: str
+    dead_letter_id: uuid.UUID
+
+
 # Commands to the csp-syncer
 
 
@@ -266,6 +283,8 @@ Command = Annotated[
     | DeleteStale
     | PurgeRecords
     | RecordJob
+    | ReplayDeadLetter
+    | DropDeadLetter
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),
@@ -277,12 +296,14 @@ Command = Annotated[
 RefusalCode = Literal[
     "ALLOCATOR_UNAVAILABLE",
     "CSP_UNAVAILABLE",
+    "DEAD_LETTER_NOT_FOUND",
     "IDEMPOTENCY_KEY_CONFLICT",
     "INTERNAL_ERROR",
     "INVALID_COMMAND",
     "LISTING_OUTDATED",
     "NOT_ALLOCATED",
     "NOT_DELETION_FAILED",
+    "NOT_REPLAYABLE",
     "NOT_SANDBOX_OWNER",
     "POOL_EXHAUSTED",
     "SANDBOX_NOT_FOUND",
@@ -390,6 +411,16 @@ class Purged(Message):
     count: int
 
 
+class DeadLetterReplayed(Message):
+    type: Literal["DeadLetterReplayed"] = "DeadLetterReplayed"
+    dead_letter_id: uuid.UUID
+    queue: str
+    published: bool
+    """False: nothing was left of it."""
+    skipped: int
+    """Allocations in it whose students have had a sandbox since they asked."""
+
+
 class CleanedUp(Message):
     type: Literal["CleanedUp"] = "CleanedUp"
     deleted: int
@@ -414,6 +445,7 @@ Reply = Annotated[
     | DeletionsClaimed
     | DeletionsHurried
     | CleanedUp
+    | DeadLetterReplayed
     | Recorded
     | ListingBegun
     | ListingStaged

@@ -1,19 +1,25 @@
 """Commands that take long to carry out: each in a task of its own, so that one which comes meanwhile can join."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from sandbox_broker import topology
+from sandbox_broker import dead_letters, topology
 from sandbox_broker.bus import Publisher, Subscription, answer
 from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
 
 MAX_AT_ONCE = 100
 
 log = structlog.get_logger()
+
+FAILED = Refused(
+    code="INTERNAL_ERROR",
+    message="This could not be carried out; it is kept among the dead letters, with the reason.",
+)
 
 Handle = Callable[[Command], Awaitable[Reply | None]]
 """None: this command is not for us."""
@@ -34,7 +40,7 @@ async def serve(
             log.error("message.rejected", queue=queue.name, reason=str(error))
             await subscription.reject(delivery)
             return
-        replies = [await _reply(queue, command, handle) for command in commands]
+        replies = [await _reply(publisher, queue, command, handle) for command in commands]
         await answer(publisher, delivery, replies)
         await subscription.ack(delivery)
 
@@ -49,11 +55,23 @@ async def serve(
             task.cancel()
 
 
-async def _reply(queue: topology.Queue, command: Command | InvalidCommand, handle: Handle) -> Reply:
+async def _reply(
+    publisher: Publisher, queue: topology.Queue, command: Command | InvalidCommand, handle: Handle
+) -> Reply:
+    """What cannot be carried out is kept among the dead letters."""
     if isinstance(command, InvalidCommand):
-        reason = str(command)
-    elif (reply := await handle(command)) is not None:
-        return reply
+        raw, reason = json.dumps(command.raw), str(command)
     else:
+        raw = command.model_dump_json()
+        try:
+            if (reply := await handle(command)) is not None:
+                return reply
+        except Exception as error:
+            # Delivered again, it would fail again, and end this process each time.
+            log.error("command.failed", queue=queue.name, command=command.type, exc_info=error)
+            await dead_letters.keep(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
+            return FAILED
         reason = f"{command.type} is not for {queue.name}"
+    log.error("command.rejected", queue=queue.name, reason=reason)
+    await dead_letters.keep(publisher, queue.name, raw, reason)
     return Refused(code="INVALID_COMMAND", message=f"This cannot be understood here: {reason}")

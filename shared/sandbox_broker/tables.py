@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     Column,
@@ -12,6 +13,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Sequence,
     Table,
@@ -220,6 +222,22 @@ jobs = Table(
     CheckConstraint("kind IN ('sync', 'cleanup')", name="jobs_kind"),
     CheckConstraint("state IN ('running', 'completed', 'held', 'failed')", name="jobs_state"),
     comment="what an administrator has started, and how it goes",
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("dead_letter_id", Uuid, primary_key=True),
+    Column("died_at", _Time, nullable=False),
+    Column("queue", Text, nullable=False, comment="that it died in"),
+    Column("reason", Text, nullable=False),
+    Column("commands", ARRAY(Text), nullable=False, comment="their types, as far as they can be read"),
+    Column("message_id", Text),
+    Column("correlation_id", Text),
+    Column("content_type", Text),
+    Column("body", LargeBinary, nullable=False),
+    Index("dead_letters_by_time", "died_at", "dead_letter_id"),
+    comment="messages that could not be processed, until a person replays or drops them",
 )
 
 csp_listings = Table(

@@ -71,6 +71,8 @@ QUEUES: tuple[Queue, ...] = (
     REAPER_EVENTS,
     DEAD_LETTER_QUEUE,
 )
+DEAD_LETTERING: tuple[Queue, ...] = tuple(queue for queue in QUEUES if "x-dead-letter-exchange" in queue.arguments)
+"""What is rejected in these, or delivered in vain, becomes a dead letter."""
 BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
     Binding(ALLOCATOR_MAINTENANCE, COMMANDS, ALLOCATOR_MAINTENANCE.name),

@@ -29,7 +29,7 @@ TABLES = tuple(metadata.tables)
 
 CONSUMES: Mapping[str, tuple[topology.Queue, ...]] = {
     "gateway": (),
-    "allocator": (topology.ALLOCATOR_COMMANDS, topology.ALLOCATOR_MAINTENANCE),
+    "allocator": (topology.ALLOCATOR_COMMANDS, topology.ALLOCATOR_MAINTENANCE, topology.DEAD_LETTER_QUEUE),
     "reaper": (
         topology.REAPER_COMMANDS,
         topology.REAPER_EVENTS,
@@ -44,8 +44,8 @@ REPLIES = ""
 PUBLISHES: Mapping[str, set[str]] = {
     "gateway": {topology.COMMANDS.name},
     "allocator": {topology.EVENTS.name, topology.DEAD_LETTERS.name, REPLIES},
-    "reaper": {topology.COMMANDS.name, topology.TICKS.name, REPLIES},
-    "csp-syncer": {topology.COMMANDS.name, topology.TICKS.name, REPLIES},
+    "reaper": {topology.COMMANDS.name, topology.TICKS.name, topology.DEAD_LETTERS.name, REPLIES},
+    "csp-syncer": {topology.COMMANDS.name, topology.TICKS.name, topology.DEAD_LETTERS.name, REPLIES},
     "keda": set(),
 }
 

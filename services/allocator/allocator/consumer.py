@@ -16,15 +16,13 @@ import asyncpg
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
-from pamqp.commands import Basic
-from pamqp.common import FieldTable
 
 from allocator import domain, metrics, store
 from allocator.handlers import Handler, Lane, Overtaken, Writer
 from allocator.outbox import Relay
 from allocator.settings import Settings
-from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, answer, keep_connected
+from sandbox_broker import db, dead_letters
+from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
 from sandbox_broker.connection import losses
 from sandbox_broker.messages import (
     Command,
@@ -48,7 +46,7 @@ UNAVAILABLE = Refused(
 )
 FAILED = Refused(
     code="INTERNAL_ERROR",
-    message="The allocator could not process this request; the operators can see why. Nothing was changed.",
+    message="The allocator could not process this request; the operators can see why among the dead letters.",
 )
 
 # Another allocator was faster, or two met in the middle: the same statement, run again, sees what it did.
@@ -138,7 +136,8 @@ class Consumer:
         return [replies[place] for place in range(len(entries))]
 
     async def _run(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
-        """Runs one handler. What the database refuses for good is halved until the culprit stands alone."""
+        """Runs one handler. What fails for good is halved until the culprit stands alone: that is kept among the
+        dead letters."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._unavailable_until:
             return [UNAVAILABLE] * len(commands)
@@ -151,13 +150,20 @@ class Consumer:
             self._drop_connection()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return [UNAVAILABLE] * len(commands)
-        except asyncpg.PostgresError as error:
+        except store.Fenced:
+            raise
+        except Exception as error:  # noqa: BLE001 (delivered again, it would fail again and hold up what is behind it)
             culprit = error
         if len(commands) > 1:
             half = len(commands) // 2
             return [*await self._run(handle, commands[:half]), *await self._run(handle, commands[half:])]
         log.error("command.failed", command=commands[0].type, exc_info=culprit)
-        await self._keep(commands[0].model_dump_json(), db.reason(culprit))
+        await dead_letters.keep(
+            self._publisher,
+            self._queue,
+            commands[0].model_dump_json(),
+            f"{type(culprit).__name__}: {db.reason(culprit)}",
+        )
         return [FAILED]
 
     async def _run_with_retries(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
@@ -186,7 +192,8 @@ class Consumer:
             self._epoch = await store.raise_epoch(self._connection, self._queue)
             metrics.EPOCH.labels(self._queue).set(self._epoch)
             log.info("allocator.active", queue=self._queue, epoch=self._epoch)
-        return Writer(self._connection, self._epoch, timedelta(hours=self._settings.lab_duration_hours))
+        lab_duration = timedelta(hours=self._settings.lab_duration_hours)
+        return Writer(self._connection, self._epoch, lab_duration, self._publisher)
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
@@ -198,19 +205,6 @@ class Consumer:
             raw, reason = json.dumps(entry.raw), str(entry)
         else:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
-        log.error("message.rejected", queue=self._queue, reason=reason)
-        await self._keep(raw, reason)
+        log.error("command.rejected", queue=self._queue, reason=reason)
+        await dead_letters.keep(self._publisher, self._queue, raw, reason)
         return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
-
-    async def _keep(self, body: str, reason: str) -> None:
-        """Puts one poisonous command of an envelope among the dead letters."""
-        headers: FieldTable = {"x-first-death-reason": "rejected", "x-reason": reason}
-        try:
-            await self._publisher.publish(
-                topology.DEAD_LETTERS.name,
-                self._queue,
-                body.encode(),
-                Basic.Properties(content_type="application/json", delivery_mode=2, headers=headers),
-            )
-        except (Disconnected, Unroutable) as error:
-            log.error("dead_letter.lost", reason=reason, error=str(error), body=body)

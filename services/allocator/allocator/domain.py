@@ -1,5 +1,6 @@
 """What the pool's rules say, without a database: which requests may share a statement, and what to answer."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -116,6 +117,26 @@ def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
     return Refused(
         code="NOT_DELETION_FAILED",
         message=f"Sandbox '{sandbox_id}' is {status}: only a deletion_failed one can be sent back.",
+    )
+
+
+def no_such_dead_letter(dead_letter_id: uuid.UUID) -> Refused:
+    return Refused(
+        code="DEAD_LETTER_NOT_FOUND",
+        message=f"There is no dead letter {dead_letter_id}: it was replayed or dropped, or never was one.",
+    )
+
+
+def not_replayable(queue: str) -> Refused:
+    return Refused(
+        code="NOT_REPLAYABLE", message=f"It says that it died in '{queue}', which is no queue of work. Drop it."
+    )
+
+
+def not_replayed(reason: str) -> Refused:
+    return Refused(
+        code="ALLOCATOR_UNAVAILABLE",
+        message=f"RabbitMQ did not take it, and it is kept: {reason}. Try again shortly.",
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import asyncpg
 import structlog
 
-from allocator import deletions, domain, jobs, listings, metrics, purge, store
+from allocator import dead_letters, deletions, domain, jobs, listings, metrics, purge, store
 from sandbox_broker import messages, topology
+from sandbox_broker.bus import Disconnected, Publisher, Unroutable
 from sandbox_broker.messages import (
     AllocateSandbox,
     ApplyListing,
@@ -22,6 +23,7 @@ from sandbox_broker.messages import (
     ClaimDeletions,
     Command,
     DeleteStale,
+    DropDeadLetter,
     EndCleanup,
     EndLease,
     ExpireLeases,
@@ -32,6 +34,7 @@ from sandbox_broker.messages import (
     RecordJob,
     RefreshSandboxes,
     ReleaseSandbox,
+    ReplayDeadLetter,
     Reply,
     RetryDeletion,
     StageListing,
@@ -39,6 +42,10 @@ from sandbox_broker.messages import (
 from sandbox_broker.tables import PROOF_GRACE
 
 log = structlog.get_logger()
+
+
+REPLAYABLE = frozenset(queue.name for queue in topology.DEAD_LETTERING)
+"""No other: what a letter says of its queue, whoever sent it can have made up."""
 
 
 class Overtaken(Exception):
@@ -52,6 +59,7 @@ class Writer:
     connection: asyncpg.Connection
     epoch: int
     lab_duration: timedelta
+    publisher: Publisher
 
 
 async def allocate_sandbox(writer: Writer, commands: Sequence[AllocateSandbox]) -> list[Reply]:
@@ -342,6 +350,42 @@ async def record_job(writer: Writer, command: RecordJob) -> Reply:
     return messages.Recorded(changed=row["changed"])
 
 
+async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply:
+    """Published first and then forgotten: who dies in between does it again, which changes nothing, since each
+    command is carried out once however often it comes."""
+    letter = await dead_letters.find(writer.connection, writer.epoch, command.dead_letter_id)
+    if letter is None:
+        return domain.no_such_dead_letter(command.dead_letter_id)
+    if letter.queue not in REPLAYABLE:
+        return domain.not_replayable(letter.queue)
+    served = await dead_letters.served(writer.connection, writer.epoch, letter)
+    body, skipped = dead_letters.without_allocations(letter.body, served)
+    if body is not None:
+        try:
+            await writer.publisher.publish("", letter.queue, body, letter.properties)
+        except (Disconnected, Unroutable) as error:
+            return domain.not_replayed(str(error))
+    await dead_letters.drop(writer.connection, writer.epoch, letter.dead_letter_id)
+    log.info(
+        "dead_letter.replayed",
+        request_id=command.request_id,
+        dead_letter_id=str(letter.dead_letter_id),
+        queue=letter.queue,
+        published=body is not None,
+        skipped=skipped,
+    )
+    return messages.DeadLetterReplayed(
+        dead_letter_id=letter.dead_letter_id, queue=letter.queue, published=body is not None, skipped=skipped
+    )
+
+
+async def drop_dead_letter(writer: Writer, command: DropDeadLetter) -> Reply:
+    if not await dead_letters.drop(writer.connection, writer.epoch, command.dead_letter_id):
+        return domain.no_such_dead_letter(command.dead_letter_id)
+    log.info("dead_letter.dropped", request_id=command.request_id, dead_letter_id=str(command.dead_letter_id))
+    return messages.Recorded(changed=True)
+
+
 Handler = Callable[[Writer, Sequence[Any]], Awaitable[list[Reply]]]
 
 
@@ -402,6 +446,8 @@ MAINTENANCE = Lane(
         DeleteStale: _one_by_one(delete_stale),
         PurgeRecords: _one_by_one(purge_records),
         RecordJob: _one_by_one(record_job),
+        ReplayDeadLetter: _one_by_one(replay_dead_letter),
+        DropDeadLetter: _one_by_one(drop_dead_letter),
     },
     max_batch=1,
     together=False,

@@ -1,10 +1,11 @@
-"""Wiring of the allocator: the consumers of commands, the relay of events, the gauges of the pool."""
+"""Wiring of the allocator: the consumers of commands, the relay of events, the collector of dead letters, the
+gauges of the pool."""
 
 import structlog
 from sqlalchemy import text
 from starlette.applications import Starlette
 
-from allocator import listings, metrics, store
+from allocator import dead_letters, listings, metrics, store
 from allocator.consumer import Consumer
 from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
@@ -22,6 +23,7 @@ def create_app(settings: Settings) -> Starlette:
     engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = Relay(settings.database_url, publisher)
+    collector = dead_letters.Collector(settings.amqp_url, engine)
     students, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
 
     async def queue() -> str | None:
@@ -35,6 +37,7 @@ def create_app(settings: Settings) -> Starlette:
             async with engine.connect() as connection:
                 rows = (await connection.execute(text(store.COUNT_BY_STATUS))).all()
                 oldest_deletion_sec = await connection.scalar(text(store.OLDEST_DELETION))
+                dead = await connection.scalar(text(dead_letters.COUNT))
                 sync = (await connection.execute(text(listings.SYNC_STATE))).one()
         except db.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=db.reason(error))
@@ -44,6 +47,7 @@ def create_app(settings: Settings) -> Starlette:
         metrics.LEAKS.labels("in_csp").set(sync.leaked)
         metrics.LEAKS.labels("missing").set(sync.missing)
         metrics.OLDEST_DELETION.set(oldest_deletion_sec)
+        metrics.DEAD_LETTERS.set(dead or 0)
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))
         metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))
@@ -56,7 +60,7 @@ def create_app(settings: Settings) -> Starlette:
 
     return Starlette(
         routes=health.routes({"queue": queue, "database": database}),
-        lifespan=service.lifespan(publisher.run, gauges, relay.run, maintenance.run, students.run),
+        lifespan=service.lifespan(publisher.run, gauges, collector.run, relay.run, maintenance.run, students.run),
     )
 
 

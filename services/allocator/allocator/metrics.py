@@ -15,6 +15,7 @@ OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is
 OLDEST_DELETION = Gauge(
     "broker_oldest_pending_deletion_seconds", "Since when the oldest pending deletion has been asked for"
 )
+DEAD_LETTERS = Gauge("broker_dead_letters", "Messages that could not be processed and wait for a person")
 REOPENED = Counter("broker_deletions_reopened_total", "Deletions to be done again: CSP still lists the account")
 SYNC_HELD = Gauge("broker_sync_held", "1 while the newest listing is held back for a person to look at")
 LEAKS = Gauge(

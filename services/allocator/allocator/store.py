@@ -1,5 +1,5 @@
 """The SQL of leases, and the rules for all SQL that writes the pool: that of this file, deletions.py, listings.py,
-purge.py and jobs.py. There is no other.
+purge.py and jobs.py. There is no other. (dead_letters.py writes its own table.)
 
 Every change is one statement in a transaction of its own, with the rows for the outbox in the same statement,
 so nothing is ever half done and an allocator that freezes holds no locks. Each begins with the epoch guard:

@@ -12,10 +12,13 @@ import asyncpg
 
 from allocator import handlers, store
 from allocator.handlers import STUDENTS, Lane, Writer
+from sandbox_broker import topology
+from sandbox_broker.bus import Publisher
 from sandbox_broker.messages import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
+    Command,
     LeaseGranted,
     ListedAccount,
     ListingApplied,
@@ -26,6 +29,7 @@ from sandbox_broker.messages import (
     Reply,
     SandboxesRefreshed,
     StageListing,
+    encode_commands,
 )
 
 LAB = timedelta(hours=4)
@@ -77,6 +81,8 @@ class Pool:
         self._stack = stack
         self._observer = observer
         self._numbers = itertools.count(1)
+        self.publisher = Publisher("amqp://127.0.0.1:1/", "nobody")
+        """Of the writers; it is not connected."""
 
     async def writer(self, epoch: int | None = None, *, lane: Lane = STUDENTS) -> Writer:
         """An allocator's connection, on the lane's present epoch unless another is given."""
@@ -86,7 +92,7 @@ class Pool:
         self._stack.callback(connection.terminate)
         if epoch is None:
             epoch = await self.value("SELECT epoch FROM allocator_epoch WHERE queue = $1", lane.queue.name)
-        return Writer(connection, epoch, LAB)
+        return Writer(connection, epoch, LAB, self.publisher)
 
     async def fill(self, names: int | Sequence[str], status: str = "available") -> list[str]:
         """Adds sandboxes, the first the one that is available longest; returns their ids."""
@@ -140,6 +146,7 @@ class Pool:
                 "csp_accounts",
                 "allocator_epoch",
                 "cleanup_duty",
+                "dead_letters",
             )
         ]
 
@@ -163,6 +170,16 @@ class Pool:
         sandbox_id = await self.lease("gone")
         await handlers.release_sandbox(await self.writer(), [done(sandbox_id, "gone")])
         return sandbox_id
+
+    async def dead_letter(self, *commands: Command, queue: str = topology.ALLOCATOR_COMMANDS.name) -> uuid.UUID:
+        """One that has died a moment ago."""
+        found: uuid.UUID = await self.value(
+            "INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), $1, 'why', '{}', NULL, NULL, NULL, $2) "
+            "RETURNING dead_letter_id",
+            queue,
+            encode_commands(commands),
+        )
+        return found
 
     async def overdue(self, holder: str, by: timedelta = timedelta(hours=1)) -> str:
         """A sandbox whose lease should have ended a while ago."""

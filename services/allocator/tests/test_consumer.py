@@ -136,7 +136,7 @@ async def test_a_poisonous_entry_is_refused_and_kept_while_its_neighbours_succee
     assert {refusal(reply) for reply in replies[1:6]} == {"INVALID_COMMAND"}
     kept = await asking.dead_letters(5)
     assert sorted(json.dumps(json.loads(message.body)) for message in kept) == sorted(
-        json.dumps(command) for command in commands[1:6]
+        json.dumps({"commands": [command]}) for command in commands[1:6]
     )
     assert any("holder" in reason(message) for message in kept)
 
@@ -184,7 +184,8 @@ async def test_what_the_database_refuses_is_singled_out_of_a_large_batch(
     assert refusal(replies.pop(77)) == "INTERNAL_ERROR"
     assert len({granted(reply).sandbox_id for reply in replies}) == 199
     (message,) = await asking.dead_letters(1)
-    assert json.loads(message.body)["holder"] == "student-77"
+    (command,) = json.loads(message.body)["commands"]
+    assert command["holder"] == "student-77"
     granted(await asking.ask_one(ask("student-77")))
     await pool.sound()
 
@@ -319,7 +320,9 @@ async def private_server() -> AsyncIterator[PrivatePostgres]:
 async def server(private_server: PrivatePostgres) -> PrivatePostgres:
     """A database server of our own, with an empty pool."""
     async with pool_in(private_server.url) as pool:
-        await pool.execute("TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs")
+        await pool.execute(
+            "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, dead_letters"
+        )
     return private_server
 
 

@@ -1,6 +1,7 @@
 """An allocator that another one has succeeded changes nothing more, and holds nobody up."""
 
 import asyncio
+import dataclasses
 import uuid
 
 import pytest
@@ -13,6 +14,7 @@ from sandbox_broker.messages import (
     ClaimDeletions,
     Command,
     DeleteStale,
+    DropDeadLetter,
     EndCleanup,
     EndLease,
     ExpireLeases,
@@ -22,6 +24,7 @@ from sandbox_broker.messages import (
     RecordDeletionFailure,
     RecordJob,
     RefreshSandboxes,
+    ReplayDeadLetter,
     RetryDeletion,
     StageListing,
 )
@@ -62,6 +65,9 @@ async def commands(pool: Pool, writer: Writer) -> dict[str, Command]:
         DeleteStale(stale_for_sec=0, limit=10),
         PurgeRecords(status="deletion_failed", limit=10),
         RecordJob(job_id=uuid.uuid4(), kind="sync"),
+        # Of an allocation of somebody who has had a sandbox since nothing is put back.
+        ReplayDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(ask("ann"))),
+        DropDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(ask("bob"))),
     ]
     return {type(command).__name__: command for command in found}
 
@@ -77,7 +83,7 @@ async def test_a_fenced_allocator_changes_nothing(pool: Pool, kind: str) -> None
     with pytest.raises(store.Fenced):
         await handle(writer, [command])
     assert await pool.state() == before
-    await handle(Writer(successor.connection, epoch, writer.lab_duration), [command])
+    await handle(dataclasses.replace(successor, epoch=epoch), [command])
     assert await pool.state() != before
 
 
@@ -112,7 +118,7 @@ async def test_raising_the_epoch_waits_for_a_statement_at_work(pool: Pool) -> No
     await pool.until_waiting(successor)
     await transaction.commit()
     epoch = await raising
-    (again,) = await allocate(Writer(successor.connection, epoch, writer.lab_duration), ask("ann"))
+    (again,) = await allocate(dataclasses.replace(successor, epoch=epoch), ask("ann"))
     assert again == lease.model_copy(update={"new": False})
 
 
@@ -140,7 +146,7 @@ async def test_a_predecessor_that_is_frozen_in_its_statement_loses_its_connectio
     if reconnected:  # the epoch was raised on a connection that it no longer has
         frozen = await pool.writer(epoch)
     await frozen.connection.execute("BEGIN")
-    granted((await allocate(Writer(frozen.connection, epoch, frozen.lab_duration), ask("ann")))[0])
+    granted((await allocate(dataclasses.replace(frozen, epoch=epoch), ask("ann")))[0])
     bystander = await pool.writer()
     successor = await pool.writer()
     raised = await store.raise_epoch(successor.connection, STUDENTS_QUEUE)

@@ -75,7 +75,7 @@ async def empty(database: asyncpg.Connection | asyncpg.Pool) -> None:
         with contextlib.suppress(asyncpg.DeadlockDetectedError):
             await database.execute(
                 "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, "
-                "csp_listings, csp_accounts; "
+                "csp_listings, csp_accounts, dead_letters; "
                 "UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'"
             )
             done = True

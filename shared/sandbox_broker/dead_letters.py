@@ -1,0 +1,50 @@
+"""A command that cannot be carried out is put among the dead letters with the reason, so that it blocks nothing.
+
+What is no envelope at all is rejected instead: RabbitMQ moves it there itself, and that cannot be lost.
+"""
+
+import asyncio
+import uuid
+from datetime import UTC, datetime
+
+import structlog
+from pamqp.commands import Basic
+from pamqp.common import FieldTable
+
+from sandbox_broker import topology
+from sandbox_broker.bus import Disconnected, Publisher, Unroutable
+
+PATIENCE_SEC = 3.0
+PAUSE_SEC = 0.1
+MAX_REASON = 500
+"""Characters; headers have to fit one frame."""
+
+log = structlog.get_logger()
+
+
+async def keep(publisher: Publisher, queue: str, command: str, reason: str) -> None:
+    """Keeps one command, as JSON, of an envelope that came to `queue`; in an envelope of its own, so that it can be
+    put back as it is. If RabbitMQ does not take it in time, the log has it."""
+    headers: FieldTable = {
+        "x-first-death-reason": "rejected",
+        "x-first-death-queue": queue,
+        "x-reason": reason[:MAX_REASON],
+    }
+    properties = Basic.Properties(
+        content_type="application/json",
+        delivery_mode=2,
+        message_id=uuid.uuid4().hex,
+        timestamp=datetime.now(UTC),
+        headers=headers,
+    )
+    body = f'{{"commands":[{command}]}}'.encode()
+    try:
+        async with asyncio.timeout(PATIENCE_SEC):
+            while True:
+                try:
+                    return await publisher.publish(topology.DEAD_LETTERS.name, queue, body, properties)
+                except Disconnected as error:
+                    log.info("dead_letter.delayed", error=str(error))
+                    await asyncio.sleep(PAUSE_SEC)
+    except (TimeoutError, Unroutable) as error:
+        log.error("dead_letter.lost", queue=queue, reason=reason, error=str(error), body=body.decode())
