@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import ChannelFrame
@@ -42,6 +43,14 @@ class Outgoing:
 @lru_cache(maxsize=64)
 def _publish_frame(exchange: str, routing_key: str, channel: int) -> bytes:
     return frame.marshal(Basic.Publish(exchange=exchange, routing_key=routing_key), channel)
+
+
+class Seen(NamedTuple):
+    """What RabbitMQ says of a queue."""
+
+    messages: int
+    """That wait; those that somebody has taken and not acknowledged are not among them."""
+    consumers: int
 
 
 class Unroutable(Exception):
@@ -155,6 +164,10 @@ class Publisher:
 
     async def consumers(self, queue: str) -> int:
         """How many consumers the queue has; raises Disconnected."""
+        return (await self.look(queue)).consumers
+
+    async def look(self, queue: str) -> Seen:
+        """Raises Disconnected, also where there is no such queue."""
         if self._connection is None:
             raise Disconnected("not connected to RabbitMQ")
         with losses():
@@ -164,7 +177,7 @@ class Publisher:
                 if self._asking is None or self._asking.is_closed:
                     self._asking = await open_channel(self._connection, confirms=False)
                 declared = await self._asking.queue_declare(queue, passive=True)
-        return declared.consumer_count or 0
+        return Seen(declared.message_count or 0, declared.consumer_count or 0)
 
 
 async def _write(channel: Channel, exchange: str, messages: Sequence[Outgoing]) -> list[asyncio.Future[object]]:

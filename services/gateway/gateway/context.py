@@ -6,6 +6,7 @@ from starlette.types import Scope
 
 from gateway.auth import Auth
 from gateway.limits import Limits
+from gateway.outlook import Outlook
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker.bus import Publisher, Requester
@@ -23,3 +24,4 @@ class Context:
     publisher: Publisher
     requester: Requester
     allocator: Allocator
+    outlook: Outlook

@@ -63,6 +63,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox", "Use the `sandbox_id` that the allocation returned."),
     "JOB_NOT_FOUND": Kind(404, "No such job", "Use the `job_id` that starting it has answered."),
+    "DEAD_LETTER_NOT_FOUND": Kind(
+        404, "No such dead letter", "Nothing is to be done: it was replayed or dropped, or never was one."
+    ),
     "NOT_FOUND": Kind(404, "No such path", "See `/v1/docs` for what there is."),
     "METHOD_NOT_ALLOWED": Kind(
         405, "The path exists, but not with this method", "Use the method that the `Allow` header names."
@@ -79,6 +82,9 @@ KINDS: Mapping[str, Kind] = {
     "NOT_ALLOCATED": Kind(409, "Nobody ever held this sandbox", "There is no lease to end: nothing is to be done."),
     "NOT_DELETION_FAILED": Kind(
         409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
+    ),
+    "NOT_REPLAYABLE": Kind(
+        409, "The dead letter names a queue that is none of those for work", "Look at it, and drop it."
     ),
     "SYNC_HELD": Kind(
         409,

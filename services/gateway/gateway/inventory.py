@@ -1,4 +1,4 @@
-"""The admin routes that look at the pool, at who had what, and at what differs from CSP."""
+"""The admin routes that look at the whole, at the pool, at who had what, and at what differs from CSP."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from gateway.admin import ALWAYS
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.pages import AllocationFilter, GroupedBy, SandboxFilter
-from gateway.schemas import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats, responses
+from gateway.schemas import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats, Status, responses
 from sandbox_broker.messages import MAX_ID_LENGTH, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -21,6 +21,14 @@ Cursor = Annotated[str, Query(max_length=1024, description="that of the page bef
 Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
 """As in the headers that it comes from; blank is no filter."""
 Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]
+
+
+@router.get("/status", responses=responses(*ALWAYS))
+async def get_status(request: Request) -> Status:
+    """What is up and what is not, the queues, the pool, and what our records tell of CSP. What does not answer in
+    0.3 s is reported as down, so that this always answers at once."""
+    context: Context = request.app.state.context
+    return await context.outlook.status()
 
 
 @router.get("/stats", responses=responses(*PAGED))

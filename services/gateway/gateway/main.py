@@ -21,6 +21,7 @@ from gateway import (
     auth,
     clients,
     cors,
+    dead_letters,
     docs,
     errors,
     inventory,
@@ -31,6 +32,7 @@ from gateway import (
 )
 from gateway.context import Context
 from gateway.errors import ApiError
+from gateway.outlook import Outlook
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service
@@ -114,11 +116,15 @@ def create_app(settings: Settings) -> Gateway:
         limited.failures if limited else None,
         client_address,
     )
-    app.state.context = Context(settings, judge, limited, client_address, engine, publisher, requester, allocator)
+    outlook = Outlook(publisher, engine)
+    app.state.context = Context(
+        settings, judge, limited, client_address, engine, publisher, requester, allocator, outlook
+    )
     app.include_router(routes.router, dependencies=[Depends(auth.track)])
     app.include_router(inventory.router, dependencies=[Depends(auth.administration)])
     app.include_router(admin.router, dependencies=[Depends(auth.administration)])
     app.include_router(syncs.router, dependencies=[Depends(auth.administration)])
+    app.include_router(dead_letters.router, dependencies=[Depends(auth.administration)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])

@@ -236,6 +236,99 @@ class Leaks(BaseModel):
     )
 
 
+DeadLetterId = Annotated[uuid.UUID, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])]
+QueueName = Annotated[str, Field(examples=["allocator.commands"])]
+
+
+class DeadLetterSummary(BaseModel):
+    dead_letter_id: DeadLetterId
+    died_at: UnixSeconds
+    service: str = Field(examples=["allocator"], description="which could not process it")
+    queue: QueueName = Field(description="that it died in")
+    reason: str = Field(examples=["It is no envelope of commands: Invalid JSON"])
+    commands: list[str] = Field(
+        examples=[["ReleaseSandbox"]], description="their types, as far as they can be read"
+    )
+    size: Annotated[int, Field(examples=[212], description="bytes")]
+
+
+class DeadLetterPage(BaseModel):
+    dead_letters: list[DeadLetterSummary]
+    count: Count = Field(description="on this page")
+    cursor: Cursor
+
+
+class DeadLetter(DeadLetterSummary):
+    message_id: str | None = Field(examples=["1c8d6f0c7f4b4e9d8a55e0a4d1c7b9aa", None])
+    correlation_id: str | None = Field(examples=["f3a94f5be9c1466c8c9c34a5a3b7f0d2", None])
+    content_type: str | None = Field(examples=["application/json", None])
+    payload: str = Field(
+        examples=['{"commands":[{"type":"ReleaseSandbox"}]}'],
+        description="of what is larger than 64 KiB the beginning",
+    )
+    encoding: Literal["utf-8", "base64"] = Field(description="of `payload`")
+
+
+class DeadLetterReplayed(BaseModel):
+    status: Literal["replayed"] = "replayed"
+    dead_letter_id: DeadLetterId
+    queue: QueueName
+    published: bool = Field(examples=[True], description="false: nothing was left of it")
+    skipped: Count = Field(description="allocations left out, because their students have had a sandbox since")
+
+
+class DeadLetterDropped(BaseModel):
+    status: Literal["dropped"] = "dropped"
+    dead_letter_id: DeadLetterId
+
+
+class QueueStatus(BaseModel):
+    queue: QueueName
+    messages: Count = Field(description="that wait")
+    consumers: Count = Field(description="those that stand by included")
+
+
+ServiceState = Literal["up", "partly", "down", "unknown"]
+
+
+class ServiceStatus(BaseModel):
+    service: str = Field(examples=["reaper"])
+    state: ServiceState = Field(
+        description="by the consumers of its queues; `partly`: some of them have none; `unknown`: RabbitMQ is down"
+    )
+
+
+class PartStatus(BaseModel):
+    state: Literal["up", "down"]
+    problem: str | None = Field(examples=[None, "no answer in 0.3 s"])
+
+
+class CspStatus(BaseModel):
+    """What our records tell of CSP; it is not asked."""
+
+    listed_at: MaybeSeconds = Field(description="the listing that was applied last was begun then")
+    unfinished_since: MaybeSeconds = Field(
+        description="a newer one was begun then and is not there yet: it is being fetched, or CSP did not answer"
+    )
+    held: bool = Field(
+        examples=[False], description="the newest one waits for an administrator: GET /v1/admin/sync"
+    )
+    pending_since: MaybeSeconds = Field(description="the oldest pending deletion was asked for then")
+    failing: Count = Field(description="pending deletions that have failed at least once")
+    error: str | None = Field(examples=["CSP answered 500", None], description="of the newest such failure")
+
+
+class Status(BaseModel):
+    checked_at: UnixSeconds
+    rabbitmq: PartStatus
+    database: PartStatus
+    services: list[ServiceStatus]
+    queues: list[QueueStatus] | None = Field(description="null while RabbitMQ does not answer")
+    pool: Stats | None = Field(description="null while the database does not answer, like all below")
+    csp: CspStatus | None
+    dead_letters: Count | None
+
+
 class Purge(BaseModel):
     status: Literal["completed"] = "completed"
     deleted: Count

@@ -21,7 +21,9 @@ from sandbox_broker.messages import (
     CleanedUp,
     CleanUpNow,
     Command,
+    DeadLetterReplayed,
     DeleteStale,
+    DropDeadLetter,
     EndLease,
     InvalidCommand,
     LeaseGranted,
@@ -32,6 +34,7 @@ from sandbox_broker.messages import (
     RecordJob,
     Refused,
     ReleaseSandbox,
+    ReplayDeadLetter,
     Reply,
     ReplyEnvelope,
     RetryDeletion,
@@ -75,7 +78,11 @@ async def say_yes(command: Command) -> Reply:
         return CleanedUp(deleted=3, failed=1, duration_ms=34)
     if isinstance(command, DeleteStale | PurgeRecords):
         return Purged(count=7)
-    if isinstance(command, RecordJob):
+    if isinstance(command, ReplayDeadLetter):
+        return DeadLetterReplayed(
+            dead_letter_id=command.dead_letter_id, queue="allocator.commands", published=True, skipped=2
+        )
+    if isinstance(command, RecordJob | DropDeadLetter):
         return Recorded(changed=True)
     return LEASE
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from textwrap import dedent
 
@@ -32,6 +33,10 @@ ADMIN_ROUTES = [
     ("POST", "/v1/admin/sync"),
     ("GET", "/v1/admin/sync"),
     ("GET", "/v1/admin/leaks"),
+    ("GET", "/v1/admin/status"),
+    ("GET", "/v1/admin/dead-letters"),
+    ("POST", f"/v1/admin/dead-letters/{uuid.UUID(int=7)}/replay"),
+    ("DELETE", f"/v1/admin/dead-letters/{uuid.UUID(int=7)}"),
     ("POST", "/v1/admin/auto-delete-stale"),
     ("POST", "/v1/admin/bulk-delete?status=stale"),
 ]

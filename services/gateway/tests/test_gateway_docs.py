@@ -19,6 +19,8 @@ from sandbox_broker.messages import MAX_ID_LENGTH
 from .gateway_harness import client, create_app_without_servers
 
 PAGE = "http://gateway/v1/docs"
+DEAD_LETTERS = "/v1/admin/dead-letters"
+REPLAYED = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
 
 STATUSES = {
@@ -38,6 +40,11 @@ STATUSES = {
     ("post", "/v1/admin/sandboxes/{sandbox_id}/release"): {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504},
     ("post", RETRY_DELETION): {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504},
     ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
+    ("get", "/v1/admin/status"): {200, 400, 401, 403, 413, 429, 500},
+    ("get", DEAD_LETTERS): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", f"{DEAD_LETTERS}/{{dead_letter_id}}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
+    ("delete", f"{DEAD_LETTERS}/{{dead_letter_id}}"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
+    ("post", f"{DEAD_LETTERS}/{{dead_letter_id}}/replay"): REPLAYED,
     ("get", "/healthz"): {200},
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
