@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 ARGS :=
 
 SERVICES := gateway allocator reaper csp-syncer
-OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack k8s-check
+OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack k8s-check brokerctl
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock"
 

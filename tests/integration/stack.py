@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
@@ -85,6 +86,16 @@ class Stack:
         )
         self.processes[name or module] = process
         return process, f"http://127.0.0.1:{environment[PORTS[module]]}"
+
+    async def start_simulator(self) -> None:
+        port = str(urlsplit(self.simulator).port)
+        process = await spawn(
+            "simulator",
+            [sys.executable, "-m", "csp_simulator", "--port", port, "--token", CSP_TOKEN],
+            env=self.environment,
+        )
+        self.processes["simulator"] = process
+        await self.until_ready(f"{self.simulator}/healthz", process)
 
     async def until_ready(self, url: str, process: Process) -> None:
         async def ready() -> bool:
@@ -214,13 +225,8 @@ async def running(
     ):
         stack = Stack(environment, client, database, simulator, launcher, settings_of or {}, on_line)
         try:
-            stack.processes["simulator"] = await spawn(
-                "simulator",
-                [sys.executable, "-m", "csp_simulator", "--port", str(simulator_port), "--token", CSP_TOKEN],
-                env=environment,
-            )
             await asyncio.gather(
-                stack.until_ready(f"{simulator}/healthz", stack.processes["simulator"]),
+                stack.start_simulator(),
                 *(stack.start_service(module) for module in PORTS),
             )
             yield stack

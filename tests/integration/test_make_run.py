@@ -71,6 +71,10 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
                 headers={"Authorization": "Bearer dev-admin-token"},
             )
         assert (stats.json()["available"], stats.json()["allocated"]) == (49, 1)
+        end = next(number for number, line in enumerate(lines) if line.endswith("brokerctl status"))
+        code, said = await run(["bash", "-c", f"{lines[end - 1]}\n{lines[end]}"], cwd=tmp_path)
+        assert code == 0, said
+        assert "Nothing needs attention." in said
     finally:
         # As the terminal does it: to make and to what it runs.
         os.killpg(make.pid, signal.SIGINT)

@@ -1,6 +1,8 @@
 """What the person at the terminal wants to know once everything runs."""
 
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from devstack.settings import Settings
@@ -42,6 +44,11 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     yield ""
     yield f"  curl -X POST {gateway}/v1/allocate -H 'X-Instruqt-Sandbox-ID: student-1' \\"
     yield f'    -H "Authorization: Bearer {track_token}"'
+    yield ""
+    yield "See how it is, as an operator does (docs/brokerctl.md):"
+    yield ""
+    yield f"  BROKER_API_URL={gateway}/v1 BROKER_ADMIN_TOKEN={_token(settings, 'BROKER_ADMIN_TOKEN')} \\"
+    yield f"    {Path(sys.executable).with_name('brokerctl')} status"
     yield ""
     yield "Ctrl-C stops everything."
     yield ""
