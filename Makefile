@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench check k8s-check fmt docs lock clean
+.PHONY: help setup run test test-containers bench check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
@@ -11,13 +11,16 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --
 	--no-emit-index-url --custom-compile-command "make lock"
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: setup ## Everything on this machine, in the foreground, until Ctrl-C
 	@$(PYTHON) -m devstack
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
 	@$(PYTHON) -m pytest -n 4 --dist loadfile $(ARGS)
+
+test-containers: setup ## The images, docker-compose.yml and what else needs a Docker engine; images by PYTHON_IMAGE and the like
+	@$(PYTHON) -m pytest tests/containers $(ARGS)
 
 bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
 	@$(PYTHON) -m bench $(ARGS)

@@ -18,7 +18,11 @@ from tests.integration.stack import ROOT, Stack
 
 SCRIPTS = ROOT / "deploy" / "image"
 COMPOSE: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-PROGRAMS: Mapping[str, Program] = {**SERVICES, "migration": COMMANDS["sandbox_broker.migrate"]}
+PROGRAMS: Mapping[str, Program] = {
+    **SERVICES,
+    "migration": COMMANDS["sandbox_broker.migrate"],
+    "queues": COMMANDS["sandbox_broker.declare"],
+}
 
 
 def ask(service: str, port: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +98,7 @@ def test_in_compose_every_setting_reaches_the_service_that_reads_it_and_no_other
     assert {name.lower() for name in COMPOSE[service]["environment"]} == settings
 
 
-@pytest.mark.parametrize("service", PROGRAMS)
+@pytest.mark.parametrize("service", [*PROGRAMS, "accounts", "csp-simulator"])
 def test_in_compose_services_write_nothing_and_may_nothing(service: str) -> None:
     described = COMPOSE[service]
 
@@ -107,7 +111,7 @@ def test_in_compose_each_service_is_an_image_of_its_own_from_its_own_lock() -> N
     built = {
         name: described["build"]["args"]["SERVICE"]
         for name, described in COMPOSE.items()
-        if "build" in described and name not in {"migration", "csp-simulator"}
+        if "build" in described and name not in {"accounts", "migration", "queues", "csp-simulator"}
     }
 
     assert built == {name: name for name in locks.SERVICES}

@@ -33,16 +33,25 @@ class Found:
     """It was named by a variable, so that its content is not ours to replace."""
     processes: tuple[Process, ...] = ()
     """What we have started for it."""
+    management: str | None = None
+    """RabbitMQ's HTTP API with user and password, where we know of it."""
 
 
-async def find(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> tuple[Found, Found]:
-    """PostgreSQL and RabbitMQ; what had to be started for them ends with the stack.
+async def find(
+    settings: Settings,
+    terminal: Terminal,
+    stack: AsyncExitStack,
+    *,
+    database: Found | None = None,
+    broker: Found | None = None,
+) -> tuple[Found, Found]:
+    """PostgreSQL and RabbitMQ, unless they are given; what had to be started for them ends with the stack.
 
     Raises CannotRun when there is no way to have one of them.
     """
     # Looking comes before starting: a wrong variable is not to be found out after minutes of set-up.
-    database = await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
-    broker = await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
+    database = database or await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
+    broker = broker or await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
     if database is not None and broker is not None:
         return database, broker
     no_docker = await docker.refusal()

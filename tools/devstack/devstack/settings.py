@@ -30,6 +30,9 @@ TOKENS = {
 }
 """Variable and development default of every token. Nothing else in the project has a default token."""
 
+POSTGRES_IMAGE = "postgres:17"
+RABBITMQ_IMAGE = "rabbitmq:4-management"
+
 # No proxy has to notice that the gateway stops.
 _DEFAULTS = {"LOG_FORMAT": "console", "LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "DRAIN_SEC": "0"}
 
@@ -97,8 +100,8 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
         default_tokens=frozenset(name for name in TOKENS if value(name) is None),
         postgres_servers=_postgres_servers(value),
         rabbitmq_server=f"amqp://guest:guest@127.0.0.1:{rabbitmq_port}/",
-        postgres_image=value("POSTGRES_IMAGE") or "postgres:17",
-        rabbitmq_image=value("RABBITMQ_IMAGE") or "rabbitmq:4-management",
+        postgres_image=value("POSTGRES_IMAGE") or POSTGRES_IMAGE,
+        rabbitmq_image=value("RABBITMQ_IMAGE") or RABBITMQ_IMAGE,
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import asyncpg
+import httpx
 
 from devstack import rabbitmq
 from devstack.infrastructure import Found
@@ -32,18 +33,35 @@ async def database(found: Found, prefix: str) -> AsyncIterator[str]:
 @asynccontextmanager
 async def vhost(found: Found, prefix: str) -> AsyncIterator[str]:
     """The URL of a virtual host with nothing in it, which goes at the end of the block. Where the server that was
-    found cannot be given one (it runs in a container, or this account may not administer it), it is the one of a
-    private server."""
+    found cannot be given one (`make run` has it in a container, or this account may not administer it), it is the one
+    of a private server."""
     name = f"{prefix}_{secrets.token_hex(4)}"
+    url = f"{found.url.rstrip('/')}/{name}"
+    user = urlsplit(found.url).username or "guest"
     local = urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and not found.processes
-    if local and await _add_vhost(name, urlsplit(found.url).username or "guest"):
+    if found.management is not None:
+        async with _managed_vhost(found.management, name, user):
+            yield url
+    elif local and await _add_vhost(name, user):
         try:
-            yield f"{found.url.rstrip('/')}/{name}"
+            yield url
         finally:
             await run(["rabbitmqctl", "-q", "delete_vhost", name])
     else:
         async with rabbitmq.PrivateRabbitMQ() as private:
             yield private.url
+
+
+@asynccontextmanager
+async def _managed_vhost(management: str, name: str, user: str) -> AsyncIterator[None]:
+    async with httpx.AsyncClient(base_url=f"{management}/api/", trust_env=False, timeout=60) as client:
+        (await client.put(f"vhosts/{name}")).raise_for_status()
+        try:
+            everything = {"configure": ".*", "write": ".*", "read": ".*"}
+            (await client.put(f"permissions/{name}/{user}", json=everything)).raise_for_status()
+            yield
+        finally:
+            (await client.delete(f"vhosts/{name}")).raise_for_status()
 
 
 async def _add_vhost(name: str, user: str) -> bool:

@@ -1,19 +1,25 @@
-"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, found in the order of `make run`.
+"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, those that DATABASE_URL and AMQP_URL name, or
+in containers where a Docker engine answers, or else found in the order of `make run`.
 
 Each test session has a database and a virtual host of its own, which go when it ends, so that sessions run
-beside each other and beside `make run`.
+beside each other and beside `make run`. Containers are those of the whole run: where several processes work on it,
+the one that controls them starts and removes what they share.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import asdict
 from functools import partial
+from typing import Any, NoReturn
 
 import asyncpg
 import pytest
 from aio_pika import connect
 
-from devstack import infrastructure, temporary
+from devstack import containers, infrastructure, temporary
+from devstack.containers import Containers
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found
 from devstack.output import Terminal
@@ -24,14 +30,47 @@ from sandbox_broker.migrate import migrate
 _PREFIX = "broker_test"
 
 
+_shared = pytest.StashKey[Containers]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Before each worker, in the process that controls them."""
+    config: pytest.Config = node.config
+    if _shared not in config.stash:
+        # A loop that outlives this call: what has been started is stopped at the very end.
+        runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        config.add_cleanup(runner.close)
+        try:
+            running = containers.running(load())
+            config.stash[_shared] = runner.run(running.__aenter__())
+        except CannotRun as reason:
+            _give_up(reason)
+        config.add_cleanup(lambda: runner.run(running.__aexit__(None, None, None)))
+    node.workerinput["containers"] = asdict(config.stash[_shared])
+
+
 @pytest.fixture(scope="session")
-async def servers() -> AsyncIterator[tuple[Found, Found]]:
+async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Found, Found]]:
     """PostgreSQL and RabbitMQ."""
     async with AsyncExitStack() as stack:
         try:
-            yield await infrastructure.find(load(), Terminal(), stack)
+            settings = load()
+            shared = getattr(request.config, "workerinput", {}).get("containers")
+            had: Containers = (
+                Containers(**shared)
+                if shared is not None
+                else await stack.enter_async_context(containers.running(settings))
+            )
+            yield await infrastructure.find(
+                settings, Terminal(), stack, database=had.database, broker=had.broker
+            )
         except CannotRun as reason:
-            pytest.exit(f"the tests need real servers: {reason}", returncode=2)
+            _give_up(reason)
+
+
+def _give_up(reason: CannotRun) -> NoReturn:
+    pytest.exit(f"the tests need real servers: {reason}", returncode=2)
 
 
 NewDatabase = Callable[[], AbstractAsyncContextManager[str]]

@@ -1,6 +1,6 @@
-"""Where PostgreSQL and RabbitMQ come from: the variables, this machine, Docker, packages, in that order."""
+"""Where PostgreSQL and RabbitMQ come from: the variables, this machine, Docker, packages, in that order. (With a
+Docker: tests/containers.)"""
 
-import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -11,7 +11,8 @@ import asyncpg
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
-from devstack import docker, infrastructure, packages, postgres, processes, rabbitmq
+from devstack import containers, infrastructure, packages, postgres, rabbitmq
+from devstack.containers import Containers
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found, find, take_over
 from devstack.ports import free_port
@@ -19,8 +20,6 @@ from devstack.settings import Settings
 from sandbox_broker import topology
 
 pytest_plugins = ("devstack.fixtures",)
-
-IMAGES = {name: os.environ[name] for name in ("POSTGRES_IMAGE", "RABBITMQ_IMAGE") if name in os.environ}
 
 SettingsFrom = Callable[..., Settings]
 
@@ -213,21 +212,7 @@ async def test_with_nothing_to_start_one_line_says_what_to_do(
     assert caught.value.status == 2
 
 
-async def test_docker_runs_what_is_missing_and_removes_it_in_the_end(
-    settings_from: SettingsFrom, terminal: Any, nothing_local: Mapping[str, str]
-) -> None:
-    settings = settings_from(**nothing_local, **IMAGES)
-    if await docker.refusal() is not None:
-        pytest.skip("Docker does not answer here")
-    for image in (settings.postgres_image, settings.rabbitmq_image):
-        if (await processes.run(["docker", "image", "inspect", image]))[0] != 0:
-            pytest.skip(f"{image} is not on this machine")
-
-    async with AsyncExitStack() as stack:
-        database, broker = await find(settings, terminal, stack)
-
-        assert await postgres.refusal(f"{database.url}/postgres") is None
-        assert await rabbitmq.refusal(broker.url) is None
-
-    _, names = await processes.run(["docker", "ps", "--all", "--format", "{{.Names}}"])
-    assert infrastructure._container_prefix(settings) not in names
+@pytest.mark.usefixtures("no_docker")
+async def test_without_docker_tests_have_no_containers(settings_from: SettingsFrom) -> None:
+    async with containers.running(settings_from()) as had:
+        assert had == Containers()

@@ -1,0 +1,81 @@
+"""The services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml: roles.sql and definitions.json, which give
+each its rights, with the passwords of the environment. May be repeated at any time."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import asyncpg
+
+DEPLOY = Path(__file__).parents[1]
+POSTGRES = "postgresql://sandbox_broker@postgres:5432/sandbox_broker"
+RABBITMQ = "http://rabbitmq:15672/api/definitions"
+USER = "sandbox_broker"
+"""Of both servers, as their images have made it."""
+ROLES = ("gateway", "allocator")
+USERS = ("migration", "gateway", "allocator", "reaper", "csp-syncer")
+PATIENCE_SEC = 60
+"""RabbitMQ takes messages before it takes this."""
+
+
+async def make_roles() -> None:
+    connection = await asyncpg.connect(POSTGRES, password=os.environ["POSTGRES_PASSWORD"])
+    try:
+        async with connection.transaction():
+            await connection.execute((DEPLOY / "postgres" / "roles.sql").read_text())
+            for name in ROLES:
+                role, password = f"sandbox_broker_{name}", _password(name, "POSTGRES")
+                # A statement of this kind takes no parameters.
+                statement = await connection.fetchval("SELECT format('ALTER ROLE %I PASSWORD %L', $1, $2)", role, password)
+                await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def make_users() -> None:
+    definitions: dict[str, Any] = json.loads((DEPLOY / "rabbitmq" / "definitions.json").read_text())
+    for user in definitions["users"]:
+        if user["name"] in USERS:
+            user["password_hash"] = _hash(_password(user["name"], "RABBITMQ"))
+            user["hashing_algorithm"] = "rabbit_password_hashing_sha256"
+    token = base64.b64encode(f"{USER}:{os.environ['RABBITMQ_PASSWORD']}".encode()).decode()
+    request = urllib.request.Request(
+        RABBITMQ,
+        data=json.dumps(definitions).encode(),
+        headers={"Authorization": f"Basic {token}", "Content-Type": "application/json"},
+    )
+    deadline = time.monotonic() + PATIENCE_SEC
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=PATIENCE_SEC).close()
+        except URLError as error:
+            if time.monotonic() > deadline:
+                raise
+            sys.stdout.write(f"waiting for RabbitMQ: {error}\n")
+            time.sleep(1)
+        else:
+            return
+
+
+def _password(name: str, server: str) -> str:
+    return os.environ[f"{name.upper().replace('-', '_')}_{server}_PASSWORD"]
+
+
+def _hash(password: str) -> str:
+    """As RabbitMQ keeps it: a salt of four bytes, and the digest of salt and password."""
+    salt = secrets.token_bytes(4)
+    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+
+
+if __name__ == "__main__":
+    asyncio.run(make_roles())
+    make_users()

@@ -1,0 +1,157 @@
+"""The broker in containers, as docker-compose.yml describes it."""
+
+import asyncio
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from devstack import packages
+from devstack.output import Terminal
+from devstack.ports import free_port
+from devstack.processes import run
+from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_TOKEN, eventually
+
+FILE = ROOT / "docker-compose.yml"
+DESCRIBED: Mapping[str, Any] = yaml.safe_load(FILE.read_text())["services"]
+BUILT = {name: service["build"]["args"] for name, service in DESCRIBED.items() if "build" in service}
+OURS = ("gateway", "allocator", "reaper", "csp-syncer")
+SERVERS = ("postgres", "rabbitmq", "csp-simulator")
+BASE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
+ACCOUNTS = 3000
+"""More than the students of all tests take."""
+BUILD_SEC = 900.0
+UP_SEC = 600.0
+
+
+@dataclass(frozen=True)
+class Compose:
+    """One project."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    client: httpx.AsyncClient
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['GATEWAY_PORT']}"
+
+    async def call(self, *arguments: str, timeout: float = UP_SEC) -> str:
+        return await _call(*self.command, *arguments, environment=self.environment, timeout=timeout)
+
+    async def container(self, service: str) -> str:
+        """The id of its one container, which may have ended."""
+        return (await self.call("ps", "--all", "--quiet", service)).strip()
+
+    async def inspect(self, service: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(await docker("inspect", await self.container(service)))[0]
+        return found
+
+    async def python(self, service: str, program: str) -> str:
+        """What a Python program writes inside the service's container."""
+        return await docker("exec", await self.container(service), "python", "-c", program)
+
+    async def until_all_are_healthy(self) -> None:
+        async def healthy() -> bool:
+            states = [(await self.inspect(service))["State"] for service in (*SERVERS, *OURS)]
+            return all(state["Running"] and state["Health"]["Status"] == "healthy" for state in states)
+
+        await eventually(healthy, within_sec=UP_SEC)
+
+    async def admin(self, method: str, path: str, **parameters: str) -> Any:
+        response = await self.client.request(
+            method, f"{self.url}/v1/admin/{path}", headers=ADMIN, params=parameters
+        )
+        response.raise_for_status()
+        return response.json()
+
+    async def leases(self) -> list[dict[str, Any]]:
+        """All there have been."""
+        leases: list[dict[str, Any]] = []
+        page: dict[str, str] = {}
+        while True:
+            answer = await self.admin("GET", "allocations", limit="500", **page)
+            leases += answer["allocations"]
+            if answer["cursor"] is None:
+                return leases
+            page = {"cursor": answer["cursor"]}
+
+
+async def build_images() -> dict[str, str]:
+    images = {}
+    for arguments in BUILT.values():
+        service = arguments["SERVICE"]
+        if service in images:
+            continue
+        images[service] = f"sandbox-broker-built/{service}"
+        build = {**arguments, "PYTHON_IMAGE": BASE}
+        options = [part for name, value in build.items() for part in ("--build-arg", f"{name}={value}")]
+        # The host's network, since some machines reach a package index by no other.
+        await docker("build", "--network=host", *options, "--tag", images[service], str(ROOT), timeout=BUILD_SEC)
+    return images
+
+
+@asynccontextmanager
+async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
+    with tempfile.NamedTemporaryFile(suffix=".env") as empty:  # in place of a .env in the clone
+        project = f"sandbox-broker-test-{secrets.token_hex(4)}"
+        command = (*await _program(), "--project-name", project, "--file", str(FILE), "--env-file", empty.name)
+        environment = {
+            **os.environ,
+            **{f"{service.upper().replace('-', '_')}_IMAGE": image for service, image in images.items()},
+            **{name: str(free_port()) for name in ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")},
+            "BROKER_API_TOKEN": TRACK_TOKEN,
+            "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+            "CSP_API_TOKEN": CSP_TOKEN,
+            "CSP_SIMULATOR_ACCOUNTS": str(ACCOUNTS),
+            "RATE_LIMIT": "",  # all students come from one address
+            "CLEANUP_CONCURRENCY": "20",
+            "CLEANUP_BATCH_DELAY_SEC": "0",
+            "DELETION_BACKOFF_BASE_SEC": "0.5",
+            "DELETION_BACKOFF_MAX_SEC": "2",
+            "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
+            "CLEANUP_INTERVAL_SEC": "5",
+        }
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            compose = Compose(command, environment, client)
+            try:
+                await compose.call("up", "--detach", "--no-build")
+                await compose.until_all_are_healthy()
+                yield compose
+            finally:
+                await compose.call("down", "--volumes", "--timeout", "5")
+
+
+async def docker(*arguments: str, timeout: float = 60) -> str:
+    return await _call("docker", *arguments, environment=os.environ, timeout=timeout)
+
+
+async def _call(*command: str, environment: Mapping[str, str], timeout: float) -> str:
+    """What it wrote; fails with that when its exit code is not 0."""
+    child = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+        cwd=ROOT,
+    )
+    async with asyncio.timeout(timeout):
+        written, complained = await child.communicate()
+    assert child.returncode == 0, f"{' '.join(command)}:\n{(written + complained).decode()[-4000:]}"
+    return written.decode()
+
+
+async def _program() -> tuple[str, ...]:
+    """Docker's own Compose; where that is not installed, the older one, which Debian has."""
+    if (await run(["docker", "compose", "version"]))[0] == 0:
+        return "docker", "compose"
+    return (await packages.program(["docker-compose"], "docker-compose", Terminal()),)

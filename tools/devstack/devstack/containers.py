@@ -1,0 +1,147 @@
+"""PostgreSQL and RabbitMQ in containers, for the tests.
+
+Apart from docker.py: what `make run` starts needs Docker's own program and no library, and lives in the foreground.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+from docker.errors import DockerException
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
+from testcontainers.core.exceptions import ContainerConnectException
+
+from devstack import postgres, rabbitmq
+from devstack.errors import CannotRun
+from devstack.infrastructure import Found
+from devstack.private import READY_SEC
+from devstack.settings import POSTGRES_IMAGE, RABBITMQ_IMAGE, Settings
+
+_BETWEEN_TRIES_SEC = 0.1
+_USER = "broker"
+
+
+@dataclass(frozen=True, slots=True)
+class Containers:
+    """What runs in one, as plain text that goes to another process; None for what does not."""
+
+    postgres_url: str | None = None
+    amqp_url: str | None = None
+    management_url: str | None = None
+
+    @property
+    def database(self) -> Found | None:
+        return None if self.postgres_url is None else Found(self.postgres_url)
+
+    @property
+    def broker(self) -> Found | None:
+        return None if self.amqp_url is None else Found(self.amqp_url, management=self.management_url)
+
+
+def refusal() -> str | None:
+    """Why there is no Docker engine to use, in one line; None when one answers."""
+    try:
+        DockerClient().client.close()  # it has asked the engine for its version
+    except DockerException as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Containers]:
+    """Until the end of the block, those of the two that no variable names; none where no engine answers.
+
+    Raises CannotRun when an engine answers and one of them cannot be had from it.
+    """
+    all_named = settings.database_url is not None and settings.amqp_url is not None
+    if all_named or await asyncio.to_thread(refusal) is not None:
+        yield Containers()
+        return
+    password = secrets.token_urlsafe(12)
+    async with AsyncExitStack() as stack:
+        # Both are started before one is waited for.
+        database = broker = None
+        if settings.database_url is None:
+            environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
+            database = await stack.enter_async_context(
+                _started("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
+            )
+        if settings.amqp_url is None:
+            environment = {"RABBITMQ_DEFAULT_USER": _USER, "RABBITMQ_DEFAULT_PASS": password}
+            broker = await stack.enter_async_context(
+                _started("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
+            )
+        postgres_url = None if database is None else await _postgres(database, password)
+        amqp_url, management_url = (None, None) if broker is None else await _rabbitmq(broker, password)
+        yield Containers(postgres_url, amqp_url, management_url)
+
+
+@asynccontextmanager
+async def _started(
+    variable: str, default: str, ports: list[int], environment: Mapping[str, str]
+) -> AsyncIterator[DockerContainer]:
+    image = os.environ.get(variable) or default
+    container = DockerContainer(image, env=dict(environment), ports=ports)
+    try:
+        await asyncio.to_thread(container.start)
+    except (DockerException, ContainerConnectException, OSError) as error:
+        await asyncio.to_thread(container.stop)
+        reason = str(getattr(error, "explanation", None) or error).splitlines()[0]
+        raise CannotRun(
+            f"Docker answers, but cannot run {image}: {reason}; set {variable} to an image that it has, "
+            "or DATABASE_URL and AMQP_URL to servers"
+        ) from None
+    try:
+        yield container
+    finally:
+        await asyncio.to_thread(container.stop)
+
+
+async def _postgres(container: DockerContainer, password: str) -> str:
+    server = f"postgresql://{_USER}:{password}@{await _address(container, 5432)}"
+    await _until_it_answers(container, lambda: postgres.refusal(f"{server}/postgres"))
+    return server
+
+
+async def _rabbitmq(container: DockerContainer, password: str) -> tuple[str, str]:
+    url = f"amqp://{_USER}:{password}@{await _address(container, 5672)}/"
+    management = f"http://{_USER}:{password}@{await _address(container, 15672)}"
+
+    async def answers() -> str | None:
+        return await rabbitmq.refusal(url) or await _http_refusal(f"{management}/api/overview")
+
+    await _until_it_answers(container, answers)
+    return url, management
+
+
+async def _address(container: DockerContainer, port: int) -> str:
+    host = await asyncio.to_thread(container.get_container_host_ip)
+    return f"{host}:{await asyncio.to_thread(container.get_exposed_port, port)}"
+
+
+async def _http_refusal(url: str) -> str | None:
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            (await client.get(url)).raise_for_status()
+    except httpx.HTTPError as error:
+        return str(error)
+    return None
+
+
+async def _until_it_answers(container: DockerContainer, answers: Callable[[], Awaitable[str | None]]) -> None:
+    reason: str | None = None
+    try:
+        async with asyncio.timeout(READY_SEC):
+            while (reason := await answers()) is not None:
+                await asyncio.to_thread(container.reload)
+                if container.status == "exited":
+                    said = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")
+                    raise CannotRun(f"{container.image} ended: {' / '.join(said.splitlines()[-3:])}", status=1)
+                await asyncio.sleep(_BETWEEN_TRIES_SEC)
+    except TimeoutError:
+        raise CannotRun(f"{container.image} did not answer within {READY_SEC:.0f} s: {reason}", status=1) from None
