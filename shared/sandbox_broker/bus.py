@@ -141,9 +141,10 @@ class Requester:
                     lost.set_exception(Disconnected("the reply queue was deleted"))
 
             channel.on_consumer_cancel_callbacks.add(cancelled)
-            declared = await channel.queue_declare(exclusive=True, auto_delete=True)
-            await channel.basic_consume(declared.queue or "", self._answered, no_ack=True)
-            self._reply_queue = declared.queue
+            queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
+            await channel.queue_bind(queue, topology.REPLIES.name, routing_key=queue)
+            await channel.basic_consume(queue, self._answered, no_ack=True)
+            self._reply_queue = queue
             self._connected.set()
             try:
                 await lost
@@ -247,7 +248,9 @@ async def answer(publisher: Publisher, delivery: DeliveredMessage, replies: Sequ
         async with asyncio.timeout(ANSWER_PATIENCE_SEC):
             while True:
                 try:
-                    return await publisher.publish("", asked.reply_to, body, properties, mandatory=False)
+                    return await publisher.publish(
+                        topology.REPLIES.name, asked.reply_to, body, properties, mandatory=False
+                    )
                 except Disconnected as error:
                     log.info("reply.delayed", error=str(error))
                     await asyncio.sleep(ANSWER_PAUSE_SEC)

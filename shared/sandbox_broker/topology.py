@@ -35,6 +35,9 @@ COMMANDS = Exchange("broker.commands", "direct")
 EVENTS = Exchange("broker.events", "topic")
 TICKS = Exchange("broker.ticks", "direct")
 DEAD_LETTERS = Exchange("broker.dead_letters", "headers")
+# Each process that asks binds a queue of its own to it, by the queue's name. Through the default exchange, whoever
+# answers could write to every queue.
+REPLIES = Exchange("broker.replies", "direct")
 
 _QUORUM: Mapping[str, Any] = {
     "x-queue-type": "quorum",
@@ -58,7 +61,7 @@ EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
 REAPER_EVENTS = Queue("reaper.events", _SINGLE)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
 
-EXCHANGES: tuple[Exchange, ...] = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS)
+EXCHANGES: tuple[Exchange, ...] = (COMMANDS, EVENTS, TICKS, DEAD_LETTERS, REPLIES)
 QUEUES: tuple[Queue, ...] = (
     ALLOCATOR_COMMANDS,
     ALLOCATOR_MAINTENANCE,
@@ -71,8 +74,6 @@ QUEUES: tuple[Queue, ...] = (
     REAPER_EVENTS,
     DEAD_LETTER_QUEUE,
 )
-DEAD_LETTERING: tuple[Queue, ...] = tuple(queue for queue in QUEUES if "x-dead-letter-exchange" in queue.arguments)
-"""What is rejected in these, or delivered in vain, becomes a dead letter."""
 BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_COMMANDS, COMMANDS, ALLOCATOR_COMMANDS.name),
     Binding(ALLOCATOR_MAINTENANCE, COMMANDS, ALLOCATOR_MAINTENANCE.name),

@@ -513,9 +513,8 @@ async def test_a_reply_that_is_not_valid_fails_only_its_request(clean_queues: st
             await answer(wired.publisher, delivery, [Recorded(changed=True)] * len(commands))
             return
         spoilt = True
-        await wired.publisher.publish(
-            "", asked.reply_to or "", body, Basic.Properties(correlation_id=asked.correlation_id)
-        )
+        properties = Basic.Properties(correlation_id=asked.correlation_id)
+        await wired.publisher.publish(topology.REPLIES.name, asked.reply_to or "", body, properties)
 
     async with beside(consume(clean_queues, handle)):
         results = await asyncio.gather(*(wired.ask() for _ in range(3)), return_exceptions=True)

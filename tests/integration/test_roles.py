@@ -39,13 +39,15 @@ CONSUMES: Mapping[str, tuple[topology.Queue, ...]] = {
     "csp-syncer": (topology.SYNCER_COMMANDS, topology.SYNC_TICKS, topology.PURGE_TICKS),
     "keda": (),
 }
-REPLIES = ""
-"""The default exchange, to which replies go: whoever answers may write to it."""
+ASKS = ("gateway", "reaper", "csp-syncer")
+"""Have a queue of their own for replies."""
+DEFAULT = ""
+"""The exchange that leads to every queue by its name: for nobody."""
 PUBLISHES: Mapping[str, set[str]] = {
     "gateway": {topology.COMMANDS.name},
-    "allocator": {topology.EVENTS.name, topology.DEAD_LETTERS.name, REPLIES},
-    "reaper": {topology.COMMANDS.name, topology.TICKS.name, topology.DEAD_LETTERS.name, REPLIES},
-    "csp-syncer": {topology.COMMANDS.name, topology.TICKS.name, topology.DEAD_LETTERS.name, REPLIES},
+    "allocator": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.EVENTS.name, topology.REPLIES.name},
+    "reaper": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.REPLIES.name, topology.TICKS.name},
+    "csp-syncer": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.REPLIES.name, topology.TICKS.name},
     "keda": set(),
 }
 
@@ -233,7 +235,7 @@ async def test_a_user_may_not_consume_what_is_for_another(servers_with_roles: Se
 async def test_a_user_may_not_publish_where_it_has_nothing_to_say(servers_with_roles: Servers, user: str) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
-        for exchange in [*(exchange.name for exchange in topology.EXCHANGES), REPLIES]:
+        for exchange in [*(exchange.name for exchange in topology.EXCHANGES), DEFAULT]:
             if exchange not in PUBLISHES[user]:
                 channel = await open_channel(connection, confirms=True)
                 with pytest.raises(ChannelAccessRefused):
@@ -258,6 +260,20 @@ async def test_a_user_may_not_change_the_topology(servers_with_roles: Servers, u
         channel = await open_channel(connection, confirms=False)
         with pytest.raises(ChannelAccessRefused):
             await channel.queue_declare("mine", durable=True)
+
+
+@pytest.mark.parametrize("user", ASKS)
+async def test_a_user_may_listen_to_nothing_but_replies(servers_with_roles: Servers, user: str) -> None:
+    connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
+    async with connection:
+        channel = await open_channel(connection, confirms=False)
+        own = (await channel.queue_declare(exclusive=True)).queue or ""
+        await channel.queue_bind(own, topology.REPLIES.name, own)
+        for exchange in topology.EXCHANGES:
+            if exchange != topology.REPLIES:
+                channel = await open_channel(connection, confirms=False)
+                with pytest.raises(ChannelAccessRefused):
+                    await channel.queue_bind(own, exchange.name, "#")
 
 
 async def test_the_autoscaler_may_ask_how_long_a_queue_is(servers_with_roles: Servers) -> None:

@@ -44,8 +44,8 @@ from sandbox_broker.tables import PROOF_GRACE
 log = structlog.get_logger()
 
 
-REPLAYABLE = frozenset(queue.name for queue in topology.DEAD_LETTERING)
-"""No other: what a letter says of its queue, whoever sent it can have made up."""
+REPLAYABLE = frozenset(binding.routing_key for binding in topology.BINDINGS if binding.exchange is topology.COMMANDS)
+"""Queues of commands, and no other: what a letter says of its queue, whoever sent it can have made up."""
 
 
 class Overtaken(Exception):
@@ -362,7 +362,7 @@ async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply
     body, skipped = dead_letters.without_allocations(letter.body, served)
     if body is not None:
         try:
-            await writer.publisher.publish("", letter.queue, body, letter.properties)
+            await writer.publisher.publish(topology.COMMANDS.name, letter.queue, body, letter.properties)
         except (Disconnected, Unroutable) as error:
             return domain.not_replayed(str(error))
     await dead_letters.drop(writer.connection, writer.epoch, letter.dead_letter_id)

@@ -140,6 +140,7 @@ async def client(amqp_url: str) -> AsyncIterator[Client]:
         connection = await stack.enter_async_context(await aio_pika.connect(amqp_url))
         channel = await connection.channel()
         replies = await channel.declare_queue(exclusive=True)
+        await replies.bind(topology.REPLIES.name, replies.name)
         asking = Client(channel, replies)
         await replies.consume(asking._answered, no_ack=True)
         yield asking

@@ -251,7 +251,7 @@ class Interrupted(Publisher):
         mandatory: bool = True,
         timeout_sec: float = 5,
     ) -> None:
-        if not exchange and not self.lost:
+        if exchange == topology.REPLIES.name and not self.lost:
             self.lost = True
             assert self._channel is not None
             await self._channel.connection.close()

@@ -124,6 +124,7 @@ class Allocator:
     async def consuming(self, amqp_url: str) -> AsyncIterator[None]:
         connection = await aio_pika.connect(amqp_url)
         async with connection, connection.channel() as channel:
+            replies_exchange = await channel.get_exchange(topology.REPLIES.name, ensure=False)
             queue = await channel.get_queue(topology.ALLOCATOR_MAINTENANCE.name)
 
             async def handle(message: AbstractIncomingMessage) -> None:
@@ -132,7 +133,7 @@ class Allocator:
                 assert not isinstance(command, InvalidCommand)
                 body = ReplyEnvelope(replies=(await self.answer(command),)).model_dump_json().encode()
                 answered = aio_pika.Message(body, correlation_id=message.correlation_id)
-                await channel.default_exchange.publish(answered, message.reply_to or "", mandatory=False)
+                await replies_exchange.publish(answered, message.reply_to or "", mandatory=False)
 
             await queue.consume(handle)
             yield
