@@ -34,8 +34,8 @@ check: setup ## Lint, format, types, import rules, manifests, and whether locked
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
 
-k8s-check: setup ## Whether the Kubernetes manifests are valid, safe, and say what the code says
-	@$(PYTHON) -m k8s_check
+k8s-check: setup ## Whether the Kubernetes manifests are valid, safe, and say what the code says; ARGS="--crds FILE" for operators
+	@$(PYTHON) -m k8s_check $(ARGS)
 
 fmt: setup ## Format, and repair what the linter can
 	@.venv/bin/ruff check --fix .

@@ -14,7 +14,7 @@ VERSIONS = (f"{_MAJOR}.{_MINOR - SUPPORTED_MINORS + 1}", f"{_MAJOR}.{_MINOR}")
 """The oldest and the newest that are supported, as the locked schemas know them."""
 
 OPERATORS = {"postgresql.cnpg.io/v1", "rabbitmq.com/v1beta1", "keda.sh/v1alpha1"}
-"""Their kinds have schemas in the cluster, and none here."""
+"""Their kinds have schemas in the cluster, and none here (crds.py)."""
 
 
 def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
