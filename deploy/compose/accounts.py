@@ -1,5 +1,5 @@
-"""The services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml: roles.sql and definitions.json, which give
-each its rights, with the passwords of the environment. May be repeated at any time."""
+"""The services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml: roles.sql and definitions.json, which
+give each its rights, with the passwords of the environment. May be repeated at any time."""
 
 import asyncio
 import base64
@@ -33,9 +33,12 @@ async def make_roles() -> None:
         async with connection.transaction():
             await connection.execute((DEPLOY / "postgres" / "roles.sql").read_text())
             for name in ROLES:
-                role, password = f"sandbox_broker_{name}", _password(name, "POSTGRES")
-                # A statement of this kind takes no parameters.
-                statement = await connection.fetchval("SELECT format('ALTER ROLE %I PASSWORD %L', $1, $2)", role, password)
+                # Such a statement takes no parameters.
+                statement = await connection.fetchval(
+                    "SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)",
+                    f"sandbox_broker_{name}",
+                    _password(name, "POSTGRES"),
+                )
                 await connection.execute(statement)
     finally:
         await connection.close()
@@ -56,7 +59,7 @@ def make_users() -> None:
     deadline = time.monotonic() + PATIENCE_SEC
     while True:
         try:
-            urllib.request.urlopen(request, timeout=PATIENCE_SEC).close()
+            urllib.request.urlopen(request, timeout=PATIENCE_SEC).close()  # noqa: S310 (our own address)
         except URLError as error:
             if time.monotonic() > deadline:
                 raise

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +25,7 @@ BUILT = {name: service["build"]["args"] for name, service in DESCRIBED.items() i
 OURS = ("gateway", "allocator", "reaper", "csp-syncer")
 SERVERS = ("postgres", "rabbitmq", "csp-simulator")
 BASE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
+PORTS = ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")
 ACCOUNTS = 3000
 """More than the students of all tests take."""
 BUILD_SEC = 900.0
@@ -107,7 +107,7 @@ async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
         environment = {
             **os.environ,
             **{f"{service.upper().replace('-', '_')}_IMAGE": image for service, image in images.items()},
-            **{name: str(free_port()) for name in ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")},
+            **{name: str(free_port()) for name in PORTS},
             "BROKER_API_TOKEN": TRACK_TOKEN,
             "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
             "CSP_API_TOKEN": CSP_TOKEN,
@@ -117,6 +117,7 @@ async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
             "CLEANUP_BATCH_DELAY_SEC": "0",
             "DELETION_BACKOFF_BASE_SEC": "0.5",
             "DELETION_BACKOFF_MAX_SEC": "2",
+            "DELETION_MAX_ATTEMPTS": "1000",
             "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
             "CLEANUP_INTERVAL_SEC": "5",
         }
@@ -125,6 +126,7 @@ async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
             try:
                 await compose.call("up", "--detach", "--no-build")
                 await compose.until_all_are_healthy()
+                assert (await compose.admin("POST", "sync"))["synced"] == ACCOUNTS
                 yield compose
             finally:
                 await compose.call("down", "--volumes", "--timeout", "5")

@@ -7,8 +7,6 @@ import pytest
 from devstack import containers
 from tests.containers.compose import Compose, build_images, running
 
-pytest_plugins = ("devstack.fixtures",)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def engine() -> None:

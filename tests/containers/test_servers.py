@@ -1,10 +1,9 @@
 """PostgreSQL and RabbitMQ in containers: for the tests, and for `make run`."""
 
-import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from devstack.processes import run
 from devstack.settings import Settings
 from tests.containers.compose import docker
 from tests.integration.stack import ROOT
+
+pytest_plugins = ("devstack.fixtures",)
 
 SettingsFrom = Callable[..., Settings]
 
@@ -39,9 +40,10 @@ async def test_those_of_a_test_run_are_shared_by_its_workers_and_go_with_it(tmp_
     where = tmp_path / "where"
     where.mkdir()
     environment = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "AMQP_URL")}
+    options = ["-c", str(ROOT / "pyproject.toml"), "-p", "devstack.testing", "-p", "no:cacheprovider"]
+    spread = ["-n", str(workers), "--dist", "each" if workers else "no"]
     code, said = await run(
-        [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-p", "devstack.testing"]
-        + ["-p", "no:cacheprovider", "-n", str(workers), "--dist", "each" if workers else "no", tmp_path],
+        [sys.executable, "-m", "pytest", *options, *spread, tmp_path],
         env={**environment, "WHERE": str(where)},
         cwd=tmp_path,
         timeout=170,
@@ -68,7 +70,9 @@ async def test_an_image_that_cannot_be_had_is_named_with_the_variable_that_says_
 ) -> None:
     monkeypatch.setenv("TEST_POSTGRES_IMAGE", "sandbox-broker.invalid/nothing:0")
 
-    with pytest.raises(CannotRun, match=r"cannot run sandbox-broker\.invalid/nothing:0: .* set TEST_POSTGRES_IMAGE"):
+    with pytest.raises(
+        CannotRun, match=r"cannot run sandbox-broker\.invalid/nothing:0: .* set TEST_POSTGRES_IMAGE"
+    ):
         async with containers.running(settings_from()):
             pass
 

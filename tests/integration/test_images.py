@@ -125,3 +125,16 @@ def test_the_ports_of_the_images_are_the_defaults_of_the_settings() -> None:
         assert program.port is not None
         default = program.settings.model_fields[program.port].default
         assert f"{program.port.upper()}={default}" in dockerfile
+
+
+def test_prometheus_asks_every_service_where_its_image_answers() -> None:
+    configured = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in configured["scrape_configs"]}
+
+    ports = {
+        name: program.settings.model_fields[program.port].default
+        for name, program in SERVICES.items()
+        if program.port
+    }
+    assert targets["sandbox-broker"] == [f"{name}:{port}" for name, port in ports.items()]
+    assert targets["rabbitmq"] == ["rabbitmq:15692"]

@@ -33,8 +33,8 @@ async def database(found: Found, prefix: str) -> AsyncIterator[str]:
 @asynccontextmanager
 async def vhost(found: Found, prefix: str) -> AsyncIterator[str]:
     """The URL of a virtual host with nothing in it, which goes at the end of the block. Where the server that was
-    found cannot be given one (`make run` has it in a container, or this account may not administer it), it is the one
-    of a private server."""
+    found cannot be given one (`make run` has it in a container, or this account may not administer it), it is the
+    one of a private server."""
     name = f"{prefix}_{secrets.token_hex(4)}"
     url = f"{found.url.rstrip('/')}/{name}"
     user = urlsplit(found.url).username or "guest"

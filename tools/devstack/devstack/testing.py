@@ -1,5 +1,5 @@
-"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, those that DATABASE_URL and AMQP_URL name, or
-in containers where a Docker engine answers, or else found in the order of `make run`.
+"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, those that DATABASE_URL and AMQP_URL name,
+or in containers where a Docker engine answers, or else found in the order of `make run`.
 
 Each test session has a database and a virtual host of its own, which go when it ends, so that sessions run
 beside each other and beside `make run`. Containers are those of the whole run: where several processes work on it,
@@ -41,12 +41,12 @@ def pytest_configure_node(node: Any) -> None:
         # A loop that outlives this call: what has been started is stopped at the very end.
         runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         config.add_cleanup(runner.close)
+        stack = AsyncExitStack()
+        config.add_cleanup(lambda: runner.run(stack.aclose()))
         try:
-            running = containers.running(load())
-            config.stash[_shared] = runner.run(running.__aenter__())
+            config.stash[_shared] = runner.run(stack.enter_async_context(containers.running(load())))
         except CannotRun as reason:
             _give_up(reason)
-        config.add_cleanup(lambda: runner.run(running.__aexit__(None, None, None)))
     node.workerinput["containers"] = asdict(config.stash[_shared])
 
 
@@ -62,9 +62,7 @@ async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Found, 
                 if shared is not None
                 else await stack.enter_async_context(containers.running(settings))
             )
-            yield await infrastructure.find(
-                settings, Terminal(), stack, database=had.database, broker=had.broker
-            )
+            yield await infrastructure.find(settings, Terminal(), stack, database=had.database, broker=had.broker)
         except CannotRun as reason:
             _give_up(reason)
 
