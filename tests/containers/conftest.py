@@ -4,13 +4,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from devstack import containers
+from devstack import docker
 from tests.containers.compose import Compose, build_images, running
 
 
 @pytest.fixture(scope="session", autouse=True)
-def engine() -> None:
-    reason = containers.refusal()
+async def engine() -> None:
+    reason = await docker.refusal()
     if reason is not None:
         pytest.exit(f"these tests need a Docker engine: {reason}", returncode=2)
 

@@ -1,6 +1,7 @@
 """PostgreSQL and RabbitMQ in containers, for the tests.
 
-Apart from docker.py: what `make run` starts needs Docker's own program and no library, and lives in the foreground.
+Apart from docker.py, which runs those of `make run` by Docker's own program in the foreground: here a library knows
+where an engine's ports are reached, and removes what a killed run has left.
 """
 
 import asyncio
@@ -13,10 +14,9 @@ from dataclasses import dataclass
 import httpx
 from docker.errors import DockerException
 from testcontainers.core.container import DockerContainer
-from testcontainers.core.docker_client import DockerClient
 from testcontainers.core.exceptions import ContainerConnectException
 
-from devstack import postgres, rabbitmq
+from devstack import docker, postgres, rabbitmq
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found
 from devstack.private import READY_SEC
@@ -43,15 +43,6 @@ class Containers:
         return None if self.amqp_url is None else Found(self.amqp_url, management=self.management_url)
 
 
-def refusal() -> str | None:
-    """Why there is no Docker engine to use, in one line; None when one answers."""
-    try:
-        DockerClient().client.close()  # it has asked the engine for its version
-    except DockerException as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Containers]:
     """Until the end of the block, those of the two that no variable names; none where no engine answers.
@@ -59,7 +50,7 @@ async def running(settings: Settings) -> AsyncIterator[Containers]:
     Raises CannotRun when an engine answers and one of them cannot be had from it.
     """
     all_named = settings.database_url is not None and settings.amqp_url is not None
-    if all_named or await asyncio.to_thread(refusal) is not None:
+    if all_named or await docker.refusal() is not None:
         yield Containers()
         return
     password = secrets.token_urlsafe(12)
