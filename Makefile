@@ -25,7 +25,7 @@ test-containers: setup ## The images, docker-compose.yml and what else needs a D
 bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
 	@$(PYTHON) -m bench $(ARGS)
 
-check: setup ## Lint, format, types, import rules, manifests, and whether locked requirements and generated pages are current
+check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, and whether locked requirements and generated pages are current
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
@@ -33,6 +33,7 @@ check: setup ## Lint, format, types, import rules, manifests, and whether locked
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
+	@if [ -x .venv/bin/hadolint ]; then .venv/bin/hadolint Dockerfile; fi
 
 k8s-check: setup ## Whether the Kubernetes manifests are valid, safe, and say what the code says; ARGS="--crds FILE" for operators
 	@$(PYTHON) -m k8s_check $(ARGS)
