@@ -277,6 +277,16 @@ def students_are_served_again_in_time(evidence: Evidence) -> Iterator[str]:
             yield f"after {fault}, a new student was given a sandbox {took:.1f} s later"
 
 
+def requests_are_answered_while_a_standby_is_there(evidence: Evidence) -> Iterator[str]:
+    """Whichever allocator dies, what it had in hand is given to the other, which answers in time."""
+    for operation in evidence.operations:
+        unanswered = operation.outcome == "unknown" and operation.status in (None, 504)
+        if unanswered and any(
+            time.since <= operation.invoked_at and operation.ended_at <= time.until for time in evidence.covered
+        ):
+            yield f"{_name(operation)} was not answered"
+
+
 def nothing_goes_wrong_that_is_ours(evidence: Evidence) -> Iterator[str]:
     """A fault around the broker is answered with "not now", never with a fault of its own."""
     for operation in evidence.operations:
@@ -298,6 +308,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     counts_add_up,
     released_sandboxes_are_deleted_in_csp,
     students_are_served_again_in_time,
+    requests_are_answered_while_a_standby_is_there,
     nothing_goes_wrong_that_is_ours,
 )
 

@@ -64,6 +64,10 @@ class Students:
     def stop(self) -> None:
         self._stopping.set()
 
+    async def close(self) -> None:
+        """Where `run` has not been: it closes what it has opened."""
+        await self._client.aclose()
+
     async def _place(self, place: int) -> None:
         chance = random.Random(self._chance.random())
         number = 0

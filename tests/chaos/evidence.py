@@ -98,6 +98,14 @@ class Recovery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Covered:
+    """A time in which nothing was wrong but that of two allocators one, at most, had died."""
+
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     operations: Sequence[Operation]
     leases: Sequence[Lease]
@@ -117,3 +125,4 @@ class Evidence:
     """How long after its end a lease is still left to its student."""
     looked_at: float
     """When the database was read."""
+    covered: Sequence[Covered] = ()

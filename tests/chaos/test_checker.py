@@ -8,6 +8,7 @@ import pytest
 
 from tests.chaos import checker
 from tests.chaos.evidence import (
+    Covered,
     Deletion,
     Epoch,
     Event,
@@ -163,6 +164,7 @@ GOOD = Evidence(
     stats={"available": 1, "allocated": 2, "deleted": 3, "total": 6},
     grace_sec=GRACE_SEC,
     looked_at=START + 160,
+    covered=[Covered(since=START + 6.5, until=START + 29.5)],
 )
 
 
@@ -447,6 +449,16 @@ BROKEN: dict[str, tuple[Callable[..., Any], Broken, str]] = {
         checker.students_are_served_again_in_time,
         {"recoveries": changed(GOOD.recoveries, 0, served_at=None)},
         "no new student was given a sandbox",
+    ),
+    "a request comes to nothing though a standby is there": (
+        checker.requests_are_answered_while_a_standby_is_there,
+        {"operations": changed(GOOD.operations, 2, outcome="unknown", status=504)},
+        "operation 3, ada's allocate",
+    ),
+    "a request gets no answer at all though a standby is there": (
+        checker.requests_are_answered_while_a_standby_is_there,
+        {"operations": changed(GOOD.operations, 3, outcome="unknown", status=None, code="ReadTimeout")},
+        "operation 4, ada's release of 1",
     ),
     "the broker answers with a fault of its own": (
         checker.nothing_goes_wrong_that_is_ours,
