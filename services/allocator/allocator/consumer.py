@@ -76,6 +76,11 @@ class Consumer:
         self._epoch = 0
         self._unavailable_until = -math.inf
 
+    @property
+    def epoch(self) -> int:
+        """Under which it writes; 0 while it stands by."""
+        return self._epoch
+
     async def run(self) -> None:
         try:
             await keep_connected(self._settings.amqp_url, self._queue, self._session)

@@ -1,11 +1,11 @@
 """Wiring of the allocator: the consumers of commands, the relay of events, the collector of dead letters, the
-gauges of the pool."""
+gauges of the pool, the look at its rules."""
 
 import structlog
 from sqlalchemy import text
 from starlette.applications import Starlette
 
-from allocator import dead_letters, listings, metrics, store
+from allocator import dead_letters, invariants, listings, metrics, store
 from allocator.consumer import Consumer
 from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
@@ -58,9 +58,17 @@ def create_app(settings: Settings) -> Starlette:
         finally:
             await engine.dispose()
 
+    async def check_invariants() -> None:
+        await invariants.check(settings.database_url, maintenance.epoch)
+
+    async def look() -> None:
+        await service.every(settings.invariant_check_sec, check_invariants)
+
     return Starlette(
         routes=health.routes({"queue": queue, "database": database}),
-        lifespan=service.lifespan(publisher.run, gauges, collector.run, relay.run, maintenance.run, students.run),
+        lifespan=service.lifespan(
+            publisher.run, gauges, look, collector.run, relay.run, maintenance.run, students.run
+        ),
     )
 
 

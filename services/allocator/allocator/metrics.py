@@ -23,6 +23,11 @@ LEAKS = Gauge(
     "Differences between CSP and us: in_csp are accounts that are not in the pool, missing are held by a student",
     ["kind"],
 )
+INVARIANT_VIOLATIONS = Gauge(
+    "broker_invariant_violations",
+    "What contradicts a rule of the pool, as the allocator at work last saw it; must be 0",
+    ["rule"],
+)
 
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}

@@ -7,3 +7,4 @@ class Settings(ServiceSettings):
     database_url: DatabaseUrl = Field(repr=False)
     allocator_port: Port = 9101
     lab_duration_hours: float = Field(default=4, gt=0)
+    invariant_check_sec: float = Field(default=60, gt=0)
