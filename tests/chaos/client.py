@@ -9,7 +9,8 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import httpx
 
@@ -46,7 +47,7 @@ class History:
 
 class Students:
     """Those who work at the same time, each a life after the other. `run` goes on until `stop`, then lets whoever
-    has begun finish."""
+    has begun finish. As a context manager it ends its connections on exit."""
 
     def __init__(self, gateways: Sequence[str], history: History, chance: random.Random) -> None:
         self._gateways = gateways
@@ -56,17 +57,21 @@ class Students:
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
         self._client = httpx.AsyncClient(limits=limits, trust_env=False)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
     async def run(self, places: int) -> None:
-        async with self._client, asyncio.TaskGroup() as class_room:
+        async with asyncio.TaskGroup() as class_room:
             for place in range(places):
                 class_room.create_task(self._place(place))
 
     def stop(self) -> None:
         self._stopping.set()
-
-    async def close(self) -> None:
-        """Where `run` has not been: it closes what it has opened."""
-        await self._client.aclose()
 
     async def _place(self, place: int) -> None:
         chance = random.Random(self._chance.random())

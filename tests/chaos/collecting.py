@@ -13,7 +13,7 @@ import asyncpg
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, Epoch, Event, Evidence, Lease, Recovery, Sandbox
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, Chaos
-from tests.integration.stack import eventually
+from tests.integration.stack import Stack, eventually
 
 REST_SEC = 180.0
 LOOK_SEC = 0.5
@@ -62,12 +62,18 @@ async def come_to_rest(chaos: Chaos) -> bool:
 async def collect(
     chaos: Chaos, history: History, epochs: Sequence[Epoch], recoveries: Sequence[Recovery]
 ) -> Evidence:
-    database = chaos.stack.database
+    return await evidence(chaos.stack, chaos.rabbitmq.url, history, epochs, recoveries)
+
+
+async def evidence(
+    stack: Stack, amqp_url: str, history: History, epochs: Sequence[Epoch], recoveries: Sequence[Recovery]
+) -> Evidence:
+    database = stack.database
     leases = await database.fetch("SELECT * FROM leases")
     sandboxes = await database.fetch("SELECT sandbox_id, external_id, status FROM sandboxes")
     unpublished = await database.fetch("SELECT event_id FROM outbox ORDER BY outbox_id")
-    calls = await chaos.stack.control("GET", "calls?method=DELETE")
-    accounts = await chaos.stack.control("GET", "accounts")
+    calls = await stack.control("GET", "calls?method=DELETE")
+    accounts = await stack.control("GET", "accounts")
     return Evidence(
         operations=history.operations,
         leases=[
@@ -85,7 +91,7 @@ async def collect(
         ],
         sandboxes=[Sandbox(**row) for row in sandboxes],
         unpublished=[str(row["event_id"]) for row in unpublished],
-        events=await _events(chaos.rabbitmq.url),
+        events=await _events(amqp_url),
         deletions=[
             Deletion(external_id=call["path"].rpartition("/")[2], began_at=call["at"], status=call.get("status"))
             for call in (*calls["calls"], *calls["running"])
@@ -93,7 +99,7 @@ async def collect(
         accounts=frozenset(record["id"].rpartition("/")[2] for record in accounts["accounts"]),
         epochs=epochs,
         recoveries=recoveries,
-        stats=await chaos.stack.stats(),
+        stats=await stack.stats(),
         grace_sec=GRACE_SEC,
         looked_at=time.time(),
     )

@@ -7,22 +7,30 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 
 import asyncpg
 import psutil
 
+from devstack.processes import Process
+from sandbox_broker import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Covered, Evidence, Operation, Recovery
-from tests.chaos.stack import Chaos
-from tests.integration.stack import eventually
+from tests.chaos.proxy import Proxy
+from tests.integration.stack import Stack, eventually
 
 ALLOCATORS = ("allocator", "second allocator")
+PATIENCE_SEC = 10
+"""A gateway's with the allocator: a round rests on an answer, and the machine may be busy."""
 SERVED_WITHIN_SEC = 5.0
 """While somebody holds a row; the row is held for a little longer."""
 NEXT_IN_LINE = """
 SELECT sandbox_id FROM sandboxes WHERE available_since IS NOT NULL ORDER BY available_since, sandbox_id LIMIT 1
+"""
+WHO_WRITES = """
+SELECT client_port FROM pg_stat_activity JOIN allocator_epoch ON pid = backend_pid WHERE queue = $1
 """
 WAITING = """
 SELECT pid FROM pg_stat_activity
@@ -34,26 +42,44 @@ WHERE datname = current_database() AND application_name = 'allocator.commands' A
 class Trial:
     """One round on a running broker, and what the checker is to know of it."""
 
-    broker: Chaos
-    history: History = field(default_factory=History)
+    stack: Stack
+    """With two allocators."""
+    links: dict[str, Proxy]
+    """Those of the allocators, as in `second allocator to RabbitMQ`."""
+    stop_at: Path
+    """Who reaches the point that is written here dies or freezes."""
+    students: Students
+    history: History
     recoveries: list[Recovery] = field(default_factory=list)
     covered: list[Covered] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.students = Students(self.broker.gateways, self.history, random.Random(0))
-        self._chance = random.Random(0)
-
     async def ask(self, student: str) -> Operation:
-        return await self.students.attempt("allocate", student, chance=self._chance)
+        return await self.students.attempt(
+            "allocate", student, chance=random.Random(0), timeout_sec=PATIENCE_SEC + 5
+        )
 
     async def give_back(self, student: str, sandbox_id: str | None) -> Operation:
-        return await self.students.attempt("release", student, sandbox_id, chance=self._chance)
+        return await self.students.attempt(
+            "release", student, sandbox_id, chance=random.Random(0), timeout_sec=PATIENCE_SEC + 5
+        )
+
+    async def active(self) -> str:
+        """The allocator that has written last."""
+        port = await self.stack.database.fetchval(WHO_WRITES, topology.ALLOCATOR_COMMANDS.name)
+        (name,) = [name for name in ALLOCATORS if port in self.links[f"{name} to PostgreSQL"].outgoing_ports]
+        return name
+
+    def cut(self, allocator: str, server: str) -> None:
+        """What it carries is lost; new connections are welcome."""
+        link = self.links[f"{allocator} to {server}"]
+        link.reset()
+        link.heal()
 
     async def stopped_there(self) -> None:
         """Waits until an allocator has come to the point that was written for it."""
 
         async def has_come() -> bool:
-            return not self.broker.crash_at.exists()
+            return not self.stop_at.exists()
 
         await eventually(has_come)
 
@@ -62,7 +88,7 @@ class Trial:
         frozen: list[str] = []
 
         async def is_frozen() -> bool:
-            frozen[:] = [name for name in ALLOCATORS if _is_stopped(self.broker, name)]
+            frozen[:] = [name for name in ALLOCATORS if _is_stopped(self.stack.processes[name])]
             return frozen != []
 
         await eventually(is_frozen)
@@ -71,7 +97,7 @@ class Trial:
     @asynccontextmanager
     async def undone(self, statement: str, *arguments: object) -> AsyncIterator[None]:
         """Somebody else runs the statement, and takes it back at the end of the block."""
-        other = await asyncpg.connect(self.broker.postgres.url)
+        other = await asyncpg.connect(self.stack.environment["DATABASE_URL"])
         try:
             transaction = other.transaction()
             await transaction.start()
@@ -83,7 +109,7 @@ class Trial:
 
     async def waiting(self) -> list[int]:
         """The processes of PostgreSQL that run a student's statement and wait for a lock."""
-        return [row["pid"] for row in await self.broker.stack.database.fetch(WAITING)]
+        return [row["pid"] for row in await self.stack.database.fetch(WAITING)]
 
     async def until_waiting(self, number: int) -> None:
         async def are_waiting() -> bool:
@@ -96,7 +122,7 @@ class Trial:
 
         async def has_ended() -> bool:
             there = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
-            return bool(await self.broker.stack.database.fetchval(there, pid) == 0)
+            return bool(await self.stack.database.fetchval(there, pid) == 0)
 
         await eventually(has_ended)
 
@@ -114,16 +140,14 @@ async def a_row_is_held(trial: Trial) -> None:
 async def a_connection_breaks_amid_a_statement(trial: Trial) -> None:
     """The statement waits for a lease that somebody else is about to write, and goes on when its allocator has
     run it again on another connection."""
-    database = trial.broker.stack.database
+    database = trial.stack.database
     next_in_line = await database.fetchval(NEXT_IN_LINE)
     lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, 'somebody else', now())"
     async with trial.undone(lease, next_in_line):
         asking = asyncio.create_task(trial.ask("ada"))
         await trial.until_waiting(1)
         (pid,) = await trial.waiting()
-        link = trial.broker.links[f"{await trial.broker.active_allocator()} to PostgreSQL"]
-        link.reset()
-        link.heal()
+        trial.cut(await trial.active(), "PostgreSQL")
 
         async def has_run_again() -> bool:
             return asking.done() or len(await trial.waiting()) == 2
@@ -140,9 +164,7 @@ async def two_allocators_claim_at_once(trial: Trial) -> None:
     async with trial.undone(lease):
         await trial.ask("ada")
         await trial.until_waiting(1)
-        link = trial.broker.links[f"{await trial.broker.active_allocator()} to RabbitMQ"]
-        link.reset()
-        link.heal()
+        trial.cut(await trial.active(), "RabbitMQ")
         asking = asyncio.create_task(trial.ask("bob"))
         await trial.until_waiting(2)
     await asking
@@ -151,44 +173,44 @@ async def two_allocators_claim_at_once(trial: Trial) -> None:
 async def a_zombie_wakes_up(trial: Trial) -> None:
     """An allocator freezes with a request in hand; when it wakes, the other has answered, and the sandbox has been
     given back."""
-    trial.broker.crash_at.write_text("allocator: before commit, frozen")
+    trial.stop_at.write_text("allocator: before commit, frozen")
     asking = asyncio.create_task(trial.ask("ada"))
     zombie = await trial.frozen()
-    link = trial.broker.links[f"{zombie} to RabbitMQ"]
-    link.reset()
-    link.heal()
+    trial.cut(zombie, "RabbitMQ")
     lease = await asking
+    assert lease.outcome == "ok"
     await trial.give_back("ada", lease.sandbox_id)
-    trial.broker.process(zombie).send(SIGCONT)
+    trial.stack.processes[zombie].send(SIGCONT)
 
     async def has_tried() -> bool:
-        fenced = any("allocator.fenced" in line for line in trial.broker.process(zombie).tail)
-        return fenced or bool(await trial.broker.stack.database.fetchval("SELECT count(*) = 2 FROM leases"))
+        fenced = any("allocator.fenced" in line for line in trial.stack.processes[zombie].tail)
+        return fenced or bool(await trial.stack.database.fetchval("SELECT count(*) = 2 FROM leases"))
 
     await eventually(has_tried)
 
 
 async def an_allocator_dies_before_the_commit(trial: Trial) -> None:
     since = time.time()
-    trial.broker.crash_at.write_text("allocator: before commit")
+    trial.stop_at.write_text("allocator: before commit")
     await trial.ask("ada")
     await trial.stopped_there()
     trial.covered.append(Covered(since=since, until=time.time()))
 
 
 async def an_allocator_dies_after_the_commit(trial: Trial) -> None:
-    trial.broker.crash_at.write_text("allocator: after commit")
+    trial.stop_at.write_text("allocator: after commit")
     await trial.ask("ada")
     await trial.stopped_there()
 
 
 async def an_allocator_dies_after_the_reply(trial: Trial) -> None:
     """The other comes to it in another second: answers tell the time in seconds."""
-    active = await trial.broker.active_allocator()
-    (standby,) = [trial.broker.process(name) for name in ALLOCATORS if name != active]
+    active = await trial.active()
+    (standby,) = [trial.stack.processes[name] for name in ALLOCATORS if name != active]
     standby.send(SIGSTOP)
-    trial.broker.crash_at.write_text("allocator: after reply")
+    trial.stop_at.write_text("allocator: after reply")
     answer = await trial.ask("ada")
+    assert answer.outcome == "ok"
     await trial.stopped_there()
 
     async def is_another_second() -> bool:
@@ -200,7 +222,7 @@ async def an_allocator_dies_after_the_reply(trial: Trial) -> None:
 
 
 async def csp_lists_what_it_has_deleted(trial: Trial) -> None:
-    stack = trial.broker.stack
+    stack = trial.stack
     await stack.control("PATCH", "behaviour", {"deleted_stay_listed": None})
     lease = await trial.ask("ada")
     await trial.give_back("ada", lease.sandbox_id)
@@ -212,8 +234,8 @@ async def csp_lists_what_it_has_deleted(trial: Trial) -> None:
     assert (await stack.sync()).status_code == 200
 
 
-def _is_stopped(broker: Chaos, name: str) -> bool:
-    return psutil.Process(broker.process(name).pid).status() == psutil.STATUS_STOPPED
+def _is_stopped(process: Process) -> bool:
+    return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +279,5 @@ MUTANTS = {
     "outbox row outside the transaction": Mutant(
         ("outbox_apart",), an_allocator_dies_after_the_commit, checker.every_event_is_published
     ),
-    "no tombstones": Mutant(
-        ("no_tombstones",), csp_lists_what_it_has_deleted, checker.only_the_specs_transitions
-    ),
+    "no tombstones": Mutant(("no_tombstones",), csp_lists_what_it_has_deleted, checker.only_the_specs_transitions),
 }

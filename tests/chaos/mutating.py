@@ -16,7 +16,7 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, deletions, handlers, jobs, listings, purge, store
+from allocator import consumer, dead_letters, deletions, handlers, jobs, listings, purge, store
 from devstack.crashes import Crashes
 from sandbox_broker import bus
 
@@ -27,6 +27,11 @@ def replaced(text: str, old: str, new: str) -> str:
     """Fails where the product no longer has what is to be broken."""
     assert old in text, f"nothing says {old!r}"
     return text.replace(old, new)
+
+
+def is_of_student(delivery: Any) -> bool:
+    """Not maintenance, which goes on all the time."""
+    return bool(delivery.routing_key == handlers.STUDENTS.queue.name)
 
 
 def no_skip_locked() -> None:
@@ -40,7 +45,7 @@ def no_lock_and_no_look() -> None:
 
 
 def no_epoch_guard() -> None:
-    modules: Sequence[ModuleType] = (store, deletions, jobs, listings, purge)
+    modules: Sequence[ModuleType] = (store, dead_letters, deletions, jobs, listings, purge)
     for module in modules:
         for name, text in list(vars(module).items()):
             if isinstance(text, str) and store.GUARD in text and text != store.GUARD:
@@ -59,7 +64,7 @@ def ack_before_commit() -> None:
         pass
 
     consumer.Consumer._handle = ack_and_handle  # type: ignore[method-assign]
-    bus.Subscription.ack = nothing  # type: ignore[assignment]
+    bus.Subscription.ack = nothing  # type: ignore[method-assign]
 
 
 def reply_before_commit() -> None:
@@ -71,12 +76,12 @@ def reply_before_commit() -> None:
         begun.append(connection)
         return await allocate(connection, *arguments)
 
-    async def answer_and_commit(*arguments: Any) -> None:
-        await answer(*arguments)
-        while begun:
+    async def answer_and_commit(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+        await answer(publisher, delivery, replies)
+        while begun and is_of_student(delivery):
             await begun.pop().execute("COMMIT")
 
-    store.allocate = begin
+    store.allocate = begin  # type: ignore[assignment]
     consumer.answer = answer_and_commit  # type: ignore[attr-defined]
 
 
@@ -133,11 +138,18 @@ BUGS = {
 
 if __name__ == "__main__":
     module = sys.argv.pop(1)
-    crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
+    crashes = Crashes(Path(os.environ["STOP_AT"]), module)
     store.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
     handlers.STUDENTS = dataclasses.replace(handlers.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
     store.allocate = crashes.around(store.allocate, "before commit", "after commit")
-    consumer.answer = crashes.around(consumer.answer, None, "after reply")  # type: ignore[attr-defined]
+    answer = consumer.answer  # type: ignore[attr-defined]
+
+    async def answer_and_stop(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+        await answer(publisher, delivery, replies)
+        if is_of_student(delivery):
+            crashes.here("after reply")
+
+    consumer.answer = answer_and_stop  # type: ignore[attr-defined]
     for name in filter(None, os.environ["PLANTED"].split(",")):
         BUGS[name]()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -16,14 +16,14 @@ State = Literal["passing", "slow", "black hole", "resetting"]
 
 
 class Proxy:
-    """A link to `target`, a port of this machine. As a context manager it listens from entry to exit.
+    """A link to `target`, a port of this machine or of `host`. As a context manager it listens from entry to exit.
 
     A black hole is that of a network: nothing goes through, ends of connections included, and what was held up
     arrives when it is over, if somebody still waits. A link that is resetting has reset what it carried, and
     resets whoever connects.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, host: str = HOST) -> None:
         self.port = free_port()
         self.state: State = "passing"
         self._target = target
@@ -33,6 +33,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._host = host
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accepted, HOST, self.port)
@@ -99,7 +100,7 @@ class Proxy:
             _reset(writer)
             return
         try:
-            there, back = await asyncio.open_connection(HOST, self._target)
+            there, back = await asyncio.open_connection(self._host, self._target)
         except OSError:
             _reset(writer)  # as the target's machine would, where nobody listens
             return

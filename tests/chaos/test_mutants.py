@@ -1,30 +1,39 @@
 """The checker catches every mutant within its round, on the running broker, and finds nothing in the same round
 without it."""
 
+import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from signal import SIGCONT
+from urllib.parse import urlsplit
 
 import aio_pika
 import asyncpg
 import pytest
 
+from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker import topology
 from tests.chaos import checker
-from tests.chaos.collecting import collect
+from tests.chaos.client import History, Students
+from tests.chaos.collecting import evidence
 from tests.chaos.evidence import Evidence
-from tests.chaos.mutants import ALLOCATORS, MUTANTS, Mutant, Trial
-from tests.chaos.stack import EVENTS_QUEUE, Chaos, chaos
-from tests.integration.stack import ROOT, eventually
+from tests.chaos.mutants import ALLOCATORS, MUTANTS, PATIENCE_SEC, Mutant, Trial
+from tests.chaos.proxy import HOST, Proxy
+from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
+from tests.integration.stack import Stack, eventually, running
 
-LAUNCHER = ROOT / "tests" / "chaos" / "mutating.py"
+LAUNCHER = Path(__file__).with_name("mutating.py")
 SANDBOXES = 20
 REST_SEC = 20.0
 SETTINGS = {
-    "LAB_DURATION_HOURS": "4",
-    "SYNC_INTERVAL_SEC": "3600",
+    "ALLOCATE_TIMEOUT_SEC": str(PATIENCE_SEC),
+    "AUTO_EXPIRY_INTERVAL_SEC": "60",
     "CLEANUP_INTERVAL_SEC": "1",
+    "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
+    "SYNC_INTERVAL_SEC": "3600",
 }
 LEFT = """
 SELECT count(*) FROM (
@@ -33,55 +42,105 @@ SELECT count(*) FROM (
 """
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Broker:
+    """Every service once, and two allocators, which each round replaces."""
+
+    stack: Stack
+    amqp_url: str
+    links: dict[str, Proxy]
+    stop_at: Path
+
+
 @pytest.fixture(scope="module")
-async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Chaos]:
-    """Two of each service, with servers of their own."""
-    async with chaos(tmp_path_factory.mktemp("mutants"), environment=SETTINGS) as broker:
-        broker.stack.launcher = (str(LAUNCHER),)
-        yield broker
+async def broker(
+    new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Broker]:
+    async with AsyncExitStack() as everything:
+        database_url = await everything.enter_async_context(new_database())
+        amqp_url = await everything.enter_async_context(new_vhost())
+        links = {
+            f"{name} to {server}": await everything.enter_async_context(_link(url))
+            for name in ALLOCATORS
+            for server, url in (("PostgreSQL", database_url), ("RabbitMQ", amqp_url))
+        }
+        settings_of = {
+            name: {
+                "DATABASE_URL": _through(links[f"{name} to PostgreSQL"], database_url),
+                "AMQP_URL": _through(links[f"{name} to RabbitMQ"], amqp_url),
+            }
+            for name in ALLOCATORS
+        }
+        stop_at = tmp_path_factory.mktemp("mutants") / "stop-at"
+        stack = await everything.enter_async_context(
+            running(
+                database_url,
+                amqp_url,
+                settings={**SETTINGS, "STOP_AT": str(stop_at)},
+                settings_of=settings_of,
+            )
+        )
+        async with await aio_pika.connect(amqp_url) as connection, connection.channel() as channel:
+            queue = await channel.declare_queue(EVENTS_QUEUE, durable=True)
+            await queue.bind(topology.EVENTS.name, "#")
+        yield Broker(stack, amqp_url, links, stop_at)
 
 
-async def run(broker: Chaos, mutant: Mutant, *bugs: str) -> Evidence:
+def _link(url: str) -> Proxy:
+    parts = urlsplit(url)
+    return Proxy(parts.port or {"postgresql": 5432, "amqp": 5672}[parts.scheme], parts.hostname or HOST)
+
+
+def _through(link: Proxy, url: str) -> str:
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user}{at}{HOST}:{link.port}").geturl()
+
+
+async def run(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
+    stack, history = broker.stack, History()
     await replace_allocators(broker, bugs)
-    trial = Trial(broker)
-    try:
-        await broker.stack.fill(SANDBOXES)
-        await mutant.round(trial)
-    finally:
-        broker.crash_at.unlink(missing_ok=True)
-        for name in ALLOCATORS:
-            broker.process(name).send(SIGCONT)
-        await trial.students.close()
+    await stack.fill(SANDBOXES)
+    async with Students([stack.url], history, random.Random(0)) as students:
+        trial = Trial(stack, broker.links, broker.stop_at, students, history)
+        try:
+            await mutant.round(trial)
+        finally:
+            broker.stop_at.unlink(missing_ok=True)
+            for name in ALLOCATORS:
+                stack.processes[name].send(SIGCONT)
     with suppress(AssertionError):  # then the evidence shows what is left
-        await eventually(lambda: is_at_rest(broker), within_sec=REST_SEC)
-    evidence = await collect(broker, trial.history, [], trial.recoveries)
-    return dataclasses.replace(evidence, covered=trial.covered)
+        await eventually(lambda: is_at_rest(stack), within_sec=REST_SEC)
+    seen = await evidence(stack, broker.amqp_url, history, [], trial.recoveries)
+    return dataclasses.replace(seen, covered=trial.covered)
 
 
-async def replace_allocators(broker: Chaos, bugs: tuple[str, ...]) -> None:
-    """Kills both; who starts them again gives them the bugs. What the round before has left is thrown away."""
-    broker.stack.environment["PLANTED"] = ",".join(bugs)
-    killed = [broker.process(name) for name in ALLOCATORS]
-    for process in killed:
-        process.kill()
-        await process.wait()
-    connection = await aio_pika.connect(broker.rabbitmq.url)
-    async with connection, connection.channel() as channel:
+async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
+    """Kills both, throws away what they have left, and starts two others with the bugs."""
+    stack = broker.stack
+    for name in ALLOCATORS:
+        if (process := stack.processes.pop(name, None)) is not None:
+            process.kill()
+            await process.wait()
+    async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, topology.ALLOCATOR_MAINTENANCE.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
-
-    async def both_stand_by() -> bool:
-        return all(
-            any(topology.ALLOCATOR_COMMANDS.name in line for line in broker.process(name).tail)
-            and broker.process(name) not in killed
+    settings = {"PLANTED": ",".join(bugs)}
+    await asyncio.gather(
+        *(
+            stack.start_service(
+                "allocator",
+                name=None if name == "allocator" else name,
+                launcher=(str(LAUNCHER),),
+                settings=settings,
+            )
             for name in ALLOCATORS
         )
+    )
 
-    await eventually(both_stand_by)
 
-
-async def is_at_rest(broker: Chaos) -> bool:
-    return bool(await broker.stack.database.fetchval(LEFT) == 0)
+async def is_at_rest(stack: Stack) -> bool:
+    return bool(await stack.database.fetchval(LEFT) == 0)
 
 
 @asynccontextmanager
@@ -99,14 +158,14 @@ async def without_index(database: asyncpg.Pool, name: str | None) -> AsyncIterat
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-async def test_the_round_is_clean_without_the_mutant(broker: Chaos, name: str) -> None:
+async def test_the_round_is_clean_without_the_mutant(broker: Broker, name: str) -> None:
     mutant = MUTANTS[name]
     assert checker.check(await run(broker, mutant, *mutant.in_both)) == []
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-async def test_the_mutant_is_caught(broker: Chaos, name: str) -> None:
+async def test_the_mutant_is_caught(broker: Broker, name: str) -> None:
     mutant = MUTANTS[name]
     async with without_index(broker.stack.database, mutant.dropped_index):
-        evidence = await run(broker, mutant, *mutant.in_both, *mutant.bugs)
-    assert list(mutant.caught_by(evidence))
+        seen = await run(broker, mutant, *mutant.in_both, *mutant.bugs)
+    assert list(mutant.caught_by(seen))
