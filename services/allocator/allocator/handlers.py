@@ -44,7 +44,7 @@ from sandbox_broker.tables import PROOF_GRACE
 log = structlog.get_logger()
 
 
-REPLAYABLE = frozenset(binding.routing_key for binding in topology.BINDINGS if binding.exchange is topology.COMMANDS)
+REPLAYABLE = frozenset(binding.queue.name for binding in topology.BINDINGS if binding.exchange is topology.COMMANDS)
 """Queues of commands, and no other: what a letter says of its queue, whoever sent it can have made up."""
 
 
