@@ -61,15 +61,17 @@ def binaries() -> Path | None:
 
 
 class PrivatePostgres:
-    """A PostgreSQL server of our own, on its own port, its files in a temporary directory.
+    """A PostgreSQL server of our own, on its own port, its files in a temporary directory, `within` another one if
+    that is named.
 
     As a context manager it starts on entry, and on exit ends and leaves nothing. It does not force its writes
     to disk: they survive a kill, not the machine's end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, within: Path | None = None) -> None:
         self.port = free_port()
         self.process: Process | None = None
+        self._within = within
         self._password = secrets.token_urlsafe(12)
         self._user = account("postgres")
         self._directory: Path | None = None
@@ -98,7 +100,7 @@ class PrivatePostgres:
         if binary is None:
             raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
         if self._directory is None:
-            self._directory = make_directory("postgres", self._user)
+            self._directory = make_directory("postgres", self._user, within=self._within)
             await self._initialise(binary, self._directory)
         self.process = await spawn(
             "postgres",
@@ -110,10 +112,11 @@ class PrivatePostgres:
         )
         await wait_until(lambda: refusal(self.url), self.process, "the private PostgreSQL")
 
-    async def stop(self) -> None:
-        """Ends it in order, without waiting for its clients; the data stays."""
+    async def stop(self, *, immediately: bool = False) -> None:
+        """Ends it in order, without waiting for its clients; the data stays. `immediately` leaves out what the next
+        start can do as well."""
         if self.process is not None:
-            await self.process.stop(with_signal=signal.SIGINT)
+            await self.process.stop(with_signal=signal.SIGQUIT if immediately else signal.SIGINT)
 
     async def kill(self) -> None:
         """Ends it as a crash would; the data stays."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from devstack.errors import CannotRun
 from devstack.processes import Process, ProcessDied, unless_one_dies
 
-READY_SEC = 60.0
+READY_SEC = 180.0
 _BETWEEN_TRIES_SEC = 0.05
 
 
@@ -27,9 +27,9 @@ def account(preferred: str) -> str | None:
     return preferred
 
 
-def make_directory(name: str, user: str | None) -> Path:
+def make_directory(name: str, user: str | None, *, within: Path | None = None) -> Path:
     """A new directory for one server, which its account can reach and nobody else can read."""
-    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=_reachable()))
+    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=within or _reachable()))
     if user is not None:
         shutil.chown(path, user)
     return path

@@ -1,0 +1,51 @@
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from devstack import faketime
+from devstack.output import Terminal
+from devstack.processes import spawn
+
+pytest_plugins = ("devstack.fixtures",)
+
+CLOCK = """
+import select, time
+while True:
+    print(time.time(), time.monotonic(), flush=True)
+    select.select([], [], [], 0.05)
+"""
+HOUR_SEC = 3600
+
+
+async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs(
+    tmp_path: Path, terminal: Terminal
+) -> None:
+    told = tmp_path / "clock"
+    faketime.tell(told, 0)
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    clock = await spawn(
+        "clock",
+        [sys.executable, "-c", CLOCK],
+        env=faketime.environment(await faketime.library(terminal), told),
+        on_line=lines.put_nowait,
+    )
+
+    async def is_wrong_by(expected_sec: int) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                wall, monotonic = map(float, (await lines.get()).split())
+                assert abs(monotonic - time.monotonic()) < HOUR_SEC / 2
+                if abs(wall - time.time() - expected_sec) < HOUR_SEC / 2:
+                    return
+
+    try:
+        await is_wrong_by(0)
+        for wrong_by_sec in (HOUR_SEC, -HOUR_SEC, 0):
+            faketime.tell(told, wrong_by_sec)
+            await is_wrong_by(wrong_by_sec)
+    finally:
+        clock.kill()
+        await clock.wait()
+    faketime.sweep()
+    assert not list(Path("/dev/shm").glob(f"*faketime*_{clock.pid}"))
