@@ -111,7 +111,8 @@ class Consumer:
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
-                envelopes.append((delivery, decode_commands(delivery.body)))
+                commands = decode_commands(delivery.body)
+                envelopes.append((delivery, domain.delivered_again(commands) if delivery.redelivered else commands))
             except InvalidEnvelope as error:
                 log.error("message.rejected", queue=self._queue, reason=str(error))
                 await subscription.reject(delivery)

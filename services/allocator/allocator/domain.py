@@ -5,13 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from sandbox_broker.messages import AllocateSandbox, Refused
+from sandbox_broker.messages import AllocateSandbox, Command, InvalidCommand, Refused
 
 T = TypeVar("T")
 
 
 MAX_ROUND = 500
 """Requests that one statement takes; above it the gain is small and the locks are many."""
+
+
+class AllocateAgain(AllocateSandbox):
+    """One that RabbitMQ has delivered before. It may have been done then, and its lease may have ended since; to do
+    it now would take a second sandbox, for a student who has left."""
+
+
+def delivered_again(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
+    return [
+        AllocateAgain(**entry.model_dump()) if isinstance(entry, AllocateSandbox) else entry for entry in entries
+    ]
 
 
 @dataclass(slots=True)
@@ -129,7 +140,7 @@ def no_such_dead_letter(dead_letter_id: uuid.UUID) -> Refused:
 
 def not_replayable(queue: str) -> Refused:
     return Refused(
-        code="NOT_REPLAYABLE", message=f"It says that it died in '{queue}', which is no queue of work. Drop it."
+        code="NOT_REPLAYABLE", message=f"It says that it died in '{queue}', which is no queue of commands. Drop it."
     )
 
 
@@ -140,6 +151,10 @@ def not_replayed(reason: str) -> Refused:
     )
 
 
+DONE_BEFORE = Refused(
+    code="ALLOCATOR_UNAVAILABLE",
+    message="This request may have been carried out before, and its lease has ended since. Ask again for another.",
+)
 LISTING_OUTDATED = Refused(
     code="LISTING_OUTDATED",
     message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",

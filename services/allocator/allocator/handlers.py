@@ -63,7 +63,31 @@ class Writer:
 
 
 async def allocate_sandbox(writer: Writer, commands: Sequence[AllocateSandbox]) -> list[Reply]:
-    """New leases, or those that the holders have. Copies of one request share its answer."""
+    """New leases, or those that the holders have."""
+    ended = await _ended_lately(writer, commands)
+    replies = iter(await _allocate(writer, [command for command in commands if command.holder not in ended]))
+    return [domain.DONE_BEFORE if command.holder in ended else next(replies) for command in commands]
+
+
+async def _ended_lately(writer: Writer, commands: Sequence[AllocateSandbox]) -> set[str]:
+    """Whose allocation is delivered again, and may have been done: a lease of theirs has ended, and they have no
+    other. With a key it is known whether it was done. What else these students ask for is not among the commands:
+    see domain.segments."""
+    again = [
+        command.holder
+        for command in commands
+        if isinstance(command, domain.AllocateAgain) and command.idempotency_key is None
+    ]
+    if not again:
+        return set()
+    row = await store.one(writer.connection, store.ENDED_LATELY, writer.epoch, again)
+    for holder in row["holders"]:
+        log.info("lease.refused", holder=holder, outcome="done_before")
+    return set(row["holders"])
+
+
+async def _allocate(writer: Writer, commands: Sequence[AllocateSandbox]) -> list[Reply]:
+    """Copies of one request share its answer."""
     unique = {domain.same_request(command): command for command in commands}
     replies: dict[tuple[str, str | None, str | None], Reply] = {}
     for round_ in domain.rounds(list(unique.values())):

@@ -227,6 +227,21 @@ announced AS (
 )
 """
 
+# Nothing is delivered again later than that: RabbitMQ drops what its sender no longer waits for, which is a minute
+# at most, and so does who has it in line.
+ENDED_LATELY = f"""
+WITH {GUARD}
+SELECT epoch, ARRAY(
+    SELECT ended.holder
+    FROM leases ended LEFT JOIN LATERAL (
+        SELECT lease_id FROM leases held WHERE held.holder = ended.holder AND held.ended_at IS NULL LIMIT 1
+    ) other ON true
+    WHERE '' || ended.holder = ANY ($2::text[]) AND ended.ended_at > now() - interval '2 minutes'
+      AND num_nulls(other.lease_id) = 1
+) AS holders
+FROM guard
+"""
+
 RELEASE = f"""
 WITH {GUARD},
 request AS MATERIALIZED (

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 
 from allocator.consumer import Consumer
 from allocator.handlers import MAINTENANCE, STUDENTS
@@ -65,7 +65,8 @@ async def stop(running: Sequence[asyncio.Task[None]]) -> None:
 class Client:
     """Sends envelopes to the allocator's queue and gathers the answers."""
 
-    def __init__(self, channel: AbstractChannel, replies: AbstractQueue) -> None:
+    def __init__(self, connection: AbstractConnection, channel: AbstractChannel, replies: AbstractQueue) -> None:
+        self.connection = connection
         self.channel = channel
         self.replies = replies
         self._answers: dict[str, list[tuple[Reply, ...]]] = defaultdict(list)
@@ -128,6 +129,16 @@ class Client:
         await until(all_there)
         return found
 
+    async def hand_back(self, queue: topology.Queue) -> None:
+        """Takes what is in the queue and gives it back, so that it is delivered again."""
+        number = await self.waiting(queue.name)
+        assert number
+        async with self.connection.channel() as channel:
+            taken: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+            await (await channel.get_queue(queue.name)).consume(taken.put)
+            for _ in range(number):
+                await taken.get()
+
     async def waiting(self, queue: str) -> int:
         """Messages of a queue that nobody has taken; what is unacknowledged comes back when its taker is gone."""
         declared = await self.channel.declare_queue(queue, passive=True)
@@ -141,7 +152,7 @@ async def client(amqp_url: str) -> AsyncIterator[Client]:
         channel = await connection.channel()
         replies = await channel.declare_queue(exclusive=True)
         await replies.bind(topology.REPLIES.name, replies.name)
-        asking = Client(channel, replies)
+        asking = Client(connection, channel, replies)
         await replies.consume(asking._answered, no_ack=True)
         yield asking
 

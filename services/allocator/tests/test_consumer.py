@@ -29,7 +29,7 @@ from sandbox_broker.messages import (
 from sandbox_broker.migrate import migrate
 
 from . import bus_harness
-from .allocator_harness import RUN, Pool, ask, done, granted, pool_in, refusal, until
+from .allocator_harness import RUN, Pool, ask, done, granted, pool_in, refusal, release, until
 from .bus_harness import Allocator, Client, allocator, client
 
 
@@ -223,6 +223,51 @@ async def test_an_allocation_that_comes_again_behind_its_answer_takes_no_second_
     assert granted(again).sandbox_id == sandbox_id
     assert over.type == "SandboxReleased"
     assert await pool.value("SELECT count(*) FROM leases") == 1
+
+
+async def test_an_allocation_that_is_delivered_again_when_its_lease_has_ended_takes_no_second_sandbox(
+    pool: Pool, clean_queues: str, asking: Client
+) -> None:
+    await pool.fill(3)
+    async with allocator(clean_queues, pool.url):
+        lease = granted(await asking.ask_one(ask("ann")))
+        assert (await asking.ask_one(done(lease.sandbox_id, "ann"))).type == "SandboxReleased"
+    envelope = await asking.publish([ask("ann"), ask("bob")])
+    await asking.hand_back(topology.ALLOCATOR_COMMANDS)
+    async with allocator(clean_queues, pool.url):
+        ((over, other),) = await asking.answers(envelope)
+        assert refusal(over) == "ALLOCATOR_UNAVAILABLE"
+        assert granted(other).new  # nothing of bob's has ended: it was not done before
+        assert granted(await asking.ask_one(ask("ann"))).new  # another request is another matter
+    await pool.sound()
+
+
+async def test_an_allocation_with_a_key_is_done_when_it_is_delivered_again_unless_the_key_was_used(
+    pool: Pool, clean_queues: str, asking: Client
+) -> None:
+    await pool.fill(2)
+    async with allocator(clean_queues, pool.url):
+        lease = granted(await asking.ask_one(ask("ann", key="monday")))
+        assert (await asking.ask_one(done(lease.sandbox_id, "ann"))).type == "SandboxReleased"
+    monday, tuesday = [await asking.publish([ask("ann", key=key)]) for key in ("monday", "tuesday")]
+    await asking.hand_back(topology.ALLOCATOR_COMMANDS)
+    async with allocator(clean_queues, pool.url):
+        ((over,),), ((new,),) = await asking.answers(monday), await asking.answers(tuesday)
+    assert refusal(over) == "IDEMPOTENCY_KEY_CONFLICT"
+    assert granted(new).new
+
+
+async def test_an_allocation_that_is_delivered_again_while_its_lease_lasts_gives_that(
+    pool: Pool, clean_queues: str, asking: Client
+) -> None:
+    await release(await pool.writer(), done(await pool.lease("ann"), "ann"))
+    sandbox_id = await pool.lease("ann")
+    await pool.fill(1)
+    envelope = await asking.publish([ask("ann")])
+    await asking.hand_back(topology.ALLOCATOR_COMMANDS)
+    async with allocator(clean_queues, pool.url):
+        ((again,),) = await asking.answers(envelope)
+    assert granted(again).sandbox_id == sandbox_id
 
 
 async def test_whose_reply_queue_is_gone_costs_nobody_else_anything(

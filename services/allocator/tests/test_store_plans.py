@@ -16,6 +16,7 @@ STATEMENTS = {
     "any": (store.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
     "by prefix": (store.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
     "release": (store.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder']"),
+    "ended lately": (store.ENDED_LATELY, "1, ARRAY['holder']"),
 }
 _KNOWN = {
     "allocator_epoch": "allocator_epoch_once: epoch",
@@ -39,6 +40,11 @@ PLANS = {
         "leases": "leases_one_per_sandbox: sandbox_id",
         "l": "leases_pkey: lease_id",
         "s": "sandboxes_pkey: sandbox_id",
+    },
+    "ended lately": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "ended": "leases_by_holder: ''::text",
+        "held": "leases_one_per_holder: holder",
     },
 }
 
