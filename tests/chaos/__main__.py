@@ -13,25 +13,31 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from devstack import faketime
 from devstack.errors import CannotRun
 from devstack.output import Terminal
-from tests.chaos import checker, faults, report, rounds
-from tests.chaos.faults import Fault
+from tests.chaos import checker, matrix, report, rounds
+from tests.chaos.matrix import Step
 from tests.chaos.stack import chaos
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", default=secrets.token_hex(4), help="of a round to be repeated")
-    parser.add_argument("--minutes", type=float, default=3, help="of faults; the last one is not cut short")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="so long: every fault alone, then pairs; without it, one fault of each kind",
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="parts of names, comma-separated")
+    parser.add_argument("--every", type=float, default=0, metavar="SECONDS", help="from one fault to the next")
+    parser.add_argument("--keep", action="store_true", help="the logs, whatever comes of the round")
     arguments = parser.parse_args()
-    # Tries that find nobody are ours to report, not the client library's.
-    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    for library in ("aio_pika", "aiormq", "asyncpg"):  # tries that find nobody are ours to report
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         return asyncio.run(_run(arguments, Terminal()))
     except CannotRun as reason:
@@ -40,41 +46,45 @@ def main() -> int:
 
 
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    if not any(_chosen(fault, arguments.only) for fault in faults.schedule(random.Random(arguments.seed))):
+    if not matrix.short(random.Random(arguments.seed), arguments.only):
         raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
+    clocks = await faketime.library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
     terminal.say(f"SEED={arguments.seed}; logs in {directory}")
-    async with chaos(directory) as broker:
+    async with chaos(directory, clocks) as broker:
         terminal.note("PostgreSQL, RabbitMQ, all services twice: ready")
-        planned = _planned(arguments.seed, arguments.only, 60 * arguments.minutes)
-        round_ = await rounds.run(broker, planned, arguments.seed, terminal.note)
+        steps = _steps(arguments.seed, arguments.only, arguments.minutes)
+        round_ = await rounds.run(broker, steps, arguments.seed, terminal.note, every_sec=arguments.every)
+    report.keep(round_, directory)
     for line in report.tables(round_):
         terminal.say(line)
     violations = checker.check(round_.evidence)
+    violations += [report.told(script) for script in report.failed(round_)]
     for violation in violations:
         terminal.complain(violation)
     if violations:
-        terminal.say(f"{len(violations)} violations; the logs are in {directory}")
+        terminal.say(f"{len(violations)} violations; SEED={arguments.seed} repeats the round; logs in {directory}")
         return 1
-    shutil.rmtree(directory)
+    if not arguments.keep:
+        shutil.rmtree(directory)
     terminal.say("no violations")
     return 0
 
 
-def _planned(seed: str, words: str, seconds: float) -> Iterator[Fault]:
-    """Every fault once, then again in another order, until so much time has passed since the first."""
+def _steps(seed: str, words: str, minutes: float | None) -> Iterable[Step]:
     chance = random.Random(seed)
+    if minutes is None:
+        return matrix.short(chance, words)
+    return _for(60 * minutes, matrix.long(chance, words))
+
+
+def _for(seconds: float, steps: Iterable[Step]) -> Iterator[Step]:
+    """The last one is not cut short."""
     until = time.monotonic() + seconds
-    while True:
-        for fault in faults.schedule(chance):
-            if _chosen(fault, words):
-                if time.monotonic() > until:
-                    return
-                yield fault
-
-
-def _chosen(fault: Fault, words: str) -> bool:
-    return any(word in fault.name for word in words.split(","))
+    for step in steps:
+        if time.monotonic() > until:
+            return
+        yield step
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -29,10 +29,15 @@ class Script:
     """One run of a script: all its attempts together."""
 
     kind: OperationKind
+    student: str
     began_at: float
     ended_at: float
     attempts: int
-    succeeded: bool
+    last: Operation
+
+    @property
+    def succeeded(self) -> bool:
+        return self.last.outcome == "ok"
 
 
 @dataclass
@@ -79,6 +84,12 @@ class Students:
         while not self._stopping.is_set():
             number += 1
             await _Student(f"student-{place}-{number}", self, chance).live()
+
+    async def give_back(self, held: Iterable[tuple[str, str]]) -> None:
+        """Each student their sandbox."""
+        chance = random.Random(self._chance.random())
+        for student, sandbox_id in held:
+            await self.script("release", student, sandbox_id, chance=chance)
 
     async def probe(self, name: str, *, until: float) -> float | None:
         """When a new student was first given a sandbox who asks all the time; None if not before `until`."""
@@ -161,7 +172,7 @@ class Students:
                 break
             await asyncio.sleep(pause)
             backoff = min(2 * backoff, longest_backoff)
-        self._history.scripts.append(Script(kind, began_at, answer.ended_at, attempts, answer.outcome == "ok"))
+        self._history.scripts.append(Script(kind, student, began_at, answer.ended_at, attempts, answer))
         return answer
 
 

@@ -45,6 +45,12 @@ async def watch_epochs(database_url: str, epochs: list[Epoch]) -> None:
             await asyncio.sleep(LOOK_SEC)
 
 
+async def held(chaos: Chaos) -> list[tuple[str, str]]:
+    """Which student holds which sandbox."""
+    rows = await chaos.stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
+    return [(row["holder"], row["sandbox_id"]) for row in rows]
+
+
 async def come_to_rest(chaos: Chaos) -> bool:
     """Waits until every lease has ended, every used sandbox is deleted and every event is published. False where
     that does not happen: the evidence shows what is left."""

@@ -1,6 +1,8 @@
 """Where a service can be told to die; crashing.py has it done."""
 
 POINTS = {
+    "gateway": ("before sending", "after sending", "before answering"),
     "allocator": ("before commit", "after commit", "after reply", "before ack"),
-    "reaper": ("before CSP", "after CSP"),
+    "reaper": ("after the claim", "before CSP", "after CSP", "after the record"),
+    "csp_syncer": ("before BeginListing", "after StageListing", "before ApplyListing", "after ApplyListing"),
 }

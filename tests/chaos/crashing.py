@@ -8,12 +8,19 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from devstack.crashes import Crashes
 
 module = sys.argv.pop(1)
 crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
 
+if module == "gateway":
+    from gateway import replies
+    from sandbox_broker import bus
+
+    bus.Requester.send = crashes.around(bus.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    replies.Allocator.ask = crashes.around(replies.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer, store
     from sandbox_broker import bus
@@ -33,7 +40,20 @@ if module == "reaper":
     from reaper import cleanup
 
     cleanup.CLAIM_MARGIN_SEC = 2
-    client = csp.CspClient
+    client, deleter = csp.CspClient, deletion.Deleter
     client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "csp_syncer":
+    from csp_syncer import asking as syncer_asking
+    from csp_syncer import handlers as syncer
+
+    ask = syncer_asking.ask
+
+    async def ask_crashing(requester: Any, command: Any, **named: Any) -> Any:
+        kind = type(command).__name__
+        return await crashes.around(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+
+    syncer.ask = ask_crashing  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -26,6 +26,8 @@ class Proxy:
     def __init__(self, target: int, host: str = HOST) -> None:
         self.port = free_port()
         self.state: State = "passing"
+        self.carried = 0
+        """Bytes, in both directions."""
         self._target = target
         self._delay_sec = 0.0
         self._open = asyncio.Event()
@@ -128,6 +130,7 @@ class Proxy:
             await self._open.wait()
             if piece:
                 writer.write(piece)
+                self.carried += len(piece)
                 await writer.drain()
         writer.write_eof()
 

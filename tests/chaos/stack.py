@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aio_pika
+from aio_pika.abc import AbstractConnection
 
+from devstack import faketime
 from devstack.ports import free_port
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker import topology
+from tests.chaos.disk import CannotMount, Disk
 from tests.chaos.proxy import Proxy
-from tests.integration.stack import PORTS, Stack, running
+from tests.integration.stack import ADMIN, PORTS, Stack, running
 
 SERVICES = {
     "gateway": "gateway",
@@ -31,8 +34,10 @@ SERVICES = {
 EVENTS_QUEUE = "chaos.events"
 """Takes every event from the start, and keeps it until the round is over."""
 LAUNCHER = Path(__file__).with_name("crashing.py")
-LAB_SEC = 20.0
-GRACE_SEC = 6.0
+LAB_SEC = 100.0
+GRACE_SEC = 25.0
+"""A lease lasts longer than a script keeps trying, as it does in earnest: what has succeeded unheard is still there
+when it asks again."""
 RESTART_SEC = 1.0
 """Between the end of a process and its next start."""
 SETTINGS = {
@@ -56,8 +61,9 @@ class Chaos:
     """As in `second gateway to RabbitMQ`."""
     gateways: list[str]
     """Their addresses."""
-    crash_at: Path
-    """Who reaches the point that is written here kills itself; see crashing.py."""
+    directory: Path
+    disk: Disk | None
+    """That of PostgreSQL; None where none can be mounted."""
     ends: list[tuple[str, str]] = field(default_factory=list)
     """Which process has ended, and how."""
     _keepers: list[asyncio.Task[None]] = field(default_factory=list)
@@ -65,16 +71,35 @@ class Chaos:
     def process(self, name: str) -> Process:
         return self.stack.processes[name]
 
+    def crash_at(self, module: str) -> Path:
+        """Who reaches the point that is written here kills itself; see crashing.py."""
+        return _crash_at(self.directory, module)
+
+    def clock(self, name: str) -> Path:
+        """How wrong the process's clock is; see devstack.faketime."""
+        return _clock(self.directory, name)
+
+    async def sync(self) -> None:
+        """Through all gateways, of which one may be cut off."""
+        asked = (self.stack.client.post(f"{gateway}/v1/admin/sync", headers=ADMIN) for gateway in self.gateways)
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[AbstractConnection]:
+        """A connection of our own to RabbitMQ, over no link."""
+        async with await aio_pika.connect(self.rabbitmq.url) as connection:
+            yield connection
+
     async def active_allocator(self) -> str:
         """The one that has written last. Raises OSError where none is connected to the database."""
         backends = await self.stack.database.fetch(
-            "SELECT client_port FROM pg_stat_activity JOIN allocator_epoch ON pid = backend_pid WHERE queue = $1",
+            "SELECT client_port FROM pg_stat_activity WHERE application_name = $1 ORDER BY query_start DESC",
             topology.ALLOCATOR_COMMANDS.name,
         )
-        for name in ("allocator", "second allocator"):
-            ports = self.links[f"{name} to PostgreSQL"].outgoing_ports
-            if any(backend["client_port"] in ports for backend in backends):
-                return name
+        for backend in backends:
+            for name in ("allocator", "second allocator"):
+                if backend["client_port"] in self.links[f"{name} to PostgreSQL"].outgoing_ports:
+                    return name
         raise OSError("no allocator is connected to the database")
 
     async def until_all_are_ready(self) -> None:
@@ -107,10 +132,14 @@ class Chaos:
 
 
 @asynccontextmanager
-async def chaos(directory: Path, *, environment: dict[str, str] | None = None) -> AsyncIterator[Chaos]:
-    """Everything, with an empty pool. Each process's log goes to a file of `directory`."""
+async def chaos(
+    directory: Path, clocks: Path, *, environment: dict[str, str] | None = None
+) -> AsyncIterator[Chaos]:
+    """Everything, with an empty pool. Each process's log goes to a file of `directory`; `clocks` is libfaketime."""
     async with AsyncExitStack() as everything:
-        postgres, rabbitmq = PrivatePostgres(), PrivateRabbitMQ()
+        everything.callback(faketime.sweep)
+        disk = await _disk(everything)
+        postgres, rabbitmq = PrivatePostgres(within=None if disk is None else disk.path), PrivateRabbitMQ()
         await everything.enter_async_context(postgres)
         await everything.enter_async_context(rabbitmq)
         await _record_events(rabbitmq.url)
@@ -120,15 +149,25 @@ async def chaos(directory: Path, *, environment: dict[str, str] | None = None) -
             for name, module in SERVICES.items()
             for server, port in _servers(module, postgres.port, rabbitmq.port, simulator_port).items()
         }
-        settings_of = {name: _settings(name, links, postgres, rabbitmq) for name in SERVICES}
-        logs = {name: everything.enter_context((directory / f"{name}.log").open("a")) for name in SERVICES}
-        crash_at = directory / "crash-at"
+        for name in SERVICES:
+            faketime.tell(_clock(directory, name), 0)
+        settings_of = {
+            name: {
+                **_settings(name, links, postgres, rabbitmq),
+                "CRASH_AT": str(_crash_at(directory, module)),
+                **faketime.environment(clocks, _clock(directory, name)),
+            }
+            for name, module in SERVICES.items()
+        }
+        logs = {
+            name: everything.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
+        }
         stack = await everything.enter_async_context(
             running(
                 postgres.url,
                 rabbitmq.url,
                 launcher=(str(LAUNCHER),),
-                settings={**SETTINGS, "CRASH_AT": str(crash_at), **(environment or {})},
+                settings={**SETTINGS, **(environment or {})},
                 settings_of=settings_of,
                 on_line=lambda name, line: print(line, file=logs[name]),
                 simulator_port=simulator_port,
@@ -140,7 +179,7 @@ async def chaos(directory: Path, *, environment: dict[str, str] | None = None) -
             if module == "gateway"
         ]
         stack.environment["GATEWAY_PORT"] = settings_of["gateway"]["GATEWAY_PORT"]
-        chaos = Chaos(stack, postgres, rabbitmq, links, gateways, crash_at)
+        chaos = Chaos(stack, postgres, rabbitmq, links, gateways, directory, disk)
         try:
             for name, module in SERVICES.items():
                 if name != module:
@@ -149,6 +188,21 @@ async def chaos(directory: Path, *, environment: dict[str, str] | None = None) -
             yield chaos
         finally:
             await chaos.let_go()
+
+
+async def _disk(everything: AsyncExitStack) -> Disk | None:
+    try:
+        return await everything.enter_async_context(Disk())
+    except CannotMount:
+        return None
+
+
+def _crash_at(directory: Path, module: str) -> Path:
+    return directory / f"crash-at-{module}"
+
+
+def _clock(directory: Path, name: str) -> Path:
+    return directory / f"clock-of-{name.replace(' ', '-')}"
 
 
 def _servers(module: str, postgres: int, rabbitmq: int, simulator: int) -> dict[str, int]:

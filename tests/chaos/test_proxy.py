@@ -81,6 +81,7 @@ async def test_it_passes_on_everything_in_both_directions(proxy: Proxy) -> None:
     sending = asyncio.create_task(send(streams, text))
     assert await received(streams, len(text)) == text
     await sending
+    assert proxy.carried == 2 * len(text)
     streams[1].close()
 
 
