@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-containers bench check k8s-check fmt docs lock clean
+.PHONY: help setup run test test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
@@ -24,6 +24,9 @@ test-containers: setup ## The images, docker-compose.yml and what else needs a D
 
 bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
 	@$(PYTHON) -m bench $(ARGS)
+
+chaos: setup ## Every kind of fault on a broker of its own, and a judge; SEED=… repeats a round, LONG=1 is an hour
+	@$(PYTHON) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(LONG),--minutes 60) $(ARGS)
 
 check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, and whether locked requirements and generated pages are current
 	@.venv/bin/ruff check .
