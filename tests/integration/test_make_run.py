@@ -72,9 +72,13 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
             )
         assert (stats.json()["available"], stats.json()["allocated"]) == (49, 1)
         end = next(number for number, line in enumerate(lines) if line.endswith("brokerctl status"))
-        code, said = await run(["bash", "-c", f"{lines[end - 1]}\n{lines[end]}"], cwd=tmp_path)
-        assert code == 0, said
-        assert "Nothing needs attention." in said
+        operator = f"{lines[end - 1]}\n{lines[end]}"
+
+        async def all_is_well() -> bool:  # on a busy machine a part may be late, and seem down
+            code, said = await run(["bash", "-c", operator], cwd=tmp_path)
+            return code == 0 and "Nothing needs attention." in said
+
+        await eventually(all_is_well, within_sec=120)
     finally:
         # As the terminal does it: to make and to what it runs.
         os.killpg(make.pid, signal.SIGINT)
