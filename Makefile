@@ -35,6 +35,7 @@ check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, an
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m devstack.metrics_page | diff docs/metrics.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
 	@if [ -x .venv/bin/hadolint ]; then .venv/bin/hadolint Dockerfile; fi
 
@@ -47,6 +48,7 @@ fmt: setup ## Format, and repair what the linter can
 
 docs: setup ## Renew the pages that are made from the code
 	@$(PYTHON) -m gateway.error_page >docs/errors.md
+	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
 
 lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
 	@for service in $(SERVICES); do \

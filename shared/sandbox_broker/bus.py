@@ -10,6 +10,7 @@ The rules, and what each is for:
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import Awaitable, Sequence
 from typing import Self
@@ -20,9 +21,9 @@ from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
 from pamqp.commands import Basic
 
-from sandbox_broker import topology
+from sandbox_broker import metrics, story, topology
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
-from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
+from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands, request_ids_in
 from sandbox_broker.publisher import PUBLISH_TIMEOUT_SEC, Outgoing, Publisher, Unroutable
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
 ANSWER_PATIENCE_SEC = 3.0
 """For a reply whose sending failed; then its sender has given up, or soon will."""
 ANSWER_PAUSE_SEC = 0.1
+PUBLISHED_AT = "published_at"
+"""A header: Unix milliseconds, by the clock of who has published the message."""
 
 log = structlog.get_logger()
 
@@ -49,8 +52,10 @@ class Subscription:
     """What RabbitMQ delivers from one queue, in batches, until the channel closes, the queue is deleted, or
     `end` is called. What was delivered and not acknowledged then goes back to the queue."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, queue: topology.Queue) -> None:
         self._channel = channel
+        self._queue = queue.name
+        self._wait = metrics.QUEUE_WAIT.labels(queue.name)
         self._inbox: asyncio.Queue[tuple[DeliveredMessage, float] | None] = asyncio.Queue()
         self._ended = False
 
@@ -59,7 +64,7 @@ class Subscription:
         """Raises Disconnected."""
         with losses():
             channel = await open_channel(connection, confirms=False)
-            subscription = cls(channel)
+            subscription = cls(channel, queue)
             channel.closing.add_done_callback(lambda _: subscription.end())
             channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
             await channel.basic_qos(prefetch_count=prefetch)
@@ -67,6 +72,9 @@ class Subscription:
         return subscription
 
     async def _deliver(self, delivery: DeliveredMessage) -> None:
+        published_at = (delivery.header.properties.headers or {}).get(PUBLISHED_AT)
+        if isinstance(published_at, int):
+            self._wait.observe(max(0.0, time.time() - published_at / 1000))
         self._inbox.put_nowait((delivery, asyncio.get_running_loop().time()))
 
     async def batch(self, limit: int) -> list[DeliveredMessage]:
@@ -79,7 +87,8 @@ class Subscription:
             delivery, since = arrived
             expiration = delivery.header.properties.expiration
             if expiration and (asyncio.get_running_loop().time() - since) * 1000 > int(expiration):
-                log.info("message.expired", correlation_id=delivery.header.properties.correlation_id)
+                for request_ids in story.by_line(request_ids_in(delivery.body)):
+                    log.info("message.expired", queue=self._queue, request_ids=request_ids)
                 await self.ack(delivery)
             else:
                 deliveries.append(delivery)
@@ -92,6 +101,7 @@ class Subscription:
 
     async def reject(self, delivery: DeliveredMessage) -> None:
         """Sends this delivery to the dead letters."""
+        metrics.DEAD_LETTERED.labels(self._queue).inc()
         await self._settle(self._channel.basic_reject(_tag(delivery), requeue=False))
 
     async def _settle(self, sending: Awaitable[None]) -> None:
@@ -191,6 +201,7 @@ class Requester:
             delivery_mode=2,
             correlation_id=correlation_id,
             reply_to=self._reply_queue,
+            headers={PUBLISHED_AT: round(time.time() * 1000)},
             expiration=str(max(1, round(timeout_sec * 1000))),
         )
         try:
@@ -215,11 +226,14 @@ class Requester:
             done.exception()  # looked at, or asyncio complains where nobody waits any more
 
     async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
-        """Sends one command, as soon as there is a connection, and waits for its reply.
+        """Sends one command, as soon as there is a connection, and waits for its reply. On behalf of which request,
+        the work at hand tells (story.py), where the command itself does not.
 
         Raises Disconnected, Unroutable or TimeoutError, or ValueError when the reply cannot be understood.
         """
         deadline = asyncio.get_running_loop().time() + timeout_sec
+        if command.request_id is None and (request_id := story.request_id()) is not None:
+            command = command.model_copy(update={"request_id": request_id})
         try:
             async with asyncio.timeout_at(deadline):
                 await self._publisher.wait_connected()

@@ -14,7 +14,7 @@ from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
 from aiormq.exceptions import AMQPError, ChannelAccessRefused
 
-from sandbox_broker import topology
+from sandbox_broker import metrics, topology
 
 HEARTBEAT_SEC = 5
 CONNECT_TIMEOUT_SEC = 5.0
@@ -53,17 +53,21 @@ async def keep_connected(url: str, name: str, session: Callable[[AbstractConnect
     jitter again. Each connection starts with the topology declared, where its user may do that. Ends by being
     cancelled, or with what else `session` raises."""
     loop = asyncio.get_running_loop()
+    metrics.CONNECTED.labels(name).set(0)
     pause = MIN_BACKOFF_SEC
     while True:
         began = loop.time()
         try:
             connection = await _connect(url, name)
+            metrics.CONNECTED.labels(name).set(1)
             try:
                 await session(connection)
             finally:
+                metrics.CONNECTED.labels(name).set(0)
                 await _close(connection)
             log.info("rabbitmq.session_ended", connection=name)
         except Disconnected as error:
+            metrics.DISCONNECTS.labels(name).inc()
             log.warning("rabbitmq.disconnected", connection=name, error=str(error))
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise asyncio.CancelledError  # the wait_for of Python 3.11, in the client library, can swallow it

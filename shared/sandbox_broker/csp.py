@@ -91,7 +91,7 @@ class CspClient:
 
         Raises CspUnavailable or CspUnauthorized; there is no half listing.
         """
-        answer = await self._http.ask("GET", "/current_user/accounts", what="GET")
+        answer = await self._http.ask("GET", "/current_user/accounts", operation="list_accounts", what="GET")
         if answer.status != 200 or answer.is_html:
             raise self._http.failure(answer, what="GET")
         # A large listing takes a second to read: in a thread, so that heartbeats go on meanwhile.
@@ -108,7 +108,9 @@ class CspClient:
         """
         if not EXTERNAL_ID.fullmatch(external_id):
             raise ValueError("external_id must be a uuid")
-        answer = await self._http.ask("DELETE", f"/sandbox/accounts/{external_id.lower()}", what="DELETE")
+        answer = await self._http.ask(
+            "DELETE", f"/sandbox/accounts/{external_id.lower()}", operation="delete_account", what="DELETE"
+        )
         # A page was written by a proxy; CSP may never have seen the call. Under 404 it would say that the
         # base URL is wrong, not that the account is gone.
         if answer.status not in (200, 204, 404) or answer.is_html:

@@ -11,6 +11,7 @@ Messages are one line, bounded, and never hold a token, a password or a JWT.
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
+from prometheus_client import Histogram
 
 MAX_EXCERPT = 200
 MAX_BODY = 256 * 1024 * 1024
@@ -30,6 +32,14 @@ UNSTORABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 EXTERNAL_ID = re.compile(_UUID)
 ACCOUNT_ID = re.compile(f"identity/accounts/({_UUID})")
+
+LATENCY = Histogram(
+    "broker_csp_request_seconds",
+    "Calls of CSP by operation and outcome: ok, not_found, unauthorized, throttled, server_error, html, other, "
+    "timeout, unreachable",
+    ["operation", "outcome"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60),
+)
 
 _JWT = re.compile(r"eyJ[\w-]+\.[\w.-]+")
 
@@ -97,30 +107,39 @@ class CspHttp:
         method: str,
         path: str,
         *,
+        operation: str,
         what: str,
         json: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         deadline: float | None = None,
     ) -> Answer:
-        """Make one call, `what` in messages, until `deadline` on the loop's clock (by default `timeout_sec`
-        from now), from connecting to the last byte of the answer. Raises CspUnavailable if there is none."""
+        """Make one call, `operation` in metrics and `what` in messages, until `deadline` on the loop's clock (by
+        default `timeout_sec` from now), from connecting to the last byte of the answer. Raises CspUnavailable if
+        there is none."""
         now = asyncio.get_running_loop().time()
         if deadline is None:
             deadline = now + self._timeout_sec
         if now >= deadline:
             raise CspUnavailable(f"no time was left for {what}")
+        began, outcome = time.monotonic(), "other"
         try:
             # httpx's own limits are for each read: an answer that drips in would never end.
             async with (
                 asyncio.timeout_at(deadline),
                 self._http.stream(method, path, json=json, headers=headers) as response,
             ):
-                return Answer(response.status_code, response.headers, await _body(response, what))
+                answer = Answer(response.status_code, response.headers, await _body(response, what))
+                outcome = _outcome(answer)
+                return answer
         except (TimeoutError, httpx.TimeoutException) as error:
+            outcome = "timeout"
             raise CspUnavailable(f"CSP gave no answer to {what} within {self._timeout_sec:g} s") from error
         except httpx.HTTPError as error:
+            outcome = "unreachable"
             reason = self.line(f"{type(error).__name__} {error}")
             raise CspUnavailable(f"{what} did not get through to CSP: {reason}") from error
+        finally:
+            LATENCY.labels(operation, outcome).observe(time.monotonic() - began)
 
     def failure(self, answer: Answer, *, what: str, quote: bool = True, hide: str = "") -> CspError:
         """The error that an answer of no use stands for; `quote` shows the beginning of its body, except
@@ -140,6 +159,17 @@ class CspHttp:
         clean = _JWT.sub("***", text)[: 10 * MAX_EXCERPT]
         line = " ".join(UNSTORABLE.sub(" ", clean).split())
         return line if len(line) <= MAX_EXCERPT else f"{line[:MAX_EXCERPT]}…"
+
+
+def _outcome(answer: Answer) -> str:
+    if answer.is_html:
+        return "html"
+    status = answer.status
+    if status in (401, 403):
+        return "unauthorized"
+    if status >= 500:
+        return "server_error"
+    return {200: "ok", 201: "ok", 202: "ok", 204: "ok", 404: "not_found", 429: "throttled"}.get(status, "other")
 
 
 async def _body(response: httpx.Response, what: str) -> bytes:

@@ -13,11 +13,15 @@ from pamqp.common import FieldTable
 
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Unroutable
+from sandbox_broker.metrics import DEAD_LETTERED
 
 PATIENCE_SEC = 3.0
 PAUSE_SEC = 0.1
 MAX_REASON = 500
 """Characters; headers have to fit one frame."""
+
+MAX_LOGGED = 2000
+"""Characters of a command that could not be kept."""
 
 log = structlog.get_logger()
 
@@ -42,9 +46,10 @@ async def keep(publisher: Publisher, queue: str, command: str, reason: str) -> N
         async with asyncio.timeout(PATIENCE_SEC):
             while True:
                 try:
-                    return await publisher.publish(topology.DEAD_LETTERS.name, queue, body, properties)
+                    await publisher.publish(topology.DEAD_LETTERS.name, queue, body, properties)
+                    return DEAD_LETTERED.labels(queue).inc()
                 except Disconnected as error:
                     log.info("dead_letter.delayed", error=str(error))
                     await asyncio.sleep(PAUSE_SEC)
     except (TimeoutError, Unroutable) as error:
-        log.error("dead_letter.lost", queue=queue, reason=reason, error=str(error), body=body.decode())
+        log.error("dead_letter.lost", queue=queue, reason=reason, error=str(error), body=body.decode()[:MAX_LOGGED])

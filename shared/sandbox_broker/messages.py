@@ -46,10 +46,17 @@ class Message(BaseModel):
     version: Literal[1] = 1
 
 
+class _Command(Message):
+    """The common ground of all commands."""
+
+    request_id: str | None = None
+    """Of the HTTP request, or the tick, that it is given for."""
+
+
 # Commands to the allocator
 
 
-class AllocateSandbox(Message):
+class AllocateSandbox(_Command):
     """Lease a sandbox to `holder`, or give the one they hold. → LeaseGranted or Refused."""
 
     type: Literal["AllocateSandbox"] = "AllocateSandbox"
@@ -60,7 +67,7 @@ class AllocateSandbox(Message):
     idempotency_key: PrintableAscii | None = None
 
 
-class ReleaseSandbox(Message):
+class ReleaseSandbox(_Command):
     """The student is done: end the lease, have the sandbox deleted. → SandboxReleased or Refused."""
 
     type: Literal["ReleaseSandbox"] = "ReleaseSandbox"
@@ -69,7 +76,7 @@ class ReleaseSandbox(Message):
     holder: PrintableAscii
 
 
-class ExpireLeases(Message):
+class ExpireLeases(_Command):
     """End at most `limit` leases that are overdue by more than `grace_sec`. → LeasesExpired."""
 
     type: Literal["ExpireLeases"] = "ExpireLeases"
@@ -77,7 +84,7 @@ class ExpireLeases(Message):
     limit: int = Field(ge=1, le=1000)
 
 
-class ClaimDeletions(Message):
+class ClaimDeletions(_Command):
     """Take at most `limit` due deletions for `claim_sec`; a claim that is not answered in that time ends by
     itself. For as long no other clean-up run gets any. → DeletionsClaimed."""
 
@@ -87,7 +94,7 @@ class ClaimDeletions(Message):
     claim_sec: float = Field(gt=0, le=MAX_SEC)
 
 
-class HurryDeletions(Message):
+class HurryDeletions(_Command):
     """Make at most `limit` pending deletions due now that would be tried later, those that this run has claimed
     excepted. Keeps other runs away like a claim. → DeletionsHurried."""
 
@@ -97,14 +104,14 @@ class HurryDeletions(Message):
     claim_sec: float = Field(gt=0, le=MAX_SEC)
 
 
-class EndCleanup(Message):
+class EndCleanup(_Command):
     """The run has nothing in hand any more: another may begin. → Recorded."""
 
     type: Literal["EndCleanup"] = "EndCleanup"
     run_id: uuid.UUID
 
 
-class RecordDeletion(Message):
+class RecordDeletion(_Command):
     """CSP deleted the sandbox, or no longer had it. `services_error` is what went wrong with the services inside
     it. → Recorded."""
 
@@ -113,7 +120,7 @@ class RecordDeletion(Message):
     services_error: _StorableText | None = Field(default=None, max_length=500)
 
 
-class RecordDeletionFailure(Message):
+class RecordDeletionFailure(_Command):
     """CSP did not delete it. Counts for the claim that it belongs to, `attempts` being the count that came with
     it, so that a message delivered twice counts once; without `retry_in_sec` it was the last attempt.
     → Recorded."""
@@ -127,7 +134,7 @@ class RecordDeletionFailure(Message):
     services_error: _StorableText | None = Field(default=None, max_length=500)
 
 
-class EndLease(Message):
+class EndLease(_Command):
     """An administrator ends a student's lease; `note` says why. → SandboxReleased or Refused."""
 
     type: Literal["EndLease"] = "EndLease"
@@ -136,7 +143,7 @@ class EndLease(Message):
     note: _StorableText = Field(min_length=1, max_length=500)
 
 
-class RetryDeletion(Message):
+class RetryDeletion(_Command):
     """An administrator sends a failed deletion back to be tried anew. → SandboxReleased or Refused."""
 
     type: Literal["RetryDeletion"] = "RetryDeletion"
@@ -144,7 +151,7 @@ class RetryDeletion(Message):
     sandbox_id: SandboxId
 
 
-class BeginListing(Message):
+class BeginListing(_Command):
     """A CSP listing is about to be fetched. → ListingBegun, whose id names it from then on."""
 
     type: Literal["BeginListing"] = "BeginListing"
@@ -162,7 +169,7 @@ class ListedAccount(BaseModel):
     created_at: datetime | None = None
 
 
-class StageListing(Message):
+class StageListing(_Command):
     """A piece of a listing, kept aside until all of it is there. `unreadable` are sandboxes that CSP lists in
     records which lack what we need: nothing is learned of them but that they are there. → ListingStaged."""
 
@@ -172,7 +179,7 @@ class StageListing(Message):
     unreadable: tuple[SandboxId, ...] = Field(default=(), max_length=1000)
 
 
-class ApplyListing(Message):
+class ApplyListing(_Command):
     """All `total` records of the listing are staged: bring the pool in line, as a whole or not at all.
     Held when empty or when it lacks more than `max_stale_fraction` of the pool, unless `force`.
     → ListingApplied or Refused."""
@@ -184,7 +191,7 @@ class ApplyListing(Message):
     force: bool = False
 
 
-class RefreshSandboxes(Message):
+class RefreshSandboxes(_Command):
     """Correct the names of at most `limit` sandboxes after the listing that was applied, in the order of their ids,
     beginning behind `after`. → SandboxesRefreshed."""
 
@@ -194,7 +201,7 @@ class RefreshSandboxes(Message):
     limit: int = Field(ge=1, le=1000)
 
 
-class DeleteStale(Message):
+class DeleteStale(_Command):
     """Take at most `limit` sandboxes that have been stale for `stale_for_sec` as deleted. → Purged."""
 
     type: Literal["DeleteStale"] = "DeleteStale"
@@ -202,7 +209,7 @@ class DeleteStale(Message):
     limit: int = Field(ge=1, le=1000)
 
 
-class PurgeRecords(Message):
+class PurgeRecords(_Command):
     """Forget at most `limit` sandboxes that have been in this state for `for_sec`; their leases stay. CSP is not
     asked. → Purged."""
 
@@ -212,7 +219,7 @@ class PurgeRecords(Message):
     limit: int = Field(ge=1, le=1000)
 
 
-class RecordJob(Message):
+class RecordJob(_Command):
     """How a job goes that an administrator waits for. Who works on it tells at least once a minute; once it is no
     longer `running`, nothing changes it. → Recorded."""
 
@@ -224,7 +231,7 @@ class RecordJob(Message):
     result: dict[str, int | _StorableText] | None = Field(default=None, max_length=20)
 
 
-class ReplayDeadLetter(Message):
+class ReplayDeadLetter(_Command):
     """An administrator puts a dead letter back into the queue that it died in, with the ids that it had.
     → DeadLetterReplayed or Refused."""
 
@@ -233,7 +240,7 @@ class ReplayDeadLetter(Message):
     dead_letter_id: uuid.UUID
 
 
-class DropDeadLetter(Message):
+class DropDeadLetter(_Command):
     """An administrator has no use for a dead letter. → Recorded or Refused."""
 
     type: Literal["DropDeadLetter"] = "DropDeadLetter"
@@ -244,7 +251,7 @@ class DropDeadLetter(Message):
 # Commands to the csp-syncer
 
 
-class SyncPool(Message):
+class SyncPool(_Command):
     """Run a sync now, or join the one that runs. → PoolSynced or Refused."""
 
     type: Literal["SyncPool"] = "SyncPool"
@@ -257,7 +264,7 @@ class SyncPool(Message):
 # Commands to the reaper
 
 
-class CleanUpNow(Message):
+class CleanUpNow(_Command):
     """Delete what is pending now, whatever its backoff says. → CleanedUp or Refused."""
 
     type: Literal["CleanUpNow"] = "CleanUpNow"
@@ -352,6 +359,8 @@ class DueDeletion(BaseModel):
     attempts: int
     missing: bool = False
     """CSP no longer lists it: there is nothing to delete."""
+    request_id: str | None = None
+    """Of the request that has asked for the deletion; None where time was up."""
 
 
 class DeletionsClaimed(Message):
@@ -544,6 +553,19 @@ class InvalidCommand(ValueError):
 
 def encode_commands(commands: Sequence[Command]) -> bytes:
     return Envelope(commands=tuple(commands)).model_dump_json(exclude_none=True).encode()
+
+
+def request_ids_in(body: bytes) -> list[str]:
+    """Those of the requests that an envelope is sent for, as far as it can be understood."""
+    try:
+        envelope = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return []
+    commands = envelope.get("commands") if isinstance(envelope, dict) else None
+    if not isinstance(commands, list):
+        return []
+    found = (entry.get("request_id") for entry in commands if isinstance(entry, dict))
+    return [request_id for request_id in found if isinstance(request_id, str)]
 
 
 def decode_commands(body: bytes) -> list[Command | InvalidCommand]:

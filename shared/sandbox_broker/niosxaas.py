@@ -102,7 +102,13 @@ class NiosxaasClient:
         """The JWT in the answer; no such answer is ever quoted, whatever its status."""
         headers = _bearer(jwt) if jwt is not None else None
         answer = await self._http.ask(
-            "POST", path, what=f"the {what}", json=body, headers=headers, deadline=deadline
+            "POST",
+            path,
+            operation=what.replace("-", "_").replace(" ", "_"),
+            what=f"the {what}",
+            json=body,
+            headers=headers,
+            deadline=deadline,
         )
         if answer.status not in (200, 201) or answer.is_html:
             raise self._http.failure(answer, what=f"the {what}", quote=False)
@@ -114,7 +120,9 @@ class NiosxaasClient:
     async def _services(self, jwt: str, deadline: float) -> tuple[list[_Service], tuple[str, ...]]:
         """What is to be deleted, and a line for each record that does not tell whether it is."""
         what = "the listing of services"
-        answer = await self._http.ask("GET", SERVICES, what=what, headers=_bearer(jwt), deadline=deadline)
+        answer = await self._http.ask(
+            "GET", SERVICES, operation="list_services", what=what, headers=_bearer(jwt), deadline=deadline
+        )
         document = _object(answer)
         # An account without services may well be answered with an empty object.
         records = document.get("results") or [] if document is not None else None
@@ -134,7 +142,9 @@ class NiosxaasClient:
 
     async def _delete(self, service: _Service, jwt: str, deadline: float) -> None:
         path, what = f"{SERVICES}/{service.key}", "the deletion of a service"
-        answer = await self._http.ask("DELETE", path, what=what, headers=_bearer(jwt), deadline=deadline)
+        answer = await self._http.ask(
+            "DELETE", path, operation="delete_service", what=what, headers=_bearer(jwt), deadline=deadline
+        )
         if answer.status not in (200, 202, 204, 404) or answer.is_html:
             raise self._http.failure(answer, what=what, hide=jwt)
 

@@ -8,7 +8,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from sandbox_broker import dead_letters, topology
+from sandbox_broker import dead_letters, story, topology
 from sandbox_broker.bus import Publisher, Subscription, answer
 from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
 
@@ -64,11 +64,18 @@ async def _reply(
     else:
         raw = command.model_dump_json()
         try:
-            if (reply := await handle(command)) is not None:
-                return reply
+            with story.bound(request_id=command.request_id):
+                if (reply := await handle(command)) is not None:
+                    return reply
         except Exception as error:
             # Delivered again, it would fail again, and end this process each time.
-            log.error("command.failed", queue=queue.name, command=command.type, exc_info=error)
+            log.error(
+                "command.failed",
+                queue=queue.name,
+                command=command.type,
+                request_id=command.request_id,
+                exc_info=error,
+            )
             await dead_letters.keep(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
             return FAILED
         reason = f"{command.type} is not for {queue.name}"

@@ -66,6 +66,7 @@ sandboxes = Table(
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_claim", Uuid, comment="the clean-up run that has it in hand, or had it last"),
+    Column("deletion_request_id", Text, comment="the request that asked for it; null where time was up"),
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
     Column("services_error", Text, comment="what went wrong with the services inside it, before its deletion"),

@@ -7,12 +7,13 @@ number of them give one run per period. A tick that is lost costs one period.
 
 import asyncio
 import math
+import secrets
 from collections.abc import Awaitable, Callable
 
 import structlog
 from aio_pika.abc import AbstractConnection
 
-from sandbox_broker import topology
+from sandbox_broker import story, topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, keep_connected
 from sandbox_broker.service import every
 
@@ -48,7 +49,8 @@ async def consume(
         while deliveries := await subscription.batch(1):
             if loop.time() >= not_before:
                 not_before = loop.time() + (1 - TOLERANCE) * period_sec
-                await work()
+                with story.bound(request_id=f"tick-{secrets.token_hex(6)}"):
+                    await work()
             await subscription.ack(deliveries[0])
 
     await keep_connected(url, queue.name, session)

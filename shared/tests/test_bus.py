@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import statistics
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,9 +14,10 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
+from prometheus_client import REGISTRY
 
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import bus, connection, topology
+from sandbox_broker import bus, connection, story, topology
 from sandbox_broker.bus import (
     Disconnected,
     Outgoing,
@@ -28,10 +30,12 @@ from sandbox_broker.bus import (
 )
 from sandbox_broker.messages import (
     BeginListing,
+    ClaimDeletions,
     Command,
     ListingBegun,
     RecordDeletion,
     Recorded,
+    ReleaseSandbox,
     Reply,
     decode_commands,
     encode_commands,
@@ -760,3 +764,57 @@ async def test_cancelling_while_it_connects_leaves_nothing(amqp_line: Line) -> N
         await asyncio.sleep(delay)
         await cancel(running)
         assert running.cancelled()
+
+
+# Metrics, ids and traces that go along
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_how_long_messages_wait_is_measured_by_their_queue(clean_queues: str, wired: Bus) -> None:
+    before = sample("broker_queue_wait_seconds_count", queue=QUEUE.name)
+    async with beside(consume(clean_queues, replying(wired.publisher))):
+        await wired.ask()
+    assert sample("broker_queue_wait_seconds_count", queue=QUEUE.name) == before + 1
+    assert sample("broker_queue_wait_seconds_sum", queue=QUEUE.name) < 3600
+
+
+async def test_a_command_bears_the_id_of_the_request_that_it_is_sent_for(clean_queues: str, wired: Bus) -> None:
+    seen: list[str | None] = []
+
+    async def handle(delivery: DeliveredMessage, commands: Sequence[Command]) -> None:
+        seen.extend(command.request_id for command in commands)
+        await replying(wired.publisher)(delivery, commands)
+
+    async with beside(consume(clean_queues, handle)):
+        with story.bound(request_id="r-1"):
+            await wired.ask()
+            own = ClaimDeletions(request_id="r-2", run_id=uuid.UUID(int=1), limit=1, claim_sec=1)
+            await wired.requester.request(QUEUE, own, timeout_sec=15)
+        await wired.ask()
+    assert seen == ["r-1", "r-2", None]
+
+
+async def test_who_waits_for_what_expired_is_told_in_the_log(consuming: AbstractConnection, wired: Bus) -> None:
+    subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
+    ids = [f"r-{number}" for number in range(120)]
+    body = encode_commands([ReleaseSandbox(request_id=id_, sandbox_id="7", holder="ada") for id_ in ids])
+    await wired.put(body, properties=Basic.Properties(expiration="200"))
+    await wired.put(b"in time")
+    await until(lambda: subscription._inbox.qsize() == 2)
+    await asyncio.sleep(0.25)  # nothing but time makes it late
+    with structlog.testing.capture_logs() as logs:
+        await subscription.batch(10)
+    told = [line["request_ids"] for line in logs if line["event"] == "message.expired"]
+    assert [id_ for line in told for id_ in line] == ids
+    assert len(told) > 1
+
+
+async def test_lost_connections_are_counted_and_shown(amqp_line: Line, on_a_line: Bus) -> None:
+    assert sample("broker_rabbitmq_connected", connection="test-publish") == 1
+    before = sample("broker_rabbitmq_disconnects_total", connection="test-publish")
+    amqp_line.cut()
+    await until(lambda: sample("broker_rabbitmq_disconnects_total", connection="test-publish") == before + 1)
+    await until(lambda: sample("broker_rabbitmq_connected", connection="test-publish") == 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
@@ -576,3 +577,39 @@ async def test_messages_are_one_short_line_without_the_token() -> None:
 def test_a_token_no_header_can_carry_is_refused_without_being_shown(token: str) -> None:
     with pytest.raises(ValueError, match="the CSP token must be printable ASCII without spaces"):
         CspClient("http://csp.test", token)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("response", "outcome"),
+    [
+        (httpx.Response(204), "ok"),
+        (httpx.Response(404), "not_found"),
+        (httpx.Response(401), "unauthorized"),
+        (httpx.Response(429), "throttled"),
+        (httpx.Response(503), "server_error"),
+        (httpx.Response(500, html="<html>"), "html"),
+        (httpx.Response(418), "other"),
+        (httpx.ReadTimeout("late"), "timeout"),
+        (httpx.ConnectError("nobody there"), "unreachable"),
+    ],
+)
+async def test_calls_are_timed_by_operation_and_outcome(
+    response: httpx.Response | httpx.HTTPError, outcome: str
+) -> None:
+    def respond(_: httpx.Request) -> httpx.Response:
+        if isinstance(response, httpx.HTTPError):
+            raise response
+        return response
+
+    def count() -> float:
+        labels = {"operation": "delete_account", "outcome": outcome}
+        return REGISTRY.get_sample_value("broker_csp_request_seconds_count", labels) or 0.0
+
+    before = count()
+    async with answering(respond) as csp:
+        with contextlib.suppress(CspUnavailable, CspUnauthorized):
+            await csp.delete_account(UNKNOWN)
+    assert count() == before + 1

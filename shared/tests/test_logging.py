@@ -1,11 +1,14 @@
-"""Log lines: one for each thing, in one form, whoever writes them; no secrets."""
+"""Log lines: one for each thing, in one form, whoever writes them; no secrets, and no storms."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+
+from sandbox_broker.storms import LINES
 
 PROGRAM = """
 import logging, sys
@@ -33,10 +36,36 @@ except ValueError:
 """
 
 
-def lines(log_format: str, level: str = "INFO") -> list[str]:
-    environment = {**os.environ, "AMQP_URL": "amqp://h/", "LOG_FORMAT": log_format, "LOG_LEVEL": level}
+STORM = """
+import logging
+import structlog
+from sandbox_broker import logging as ours
+from sandbox_broker import story
+from sandbox_broker.settings import ServiceSettings
+
+ours.configure(ServiceSettings(_env_file=None), "reaper")
+log = structlog.get_logger()
+with story.bound(request_id="r"):
+    log.info("lease.ended", holder="ada")
+    logging.getLogger("asyncio").warning("slow")
+for number in range(1000):
+    log.info("lease.granted", number=number)
+    log.error("database.lost", number=number)
+    logging.getLogger("uvicorn.error").warning("number %s", number)
+log.warning("database.reconnecting", error="amqp://reaper:of-the-queue@h/ refused")
+logging.getLogger("asyncio").warning("of-the-queue")
+"""
+
+
+def lines(log_format: str, level: str = "INFO", program: str = PROGRAM) -> list[str]:
+    environment = {
+        **os.environ,
+        "AMQP_URL": "amqp://reaper:of-the-queue@h/",
+        "LOG_FORMAT": log_format,
+        "LOG_LEVEL": level,
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert ended.stderr == ""
     return ended.stdout.splitlines()
@@ -76,3 +105,28 @@ def test_the_console_form_is_for_the_eye() -> None:
     assert "lease.granted" in text
     assert "sandbox_id=7" in text
     assert "\x1b" not in text  # it is no terminal
+
+
+def test_of_the_same_error_again_and_again_the_first_are_written_and_the_others_counted() -> None:
+    entries = [json.loads(line) for line in lines("json", program=STORM)]
+    written = Counter(entry["event"] for entry in entries if not entry["event"].startswith("number"))
+    assert written["lease.granted"] == 1000  # nothing is wrong with it
+    assert written["database.lost"] == LINES
+    assert sum(entry["event"].startswith("number") for entry in entries) == LINES
+    assert written["database.reconnecting"] == 1
+    told = {entry["suppressed_event"]: entry["lines"] for entry in entries if entry["event"] == "log.suppressed"}
+    assert told == {"database.lost": 1000 - LINES, "uvicorn.error": 1000 - LINES}
+
+
+def test_every_line_has_the_ids_of_the_work_at_hand() -> None:
+    ours, foreign, other = (json.loads(line) for line in lines("json", program=STORM)[:3])
+    assert (ours["request_id"], ours["holder"]) == ("r", "ada")
+    assert foreign["request_id"] == "r"
+    assert "request_id" not in other
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_no_line_has_a_secret_whoever_wrote_it(log_format: str) -> None:
+    text = "\n".join(lines(log_format, program=STORM))
+    assert text.count("***") == 2
+    assert "of-the-queue" not in text

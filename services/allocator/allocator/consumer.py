@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import random
+import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -21,7 +22,7 @@ from allocator import domain, metrics, store
 from allocator.handlers import Handler, Lane, Overtaken, Writer
 from allocator.outbox import Relay
 from allocator.settings import Settings
-from sandbox_broker import db, dead_letters
+from sandbox_broker import db, dead_letters, story
 from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
 from sandbox_broker.connection import losses
 from sandbox_broker.messages import (
@@ -108,6 +109,8 @@ class Consumer:
                 await asyncio.sleep(min(2 * took, LONGEST_REST_SEC))
 
     async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
+        """In a task of its own, so that the lines of a batch have its id, and no others."""
+        story.bind(batch_id=secrets.token_hex(6), epoch=self._epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
@@ -127,8 +130,14 @@ class Consumer:
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
         metrics.BATCH_SIZE.labels(self._queue).observe(len(entries))
-        groups = domain.segments(entries) if self._lane.together else [[entry] for entry in entries]
-        return [reply for group in groups for reply in await self._replies_together(group)]
+        if self._lane.together:
+            groups = domain.segments(entries)
+            return [reply for group in groups for reply in await self._replies_together(group)]
+        replies: list[Reply] = []
+        for entry in entries:
+            with story.bound(request_id=_request_id(entry)):
+                replies += await self._replies_together([entry])
+        return replies
 
     async def _replies_together(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         replies: dict[int, Reply] = {}
@@ -146,7 +155,7 @@ class Consumer:
         dead letters."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._unavailable_until:
-            return [UNAVAILABLE] * len(commands)
+            return _unavailable(commands)
         try:
             return await self._run_with_retries(handle, commands)
         except (ArithmeticError, ValueError, Overtaken) as error:  # no parameter for SQL; asyncpg's is both
@@ -155,7 +164,7 @@ class Consumer:
             log.error("database.lost", error=db.reason(error))
             self._drop_connection()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
-            return [UNAVAILABLE] * len(commands)
+            return _unavailable(commands)
         except store.Fenced:
             raise
         except Exception as error:  # noqa: BLE001 (delivered again, it would fail again and hold up what is behind it)
@@ -163,7 +172,7 @@ class Consumer:
         if len(commands) > 1:
             half = len(commands) // 2
             return [*await self._run(handle, commands[:half]), *await self._run(handle, commands[half:])]
-        log.error("command.failed", command=commands[0].type, exc_info=culprit)
+        log.error("command.failed", command=commands[0].type, request_id=commands[0].request_id, exc_info=culprit)
         await dead_letters.keep(
             self._publisher,
             self._queue,
@@ -176,7 +185,7 @@ class Consumer:
         for _ in range(MAX_TRIES - 1):
             fresh = self._connection is None
             try:
-                return await handle(await self._writer(), commands)
+                return await self._timed(handle, await self._writer(), commands)
             except _RACES as error:
                 log.info("allocator.raced", error=db.reason(error))
             except _BROKEN as error:
@@ -184,7 +193,11 @@ class Consumer:
                     raise
                 log.warning("database.reconnecting", error=db.reason(error))
                 self._drop_connection()
-        return await handle(await self._writer(), commands)
+        return await self._timed(handle, await self._writer(), commands)
+
+    async def _timed(self, handle: Handler, writer: Writer, commands: Sequence[Command]) -> list[Reply]:
+        with metrics.COMMIT.labels(commands[0].type).time():
+            return await handle(writer, commands)
 
     async def _writer(self) -> Writer:
         if self._connection is None or self._connection.is_closed():
@@ -197,7 +210,8 @@ class Consumer:
         if self._epoch == 0:
             self._epoch = await store.raise_epoch(self._connection, self._queue)
             metrics.EPOCH.labels(self._queue).set(self._epoch)
-            log.info("allocator.active", queue=self._queue, epoch=self._epoch)
+            story.bind(epoch=self._epoch)
+            log.info("allocator.active", queue=self._queue)
         lab_duration = timedelta(hours=self._settings.lab_duration_hours)
         return Writer(self._connection, self._epoch, lab_duration, self._publisher)
 
@@ -211,6 +225,20 @@ class Consumer:
             raw, reason = json.dumps(entry.raw), str(entry)
         else:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
-        log.error("command.rejected", queue=self._queue, reason=reason)
+        log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
         await dead_letters.keep(self._publisher, self._queue, raw, reason)
         return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
+
+
+def _request_id(entry: Command | InvalidCommand) -> str | None:
+    if isinstance(entry, InvalidCommand):
+        found = entry.raw.get("request_id") if isinstance(entry.raw, dict) else None
+        return found if isinstance(found, str) else None
+    return entry.request_id
+
+
+def _unavailable(commands: Sequence[Command]) -> list[Reply]:
+    request_ids = [command.request_id for command in commands if command.request_id is not None]
+    for piece in story.by_line(request_ids):
+        log.info("commands.refused", code=UNAVAILABLE.code, command=commands[0].type, request_ids=piece)
+    return [UNAVAILABLE] * len(commands)

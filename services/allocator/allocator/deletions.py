@@ -33,7 +33,7 @@ claimed AS (
     UPDATE sandboxes s SET deletion_due_at = now() + $3::interval, deletion_claim = $2
     FROM due WHERE s.sandbox_id = due.sandbox_id
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at,
-        s.missing_since IS NOT NULL AS missing
+        s.deletion_request_id, s.missing_since IS NOT NULL AS missing
 )
 SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
     extract(epoch FROM CASE
@@ -123,7 +123,8 @@ RETRY_DELETION = f"""
 WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
-    SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now()
+    SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now(),
+        deletion_request_id = $3
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'deletion_failed'
     RETURNING s.sandbox_id, s.external_id, s.name
@@ -131,7 +132,8 @@ moved AS (
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.deletion_requested', m.sandbox_id, jsonb_build_object(
-        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'reason', 'admin'
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'reason', 'admin',
+        'request_id', $3::text
     )
     FROM moved m
 )

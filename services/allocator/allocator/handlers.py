@@ -151,10 +151,20 @@ async def release_sandbox(writer: Writer, commands: Sequence[ReleaseSandbox]) ->
 
 
 def _released(command: ReleaseSandbox, row: asyncpg.Record) -> Reply:
+    refusal: messages.Refused | None = None
     if not row["exists"]:
-        return domain.not_found(command.sandbox_id)
-    if not row["own"]:
-        return domain.not_owner(command.sandbox_id)
+        refusal = domain.not_found(command.sandbox_id)
+    elif not row["own"]:
+        refusal = domain.not_owner(command.sandbox_id)
+    if refusal is not None:
+        log.info(
+            "release.refused",
+            request_id=command.request_id,
+            sandbox_id=command.sandbox_id,
+            holder=command.holder,
+            code=refusal.code,
+        )
+        return refusal
     if row["deletion_requested_at"] is None:
         raise Overtaken
     log.info(
@@ -182,7 +192,9 @@ async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
 
 
 async def end_lease(writer: Writer, command: EndLease) -> Reply:
-    row = await store.one(writer.connection, store.END_LEASE, writer.epoch, command.sandbox_id, command.note)
+    row = await store.one(
+        writer.connection, store.END_LEASE, writer.epoch, command.sandbox_id, command.note, command.request_id
+    )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)
     if row["lease_id"] is None:
@@ -190,7 +202,7 @@ async def end_lease(writer: Writer, command: EndLease) -> Reply:
     if row["deletion_requested_at"] is None:
         raise Overtaken
     if row["changed"]:
-        log.info("lease.ended", request_id=command.request_id, sandbox_id=command.sandbox_id, note=command.note)
+        log.info("lease.ended", sandbox_id=command.sandbox_id, note=command.note)
     return messages.SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
@@ -207,6 +219,7 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
             name=row["name"],
             attempts=row["deletion_attempts"],
             missing=row["missing"],
+            request_id=row["deletion_request_id"],
         )
         for row in rows
         if row["sandbox_id"] is not None
@@ -266,12 +279,14 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
 
 
 async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
-    row = await store.one(writer.connection, deletions.RETRY_DELETION, writer.epoch, command.sandbox_id)
+    row = await store.one(
+        writer.connection, deletions.RETRY_DELETION, writer.epoch, command.sandbox_id, command.request_id
+    )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)
     if not row["changed"]:
         return domain.not_deletion_failed(command.sandbox_id, row["status"])
-    log.info("sandbox.deletion_retried", request_id=command.request_id, sandbox_id=command.sandbox_id)
+    log.info("sandbox.deletion_retried", sandbox_id=command.sandbox_id)
     return messages.SandboxReleased(
         sandbox_id=command.sandbox_id,
         status="pending_deletion",

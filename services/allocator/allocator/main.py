@@ -1,12 +1,15 @@
 """Wiring of the allocator: the consumers of commands, the relay of events, the collector of dead letters, the
 gauges of the pool, the look at its rules."""
 
+import time
+
 import structlog
 from sqlalchemy import text
 from starlette.applications import Starlette
 
 from allocator import dead_letters, invariants, listings, metrics, store
 from allocator.consumer import Consumer
+from allocator.forecast import Forecast
 from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
@@ -24,6 +27,7 @@ def create_app(settings: Settings) -> Starlette:
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = Relay(settings.database_url, publisher)
     collector = dead_letters.Collector(settings.amqp_url, engine)
+    forecast = Forecast()
     students, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
 
     async def queue() -> str | None:
@@ -39,6 +43,8 @@ def create_app(settings: Settings) -> Starlette:
                 oldest_deletion_sec = await connection.scalar(text(store.OLDEST_DELETION))
                 dead = await connection.scalar(text(dead_letters.COUNT))
                 sync = (await connection.execute(text(listings.SYNC_STATE))).one()
+                outbox_lag_sec = await connection.scalar(text(store.OUTBOX_LAG))
+                leases = await connection.scalar(text(store.LEASES_EVER))
         except db.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=db.reason(error))
             return
@@ -48,6 +54,9 @@ def create_app(settings: Settings) -> Starlette:
         metrics.LEAKS.labels("missing").set(sync.missing)
         metrics.OLDEST_DELETION.set(oldest_deletion_sec)
         metrics.DEAD_LETTERS.set(dead or 0)
+        metrics.OUTBOX_LAG.set(outbox_lag_sec)
+        exhaustion_sec = forecast.exhaustion_sec(time.monotonic(), counts.get("available", 0), leases)
+        metrics.EXHAUSTION.set(exhaustion_sec)
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))
         metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))

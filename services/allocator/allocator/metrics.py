@@ -10,6 +10,12 @@ BATCH_SIZE = Histogram(
     ["queue"],
     buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
 )
+COMMIT = Histogram(
+    "broker_allocator_commit_seconds",
+    "From sending the statements for the commands of one kind in a batch to their commit",
+    ["command"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30),
+)
 EPOCH = Gauge("broker_allocator_epoch", "The epoch this allocator writes under; 0 while it stands by", ["queue"])
 OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest event that is not published yet")
 OLDEST_DELETION = Gauge(
@@ -31,4 +37,8 @@ INVARIANT_VIOLATIONS = Gauge(
 
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}
+EXHAUSTION = Gauge(
+    "broker_pool_exhaustion_seconds",
+    "How long the available sandboxes last at the rate of new leases of the last five minutes; +Inf without any",
+)
 POOL_TOTAL = Gauge("broker_pool_total", "Sandboxes in the pool, the deleted ones not counted")

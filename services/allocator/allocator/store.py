@@ -200,28 +200,28 @@ ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
 ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
 
 # Ends leases and asks for the deletion of their sandboxes, for the rows of
-# `ending (lease_id, sandbox_id, reason, note)`.
+# `ending (lease_id, sandbox_id, reason, note, request_id)`.
 _END_LEASES = """
 ended AS (
     UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
     FROM ending e
     WHERE l.lease_id = ANY (ARRAY[e.lease_id]) AND num_nulls(l.ended_at) = 1
-    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason
+    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id
 ),
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
-        deletion_due_at = now(), deletion_reason = ended.reason
+        deletion_due_at = now(), deletion_reason = ended.reason, deletion_request_id = ended.request_id
     FROM ended
     WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_requested_at,
-        ended.holder, ended.track_name, ended.reason
+        ended.holder, ended.track_name, ended.reason, ended.request_id
 ),
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.deletion_requested', m.sandbox_id, jsonb_build_object(
         'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', m.holder,
-        'track_name', m.track_name, 'reason', m.reason
+        'track_name', m.track_name, 'reason', m.reason, 'request_id', m.request_id
     )
     FROM moved m
 )
@@ -245,18 +245,19 @@ FROM guard
 RELEASE = f"""
 WITH {GUARD},
 request AS MATERIALIZED (
-    SELECT r.* FROM guard, unnest($2::int[], $3::text[], $4::text[]) AS r (place, sandbox_id, holder)
+    SELECT r.*
+    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[]) AS r (place, sandbox_id, holder, request_id)
 ),
 found AS MATERIALIZED (
-    SELECT r.place, r.sandbox_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
+    SELECT r.place, r.sandbox_id, r.request_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
         s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists, l.holder = r.holder AS own
     FROM request r
     LEFT JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = r.sandbox_id LIMIT 1) s ON true
     LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
 ),
 ending AS MATERIALIZED (
-    SELECT DISTINCT lease_id, sandbox_id, 'student' AS reason, NULL::text AS note
-    FROM found WHERE own AND ended_at IS NULL
+    SELECT DISTINCT ON (lease_id) lease_id, sandbox_id, 'student' AS reason, NULL::text AS note, request_id
+    FROM found WHERE own AND ended_at IS NULL ORDER BY lease_id, place
 ),
 {_END_LEASES}
 SELECT f.place, f.exists, coalesce(f.own, false) AS own,
@@ -270,7 +271,7 @@ ORDER BY f.place
 EXPIRE = f"""
 WITH {GUARD},
 ending AS MATERIALIZED (
-    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note
+    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note, NULL::text AS request_id
     FROM guard CROSS JOIN LATERAL (
         SELECT lease_id, sandbox_id FROM leases
         WHERE end_reason IS NULL AND expires_at <= now() - $2::interval
@@ -290,7 +291,7 @@ found AS MATERIALIZED (
     WHERE s.sandbox_id = $2
 ),
 ending AS MATERIALIZED (
-    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note
+    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note, $4::text AS request_id
     FROM found WHERE lease_id IS NOT NULL AND ended_at IS NULL
 ),
 {_END_LEASES}
@@ -317,6 +318,13 @@ SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::floa
     WHERE status = 'pending_deletion' ORDER BY status_since LIMIT 1000
 ) longest
 """
+
+
+OUTBOX_LAG = """
+SELECT coalesce(extract(epoch FROM now() - (SELECT occurred_at FROM outbox ORDER BY outbox_id LIMIT 1)), 0)::float
+"""
+
+LEASES_EVER = "SELECT coalesce(max(lease_id), 0) FROM leases"
 
 
 async def connect(database_url: str, queue: str, *, statement_timeout_sec: float, plans: str) -> asyncpg.Connection:
@@ -373,6 +381,7 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
             list(range(len(commands))),
             [command.sandbox_id for command in commands],
             [command.holder for command in commands],
+            [command.request_id for command in commands],
         )
     )
 

@@ -11,6 +11,7 @@ from csp_syncer import metrics
 from csp_syncer.asking import Stopped, ask
 from csp_syncer.plan import pieces
 from csp_syncer.settings import Settings
+from sandbox_broker import story
 from sandbox_broker.bus import Requester
 from sandbox_broker.csp import CspClient, CspError, Listing
 from sandbox_broker.messages import (
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 @dataclass(slots=True, eq=False)
 class _Running:
     progress: dict[str, int] = field(default_factory=dict)
+    request_id: str | None = field(default_factory=story.request_id)
+    """Of the request that has begun it; its lines and commands have this one."""
     task: asyncio.Task[PoolSynced | Refused] = field(init=False)
 
 
@@ -63,6 +66,8 @@ class Syncer:
             running = self._running[force] = _Running()
             running.task = asyncio.create_task(self._sync(running.progress, force=force))
             running.task.add_done_callback(lambda _: self._running.pop(force))
+        else:
+            log.info("sync.joined", begun_by=running.request_id)
         if job_id is None:
             return await asyncio.shield(running.task)
         while not (await asyncio.wait([running.task], timeout=REPORT_SEC))[0]:
@@ -86,7 +91,10 @@ class Syncer:
                 log.warning("sync.refused", code=stopped.refusal.code, reason=stopped.refusal.message)
                 metrics.SYNCS.labels(outcome=stopped.refusal.code.lower()).inc()
                 return stopped.refusal
-            duration_ms = round((time.monotonic() - started) * 1000)
+            took_sec = time.monotonic() - started
+            duration_ms = round(took_sec * 1000)
+            metrics.DURATION.observe(took_sec)
+            metrics.LAST_COMPLETED.set_to_current_time()
             log.info("sync.completed", duration_ms=duration_ms, **applied.model_dump(exclude={"type", "version"}))
             metrics.SYNCS.labels(outcome="completed").inc()
             return PoolSynced(
@@ -99,7 +107,8 @@ class Syncer:
     async def _list_and_apply(self, progress: dict[str, int], *, force: bool) -> ListingApplied:
         begun = await ask(self._requester, BeginListing())
         assert isinstance(begun, ListingBegun)  # noqa: S101 (the contract of BeginListing)
-        listing = await self._list(begun.listing_id)
+        story.bind(listing_id=begun.listing_id)
+        listing = await self._list()
         unreadable = _unreadable(listing)
         progress.update(listed=len(listing.accounts) + len(unreadable), staged=0)
         for piece in pieces(begun.listing_id, listing.accounts, unreadable):
@@ -119,7 +128,7 @@ class Syncer:
             log.warning("sync.names_postponed", reason=stopped.refusal.message)
         return applied
 
-    async def _list(self, listing_id: int) -> Listing:
+    async def _list(self) -> Listing:
         try:
             listing = await self._csp.list_accounts()
         except CspError as error:
@@ -129,7 +138,6 @@ class Syncer:
             metrics.SKIPPED.inc(len(listing.skipped))
             log.warning(
                 "sync.records_skipped",
-                listing_id=listing_id,
                 skipped=len(listing.skipped),
                 reasons=[skipped.reason for skipped in listing.skipped[:MAX_REASONS]],
             )

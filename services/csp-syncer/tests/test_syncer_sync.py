@@ -402,9 +402,11 @@ async def test_the_purge_goes_on_until_nothing_is_left(csp: Csp, allocator: Allo
     allocator.to_purge = 1100
     async with syncing(amqp_url, csp, record_retention_days=2):
         await until(lambda: len(allocator.purges) >= 4)
+    (tick,) = {command.request_id for command in allocator.purges}
+    assert str(tick).startswith("tick-")
     assert allocator.purges == [
-        *[DeleteStale(stale_for_sec=24 * 3600, limit=500)] * 3,
-        PurgeRecords(status="deleted", for_sec=2 * 24 * 3600, limit=500),
+        *[DeleteStale(request_id=tick, stale_for_sec=24 * 3600, limit=500)] * 3,
+        PurgeRecords(request_id=tick, status="deleted", for_sec=2 * 24 * 3600, limit=500),
     ]
 
 

@@ -11,7 +11,7 @@ from gateway import jobs, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
-from sandbox_broker import topology
+from sandbox_broker import story, topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import (
     CleanedUp,
@@ -64,6 +64,7 @@ async def release(
     reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")],
 ) -> Release:
     """Ends the lease, whoever holds it; the sandbox will be deleted. Repeating it is success. `reason` is kept."""
+    request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
     return await _released(request, partial(EndLease, sandbox_id=sandbox_id, note=reason))
 
 
@@ -75,6 +76,7 @@ async def release(
 )
 async def retry_deletion(request: Request, sandbox_id: str) -> Release:
     """Sends a failed deletion back: `deletion_failed` becomes `pending_deletion`, all attempts before it again."""
+    request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
     return await _released(request, partial(RetryDeletion, sandbox_id=sandbox_id))
 
 
@@ -95,9 +97,10 @@ async def maintain(request: Request, command: Command) -> Reply:
     try:
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
-        return await context.requester.request(
-            topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
-        )
+        with story.bound(request_id=request.state.request_id):
+            return await context.requester.request(
+                topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
+            )
     except (Disconnected, Unroutable) as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The queue is down. Try again shortly.") from error
     except TimeoutError as error:

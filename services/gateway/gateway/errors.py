@@ -6,7 +6,7 @@ A message says what to do next. `retry_after` is given, in the body and as a hea
 help.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -164,9 +164,11 @@ class ApiError(Exception):
         self.retry_after = retry_after or KINDS[code].retry_after
 
 
-def response(error: ApiError, request_id: str) -> JSONResponse:
+def response(error: ApiError, state: MutableMapping[str, Any]) -> JSONResponse:
+    """`state` is that of the request: it has the request's id, and keeps the code for the log."""
     kind = KINDS[error.code]
-    detail: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
+    state["code"] = error.code
+    detail: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": state["request_id"]}
     headers = dict(error.headers)
     if error.retry_after is not None:
         detail["retry_after"] = error.retry_after

@@ -38,7 +38,8 @@ async def run(
             raise ApiError(code, f"No {service} is running. Start it, then try again.")
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
-        await _record(context, RecordJob(job_id=job_id, kind=kind), deadline)
+        request.scope["state"]["ids"] = {"job_id": str(job_id)}
+        await _record(context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline)
         return await context.requester.request(queue, command(job_id), timeout_sec=deadline - loop.time())
     except (Disconnected, Unroutable) as error:
         raise ApiError(code, "The queue is down. Try again shortly.") from error

@@ -26,6 +26,7 @@ from gateway import (
     errors,
     inventory,
     limits,
+    metrics,
     middleware,
     routes,
     syncs,
@@ -33,6 +34,7 @@ from gateway import (
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.outlook import Outlook
+from gateway.queues import Queues
 from gateway.replies import Allocator
 from gateway.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service
@@ -77,6 +79,7 @@ def create_app(settings: Settings) -> Gateway:
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
     allocator = Allocator(publisher, requester)
+    metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
     async def queue() -> str | None:
         return None if requester.connected else "not connected to RabbitMQ"
@@ -84,7 +87,7 @@ def create_app(settings: Settings) -> Gateway:
     async def database() -> str | None:
         return await db.ping(engine)
 
-    tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch)
+    tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -135,7 +138,7 @@ def create_app(settings: Settings) -> Gateway:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 (how Starlette types its handlers)
-    return errors.response(error, request.state.request_id)
+    return errors.response(error, request.scope["state"])
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -144,7 +147,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers = {"Allow": ", ".join(_methods(request))}
     refused = errors.of_status(error.status_code, request.method, request.scope["path"], headers)
-    return errors.response(refused, request.state.request_id)
+    return errors.response(refused, request.scope["state"])
 
 
 def _methods(request: Request) -> list[str]:
@@ -163,7 +166,7 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
     fields = [{"field": _field(problem), "problem": str(problem["msg"])} for problem in error.errors()]
     named = ", ".join(field["field"] for field in fields)
     refused = ApiError("INVALID_REQUEST", f"Correct {named} and send it again.", fields=fields)
-    return errors.response(refused, request.state.request_id)
+    return errors.response(refused, request.scope["state"])
 
 
 def _field(problem: Mapping[str, object]) -> str:

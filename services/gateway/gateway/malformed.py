@@ -2,18 +2,22 @@
 
 import uuid
 
+import structlog
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway import errors, middleware
 
+log = structlog.get_logger()
+
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's, but for its answer to what the parser refuses."""
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+    def send_400_response(self, msg: str) -> None:
         request_id = str(uuid.uuid4())
-        response = errors.response(errors.malformed(), request_id)
+        response = errors.response(errors.malformed(), {"request_id": request_id})
+        log.info("request.malformed", request_id=request_id, problem=msg)
         self.transport.write(_head(response, request_id) + bytes(response.body))
         self.transport.close()
 

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 _REQUEST_LATENCY = Histogram(
     "broker_request_latency_seconds", "HTTP requests by route and status", ["method", "endpoint", "status"]
@@ -36,3 +36,13 @@ SLOW_CLIENTS = Counter(
     ["reason"],
 )
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])
+IN_FLIGHT = Gauge("broker_gateway_in_flight", "Requests that wait for the allocator's answer")
+
+# Of each queue; every gateway tells the same.
+QUEUE_DEPTH = Gauge("broker_queue_depth", "Messages that wait to be taken", ["queue"])
+QUEUE_AGE = Gauge(
+    "broker_queue_oldest_message_age_seconds",
+    "How old the oldest message can be at most: since when this gateway has not seen the queue empty",
+    ["queue"],
+)
+QUEUE_CONSUMERS = Gauge("broker_queue_consumers", "Consumers, those that stand by included", ["queue"])

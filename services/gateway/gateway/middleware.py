@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 import structlog
@@ -90,18 +91,18 @@ class Envelope:
             _check(standing)
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
-            await errors.response(error, request_id)(scope, receive, send_decorated)
+            await errors.response(error, state)(scope, receive, send_decorated)
         except Gone:
             status = _CLIENT_GONE
         except asyncio.CancelledError:  # the server stops, and has waited long enough
             if status or not getattr(scope["app"].state, "stopping", False):
                 raise
-            await errors.response(errors.stopping(), request_id)(scope, receive, send_decorated)
+            await errors.response(errors.stopping(), state)(scope, receive, send_decorated)
         except Exception:  # the outermost layer: whatever broke gets our own error body, and the log all of it
             log.exception("request.failed", request_id=request_id)
             if status:
                 raise  # too late for another answer: the server cuts the connection
-            await errors.response(errors.internal(), request_id)(scope, receive, send_decorated)
+            await errors.response(errors.internal(), state)(scope, receive, send_decorated)
         finally:
             seconds = time.perf_counter() - started
             endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
@@ -115,6 +116,7 @@ class Envelope:
                     path=quote(path, errors="replace"),
                     status=status,
                     duration_ms=round(seconds * 1000, 1),
+                    **_told(state),
                 )
 
     def _standing(self, scope: Scope) -> Standing | None:
@@ -124,6 +126,13 @@ class Envelope:
             return None
         standing: Standing = context.limits.requests.hit(context.client_address(scope))
         return standing
+
+
+def _told(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the log also says of a request: who or what it was about, as far as the route came, and the code of its
+    error."""
+    told = state.get("ids", {})
+    return {**told, "code": state["code"]} if "code" in state else told
 
 
 def _check(standing: Standing | None) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import structlog
 from starlette.types import Scope
 
-from sandbox_broker import topology
+from sandbox_broker import story, topology
 from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
 from sandbox_broker.messages import MAX_ENVELOPE, Command, Reply
 
@@ -110,7 +110,8 @@ class Allocator:
                 timeout_sec=max(left, 0.001),
             )
         except (Disconnected, Unroutable) as error:
-            log.warning("command.not_sent", error=str(error), commands=len(entries))
+            request_ids = [entry.command.request_id for entry in entries[: story.MAX_IDS]]
+            log.warning("command.not_sent", error=str(error), commands=len(entries), request_ids=request_ids)
             for entry in entries:
                 if not entry.reply.done():
                     entry.reply.set_exception(Disconnected(str(error)))

@@ -45,6 +45,9 @@ async def _lease(request: Request) -> Response:
     """Leases a sandbox to the student who asks, or gives the one they hold."""
     given = headers.fields(request.scope)
     holder, rest = headers.holder(request.scope, given), headers.allocation(given)
+    ids = request.scope["state"]["ids"] = {"holder": holder}
+    if rest.track_name is not None:
+        ids["track_name"] = rest.track_name
     command = AllocateSandbox(
         request_id=request.state.request_id,
         holder=holder,
@@ -63,6 +66,7 @@ async def _lease(request: Request) -> Response:
         except Gone:
             metrics.ALLOCATIONS.labels(outcome="client_gone").inc()
             raise
+    ids["sandbox_id"] = reply.sandbox_id
     if reply.new:
         metrics.ALLOCATED.inc()
     else:
@@ -100,6 +104,7 @@ async def allocate(request: Request, _: Holder, __: Allocation) -> Response:
 )
 async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
     """Ends the student's lease; the sandbox will be deleted. Repeating it, or being late, is success."""
+    request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     try:
         command = ReleaseSandbox(request_id=request.state.request_id, sandbox_id=sandbox_id, holder=holder)
     except ValueError:
@@ -122,6 +127,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
 async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
     """The student's sandbox, also after its release."""
     context: Context = request.app.state.context
+    request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     found = await views.sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
     if found is None:
         raise _no_such_sandbox()

@@ -128,6 +128,10 @@ class Transition(BaseModel):
     holder: Holder | None
     track_name: TrackName
     error: str | None = Field(examples=["CSP answered 500", None])
+    request_id: str | None = Field(
+        examples=["5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11", None],
+        description="of the request that asked for the deletion; the logs tell the rest of its story",
+    )
 
 
 class SandboxStory(SandboxSummary):

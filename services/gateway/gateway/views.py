@@ -157,6 +157,7 @@ def _transition(kind: str, at: int, data: Mapping[str, Any]) -> Transition:
         holder=data.get("holder"),
         track_name=data.get("track_name"),
         error=data.get("error"),
+        request_id=data.get("request_id"),
     )
 
 

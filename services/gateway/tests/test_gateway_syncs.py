@@ -191,7 +191,8 @@ async def test_a_purge_goes_on_until_nothing_is_left(gateway: Gateway, path: str
     response = await gateway.client.post(f"/v1/admin/{path}", headers=ADMIN)
     assert response.status_code == 200
     assert {**response.json(), "duration_ms": 0} == {"status": "completed", "deleted": 1003, "duration_ms": 0}
-    assert gateway.maintenance.commands == 3 * [command]
+    told = command.model_copy(update={"request_id": response.headers["X-Request-ID"]})
+    assert gateway.maintenance.commands == 3 * [told]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from reaper.asking import NoAnswer, ask
 from reaper.backoff import retry_in_sec
 from reaper.circuit import Circuit, State
 from reaper.settings import Settings
+from sandbox_broker import story
 from sandbox_broker.bus import Requester
 from sandbox_broker.csp import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.messages import DueDeletion, RecordDeletion, RecordDeletionFailure
@@ -77,8 +78,12 @@ class Deleter:
 
         What CSP no longer lists it is not asked to delete. Should a later listing have it after all, that opens the
         deletion again."""
+        with story.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id):
+            return await self._delete(run_id, deletion, begin_by)
+
+    async def _delete(self, run_id: uuid.UUID, deletion: DueDeletion, begin_by: float) -> Outcome:
         if deletion.missing:
-            log.info("csp.missing", sandbox_id=deletion.sandbox_id)
+            log.info("csp.missing")
             await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id))
             return Outcome.DELETED
         problem: str | None = None
@@ -91,7 +96,7 @@ class Deleter:
         except CspUnauthorized as error:
             self._refusing.failed(time.monotonic())
             metrics.UNAUTHORIZED.set(1)
-            log.error("cleanup.unauthorized", sandbox_id=deletion.sandbox_id, error=str(error))
+            log.error("cleanup.unauthorized", error=str(error))
             return Outcome.REFUSED
         except CspUnavailable as error:
             self._failing.failed(time.monotonic())
@@ -103,7 +108,7 @@ class Deleter:
             return Outcome.FAILED
         self._accepted()
         metrics.DELETED.inc()
-        log.info("csp.deleted", sandbox_id=deletion.sandbox_id, outcome=outcome)
+        log.info("csp.deleted", outcome=outcome)
         if outcome == "already_gone":
             problem = None  # gone with the account
         await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id, services_error=_short(problem)))
@@ -124,7 +129,7 @@ class Deleter:
         services_error: str | None,
     ) -> None:
         metrics.FAILED.inc()
-        log.warning("csp.delete_failed", sandbox_id=deletion.sandbox_id, error=error, retry_in_sec=retry_in)
+        log.warning("csp.delete_failed", error=error, retry_in_sec=retry_in)
         await self._record(
             RecordDeletionFailure(
                 run_id=run_id,
@@ -140,7 +145,7 @@ class Deleter:
         try:
             await ask(self._requester, command)
         except NoAnswer as error:  # it stays claimed, and is due again when the claim ends
-            log.warning("deletion.not_recorded", sandbox_id=command.sandbox_id, error=str(error))
+            log.warning("deletion.not_recorded", error=str(error))
 
 
 def _short(error: str | None) -> str | None:

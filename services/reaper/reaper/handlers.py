@@ -32,6 +32,6 @@ async def expire_overdue(settings: Settings, requester: Requester) -> None:
 
 async def clean_up_now(cleanup: CleanUp, jobs: Jobs, command: CleanUpNow) -> Reply:
     """Joins the run that is at work, or begins one."""
-    answer = jobs.join(command.job_id)
+    answer = jobs.join(command.job_id, command.request_id)
     cleanup.wake()
     return await asyncio.shield(answer)

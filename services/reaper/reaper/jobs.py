@@ -9,6 +9,7 @@ import structlog
 
 from reaper.asking import NoAnswer, ask
 from reaper.deletion import Outcome
+from sandbox_broker import story
 from sandbox_broker.bus import Requester
 from sandbox_broker.messages import CleanedUp, JobState, RecordJob, Refused
 from sandbox_broker.service import every
@@ -25,6 +26,7 @@ Answer = CleanedUp | Refused
 class Job:
     job_id: uuid.UUID
     answer: asyncio.Future[Answer]
+    request_id: str
     begun: bool = False
     """What it has to delete was made due."""
     deleted: int = 0
@@ -39,10 +41,11 @@ class Jobs:
         self._requester = requester
         self._jobs: dict[uuid.UUID, Job] = {}
 
-    def join(self, job_id: uuid.UUID) -> asyncio.Future[Answer]:
+    def join(self, job_id: uuid.UUID, request_id: str) -> asyncio.Future[Answer]:
         """What will hold the answer; the same for a command that is delivered twice."""
         if job_id not in self._jobs:
-            self._jobs[job_id] = Job(job_id, asyncio.get_running_loop().create_future())
+            self._jobs[job_id] = Job(job_id, asyncio.get_running_loop().create_future(), request_id)
+            log.info("job.joined", job_id=str(job_id))
         return self._jobs[job_id].answer
 
     @property
@@ -74,8 +77,9 @@ class Jobs:
             state, result = "failed", answer.model_dump(include={"code", "message"})
         progress = {"deleted": job.deleted, "failed": job.failed}
         command = RecordJob(job_id=job.job_id, kind="cleanup", state=state, progress=progress, result=result)
-        log.info("job.ended", job_id=str(job.job_id), state=state, **progress)
-        await self._record(command)
+        with story.bound(request_id=job.request_id):
+            log.info("job.ended", job_id=str(job.job_id), state=state, **progress)
+            await self._record(command)
         job.answer.set_result(answer)
 
     async def report(self) -> None:

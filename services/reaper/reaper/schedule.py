@@ -1,5 +1,8 @@
 """When the reaper works: on its ticks, as soon as an event tells of a release, and when an administrator asks."""
 
+from datetime import UTC, datetime
+
+import orjson
 from aio_pika.abc import AbstractConnection
 
 from reaper.cleanup import CleanUp
@@ -8,6 +11,7 @@ from reaper.jobs import Jobs
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher, Subscription
 from sandbox_broker.messages import CleanUpNow, Command, Reply
+from sandbox_broker.metrics import QUEUE_WAIT
 from sandbox_broker.serving import serve
 
 PREFETCH = 200
@@ -27,6 +31,7 @@ class Schedule:
         subscription = await Subscription.open(connection, topology.REAPER_EVENTS, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
             self._cleanup.wake()
+            _observe_wait(deliveries[0].body)
             await subscription.ack(deliveries[-1], all_before=True)
 
     async def commands(self, connection: AbstractConnection) -> None:
@@ -36,3 +41,13 @@ class Schedule:
             return None
 
         await serve(connection, topology.REAPER_COMMANDS, self._publisher, handle)
+
+
+def _observe_wait(body: bytes) -> None:
+    """An event is as old as what it tells of; the way through the outbox counts."""
+    try:
+        happened_at = datetime.fromisoformat(orjson.loads(body)["time"])
+    except (ValueError, KeyError, TypeError):
+        return
+    age_sec = (datetime.now(UTC) - happened_at).total_seconds()
+    QUEUE_WAIT.labels(topology.REAPER_EVENTS.name).observe(max(0.0, age_sec))

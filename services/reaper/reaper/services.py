@@ -37,7 +37,6 @@ async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> st
     else:
         log.info(
             "services.removed",
-            sandbox_id=deletion.sandbox_id,
             deleted=cleaned.deleted,
             would_delete=cleaned.would_delete,
         )
@@ -45,5 +44,5 @@ async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> st
     if not problem:
         return None
     metrics.SERVICES_FAILED.inc()
-    log.warning("services.not_removed", sandbox_id=deletion.sandbox_id, error=problem)
+    log.warning("services.not_removed", error=problem)
     return problem

@@ -1,0 +1,65 @@
+"""Keeps secrets out of log lines, whoever wrote them: the values of our own settings wherever they turn up, and
+what looks like a secret of somebody else's."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings
+
+HIDDEN = "***"
+MIN_LENGTH = 6
+"""What is shorter is no secret, and hiding it would black out words."""
+
+_JWT = re.compile(r"eyJ[\w-]+\.[\w.-]+")
+_USER_INFO = re.compile(r"(://[^/?#\s:@\"']*):[^/?#\s\"']+@")
+_CREDENTIALS = re.compile(r"\b(Bearer|Token|Basic) +[\w.~+/=-]{8,}")
+_HINTS = ("eyJ", "://", "Bearer ", "Token ", "Basic ")
+
+
+def secrets_of(settings: BaseSettings) -> Iterator[str]:
+    """The tokens and passwords of the settings, those inside addresses too. A password that is the user's name as
+    well, as on a developer's machine, is left alone."""
+    for _, value in settings:
+        if isinstance(value, SecretStr):
+            yield value.get_secret_value()
+            yield from (part.strip() for part in value.get_secret_value().split(","))
+        elif isinstance(value, str) and "://" in value:
+            parts = urlsplit(value)
+            if parts.password is not None and parts.password != parts.username:
+                yield unquote(parts.password)
+            yield from (text for name, text in parse_qsl(parts.query) if "password" in name)
+
+
+class Redaction:
+    def __init__(self, secrets: Iterable[str]) -> None:
+        forms = {form for secret in secrets if len(secret) >= MIN_LENGTH for form in _forms(secret)}
+        self._forms = sorted(forms, key=lambda form: -len(form))  # of two, one may be a part of the other
+        self._suspicious = [form.encode() for form in (*self._forms, *_HINTS)]
+
+    def of_bytes(self, line: bytes) -> bytes:
+        """A search for each is nothing beside writing the line; what is found, seldom, is taken out with care."""
+        for form in self._suspicious:
+            if form in line:
+                return self.of_text(line.decode()).encode()
+        return line
+
+    def of_text(self, line: str) -> str:
+        for form in self._forms:
+            line = line.replace(form, HIDDEN)
+        line = _JWT.sub(HIDDEN, line)
+        line = _USER_INFO.sub(rf"\1:{HIDDEN}@", line)
+        return _CREDENTIALS.sub(rf"\1 {HIDDEN}", line)
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """As it is, as JSON writes it, as repr() does, and as a URL has it."""
+    yield secret
+    for ascii_only in (True, False):
+        yield json.dumps(secret, ensure_ascii=ascii_only)[1:-1]
+    yield repr(secret)[1:-1]
+    yield json.dumps(repr(secret)[1:-1])[1:-1]
+    yield quote(secret, safe="")
+    yield quote(secret)
