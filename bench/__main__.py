@@ -60,6 +60,7 @@ def _arguments() -> argparse.Namespace:
         "--cycles", type=int, default=usual.cycles, help="of allocation and release in the long run"
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each scenario; their medians are shown")
+    parser.add_argument("--traced", type=float, metavar="RATIO", help="of the requests to the broker; 0 to 1")
     parser.add_argument("--json", type=Path, help="the file with the results")
     arguments = parser.parse_args()
     names = [scenario.name for scenario in scenarios.ALL]
@@ -86,7 +87,7 @@ async def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
     await load.have_wrk(terminal)
     chosen = scenarios.chosen(arguments.scenario, long=os.environ.get("LONG") == "1")
     sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts, arguments.cycles)
-    async with servers.running(terminal) as running:
+    async with servers.running(terminal, traced=arguments.traced) as running:
         machine = await _machine(running)
         measuring = _measure(chosen, arguments.repeats, running, sizes, terminal)
         runs = await unless_one_dies(measuring, running.processes)

@@ -86,8 +86,10 @@ class Servers:
 
 
 @asynccontextmanager
-async def running(terminal: Terminal) -> AsyncIterator[Servers]:
-    """Raises CannotRun when there is no way to have PostgreSQL or RabbitMQ, and when a process of ours ends, also
+async def running(terminal: Terminal, *, traced: float | None = None) -> AsyncIterator[Servers]:
+    """With `traced` the broker traces this part of the requests, to a collector beside it.
+
+    Raises CannotRun when there is no way to have PostgreSQL or RabbitMQ, and when a process of ours ends, also
     the one that the block is told of by ProcessDied."""
     async with AsyncExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-broker-bench-")))
@@ -96,8 +98,9 @@ async def running(terminal: Terminal) -> AsyncIterator[Servers]:
         launcher = _Launcher(stack, logs, found_database)
         try:
             csp = await launcher.simulator()
+            tracing = {} if traced is None else await launcher.tracing(traced)
             ours, baseline, floor, bare = (
-                await launcher.broker(amqp_url, csp),
+                await launcher.broker(amqp_url, csp, tracing),
                 await launcher.baseline(),
                 await launcher.floor(),
                 await launcher.bare(),
@@ -127,7 +130,13 @@ class _Launcher:
         await self._start("csp-simulator", arguments, port, {}, ready="healthz")
         return _local(port)
 
-    async def broker(self, amqp_url: str, csp: str) -> Target:
+    async def tracing(self, ratio: float) -> Mapping[str, str]:
+        """Starts a collector; returns the settings that send it traces."""
+        port = free_port()
+        await self._start("collector", ["bench.collector", str(port)], port, {})
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": _local(port), "OTEL_TRACES_SAMPLER_ARG": str(ratio)}
+
+    async def broker(self, amqp_url: str, csp: str, tracing: Mapping[str, str]) -> Target:
         url, database = await self._database()
         await migrate(url)
         modules = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
@@ -147,6 +156,7 @@ class _Launcher:
             "ADMIN_WAIT_SEC": "300",  # the time of a sync is its answer's
             "AUTO_EXPIRY_INTERVAL_SEC": str(EXPIRY_INTERVAL_SEC),
             "SYNC_INTERVAL_SEC": _NEVER_SEC,
+            **tracing,
         }
         processes = {
             name: await self._start(name, [module], ports[name], environment) for name, module in modules.items()

@@ -21,7 +21,7 @@ from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
 from pamqp.commands import Basic
 
-from sandbox_broker import metrics, story, topology
+from sandbox_broker import metrics, story, topology, tracing
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
 from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands, request_ids_in
 from sandbox_broker.publisher import PUBLISH_TIMEOUT_SEC, Outgoing, Publisher, Unroutable
@@ -226,14 +226,18 @@ class Requester:
             done.exception()  # looked at, or asyncio complains where nobody waits any more
 
     async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
-        """Sends one command, as soon as there is a connection, and waits for its reply. On behalf of which request,
-        the work at hand tells (story.py), where the command itself does not.
+        """Sends one command, as soon as there is a connection, and waits for its reply. For which request, and
+        whether that is traced, the work at hand tells (story.py, tracing.py) where the command itself does not.
 
         Raises Disconnected, Unroutable or TimeoutError, or ValueError when the reply cannot be understood.
         """
         deadline = asyncio.get_running_loop().time() + timeout_sec
-        if command.request_id is None and (request_id := story.request_id()) is not None:
-            command = command.model_copy(update={"request_id": request_id})
+        command = command.model_copy(
+            update={
+                "request_id": command.request_id or story.request_id(),
+                "traceparent": command.traceparent or tracing.traceparent(),
+            }
+        )
         try:
             async with asyncio.timeout_at(deadline):
                 await self._publisher.wait_connected()

@@ -21,6 +21,8 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 from prometheus_client import Histogram
 
+from sandbox_broker import tracing
+
 MAX_EXCERPT = 200
 MAX_BODY = 256 * 1024 * 1024
 """Bytes of an answer, unpacked: ten times what 100,000 accounts take."""
@@ -123,13 +125,16 @@ class CspHttp:
             raise CspUnavailable(f"no time was left for {what}")
         began, outcome = time.monotonic(), "other"
         try:
-            # httpx's own limits are for each read: an answer that drips in would never end.
-            async with (
-                asyncio.timeout_at(deadline),
-                self._http.stream(method, path, json=json, headers=headers) as response,
-            ):
-                answer = Answer(response.status_code, response.headers, await _body(response, what))
+            with tracing.within(f"CSP {operation}", "client", attributes={"http.request.method": method}) as span:
+                # httpx's own limits are for each read: an answer that drips in would never end.
+                async with (
+                    asyncio.timeout_at(deadline),
+                    self._http.stream(method, path, json=json, headers=headers) as response,
+                ):
+                    answer = Answer(response.status_code, response.headers, await _body(response, what))
                 outcome = _outcome(answer)
+                if span is not None:
+                    span.set_attributes({"http.response.status_code": answer.status, "broker.outcome": outcome})
                 return answer
         except (TimeoutError, httpx.TimeoutException) as error:
             outcome = "timeout"

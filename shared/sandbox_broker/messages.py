@@ -51,6 +51,8 @@ class _Command(Message):
 
     request_id: str | None = None
     """Of the HTTP request, or the tick, that it is given for."""
+    traceparent: str | None = None
+    """The W3C trace context of that, if it is traced."""
 
 
 # Commands to the allocator
@@ -361,6 +363,8 @@ class DueDeletion(BaseModel):
     """CSP no longer lists it: there is nothing to delete."""
     request_id: str | None = None
     """Of the request that has asked for the deletion; None where time was up."""
+    traceparent: str | None = None
+    """The W3C trace context of that request, if it is traced."""
 
 
 class DeletionsClaimed(Message):

@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 from starlette.applications import Starlette
 
+from sandbox_broker import tracing
 from sandbox_broker.server import STOP_SEC, Server
 
 KEEP_ALIVE_SEC = 75
@@ -121,6 +122,7 @@ def run(
         # one that it raises again when it is done, when a stop is no failure.
         signal.signal(number, stop)
     server.run()
+    tracing.shutdown()
     if getattr(app.state, "failed", False):
         sys.exit(1)
 

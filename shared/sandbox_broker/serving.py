@@ -8,7 +8,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from sandbox_broker import dead_letters, story, topology
+from sandbox_broker import dead_letters, story, topology, tracing
 from sandbox_broker.bus import Publisher, Subscription, answer
 from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
 
@@ -64,7 +64,10 @@ async def _reply(
     else:
         raw = command.model_dump_json()
         try:
-            with story.bound(request_id=command.request_id):
+            with (
+                story.bound(request_id=command.request_id),
+                tracing.within(f"process {command.type}", "consumer", parent=command.traceparent),
+            ):
                 if (reply := await handle(command)) is not None:
                     return reply
         except Exception as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -27,6 +27,10 @@ def _url(*schemes: str, example: str) -> Callable[[str], str]:
 def _driver_neutral(value: str) -> str:
     """asyncpg knows no SQLAlchemy driver names."""
     return value.replace("postgresql+asyncpg://", "postgresql://", 1)
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
 
 
 def _tokens(value: SecretStr) -> SecretStr:
@@ -56,6 +60,8 @@ class ServiceSettings(BaseSettings):
     amqp_url: AmqpUrl = Field(repr=False)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
+    otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(_none_if_empty)] = None
+    otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
 
 
 S = TypeVar("S", bound=BaseSettings)

@@ -67,6 +67,7 @@ sandboxes = Table(
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_claim", Uuid, comment="the clean-up run that has it in hand, or had it last"),
     Column("deletion_request_id", Text, comment="the request that asked for it; null where time was up"),
+    Column("deletion_traceparent", Text, comment="the W3C trace context of that request, if it is traced"),
     Column("deletion_error", Text),
     Column("deleted_at", _Time),
     Column("services_error", Text, comment="what went wrong with the services inside it, before its deletion"),

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aio_pika.abc import AbstractConnection
 
-from sandbox_broker import story, topology
+from sandbox_broker import story, topology, tracing
 from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, keep_connected
 from sandbox_broker.service import every
 
@@ -49,7 +49,7 @@ async def consume(
         while deliveries := await subscription.batch(1):
             if loop.time() >= not_before:
                 not_before = loop.time() + (1 - TOLERANCE) * period_sec
-                with story.bound(request_id=f"tick-{secrets.token_hex(6)}"):
+                with story.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.beginning(queue.name):
                     await work()
             await subscription.ack(deliveries[0])
 

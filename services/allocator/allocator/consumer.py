@@ -18,7 +18,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from allocator import domain, metrics, store
+from allocator import domain, metrics, spans, store
 from allocator.handlers import Handler, Lane, Overtaken, Writer
 from allocator.outbox import Relay
 from allocator.settings import Settings
@@ -76,6 +76,7 @@ class Consumer:
         self._connection: asyncpg.Connection | None = None
         self._epoch = 0
         self._unavailable_until = -math.inf
+        self._spans: spans.Spans = {}
 
     @property
     def epoch(self) -> int:
@@ -121,11 +122,13 @@ class Consumer:
                 await subscription.reject(delivery)
         if not envelopes:
             return
-        replies = iter(await self._replies([entry for _, commands in envelopes for entry in commands]))
-        self._relay.wake()
-        answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-        await asyncio.gather(*(answer(self._publisher, delivery, given) for delivery, given in answers))
-        await subscription.ack(envelopes[-1][0], all_before=True)
+        entries = [entry for _, commands in envelopes for entry in commands]
+        with spans.of_batch(self._queue, entries) as self._spans:
+            replies = iter(await self._replies(entries))
+            self._relay.wake()
+            answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
+            await asyncio.gather(*(answer(self._publisher, delivery, given) for delivery, given in answers))
+            await subscription.ack(envelopes[-1][0], all_before=True)
 
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
@@ -196,7 +199,7 @@ class Consumer:
         return await self._timed(handle, await self._writer(), commands)
 
     async def _timed(self, handle: Handler, writer: Writer, commands: Sequence[Command]) -> list[Reply]:
-        with metrics.COMMIT.labels(commands[0].type).time():
+        with metrics.COMMIT.labels(commands[0].type).time(), spans.commit(self._spans, commands, writer.epoch):
             return await handle(writer, commands)
 
     async def _writer(self) -> Writer:

@@ -33,7 +33,7 @@ claimed AS (
     UPDATE sandboxes s SET deletion_due_at = now() + $3::interval, deletion_claim = $2
     FROM due WHERE s.sandbox_id = due.sandbox_id
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_attempts, s.deletion_requested_at,
-        s.deletion_request_id, s.missing_since IS NOT NULL AS missing
+        s.deletion_request_id, s.deletion_traceparent, s.missing_since IS NOT NULL AS missing
 )
 SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
     extract(epoch FROM CASE
@@ -124,7 +124,7 @@ WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now(),
-        deletion_request_id = $3
+        deletion_request_id = $3, deletion_traceparent = $4
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'deletion_failed'
     RETURNING s.sandbox_id, s.external_id, s.name

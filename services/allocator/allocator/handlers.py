@@ -193,7 +193,13 @@ async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
 
 async def end_lease(writer: Writer, command: EndLease) -> Reply:
     row = await store.one(
-        writer.connection, store.END_LEASE, writer.epoch, command.sandbox_id, command.note, command.request_id
+        writer.connection,
+        store.END_LEASE,
+        writer.epoch,
+        command.sandbox_id,
+        command.note,
+        command.request_id,
+        command.traceparent,
     )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)
@@ -220,6 +226,7 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
             attempts=row["deletion_attempts"],
             missing=row["missing"],
             request_id=row["deletion_request_id"],
+            traceparent=row["deletion_traceparent"],
         )
         for row in rows
         if row["sandbox_id"] is not None
@@ -280,7 +287,12 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
 
 async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
     row = await store.one(
-        writer.connection, deletions.RETRY_DELETION, writer.epoch, command.sandbox_id, command.request_id
+        writer.connection,
+        deletions.RETRY_DELETION,
+        writer.epoch,
+        command.sandbox_id,
+        command.request_id,
+        command.traceparent,
     )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)

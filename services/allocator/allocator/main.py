@@ -13,7 +13,7 @@ from allocator.forecast import Forecast
 from allocator.handlers import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker import db, health, logging, preflight, service, tracing
 from sandbox_broker.bus import Publisher
 from sandbox_broker.settings import load
 
@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> Starlette:
         metrics.OUTBOX_LAG.set(outbox_lag_sec)
         exhaustion_sec = forecast.exhaustion_sec(time.monotonic(), counts.get("available", 0), leases)
         metrics.EXHAUSTION.set(exhaustion_sec)
+        metrics.POOL_COUNTED.set_to_current_time()
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))
         metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))
@@ -84,5 +85,6 @@ def create_app(settings: Settings) -> Starlette:
 def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "allocator")
+    tracing.configure(settings, "allocator")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
     service.run(create_app(settings), settings.allocator_port)

@@ -35,6 +35,9 @@ INVARIANT_VIOLATIONS = Gauge(
     ["rule"],
 )
 
+POOL_COUNTED = Gauge(
+    "broker_pool_counted_timestamp_seconds", "When this allocator last counted the pool: how old its gauges are"
+)
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes that are {status}") for status in STATUSES}
 EXHAUSTION = Gauge(

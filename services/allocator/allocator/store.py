@@ -200,18 +200,19 @@ ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
 ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
 
 # Ends leases and asks for the deletion of their sandboxes, for the rows of
-# `ending (lease_id, sandbox_id, reason, note, request_id)`.
+# `ending (lease_id, sandbox_id, reason, note, request_id, traceparent)`.
 _END_LEASES = """
 ended AS (
     UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
     FROM ending e
     WHERE l.lease_id = ANY (ARRAY[e.lease_id]) AND num_nulls(l.ended_at) = 1
-    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id
+    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id, e.traceparent
 ),
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
-        deletion_due_at = now(), deletion_reason = ended.reason, deletion_request_id = ended.request_id
+        deletion_due_at = now(), deletion_reason = ended.reason,
+        deletion_request_id = ended.request_id, deletion_traceparent = ended.traceparent
     FROM ended
     WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
     RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_requested_at,
@@ -246,17 +247,20 @@ RELEASE = f"""
 WITH {GUARD},
 request AS MATERIALIZED (
     SELECT r.*
-    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[]) AS r (place, sandbox_id, holder, request_id)
+    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[])
+        AS r (place, sandbox_id, holder, request_id, traceparent)
 ),
 found AS MATERIALIZED (
-    SELECT r.place, r.sandbox_id, r.request_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
+    SELECT r.place, r.sandbox_id, r.request_id, r.traceparent,
+        s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
         s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists, l.holder = r.holder AS own
     FROM request r
     LEFT JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = r.sandbox_id LIMIT 1) s ON true
     LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
 ),
 ending AS MATERIALIZED (
-    SELECT DISTINCT ON (lease_id) lease_id, sandbox_id, 'student' AS reason, NULL::text AS note, request_id
+    SELECT DISTINCT ON (lease_id)
+        lease_id, sandbox_id, 'student' AS reason, NULL::text AS note, request_id, traceparent
     FROM found WHERE own AND ended_at IS NULL ORDER BY lease_id, place
 ),
 {_END_LEASES}
@@ -271,7 +275,8 @@ ORDER BY f.place
 EXPIRE = f"""
 WITH {GUARD},
 ending AS MATERIALIZED (
-    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note, NULL::text AS request_id
+    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note, NULL::text AS request_id,
+        NULL::text AS traceparent
     FROM guard CROSS JOIN LATERAL (
         SELECT lease_id, sandbox_id FROM leases
         WHERE end_reason IS NULL AND expires_at <= now() - $2::interval
@@ -291,7 +296,8 @@ found AS MATERIALIZED (
     WHERE s.sandbox_id = $2
 ),
 ending AS MATERIALIZED (
-    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note, $4::text AS request_id
+    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note,
+        $4::text AS request_id, $5::text AS traceparent
     FROM found WHERE lease_id IS NOT NULL AND ended_at IS NULL
 ),
 {_END_LEASES}
@@ -382,6 +388,7 @@ async def release(connection: asyncpg.Connection, epoch: int, commands: Sequence
             [command.sandbox_id for command in commands],
             [command.holder for command in commands],
             [command.request_id for command in commands],
+            [command.traceparent for command in commands],
         )
     )
 

@@ -15,7 +15,7 @@ _ARRAYS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.
 STATEMENTS = {
     "any": (store.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
     "by prefix": (store.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
-    "release": (store.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request']"),
+    "release": (store.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
     "ended lately": (store.ENDED_LATELY, "1, ARRAY['holder']"),
 }
 _KNOWN = {

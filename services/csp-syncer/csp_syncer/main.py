@@ -10,7 +10,7 @@ from csp_syncer.handlers import LISTING_TIMEOUT_SEC, Syncer
 from csp_syncer.purge import purge
 from csp_syncer.schedule import Schedule, tick
 from csp_syncer.settings import Settings
-from sandbox_broker import health, logging, preflight, service, ticks, topology
+from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
 from sandbox_broker.bus import Publisher, Requester, keep_connected
 from sandbox_broker.csp import CspClient
 from sandbox_broker.settings import load
@@ -57,5 +57,6 @@ def create_app(settings: Settings) -> Starlette:
 def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "csp-syncer")
+    tracing.configure(settings, "csp-syncer")
     preflight.check(amqp_url=settings.amqp_url)
     service.run(create_app(settings), settings.csp_syncer_port)

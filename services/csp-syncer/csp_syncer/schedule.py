@@ -4,7 +4,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 
 from csp_syncer.handlers import Syncer
-from sandbox_broker import story, topology
+from sandbox_broker import story, topology, tracing
 from sandbox_broker.bus import Disconnected, Publisher, Unroutable
 from sandbox_broker.messages import Command, Reply, SyncPool, encode_commands
 from sandbox_broker.serving import serve
@@ -15,7 +15,8 @@ log = structlog.get_logger()
 async def tick(publisher: Publisher) -> None:
     """Becomes a command. So all syncs run where the commands are consumed, by one replica, and a tick joins the
     sync that an administrator has started as well as the other way round."""
-    body = encode_commands([SyncPool(request_id=story.request_id() or "tick")])
+    command = SyncPool(request_id=story.request_id() or "tick", traceparent=tracing.traceparent())
+    body = encode_commands([command])
     await publisher.wait_connected()  # the first tick may come before; the next is a whole period away
     try:
         await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)

@@ -37,7 +37,7 @@ from gateway.outlook import Outlook
 from gateway.queues import Queues
 from gateway.replies import Allocator
 from gateway.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service
+from sandbox_broker import db, health, logging, preflight, service, tracing
 from sandbox_broker.bus import Publisher, Requester
 from sandbox_broker.settings import load
 
@@ -177,6 +177,7 @@ def _field(problem: Mapping[str, object]) -> str:
 def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "gateway")
+    tracing.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
     service.run(
         create_app(settings),

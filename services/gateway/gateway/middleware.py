@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import structlog
@@ -17,6 +17,10 @@ from gateway import errors, metrics
 from gateway.errors import ApiError
 from gateway.limits import Standing, exceeded
 from gateway.replies import Gone
+from sandbox_broker import tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 MAX_BODY = 64 * 1024
 
@@ -61,7 +65,23 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif tracing.begin() and scope["path"].startswith("/v1"):
+            await self._trace(scope, receive, send)
+        else:
+            await self._handle(scope, receive, send)
+
+    async def _trace(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.setdefault("state", {})
+        span = tracing.start(scope["method"], "server")
+        with tracing.using(span):
+            try:
+                await self._handle(scope, receive, send)
+            finally:
+                if span is not None:
+                    _describe(span, state)
+                    span.end()
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         method, path = scope["method"], scope["path"]
         if method == "HEAD":  # GET without its body, which the server leaves out
@@ -108,6 +128,7 @@ class Envelope:
             endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
             known_method = method if method in METHODS else "other"
             metrics.request_latency(known_method, endpoint, status).observe(seconds)
+            state["outcome"] = (known_method, endpoint, status)
             if path.startswith("/v1"):
                 log.info(
                     "request.handled",
@@ -126,6 +147,22 @@ class Envelope:
             return None
         standing: Standing = context.limits.requests.hit(context.client_address(scope))
         return standing
+
+
+def _describe(span: "Span", state: Mapping[str, Any]) -> None:
+    method, endpoint, status = state["outcome"]
+    span.update_name(f"{method} {endpoint}")
+    span.set_attributes(
+        {
+            "http.request.method": method,
+            "http.route": endpoint,
+            "http.response.status_code": status,
+            **{f"broker.{name}": str(value) for name, value in state.get("ids", {}).items()},
+            "broker.request_id": state["request_id"],
+        }
+    )
+    if status >= 500:
+        tracing.failed(span, state.get("code", str(status)))
 
 
 def _told(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from gateway.errors import ApiError, refuse
 from gateway.headers import Allocation, Holder
 from gateway.replies import Gone, Unavailable
 from gateway.schemas import Lease, Release, Sandbox, responses
+from sandbox_broker import tracing
 from sandbox_broker.messages import (
     AllocateSandbox,
     Command,
@@ -54,6 +55,7 @@ async def _lease(request: Request) -> Response:
         track_name=rest.track_name,
         name_prefix=rest.name_prefix,
         idempotency_key=rest.idempotency_key,
+        traceparent=tracing.traceparent(),
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
@@ -106,7 +108,12 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     """Ends the student's lease; the sandbox will be deleted. Repeating it, or being late, is success."""
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     try:
-        command = ReleaseSandbox(request_id=request.state.request_id, sandbox_id=sandbox_id, holder=holder)
+        command = ReleaseSandbox(
+            request_id=request.state.request_id,
+            sandbox_id=sandbox_id,
+            holder=holder,
+            traceparent=tracing.traceparent(),
+        )
     except ValueError:
         raise _no_such_sandbox() from None
     try:

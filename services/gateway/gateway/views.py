@@ -22,7 +22,7 @@ from gateway.schemas import (
     SyncState,
     Transition,
 )
-from sandbox_broker import db
+from sandbox_broker import db, tracing
 from sandbox_broker.messages import SandboxStatus
 from sandbox_broker.tables import (
     csp_listings,
@@ -229,7 +229,8 @@ def seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
 @asynccontextmanager
 async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:
-        async with engine.connect() as connection:
-            yield connection
+        with tracing.within("read", "client", attributes={"db.system.name": "postgresql"}):
+            async with engine.connect() as connection:
+                yield connection
     except db.CONNECTION_ERRORS as error:
         raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error

@@ -11,7 +11,7 @@ from reaper.asking import NoAnswer, ask
 from reaper.backoff import retry_in_sec
 from reaper.circuit import Circuit, State
 from reaper.settings import Settings
-from sandbox_broker import story
+from sandbox_broker import story, tracing
 from sandbox_broker.bus import Requester
 from sandbox_broker.csp import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.messages import DueDeletion, RecordDeletion, RecordDeletionFailure
@@ -78,7 +78,12 @@ class Deleter:
 
         What CSP no longer lists it is not asked to delete. Should a later listing have it after all, that opens the
         deletion again."""
-        with story.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id):
+        name = "delete sandbox"
+        with (
+            story.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
+            # Of a request that is not traced its deletion is not either.
+            tracing.within(name, parent=deletion.traceparent) if deletion.request_id else tracing.beginning(name),
+        ):
             return await self._delete(run_id, deletion, begin_by)
 
     async def _delete(self, run_id: uuid.UUID, deletion: DueDeletion, begin_by: float) -> Outcome:

@@ -13,7 +13,7 @@ from reaper.handlers import expire_overdue
 from reaper.jobs import Jobs
 from reaper.schedule import Schedule
 from reaper.settings import Settings
-from sandbox_broker import health, logging, preflight, service, ticks, topology
+from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
 from sandbox_broker.bus import Publisher, Requester, keep_connected
 from sandbox_broker.csp import CspClient
 from sandbox_broker.settings import load
@@ -72,5 +72,6 @@ def create_app(settings: Settings) -> Starlette:
 def main() -> None:
     settings = load(Settings)
     logging.configure(settings, "reaper")
+    tracing.configure(settings, "reaper")
     preflight.check(amqp_url=settings.amqp_url)
     service.run(create_app(settings), settings.reaper_port)

@@ -1,4 +1,4 @@
-"""Which request has asked for a deletion: its story does not end where the deletion waits for its turn."""
+"""Which request has asked for a deletion, and its trace: neither ends where the deletion waits for its turn."""
 
 from alembic import op
 
@@ -7,13 +7,18 @@ down_revision = "0009"
 branch_labels = None
 depends_on = None
 
+COMMENTS = {
+    "deletion_request_id": "the request that asked for it; null where time was up",
+    "deletion_traceparent": "the W3C trace context of that request, if it is traced",
+}
+
 
 def upgrade() -> None:
-    op.execute("ALTER TABLE sandboxes ADD COLUMN deletion_request_id text")
-    op.execute(
-        "COMMENT ON COLUMN sandboxes.deletion_request_id IS 'the request that asked for it; null where time was up'"
-    )
+    for column, comment in COMMENTS.items():
+        op.execute(f"ALTER TABLE sandboxes ADD COLUMN {column} text")
+        op.execute(f"COMMENT ON COLUMN sandboxes.{column} IS '{comment}'")
 
 
 def downgrade() -> None:
-    op.execute("ALTER TABLE sandboxes DROP COLUMN deletion_request_id")
+    for column in COMMENTS:
+        op.execute(f"ALTER TABLE sandboxes DROP COLUMN {column}")

@@ -1,0 +1,88 @@
+"""An OpenTelemetry collector as far as tests need one: takes spans by OTLP over HTTP and keeps them."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from csp_simulator.testing import serving
+
+Serving = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Span:
+    service: str
+    name: str
+    kind: int
+    trace_id: str
+    span_id: str
+    parent_id: str
+    links: tuple[str, ...]
+    """The traces that it is linked with."""
+    attributes: dict[str, Any]
+    failed: bool
+
+
+@dataclass
+class Collector:
+    url: str = ""
+    spans: list[Span] = field(default_factory=list)
+    raw: list[bytes] = field(default_factory=list)
+
+    async def take(self, request: Request) -> Response:
+        body = await request.body()
+        self.raw.append(body)
+        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            resource = {entry.key: _value(entry.value) for entry in of_resource.resource.attributes}
+            for scope in of_resource.scope_spans:
+                self.spans += [_span(str(resource["service.name"]), span) for span in scope.spans]
+        return Response(ExportTraceServiceResponse().SerializeToString(), media_type="application/x-protobuf")
+
+    def of_trace(self, trace_id: str) -> list[Span]:
+        return [span for span in self.spans if span.trace_id == trace_id]
+
+    def of_request(self, request_id: str) -> list[Span]:
+        """All spans of the trace that began with this request; none if it has not come yet."""
+        begun = [
+            span
+            for span in self.spans
+            if span.service == "gateway" and span.attributes.get("broker.request_id") == request_id
+        ]
+        return self.of_trace(begun[0].trace_id) if begun else []
+
+
+@asynccontextmanager
+async def collecting() -> AsyncIterator[Collector]:
+    collector = Collector()
+    app = Starlette(routes=[Route("/v1/traces", collector.take, methods=["POST"])])
+    async with serving(app) as url:
+        collector.url = url
+        yield collector
+
+
+def _span(service: str, span: Any) -> Span:
+    return Span(
+        service=service,
+        name=span.name,
+        kind=span.kind,
+        trace_id=span.trace_id.hex(),
+        span_id=span.span_id.hex(),
+        parent_id=span.parent_span_id.hex(),
+        links=tuple(link.trace_id.hex() for link in span.links),
+        attributes={entry.key: _value(entry.value) for entry in span.attributes},
+        failed=span.status.code == 2,
+    )
+
+
+def _value(value: Any) -> Any:
+    return getattr(value, value.WhichOneof("value"))

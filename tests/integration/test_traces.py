@@ -1,0 +1,184 @@
+"""One trace from HTTP over RabbitMQ to PostgreSQL and CSP, as a collector sees it."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from devstack.ports import free_port
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.collector import Collector, Span, collecting
+from tests.integration.stack import (
+    ADMIN,
+    ADMIN_TOKEN,
+    CSP_TOKEN,
+    TRACK_TOKEN,
+    Stack,
+    eventually,
+    running,
+    track,
+)
+
+SERVER, CLIENT, CONSUMER = 2, 3, 5
+"""Kinds, as OTLP numbers them."""
+
+
+@pytest.fixture(scope="module")
+async def collector() -> AsyncIterator[Collector]:
+    async with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+async def traced(new_database: NewDatabase, new_vhost: NewVhost, collector: Collector) -> AsyncIterator[Stack]:
+    settings = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_TRACES_SAMPLER_ARG": "1",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",  # ms
+    }
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url, settings=settings) as stack,
+    ):
+        yield stack
+
+
+@pytest.fixture
+async def stack(traced: Stack) -> Stack:
+    await traced.fill(100)
+    return traced
+
+
+async def trace(collector: Collector, request_id: str, *names: str) -> dict[str, Span]:
+    """The spans of a request by name, as soon as all these are there."""
+
+    async def there() -> bool:
+        return set(names) <= {span.name for span in collector.of_request(request_id)}
+
+    await eventually(there)
+    return {span.name: span for span in collector.of_request(request_id)}
+
+
+async def test_an_allocation_is_one_trace_from_http_to_the_commit(stack: Stack, collector: Collector) -> None:
+    response = await stack.allocate("ada")
+    spans = await trace(
+        collector,
+        response.headers["X-Request-ID"],
+        "POST /v1/allocate",
+        "process AllocateSandbox",
+        "commit AllocateSandbox",
+    )
+    request, process, commit = (
+        spans[name] for name in ("POST /v1/allocate", "process AllocateSandbox", "commit AllocateSandbox")
+    )
+    assert [span.service for span in (request, process, commit)] == ["gateway", "allocator", "allocator"]
+    assert [span.kind for span in (request, process, commit)] == [SERVER, CONSUMER, CLIENT]
+    assert [span.parent_id for span in (request, process, commit)] == ["", request.span_id, process.span_id]
+    assert request.attributes["http.response.status_code"] == 201
+    assert request.attributes["broker.sandbox_id"] == response.json()["sandbox_id"]
+    assert process.attributes["messaging.destination.name"] == "allocator.commands"
+    assert commit.attributes["db.system.name"] == "postgresql"
+    assert commit.attributes["broker.epoch"] > 0
+
+
+async def test_a_release_is_one_trace_to_the_deletion_in_csp(stack: Stack, collector: Collector) -> None:
+    lease = (await stack.allocate("ada")).json()
+    released = await stack.release(lease["sandbox_id"], "ada")
+    spans = await trace(
+        collector,
+        released.headers["X-Request-ID"],
+        "process ReleaseSandbox",
+        "commit ReleaseSandbox",
+        "delete sandbox",
+        "CSP delete_account",
+        "process RecordDeletion",
+        "commit RecordDeletion",
+    )
+    (request,) = (span for span in spans.values() if span.kind == SERVER)
+    deletion = spans["delete sandbox"]
+    assert (deletion.service, deletion.parent_id) == ("reaper", request.span_id)
+    call = spans["CSP delete_account"]
+    assert (call.kind, call.parent_id) == (CLIENT, deletion.span_id)
+    assert call.attributes["http.response.status_code"] == 204
+    assert spans["process RecordDeletion"].parent_id == deletion.span_id
+    assert spans["commit RecordDeletion"].parent_id == spans["process RecordDeletion"].span_id
+
+
+async def test_a_sync_is_one_trace_over_the_syncer_to_csp_and_the_commit(
+    stack: Stack, collector: Collector
+) -> None:
+    response = await stack.client.post(f"{stack.url}/v1/admin/sync", headers=ADMIN)
+    spans = await trace(
+        collector,
+        response.headers["X-Request-ID"],
+        "process SyncPool",
+        "CSP list_accounts",
+        "process ApplyListing",
+        "commit ApplyListing",
+    )
+    listing = spans["CSP list_accounts"]
+    assert (listing.service, listing.parent_id) == ("csp-syncer", spans["process SyncPool"].span_id)
+    assert spans["process ApplyListing"].parent_id == spans["process SyncPool"].span_id
+
+
+async def test_requests_of_one_batch_are_linked(stack: Stack, collector: Collector) -> None:
+    number = 0
+
+    async def linked() -> bool:
+        nonlocal number
+        number += 1
+        await asyncio.gather(*(stack.allocate(f"student-{number % 2}-{place}") for place in range(40)))
+        found = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
+        known = {span.trace_id for span in collector.spans}
+        return any(set(span.links) <= known - {span.trace_id} for span in found)
+
+    await eventually(linked)
+    together = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
+    assert all(span.attributes["messaging.batch.message_count"] > 1 for span in together)
+
+
+async def test_a_failure_is_seen_where_it_happened(stack: Stack, collector: Collector) -> None:
+    await stack.control("PATCH", "behaviour", {"fail_next_listings": 1})
+    response = await stack.client.post(f"{stack.url}/v1/admin/sync", headers=ADMIN)
+    assert response.status_code == 502
+    spans = await trace(collector, response.headers["X-Request-ID"], "CSP list_accounts", "process SyncPool")
+    assert spans["CSP list_accounts"].attributes["http.response.status_code"] == 500
+    (request,) = (span for span in spans.values() if span.kind == SERVER)
+    assert request.failed
+    assert request.attributes["error.type"] == "CSP_UNAVAILABLE"
+
+
+async def test_a_client_does_not_decide_what_is_traced(stack: Stack, collector: Collector) -> None:
+    sent = "4bf92f3577b34da6a3ce929d0e0e4736"
+    response = await stack.client.post(
+        f"{stack.url}/v1/allocate",
+        headers={**track("ada"), "traceparent": f"00-{sent}-00f067aa0ba902b7-01"},
+    )
+    await trace(collector, response.headers["X-Request-ID"], "POST /v1/allocate")
+    assert collector.of_trace(sent) == []
+
+
+async def test_no_span_holds_a_token(collector: Collector) -> None:
+    everything = b"".join(collector.raw)
+    for secret in (TRACK_TOKEN, ADMIN_TOKEN, CSP_TOKEN):
+        assert secret.encode() not in everything
+
+
+async def test_a_collector_that_is_away_is_nobodys_problem(new_database: NewDatabase, new_vhost: NewVhost) -> None:
+    settings = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_TRACES_SAMPLER_ARG": "1",
+    }
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url, settings=settings) as stack,
+    ):
+        await stack.fill(3)
+        lease = (await stack.allocate("ada")).json()
+        assert (await stack.release(lease["sandbox_id"], "ada")).status_code == 200
+        await eventually(stack.nothing_pending)
+        for process in [stack.processes[name] for name in ("gateway", "reaper", "csp_syncer", "allocator")]:
+            assert await process.stop(25, with_signal=signal.SIGTERM) == 0
