@@ -16,17 +16,17 @@ _POLICY = Path("/usr/sbin/policy-rc.d")
 
 async def program(names: Sequence[str], package: str, terminal: Terminal) -> str:
     """The path of the first of them that is on this machine; else the package is installed. Raises CannotRun."""
-    found = _find(names)
+    found = find(names)
     if found is None and can_install():
         await install(package, terminal)
-        found = _find(names)
+        found = find(names)
     if found is None:
         raise CannotRun(f"no {', '.join(names)} found: install one of them")
     return found
 
 
-def _find(names: Sequence[str]) -> str | None:
-    """Also where only root looks for programs."""
+def find(names: Sequence[str]) -> str | None:
+    """The path of the first of them that is on this machine, also where only root looks for programs."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     return next((found for name in names if (found := shutil.which(name, path=path)) is not None), None)
 
