@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-containers bench chaos check k8s-check fmt docs lock clean
+.PHONY: help setup run demo test test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # More words for the command behind a target: make test ARGS="-k lease -x"
@@ -15,6 +15,9 @@ help: ## This list
 
 run: setup ## Everything on this machine, in the foreground, until Ctrl-C
 	@$(PYTHON) -m devstack
+
+demo: setup ## The same, with class days at 100 times their speed: something to see for every command and dashboard
+	@$(PYTHON) -m devstack.demo
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
 	@$(PYTHON) -m pytest -n 4 --dist loadfile $(ARGS)

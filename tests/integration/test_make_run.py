@@ -20,15 +20,20 @@ STATE = ROOT / ".devstack"
 @pytest.fixture
 async def environment(new_database: NewDatabase) -> AsyncIterator[dict[str, str]]:
     async with new_database() as database_url, PrivateRabbitMQ() as rabbitmq:
-        before = set(STATE.glob("*"))
+        before = files()
         yield {
             **{name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "BROKER_"))},
             "DATABASE_URL": database_url,
             "AMQP_URL": rabbitmq.url,
             **{variable: str(free_port()) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT")},
         }
-        for path in set(STATE.glob("*")) - before:
+        for path in files() - before:
             path.unlink()
+
+
+def files() -> set[Path]:
+    """In the folders of `make run` and of the demo."""
+    return {path for path in STATE.rglob("*") if path.is_file()}
 
 
 async def until_line(process: Process, lines: list[str], text: str) -> None:
@@ -85,6 +90,31 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
         await make.wait()
     assert any("Everything that was started has stopped." in line for line in lines)
     assert all(is_free(int(environment[variable])) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"))
+
+
+async def test_the_demo_says_where_to_look_and_students_come(environment: dict[str, str]) -> None:
+    lines: list[str] = []
+    environment |= {"PROMETHEUS_PORT": str(free_port())}
+    demo = await spawn("make demo", ["make", "demo"], env=environment, cwd=ROOT, on_line=lines.append)
+    try:
+        await until_line(demo, lines, "  Prometheus ")
+        await until_line(demo, lines, "40 students come to dns-101")
+
+        async def somebody_has_a_sandbox() -> bool:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                stats = await client.get(
+                    f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats",
+                    headers={"Authorization": "Bearer dev-admin-token"},
+                )
+            return bool(stats.json()["allocated"] > 0)
+
+        await eventually(somebody_has_a_sandbox)
+    finally:
+        os.killpg(demo.pid, signal.SIGINT)
+        await demo.wait()
+    assert any("Everything that was started has stopped." in line for line in lines)
+    ports = (*PORTS.values(), "CSP_SIMULATOR_PORT", "PROMETHEUS_PORT")
+    assert all(is_free(int(environment[variable])) for variable in ports)
 
 
 async def test_when_a_service_dies_it_is_named_and_the_rest_is_stopped(environment: dict[str, str]) -> None:

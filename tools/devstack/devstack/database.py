@@ -17,7 +17,7 @@ from devstack.settings import Settings, digest
 
 async def prepare(settings: Settings, found: Found) -> str:
     """The URL of a database that exists. One that the user named is never created or replaced."""
-    settings.state_directory.mkdir(exist_ok=True)
+    settings.state_directory.mkdir(parents=True, exist_ok=True)
     if found.given:
         return found.url
     connection = await asyncpg.connect(f"{found.url}/postgres", timeout=10)

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,27 +27,34 @@ SERVICES = {
 }
 """Name, module, and the variable of its port."""
 
-_ACCOUNTS = 50
+ACCOUNTS = 50
 _MIGRATE_SEC = 120.0
+
+Then = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
+"""What is done once everything runs, for as long as it takes."""
 
 
 def main(root: Path = environment.ROOT) -> int:
+    return run("make run", lambda: environment.load(root=root))
+
+
+def run(name: str, load: Callable[[], Settings], *, then: Then | None = None, accounts: int = ACCOUNTS) -> int:
     """The exit status: 0 stopped by its user, 1 something failed, 2 something has to be set or installed."""
     # Tries that find nobody are ours to report, not the client library's.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     terminal = Terminal()
     try:
-        return asyncio.run(_run_until_stopped(environment.load(root=root), terminal))
+        return asyncio.run(_run_until_stopped(load(), terminal, then, accounts))
     except CannotRun as reason:
         sys.stdout.flush()
-        print(f"make run: {reason}", file=sys.stderr)
+        print(f"{name}: {reason}", file=sys.stderr)
         return reason.status
 
 
-async def _run_until_stopped(settings: Settings, terminal: Terminal) -> int:
+async def _run_until_stopped(settings: Settings, terminal: Terminal, then: Then | None, accounts: int) -> int:
     async with AsyncExitStack() as stack:
-        work = asyncio.create_task(_work(settings, terminal, stack))
+        work = asyncio.create_task(_work(settings, terminal, stack, then, accounts))
         interruption = Interruption(work, terminal)
         interruption.listen()
         # Signals cancel the work, never the stack that takes everything down again.
@@ -65,10 +72,12 @@ async def _run_until_stopped(settings: Settings, terminal: Terminal) -> int:
     return 0
 
 
-async def _work(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> None:
+async def _work(
+    settings: Settings, terminal: Terminal, stack: AsyncExitStack, then: Then | None, accounts: int
+) -> None:
     began = time.monotonic()
     _check_ports(settings)
-    settings.state_directory.mkdir(exist_ok=True)
+    settings.state_directory.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_only_run(settings))
     found_database, found_broker = await infrastructure.find(settings, terminal, stack)
     await infrastructure.take_over(found_broker, terminal)
@@ -78,7 +87,7 @@ async def _work(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -
     launcher = Launcher(settings, database_url, found_broker.url, terminal)
 
     if settings.csp_base_url is None:
-        started.append(await launcher.simulator())
+        started.append(await launcher.simulator(accounts))
         stack.push_async_callback(processes.stop_all, started[-1:])
     await unless_one_dies(launcher.migrate(), started)
     services = [await launcher.service(name) for name in SERVICES]
@@ -87,15 +96,27 @@ async def _work(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -
     await unless_one_dies(pool.wait_until_ready(_ready_urls(settings)), started)
 
     obstacle = await unless_one_dies(
-        pool.fill(settings.gateway_url, _admin_token(settings), force=settings.csp_base_url is None), started
+        pool.fill(settings.gateway_url, admin_token(settings), force=settings.csp_base_url is None), started
     )
     if obstacle is not None:
         terminal.complain(f"The pool could not be filled: {obstacle}")
-    counts = await pool.stats(settings.gateway_url, _admin_token(settings))
+    counts = await pool.stats(settings.gateway_url, admin_token(settings))
     now = time.monotonic()
     for line in summary.lines(settings, counts, seconds=now - began, set_up=dependencies_ready - began):
         terminal.say(line)
-    await unless_one_dies(terminal.lost.wait(), started)
+    await unless_one_dies(_until_lost(terminal, None if then is None else then(launcher, stack)), started)
+
+
+async def _until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
+    """Until the terminal is gone; raises what `work` raises meanwhile."""
+    tasks = [asyncio.create_task(terminal.lost.wait()), *([asyncio.create_task(work)] if work else [])]
+    try:
+        for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
+            ended.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +141,12 @@ class Launcher:
             reason = said.splitlines()[-1] if said else f"exit code {code}"
             raise CannotRun(f"the database could not be migrated: {reason}", status=1)
 
-    async def simulator(self) -> Process:
+    async def simulator(self, accounts: int) -> Process:
         port = self.settings.ports["CSP_SIMULATOR_PORT"]
         options = {
             "--host": "127.0.0.1",
             "--port": str(port),
-            "--accounts": str(_ACCOUNTS),
+            "--accounts": str(accounts),
             "--token": self.settings.tokens["CSP_API_TOKEN"],
             "--state": str(database.accounts_file(self.settings)),
         }
@@ -213,7 +234,7 @@ def _ready_urls(settings: Settings) -> dict[str, str]:
     return urls
 
 
-def _admin_token(settings: Settings) -> str:
+def admin_token(settings: Settings) -> str:
     """The first of those that may be listed."""
     return settings.tokens["BROKER_ADMIN_TOKEN"].split(",")[0].strip()
 

@@ -57,15 +57,19 @@ class Settings:
     rabbitmq_server: str
     postgres_image: str
     rabbitmq_image: str
+    demo: bool = False
+    """Whether it is `make demo`, whose accounts and database are others than those of `make run`."""
 
     @property
     def state_directory(self) -> Path:
-        return self.root / ".devstack"
+        directory = self.root / ".devstack"
+        return directory / "demo" if self.demo else directory
 
     @property
     def database_name(self) -> str:
-        """One database per clone, and one more for each CSP that is not the simulator."""
-        return f"sandbox_broker_dev_{digest(str(self.root) + (self.csp_base_url or ''))}"
+        """One database per clone, and one more for the demo and each CSP that is not the simulator."""
+        kind = "demo" if self.demo else "dev"
+        return f"sandbox_broker_{kind}_{digest(str(self.root) + (self.csp_base_url or ''))}"
 
     @property
     def gateway_url(self) -> str:
@@ -76,11 +80,18 @@ class Settings:
         return f"http://127.0.0.1:{self.ports['CSP_SIMULATOR_PORT']}"
 
 
-def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Settings:
-    """Raises CannotRun, with one line that names the variable, when one makes no sense."""
+def load(
+    environ: Mapping[str, str] | None = None,
+    root: Path = ROOT,
+    *,
+    defaults: Mapping[str, str] | None = None,
+    demo: bool = False,
+) -> Settings:
+    """`defaults` are for what neither the environment nor the file sets. Raises CannotRun, with one line that names
+    the variable, when one makes no sense."""
     real = dict(os.environ if environ is None else environ)
     from_file = {name: value for name, value in dotenv_values(root / ".env").items() if value is not None}
-    merged = {**_DEFAULTS, **from_file, **real}
+    merged = {**_DEFAULTS, **(defaults or {}), **from_file, **real}
 
     def value(name: str) -> str | None:
         return real.get(name) or from_file.get(name) or None
@@ -102,6 +113,7 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
         rabbitmq_server=f"amqp://guest:guest@127.0.0.1:{rabbitmq_port}/",
         postgres_image=value("POSTGRES_IMAGE") or POSTGRES_IMAGE,
         rabbitmq_image=value("RABBITMQ_IMAGE") or RABBITMQ_IMAGE,
+        demo=demo,
     )
 
 
