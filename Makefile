@@ -39,6 +39,7 @@ check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, an
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m devstack.metrics_page | diff docs/metrics.md - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m sandbox_broker.asyncapi | diff docs/asyncapi.json - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
 	@if [ -x .venv/bin/hadolint ]; then .venv/bin/hadolint Dockerfile; fi
 
@@ -52,6 +53,7 @@ fmt: setup ## Format, and repair what the linter can
 docs: setup ## Renew the pages that are made from the code
 	@$(PYTHON) -m gateway.error_page >docs/errors.md
 	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
+	@$(PYTHON) -m sandbox_broker.asyncapi >docs/asyncapi.json
 
 lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
 	@for service in $(SERVICES); do \

@@ -1,0 +1,56 @@
+"""The document of all messages, which is made from the code."""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from sandbox_broker import messages, topology
+from sandbox_broker.asyncapi import document
+from sandbox_broker.event_data import EVENT_DATA
+
+
+def references(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        if isinstance(part.get("$ref"), str):
+            yield part["$ref"]
+        for value in part.values():
+            yield from references(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from references(value)
+
+
+def test_everything_it_refers_to_is_in_it() -> None:
+    made = document()
+    found = set(references(made))
+    assert found
+    for reference in found:
+        place = made
+        for name in reference.removeprefix("#/").split("/"):
+            place = place[name]
+
+
+def test_every_queue_exchange_and_binding_is_listed() -> None:
+    channels = document()["channels"]
+    assert {exchange.name for exchange in topology.EXCHANGES} <= channels.keys()
+    listed = [
+        (channel["address"], binding["exchange"], binding["routingKey"], binding["arguments"])
+        for channel in channels.values()
+        for binding in channel.get("x-bindings", [])
+    ]
+    assert sorted(listed, key=str) == sorted(
+        (
+            (binding.queue.name, binding.exchange.name, binding.routing_key, dict(binding.arguments))
+            for binding in topology.BINDINGS
+        ),
+        key=str,
+    )
+    arguments = {channel["address"]: channel.get("x-arguments") for channel in channels.values()}
+    assert {queue.name: dict(queue.arguments) for queue in topology.QUEUES}.items() <= arguments.items()
+
+
+def test_every_command_reply_and_event_has_a_schema() -> None:
+    components = document()["components"]
+    for union in (messages.Command, messages.Reply):
+        for message in get_args(get_args(union)[0]):
+            assert message.__name__ in components["schemas"]
+    assert set(get_args(messages.EventType)) == set(EVENT_DATA) <= components["messages"].keys()
