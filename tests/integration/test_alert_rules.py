@@ -27,7 +27,7 @@ async def test_prometheus_takes_the_configuration_and_the_rules(promtool: str) -
 
 
 async def test_each_alert_fires_when_it_should_and_only_then(promtool: str) -> None:
-    code, said = await run([promtool, "test", "rules", ALERT_TESTS])
+    code, said = await run([promtool, "test", "rules", ALERT_TESTS], timeout=170)
     assert code == 0, said
     tests = yaml.safe_load(ALERT_TESTS.read_text())["tests"]
     cases = [case for test in tests for case in test.get("alert_rule_test", [])]

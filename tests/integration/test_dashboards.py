@@ -17,6 +17,8 @@ from devstack.prometheus import Prometheus
 from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, eventually
 from tests.integration.watched import DASHBOARDS, panels
 
+pytestmark = pytest.mark.timeout(400)
+
 GRAFANA = ROOT / "deploy" / "grafana"
 WIDTH = 24
 RATE_INTERVAL = "30s"
@@ -69,7 +71,7 @@ async def test_every_query_has_an_answer(stack: Stack, watched: Prometheus) -> N
         return not unanswered
 
     try:
-        await eventually(all_answered)
+        await eventually(all_answered, within_sec=120)
     except AssertionError:
         pytest.fail(f"no answer to {sorted(unanswered)}")
 

@@ -16,6 +16,8 @@ from tests.integration.stack import ROOT, Stack, eventually, running
 
 pytest_plugins = ("devstack.fixtures",)
 
+pytestmark = pytest.mark.timeout(400)
+
 AFTER_RESTORE = ROOT / "deploy" / "postgres" / "after_restore.sql"
 OVER = {"lease.released", "lease.expired", "lease.ended"}
 

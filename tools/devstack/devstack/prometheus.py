@@ -23,6 +23,7 @@ _PACKAGE = "prometheus"
 @dataclass(frozen=True, slots=True)
 class Prometheus:
     url: str
+    _client: httpx.AsyncClient
 
     async def query(self, expression: str) -> list[dict[str, Any]]:
         """The samples that it has now, each with `metric` and `value`. Raises httpx.HTTPStatusError for an
@@ -43,8 +44,7 @@ class Prometheus:
         return None
 
     async def _get(self, path: str, **parameters: str) -> Any:
-        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-            answer = await client.get(f"{self.url}/api/v1/{path}", params=parameters)
+        answer = await self._client.get(f"{self.url}/api/v1/{path}", params=parameters)
         answer.raise_for_status()
         return answer.json()["data"]
 
@@ -82,10 +82,11 @@ async def watching(
             "--log.level=warn",
         ],
     )
-    prometheus = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        await wait_until(prometheus.refusal, process, "Prometheus")
-        yield prometheus
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+            prometheus = Prometheus(f"http://127.0.0.1:{port}", client)
+            await wait_until(prometheus.refusal, process, "Prometheus")
+            yield prometheus
     finally:
         await process.stop()
 
