@@ -142,10 +142,14 @@ async def _provoke(stack: Stack, postgres: PrivatePostgres, rabbitmq: PrivateRab
         "INSERT INTO sandboxes (sandbox_id, external_id, name, status, deletion_requested_at, deletion_due_at) "
         "VALUES ('7', 'af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3', 's', 'pending_deletion', now(), now())"
     )
-    await ask("POST", "/v1/admin/cleanup", ADMINISTRATION)
-    await ask("POST", "/v1/admin/sync", ADMINISTRATION)
-    for event in ("csp.delete_failed", "cleanup.unauthorized", "services.not_removed", "sync.refused"):
-        await until_told(event)
+
+    async def csp_was_asked() -> bool:
+        await ask("POST", "/v1/admin/cleanup", ADMINISTRATION)
+        await ask("POST", "/v1/admin/sync", ADMINISTRATION)
+        asked = ("csp.delete_failed", "cleanup.unauthorized", "services.not_removed", "sync.refused")
+        return all(any(event in line for line in lines) for event in asked)
+
+    await eventually(csp_was_asked)
 
     # Crashes of ours, with all of the traceback.
     await stack.database.execute(
