@@ -70,8 +70,7 @@ async def _reply(
             ):
                 if (reply := await handle(command)) is not None:
                     return reply
-        except Exception as error:
-            # Delivered again, it would fail again, and end this process each time.
+        except Exception as error:  # delivered again, it would fail again, and end this process each time
             log.error(
                 "command.failed",
                 queue=queue.name,

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 
 import asyncpg
 
@@ -24,28 +25,15 @@ def kill(name: str) -> Fault:
         chaos.process(name).kill()
 
     module = SERVICES[name]
-    return Fault(
-        kind=f"kill -9 of {_a(module)}",
-        name=f"kill -9 of the {name}",
-        touches=frozenset({module}),
-        inject=inject,
-        served_within_sec=KILLED_WITHIN_SEC,
-        standby=True,
-    )
+    return _death(module, inject, kind=f"kill -9 of {_a(module)}", name=f"kill -9 of the {name}")
 
 
 def kill_active_allocator() -> Fault:
     async def inject(chaos: Chaos) -> None:
         chaos.process(await active_allocator(chaos)).kill()
 
-    return Fault(
-        kind="kill -9 of the active allocator",
-        name="kill -9 of the active allocator",
-        touches=frozenset({"allocator"}),
-        inject=inject,
-        served_within_sec=KILLED_WITHIN_SEC,
-        standby=True,
-    )
+    name = "kill -9 of the active allocator"
+    return _death("allocator", inject, kind=name, name=name)
 
 
 def crash(module: str, point: str) -> Fault:
@@ -54,9 +42,14 @@ def crash(module: str, point: str) -> Fault:
     async def inject(chaos: Chaos) -> None:
         await _reach(chaos, module, point)
 
+    name = f"kill -9 of {_a(module)}"
+    return _death(module, inject, kind=f"{name} at a point", name=f"{name} {point}")
+
+
+def _death(module: str, inject: Callable[[Chaos], Awaitable[None]], *, kind: str, name: str) -> Fault:
     return Fault(
-        kind=f"kill -9 of {_a(module)} at a point",
-        name=f"kill -9 of {_a(module)} {point}",
+        kind=kind,
+        name=name,
         touches=frozenset({module}),
         inject=inject,
         served_within_sec=KILLED_WITHIN_SEC,

@@ -186,7 +186,7 @@ async def test_an_allocator_that_stops_and_goes(stack: Stack, watch: Prometheus)
     async def make_somebody_wait() -> None:
         allocator.send(signal.SIGSTOP)
         waiting = asyncio.create_task(stack.allocate("ada"))
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.7)  # nothing but time makes an answer slow
         allocator.send(signal.SIGCONT)
         await waiting
 

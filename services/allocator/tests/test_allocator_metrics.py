@@ -1,8 +1,5 @@
 """What the allocator measures of its own work."""
 
-from collections.abc import AsyncIterator
-
-import pytest
 from prometheus_client import REGISTRY
 
 from allocator.main import create_app
@@ -11,19 +8,7 @@ from sandbox_broker import topology
 from sandbox_broker.messages import ExpireLeases
 
 from .allocator_harness import Pool, ask, until
-from .bus_harness import Allocator, Client, allocator, client
-
-
-@pytest.fixture
-async def asking(clean_queues: str) -> AsyncIterator[Client]:
-    async with client(clean_queues) as found:
-        yield found
-
-
-@pytest.fixture
-async def running(clean_queues: str, pool: Pool) -> AsyncIterator[Allocator]:
-    async with allocator(clean_queues, pool.url) as found:
-        yield found
+from .bus_harness import Allocator, Client
 
 
 def sample(name: str, **labels: str) -> float:

@@ -4,17 +4,14 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-
-import pytest
 
 from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from sandbox_broker import topology
 
 from .allocator_harness import Pool, ask, granted, until
-from .bus_harness import Client, client
+from .bus_harness import Client
 
 # Dies when the first batch is committed and nothing of it is answered.
 DIES_BEFORE_IT_ANSWERS = """
@@ -33,12 +30,6 @@ sandbox_broker.connection.HEARTBEAT_SEC = 1
 from allocator.main import main
 main()
 """
-
-
-@pytest.fixture
-async def asking(clean_queues: str) -> AsyncIterator[Client]:
-    async with client(clean_queues) as found:
-        yield found
 
 
 async def start(amqp_url: str, database_url: str, *arguments: str) -> Process:

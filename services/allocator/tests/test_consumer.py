@@ -30,19 +30,7 @@ from sandbox_broker.migrate import migrate
 
 from . import bus_harness
 from .allocator_harness import RUN, Pool, ask, done, granted, pool_in, refusal, release, until
-from .bus_harness import Allocator, Client, allocator, client
-
-
-@pytest.fixture
-async def asking(clean_queues: str) -> AsyncIterator[Client]:
-    async with client(clean_queues) as found:
-        yield found
-
-
-@pytest.fixture
-async def running(clean_queues: str, pool: Pool) -> AsyncIterator[Allocator]:
-    async with allocator(clean_queues, pool.url) as found:
-        yield found
+from .bus_harness import Allocator, Client, allocator
 
 
 def reason(message: AbstractIncomingMessage) -> str:

@@ -31,15 +31,9 @@ from sandbox_broker.service import cancel
 
 from . import bus_harness
 from .allocator_harness import Pool, ask, done, granted, pool_in, refusal, until
-from .bus_harness import Allocator, Client, allocator, client
+from .bus_harness import Allocator, Client, allocator
 
 COMMANDS = topology.ALLOCATOR_COMMANDS.name
-
-
-@pytest.fixture
-async def asking(clean_queues: str) -> AsyncIterator[Client]:
-    async with client(clean_queues) as found:
-        yield found
 
 
 @asynccontextmanager

@@ -66,18 +66,11 @@ def attention(gateway: Mapping[str, Any], status: Mapping[str, Any]) -> Iterator
 
 
 def _servers(status: Mapping[str, Any]) -> Iterator[Attention]:
-    if status["rabbitmq"]["state"] != "up":
-        yield Attention(
-            "RabbitMQ",
-            status["rabbitmq"]["problem"],
-            "Students get 503 until it is back; everything reconnects by itself.",
-        )
-    if status["database"]["state"] != "up":
-        yield Attention(
-            "PostgreSQL",
-            status["database"]["problem"],
-            "Students get 503 until it is back; everything reconnects by itself.",
-        )
+    for part, name in (("rabbitmq", "RabbitMQ"), ("database", "PostgreSQL")):
+        if status[part]["state"] != "up":
+            yield Attention(
+                name, status[part]["problem"], "Students get 503 until it is back; everything reconnects by itself."
+            )
 
 
 def _services(status: Mapping[str, Any]) -> Iterator[Attention]:
