@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import pairwise
 
 import aio_pika
 import pytest
@@ -106,8 +105,9 @@ async def test_any_number_of_replicas_give_one_run_a_period(clean_queues: str, p
         *(ticks.consume(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
         *(ticks.publish(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
     ):
-        await until(lambda: len(begun) == 4)
-    assert all(later - earlier >= 0.9 * 0.5 for earlier, later in pairwise(begun))
+        await until(lambda: len(begun) == 5)
+    # The first may have been noted a while after its tick came, so of four periods three are certain.
+    assert begun[-1] - begun[0] >= 3 * 0.9 * 0.5
 
 
 async def test_after_an_outage_missed_periods_are_caught_up_once(clean_queues: str, publisher: Publisher) -> None:

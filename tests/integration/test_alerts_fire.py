@@ -278,12 +278,17 @@ async def test_a_csp_that_keeps_failing(stack: Stack, watch: Prometheus) -> None
     await stops(watch, "BrokerCspCircuitOpen")
 
 
-async def test_a_deletion_that_csp_refuses_for_good(stack: Stack, watch: Prometheus) -> None:
+async def restart_reaper(stack: Stack, **settings: str) -> None:
     await stack.processes["reaper"].stop()
-    await stack.start_service("reaper", settings={"DELETION_MAX_ATTEMPTS": "1"})
+    await stack.start_service("reaper", settings=settings)
+
+
+async def test_a_deletion_that_csp_refuses_for_good(stack: Stack, watch: Prometheus) -> None:
+    await restart_reaper(stack, DELETION_MAX_ATTEMPTS="1")
     await behave(stack, fail_next_deletes=1)
     await come_and_go(stack, 1)
     await fires(watch, "BrokerDeletionsFailed")
+    await restart_reaper(stack)
     [failed] = (await stack.admin("GET", "sandboxes", status="deletion_failed")).json()["sandboxes"]
     await stack.admin("POST", f"sandboxes/{failed['sandbox_id']}/retry-deletion")
     await stops(watch, "BrokerDeletionsFailed")
