@@ -2,9 +2,10 @@
 service."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import cycle
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import asyncpg
@@ -38,14 +39,16 @@ SECRETS = {
 
 @asynccontextmanager
 async def talkative_csp() -> AsyncIterator[str]:
-    """Answers every call with all that it was sent, token and password included, and a JWT; mostly as an error, of
-    one kind or another."""
-    statuses = iter(("500 Oops", "401 No", "429 Later", "200 Fine") * 1000)
+    """Answers every call with all that it was sent, token and password included, and a JWT; mostly as an error.
+    Each method meets every kind of error, whatever other calls come between, and nothing is ever deleted."""
+    errors = ("500 Oops", "401 No", "429 Later")
+    statuses = defaultdict(lambda: cycle((*errors, "200 Fine")), {"DELETE": cycle(errors)})
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = await reader.read(1 << 16)
+        method = asked.decode().partition(" ")[0]
         body = asked + f"\nyour new one: {JWT}\n".encode()
-        head = f"HTTP/1.1 {next(statuses)}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = f"HTTP/1.1 {next(statuses[method])}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + body)
         await writer.drain()
         writer.close()
