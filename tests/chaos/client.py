@@ -59,6 +59,8 @@ class Students:
         self._history = history
         self._chance = chance
         self._stopping = asyncio.Event()
+        self._asking: set[int] = set()
+        """The numbers of the operations that have not ended."""
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
         self._client = httpx.AsyncClient(limits=limits, trust_env=False)
 
@@ -104,6 +106,12 @@ class Students:
             await asyncio.sleep(PROBE_PAUSE_SEC)
         raise AssertionError("unreachable")
 
+    async def until_answered(self) -> None:
+        """Whoever has asked until now has an answer, or has given up."""
+        asking = set(self._asking)
+        while asking & self._asking:  # noqa: ASYNC110 (each ends by itself)
+            await asyncio.sleep(0.01)
+
     async def attempt(
         self,
         kind: OperationKind,
@@ -120,6 +128,7 @@ class Students:
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         number, invoked_at = self._history.number(), time.time()
+        self._asking.add(number)
         response: httpx.Response | None = None
         failure = ""
         try:
@@ -128,6 +137,8 @@ class Students:
                 response = await self._client.post(url, headers=headers, timeout=timeout_sec)
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
+        finally:
+            self._asking.remove(number)
         ended_at = time.time()
         body = _body(response)
         lease = body if kind == "allocate" else {}

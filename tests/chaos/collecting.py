@@ -11,13 +11,16 @@ import aio_pika
 import asyncpg
 
 from tests.chaos.client import History
-from tests.chaos.evidence import Deletion, Epoch, Event, Evidence, Lease, Recovery, Sandbox
+from tests.chaos.evidence import Deletion, Epoch, Event, Evidence, Lease, Recovery, Sandbox, Stall
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, Chaos
 from tests.integration.stack import Stack, eventually
 
 REST_SEC = 180.0
 LOOK_SEC = 0.5
 CONNECT_SEC = 3.0
+TICK_SEC = 0.05
+STALL_SEC = 0.02
+"""So late everybody is now and then."""
 
 AT_WORK = """
 SELECT count(*) FROM (
@@ -43,6 +46,15 @@ async def watch_epochs(database_url: str, epochs: list[Epoch]) -> None:
                 connection.terminate()
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await asyncio.sleep(LOOK_SEC)
+
+
+async def watch_machine(stalls: list[Stall]) -> None:
+    """Looks at the clock all the time, for ever, and writes down when it came too late to that."""
+    while True:
+        due = time.time() + TICK_SEC
+        await asyncio.sleep(TICK_SEC)
+        if (now := time.time()) > due + STALL_SEC:
+            stalls.append(Stall(since=due, until=now))
 
 
 async def held(chaos: Chaos) -> list[tuple[str, str]]:

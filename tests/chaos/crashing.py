@@ -23,13 +23,28 @@ if module == "gateway":
     replies.Allocator.ask = crashes.around(replies.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer, store
-    from sandbox_broker import bus
+    from sandbox_broker import bus, topology
 
     # Each is one statement, and its end is the commit.
-    store.allocate = crashes.around(store.allocate, "before commit", "after commit")
-    store.release = crashes.around(store.release, "before commit", "after commit")
-    consumer.answer = crashes.around(consumer.answer, None, "after reply")  # type: ignore[attr-defined]
-    bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before ack", None)  # type: ignore[method-assign]
+    commit = ("before a student's commit", "after a student's commit")
+    store.allocate = crashes.around(store.allocate, *commit)
+    store.release = crashes.around(store.release, *commit)
+
+    # Maintenance answers and acknowledges all the time; the promise is to students.
+    students = topology.ALLOCATOR_COMMANDS.name
+    answer, ack = consumer.answer, bus.Subscription.ack  # type: ignore[attr-defined]
+    answer_crashing = crashes.around(answer, None, "after a student's reply")
+    ack_crashing = crashes.around(ack, "before a student's ack", None)
+
+    async def answer_student(publisher: Any, delivery: Any, replies: Any) -> None:
+        await (answer_crashing if delivery.routing_key == students else answer)(publisher, delivery, replies)
+
+    async def ack_student(subscription: Any, delivery: Any, *, all_before: bool = False) -> None:
+        answered = all_before and subscription._queue == students  # what has expired is acknowledged alone
+        await (ack_crashing if answered else ack)(subscription, delivery, all_before=all_before)
+
+    consumer.answer = answer_student  # type: ignore[attr-defined]
+    bus.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
     from reaper import asking, deletion
     from sandbox_broker import csp

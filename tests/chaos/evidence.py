@@ -106,6 +106,15 @@ class Covered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """A time in which the machine kept even who only looks at the clock from running: it says nothing of the
+    broker."""
+
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     operations: Sequence[Operation]
     leases: Sequence[Lease]
@@ -126,3 +135,5 @@ class Evidence:
     looked_at: float
     """When the database was read."""
     covered: Sequence[Covered] = ()
+    stalls: Sequence[Stall] = ()
+    """One after the other."""

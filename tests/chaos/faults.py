@@ -32,3 +32,5 @@ class Fault:
     served_within_sec: float = 10.0
     """A new student, from the fault's end; from its beginning where a standby takes over."""
     standby: bool = False
+    covered: bool = False
+    """Whether the standby answers even what was asked before it took over."""

@@ -17,7 +17,7 @@ FREEZE_SEC = 40.0
 FREEZE_AT_SEC = 20.0
 """RabbitMQ gives up what does not answer within 15."""
 CRASH_PATIENCE_SEC = 10.0
-FREEZES_AT = ("before commit", "after commit", "before ack")
+FREEZES_AT = ("before a student's commit", "after a student's commit", "before a student's ack")
 
 
 def kill(name: str) -> Fault:
@@ -54,6 +54,7 @@ def _death(module: str, inject: Callable[[Chaos], Awaitable[None]], *, kind: str
         inject=inject,
         served_within_sec=KILLED_WITHIN_SEC,
         standby=True,
+        covered=module == "allocator",
     )
 
 

@@ -24,8 +24,8 @@ def every(chance: random.Random) -> list[Fault]:
 
 
 def short(chance: random.Random, words: str = "") -> list[Step]:
-    """One fault of each kind, some alone and some in pairs: beside what lasts long there is another, as long as one
-    is left that gets along with it."""
+    """One fault of each kind, some alone and some in pairs: beside what lasts long there is the longest of those
+    that are left and get along with it, so that the round is over soon."""
     faults = _chosen(every(chance), words)
     chance.shuffle(faults)
     of_kind = {fault.kind: fault for fault in faults}
@@ -33,8 +33,8 @@ def short(chance: random.Random, words: str = "") -> list[Step]:
     steps: list[Step] = []
     while left:
         first = left.pop(0)
-        beside = [fault for fault in left if _get_along(first, fault)] if first.lasts_sec >= LONG_SEC else []
-        steps.append((first, chance.choice(beside)) if beside else (first,))
+        beside = [fault for fault in left if first.lasts_sec >= LONG_SEC and _get_along(first, fault)]
+        steps.append((first, *beside[:1]))
         left = [fault for fault in left if fault not in steps[-1]]
     chance.shuffle(steps)
     return steps

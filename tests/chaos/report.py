@@ -88,6 +88,8 @@ def _work(round_: Round) -> Iterator[str]:
     yield f"{'  that nobody was told of':<44}{_untold(round_):>7}"
     yield f"{'events, repetitions included':<44}{len(round_.evidence.events):>7}"
     yield f"{'longest time in which nobody was served, s':<44}{_longest_silence(operations):>7.1f}"
+    stalled = sum(stall.until - stall.since for stall in round_.evidence.stalls)
+    yield f"{'time that the machine had not for us, s':<44}{stalled:>7.1f}"
 
 
 def _untold(round_: Round) -> int:

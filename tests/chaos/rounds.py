@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.chaos.client import History, Students
-from tests.chaos.collecting import collect, come_to_rest, held, watch_epochs
-from tests.chaos.evidence import Epoch, Evidence, Recovery
+from tests.chaos.collecting import collect, come_to_rest, held, watch_epochs, watch_machine
+from tests.chaos.evidence import Covered, Epoch, Evidence, Recovery, Stall
 from tests.chaos.faults import Fault, NotReached
 from tests.chaos.matrix import Step
 from tests.chaos.stack import Chaos
@@ -52,22 +53,30 @@ async def run(
     """Ends when all steps have been, each healed before the next, which begins `every_sec` after it at the
     earliest. Raises AssertionError where the broker does not even get ready."""
     chance = random.Random(seed)
-    history, epochs, done = History(), list[Epoch](), list[Done]()
+    history, epochs, stalls, done = History(), list[Epoch](), list[Stall](), list[Done]()
+    covered: list[Covered] = []
     not_reached: list[str] = []
     await _fill(chaos)
     say("the pool is filled; students begin")
     async with (
         Students(chaos.gateways, history, random.Random(chance.random())) as students,
         _in_background(watch_epochs(chaos.postgres.url, epochs)),
+        _in_background(watch_machine(stalls)),
         _in_background(_keep_filled(chaos)),
     ):
         async with _in_background(students.run(PLACES)) as work:
             await asyncio.sleep(BEGIN_SEC)
             for number, step in enumerate(steps):
+                covers = len(step) == 1 and step[0].covered
+                if covers:
+                    await chaos.until_a_standby_is_there()
                 began_at = time.time()
                 put = _Put(chaos, step, chance)
                 recovery = await put.run(students, f"probe-{number}")
                 not_reached += put.not_reached
+                if covers and put.reached:
+                    await students.until_answered()
+                    covered.append(Covered(since=began_at, until=time.time()))
                 if recovery is None:
                     say(f"     -  {'; '.join(put.not_reached)}")
                 else:
@@ -83,7 +92,8 @@ async def run(
         say("waiting until every lease has ended and every used sandbox is deleted")
         if not await come_to_rest(chaos):
             say("it did not come to rest")
-    return Round(done, not_reached, history, await collect(chaos, history, epochs, [one.recovery for one in done]))
+    evidence = await collect(chaos, history, epochs, [one.recovery for one in done])
+    return Round(done, not_reached, history, dataclasses.replace(evidence, covered=covered, stalls=stalls))
 
 
 class _Put:

@@ -109,6 +109,15 @@ class Chaos:
             while not await self.stack.is_ready(f"http://127.0.0.1:{port}/readyz"):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
+    async def until_a_standby_is_there(self) -> None:
+        """All are ready, and both allocators are in line for the students' requests: one that is ready may be
+        connecting yet."""
+        await self.until_all_are_ready()
+        in_line = 0
+        while in_line < 2:
+            consumers = await self.rabbitmq.ctl("list_consumers", "queue_name")
+            in_line = consumers.split().count(topology.ALLOCATOR_COMMANDS.name)
+
     def keep(self) -> None:
         """From now on what ends is started again."""
         self._keepers = [asyncio.create_task(self._keep(name)) for name in SERVICES]

@@ -19,6 +19,7 @@ from tests.chaos.evidence import (
     Outcome,
     Recovery,
     Sandbox,
+    Stall,
 )
 
 T = TypeVar("T")
@@ -452,12 +453,16 @@ BROKEN: dict[str, tuple[Callable[..., Any], Broken, str]] = {
     ),
     "a request comes to nothing though a standby is there": (
         checker.requests_are_answered_while_a_standby_is_there,
-        {"operations": changed(GOOD.operations, 2, outcome="unknown", status=504)},
+        {"operations": changed(GOOD.operations, 2, outcome="unknown", status=504, ended_at=START + 14)},
         "operation 3, ada's allocate",
     ),
     "a request gets no answer at all though a standby is there": (
         checker.requests_are_answered_while_a_standby_is_there,
-        {"operations": changed(GOOD.operations, 3, outcome="unknown", status=None, code="ReadTimeout")},
+        {
+            "operations": changed(
+                GOOD.operations, 3, outcome="unknown", status=None, code="TimeoutError", ended_at=START + 25
+            )
+        },
         "operation 4, ada's release of 1",
     ),
     "the broker answers with a fault of its own": (
@@ -475,6 +480,40 @@ def test_it_is_found_that(what: str) -> None:
     assert any(sentence in violation for violation in violations), violations
     named = rule.__name__.replace("_", " ")
     assert any(violation.startswith(f"{named}: ") for violation in checker.check(replace(GOOD, **changes)))
+
+
+def test_who_gives_up_at_once_has_not_waited_in_vain() -> None:
+    operations = changed(GOOD.operations, 2, outcome="unknown", status=None, code="TimeoutError")
+    assert list(checker.requests_are_answered_while_a_standby_is_there(replace(GOOD, operations=operations))) == []
+
+
+SLOW: dict[str, Broken] = {
+    "a student is served": {"recoveries": changed(GOOD.recoveries, 0, served_at=START + 22.5)},
+    "a request is answered": {
+        "operations": changed(GOOD.operations, 2, outcome="unknown", status=504, ended_at=START + 14)
+    },
+}
+"""Both too late, by less than three seconds."""
+
+
+@pytest.mark.parametrize("what", SLOW)
+@pytest.mark.parametrize(
+    ("stalls", "excused"),
+    [
+        ([Stall(since=START + 9, until=START + 10.5), Stall(since=START + 12.5, until=START + 13.5)], True),
+        ([Stall(since=START + 1, until=START + 8.9), Stall(since=START + 12.4, until=START + 12.6)], False),
+        ([Stall(since=START + 22.6, until=START + 29)], False),
+    ],
+)
+def test_only_a_time_that_the_machine_had_not_for_us_is_no_fault_of_the_broker(
+    what: str, stalls: list[Stall], excused: bool
+) -> None:
+    slow = replace(GOOD, **SLOW[what], stalls=stalls)
+    violations = [
+        *checker.students_are_served_again_in_time(slow),
+        *checker.requests_are_answered_while_a_standby_is_there(slow),
+    ]
+    assert (violations == []) is excused
 
 
 def test_every_rule_is_broken_once_at_least() -> None:
