@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aio_pika
+import httpx
 from aio_pika.abc import AbstractConnection
 
 from devstack import faketime
@@ -113,10 +114,17 @@ class Chaos:
         """All are ready, and both allocators are in line for the students' requests: one that is ready may be
         connecting yet."""
         await self.until_all_are_ready()
-        in_line = 0
-        while in_line < 2:
-            consumers = await self.rabbitmq.ctl("list_consumers", "queue_name")
-            in_line = consumers.split().count(topology.ALLOCATOR_COMMANDS.name)
+        for name, module in SERVICES.items():
+            while module == "allocator" and not await self._is_in_line(name):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+    async def _is_in_line(self, allocator: str) -> bool:
+        port = self.stack.settings_of[allocator][PORTS["allocator"]]
+        try:
+            metrics = await self.stack.client.get(f"http://127.0.0.1:{port}/metrics")
+        except httpx.TransportError:
+            return False
+        return f'broker_rabbitmq_connected{{connection="{topology.ALLOCATOR_COMMANDS.name}"}} 1.0' in metrics.text
 
     def keep(self) -> None:
         """From now on what ends is started again."""
