@@ -16,7 +16,8 @@ FREEZE_SEC = 40.0
 """Longer than RabbitMQ and PostgreSQL keep an allocator that does not answer."""
 FREEZE_AT_SEC = 20.0
 """RabbitMQ gives up what does not answer within 15."""
-CRASH_PATIENCE_SEC = 10.0
+CRASH_PATIENCE_SEC = 35.0
+"""A csp_syncer waits for half a minute for an answer that an allocator before has lost."""
 FREEZES_AT = ("before a student's commit", "after a student's commit", "before a student's ack")
 
 
@@ -116,7 +117,7 @@ async def _reach(chaos: Chaos, module: str, point: str) -> None:
     """Returns when a service of the module has come to the point; raises NotReached if none does."""
     told = chaos.crash_at(module)
     told.write_text(f"{module}: {point}")
-    syncing = asyncio.create_task(chaos.sync()) if module == "csp_syncer" else None  # or nobody would come
+    syncing = asyncio.create_task(_sync(chaos)) if module == "csp_syncer" else None  # or nobody would come
     try:
         async with asyncio.timeout(CRASH_PATIENCE_SEC):
             while told.exists():  # noqa: ASYNC110 (nothing tells us)
@@ -128,6 +129,13 @@ async def _reach(chaos: Chaos, module: str, point: str) -> None:
         if syncing is not None:
             syncing.cancel()
             await asyncio.gather(syncing, return_exceptions=True)
+
+
+async def _sync(chaos: Chaos) -> None:
+    """For ever: a sync that runs already is only joined, and may be past the point."""
+    while True:
+        await chaos.sync()
+        await asyncio.sleep(0.1)
 
 
 async def _thaw_allocators(chaos: Chaos) -> None:
