@@ -70,13 +70,15 @@ async def run(
                 covers = len(step) == 1 and step[0].covered
                 if covers:
                     await chaos.until_a_standby_is_there()
+                    covered_since = time.time()
+                    await students.until_answered()  # what is in hand from now on has been asked since
                 began_at = time.time()
                 put = _Put(chaos, step, chance)
                 recovery = await put.run(students, f"probe-{number}")
                 not_reached += put.not_reached
                 if covers and put.reached:
                     await students.until_answered()
-                    covered.append(Covered(since=began_at, until=time.time()))
+                    covered.append(Covered(since=covered_since, until=time.time()))
                 if recovery is None:
                     say(f"     -  {'; '.join(put.not_reached)}")
                 else:
