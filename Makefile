@@ -20,7 +20,7 @@ demo: setup ## The same, with class days at 100 times their speed: something to 
 	@$(PYTHON) -m devstack.demo
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
-	@$(PYTHON) -m pytest -n 4 --dist loadfile $(ARGS)
+	@$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: setup ## The images, docker-compose.yml and what else needs a Docker engine; images by PYTHON_IMAGE and the like
 	@$(PYTHON) -m pytest tests/containers $(ARGS)

@@ -116,14 +116,14 @@ async def run(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
 
 
 async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
-    """Kills both, throws away what they have left, and starts two others with the bugs."""
+    """Kills both, throws away what students have asked of them, and starts two others with the bugs."""
     stack = broker.stack
     for name in ALLOCATORS:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
-        for queue in (topology.ALLOCATOR_COMMANDS.name, topology.ALLOCATOR_MAINTENANCE.name, EVENTS_QUEUE):
+        for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
     settings = {"PLANTED": ",".join(bugs)}
     await asyncio.gather(

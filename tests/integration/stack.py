@@ -234,9 +234,11 @@ async def running(
             await stop_all(stack.processes.values())
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], *, within_sec: float = 60) -> None:
+async def eventually(
+    condition: Callable[[], Awaitable[bool]], *, within_sec: float = 120, every_sec: float = 0.05
+) -> None:
     """Waits until the condition holds; fails when it does not within the time."""
     deadline = time.monotonic() + within_sec
     while not await condition():
         assert time.monotonic() < deadline, f"not true within {within_sec} s: {condition.__qualname__}"
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(every_sec)

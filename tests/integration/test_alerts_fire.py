@@ -28,7 +28,7 @@ from tests.chaos.proxy import Proxy
 from tests.integration.stack import PORTS, Stack, eventually, running
 from tests.integration.watched import ALERTS
 
-WINDOW = "20s"
+WINDOW = "10s"
 HURRIED = {
     "BrokerCommandsWait": ("> 60", "> 3"),
     "BrokerEventsWait": ("> 60", "> 3"),
@@ -45,6 +45,8 @@ SETTINGS = {
     "SYNC_INTERVAL_SEC": "2",
 }
 PATIENCE_SEC = 120
+SCRAPED_SEC = 1
+"""So often everything is scraped and every rule is evaluated."""
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -82,7 +84,9 @@ async def watch(broker: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     rules = directory / "rules.yml"
     rules.write_text(in_a_hurry(ALERTS))
     try:
-        async with prometheus.watching(ports, directory, free_port(), Terminal(), rules=rules) as running:
+        async with prometheus.watching(
+            ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
+        ) as running:
             yield running
     except CannotRun as reason:
         pytest.fail(f"this test needs Prometheus: {reason}")
@@ -109,7 +113,7 @@ async def stack(broker: Stack, watch: Prometheus) -> Stack:
     async def quiet() -> bool:
         return not await watch.firing()
 
-    await eventually(quiet, within_sec=PATIENCE_SEC)
+    await eventually(quiet, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
     return broker
 
 
@@ -126,7 +130,7 @@ async def fires(
         )
 
     try:
-        await eventually(firing, within_sec=PATIENCE_SEC)
+        await eventually(firing, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
     except AssertionError:
         pytest.fail(f"{alert} did not fire; these did: {[found['labels'] for found in await watch.firing()]}")
 
@@ -138,7 +142,7 @@ async def stops(watch: Prometheus, alert: str, doing: Callable[[], Awaitable[Any
         return alert not in [found["labels"]["alertname"] for found in await watch.firing()]
 
     try:
-        await eventually(quiet, within_sec=PATIENCE_SEC)
+        await eventually(quiet, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
     except AssertionError:
         pytest.fail(f"{alert} fires still")
 
@@ -154,8 +158,10 @@ async def behave(stack: Stack, **behaviour: Any) -> None:
 
 
 async def ask_with(stack: Stack, token: str) -> None:
+    """A class of students."""
     headers = {"Authorization": f"Bearer {token}", "X-Instruqt-Sandbox-ID": "ada"}
-    await stack.client.post(f"{stack.url}/v1/allocate", headers=headers)
+    for _ in range(30):
+        await stack.client.post(f"{stack.url}/v1/allocate", headers=headers)
 
 
 async def test_no_allocator(stack: Stack, watch: Prometheus) -> None:

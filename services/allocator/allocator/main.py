@@ -17,7 +17,7 @@ from sandbox_broker import db, health, logging, preflight, service, tracing
 from sandbox_broker.bus import Publisher
 from sandbox_broker.settings import load
 
-GAUGES_PERIOD_SEC = 15
+GAUGES_PERIOD_SEC = 5
 
 log = structlog.get_logger()
 
