@@ -49,6 +49,18 @@ async def test_watch_looks_again_and_again_until_it_is_interrupted(stack: Stack)
     assert watching.returncode == 0
 
 
+async def test_watch_writes_a_line_for_each_look_where_nobody_watches(stack: Stack) -> None:
+    watching = await start(stack.url, "watch", "--every", "0.1", "--within", "60", COLUMNS="20")
+    assert watching.stdout is not None
+    for allocated in range(3):
+        while f" {allocated} allocated," not in (line := (await watching.stdout.readline()).decode()):
+            assert line
+        await stack.allocate(f"student-{allocated}")
+    watching.send_signal(signal.SIGINT)
+    await watching.communicate()
+    assert watching.returncode == 0
+
+
 async def test_the_pool_is_counted_and_listed(stack: Stack) -> None:
     lease = (await stack.allocate("ada", X_Instruqt_Track_ID="dns-101")).json()
     assert (await ctl(stack, "pool", "--json")).json["available"] == 49

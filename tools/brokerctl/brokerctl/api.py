@@ -1,12 +1,14 @@
 """The admin API, as this tool asks it."""
 
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from typing import Any, Generic, TypeVar
-from urllib.parse import quote
-
-import httpx
+from urllib.error import URLError
+from urllib.parse import quote, urlencode
+from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, UnknownHandler
 
 from brokerctl.config import Config
 from brokerctl.problems import Misconfigured, Problem, Refused, Unavailable
@@ -19,14 +21,18 @@ T = TypeVar("T")
 
 
 class Api:
+    """With what Python brings along: to import an HTTP library takes longer than most answers."""
+
     def __init__(self, config: Config) -> None:
         self.url = config.url
-        self._client = httpx.Client(
-            base_url=f"{config.url}/v1/admin",
-            headers={"Authorization": f"Bearer {config.token}"},
-            timeout=TIMEOUT_SEC,
-            verify=config.url.startswith("https:"),  # reading all certificates takes a while, and http needs none
-        )
+        self._headers = {"Authorization": f"Bearer {config.token}", "User-Agent": "brokerctl"}
+        # Nothing that follows a redirection, which would take the token elsewhere.
+        self._opener = OpenerDirector()
+        self._opener.add_handler(ProxyHandler())
+        self._opener.add_handler(HTTPHandler())
+        if config.url.startswith("https:"):  # reading all certificates takes a while, and http needs none
+            self._opener.add_handler(HTTPSHandler())
+        self._opener.add_handler(UnknownHandler())
 
     def get(self, path: str, **parameters: Any) -> dict[str, Any]:
         """Raises Problem, as all of these."""
@@ -51,28 +57,32 @@ class Api:
                 return
 
     def request(self, method: str, path: str, **parameters: Any) -> dict[str, Any]:
-        given = {name: value for name, value in parameters.items() if value is not None}
+        given = urlencode({name: value for name, value in parameters.items() if value is not None})
+        url = f"{self.url}/v1/admin/{path}?{given}".rstrip("?")
+        request = Request(url, method=method, headers=self._headers)
         try:
-            response = self._client.request(method, path, params=given)
-        except httpx.TimeoutException:
-            raise Unavailable(
-                f"The gateway at {self.url} did not answer within {TIMEOUT_SEC:g} s. It may still do what was "
-                "asked: look before you ask again."
-            ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise Unavailable(no_gateway(self.url, str(error) or type(error).__name__)) from None
+            with self._opener.open(request, timeout=TIMEOUT_SEC) as response:
+                status, content = response.status, response.read()
+        except (OSError, HTTPException, UnicodeError) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            if isinstance(reason, TimeoutError):
+                raise Unavailable(
+                    f"The gateway at {self.url} did not answer within {TIMEOUT_SEC:g} s. It may still do what was "
+                    "asked: look before you ask again."
+                ) from None
+            raise Unavailable(no_gateway(self.url, str(reason) or type(reason).__name__)) from None
         try:
-            body: dict[str, Any] = response.json()
-            if response.is_success:
+            body: dict[str, Any] = json.loads(content)
+            if 200 <= status < 300:
                 return body
             detail = body["detail"]
             detail["code"], detail["message"]
         except (ValueError, LookupError, TypeError):
             raise Unavailable(
-                f"What answers at {self.url} is not the broker (HTTP {response.status_code}). "
+                f"What answers at {self.url} is not the broker (HTTP {status}). "
                 "Check BROKER_API_URL, and what is between here and the gateway."
             ) from None
-        raise _problem(response.status_code, detail)
+        raise _problem(status, detail)
 
 
 def path(part: str) -> str:

@@ -68,18 +68,20 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     within: Within = outlook.STATUS_SEC,
 ) -> None:
-    """The same, again and again, until Ctrl-C. With --json a line for each look."""
+    """The same, again and again, until Ctrl-C. With --json, or where nobody watches, a line for each look."""
     api = connect(context)
     # Also where whoever has started us ignores it, as shells do for what runs in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if as_json:
+        if as_json or not screens.console.is_terminal:
             while True:
-                screens.as_json(outlook.ask(api, within))
+                found = outlook.ask(api, within)
+                if as_json:
+                    screens.as_json(found)
+                else:
+                    screens.console.print(screens.line(found), soft_wrap=True)
                 time.sleep(every)
-        with Live(
-            _look(api, within), console=screens.console, auto_refresh=False, screen=screens.console.is_terminal
-        ) as live:
+        with Live(_look(api, within), console=screens.console, auto_refresh=False, screen=True) as live:
             while True:
                 time.sleep(every)
                 live.update(_look(api, within), refresh=True)

@@ -70,12 +70,8 @@ def facts(pairs: Mapping[str, object]) -> Table:
 
 def status(url: str, found: Mapping[str, Any]) -> RenderableType:
     """One screen."""
-    states = {"gateway": found["gateway"]["state"]}
-    for name, key in (("RabbitMQ", "rabbitmq"), ("PostgreSQL", "database")):
-        states[name] = found[key]["state"] if key in found else "unknown"
-    states |= {entry["service"]: entry["state"] for entry in found.get("services", ())}
     parts = Text("   ").join(
-        Text.assemble(f"{name} ", text(state, COLOURS[state])) for name, state in states.items()
+        Text.assemble(f"{name} ", text(state, COLOURS[state])) for name, state in _parts(found).items()
     )
     above = facts(
         {
@@ -101,6 +97,23 @@ def status(url: str, found: Mapping[str, Any]) -> RenderableType:
     else:
         shown += [Text(), Text("Nothing needs attention.", style="green")]
     return Group(*shown)
+
+
+def line(found: Mapping[str, Any]) -> Text:
+    """The status for a file or a pipe, in one line."""
+    told = [", ".join(f"{name} {state}" for name, state in _parts(found).items())]
+    if found.get("pool"):
+        told.append(_pool(found["pool"]))
+    told += [f"{entry['part']}: {entry['problem']}" for entry in found["attention"]] or ["nothing needs attention"]
+    return text(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {' '.join('; '.join(told).split())}")
+
+
+def _parts(found: Mapping[str, Any]) -> dict[str, str]:
+    """The state of each."""
+    states = {"gateway": found["gateway"]["state"]}
+    for name, key in (("RabbitMQ", "rabbitmq"), ("PostgreSQL", "database")):
+        states[name] = found[key]["state"] if key in found else "unknown"
+    return states | {entry["service"]: entry["state"] for entry in found.get("services", ())}
 
 
 def _pool(pool: Mapping[str, Any]) -> str:
