@@ -98,6 +98,9 @@ class CleanUp:
             batch = _Batch(run_id, allowed)
             await self._work_off(batch)
             if batch.tried == 0:
+                # Our claim on what CSP refused us would end before: it is another run's by now, or done.
+                if not batch.on_duty or batch.next_in_sec is None or batch.next_in_sec > self._claim_sec:
+                    self._deleter.refusal_is_over()
                 if batch.on_duty:
                     await self._jobs.complete()
                 return None if batch.next_in_sec is None else max(batch.next_in_sec, MIN_PAUSE_SEC)

@@ -125,6 +125,10 @@ class Deleter:
         self._refusing.succeeded(now)
         metrics.UNAUTHORIZED.set(0)
 
+    def refusal_is_over(self) -> None:
+        """Another run has dealt with what CSP refused us: how our token is now its reaper tells."""
+        metrics.UNAUTHORIZED.set(0)
+
     async def _record_failure(
         self,
         run_id: uuid.UUID,

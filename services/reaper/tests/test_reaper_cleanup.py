@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
 import pytest
@@ -231,6 +231,54 @@ async def test_a_refused_token_stops_all_deletions_until_one_probe_finds_it_acce
             assert sample("broker_csp_unauthorized") == 0
     assert allocator.all(RecordDeletionFailure) == []  # no attempt was used up
     assert "simulator-token" not in str(logs)
+
+
+def takes_over(allocator: Allocator) -> None:
+    allocator.on_duty = (uuid.uuid4(), time.monotonic() + 3600)
+
+
+def deletes_all(allocator: Allocator) -> None:
+    allocator.due.clear()
+    allocator.claims_end()
+
+
+def leaves_some_for_later(allocator: Allocator) -> None:
+    allocator.due_at = dict.fromkeys(allocator.due, time.monotonic() + 3600)
+    allocator.on_duty = (None, 0)
+
+
+@pytest.mark.parametrize("another_run", [takes_over, deletes_all, leaves_some_for_later])
+async def test_a_refused_token_is_no_longer_told_by_a_reaper_whose_work_another_has_taken(
+    csp: Csp, allocator: Allocator, amqp_url: str, another_run: Callable[[Allocator], None]
+) -> None:
+    await csp.behave(reject_tokens=True)
+    await allocator.add_due()
+    async with reaping(amqp_url, csp, circuit_breaker_timeout_sec=1):
+        await until(lambda: sample("broker_csp_unauthorized") == 1)
+        another_run(allocator)
+        await until(lambda: sample("broker_csp_unauthorized") == 0)
+
+
+async def test_a_refused_token_is_told_as_long_as_what_was_refused_waits(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    await csp.behave(reject_tokens=True)
+    await allocator.add_due()
+    async with reaping(amqp_url, csp, cleanup_concurrency=1, circuit_breaker_timeout_sec=1):
+        await until(lambda: sample("broker_csp_unauthorized") == 1)
+        allocator.due_at = dict.fromkeys(allocator.due, time.monotonic() + 60)  # as long as a claim lasts
+        claims = len(allocator.all(ClaimDeletions))
+
+        def looked_again() -> bool:
+            return len(allocator.all(ClaimDeletions)) > claims and isinstance(allocator.heard[-1][1], EndCleanup)
+
+        await until(looked_again)
+        assert sample("broker_csp_unauthorized") == 1
+        await csp.behave(reject_tokens=False)
+        allocator.claims_end()
+        await announce(amqp_url)
+        await until(lambda: not allocator.due)
+        assert sample("broker_csp_unauthorized") == 0
 
 
 async def test_one_deletion_that_cannot_be_recorded_does_not_hold_up_the_others(
