@@ -50,10 +50,11 @@ fmt: setup ## Format, and repair what the linter can
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-docs: setup ## Renew the pages that are made from the code
+docs: setup ## Renew the pages that are made from the code, and Kubernetes' copy of the alerts
 	@$(PYTHON) -m gateway.error_page >docs/errors.md
 	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
 	@$(PYTHON) -m sandbox_broker.asyncapi >docs/asyncapi.json
+	@$(PYTHON) -m k8s_check.monitoring <deploy/prometheus/alerts.yml >deploy/k8s/components/prometheus-operator/rules.yaml
 
 lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
 	@for service in $(SERVICES); do \

@@ -13,7 +13,7 @@ _MAJOR, _MINOR = (int(part) for part in kubernetes_validate.latest_version().spl
 VERSIONS = (f"{_MAJOR}.{_MINOR - SUPPORTED_MINORS + 1}", f"{_MAJOR}.{_MINOR}")
 """The oldest and the newest that are supported, as the locked schemas know them."""
 
-OPERATORS = {"postgresql.cnpg.io/v1", "rabbitmq.com/v1beta1", "keda.sh/v1alpha1"}
+OPERATORS = {"postgresql.cnpg.io/v1", "rabbitmq.com/v1beta1", "keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
 """Their kinds have schemas in the cluster, and none here (crds.py)."""
 
 

@@ -75,6 +75,18 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "minimumReplicas",
             "HorizontalPodAutoscaler gateway: Kubernetes",
         ),
+        (
+            "prometheus/alerts.yml",
+            "for: 2m",
+            "for: 3m",
+            "PrometheusRule sandbox-broker: deploy/prometheus/alerts.yml has other alerts: run make docs",
+        ),
+        (
+            "k8s/components/prometheus-operator/podmonitor.yaml",
+            "jobLabel: app.kubernetes.io/part-of",
+            "jobLabel: app.kubernetes.io/name",
+            "Deployment gateway: no PodMonitor reads its metrics as job sandbox-broker",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_told(
