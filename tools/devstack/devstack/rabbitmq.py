@@ -22,6 +22,8 @@ from sandbox_broker import topology
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"
 _STOP_SEC = 30.0
+_CTL_SEC = 150.0
+"""It starts a virtual machine of its own: two seconds, or a minute where many others want the processors."""
 
 
 async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
@@ -170,6 +172,7 @@ class PrivateRabbitMQ:
             env=self._environment(self._directory),
             cwd=self._directory,
             user=self._user,
+            timeout=_CTL_SEC,
         )
         if code != 0:
             raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {said}")
