@@ -16,7 +16,7 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, dead_letters, deletions, handlers, jobs, listings, purge, store
+from allocator import consumer, dead_letters, deletions, jobs, lanes, listings, purge, store
 from devstack.crashes import Crashes
 from sandbox_broker import bus
 
@@ -31,7 +31,7 @@ def replaced(text: str, old: str, new: str) -> str:
 
 def is_of_student(delivery: Any) -> bool:
     """Not maintenance, which goes on all the time."""
-    return bool(delivery.routing_key == handlers.STUDENTS.queue.name)
+    return bool(delivery.routing_key == lanes.STUDENTS.queue.name)
 
 
 def no_skip_locked() -> None:
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     module = sys.argv.pop(1)
     crashes = Crashes(Path(os.environ["STOP_AT"]), module)
     store.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
-    handlers.STUDENTS = dataclasses.replace(handlers.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
+    lanes.STUDENTS = dataclasses.replace(lanes.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
     store.allocate = crashes.around(store.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 

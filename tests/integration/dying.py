@@ -42,9 +42,9 @@ if module == "reaper":
     deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
-    from allocator import handlers, listings, store
+    from allocator import lanes, listings, store
 
-    lane = handlers.MAINTENANCE.handlers
+    lane = lanes.MAINTENANCE.handlers
     for kind, handle in lane.items():
         if kind.__name__ in DYING_AT:
             lane[kind] = crashes.around(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]

@@ -19,9 +19,10 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from allocator import domain, metrics, spans, store
-from allocator.handlers import Handler, Lane, Overtaken, Writer
+from allocator.lanes import Handler, Lane
 from allocator.outbox import Relay
 from allocator.settings import Settings
+from allocator.writer import Overtaken, Writer
 from sandbox_broker import db, dead_letters, story
 from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
 from sandbox_broker.connection import losses

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from allocator import dead_letters, invariants, listings, metrics, store
 from allocator.consumer import Consumer
 from allocator.forecast import Forecast
-from allocator.handlers import MAINTENANCE, STUDENTS
+from allocator.lanes import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from sandbox_broker import db, health, logging, preflight, service, tracing

@@ -10,8 +10,10 @@ from typing import Any
 
 import asyncpg
 
-from allocator import handlers, store
-from allocator.handlers import STUDENTS, Lane, Writer
+from allocator import store
+from allocator.handlers import listings, students
+from allocator.lanes import STUDENTS, Lane
+from allocator.writer import Writer
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher
 from sandbox_broker.messages import (
@@ -161,14 +163,14 @@ class Pool:
         await self.execute(
             "UPDATE sandboxes SET status_since = '2000-01-01' WHERE sandbox_id = $1", sandbox_id
         )  # the next to be given
-        (reply,) = await handlers.allocate_sandbox(await self.writer(), [ask(holder)])
+        (reply,) = await students.allocate_sandbox(await self.writer(), [ask(holder)])
         assert granted(reply).sandbox_id == sandbox_id
         return sandbox_id
 
     async def pending(self) -> str:
         """A sandbox that waits for its deletion; its holder was `gone`."""
         sandbox_id = await self.lease("gone")
-        await handlers.release_sandbox(await self.writer(), [done(sandbox_id, "gone")])
+        await students.release_sandbox(await self.writer(), [done(sandbox_id, "gone")])
         return sandbox_id
 
     async def dead_letter(self, *commands: Command, queue: str = topology.ALLOCATOR_COMMANDS.name) -> uuid.UUID:
@@ -212,15 +214,15 @@ async def pool_in(url: str) -> AsyncIterator[Pool]:
 
 
 async def allocate(writer: Writer, *commands: AllocateSandbox) -> list[Reply]:
-    return await handlers.allocate_sandbox(writer, commands)
+    return await students.allocate_sandbox(writer, commands)
 
 
 async def release(writer: Writer, *commands: ReleaseSandbox) -> list[Reply]:
-    return await handlers.release_sandbox(writer, commands)
+    return await students.release_sandbox(writer, commands)
 
 
 async def begin(writer: Writer) -> int:
-    reply = await handlers.begin_listing(writer, BeginListing())
+    reply = await listings.begin_listing(writer, BeginListing())
     assert isinstance(reply, ListingBegun)
     return reply.listing_id
 
@@ -228,7 +230,7 @@ async def begin(writer: Writer) -> int:
 async def stage(
     writer: Writer, listing_id: int, accounts: Sequence[ListedAccount], unreadable: Sequence[str] = ()
 ) -> None:
-    await handlers.stage_listing(
+    await listings.stage_listing(
         writer, StageListing(listing_id=listing_id, accounts=tuple(accounts), unreadable=tuple(unreadable))
     )
 
@@ -241,7 +243,7 @@ async def apply(
     force: bool = False,
     max_stale_fraction: float = 1,
 ) -> Reply:
-    return await handlers.apply_listing(
+    return await listings.apply_listing(
         writer,
         ApplyListing(listing_id=listing_id, total=total, max_stale_fraction=max_stale_fraction, force=force),
     )
@@ -252,7 +254,7 @@ async def refresh(writer: Writer, listing_id: int, *, limit: int = 500) -> int:
     after, pieces = None, 0
     while True:
         command = RefreshSandboxes(listing_id=listing_id, after=after, limit=limit)
-        reply = await handlers.refresh_sandboxes(writer, command)
+        reply = await listings.refresh_sandboxes(writer, command)
         assert isinstance(reply, SandboxesRefreshed)
         if reply.last is None:
             return pieces

@@ -13,7 +13,7 @@ import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 
 from allocator.consumer import Consumer
-from allocator.handlers import MAINTENANCE, STUDENTS
+from allocator.lanes import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from devstack.ports import free_port

@@ -13,7 +13,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
-from allocator.handlers import STUDENTS
+from allocator.lanes import STUDENTS
 from devstack.postgres import PrivatePostgres
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription

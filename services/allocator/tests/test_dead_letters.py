@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from aio_pika.abc import AbstractQueue
 
-from allocator import dead_letters, handlers
+from allocator import dead_letters
 from allocator.dead_letters import Collector
-from allocator.handlers import STUDENTS, Writer
+from allocator.handlers.dead_letters import replay_dead_letter
+from allocator.lanes import STUDENTS
+from allocator.writer import Writer
 from devstack.postgres import PrivatePostgres
 from sandbox_broker import db, topology
 from sandbox_broker.messages import (
@@ -287,7 +289,7 @@ async def test_a_letter_that_rabbitmq_does_not_take_stays(pool: Pool) -> None:
     """The pool's writers have a publisher that is not connected."""
     dead_letter_id = await pool.dead_letter(done("1", "ann"))
     command = ReplayDeadLetter(request_id="r", dead_letter_id=dead_letter_id)
-    reply = await handlers.replay_dead_letter(await pool.writer(), command)
+    reply = await replay_dead_letter(await pool.writer(), command)
     assert refusal(reply) == "ALLOCATOR_UNAVAILABLE"
     assert await pool.column("SELECT dead_letter_id FROM dead_letters") == [dead_letter_id]
 

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from allocator import handlers
+from allocator.handlers import deletions, leases
 from sandbox_broker.event_data import EVENT_DATA
 from sandbox_broker.messages import (
     ClaimDeletions,
@@ -27,15 +27,15 @@ async def test_the_data_of_every_event_is_as_documented(pool: Pool) -> None:
 
     await release(writer, done(ann, "ann"))
     await pool.execute("UPDATE leases SET expires_at = now() - interval '1 day' WHERE holder = 'bob'")
-    await handlers.expire_leases(writer, ExpireLeases(grace_sec=0, limit=10))
-    await handlers.end_lease(writer, EndLease(request_id="request", sandbox_id=cleo, note="left"))
+    await leases.expire_leases(writer, ExpireLeases(grace_sec=0, limit=10))
+    await leases.end_lease(writer, EndLease(request_id="request", sandbox_id=cleo, note="left"))
 
-    await handlers.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
-    await handlers.record_deletion(writer, RecordDeletion(sandbox_id=ann))
-    await handlers.record_deletion_failure(
+    await deletions.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
+    await deletions.record_deletion(writer, RecordDeletion(sandbox_id=ann))
+    await deletions.record_deletion_failure(
         writer, RecordDeletionFailure(run_id=RUN, sandbox_id=bob, attempts=0, error="500")
     )
-    await handlers.retry_deletion(writer, RetryDeletion(request_id="request", sandbox_id=bob))
+    await deletions.retry_deletion(writer, RetryDeletion(request_id="request", sandbox_id=bob))
 
     assert refusal(await sync(writer, [])) == "SYNC_HELD"
     await sync(writer, accounts[:4])

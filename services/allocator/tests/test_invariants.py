@@ -16,8 +16,10 @@ import asyncpg
 import httpx
 import pytest
 
-from allocator import handlers, invariants, metrics, outbox
-from allocator.handlers import MAINTENANCE, Writer
+from allocator import invariants, metrics, outbox
+from allocator.handlers import deletions, leases
+from allocator.lanes import MAINTENANCE
+from allocator.writer import Writer
 from devstack.ports import free_port
 from devstack.processes import spawn
 from sandbox_broker import topology
@@ -232,11 +234,11 @@ async def test_a_pool_in_which_everything_happens_at_once_is_not_suspected(pool:
 
     async def maintain() -> None:
         while not over.is_set():
-            await handlers.expire_leases(maintainer, ExpireLeases(grace_sec=0, limit=10))
-            reply = await handlers.claim_deletions(maintainer, ClaimDeletions(run_id=RUN, limit=5, claim_sec=60))
+            await leases.expire_leases(maintainer, ExpireLeases(grace_sec=0, limit=10))
+            reply = await deletions.claim_deletions(maintainer, ClaimDeletions(run_id=RUN, limit=5, claim_sec=60))
             assert isinstance(reply, DeletionsClaimed)
             for deletion in reply.deletions:
-                await handlers.record_deletion(maintainer, RecordDeletion(sandbox_id=deletion.sandbox_id))
+                await deletions.record_deletion(maintainer, RecordDeletion(sandbox_id=deletion.sandbox_id))
             await maintainer.connection.execute(outbox.COUNT)
 
     looks: list[Found] = []

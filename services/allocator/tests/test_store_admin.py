@@ -4,7 +4,10 @@ import asyncio
 
 import pytest
 
-from allocator.handlers import Overtaken, Writer, end_lease, release_sandbox, retry_deletion
+from allocator.handlers.deletions import retry_deletion
+from allocator.handlers.leases import end_lease
+from allocator.handlers.students import release_sandbox
+from allocator.writer import Overtaken, Writer
 from sandbox_broker.messages import EndLease, Reply, RetryDeletion, SandboxReleased
 
 from .allocator_harness import Pool, done, refusal

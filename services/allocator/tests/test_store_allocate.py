@@ -6,7 +6,7 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from allocator.handlers import Writer
+from allocator.writer import Writer
 from sandbox_broker.messages import AllocateSandbox, Reply
 
 from .allocator_harness import Pool, allocate, ask, done, granted, refusal, release

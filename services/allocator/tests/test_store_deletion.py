@@ -6,14 +6,14 @@ import uuid
 import pytest
 
 from allocator import store
-from allocator.handlers import (
-    Writer,
+from allocator.handlers.deletions import (
     claim_deletions,
     end_cleanup,
     hurry_deletions,
     record_deletion,
     record_deletion_failure,
 )
+from allocator.writer import Writer
 from sandbox_broker.messages import (
     ClaimDeletions,
     DeletionsClaimed,

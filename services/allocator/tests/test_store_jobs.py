@@ -6,7 +6,8 @@ import uuid
 
 import pytest
 
-from allocator.handlers import Writer, record_job
+from allocator.handlers.jobs import record_job
+from allocator.writer import Writer
 from sandbox_broker.messages import JobState, Recorded, RecordJob
 
 from .allocator_harness import Pool

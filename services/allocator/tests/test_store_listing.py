@@ -6,8 +6,11 @@ from typing import Literal
 
 import pytest
 
-from allocator import handlers, listings
-from allocator.handlers import MAINTENANCE, Writer
+from allocator import listings
+from allocator.handlers import deletions, purge
+from allocator.handlers.listings import refresh_sandboxes
+from allocator.lanes import MAINTENANCE
+from allocator.writer import Writer
 from sandbox_broker.messages import (
     ClaimDeletions,
     DeleteStale,
@@ -311,7 +314,7 @@ async def test_while_names_are_corrected_students_still_find_half_of_the_pool(po
     await apply(syncer, listing_id, 8)
     transaction = syncer.connection.transaction()
     await transaction.start()
-    await handlers.refresh_sandboxes(syncer, RefreshSandboxes(listing_id=listing_id, limit=500))
+    await refresh_sandboxes(syncer, RefreshSandboxes(listing_id=listing_id, limit=500))
     granted_now = await allocate(student, *(ask(f"student-{number}") for number in range(4)))
     assert all(granted(reply).new for reply in granted_now)
     await transaction.commit()
@@ -374,7 +377,7 @@ async def test_a_sandbox_in_a_record_that_cannot_be_read_is_listed_all_the_same(
 
 
 async def delete(pool: Pool, sandbox_id: str) -> None:
-    await handlers.record_deletion(await pool.writer(), RecordDeletion(sandbox_id=sandbox_id))
+    await deletions.record_deletion(await pool.writer(), RecordDeletion(sandbox_id=sandbox_id))
 
 
 async def test_a_listing_begun_before_a_deletion_does_not_bring_the_sandbox_back(pool: Pool) -> None:
@@ -394,7 +397,7 @@ async def test_what_was_leased_does_not_come_back_when_its_record_has_been_forgo
     sandbox_id = await pool.pending()
     await pool.execute("UPDATE sandboxes SET status = $1", status)
     writer = await pool.writer()
-    assert await handlers.purge_records(writer, PurgeRecords(status=status, limit=10)) == Purged(count=1)
+    assert await purge.purge_records(writer, PurgeRecords(status=status, limit=10)) == Purged(count=1)
     reply = await sync(writer, [account(int(sandbox_id))])
     assert counts(reply) == (1, 0, 0, 0)
     assert isinstance(reply, ListingApplied)
@@ -425,7 +428,7 @@ async def test_a_deletion_that_csp_has_not_done_is_reopened_and_never_available(
         "reason": "student",
         "reopened": True,
     }
-    claimed = await handlers.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
+    claimed = await deletions.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
     assert isinstance(claimed, DeletionsClaimed)
     assert [(due.sandbox_id, due.external_id, due.attempts) for due in claimed.deletions] == [
         (sandbox_id, "moved", 0)
@@ -446,7 +449,7 @@ async def test_what_was_deleted_because_it_was_stale_is_a_leak_and_not_deleted_i
     """Nobody has used it; an account that CSP did not list for a day is not ours to delete."""
     (sandbox_id,) = await pool.fill(1, "stale")
     writer = await pool.writer()
-    assert await handlers.delete_stale(writer, DeleteStale(stale_for_sec=3600, limit=10)) == Purged(count=1)
+    assert await purge.delete_stale(writer, DeleteStale(stale_for_sec=3600, limit=10)) == Purged(count=1)
     await pool.execute("UPDATE sandboxes SET status_since = now() - interval '10 minutes'")
     reply = await sync(writer, [account(int(sandbox_id))])
     assert isinstance(reply, ListingApplied)
@@ -507,7 +510,7 @@ async def test_students_sandboxes_that_a_listing_lacks_count_as_lost_once(pool: 
 
 
 async def claimed(writer: Writer) -> list[DueDeletion]:
-    reply = await handlers.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
+    reply = await deletions.claim_deletions(writer, ClaimDeletions(run_id=RUN, limit=10, claim_sec=60))
     assert isinstance(reply, DeletionsClaimed)
     return list(reply.deletions)
 

@@ -6,9 +6,10 @@ from typing import Literal
 
 import pytest
 
-from allocator import handlers
 from allocator import purge as statements
-from allocator.handlers import MAINTENANCE, Writer
+from allocator.handlers import purge as handlers
+from allocator.lanes import MAINTENANCE
+from allocator.writer import Writer
 from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
 
 from .allocator_harness import Pool

@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from allocator.handlers import Overtaken, Writer, expire_leases
+from allocator.handlers.leases import expire_leases
+from allocator.writer import Overtaken, Writer
 from sandbox_broker.messages import ExpireLeases, LeasesExpired, SandboxReleased
 
 from .allocator_harness import Pool, allocate, ask, done, granted, refusal, release
