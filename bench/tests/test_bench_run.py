@@ -1,6 +1,7 @@
 """`python -m bench` as a whole, at its smallest."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -40,8 +41,14 @@ async def test_the_smallest_run_of_each_kind_keeps_every_promise_and_tells_its_f
 
 async def test_what_is_stopped_half_way_leaves_no_database(servers: tuple[Found, Found]) -> None:
     found, _ = servers
-    process = await spawn("bench", [sys.executable, "-m", "bench", "ours-1", *SMALLEST], cwd=ROOT)
-    admin = await asyncpg.connect(found.url if found.given else f"{found.url}/postgres")
+    url = found.url if found.given else f"{found.url}/postgres"
+    process = await spawn(
+        "bench",
+        [sys.executable, "-m", "bench", "ours-1", *SMALLEST],
+        env={**os.environ, "DATABASE_URL": url},
+        cwd=ROOT,
+    )
+    admin = await asyncpg.connect(url)
 
     async def databases() -> int:
         names = f"broker_bench_{process.pid}_%"
