@@ -2,15 +2,17 @@
 a resource alarm blocks whoever publishes."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import ChannelFrame
 from aiormq.channel import Channel
-from aiormq.exceptions import PublishError
+from aiormq.exceptions import DeliveryError, PublishError
 from pamqp import frame
 from pamqp.body import ContentBody
 from pamqp.commands import Basic
@@ -19,6 +21,12 @@ from pamqp.header import ContentHeader
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
 
 PUBLISH_TIMEOUT_SEC = 5.0
+REFUSED_SEC = 5.0
+"""After so long without a message that RabbitMQ has taken, one that it refuses ends the connection. A channel to a
+quorum queue that was full is refused for ever when the limit is lifted before there is room again
+(RabbitMQ 3.10); a new channel is not."""
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,7 @@ class Publisher:
         self._asking: Channel | None = None
         self._connected = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
+        self._taken_at = -math.inf
 
     @property
     def connected(self) -> bool:
@@ -83,6 +92,7 @@ class Publisher:
         with losses():
             channel = await open_channel(connection, confirms=True)
             self._connection, self._channel = connection, channel
+            self._taken()
             self._connected.set()
             try:
                 await channel.closing
@@ -122,8 +132,13 @@ class Publisher:
                         mandatory=mandatory,
                         wait=False,
                     )
+                    self._taken()
                 except PublishError as error:
+                    self._taken()
                     raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
+                except DeliveryError:
+                    await self._refused()
+                    raise
                 finally:
                     self._limits.discard(limit)
 
@@ -158,9 +173,21 @@ class Publisher:
             if not confirm.done() or confirm.cancelled() or confirm.exception() is not None:
                 break
             confirmed += 1
+        if confirmed:
+            self._taken()
+        elif any(_is_refused(confirm) for confirm in confirms):
+            await self._refused()
         for confirm in confirms[confirmed:]:
             confirm.cancel()
         return confirmed
+
+    def _taken(self) -> None:
+        self._taken_at = asyncio.get_running_loop().time()
+
+    async def _refused(self) -> None:
+        if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
+            log.warning("rabbitmq.only_refuses", connection=self._name)
+            await self._channel.close()
 
     async def consumers(self, queue: str) -> int:
         """How many consumers the queue has; raises Disconnected."""
@@ -178,6 +205,10 @@ class Publisher:
                     self._asking = await open_channel(self._connection, confirms=False)
                 declared = await self._asking.queue_declare(queue, passive=True)
         return Seen(declared.message_count or 0, declared.consumer_count or 0)
+
+
+def _is_refused(confirm: asyncio.Future[object]) -> bool:
+    return confirm.done() and not confirm.cancelled() and isinstance(confirm.exception(), DeliveryError)
 
 
 async def _write(channel: Channel, exchange: str, messages: Sequence[Outgoing]) -> list[asyncio.Future[object]]:

@@ -17,7 +17,7 @@ from pamqp.commands import Basic
 from prometheus_client import REGISTRY
 
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import bus, connection, story, topology
+from sandbox_broker import bus, connection, publisher, story, topology
 from sandbox_broker.bus import (
     Disconnected,
     Outgoing,
@@ -657,6 +657,33 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
             await private.ctl("set_vm_memory_high_watermark", "0.4")
         await made.put(queue=FILLED, timeout_sec=15)
         await other.put(queue=FILLED, timeout_sec=15)
+
+
+async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a limit is lifted while it is exceeded, a channel that was refused before is refused for ever."""
+    monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
+    policy = '{"max-length": 1, "overflow": "reject-publish"}'
+    async with connected(private.url) as made:
+        await private.ctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
+        try:
+
+            async def refused() -> bool:
+                with contextlib.suppress(Disconnected):
+                    await made.put()
+                    return False
+                return True
+
+            async with asyncio.timeout(20):
+                while not await refused():
+                    pass
+        finally:
+            await private.ctl("clear_policy", "limit")
+        async with asyncio.timeout(20):
+            while await refused():
+                pass
+        await private.ctl("purge_queue", QUEUE.name)
 
 
 # Keeping connected

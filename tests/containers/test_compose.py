@@ -128,19 +128,19 @@ async def test_a_service_that_ends_is_started_again(compose: Compose) -> None:
 
 async def test_any_container_may_be_killed_while_students_are_at_work_and_nothing_is_lost(compose: Compose) -> None:
     history, chance = History(), random.Random(8)
-    students = Students([compose.url], history, chance)
-    work = asyncio.create_task(students.run(PLACES))
-    await asyncio.sleep(UNDISTURBED_SEC)
-    for service in (*OURS, *SERVERS):
-        container = await compose.container(service)
-        await docker("kill", container)
-        await asyncio.sleep(chance.uniform(0.5, 2))
-        await docker("start", container)
-        await compose.until_all_are_healthy()
-        served = await students.probe(f"after-{service}", until=time.time() + PATIENCE_SEC)
-        assert served is not None, f"nobody was given a sandbox after {service} was killed"
-    students.stop()
-    await work
+    async with Students([compose.url], history, chance) as students:
+        work = asyncio.create_task(students.run(PLACES))
+        await asyncio.sleep(UNDISTURBED_SEC)
+        for service in (*OURS, *SERVERS):
+            container = await compose.container(service)
+            await docker("kill", container)
+            await asyncio.sleep(chance.uniform(0.5, 2))
+            await docker("start", container)
+            await compose.until_all_are_healthy()
+            served = await students.probe(f"after-{service}", until=time.time() + PATIENCE_SEC)
+            assert served is not None, f"nobody was given a sandbox after {service} was killed"
+        students.stop()
+        await work
 
     async def nothing_is_pending() -> bool:
         return bool((await compose.admin("GET", "stats"))["pending_deletion"] == 0)
