@@ -41,6 +41,8 @@ LONGEST_REST_SEC = 0.1
 """After a batch of a lane that gives way."""
 DATABASE_PAUSE_SEC = 1.0
 """How long a database that does not answer is left alone; commands are refused at once meanwhile."""
+REMEMBERED = 20_000
+"""Envelopes, the last ones: more than come in the time that a student waits for an answer."""
 
 UNAVAILABLE = Refused(
     code="ALLOCATOR_UNAVAILABLE",
@@ -77,6 +79,7 @@ class Consumer:
         self._connection: asyncpg.Connection | None = None
         self._epoch = 0
         self._unavailable_until = -math.inf
+        self._remembered: dict[tuple[str | None, str], None] = {}
         self._spans: spans.Spans = {}
 
     @property
@@ -117,7 +120,9 @@ class Consumer:
         for delivery in deliveries:
             try:
                 commands = decode_commands(delivery.body)
-                envelopes.append((delivery, domain.delivered_again(commands) if delivery.redelivered else commands))
+                if self._came_before(delivery):
+                    commands = domain.delivered_again(commands)
+                envelopes.append((delivery, commands))
             except InvalidEnvelope as error:
                 log.error("message.rejected", queue=self._queue, reason=str(error))
                 await subscription.reject(delivery)
@@ -130,6 +135,22 @@ class Consumer:
             answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
             await asyncio.gather(*(answer(self._publisher, delivery, given) for delivery, given in answers))
             await subscription.ack(envelopes[-1][0], all_before=True)
+
+    def _came_before(self, delivery: DeliveredMessage) -> bool:
+        """RabbitMQ tells of what it delivers again, not of a copy that was sent on its way: that one is known here,
+        unless another allocator had the first."""
+        properties = delivery.header.properties
+        if delivery.redelivered:
+            return True
+        if properties.correlation_id is None:
+            return False
+        envelope = (properties.reply_to, properties.correlation_id)
+        if envelope in self._remembered:
+            return True
+        self._remembered[envelope] = None
+        if len(self._remembered) > REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        return False
 
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""

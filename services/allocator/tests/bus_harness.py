@@ -85,10 +85,11 @@ class Client:
         reply_to: str | None = None,
         times: int = 1,
         queue: topology.Queue = topology.ALLOCATOR_COMMANDS,
+        copy_of: str | None = None,
     ) -> str:
-        """Puts an envelope into the queue, `times` over; returns its correlation id."""
+        """Puts an envelope into the queue, `times` over; returns its correlation id, which a copy shares."""
         body = commands if isinstance(commands, bytes) else encode_commands(commands)
-        correlation_id = uuid.uuid4().hex
+        correlation_id = copy_of or uuid.uuid4().hex
         exchange = await self.channel.get_exchange(topology.COMMANDS.name, ensure=False)
         for _ in range(times):
             message = aio_pika.Message(

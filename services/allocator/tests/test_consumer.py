@@ -230,6 +230,22 @@ async def test_an_allocation_that_is_delivered_again_when_its_lease_has_ended_ta
     await pool.sound()
 
 
+async def test_a_copy_of_an_allocation_that_comes_when_the_student_has_left_takes_no_second_sandbox(
+    pool: Pool, running: Allocator, asking: Client
+) -> None:
+    """Nothing of it is in the database: it was answered with the lease that the student had."""
+    await pool.fill(2)
+    lease = granted(await asking.ask_one(ask("ann")))
+    repeated = await asking.publish([ask("ann")])
+    await asking.answers(repeated)
+    await asking.ask_one(done(lease.sandbox_id, "ann"))
+    await asking.publish([ask("ann")], copy_of=repeated)
+    _, (late,) = await asking.answers(repeated, times=2)
+    assert refusal(late) == "ALLOCATOR_UNAVAILABLE"
+    assert await pool.value("SELECT count(*) FROM leases") == 1
+    await pool.sound()
+
+
 async def test_an_allocation_with_a_key_is_done_when_it_is_delivered_again_unless_the_key_was_used(
     pool: Pool, clean_queues: str, asking: Client
 ) -> None:
