@@ -10,12 +10,16 @@ from aiormq.channel import Channel
 from sandbox_broker import topology
 from sandbox_broker.connection import open_channel
 from tests.chaos.faults import Fault
-from tests.chaos.stack import Chaos
+from tests.chaos.stack import SERVICES, Chaos
 
 LASTS_SEC = 6.0
 TWICE_SEC = (0.0, 0.02)
 """From a command to its copy: in RabbitMQ, which lets the rest of its batch stay behind it, it is no more."""
 REORDERED_SEC = (0.0, 1.0)
+RECONNECTING = frozenset(
+    {"RabbitMQ", *SERVICES.values(), *(f"link from {module} to RabbitMQ" for module in SERVICES.values())}
+)
+"""What makes a service connect to RabbitMQ anew, and declare the topology."""
 QUEUES = (
     topology.ALLOCATOR_COMMANDS.name,
     topology.ALLOCATOR_MAINTENANCE.name,
@@ -37,6 +41,8 @@ class _Tap:
         self._name = ""
 
     async def open(self, chaos: Chaos) -> None:
+        if self._instead:  # whoever connected later would bind the queues again, and what follows would come twice
+            await chaos.until_a_standby_is_there()
         connection = await self._open.enter_async_context(chaos.connected())
         self._channel = await open_channel(connection, confirms=True)
         declared = await self._channel.queue_declare(exclusive=True, auto_delete=True)
@@ -44,7 +50,7 @@ class _Tap:
         await self._channel.basic_consume(self._name, self._delivered, no_ack=True)
         for name in QUEUES:
             await self._channel.queue_bind(self._name, topology.COMMANDS.name, name)
-            if self._instead:  # whoever connects meanwhile binds it again, and what follows comes twice
+            if self._instead:
                 await self._channel.queue_unbind(name, topology.COMMANDS.name, name)
 
     async def close(self) -> None:
@@ -69,14 +75,14 @@ class _Tap:
         )
 
 
-def _fault(kind: str, tap: _Tap) -> Fault:
+def _fault(kind: str, tap: _Tap, touches: frozenset[str]) -> Fault:
     async def heal(_: Chaos) -> None:
         await tap.close()
 
     return Fault(
         kind=kind,
         name=kind,
-        touches=frozenset({"RabbitMQ"}),
+        touches=touches,
         inject=tap.open,
         heal=heal,
         lasts_sec=LASTS_SEC,
@@ -86,6 +92,6 @@ def _fault(kind: str, tap: _Tap) -> Fault:
 
 def faults(chance: random.Random) -> list[Fault]:
     return [
-        _fault("commands delivered twice", _Tap(TWICE_SEC, instead=False, chance=chance)),
-        _fault("commands reordered", _Tap(REORDERED_SEC, instead=True, chance=chance)),
+        _fault("commands delivered twice", _Tap(TWICE_SEC, instead=False, chance=chance), frozenset({"RabbitMQ"})),
+        _fault("commands reordered", _Tap(REORDERED_SEC, instead=True, chance=chance), RECONNECTING),
     ]
