@@ -11,6 +11,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 import aio_pika
+from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from devstack.errors import CannotRun
@@ -33,8 +34,10 @@ async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
             return "it is not like amqp://user:password@host:5672/"
         async with asyncio.timeout(timeout):
             await _knock(url)
-            connection = await aio_pika.connect(url)
-            await connection.close()
+            # Whatever comes of it, it is closed: one that never connected would else be closed by the collector of
+            # garbage, where there may be no loop.
+            async with aio_pika.Connection(make_url(url)) as connection:
+                await connection.connect()
     except TimeoutError:
         return f"no answer within {timeout:.0f} s"
     except (AMQPError, OSError, ValueError) as error:
