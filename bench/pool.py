@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from devstack.errors import CannotRun
+from devstack.temporary import truncate
 
 _SETTLE_SEC = 120.0
 _BETWEEN_LOOKS_SEC = 0.05
@@ -88,7 +89,7 @@ async def empty(database: asyncpg.Connection) -> str:
     """Names the tables that are empty now."""
     has_events = await database.fetchval("SELECT to_regclass('outbox') IS NOT NULL")
     tables = "sandboxes, outbox, history, pool_changes, pool_counts" if has_events else "sandboxes"
-    await database.execute(f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
+    await truncate(database, f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
     return f"{tables}, leases"
 
 

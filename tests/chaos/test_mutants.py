@@ -14,6 +14,7 @@ import aio_pika
 import asyncpg
 import pytest
 
+from devstack.temporary import truncate
 from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker import topology
 from tests.chaos import checker
@@ -153,7 +154,7 @@ async def without_index(database: asyncpg.Pool, name: str | None) -> AsyncIterat
     try:
         yield
     finally:
-        await database.execute("TRUNCATE leases")  # nothing of it may be left that the index forbids
+        await truncate(database, "TRUNCATE leases")  # nothing of it may be left that the index forbids
         await database.execute(definition)
 
 

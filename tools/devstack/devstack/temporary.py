@@ -1,6 +1,7 @@
 """A database and a virtual host of one's own on the servers that were found, for tests and benchmarks: what runs
 beside each other there does not meet."""
 
+import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,14 @@ async def database(found: Found, prefix: str) -> AsyncIterator[str]:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await admin.close()
+
+
+async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
+    """Empties tables, whoever is looking at them: services at work lock the same ones in another order."""
+    while True:
+        with contextlib.suppress(asyncpg.DeadlockDetectedError):
+            await database.execute(statement)
+            return
 
 
 @asynccontextmanager

@@ -7,7 +7,6 @@ the one that controls them starts and removes what they share.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict
@@ -106,16 +105,12 @@ async def clean_database(database_url: str) -> str:
 
 async def empty(database: asyncpg.Connection | asyncpg.Pool) -> None:
     """Removes everything from our tables, whoever is looking at them."""
-    done = False
-    while not done:
-        # Services at work lock the same tables in another order.
-        with contextlib.suppress(asyncpg.DeadlockDetectedError):
-            await database.execute(
-                "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, "
-                "csp_listings, csp_accounts, dead_letters; "
-                "UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'"
-            )
-            done = True
+    await temporary.truncate(
+        database,
+        "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, "
+        "csp_listings, csp_accounts, dead_letters; "
+        "UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'",
+    )
 
 
 NewVhost = Callable[[], AbstractAsyncContextManager[str]]
