@@ -2,6 +2,7 @@
 a resource alarm blocks whoever publishes."""
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,12 +174,12 @@ class Publisher:
             if not confirm.done() or confirm.cancelled() or confirm.exception() is not None:
                 break
             confirmed += 1
+        for confirm in confirms[confirmed:]:
+            confirm.cancel()
         if confirmed:
             self._taken()
         elif any(_is_refused(confirm) for confirm in confirms):
             await self._refused()
-        for confirm in confirms[confirmed:]:
-            confirm.cancel()
         return confirmed
 
     def _taken(self) -> None:
@@ -187,7 +188,9 @@ class Publisher:
     async def _refused(self) -> None:
         if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
             log.warning("rabbitmq.only_refuses", connection=self._name)
-            await self._channel.close()
+            with contextlib.suppress(Disconnected), losses():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
+                    await self._channel.close()
 
     async def consumers(self, queue: str) -> int:
         """How many consumers the queue has; raises Disconnected."""

@@ -659,8 +659,9 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
         await other.put(queue=FILLED, timeout_sec=15)
 
 
+@pytest.mark.parametrize("together", [False, True])
 async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
-    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
     """Where a limit is lifted while it is exceeded, a channel that was refused before is refused for ever."""
     monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
@@ -671,6 +672,8 @@ async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
 
             async def refused() -> bool:
                 with contextlib.suppress(Disconnected):
+                    if together:
+                        return await made.publisher.publish_all("", outgoing(1)) == 0
                     await made.put()
                     return False
                 return True
