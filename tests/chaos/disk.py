@@ -10,6 +10,8 @@ from devstack.private import make_directory
 from devstack.processes import run
 
 SIZE = 2 << 30
+SPARE = (0, 1 << 20, 4 << 20, 16 << 20)
+"""Bytes that each try at filling it leaves free."""
 
 
 class CannotMount(Exception):
@@ -37,17 +39,26 @@ class Disk:
         shutil.rmtree(self.path, ignore_errors=True)
 
     async def fill(self) -> None:
-        """Leaves no room but for what is there. Raises CannotMount."""
-        of = os.statvfs(self.path)
-        await self._resize((of.f_blocks - of.f_bfree) * of.f_frsize)
+        """Leaves no room but for what is there. Raises CannotMount.
+
+        The kernel refuses a size below what is there by then, and whoever writes adds to it between the two calls:
+        then each further try leaves more room, which the same writer takes.
+        """
+        problem = None
+        for spare in SPARE:
+            of = os.statvfs(self.path)
+            problem = await self._resize((of.f_blocks - of.f_bfree) * of.f_frsize + spare)
+            if problem is None:
+                return
+        raise CannotMount(problem)
 
     async def empty(self) -> None:
         """Gives the room back."""
-        await self._resize(SIZE)
-
-    async def _resize(self, size: int) -> None:
-        if problem := await _mount("-o", f"remount,size={size}", str(self.path)):
+        if problem := await self._resize(SIZE):
             raise CannotMount(problem)
+
+    async def _resize(self, size: int) -> str | None:
+        return await _mount("-o", f"remount,size={size}", str(self.path))
 
 
 async def _mount(*arguments: str) -> str | None:
