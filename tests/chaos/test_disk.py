@@ -15,17 +15,14 @@ async def disk() -> AsyncIterator[Disk | None]:
     """None where it cannot be: it takes root. Then the fault comes to nothing, and says why."""
     disk = Disk()
     try:
-        await disk.__aenter__()
+        async with disk:
+            yield disk
     except CannotMount as reason:
-        assert str(reason)
+        refusal = str(reason)
+        assert refusal
         yield None
-        return
-    try:
-        yield disk
-    finally:
-        await disk.__aexit__(None, None, None)
-        assert not disk.path.exists()
-        assert str(disk.path) not in Path("/proc/mounts").read_text()
+    assert not disk.path.exists()
+    assert str(disk.path) not in Path("/proc/mounts").read_text()
 
 
 async def test_a_full_disk_takes_nothing_more_until_there_is_room_again(disk: Disk | None) -> None:
