@@ -1,9 +1,11 @@
 """Packages of Debian and Ubuntu, installed when their programs are missing."""
 
+import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from devstack.errors import CannotRun
@@ -12,6 +14,7 @@ from devstack.processes import run
 
 _INSTALL_SEC = 900.0
 _POLICY = Path("/usr/sbin/policy-rc.d")
+_DATABASE = Path("/var/lib/dpkg")
 
 
 async def program(names: Sequence[str], package: str, terminal: Terminal) -> str:
@@ -37,12 +40,13 @@ def can_install() -> bool:
 
 
 async def install(package: str, terminal: Terminal) -> None:
-    """Installs a package without starting what it brings along. Raises CannotRun when apt-get fails."""
+    """Installs a package without starting what it brings along, after whoever else installs one. Raises CannotRun
+    when apt-get fails."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with _nothing_started():
+    async with _alone():
         for command in (["update"], ["install", "-y", "--no-install-recommends", package]):
             code, said = await run(
-                ["apt-get", "-q", *command],
+                ["apt-get", "-q", "-o", f"DPkg::Lock::Timeout={_INSTALL_SEC:.0f}", *command],
                 env=environment,
                 timeout=_INSTALL_SEC,
                 on_line=lambda line: terminal.line("apt-get", line),
@@ -50,6 +54,24 @@ async def install(package: str, terminal: Terminal) -> None:
             if code != 0:
                 reason = said.splitlines()[-1] if said else f"exit code {code}"
                 raise CannotRun(f"apt-get {command[0]} for {package} failed: {reason}", status=1)
+
+
+@contextlib.asynccontextmanager
+async def _alone() -> AsyncIterator[None]:
+    """One of our processes at a time: apt-get itself waits for no other that updates its lists, and the policy
+    must stay until the last is done."""
+    directory = os.open(_DATABASE, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.2)
+        with _nothing_started():
+            yield
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager
