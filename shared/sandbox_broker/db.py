@@ -49,17 +49,23 @@ def _as_asyncpg_says(context: ExceptionContext) -> BaseException | None:
 
 async def connect(database_url: str, *, application_name: str, statement_timeout_sec: float) -> asyncpg.Connection:
     """One connection. A statement that takes longer than `statement_timeout_sec` is ended by the server; a
-    server that does not answer at all is given up two seconds later. Raises one of CONNECTION_ERRORS."""
-    return await asyncpg.connect(
-        database_url,
-        timeout=CONNECT_TIMEOUT_SEC,
-        command_timeout=statement_timeout_sec + 2 if statement_timeout_sec else None,
-        server_settings={
-            "application_name": application_name,
-            "statement_timeout": f"{statement_timeout_sec * 1000:.0f}",
-            "jit": "off",
-        },
-    )
+    server that does not answer at all is given up two seconds later. Raises one of CONNECTION_ERRORS, whatever the
+    server says: on a full disk it may not even get as far as to name that."""
+    try:
+        return await asyncpg.connect(
+            database_url,
+            timeout=CONNECT_TIMEOUT_SEC,
+            command_timeout=statement_timeout_sec + 2 if statement_timeout_sec else None,
+            server_settings={
+                "application_name": application_name,
+                "statement_timeout": f"{statement_timeout_sec * 1000:.0f}",
+                "jit": "off",
+            },
+        )
+    except asyncpg.PostgresError as error:
+        if isinstance(error, CONNECTION_ERRORS):
+            raise
+        raise asyncpg.ConnectionFailureError(reason(error)) from error
 
 
 def reason(error: BaseException) -> str:

@@ -74,6 +74,18 @@ async def test_a_backend_that_is_ended_is_a_lost_connection(query: Query, admin:
         await running
 
 
+async def test_whatever_the_server_says_to_who_connects_is_a_lost_connection(clean_database: str) -> None:
+    refused = f"{clean_database}?no_such_setting=1"
+    with pytest.raises(db.CONNECTION_ERRORS, match="no_such_setting"):
+        await db.connect(refused, application_name="test", statement_timeout_sec=1)
+    engine = db.engine(refused)
+    with pytest.raises(db.CONNECTION_ERRORS, match="no_such_setting"):
+        await engine.connect()
+    assert "no_such_setting" in (await db.ping(engine) or "")
+    await engine.dispose()
+    assert "no_such_setting" in (await db.preflight(refused, patience_sec=60) or "")
+
+
 async def test_a_line_that_is_cut_is_a_lost_connection(
     query: Query, admin: asyncpg.Connection, database_line: Line
 ) -> None:
