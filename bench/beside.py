@@ -18,9 +18,11 @@ from bench.servers import TOKEN, Servers
 from bench.sizes import Sizes
 
 _CONNECTIONS = 50
+"""With a listing of 100,000 accounts; fewer with a smaller one, so that the pool lasts as long."""
 _THINK_MS = 100
 """So 500 requests a second, where answers take no time."""
-_LONGEST_SEC = 120
+_LONGEST_SEC = 90
+"""Half a listing of sandboxes lasts for 100 s, however long the work takes."""
 _BETWEEN_LOOKS_SEC = 0.1
 _PUBLISHED_SEC = 1.0
 """No event is older, when those of the maintenance are published: those of the students go on."""
@@ -117,7 +119,7 @@ class _Paced:
 
 async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
     """The load lasts until the work is done and its events are published, and as long as any other at least."""
-    target, work_sec = servers.ours, 0.0
+    target, work_sec, connections = servers.ours, 0.0, _connections(sizes)
 
     async def followed() -> None:
         nonlocal work_sec
@@ -133,14 +135,18 @@ async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
 
     async def put() -> Load:
         return await load.put(
-            target.url, TOKEN, students(), connections=_CONNECTIONS, seconds=_LONGEST_SEC, until=until
+            target.url, TOKEN, students(), connections=connections, seconds=_LONGEST_SEC, until=until
         )
 
     students = partial(Students, think_ms=_THINK_MS)
-    warm = await load.put(target.url, TOKEN, students(), connections=_CONNECTIONS, seconds=sizes.warm_up)
+    warm = await load.put(target.url, TOKEN, students(), connections=connections, seconds=sizes.warm_up)
     await pool.settle(target.database)
     run = await meter.measure(target, put, events=True)
     return _Paced(run, warm.requests + run.load.requests, work_sec)
+
+
+def _connections(sizes: Sizes) -> int:
+    return max(1, min(_CONNECTIONS, sizes.accounts // 2_000))
 
 
 async def _checked(servers: Servers, paced: _Paced, *, sandboxes: int, leases: int = 0, purged: int = 0) -> Run:
