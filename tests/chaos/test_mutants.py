@@ -117,12 +117,14 @@ async def run(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
 
 
 async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
-    """Kills both, throws away what students have asked of them, and starts two others with the bugs."""
+    """Kills both, throws away what students have asked of them and what they have not told, and starts two others
+    with the bugs."""
     stack = broker.stack
     for name in ALLOCATORS:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
+    await truncate(stack.database, "TRUNCATE outbox")
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
