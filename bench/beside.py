@@ -114,12 +114,15 @@ class _Paced:
     run: Run
     promised: int
     """Leases, those of the warm-up included."""
+    cut_off: int
+    """Requests whose answers nobody waited for, at most: one of each connection, in the warm-up and in the load."""
     work_sec: float
 
 
 async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
     """The load lasts until the work is done and its events are published, and as long as any other at least."""
-    target, work_sec, connections = servers.ours, 0.0, _connections(sizes)
+    target, work_sec = servers.ours, 0.0
+    connections = max(1, min(_CONNECTIONS, sizes.accounts // 2_000))
 
     async def followed() -> None:
         nonlocal work_sec
@@ -142,11 +145,7 @@ async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
     warm = await load.put(target.url, TOKEN, students(), connections=connections, seconds=sizes.warm_up)
     await pool.settle(target.database)
     run = await meter.measure(target, put, events=True)
-    return _Paced(run, warm.requests + run.load.requests, work_sec)
-
-
-def _connections(sizes: Sizes) -> int:
-    return max(1, min(_CONNECTIONS, sizes.accounts // 2_000))
+    return _Paced(run, warm.requests + run.load.requests, 2 * connections, work_sec)
 
 
 async def _checked(servers: Servers, paced: _Paced, *, sandboxes: int, leases: int = 0, purged: int = 0) -> Run:
@@ -155,7 +154,7 @@ async def _checked(servers: Servers, paced: _Paced, *, sandboxes: int, leases: i
         servers.ours.database,
         sandboxes=sandboxes,
         promised=paced.promised + leases,
-        cut_off=2 * _CONNECTIONS,
+        cut_off=paced.cut_off,
         purged=purged,
     )
     return paced.run.having(problems)

@@ -62,9 +62,9 @@ async def connect(database_url: str, *, application_name: str, statement_timeout
                 "jit": "off",
             },
         )
+    except CONNECTION_ERRORS:
+        raise
     except asyncpg.PostgresError as error:
-        if isinstance(error, CONNECTION_ERRORS):
-            raise
         raise asyncpg.ConnectionFailureError(reason(error)) from error
 
 

@@ -15,6 +15,7 @@ from devstack.processes import run
 _INSTALL_SEC = 900.0
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _DATABASE = Path("/var/lib/dpkg")
+"""Of packages; who installs holds a lock on this directory."""
 
 
 async def program(names: Sequence[str], package: str, terminal: Terminal) -> str:
