@@ -5,12 +5,13 @@ return callbacks.)
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
-import aio_pika
 import structlog
+from aio_pika import Connection
 from aio_pika.abc import AbstractConnection
+from aio_pika.connection import make_url
 from aiormq.channel import Channel
 from aiormq.exceptions import AMQPError, ChannelAccessRefused
 
@@ -58,9 +59,13 @@ async def keep_connected(url: str, name: str, session: Callable[[AbstractConnect
     while True:
         began = loop.time()
         try:
-            connection = await _connect(url, name)
-            metrics.CONNECTED.labels(name).set(1)
+            connection = Connection(
+                make_url(url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
+            )
             try:
+                await _connect(connection)
+                log.info("rabbitmq.connected", connection=name)
+                metrics.CONNECTED.labels(name).set(1)
                 await session(connection)
             finally:
                 metrics.CONNECTED.labels(name).set(0)
@@ -75,22 +80,23 @@ async def keep_connected(url: str, name: str, session: Callable[[AbstractConnect
         await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 (jitter)
 
 
-async def _connect(url: str, name: str) -> AbstractConnection:
+@asynccontextmanager
+async def opened(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
+    """A connection that lasts as long as the block. Raises AMQPError, OSError or TimeoutError where none
+    comes about."""
+    connection = Connection(make_url(url))
+    try:
+        await connection.connect(timeout)
+        yield connection
+    finally:
+        await _close(connection)
+
+
+async def _connect(connection: Connection) -> None:
     with losses():
-        connection = await aio_pika.connect(
-            url,
-            timeout=CONNECT_TIMEOUT_SEC,
-            heartbeat=HEARTBEAT_SEC,
-            client_properties={"connection_name": name},
-        )
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
-                await _declare(connection)
-        except BaseException:  # also when cancelled: nobody else would close it
-            await _close(connection)
-            raise
-    log.info("rabbitmq.connected", connection=name)
-    return connection
+        await connection.connect(CONNECT_TIMEOUT_SEC)
+        async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
+            await _declare(connection)
 
 
 async def _declare(connection: AbstractConnection) -> None:
@@ -103,13 +109,15 @@ async def _declare(connection: AbstractConnection) -> None:
         log.debug("rabbitmq.not_declared", error=str(error))
 
 
-async def _close(connection: AbstractConnection) -> None:
-    try:
-        with losses():
+async def _close(connection: Connection) -> None:
+    """Also one that never came about, or that was lost: what is not closed aio-pika closes in its `__del__`, which
+    then needs an event loop and may come where none runs."""
+    with suppress(Disconnected), losses():
+        try:
             async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
                 await connection.close()
-    except Disconnected:
-        pass  # it was lost anyway
+        finally:
+            await connection.close()  # at once: whatever came of the first, it has let go of the transport
 
 
 async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:

@@ -6,12 +6,12 @@ For where the services' own users may not do that; otherwise they do it themselv
 import asyncio
 import logging
 
-import aio_pika
 from aio_pika.exceptions import AMQPError
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker import topology
+from sandbox_broker.connection import opened
 from sandbox_broker.settings import AmqpUrl, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -26,8 +26,7 @@ class Settings(BaseSettings):
 async def declare(amqp_url: str) -> None:
     """Raises AMQPError, OSError or TimeoutError when RabbitMQ does not answer or refuses."""
     async with asyncio.timeout(TIMEOUT_SEC):
-        connection = await aio_pika.connect(amqp_url)
-        async with connection, connection.channel() as channel:
+        async with opened(amqp_url) as connection, connection.channel() as channel:
             await topology.declare(channel)
 
 

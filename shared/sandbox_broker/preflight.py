@@ -3,10 +3,10 @@
 import asyncio
 from urllib.parse import urlsplit
 
-import aio_pika
 from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
 from sandbox_broker import db
+from sandbox_broker.connection import opened
 from sandbox_broker.settings import stop
 
 PATIENCE_SEC = 5.0
@@ -35,7 +35,8 @@ async def _amqp_problem(amqp_url: str) -> str | None:
     while True:
         try:
             left = deadline - asyncio.get_running_loop().time()
-            connection = await aio_pika.connect(amqp_url, timeout=max(left, 0.1))
+            async with opened(amqp_url, timeout=max(left, 0.1)):
+                return None
         except (AuthenticationError, ProbableAuthenticationError):
             return f"RabbitMQ at {place} refuses this user and password"
         except (AMQPError, OSError, TimeoutError) as error:
@@ -45,6 +46,3 @@ async def _amqp_problem(amqp_url: str) -> str | None:
             if asyncio.get_running_loop().time() > deadline:
                 return f"no RabbitMQ answers at {place} ({text})"
             await asyncio.sleep(0.2)
-        else:
-            await connection.close()
-            return None

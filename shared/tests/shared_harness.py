@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from aio_pika import Connection
+
 from sandbox_broker.service import cancel
 
 PATIENCE_SEC = 60.0
@@ -34,10 +36,12 @@ async def until(condition: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def nothing_stays() -> AsyncIterator[None]:
-    """Fails when asyncio complains of something, or a task of ours or of a client library stays."""
+    """Fails when asyncio complains of something, or a task of ours or of a client library stays, or a connection to
+    RabbitMQ that nobody has closed."""
     loop = asyncio.get_running_loop()
     complaints: list[dict[str, Any]] = []
     before = asyncio.all_tasks()
+    open_before = {id(connection) for connection in _open_connections()}
 
     def complain(_: object, context: dict[str, Any]) -> None:
         # asyncpg says this of a connection that is lost while it asks the server to end a statement.
@@ -55,6 +59,11 @@ async def nothing_stays() -> AsyncIterator[None]:
     finally:
         loop.set_exception_handler(None)
     assert complaints == []
+    assert [connection for connection in _open_connections() if id(connection) not in open_before] == []
+
+
+def _open_connections() -> list[Connection]:
+    return [one for one in gc.get_objects() if type(one) is Connection and not one.is_closed]
 
 
 def _is_ours(task: asyncio.Task[Any]) -> bool:

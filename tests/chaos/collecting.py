@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-import aio_pika
 import asyncpg
 
+from sandbox_broker.connection import opened
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, Epoch, Event, Evidence, Lease, Recovery, Sandbox, Stall
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, Chaos
@@ -126,8 +126,7 @@ async def evidence(
 async def _events(amqp_url: str) -> list[Event]:
     """All that the queue has taken."""
     events: list[Event] = []
-    connection = await aio_pika.connect(amqp_url)
-    async with connection, connection.channel() as channel:
+    async with opened(amqp_url) as connection, connection.channel() as channel:
         await channel.set_qos(prefetch_count=500)
         queue = await channel.get_queue(EVENTS_QUEUE)
         left = queue.declaration_result.message_count or 0

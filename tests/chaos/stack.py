@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aio_pika
 import httpx
 from aio_pika.abc import AbstractConnection
 
@@ -18,6 +17,7 @@ from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker import topology
+from sandbox_broker.connection import opened
 from tests.chaos.disk import CannotMount, Disk
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, PORTS, Stack, running
@@ -88,7 +88,7 @@ class Chaos:
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[AbstractConnection]:
         """A connection of our own to RabbitMQ, over no link."""
-        async with await aio_pika.connect(self.rabbitmq.url) as connection:
+        async with opened(self.rabbitmq.url) as connection:
             yield connection
 
     async def active_allocator(self) -> str:
@@ -249,8 +249,7 @@ def _settings(
 
 
 async def _record_events(amqp_url: str) -> None:
-    connection = await aio_pika.connect(amqp_url)
-    async with connection, connection.channel() as channel:
+    async with opened(amqp_url) as connection, connection.channel() as channel:
         await topology.declare(channel)
         queue = await channel.declare_queue(EVENTS_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
         await queue.bind(topology.EVENTS.name, "#")

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import aio_pika
 import httpx
+from aio_pika import Message
 from aio_pika.exceptions import AMQPError
 
 from devstack import class_day, docker, pool, ports, prometheus
@@ -19,6 +19,7 @@ from devstack.errors import CannotRun
 from devstack.main import SERVICES, Launcher, admin_token, run
 from devstack.output import Terminal
 from devstack.settings import Settings
+from sandbox_broker.connection import opened
 
 SPEED = 100
 ACCOUNTS = 150
@@ -112,9 +113,8 @@ class Player:
         await self._csp("PUT", "script", {"name": "bad-day", "speed": SPEED})
 
     async def send_nonsense(self) -> None:
-        connection = await aio_pika.connect(self._amqp_url)
-        async with connection, connection.channel() as channel:
-            message = aio_pika.Message(b'{"kind": "of an older version"}', content_type="application/json")
+        async with opened(self._amqp_url) as connection, connection.channel() as channel:
+            message = Message(b'{"kind": "of an older version"}', content_type="application/json")
             await channel.default_exchange.publish(message, "allocator.maintenance")
 
     async def list_half(self) -> None:

@@ -10,8 +10,6 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-import aio_pika
-from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from devstack.errors import CannotRun
@@ -19,6 +17,7 @@ from devstack.ports import free_port, is_free
 from devstack.private import account, make_directory, wait_until, write
 from devstack.processes import Process, run, spawn
 from sandbox_broker import topology
+from sandbox_broker.connection import opened
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"
@@ -34,10 +33,8 @@ async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
             return "it is not like amqp://user:password@host:5672/"
         async with asyncio.timeout(timeout):
             await _knock(url)
-            # Whatever comes of it, it is closed: one that never connected would else be closed by the collector of
-            # garbage, where there may be no loop.
-            async with aio_pika.Connection(make_url(url)) as connection:
-                await connection.connect()
+            async with opened(url):
+                pass
     except TimeoutError:
         return f"no answer within {timeout:.0f} s"
     except (AMQPError, OSError, ValueError) as error:
@@ -47,8 +44,7 @@ async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
 
 async def has_consumers(url: str, queue: str) -> bool:
     """Whether somebody consumes from the queue; a queue that is not there has no consumers."""
-    connection = await aio_pika.connect(url, timeout=5)
-    async with connection:
+    async with opened(url, timeout=5) as connection:
         channel = await connection.channel()
         try:
             declared = await channel.declare_queue(queue, passive=True)
@@ -62,8 +58,7 @@ async def delete_outdated(url: str) -> list[str]:
     not declare; returns their names. What they held was only there to wake somebody: the database has the work.
     A queue that somebody uses stays."""
     outdated: list[str] = []
-    connection = await aio_pika.connect(url, timeout=5)
-    async with connection:
+    async with opened(url, timeout=5) as connection:
         for queue in topology.QUEUES:
             channel = await connection.channel()
             try:
