@@ -107,7 +107,7 @@ class Chaos:
         """However often one has to be started again for it."""
         for name, module in SERVICES.items():
             port = self.stack.settings_of[name][PORTS[module]]
-            while not await self.stack.is_ready(f"http://127.0.0.1:{port}/readyz"):  # noqa: ASYNC110
+            while not await self.stack.is_ready(f"http://127.0.0.1:{port}/readyz"):  # noqa: ASYNC110 (nothing tells us)
                 await asyncio.sleep(0.1)
 
     async def until_a_standby_is_there(self) -> None:
@@ -115,7 +115,7 @@ class Chaos:
         connecting yet."""
         await self.until_all_are_ready()
         for name, module in SERVICES.items():
-            while module == "allocator" and not await self._is_in_line(name):  # noqa: ASYNC110
+            while module == "allocator" and not await self._is_in_line(name):  # noqa: ASYNC110 (nothing tells us)
                 await asyncio.sleep(0.1)
 
     async def _is_in_line(self, allocator: str) -> bool:
