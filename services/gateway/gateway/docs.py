@@ -1,6 +1,7 @@
 """The docs page and the OpenAPI document: all from our own address, so that they work with no internet and no
 inline script."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
@@ -49,9 +50,15 @@ def add_routes(app: FastAPI) -> None:
     """To be called last: the document describes the routes that are there."""
     for path, (file, media_type) in _FILES.items():
         app.add_api_route(path, _serving(file.read_bytes(), media_type), include_in_schema=False)
-    document = _document(app)
+    document: dict[str, Any] | None = None
+    one_at_a_time = asyncio.Lock()
 
     async def openapi() -> Response:
+        nonlocal document
+        async with one_at_a_time:
+            if document is None:
+                # In a thread: it takes long, and students go on being answered.
+                document = await asyncio.to_thread(_document, app)
         return JSONResponse(document)
 
     app.add_api_route("/v1/openapi.json", openapi, include_in_schema=False)
