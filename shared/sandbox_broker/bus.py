@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 
+SUBSCRIBE_TIMEOUT_SEC = 5.0
 ANSWER_PATIENCE_SEC = 3.0
 """For a reply whose sending failed; then its sender has given up, or soon will."""
 ANSWER_PAUSE_SEC = 0.1
@@ -61,14 +62,18 @@ class Subscription:
 
     @classmethod
     async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
-        """Raises Disconnected."""
+        """Raises Disconnected, also where it is the queue alone that does not answer."""
         with losses():
-            channel = await open_channel(connection, confirms=False)
-            subscription = cls(channel, queue)
-            channel.closing.add_done_callback(lambda _: subscription.end())
-            channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
-            await channel.basic_qos(prefetch_count=prefetch)
-            await channel.basic_consume(queue.name, subscription._deliver)
+            try:
+                async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):
+                    channel = await open_channel(connection, confirms=False)
+                    subscription = cls(channel, queue)
+                    channel.closing.add_done_callback(lambda _: subscription.end())
+                    channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
+                    await channel.basic_qos(prefetch_count=prefetch)
+                    await channel.basic_consume(queue.name, subscription._deliver)
+            except TimeoutError as error:
+                raise Disconnected(f"the queue {queue.name} does not answer") from error
         return subscription
 
     async def _deliver(self, delivery: DeliveredMessage) -> None:

@@ -621,6 +621,7 @@ async def test_a_killed_server_fails_who_waits_at_once_and_all_works_when_it_is_
         asking = [asyncio.ensure_future(made.ask()) for _ in range(50)]
         await until(lambda: len(made.requester._waiting) == 50)
         await until(lambda: not made.publisher._limits)
+        await private.settle()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
         async with asyncio.timeout(AT_ONCE_SEC):
@@ -633,6 +634,24 @@ async def test_a_killed_server_fails_who_waits_at_once_and_all_works_when_it_is_
         await private.start()
         await until(lambda: made.requester.connected)
         async with beside(consume(private.url, replying(made.publisher))):
+            assert await made.ask() == ListingBegun(listing_id=0)
+
+
+async def test_a_queue_that_does_not_answer_is_named_and_asked_again(
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+) -> None:
+    monkeypatch.setattr(bus, "SUBSCRIBE_TIMEOUT_SEC", 0.5)
+    server = f"whereis('%2F_{QUEUE.name}')"
+
+    def told() -> list[str]:
+        return [entry["error"] for entry in logged if entry["event"] == "rabbitmq.disconnected"]
+
+    async with connected(private.url) as made:
+        await private.ctl("eval", f"sys:suspend({server}).")
+        async with beside(consume(private.url, replying(made.publisher))):
+            await until(told)
+            assert set(told()) == {f"the queue {QUEUE.name} does not answer"}
+            await private.ctl("eval", f"sys:resume({server}).")
             assert await made.ask() == ListingBegun(listing_id=0)
 
 

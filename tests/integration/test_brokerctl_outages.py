@@ -55,6 +55,7 @@ async def whole() -> AsyncIterator[Broker]:
         PrivateRabbitMQ() as rabbitmq,
         running(postgres.url, rabbitmq.url, settings={"CIRCUIT_BREAKER_THRESHOLD": "1000"}) as stack,
     ):
+        await rabbitmq.settle()
         yield Broker(stack, postgres, rabbitmq)
 
 
