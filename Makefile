@@ -2,6 +2,8 @@
 .PHONY: help setup run demo test test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
+# Each of the many processes would compile all of our code anew.
+unexport PYTHONDONTWRITEBYTECODE
 # More words for the command behind a target: make test ARGS="-k lease -x"
 ARGS :=
 
@@ -20,7 +22,7 @@ demo: setup ## The same, with class days at 100 times their speed: something to 
 	@$(PYTHON) -m devstack.demo
 
 test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
-	@$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-containers: setup ## The images, docker-compose.yml and what else needs a Docker engine; images by PYTHON_IMAGE and the like
 	@$(PYTHON) -m pytest tests/containers $(ARGS)

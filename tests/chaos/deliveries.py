@@ -57,7 +57,7 @@ class _Tap:
         for name in QUEUES:
             await self._channel.queue_bind(name, topology.COMMANDS.name, name)
             await self._channel.queue_unbind(self._name, topology.COMMANDS.name, name)
-        while (await self._channel.queue_declare(self._name, passive=True)).message_count:  # noqa: ASYNC110
+        while (await self._channel.queue_declare(self._name, passive=True)).message_count:  # noqa: ASYNC110 (nothing tells us)
             await asyncio.sleep(0.01)
         while self._sending:
             await asyncio.wait(self._sending)

@@ -11,7 +11,7 @@ def pytest_report_header() -> str | None:
     return f"search: {search.AMOUNT} cases by chance, SEARCH_SEED={search.SEED}" if search.AMOUNT else None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def whole_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
     async with new_database() as database_url, new_vhost() as amqp_url, running(database_url, amqp_url) as stack:
         yield stack

@@ -213,7 +213,7 @@ async def running(
         "CSP_API_TOKEN": CSP_TOKEN,
         "CLEANUP_BATCH_DELAY_SEC": "0",
         "CLEANUP_INTERVAL_SEC": "5",
-        "AUTO_EXPIRY_INTERVAL_SEC": "0.5",
+        "AUTO_EXPIRY_INTERVAL_SEC": "2",
         "DELETION_BACKOFF_BASE_SEC": "0.2",
         **{variable: str(free_port()) for variable in PORTS.values()},
         **(settings or {}),

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(400)
 GRAFANA = ROOT / "deploy" / "grafana"
 WIDTH = 24
 RATE_INTERVAL = "30s"
+SCRAPED_SEC = 1
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ async def watched(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
     always = {"alert": "BrokerTest", "expr": "vector(1)"}
     rules.write_text(json.dumps({"groups": [{"name": "test", "rules": [always]}]}))
     try:
-        async with prometheus.watching(ports, tmp_path, free_port(), Terminal(), rules=rules) as running:
+        async with prometheus.watching(
+            ports, tmp_path, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
+        ) as running:
             yield running
     except CannotRun as reason:
         pytest.fail(f"this test needs Prometheus: {reason}")
@@ -72,7 +75,7 @@ async def test_every_query_has_an_answer(stack: Stack, watched: Prometheus) -> N
         return not unanswered
 
     try:
-        await eventually(all_answered)
+        await eventually(all_answered, every_sec=SCRAPED_SEC)
     except AssertionError:
         pytest.fail(f"no answer to {sorted(unanswered)}")
 

@@ -10,21 +10,20 @@ import pytest
 
 from devstack.ports import free_port, is_free
 from devstack.processes import Process, run, spawn
-from devstack.rabbitmq import PrivateRabbitMQ
-from devstack.testing import NewDatabase
+from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import PORTS, ROOT, eventually
 
 STATE = ROOT / ".devstack"
 
 
 @pytest.fixture
-async def environment(new_database: NewDatabase) -> AsyncIterator[dict[str, str]]:
-    async with new_database() as database_url, PrivateRabbitMQ() as rabbitmq:
+async def environment(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[dict[str, str]]:
+    async with new_database() as database_url, new_vhost() as amqp_url:
         before = files()
         yield {
             **{name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "BROKER_"))},
             "DATABASE_URL": database_url,
-            "AMQP_URL": rabbitmq.url,
+            "AMQP_URL": amqp_url,
             **{variable: str(free_port()) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT")},
         }
         for path in files() - before:

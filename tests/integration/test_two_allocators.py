@@ -7,20 +7,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from devstack.rabbitmq import PrivateRabbitMQ
-from devstack.testing import NewDatabase
+from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import Stack, eventually, running
 
 LAUNCHER = str(Path(__file__).with_name("without_single_consumer.py"))
 
 
 @pytest.fixture(scope="module")
-async def pair(new_database: NewDatabase) -> AsyncIterator[Stack]:
+async def pair(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
     """The broker with two allocators that both get commands."""
     async with (
         new_database() as database_url,
-        PrivateRabbitMQ() as rabbitmq,
-        running(database_url, rabbitmq.url, launcher=(LAUNCHER,)) as stack,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url, launcher=(LAUNCHER,)) as stack,
     ):
         await stack.start_service("allocator", name="second allocator")
         yield stack

@@ -72,7 +72,7 @@ MakeRun = Callable[..., Awaitable[Process]]
 
 
 @pytest.fixture
-def environ(tmp_path: Path, own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
+def environ(tmp_path: Path, own_postgres_url: str, amqp_url: str) -> dict[str, str]:
     """The variables of a run whose infrastructure is there and whose services are stand-ins."""
     modules = tmp_path / "modules"
     modules.mkdir()
@@ -87,7 +87,7 @@ def environ(tmp_path: Path, own_postgres_url: str, own_amqp_url: str) -> dict[st
         **{name: str(free_port()) for name in PORTS},
         "PYTHONPATH": str(modules),
         "DATABASE_URL": own_postgres_url,
-        "AMQP_URL": own_amqp_url,
+        "AMQP_URL": amqp_url,
     }
 
 

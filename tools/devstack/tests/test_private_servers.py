@@ -107,11 +107,11 @@ async def ignore(_: AbstractIncomingMessage) -> None:
     """A consumer that leaves every message unacknowledged."""
 
 
-async def test_a_queue_shows_whether_somebody_consumes_from_it(own_amqp_url: str) -> None:
-    assert not await rabbitmq.has_consumers(own_amqp_url, "looked-at")
-    async with await aio_pika.connect(own_amqp_url) as connection:
+async def test_a_queue_shows_whether_somebody_consumes_from_it(amqp_url: str) -> None:
+    assert not await rabbitmq.has_consumers(amqp_url, "looked-at")
+    async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue("looked-at", exclusive=False, auto_delete=True)
-        assert not await rabbitmq.has_consumers(own_amqp_url, "looked-at")
+        assert not await rabbitmq.has_consumers(amqp_url, "looked-at")
         await queue.consume(ignore)
-        assert await rabbitmq.has_consumers(own_amqp_url, "looked-at")
+        assert await rabbitmq.has_consumers(amqp_url, "looked-at")
