@@ -124,7 +124,7 @@ class Subscription:
 
 def _tag(delivery: DeliveredMessage) -> int:
     tag = delivery.delivery_tag
-    assert tag is not None, "only a basic.get of an empty queue has none"  # noqa: S101
+    assert tag is not None, "only a basic.get of an empty queue has none"  # noqa: S101 (for the type checker)
     return tag
 
 
@@ -179,7 +179,7 @@ class Requester:
         try:
             replies = ReplyEnvelope.model_validate_json(delivery.body).replies
             if len(replies) != expected:
-                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301
+                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301 (it ends like what cannot be read)
             future.set_result(replies)
         except ValueError as error:
             future.set_exception(error)

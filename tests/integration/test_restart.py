@@ -46,7 +46,7 @@ async def test_everything_reconnects_and_nothing_is_lost(stack: Stack, rabbitmq:
                 number += 1
             else:
                 refusals_sec.append(time.monotonic() - started)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # the pace of a student, not a wait
 
     workers = [asyncio.create_task(students(worker)) for worker in range(5)]
 
