@@ -145,7 +145,8 @@ class Stack:
         await eventually(synced)
         # The gateway looks twice a second whether an allocator is there.
         await eventually(self._answers)
-        assert (await self.stats())["available"] == accounts
+        stats = await self.stats()
+        assert stats["available"] == accounts, stats
 
     async def _answers(self) -> bool:
         return (await self.release("0", "nobody")).status_code == 404

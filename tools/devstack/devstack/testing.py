@@ -103,17 +103,19 @@ async def clean_database(database_url: str) -> str:
     return database_url
 
 
-_EMPTY = """
+_TABLES = (
+    "sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts, dead_letters"
+)
+# A table that was never written to has no pages, and to truncate it takes as long as any other. Locked before it is
+# looked at: a relay at work moves the counts from one table to another.
+_EMPTY = f"""
 DO $$
 DECLARE
     written text;
 BEGIN
-    -- One that was never written to has no pages, and to truncate it takes as long as any other.
+    LOCK {_TABLES};
     SELECT string_agg(name, ', ') INTO written
-    FROM unnest(ARRAY[
-        'sandboxes', 'leases', 'outbox', 'history', 'pool_changes', 'pool_counts', 'jobs', 'csp_listings',
-        'csp_accounts', 'dead_letters'
-    ]) name
+    FROM unnest(string_to_array('{_TABLES}', ', ')) name
     WHERE pg_relation_size(name::regclass) > 0;
     IF written IS NOT NULL THEN
         EXECUTE 'TRUNCATE ' || written;
