@@ -45,10 +45,22 @@ async def test_the_indexes_of_the_promises_are_repaired_with_the_allocator_stopp
     assert (again.status_code, again.json()["sandbox_id"]) == (200, held)
 
 
+async def test_used_sandboxes_that_somebody_made_available_are_deleted(stack: Stack) -> None:
+    used = (await stack.allocate("ada")).json()["sandbox_id"]
+    assert (await stack.release(used, "ada")).status_code == 200
+    await eventually(stack.nothing_pending)
+    await stack.database.execute(
+        "UPDATE sandboxes SET status = 'available', status_since = '2000-01-01' WHERE sandbox_id = $1", used
+    )
+    assert (await stack.allocate("bob")).status_code == 500
+    await stack.database.execute(statement(r"UPDATE sandboxes[^`]*sandbox_id IN"))
+    assert (await stack.allocate("bob")).status_code == 201
+
+
 async def test_a_restore_without_logs_deletes_what_may_be_in_use(stack: Stack) -> None:
     await stack.fill(5)
     await stack.processes["allocator"].stop()
-    await stack.database.execute(statement("UPDATE sandboxes"))
+    await stack.database.execute(statement(r"UPDATE sandboxes[^`]*status = 'available'(?=`)"))
     await stack.start_service("allocator")
     await eventually(stack.nothing_pending)
     assert (await stack.stats())["deleted"] == len(await stack.deletions()) == 5
