@@ -11,7 +11,9 @@ async def test_what_a_service_writes_while_it_holds_us_up_is_removed(clean_datab
     at_work = await asyncpg.connect(clean_database)
     testing = await asyncpg.connect(clean_database)
     async with at_work.transaction():
-        await at_work.execute("INSERT INTO pool_changes (status, stem, number) VALUES ('available', 'sandbox-', 50)")
+        await at_work.execute(
+            "INSERT INTO pool_changes (status, stem, number) VALUES ('available', 'sandbox-', 50)"
+        )
     async with at_work.transaction():
         await at_work.execute("DELETE FROM pool_changes")
         emptying = asyncio.create_task(empty(testing))
