@@ -32,10 +32,11 @@ async def database(found: Found, prefix: str) -> AsyncIterator[str]:
 
 
 async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
-    """Empties tables, whoever is looking at them: services at work lock the same ones in another order."""
+    """Empties tables, whoever is looking at them: services at work lock the same ones in another order, and must
+    not wait for us as long as we wait for them."""
     while True:
-        with contextlib.suppress(asyncpg.DeadlockDetectedError):
-            await database.execute(statement)
+        with contextlib.suppress(asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError):
+            await database.execute(f"SET LOCAL lock_timeout = '100ms'; {statement}")
             return
 
 
