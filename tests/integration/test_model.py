@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from devstack.testing import NewDatabase, NewVhost, empty
+from devstack.testing import NewDatabase, NewVhost
 from tests.integration import search
 from tests.integration.model import Csp, Lease, Model, Refused
 from tests.integration.stack import Stack, eventually, running, track
@@ -101,8 +101,7 @@ class Broker(RuleBasedStateMachine):
 
     @initialize(csp=st.sampled_from(Csp))
     def begin(self, csp: Csp) -> None:
-        self._run(empty(self.stack.database))
-        self._control("POST", "reset", {"accounts": 0})
+        self._run(self.stack.fill(0))
         for name_prefix, count in (("lab-a-", 4), ("lab-b-", 2)):
             for _ in range(count):
                 self.csp_makes(name_prefix)
