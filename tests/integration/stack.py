@@ -219,8 +219,7 @@ async def running(
         **{variable: str(free_port()) for variable in PORTS.values()},
         **(settings or {}),
     }
-    # What is idle is closed here, before the servers do so (after 5 s) while a request is on its way to them.
-    limits = httpx.Limits(max_connections=400, max_keepalive_connections=400, keepalive_expiry=2)
+    limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
     async with (
         httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client,
         asyncpg.create_pool(database_url, min_size=1, max_size=2) as database,

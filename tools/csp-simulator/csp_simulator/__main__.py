@@ -15,6 +15,9 @@ from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD, DEFAULT_TOKEN, cr
 
 # A call that hangs on purpose must not keep the simulator from stopping.
 STOP_TIMEOUT_SEC = 2
+# Longer than clients keep an idle connection (httpx: 5 s, uvicorn's own value too): were it closed here first, a
+# request could be sent into the closing and be lost.
+KEEP_ALIVE_SEC = 75
 
 
 def main() -> None:
@@ -46,6 +49,7 @@ def main() -> None:
         access_log=False,
         log_level="critical",
         timeout_graceful_shutdown=STOP_TIMEOUT_SEC,
+        timeout_keep_alive=KEEP_ALIVE_SEC,
     )
     uvicorn.Server(config).run(sockets=[listener])
 
