@@ -80,7 +80,6 @@ async def own_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIter
         new_vhost() as amqp_url,
         running(database_url, amqp_url, settings=SETTINGS) as stack,
     ):
-        await stack.fill(1)  # from then on all of it answers
         yield stack
 
 

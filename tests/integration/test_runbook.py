@@ -55,6 +55,8 @@ async def test_used_sandboxes_that_somebody_made_available_are_deleted(stack: St
     assert (await stack.allocate("bob")).status_code == 500
     await stack.database.execute(statement(r"UPDATE sandboxes[^`]*sandbox_id IN"))
     assert (await stack.allocate("bob")).status_code == 201
+    await eventually(stack.nothing_pending)
+    assert (await stack.stats())["deleted"] == 1
 
 
 async def test_a_restore_without_logs_deletes_what_may_be_in_use(stack: Stack) -> None:
