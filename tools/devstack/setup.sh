@@ -52,12 +52,21 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv "$venv"
 fi
 
+# By uv, which takes a tenth of the time; by pip where only pip knows an index.
+install() {
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" && return
+    echo "setup: uv could not; once more with pip" >&2
+    $pip install --quiet "$@"
+}
+
 echo "setup: installing the locked requirements"
-pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
-$pip install --require-hashes -r requirements/dev.txt
+pip="$venv/bin/python -m pip --disable-pip-version-check"
+awk '/^[^ #]/ { uv = /^uv==/ } uv' requirements/dev.txt >"$venv/uv.txt"
+$pip install --quiet --require-hashes -r "$venv/uv.txt"
+install --require-hashes -r requirements/dev.txt
 editable=
 for package in $ours; do editable="$editable -e ./$package"; done
-$pip install --no-deps --no-build-isolation $editable
+install --no-deps --no-build-isolation $editable
 
 # Last, and in one step: an interrupted set-up is taken up again.
 echo "$want" >"$stamp.new"
