@@ -23,7 +23,7 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJicm9rZXIifQ.c2lnbmF0dXJl"
 async def simulator() -> AsyncIterator[httpx.AsyncClient]:
     """The root of a running simulator with three sandboxes, and services in two of them and at home."""
     app = create_app(accounts=3, email=EMAIL, password=PASSWORD)
-    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, verify=False) as client:
         first, second, _ = await external_ids(client)
         await have_services(client, {first: ["a", "b", "a"], second: ["b"], "home": ["a", "b"]})
         yield client

@@ -103,7 +103,7 @@ class Stack:
                 raise AssertionError(f"{process.name} {process.ending}: {list(process.tail)}")
             return await self.is_ready(url)
 
-        await eventually(ready)
+        await eventually(ready, every_sec=0.2)
 
     async def is_ready(self, url: str) -> bool:
         try:

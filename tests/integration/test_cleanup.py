@@ -135,7 +135,7 @@ async def test_a_reaper_whose_clock_is_an_hour_ahead_ends_no_lease_early_and_del
         overdue = (await stack.allocate("forgetful")).json()
         await stack.allocate("present")
         in_time = "UPDATE leases SET expires_at = now() - $2::interval WHERE holder = $1"
-        await stack.database.execute(in_time, "present", timedelta(minutes=29))
+        await stack.database.execute(in_time, "present", timedelta(minutes=10))
         await stack.database.execute(in_time, "forgetful", timedelta(minutes=31))
 
         async def deleted() -> bool:

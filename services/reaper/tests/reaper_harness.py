@@ -72,7 +72,10 @@ class Csp:
 
 @asynccontextmanager
 async def simulated_csp(accounts: int) -> AsyncIterator[Csp]:
-    async with serving(create_simulator(accounts=accounts)) as url, httpx.AsyncClient(base_url=url) as control:
+    async with (
+        serving(create_simulator(accounts=accounts)) as url,
+        httpx.AsyncClient(base_url=url, verify=False) as control,
+    ):
         yield Csp(url, control)
 
 
