@@ -5,6 +5,7 @@ import asyncio
 import re
 import uuid
 
+from sandbox_broker import topology
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)
@@ -79,13 +80,22 @@ async def test_no_client_can_make_up_a_label(stack: Stack) -> None:
         ):
             await stack.client.request(method, f"{stack.url}{path}", headers=headers)
 
+    async def queues_are_told() -> bool:
+        return (await scrape(stack, "gateway")).count("\nbroker_queue_consumers{") == len(topology.QUEUES)
+
     await whatever_clients_send(0)
     for service in SERVICES:
         await scrape(stack, service)  # which is a request too
+    await eventually(queues_are_told)
     before = {service: series(await scrape(stack, service)) for service in SERVICES}
     await asyncio.gather(*(whatever_clients_send(number) for number in range(10)))
     for service in ("gateway", "allocator", "csp-syncer"):
-        assert series(await scrape(stack, service)) == before[service]
+
+        async def as_before(service: str = service) -> bool:
+            return series(await scrape(stack, service)) == before[service]
+
+        # A queue that could not be looked at for a moment is not told of; a label that was made up stays.
+        await eventually(as_before)
     # The reaper works by the clock, so it may have met a new outcome meanwhile; nothing a client has sent.
     assert not any(ADMIN_TOKEN in line for line in series(await scrape(stack, "reaper")))
 
