@@ -13,6 +13,10 @@ inputs() {
     echo tools/devstack/setup.sh
 }
 
+# The distribution's first: a version manager has often built its own without the optimisations that make the tests
+# need a fifth less time.
+candidates="/usr/bin/python3 python3.13 python3.12 python3.11 python3 python3.14"
+
 # Whether the interpreter is new enough and can make a virtual environment. It is run to find out: a version
 # manager's stand-in exists and still fails, and Debian takes ensurepip out of python3.
 suits() {
@@ -20,7 +24,7 @@ suits() {
 }
 
 find_python() {
-    for candidate in python3.13 python3.12 python3.11 python3 python3.14 /usr/bin/python3; do
+    for candidate in $candidates; do
         if suits "$candidate"; then
             echo "$candidate"
             return
@@ -52,9 +56,10 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv "$venv"
 fi
 
-# By uv, which takes a tenth of the time; by pip where only pip knows an index.
+# By uv, which takes a fifth of the time; by pip where only pip knows an index. Compiled at once, like by pip: else
+# many processes that begin together would each compile the same.
 install() {
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" && return
+    UV_COMPILE_BYTECODE=1 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" && return
     echo "setup: uv could not; once more with pip" >&2
     $pip install --quiet "$@"
 }
