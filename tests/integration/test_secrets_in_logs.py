@@ -4,7 +4,7 @@ service."""
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import cycle
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -50,7 +50,8 @@ async def talkative_csp() -> AsyncIterator[str]:
         body = asked + f"\nyour new one: {JWT}\n".encode()
         head = f"HTTP/1.1 {next(statuses[method])}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         writer.write(head.encode() + body)
-        await writer.drain()
+        with suppress(ConnectionError):
+            await writer.drain()
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
