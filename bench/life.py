@@ -39,11 +39,12 @@ _CATCH_UP_EVERY_SEC = 10.0
 _VACUUM_EVERY_SEC = 60.0
 _TABLES = ("sandboxes", "leases", "outbox")
 
-# As the allocator records deletions, many at a time.
+# As the allocator records deletions, many at a time. What is locked is waited for: left out, what the reaper is
+# just claiming would still be there after the last time.
 _DELETE = """
 WITH used AS MATERIALIZED (
     SELECT sandbox_id FROM sandboxes WHERE status = 'pending_deletion'
-    ORDER BY deletion_due_at LIMIT $1 FOR UPDATE SKIP LOCKED
+    ORDER BY deletion_due_at LIMIT $1 FOR UPDATE
 ),
 moved AS (
     UPDATE sandboxes s

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import asyncpg
 import pytest
@@ -80,6 +81,28 @@ async def test_a_new_one_comes_also_for_what_another_has_deleted(
     await renewed.catch_up()
     await renewed.catch_up()
     assert (renewed.added, await available(database)) == (LEASES, SANDBOXES)
+
+
+async def test_one_that_the_reaper_is_just_claiming_is_renewed_when_it_has(
+    database: asyncpg.Connection, clean_database: str, requester: Requester
+) -> None:
+    await pool.lease(database, "student", LEASES)
+    await release(database)
+    reaper = await asyncpg.connect(clean_database)
+    renewed = Renewed(database, SANDBOXES, requester=requester)
+    async with reaper.transaction():
+        await reaper.execute("""
+            UPDATE sandboxes SET deletion_due_at = now() + interval '1 minute'
+            WHERE sandbox_id IN (SELECT sandbox_id FROM sandboxes WHERE status = 'pending_deletion' LIMIT 1)
+        """)
+        renewing = asyncio.create_task(renewed.renew())
+        blocked = partial(reaper.fetchval, "SELECT cardinality(pg_blocking_pids($1)) > 0")
+        while not (renewing.done() or await blocked(database.get_server_pid())):  # noqa: ASYNC110 (nothing tells us)
+            await asyncio.sleep(0.01)
+    await renewing
+    await reaper.close()
+    assert await available(database) == SANDBOXES
+    assert await database.fetchval("SELECT count(*) FROM sandboxes WHERE status = 'deleted'") == LEASES
 
 
 async def test_a_step_that_fails_ends_what_goes_on_beside_it() -> None:
