@@ -1,6 +1,7 @@
 """Between two tests everything is removed, whatever services at work are doing."""
 
 import asyncio
+from functools import partial
 
 import asyncpg
 
@@ -8,8 +9,9 @@ from devstack.testing import empty
 
 
 async def until_blocked(who: asyncpg.Connection, by: asyncpg.Connection) -> None:
-    while not await by.fetchval("SELECT cardinality(pg_blocking_pids($1)) > 0", who.get_server_pid()):
-        pass
+    blocked = partial(by.fetchval, "SELECT cardinality(pg_blocking_pids($1)) > 0", who.get_server_pid())
+    while not await blocked():  # noqa: ASYNC110 (nothing tells us)
+        await asyncio.sleep(0.01)
 
 
 async def test_what_a_service_writes_while_it_holds_us_up_is_removed(clean_database: str) -> None:
