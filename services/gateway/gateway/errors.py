@@ -49,8 +49,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "MALFORMED_REQUEST": Kind(
         400,
-        "What was sent is not HTTP/1.1; the connection is closed",
-        "Look at the client or at the proxy before it. Sending the same again gives the same.",
+        "The request is not valid HTTP/1.1, its end is ambiguous, or its path is percent-encoded in an unusual way",
+        "Correct the client, or the proxy before the gateway. A repetition gets the same answer.",
     ),
     "UNAUTHORIZED": Kind(
         401, "No token, or an unknown one", "Send `Authorization: Bearer <token>`; ask the operator for a token."
@@ -98,6 +98,11 @@ KINDS: Mapping[str, Kind] = {
         "Add the origin to `CORS_ALLOWED_ORIGINS` if it may ask.",
     ),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
+    "HEADERS_TOO_LARGE": Kind(
+        431,
+        "The request line and the header fields are longer than 16 KiB, or there are more than 100 fields",
+        "Send fewer or shorter header fields.",
+    ),
     "RATE_LIMITED": Kind(
         429,
         "Too many requests from this address, or too many without a known token",
@@ -196,10 +201,6 @@ def stopping() -> ApiError:
     return ApiError(
         "STOPPING", "This gateway stops, and there was no answer in time. The request may still succeed: ask again."
     )
-
-
-def malformed() -> ApiError:
-    return ApiError("MALFORMED_REQUEST", "This is not HTTP/1.1. Look at the client, or at the proxy before it.")
 
 
 def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:

@@ -19,7 +19,6 @@ from gateway import (
     addresses,
     admin,
     auth,
-    clients,
     cors,
     dead_letters,
     docs,
@@ -30,6 +29,7 @@ from gateway import (
     middleware,
     routes,
     syncs,
+    uvicorn_protocol,
 )
 from gateway.context import Context
 from gateway.errors import ApiError
@@ -182,6 +182,6 @@ def main() -> None:
     service.run(
         create_app(settings),
         settings.gateway_port,
-        protocol=clients.protocol(settings.client_timeout_sec),
+        protocol=uvicorn_protocol.build_protocol(settings.client_timeout_sec),
         drain_sec=settings.drain_sec,
     )
