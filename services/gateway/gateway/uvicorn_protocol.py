@@ -5,9 +5,11 @@ two requests of a connection is limited.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from gateway import errors, metrics, middleware
+from gateway.connection_limit import ConnectionLimit
 from gateway.errors import ApiError
 from gateway.replies import leave
 from sandbox_broker.uvicorn_protocol import Refusal, StrictProtocol, render_response
@@ -15,6 +17,11 @@ from sandbox_broker.uvicorn_protocol import Refusal, StrictProtocol, render_resp
 MAX_MESSAGE_BYTES = 512 * 1024
 """Longest message with its head and the framing of its body. The largest body that is accepted fits in, even in
 chunks of one byte."""
+
+TOO_MANY_CONNECTIONS = Refusal(
+    429, "RATE_LIMITED", "Too many open connections from this address. Close some of them, then try again."
+)
+RETRY_CONNECTION_SEC = 5
 
 _CHECKS = 4
 """Checks per time-out. Frequent checks of one timer cost less than a timer for each request."""
@@ -58,10 +65,12 @@ class BrokerProtocol(StrictProtocol):
     """One connection to the gateway.
 
     The gateway cuts it when the client needs longer than `client_timeout_sec` for a request (from connecting, or
-    from the request's first byte, to its last) or for reading a response.
+    from the request's first byte, to its last) or for reading a response. It refuses it with 429 when the client's
+    address has too many connections.
     """
 
     client_timeout_sec = 30.0
+    connection_limit: ConnectionLimit | None = None
 
     _complete_scope: object = _NO_SCOPE
     """The scope of the newest request that has arrived completely."""
@@ -70,15 +79,23 @@ class BrokerProtocol(StrictProtocol):
     _awaited_at_last_check: object = None
     _checks_without_progress = 0
     _timer: asyncio.TimerHandle
+    _release_connection: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # CoalescingTransport has all methods of a transport, but not its class.
         super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
         self._schedule_check()
+        if self.connection_limit is not None and self.client is not None:
+            self._release_connection = self.connection_limit.acquire(self.client[0])
+            if self._release_connection is None:
+                metrics.SLOW_CLIENTS.labels(reason="too_many_connections").inc()
+                self.refuse(TOO_MANY_CONNECTIONS, "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._timer.cancel()
+        if self._release_connection is not None:
+            self._release_connection()
         if self.cycle is not None and not self.cycle.response_complete:
             leave(self.cycle.scope)  # type: ignore[arg-type]  # uvicorn has a type of its own for it
 
@@ -133,7 +150,9 @@ class BrokerProtocol(StrictProtocol):
         self.transport.abort()
 
     def render_refusal(self, refusal: Refusal, request_id: str) -> bytes:
-        response = errors.response(ApiError(refusal.code, refusal.message), {"request_id": request_id})
+        retry_after = RETRY_CONNECTION_SEC if refusal is TOO_MANY_CONNECTIONS else None
+        error = ApiError(refusal.code, refusal.message, retry_after=retry_after)
+        response = errors.response(error, {"request_id": request_id})
         headers = [
             *response.raw_headers,
             (b"x-request-id", request_id.encode()),
@@ -143,6 +162,7 @@ class BrokerProtocol(StrictProtocol):
         return render_response(refusal.status, headers, bytes(response.body))
 
 
-def build_protocol(client_timeout_sec: float) -> type[BrokerProtocol]:
-    """Return a subclass with this limit, because uvicorn makes the instances itself."""
-    return type("BrokerProtocol", (BrokerProtocol,), {"client_timeout_sec": client_timeout_sec})
+def build_protocol(client_timeout_sec: float, connection_limit: ConnectionLimit | None) -> type[BrokerProtocol]:
+    """Return a subclass with these limits, because uvicorn makes the instances itself."""
+    limits = {"client_timeout_sec": client_timeout_sec, "connection_limit": connection_limit}
+    return type("BrokerProtocol", (BrokerProtocol,), limits)

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from csp_simulator.testing import serving
 from devstack.wire import GET_HEALTH, connected
 from gateway import replies
+from gateway.connection_limit import ConnectionLimit
 from gateway.uvicorn_protocol import build_protocol
 
 from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
@@ -29,7 +30,7 @@ ALLOCATE = (
 
 @asynccontextmanager
 async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
-    protocol = build_protocol(patience_sec)
+    protocol = build_protocol(patience_sec, None)
     async with serving(app, http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url, asyncio.timeout(60):
         yield url
 
@@ -114,7 +115,7 @@ async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is
 
 
 async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_for_ever() -> None:
-    protocol = build_protocol(SHORT_SEC)
+    protocol = build_protocol(SHORT_SEC, None)
     async with (
         serving(create_app_without_servers(), http=protocol, timeout_keep_alive=1) as url,
         asyncio.timeout(60),
@@ -160,6 +161,33 @@ async def test_a_body_without_an_end_is_cut_by_its_size() -> None:
                 client.writer.write(b"1;%b\r\nx\r\n" % (b"y" * 10_000))
                 await client.writer.drain()
     assert sample("broker_slow_clients_total", reason="request_too_large") == before + 1
+
+
+async def test_connections_of_one_address_are_limited() -> None:
+    before = sample("broker_slow_clients_total", reason="too_many_connections")
+    protocol = build_protocol(FOR_EVER_SEC, ConnectionLimit(3, []))
+    async with (
+        serving(create_app_without_servers(), http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url,
+        asyncio.timeout(60),
+        connected(url) as first,
+        connected(url) as second,
+        connected(url) as third,
+    ):
+        for client in (first, second, third):
+            await client.send(GET_HEALTH)
+            assert (await client.response())[0] == 200
+        async with connected(url) as fourth:
+            status, body = await fourth.response()
+            assert (status, body["detail"]["code"]) == (429, "RATE_LIMITED")
+            assert b"retry-after: 5" in fourth.head
+            assert await fourth.cut_off() == b""
+        assert sample("broker_slow_clients_total", reason="too_many_connections") == before + 1
+        first.writer.transport.abort()
+        while True:  # the server notices the end of the first connection a moment later
+            async with connected(url) as fifth:
+                await fifth.send(GET_HEALTH)
+                if (await fifth.response())[0] == 200:
+                    break
 
 
 @pytest.mark.parametrize("size", [1, 16])
