@@ -27,6 +27,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 MAX_HEAD_BYTES = 16 * 1024
 """Longest request head: the request line and all header fields."""
 MAX_HEAD_FIELDS = 100
+MAX_LOGGED = 200
+"""Characters of the parser's report, which can quote a whole target."""
 
 log = structlog.get_logger()
 
@@ -202,7 +204,7 @@ class StrictProtocol(HttpToolsProtocol):
                 return
         request_id = str(uuid.uuid4())
         # A warning, because the logs limit how many warnings of one kind they take.
-        log.warning("request.malformed", request_id=request_id, problem=problem)
+        log.warning("request.malformed", request_id=request_id, problem=problem[:MAX_LOGGED])
         self.transport.write(self.render_refusal(refusal, request_id))
         self.transport.close()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
 from devstack.wire import Client, connected
@@ -247,3 +248,13 @@ async def test_a_large_body_needs_no_large_head() -> None:
             await client.send(post(b"Content-Length: 100000") + b"x" * 100_000)
             assert (await client.response())[0] == 200
     assert [len(body) for _, _, body in app.requests] == [100_000, 100_000]
+
+
+async def test_what_is_logged_of_a_malformed_request_is_short() -> None:
+    target = b"http://" + b"[" * 10_000
+    with capture_logs() as logs:
+        async with served(RecordingApp()) as client:
+            await client.send(b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n")
+            assert (await client.response())[0] == 400
+    assert [(line["event"], line["log_level"]) for line in logs] == [("request.malformed", "warning")]
+    assert len(json.dumps(logs[0])) < 500

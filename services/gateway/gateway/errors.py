@@ -27,6 +27,9 @@ class Kind:
     """Seconds."""
 
 
+MAX_QUOTED = 200
+"""Characters of a path in a message."""
+
 AGAIN = "Try again after `retry_after` seconds."
 SAME_AGAIN = "Ask again: it gives the same result, whether or not the first request was carried out."
 
@@ -49,7 +52,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "MALFORMED_REQUEST": Kind(
         400,
-        "The request is not valid HTTP/1.1, its end is ambiguous, or its path is percent-encoded in an unusual way",
+        "The request is not valid HTTP/1.1, or its end is ambiguous; the connection closes",
         "Correct the client, or the proxy before the gateway. A repetition gets the same answer.",
     ),
     "UNAUTHORIZED": Kind(
@@ -206,8 +209,10 @@ def stopping() -> ApiError:
 def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
     """What the framework itself refuses: unknown paths and wrong methods."""
     if status == HTTPStatus.NOT_FOUND:
-        return ApiError("NOT_FOUND", f"There is no {path} here. See /v1/docs for what there is.")
+        return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. See /v1/docs for what there is.")
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (headers or {}).get("Allow", "another method")
-        return ApiError("METHOD_NOT_ALLOWED", f"{path} takes {allowed}, not {method}.", headers=headers)
+        return ApiError(
+            "METHOD_NOT_ALLOWED", f"{path[:MAX_QUOTED]} takes {allowed}, not {method}.", headers=headers
+        )
     return internal()
