@@ -34,7 +34,7 @@ deletion.CSP_TIMEOUT_SEC = 1
 from reaper import cleanup  # noqa: E402 (it reads what was changed)
 
 cleanup.CLAIM_MARGIN_SEC = 0.5
-cleanup.NO_ANSWER_PAUSE_SEC = 0.2
+cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
     client, deleter = csp.CspClient, deletion.Deleter
