@@ -58,7 +58,7 @@ def test_each_alert_leads_to_its_section_of_the_runbook() -> None:
 def test_the_runbook_names_panels_that_exist() -> None:
     titles = {file.stem: {title for title, _ in panels(json.loads(file.read_text()))} for file in DASHBOARDS}
     page = " ".join(RUNBOOK.read_text().split())
-    references = re.findall(r'[Dd]ashboard \*(\w+)\*, panels? ((?:"[^"]+"(?: and )?)+)', page)
+    references = re.findall(r'[Dd]ashboard \*(\w+)\*, panels? ((?:"[^"]+"(?:, | and )?)+)', page)
     assert {dashboard.lower() for dashboard, _ in references} == titles.keys()
     for dashboard, quoted in references:
         assert set(re.findall(r'"([^"]+)"', quoted)) <= titles[dashboard.lower()]
