@@ -13,6 +13,8 @@ from csp_simulator.testing import serving
 from sandbox_broker.csp import CspError, CspUnauthorized, CspUnavailable
 from sandbox_broker.niosxaas import ACCOUNT_SWITCH, SERVICES, SIGN_IN, CleanedAccount, NiosxaasClient
 
+from .shared_harness import CannedTransport
+
 EMAIL = "broker@example.com"
 PASSWORD = 'pass"wörd-0123456789'
 UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
@@ -60,7 +62,7 @@ async def asked(simulator: httpx.AsyncClient) -> list[tuple[str, str]]:
 
 
 def answering(respond: Callable[[httpx.Request], httpx.Response], **options: Any) -> NiosxaasClient:
-    transport = httpx.MockTransport(respond)
+    transport = CannedTransport(respond)
     return NiosxaasClient("http://niosxaas.test", EMAIL, PASSWORD, transport=transport, **options)
 
 
