@@ -38,6 +38,7 @@ MAX_BODY_BYTES: Mapping[str, int] = {
     "delete_account": _MIB,
     "sign_in": _MIB,
     "account_switch": _MIB,
+    "current_user": _MIB,
     "delete_service": _MIB,
 }
 """Bound of an answer's body by operation, in decoded bytes. An answer over it is CspUnavailable."""

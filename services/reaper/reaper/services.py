@@ -29,7 +29,11 @@ def client(settings: Settings) -> NiosxaasClient | None:
 
 
 async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> str | None:
-    """Returns what went wrong: the deletion goes on all the same."""
+    """Remove the services inside the account of `deletion`. Return the error, or None.
+
+    The client proves first that its session is in that account, and removes nothing otherwise. The deletion of the
+    account itself goes on in either case.
+    """
     try:
         cleaned = await niosxaas.clean_account(deletion.external_id)
     except CspError as error:

@@ -97,6 +97,20 @@ async def test_their_failure_is_recorded_and_does_not_stop_the_deletion(
     assert all("401" in (error or "") for error in told)
 
 
+async def test_nothing_is_removed_where_the_switch_had_no_effect_and_the_deletion_goes_on(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    (await csp.control.put("/_control/services", json={"services": {"home": ["keep"]}})).raise_for_status()
+    await csp.behave(account_switch_without_effect=True)
+    async with reaping(amqp_url, csp, **enabled(csp)):
+        await until(lambda: not allocator.due)
+    assert await left(csp) == ["keep"]
+    assert await calls(csp) == ["account", "account"]
+    assert await csp.accounts() == {}
+    for deletion in allocator.all(RecordDeletion):
+        assert "No service was deleted." in (deletion.services_error or "")
+
+
 async def test_a_claim_spans_them_too(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))
