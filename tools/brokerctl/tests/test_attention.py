@@ -111,5 +111,13 @@ def test_a_long_queue_is_named() -> None:
     assert found(UP, seen) == [("allocator.commands", "5000 messages wait.")]
 
 
+def test_a_queue_that_does_not_answer_is_named() -> None:
+    seen = status()
+    seen["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    assert found(UP, seen) == [
+        ("reaper.events", "RabbitMQ gives no information about it: no answer in 0.3 s."),
+    ]
+
+
 def test_behind_a_gateway_that_is_down_nothing_is_judged() -> None:
     assert found({"state": "down", "problem": "refused"}, {}) == [("gateway", "refused")]
