@@ -21,6 +21,8 @@ class Exchange:
 class Queue:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    replaces: str | None = None
+    """Name of the queue that earlier versions used instead. `connection.delete_replaced` deletes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,20 @@ _QUORUM: Mapping[str, Any] = {
 }
 _SINGLE: Mapping[str, Any] = {**_QUORUM, "x-single-active-consumer": True}
 
-# One tick waits at most: replicas that all publish theirs, or an outage, never pile up work.
-_TICK: Mapping[str, Any] = {"x-max-length": 1, "x-overflow": "drop-head", "x-single-active-consumer": True}
+# At most one tick waits, so replicas that all publish ticks, or an outage, never pile up work. RabbitMQ gives a
+# tick that it drops for the length to the dead-letter exchange with the reason `maxlen`, which no binding there
+# takes.
+_TICK: Mapping[str, Any] = {**_SINGLE, "x-max-length": 1, "x-overflow": "drop-head"}
 
 # What students wait for, and what they must not wait for: pieces of listings, expiry, records of deletions.
 ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
 ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
 SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
 REAPER_COMMANDS = Queue("reaper.commands", _SINGLE)
-SYNC_TICKS = Queue("csp-syncer.ticks", _TICK)
-PURGE_TICKS = Queue("csp-syncer.purge_ticks", _TICK)
-CLEANUP_TICKS = Queue("reaper.cleanup_ticks", _TICK)
-EXPIRY_TICKS = Queue("reaper.expiry_ticks", _TICK)
+SYNC_TICKS = Queue("csp-syncer.ticks.sync", _TICK, replaces="csp-syncer.ticks")
+PURGE_TICKS = Queue("csp-syncer.ticks.purge", _TICK, replaces="csp-syncer.purge_ticks")
+CLEANUP_TICKS = Queue("reaper.ticks.cleanup", _TICK, replaces="reaper.cleanup_ticks")
+EXPIRY_TICKS = Queue("reaper.ticks.expiry", _TICK, replaces="reaper.expiry_ticks")
 REAPER_EVENTS = Queue("reaper.events", _SINGLE)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
 

@@ -14,8 +14,8 @@ from sandbox_broker.topology import Queue
 
 PATIENCE_SEC = 60.0
 COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
-TICKS = (topology.SYNC_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
-DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS)
+TICKS = (topology.SYNC_TICKS, topology.PURGE_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
+DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS, *TICKS)
 
 
 @pytest.fixture
@@ -80,9 +80,14 @@ def test_bindings_and_dead_letters_lead_to_what_is_declared() -> None:
         assert queue.arguments.get("x-dead-letter-exchange", topology.DEAD_LETTERS.name) in exchanges
 
 
+@pytest.mark.parametrize("queue", topology.QUEUES, ids=lambda queue: queue.name)
+def test_every_queue_is_a_quorum_queue(queue: Queue) -> None:
+    """RabbitMQ would make it a classic queue, which is down while its node is down."""
+    assert queue.arguments["x-queue-type"] == "quorum"
+
+
 @pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
 def test_work_is_replicated_and_tried_a_limited_number_of_times(queue: Queue) -> None:
-    assert queue.arguments["x-queue-type"] == "quorum"
     assert 1 <= queue.arguments["x-delivery-limit"] <= 100
     assert queue.arguments["x-dead-letter-exchange"] == topology.DEAD_LETTERS.name
 
@@ -162,6 +167,28 @@ async def test_one_tick_waits_however_many_are_published(channel: AbstractChanne
     assert await length(channel, queue) == 1
     assert (await take(channel, queue)).body == b"19"
     assert await length(channel, queue) == 0
+
+
+async def test_a_tick_that_another_tick_replaces_is_no_dead_letter(channel: AbstractChannel) -> None:
+    exchange = await channel.get_exchange(topology.TICKS.name, ensure=False)
+    all_dead = await channel.declare_queue(exclusive=True)
+    for match in ("maxlen", "rejected"):
+        await all_dead.bind(
+            topology.DEAD_LETTERS.name, arguments={"x-match": "all-with-x", "x-first-death-reason": match}
+        )
+    for number in range(20):
+        await exchange.publish(Message(b"%d" % number), routing_key=topology.SYNC_TICKS.name)
+    await (await take(channel, topology.SYNC_TICKS)).reject(requeue=False)
+    # RabbitMQ dead-letters in order, so what it has done with the rejected tick it has done with those before it.
+    seen: list[tuple[bytes, object]] = []
+    async with asyncio.timeout(PATIENCE_SEC), all_dead.iterator(no_ack=True) as messages:
+        async for message in messages:
+            seen.append((message.body, message.headers["x-first-death-reason"]))
+            if len(seen) == 20:
+                break
+    assert seen == [*((b"%d" % number, "maxlen") for number in range(19)), (b"19", "rejected")]
+    assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"19"
+    assert await length(channel, topology.DEAD_LETTER_QUEUE) == 0
 
 
 async def test_the_reaper_hears_of_deletion_requests_only(channel: AbstractChannel) -> None:
