@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import get_args
 
 import aio_pika
 import pytest
@@ -9,7 +10,7 @@ from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelPreconditionFailed
 
-from sandbox_broker import topology
+from sandbox_broker import messages, topology
 from sandbox_broker.topology import Queue
 
 PATIENCE_SEC = 60.0
@@ -78,6 +79,33 @@ def test_bindings_and_dead_letters_lead_to_what_is_declared() -> None:
     assert {binding.queue.name for binding in topology.BINDINGS} == {queue.name for queue in topology.QUEUES}
     for queue in topology.QUEUES:
         assert queue.arguments.get("x-dead-letter-exchange", topology.DEAD_LETTERS.name) in exchanges
+
+
+SENDERS = (topology.COMMANDS, topology.COMMANDS_FROM_REAPER, topology.COMMANDS_FROM_SYNCER)
+
+
+def test_every_command_has_an_exchange_that_may_carry_it() -> None:
+    carried = set().union(*(exchange.commands for exchange in SENDERS))
+    assert carried == set(get_args(get_args(messages.Command)[0]))
+    assert [exchange for exchange in topology.EXCHANGES if exchange.commands] == list(SENDERS)
+
+
+def test_what_a_service_shares_with_the_gateway_is_what_an_administrator_may_start_or_follow() -> None:
+    reaper, syncer = topology.COMMANDS_FROM_REAPER.commands, topology.COMMANDS_FROM_SYNCER.commands
+    assert topology.COMMANDS.commands & reaper == {messages.RecordJob}
+    assert topology.COMMANDS.commands & syncer == {
+        messages.DeleteStale,
+        messages.PurgeRecords,
+        messages.RecordJob,
+        messages.SyncPool,
+    }
+    assert reaper & syncer == {messages.RecordJob}
+
+
+@pytest.mark.parametrize("exchange", ["", "amq.direct", topology.REPLIES.name, topology.EVENTS.name, None])
+def test_over_any_other_exchange_no_command_comes(exchange: str | None) -> None:
+    assert not topology.can_carry(exchange, messages.AllocateSandbox(request_id="r", holder="ann"))
+    assert not topology.can_carry(exchange, messages.BeginListing())
 
 
 @pytest.mark.parametrize("queue", topology.QUEUES, ids=lambda queue: queue.name)

@@ -19,7 +19,7 @@ async def tick(publisher: Publisher) -> None:
     body = encode_commands([command])
     await publisher.wait_connected()  # the first tick may come before; the next is a whole period away
     try:
-        await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)
+        await publisher.publish(topology.COMMANDS_FROM_SYNCER.name, topology.SYNCER_COMMANDS.name, body)
     except (Disconnected, Unroutable) as error:
         log.warning("sync.postponed", error=str(error))
 
