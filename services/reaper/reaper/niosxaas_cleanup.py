@@ -31,8 +31,8 @@ def build_client(settings: Settings) -> NiosxaasClient | None:
 async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> str | None:
     """Remove the services inside the account of `deletion`. Return the problem, or None.
 
-    The client first proves that its session is in that account, and otherwise removes none. The account is deleted in
-    both cases.
+    The client first proves that its session is in that account, and otherwise removes none. The account is deleted
+    in both cases.
     """
     try:
         cleaned = await niosxaas.clean_account(deletion.external_id)
