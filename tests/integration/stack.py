@@ -21,9 +21,9 @@ from devstack.testing import empty
 from sandbox_broker.migrate import migrate
 
 ROOT = Path(__file__).parents[2]
-TRACK_TOKEN = "track-token"
-ADMIN_TOKEN = "admin-token"
-CSP_TOKEN = "csp-token"
+TRACK_TOKEN = "test-track-token"
+ADMIN_TOKEN = "test-admin-token"
+CSP_TOKEN = "test-csp-token"
 PORTS = {
     "gateway": "GATEWAY_PORT",
     "allocator": "ALLOCATOR_PORT",

@@ -1,9 +1,9 @@
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens
+from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, split_tokens
 
 
 def _rate(value: str) -> str:
@@ -40,3 +40,13 @@ class Settings(ServiceSettings):
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
     drain_sec: float = Field(default=5, ge=0, le=20)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)
+
+    @field_validator("broker_admin_token")
+    @classmethod
+    def _refuse_track_token(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        track = info.data.get("broker_api_token")
+        if track is not None and not set(split_tokens(track)).isdisjoint(split_tokens(value)):
+            raise ValueError(
+                "holds a token of BROKER_API_TOKEN, so every track could administer the broker; use another token"
+            )
+        return value

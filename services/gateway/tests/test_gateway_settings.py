@@ -10,8 +10,8 @@ from sandbox_broker.settings import load
 GOOD = {
     "AMQP_URL": "amqp://guest:hidden@localhost/",
     "DATABASE_URL": "postgresql://user:hidden@localhost/x",
-    "BROKER_API_TOKEN": "hidden-1,hidden-2",
-    "BROKER_ADMIN_TOKEN": "hidden-3",
+    "BROKER_API_TOKEN": "hidden-token-1,hidden-token-2",
+    "BROKER_ADMIN_TOKEN": "hidden-token-3",
 }
 
 
@@ -41,6 +41,12 @@ def test_no_secret_is_shown() -> None:
         *((name, None) for name in GOOD),
         ("BROKER_API_TOKEN", " , "),
         ("BROKER_ADMIN_TOKEN", ""),
+        ("BROKER_API_TOKEN", "hidden-1234"),
+        ("BROKER_API_TOKEN", "hidden-token-1,hidden-1234"),
+        ("BROKER_API_TOKEN", "hidden-token-1,dev-track-token"),
+        ("BROKER_ADMIN_TOKEN", "hidden-1234"),
+        ("BROKER_ADMIN_TOKEN", "dev-admin-token"),
+        ("BROKER_ADMIN_TOKEN", "hidden-token-3, hidden-token-2"),
         ("AMQP_URL", "http://guest:hidden@localhost"),
         ("AMQP_URL", "amqp://guest:hidden@localhost:port/"),
         ("DATABASE_URL", "mysql://user:hidden@localhost/x"),
@@ -81,3 +87,15 @@ def test_a_wrong_value_stops_the_start_with_one_line(
     assert line.count("\n") == 1
     assert name in line
     assert "hidden" not in line
+
+
+def test_an_admin_token_that_is_a_track_token_is_refused_with_the_action(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BROKER_ADMIN_TOKEN", "hidden-token-2")
+    with pytest.raises(SystemExit):
+        load(Settings)
+    assert capsys.readouterr().err == (
+        "cannot start: BROKER_ADMIN_TOKEN: holds a token of BROKER_API_TOKEN, so every track could administer the "
+        "broker; use another token\n"
+    )

@@ -65,6 +65,8 @@ SECRETS = frozenset(
 STAND_INS: Mapping[str, str] = {
     "amqp_url": "amqp://stand-in:stand-in@rabbitmq/",
     "database_url": "postgresql://stand-in:stand-in@postgres/sandbox_broker",
+    "broker_api_token": "stand-in-of-the-track-token",
+    "broker_admin_token": "stand-in-of-the-admin-token",
 }
 """For what only the cluster knows."""
 
