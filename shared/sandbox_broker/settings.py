@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sandbox_broker.sockets import parse_addresses
+
 
 def _url(*schemes: str, example: str) -> Callable[[str], str]:
     def check(value: str) -> str:
@@ -39,6 +41,14 @@ def _tokens(value: SecretStr) -> SecretStr:
     return value
 
 
+def _addresses(value: str) -> str:
+    try:
+        parse_addresses(value)
+    except ValueError as error:
+        raise ValueError("must be a comma-separated list of IP addresses like 127.0.0.1,::1, or empty") from error
+    return value
+
+
 DatabaseUrl = Annotated[
     str,
     AfterValidator(_driver_neutral),
@@ -58,6 +68,8 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     amqp_url: AmqpUrl = Field(repr=False)
+    bind_host: Annotated[str, AfterValidator(_addresses)] = ""
+    """The addresses that the service listens on; empty for all addresses, IPv4 and IPv6."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(_none_if_empty)] = None
