@@ -15,6 +15,8 @@ from starlette.applications import Starlette
 
 from sandbox_broker import tracing
 from sandbox_broker.server import STOP_SEC, Server
+from sandbox_broker.settings import stop
+from sandbox_broker.sockets import open_listeners, parse_addresses, raise_open_file_limit
 
 KEEP_ALIVE_SEC = 75
 """Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
@@ -90,15 +92,24 @@ def run(
     app: Starlette,
     port: int,
     *,
+    bind_host: str = "",
     protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools",
     drain_sec: float = 0,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
+    """Serve until SIGTERM or SIGINT, then let requests and tasks finish. Exits with 1 if a task failed, and with 2
+    and one line if the port is taken.
+
+    `bind_host` is a comma-separated list of the addresses to listen on; empty for all.
+    """
+    raise_open_file_limit()
+    try:
+        # Before the tasks start: a service that cannot listen takes no work from a queue.
+        listeners = open_listeners(port, parse_addresses(bind_host))
+    except OSError as error:
+        stop(error.strerror or str(error))
     server = Server(
         uvicorn.Config(
             app,
-            host="0.0.0.0",
-            port=port,
             loop="uvloop",
             http=protocol,
             lifespan="on",
@@ -114,14 +125,14 @@ def run(
         drain_sec=drain_sec,
     )
 
-    def stop(*_: object) -> None:
+    def request_exit(*_: object) -> None:
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn has handlers of its own while it serves: this is for a signal that comes before, and for the
         # one that it raises again when it is done, when a stop is no failure.
-        signal.signal(number, stop)
-    server.run()
+        signal.signal(number, request_exit)
+    server.run(listeners)
     tracing.shutdown()
     if getattr(app.state, "failed", False):
         sys.exit(1)

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sandbox_broker.sockets import parse_addresses
+
 MIN_TOKEN_LENGTH = 12
 
 EXAMPLE_TOKENS = frozenset({"dev-track-token", "dev-admin-token", "dev-csp-token"})
@@ -95,6 +97,14 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _addresses(value: str) -> str:
+    try:
+        parse_addresses(value)
+    except ValueError as error:
+        raise ValueError("must be a comma-separated list of IP addresses like 127.0.0.1,::1, or empty") from error
+    return value
+
+
 DatabaseUrl = Annotated[
     str,
     AfterValidator(_driver_neutral),
@@ -103,7 +113,7 @@ DatabaseUrl = Annotated[
 AmqpUrl = Annotated[str, AfterValidator(_url("amqp", "amqps", example="amqp://user:password@host:5672/"))]
 HttpUrl = Annotated[str, AfterValidator(_url("http", "https", example="https://host/path"))]
 CspUrl = Annotated[HttpUrl, AfterValidator(_require_tls)]
-"""An HTTP URL of CSP. http:// needs a loopback host, or ALLOW_INSECURE_CSP, a field that must come before this one."""
+"""A URL of CSP. http:// needs a loopback host or `allow_insecure_csp`, a field that must come before this one."""
 CspToken = Annotated[SecretStr, Field(min_length=1), AfterValidator(_refuse_example_token)]
 Tokens = Annotated[SecretStr, AfterValidator(_check_token_list)]
 """A comma-separated list of tokens, so that a token is rotated without downtime."""
@@ -117,6 +127,8 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     amqp_url: AmqpUrl = Field(repr=False)
+    bind_host: Annotated[str, AfterValidator(_addresses)] = ""
+    """The addresses that the service listens on; empty for all addresses, IPv4 and IPv6."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(_none_if_empty)] = None

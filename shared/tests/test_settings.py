@@ -56,6 +56,13 @@ def test_what_is_right_is_taken(environment: pytest.MonkeyPatch) -> None:
     assert (settings.delay_sec, settings.log_level, settings.gateway_port) == (0.01, "DEBUG", 8080)
 
 
+@pytest.mark.parametrize("value", ["", "127.0.0.1", "127.0.0.1, ::1", "0.0.0.0,::"])
+def test_a_service_may_listen_on_some_addresses_only(environment: pytest.MonkeyPatch, value: str) -> None:
+    assert load(Settings).bind_host == ""
+    environment.setenv("BIND_HOST", value)
+    assert load(Settings).bind_host == value
+
+
 def test_a_file_named_env_is_read(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.delenv("AMQP_URL")
     (tmp_path / ".env").write_text("AMQP_URL=amqp://from-file/\nSOMETHING_ELSE=1\nGATEWAY_PORT=1\n")
@@ -99,6 +106,11 @@ def test_an_empty_value_is_named(
         ("DELAY_SEC", "-1"),
         ("DELAY_SEC", "nan"),
         ("DELAY_SEC", PASSWORD),
+        ("BIND_HOST", "localhost"),
+        ("BIND_HOST", "127.0.0.1 ::1"),
+        ("BIND_HOST", "127.0.0.1:8080"),
+        ("BIND_HOST", "[::1]"),
+        ("BIND_HOST", "10.0.0.0/8"),
         ("LOG_LEVEL", "LOUD"),
         ("LOG_FORMAT", "xml"),
     ],

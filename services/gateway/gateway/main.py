@@ -182,6 +182,7 @@ def main() -> None:
     service.run(
         create_app(settings),
         settings.gateway_port,
+        bind_host=settings.bind_host,
         protocol=clients.protocol(settings.client_timeout_sec),
         drain_sec=settings.drain_sec,
     )
