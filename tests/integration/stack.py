@@ -208,6 +208,7 @@ async def running(
         "AMQP_URL": amqp_url,
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+        "BIND_HOST": "127.0.0.1,::1",
         "RATE_LIMIT": "",  # all students come from one address
         "DRAIN_SEC": "0",
         "CSP_BASE_URL": f"{simulator}/v2",

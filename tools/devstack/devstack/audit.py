@@ -33,6 +33,7 @@ def audit(locks: Sequence[Path], database_url: str) -> int:
     if obstacle is not None:
         return _report_unreachable(database_url, obstacle)
     vulnerable: set[str] = set()
+    failed = False
     for lock in locks:
         done = _run_pip_audit(lock, database_url)
         found = _vulnerable_packages(done.stdout)
@@ -43,12 +44,12 @@ def audit(locks: Sequence[Path], database_url: str) -> int:
             if obstacle is not None and not vulnerable:
                 return _report_unreachable(database_url, obstacle)
             print(f"pip-audit failed for {lock.name}: {done.stderr.strip()[:_SHOWN_CHARACTERS]}", file=sys.stderr)
-            return 1
+            failed = True
     for line in sorted(vulnerable):
         print(line, file=sys.stderr)
-    if not vulnerable:
+    if not vulnerable and not failed:
         print(f"no known vulnerability in {len(locks)} locked requirements files")
-    return 1 if vulnerable else 0
+    return 1 if vulnerable or failed else 0
 
 
 def _report_unreachable(database_url: str, obstacle: str) -> int:
