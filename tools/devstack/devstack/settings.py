@@ -25,8 +25,8 @@ PORTS = {
 
 TOKENS = ("BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN", "CSP_API_TOKEN")
 
-POSTGRES_IMAGE = "postgres:17"
-RABBITMQ_IMAGE = "rabbitmq:4-management"
+POSTGRES_IMAGE = "postgres:17.11"
+RABBITMQ_IMAGE = "rabbitmq:4.3-management"
 
 _DEFAULTS = {
     "BIND_HOST": "127.0.0.1,::1",  # a development broker is reached from this machine only
