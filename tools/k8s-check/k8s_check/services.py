@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -86,6 +87,13 @@ def of_container(container: Mapping[str, Any]) -> Program | None:
     if command[:-1] != ["python", "-m"] or module not in COMMANDS:
         raise ValueError(f"{' '.join(command)} is none of {', '.join(f'python -m {name}' for name in COMMANDS)}")
     return COMMANDS[module]
+
+
+def routes(program: Program, settings: BaseSettings) -> set[str]:
+    """Return the paths that are served, for any method."""
+    app = None if program.create_app is None else program.create_app(settings)
+    described = set(app.openapi()["paths"]) if isinstance(app, FastAPI) else set()
+    return described | paths(program, settings)
 
 
 def paths(program: Program, settings: BaseSettings) -> set[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from k8s_check import services
+from k8s_check import exposure, services
 from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects, title
 from k8s_check.references import target_port
 from k8s_check.services import Program
@@ -120,14 +120,16 @@ def _probes(program: Program, settings: BaseSettings, pod: Pods, container: Mapp
 
 
 def _ingresses(manifests: Sequence[Manifest]) -> Iterator[str]:
+    served_by: dict[str, set[str]] = {}
     for ingress in of_kind(manifests, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
                 name = path["backend"]["service"]["name"]
-                served = _served_by(manifests, name)
-                prefix = path["path"].rstrip("/")
-                if served and not any(route.startswith(f"{prefix}/") for route in served):
-                    yield f"{title(ingress)}: nothing below {path['path']} is served by {name}"
+                if name not in served_by:  # the OpenAPI document takes long
+                    served_by[name] = _served_by(manifests, name)
+                served = served_by[name]
+                if served and not any(exposure.covers(path, route) for route in served):
+                    yield f"{title(ingress)}: {path['path']} ({path['pathType']}) is not served by {name}"
 
 
 def _served_by(manifests: Sequence[Manifest], service_name: str) -> set[str]:
@@ -141,5 +143,5 @@ def _served_by(manifests: Sequence[Manifest], service_name: str) -> set[str]:
                 program = services.of_container(container)
                 if program is not None:
                     settings, _ = settle(program, environment(manifests, container)[0])
-                    served |= services.paths(program, settings) if settings is not None else set()
+                    served |= services.routes(program, settings) if settings is not None else set()
     return served

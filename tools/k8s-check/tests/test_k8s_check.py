@@ -70,6 +70,24 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "NetworkPolicy: reaper to RabbitMQ, port 5672 is needed, and is not let through",
         ),
         (
+            "k8s/components/admin-ingress/kustomization.yaml",
+            "path: /v1/allocate",
+            "path: /v1/alocate",
+            "prod-separate-admin: Ingress gateway: /v1/alocate (Exact) is not served by gateway",
+        ),
+        (
+            "k8s/components/admin-ingress/kustomization.yaml",
+            "path: /v1/sandboxes",
+            "path: /v1",
+            "Ingress gateway: publishes the admin API without the allow-list of Ingress gateway-admin",
+        ),
+        (
+            "k8s/components/admin-ingress/ingress.yaml",
+            "path: /v1",
+            "path: /",
+            "prod-separate-admin: Ingress gateway-admin: /metrics must stay inside the cluster",
+        ),
+        (
             "k8s/base/gateway/horizontalpodautoscaler.yaml",
             "minReplicas",
             "minimumReplicas",
@@ -95,6 +113,8 @@ def test_a_mistake_in_a_file_is_told(
     if "horizontal" in file:  # KEDA's component takes it out
         overlay = deploy / "k8s/overlays/prod/kustomization.yaml"
         overlay.write_text(overlay.read_text().replace("  - ../../components/keda\n", ""))
+    if "admin-ingress" not in file:
+        shutil.rmtree(deploy / "k8s/overlays/prod-separate-admin")
     path = deploy / file
     assert right in path.read_text()
     path.write_text(path.read_text().replace(right, wrong, 1))

@@ -148,7 +148,7 @@ def test_an_entrance_to_nothing_is_told(manifests: list[Any]) -> None:
     path = find(manifests, "Ingress", "gateway")["spec"]["rules"][0]["http"]["paths"][0]
     path["path"] = "/v2"
 
-    assert any("nothing below /v2 is served by gateway" in problem for problem in wiring.problems(manifests))
+    assert any("/v2 (Prefix) is not served by gateway" in problem for problem in wiring.problems(manifests))
 
 
 @pytest.mark.parametrize(
