@@ -40,7 +40,11 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
 """How the routes of sandbox_broker.health are described."""
 
 _LIMIT_HEADERS = {
-    "X-RateLimit-Limit": header("requests an address has in a window; absent where there is no limit", "integer"),
+    "X-RateLimit-Limit": header(
+        "requests in a window, of one student with this token, or of the address without a known token; absent "
+        "where there is no limit",
+        "integer",
+    ),
     "X-RateLimit-Remaining": header("what is left of them", "integer"),
     "X-RateLimit-Reset": header("Unix seconds, when the window ends", "integer"),
 }

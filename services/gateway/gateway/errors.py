@@ -100,7 +100,7 @@ KINDS: Mapping[str, Kind] = {
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
     "RATE_LIMITED": Kind(
         429,
-        "Too many requests from this address, or too many without a known token",
+        "Too many requests with this token for one student, or too many without a known token from this address",
         f"{AGAIN} It is what is left of the window.",
         retry_after=300,
     ),

@@ -111,11 +111,11 @@ def create_app(settings: Settings) -> Gateway:
             RequestValidationError: _invalid_request,
         },
     )
-    limited = limits.of(limits.rate(settings.rate_limit)) if settings.rate_limit else None
+    limited = limits.build_rate_limits(limits.rate(settings.rate_limit)) if settings.rate_limit else None
     client_address = addresses.client_address(addresses.networks(settings.trusted_proxies))
     judge = auth.Auth(
-        auth.Tokens(settings.broker_api_token),
-        auth.Tokens(settings.broker_admin_token),
+        settings.broker_api_token,
+        settings.broker_admin_token,
         limited.failures if limited else None,
         client_address,
     )
@@ -123,11 +123,11 @@ def create_app(settings: Settings) -> Gateway:
     app.state.context = Context(
         settings, judge, limited, client_address, engine, publisher, requester, allocator, outlook
     )
-    app.include_router(routes.router, dependencies=[Depends(auth.track)])
-    app.include_router(inventory.router, dependencies=[Depends(auth.administration)])
-    app.include_router(admin.router, dependencies=[Depends(auth.administration)])
-    app.include_router(syncs.router, dependencies=[Depends(auth.administration)])
-    app.include_router(dead_letters.router, dependencies=[Depends(auth.administration)])
+    app.include_router(routes.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(inventory.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(syncs.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])
