@@ -131,7 +131,8 @@ def create_app(settings: Settings) -> Gateway:
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])
-    docs.add_routes(app)
+    if settings.docs_enabled:
+        docs.add_routes(app)
     app.add_middleware(middleware.Envelope)
     return app
 
@@ -146,7 +147,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     headers = error.headers
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers = {"Allow": ", ".join(_methods(request))}
-    refused = errors.of_status(error.status_code, request.method, request.scope["path"], headers)
+    settings = request.app.state.context.settings
+    refused = errors.of_status(
+        error.status_code, request.method, request.scope["path"], headers, docs_enabled=settings.docs_enabled
+    )
     return errors.response(refused, request.scope["state"])
 
 

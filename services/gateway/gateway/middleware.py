@@ -51,6 +51,8 @@ SECURITY_HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
 ]
 NO_STORE = (b"cache-control", b"no-store")
+_REVALIDATE = (b"cache-control", b"no-cache")
+"""A cache may keep the response, and asks with its ETag before each use."""
 _DEPRECATED = (b"deprecation", b"true")
 
 log = structlog.get_logger()
@@ -106,7 +108,7 @@ class Envelope:
                 if "deprecated" in state:
                     headers.append(_DEPRECATED)
                 if path.startswith("/v1"):
-                    headers.append(NO_STORE)
+                    headers.append(_REVALIDATE if "revalidate" in state else NO_STORE)
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -36,6 +36,7 @@ class Settings(ServiceSettings):
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
     rate_limit: Annotated[str, AfterValidator(_rate)] = "2000/5 minutes"
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
+    docs_enabled: bool = True
     cors_allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
     drain_sec: float = Field(default=5, ge=0, le=20)

@@ -29,6 +29,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
     assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
     assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ("", 30, 5)
+    assert settings.docs_enabled is True
 
 
 def test_no_secret_is_shown() -> None:
@@ -64,6 +65,7 @@ def test_no_secret_is_shown() -> None:
         ("CLIENT_TIMEOUT_SEC", "0"),
         ("DRAIN_SEC", "-1"),
         ("DRAIN_SEC", "30"),
+        ("DOCS_ENABLED", "perhaps"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )
