@@ -130,7 +130,12 @@ def create_app(settings: Settings) -> Gateway:
     app.include_router(dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
-        app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])
+        app.add_api_route(
+            route.path,
+            route.endpoint,
+            include_in_schema=settings.ops_port is None,
+            **docs.OPERATIONS[route.path],
+        )
     if settings.docs_enabled:
         docs.add_routes(app)
     app.add_middleware(middleware.Envelope)
@@ -186,6 +191,7 @@ def main() -> None:
     service.run(
         create_app(settings),
         settings.gateway_port,
+        ops_port=settings.ops_port,
         bind_host=settings.bind_host,
         protocol=clients.protocol(settings.client_timeout_sec),
         drain_sec=settings.drain_sec,

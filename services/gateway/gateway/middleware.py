@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 MAX_BODY = 64 * 1024
 
-_NOT_LIMITED = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Asked by the platform, from one address and for ever."""
+_OPERATIONS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Routes for the platform, which asks from one address and without end: not limited. On OPS_PORT only, if that is
+set."""
 
 _CLIENT_GONE = 499
 """In the log and in metrics, in place of a status that nobody has seen; nginx has made it known."""
@@ -113,6 +114,7 @@ class Envelope:
             await send(message)
 
         try:
+            _check_port(scope)
             _check(standing, state)
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
@@ -151,7 +153,7 @@ class Envelope:
             return None
         context: Context = scope["app"].state.context
         caller = scope["state"]["caller"] = context.auth.identify(scope["headers"], given)
-        if context.limits is None or scope["path"] in _NOT_LIMITED:
+        if context.limits is None or scope["path"] in _OPERATIONS:
             return None
         if caller.has_known_token:
             return context.limits.students.hit(caller.token_hash + student_as_sent(given))
@@ -179,6 +181,14 @@ def _told(state: Mapping[str, Any]) -> dict[str, Any]:
     error."""
     told = state.get("ids", {})
     return {**told, "code": state["code"]} if "code" in state else told
+
+
+def _check_port(scope: Scope) -> None:
+    """Keep the routes for the platform and all others apart, if OPS_PORT is set. Both ports lead to this
+    application."""
+    ops_port = scope["app"].state.context.settings.ops_port
+    if ops_port is not None and (scope["server"][1] == ops_port) != (scope["path"] in _OPERATIONS):
+        raise errors.not_on_this_port(scope["path"])
 
 
 def _check(standing: Standing | None, state: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens
+from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty
 
 
 def _rate(value: str) -> str:
@@ -28,11 +28,19 @@ def _origins(value: str) -> str:
     return value
 
 
+def _other_port(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and value == info.data.get("gateway_port"):
+        raise ValueError("must differ from GATEWAY_PORT")
+    return value
+
+
 class Settings(ServiceSettings):
     database_url: DatabaseUrl = Field(repr=False)
     broker_api_token: Tokens
     broker_admin_token: Tokens
     gateway_port: Port = 8080
+    ops_port: Annotated[Port | None, BeforeValidator(none_if_empty), AfterValidator(_other_port)] = None
+    """Port of /healthz, /readyz and /metrics; None: they are on `gateway_port`."""
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
     rate_limit: Annotated[str, AfterValidator(_rate)] = "2000/5 minutes"
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
