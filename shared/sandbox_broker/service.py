@@ -92,6 +92,7 @@ def run(
     app: Starlette,
     port: int,
     *,
+    ops_port: int | None = None,
     bind_host: str = "",
     protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools",
     drain_sec: float = 0,
@@ -99,12 +100,20 @@ def run(
     """Serve until SIGTERM or SIGINT, then let requests and tasks finish. Exits with 1 if a task failed, and with 2
     and one line if the port is taken.
 
-    `bind_host` is a comma-separated list of the addresses to listen on; empty for all.
+    `ops_port` is a second port of the same application, which tells the two apart by `scope["server"]`. It is
+    served as long as the first one and drains with it. `bind_host` is a comma-separated list of the addresses to
+    listen on; empty for all.
     """
     raise_open_file_limit()
     try:
         # Before the tasks start: a service that cannot listen takes no work from a queue.
-        listeners = open_listeners(port, parse_addresses(bind_host))
+        addresses = parse_addresses(bind_host)
+        listeners = [
+            listener
+            for number in (port, ops_port)
+            if number is not None
+            for listener in open_listeners(number, addresses)
+        ]
     except OSError as error:
         stop(error.strerror or str(error))
     server = Server(

@@ -39,7 +39,8 @@ def _driver_neutral(value: str) -> str:
     return value.replace("postgresql+asyncpg://", "postgresql://", 1)
 
 
-def _none_if_empty(value: object) -> object:
+def none_if_empty(value: object) -> object:
+    """Compose hands on a variable that is set to nothing as an empty one."""
     return None if value == "" else value
 
 
@@ -131,7 +132,7 @@ class ServiceSettings(BaseSettings):
     """The addresses that the service listens on; empty for all addresses, IPv4 and IPv6."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"
-    otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(_none_if_empty)] = None
+    otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None
     otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
 
 

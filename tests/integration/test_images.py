@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
 from devstack import locks, settings
+from devstack.ports import free_port
 from k8s_check.services import COMMANDS, SERVICES, Program
 from tests.integration.stack import ROOT, Stack
 
@@ -32,11 +33,11 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 
-def ask(service: str, port: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def ask(service: str, port: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     variable = f"{service.upper().replace('-', '_')}_PORT"
     return subprocess.run(
         [sys.executable, SCRIPTS / "healthy.py", *arguments],
-        env={"SERVICE": service, variable: port, "PATH": os.environ["PATH"]},
+        env={"SERVICE": service, variable: port, "PATH": os.environ["PATH"], **settings},
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,6 +54,23 @@ def test_the_health_check_tells_a_service_that_answers_from_one_that_does_not(st
     assert ask("csp-syncer", port, "/nothing").returncode == 1
     refused = ask("gateway", "1")
     assert (refused.returncode, "refused" in refused.stdout, refused.stderr) == (1, True, "")
+
+
+async def test_the_health_check_asks_where_the_service_listens(stack: Stack) -> None:
+    main, ops = str(free_port()), str(free_port())
+    settings = {"GATEWAY_PORT": main, "OPS_PORT": ops, "BIND_HOST": "::1,127.0.0.2"}
+    gateway, _ = await stack.launch("gateway", name="gateway elsewhere", settings=settings)
+    try:
+        await stack.until_ready(f"http://[::1]:{ops}/readyz", gateway)
+        ready = ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.2, ::1")
+        assert (ready.returncode, "ready" in ready.stdout) == (0, True)
+        assert ask("gateway", main, "/readyz", OPS_PORT=ops).returncode == 0  # IPv6 after IPv4
+        assert ask("gateway", main, "/readyz").returncode == 1
+        assert ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.1").returncode == 1
+        # Other services have no OPS_PORT: one that is set for all of them says nothing of theirs.
+        assert ask("csp-syncer", stack.environment["CSP_SYNCER_PORT"], OPS_PORT=ops).returncode == 0
+    finally:
+        await gateway.stop()
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -144,6 +162,7 @@ def test_prometheus_asks_every_service_where_its_image_answers() -> None:
         for name, program in SERVICES.items()
         if program.port
     }
+    ports["gateway"] = int(COMPOSE["gateway"]["environment"]["OPS_PORT"])
     assert targets["sandbox-broker"] == [f"{name}:{port}" for name, port in ports.items()]
     assert targets["rabbitmq"] == ["rabbitmq:15692"]
 

@@ -1,9 +1,9 @@
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, split_tokens
+from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
 
 
 def _rate(value: str) -> str:
@@ -28,14 +28,23 @@ def _origins(value: str) -> str:
     return value
 
 
+def _other_port(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and value == info.data.get("gateway_port"):
+        raise ValueError("must differ from GATEWAY_PORT")
+    return value
+
+
 class Settings(ServiceSettings):
     database_url: DatabaseUrl = Field(repr=False)
     broker_api_token: Tokens
     broker_admin_token: Tokens
     gateway_port: Port = 8080
+    ops_port: Annotated[Port | None, BeforeValidator(none_if_empty), AfterValidator(_other_port)] = None
+    """Port of /healthz, /readyz and /metrics; None: they are on `gateway_port`."""
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
     rate_limit: Annotated[str, AfterValidator(_rate)] = "2000/5 minutes"
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
+    docs_enabled: bool = True
     cors_allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
     drain_sec: float = Field(default=5, ge=0, le=20)

@@ -29,6 +29,14 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
     assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
     assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ("", 30, 5)
+    assert (settings.docs_enabled, settings.ops_port, settings.bind_host) == (True, None, "")
+
+
+def test_an_empty_port_of_its_own_for_the_platform_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPS_PORT", "")
+    assert load(Settings).ops_port is None
+    monkeypatch.setenv("OPS_PORT", "9100")
+    assert load(Settings).ops_port == 9100
 
 
 def test_no_secret_is_shown() -> None:
@@ -52,6 +60,10 @@ def test_no_secret_is_shown() -> None:
         ("DATABASE_URL", "mysql://user:hidden@localhost/x"),
         ("GATEWAY_PORT", "0"),
         ("GATEWAY_PORT", "http"),
+        ("OPS_PORT", "0"),
+        ("OPS_PORT", "http"),
+        ("OPS_PORT", "8080"),  # the default of GATEWAY_PORT
+        ("BIND_HOST", "localhost"),
         ("ALLOCATE_TIMEOUT_SEC", "0"),
         ("ALLOCATE_TIMEOUT_SEC", "-1"),
         ("ALLOCATE_TIMEOUT_SEC", "nan"),
@@ -70,6 +82,7 @@ def test_no_secret_is_shown() -> None:
         ("CLIENT_TIMEOUT_SEC", "0"),
         ("DRAIN_SEC", "-1"),
         ("DRAIN_SEC", "30"),
+        ("DOCS_ENABLED", "perhaps"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )

@@ -175,6 +175,8 @@ class Launcher:
             "DATABASE_URL": self.database_url,
             "AMQP_URL": self.amqp_url,
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
+            # On one machine the gateway's port is enough. An OPS_PORT in .env is for containers.
+            "OPS_PORT": "",
         }
 
 

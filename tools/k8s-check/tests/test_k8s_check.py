@@ -31,13 +31,13 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             DEPLOYMENT,
             "containerPort: 8080",
             "containerPort: 8081",
-            "Deployment gateway, container gateway: port 8081 is not served; 8080 is",
+            "Deployment gateway, container gateway: port 8081 is not served; served: 8080, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
             "GATEWAY_PORT=8080",
             "GATEWAY_PORT=8081",
-            "Deployment gateway, container gateway: port 8080 is not served; 8081 is",
+            "Deployment gateway, container gateway: port 8080 is not served; served: 8081, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
@@ -56,6 +56,42 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "readinessProbe:\n            httpGet: {path: /readyz",
             "readinessProbe:\n            httpGet: {path: /ready",
             "Deployment gateway, container gateway: readinessProbe: /ready is not served",
+        ),
+        (
+            "k8s/base/gateway/kustomization.yaml",
+            "      - OPS_PORT=9100\n",
+            "",
+            "Deployment gateway, container gateway: port 9100 is not served; served: 8080",
+        ),
+        (
+            "k8s/base/gateway/kustomization.yaml",
+            "OPS_PORT=9100",
+            "OPS_PORT=8080",
+            "Deployment gateway, container gateway: OPS_PORT: Value error, must differ from GATEWAY_PORT",
+        ),
+        (
+            DEPLOYMENT,
+            "livenessProbe:\n            httpGet: {path: /healthz, port: ops}",
+            "livenessProbe:\n            httpGet: {path: /healthz, port: http}",
+            "Deployment gateway, container gateway: livenessProbe: /healthz is served on port 9100, not on 8080",
+        ),
+        (
+            "k8s/overlays/prod/kustomization.yaml",
+            "name: http",
+            "name: ops",
+            "Ingress gateway: /v1 is not served on port 9100 of gateway",
+        ),
+        (
+            "k8s/base/gateway/networkpolicy.yaml",
+            "port: 9100}",
+            "port: 8080}",
+            "NetworkPolicy: Prometheus to gateway, port 9100 is needed, and is not let through",
+        ),
+        (
+            "k8s/base/gateway/networkpolicy.yaml",
+            "ports:\n        - {protocol: TCP, port: 8080}",
+            "ports:\n        - {protocol: TCP, port: 8080}\n        - {protocol: TCP, port: 9100}",
+            "NetworkPolicy: the ingress controller to gateway, port 9100 is let through, and nothing",
         ),
         (
             POLICY,
@@ -98,6 +134,12 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "for: 2m",
             "for: 3m",
             "PrometheusRule sandbox-broker: deploy/prometheus/alerts.yml has other alerts: run make docs",
+        ),
+        (
+            "k8s/components/prometheus-operator/podmonitor.yaml",
+            "port: ops",
+            "port: http",
+            "Deployment gateway: no PodMonitor reads its metrics as job sandbox-broker",
         ),
         (
             "k8s/components/prometheus-operator/podmonitor.yaml",
