@@ -66,7 +66,7 @@ lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade
 	done
 	@$(COMPILE) $(ARGS) $(OURS:%=--no-emit-package %) --group dev -o requirements/dev.txt pyproject.toml
 
-clean: ## Remove the virtual environment, caches and the local accounts of make run
+clean: ## Remove the virtual environment, caches, and the local accounts and tokens of make run
 	@rm -rf .venv .devstack .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

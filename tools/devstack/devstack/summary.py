@@ -35,7 +35,7 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
         yield f"  CSP            {settings.csp_base_url}"
     yield f"  track token    {track_token}"
     yield f"  admin token    {_token(settings, 'BROKER_ADMIN_TOKEN')}"
-    if settings.generated_tokens:
+    if settings.generated_tokens & {"BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN"}:
         yield "                 (random, kept in .devstack/tokens.env; `make clean` removes them)"
     yield ""
     yield "Lease a sandbox as a track does, from any folder:"
@@ -54,7 +54,9 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     yield f"    {brokerctl} status"
     if "BROKER_ADMIN_TOKEN" in settings.generated_tokens:
         yield ""
-        yield f"or, because this brokerctl finds both in .devstack/: {brokerctl} status"
+        yield "or, with the address and the token from .devstack/brokerctl.env:"
+        yield ""
+        yield f"  {brokerctl} status"
     yield ""
     yield "Ctrl-C stops everything."
     yield ""
