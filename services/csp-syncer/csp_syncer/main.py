@@ -65,4 +65,4 @@ def main() -> None:
     logging.configure(settings, "csp-syncer")
     tracing.configure(settings, "csp-syncer")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.csp_syncer_port)
+    service.run(create_app(settings), settings.csp_syncer_port, bind_host=settings.bind_host)

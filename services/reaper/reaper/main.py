@@ -74,4 +74,4 @@ def main() -> None:
     logging.configure(settings, "reaper")
     tracing.configure(settings, "reaper")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.reaper_port)
+    service.run(create_app(settings), settings.reaper_port, bind_host=settings.bind_host)
