@@ -84,7 +84,7 @@ async def _run_until_stopped(arguments: argparse.Namespace, terminal: Terminal) 
 
 
 async def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    await load.have_wrk(terminal)
+    await load.ensure_wrk_installed(terminal)
     chosen = scenarios.chosen(arguments.scenario, long=os.environ.get("LONG") == "1")
     sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts, arguments.cycles)
     async with servers.running(terminal, traced=arguments.traced) as running:

@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from bench import comeback, load, meter, pool
-from bench.load import Load, Students
+from bench.load import LoadResult, Workload
 from bench.meter import Run
 from bench.servers import TOKEN, Servers, Target
 from bench.sizes import Sizes
@@ -34,9 +34,9 @@ async def prefix(servers: Servers, sizes: Sizes, *, prefixes: int) -> Run:
 
 async def repeat(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
     """Students who all have a sandbox ask again and again."""
-    target, students = servers.ours, Students(repeats=sizes.students)
+    target, students = servers.ours, Workload(students=sizes.students)
     await pool.fill(target.database, 2 * sizes.students)
-    await pool.lease(target.database, students.name, sizes.students)
+    await pool.lease(target.database, students.student_prefix, sizes.students)
     await allocate(target, connections, sizes.warm_up, students)
     await pool.settle(target.database)
     run = await meter.measure(target, partial(allocate, target, connections, sizes.seconds, students), events=True)
@@ -72,7 +72,7 @@ async def class_start(servers: Servers, sizes: Sizes) -> Run:
     await pool.fill(target.database, sandboxes)
     warm = await allocate(target, 50, sizes.warm_up)
     await pool.settle(target.database)
-    at_once = partial(allocate, target, sizes.students, sizes.seconds, Students(once=sizes.students))
+    at_once = partial(allocate, target, sizes.students, sizes.seconds, Workload(burst=sizes.students))
     run = await meter.measure(target, at_once, events=True)
     unanswered = sizes.students - run.load.requests
     problems = await pool.problems(
@@ -94,10 +94,10 @@ async def _new_students(target: Target, sizes: Sizes, connections: int, *, event
     """Allocation after allocation, on a pool that does not run dry."""
     sandboxes = _enough(sizes.warm_up + sizes.seconds, connections)
     await pool.fill(target.database, sandboxes, prefixes=prefixes)
-    warm = await allocate(target, connections, sizes.warm_up, Students(prefixes=prefixes))
+    warm = await allocate(target, connections, sizes.warm_up, Workload(prefixes=prefixes))
     if events:
         await pool.settle(target.database)
-    students = Students(prefixes=prefixes)
+    students = Workload(prefixes=prefixes)
     run = await meter.measure(
         target, partial(allocate, target, connections, sizes.seconds, students), events=events
     )
@@ -111,8 +111,8 @@ async def _new_students(target: Target, sizes: Sizes, connections: int, *, event
     )
 
 
-async def allocate(target: Target, connections: int, seconds: int, students: Students | None = None) -> Load:
-    return await load.put(target.url, TOKEN, students or Students(), connections=connections, seconds=seconds)
+async def allocate(target: Target, connections: int, seconds: int, students: Workload | None = None) -> LoadResult:
+    return await load.run_wrk(target.url, TOKEN, students or Workload(), connections=connections, seconds=seconds)
 
 
 def _enough(seconds: int, connections: int) -> int:

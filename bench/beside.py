@@ -12,7 +12,7 @@ from functools import partial
 import asyncpg
 
 from bench import load, maintenance, meter, pool
-from bench.load import Load, Students
+from bench.load import LoadResult, Workload
 from bench.meter import Run
 from bench.servers import TOKEN, Servers
 from bench.sizes import Sizes
@@ -37,7 +37,7 @@ WITH used AS (
     RETURNING sandbox_id, deleted_at
 )
 INSERT INTO leases (sandbox_id, holder, track_name, allocated_at, expires_at, ended_at, end_reason)
-SELECT sandbox_id, 'student-of-' || sandbox_id, 'lab-of-the-bench',
+SELECT sandbox_id, 'student-of-' || sandbox_id, 'bench-track',
     deleted_at - interval '1 hour', deleted_at, deleted_at, 'student'
 FROM used
 """
@@ -136,13 +136,13 @@ async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
     async def until() -> None:
         await asyncio.gather(followed(), asyncio.sleep(sizes.seconds))
 
-    async def put() -> Load:
-        return await load.put(
+    async def put() -> LoadResult:
+        return await load.run_wrk(
             target.url, TOKEN, students(), connections=connections, seconds=_LONGEST_SEC, until=until
         )
 
-    students = partial(Students, think_ms=_THINK_MS)
-    warm = await load.put(target.url, TOKEN, students(), connections=connections, seconds=sizes.warm_up)
+    students = partial(Workload, think_ms=_THINK_MS)
+    warm = await load.run_wrk(target.url, TOKEN, students(), connections=connections, seconds=sizes.warm_up)
     await pool.settle(target.database)
     run = await meter.measure(target, put, events=True)
     return _Paced(run, warm.requests + run.load.requests, 2 * connections, work_sec)

@@ -17,7 +17,7 @@ import asyncpg
 
 from bench import load, maintenance, meter, pool
 from bench.comeback import Pool, repeated
-from bench.load import Load, Students
+from bench.load import LoadResult, Workload
 from bench.meter import Run
 from bench.servers import TOKEN, Servers, Target
 from bench.sizes import Sizes
@@ -121,11 +121,11 @@ async def long(servers: Servers, sizes: Sizes) -> Run:
                 if len(samples) % _FORGET_EVERY == 0:
                     servers.forget_logs()  # of a million lives they would fill a disk
 
-    async def put() -> Load:
-        return await load.put(
+    async def put() -> LoadResult:
+        return await load.run_wrk(
             target.url,
             TOKEN,
-            Students(hold=_HELD),
+            Workload(max_held=_HELD),
             connections=_CONNECTIONS,
             seconds=_LONGEST_SEC,
             until=until,
@@ -162,7 +162,7 @@ async def _vacuumed(target: Target) -> AsyncIterator[None]:
             yield
 
 
-async def _problems(database: asyncpg.Connection, counted: Load, renewed: Renewed) -> tuple[str, ...]:
+async def _problems(database: asyncpg.Connection, counted: LoadResult, renewed: Renewed) -> tuple[str, ...]:
     new, released = counted.new or 0, counted.released or 0
     ended, waiting = await pool.ended(database, "student"), await database.fetchval(_WAITING)
     found = {

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from bench import cpu, pool
-from bench.load import Load
+from bench import pool, process_stats
+from bench.load import LoadResult
 from bench.servers import Target
 from sandbox_broker.service import cancel
 
@@ -18,7 +18,7 @@ _BETWEEN_LOOKS_SEC = 0.25
 class Run:
     """One run of a scenario."""
 
-    load: Load
+    load: LoadResult
     seconds: float
     """How long the load lasted."""
     cpu: Mapping[str, float]
@@ -58,7 +58,7 @@ class Run:
         return dataclasses.replace(self, seconds=seconds)
 
 
-async def measure(target: Target, put_load: Callable[[], Awaitable[Load]], *, events: bool) -> Run:
+async def measure(target: Target, put_load: Callable[[], Awaitable[LoadResult]], *, events: bool) -> Run:
     """`events`: the load writes events, which a relay publishes."""
     meter = _Meter(target)
     await meter.look(first=True)
@@ -82,7 +82,7 @@ async def measure(target: Target, put_load: Callable[[], Awaitable[Load]], *, ev
 
 def memory(target: Target) -> dict[str, float]:
     """MB in RAM of each of our own processes."""
-    return {part: cpu.memory(process.pid) for part, process in target.processes.items()}
+    return {part: process_stats.read_memory_mb(process.pid) for part, process in target.processes.items()}
 
 
 class _Meter:
@@ -95,7 +95,7 @@ class _Meter:
         self._at_last: dict[tuple[str, int], float] = {}
         self.peak = memory(target)
 
-    async def watch(self, loading: Awaitable[Load]) -> Load:
+    async def watch(self, loading: Awaitable[LoadResult]) -> LoadResult:
         task = asyncio.ensure_future(loading)
         try:
             while not task.done():
@@ -107,7 +107,7 @@ class _Meter:
 
     async def look(self, *, first: bool = False) -> None:
         for part, pids in (await self._target.pids()).items():
-            for pid, used in cpu.seconds(pids).items():
+            for pid, used in process_stats.read_cpu_seconds(pids).items():
                 self._at_first.setdefault((part, pid), used if first else 0.0)
                 self._at_last[part, pid] = used
         self.peak = {part: max(mb, self.peak[part]) for part, mb in memory(self._target).items()}

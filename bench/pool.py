@@ -32,7 +32,7 @@ WITH taken AS (
     RETURNING sandbox_id
 )
 INSERT INTO leases (sandbox_id, holder, track_name, expires_at)
-SELECT sandbox_id, $1 || '-' || row_number() OVER (), 'lab-of-the-bench', now() + interval '4 hours' FROM taken
+SELECT sandbox_id, $1 || '-' || row_number() OVER (), 'bench-track', now() + interval '4 hours' FROM taken
 """
 
 _LAG = """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import allocating, beside, life, meter, pgbench, pool, slow
-from bench.load import Load
+from bench.load import LoadResult
 from bench.meter import Run
 from bench.servers import Servers, Target
 from bench.sizes import Sizes
@@ -42,8 +42,8 @@ async def lease(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
     return run.having(await pool.problems(target.database, sandboxes=sandboxes, promised=run.load.requests))
 
 
-def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callable[[], Awaitable[Load]]:
-    return partial(pgbench.transactions, target.database_url, script, clients=clients, seconds=sizes.seconds)
+def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callable[[], Awaitable[LoadResult]]:
+    return partial(pgbench.run_script, target.database_url, script, clients=clients, seconds=sizes.seconds)
 
 
 def _each(group: str, what: str, run: Callable[..., Awaitable[Run]], numbers: Iterable[int]) -> list[Scenario]:

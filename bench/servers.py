@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from bench import baseline, cpu
+from bench import baseline, process_stats
 from devstack import infrastructure, temporary
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found
@@ -58,9 +58,9 @@ class Target:
         finally:
             await connection.close()
 
-    async def pids(self) -> cpu.Pids:
+    async def pids(self) -> process_stats.Pids:
         ours = {part: [process.pid] for part, process in self.processes.items()}
-        return {**ours, "postgres": await cpu.postgres(self.database), "rabbitmq": self.queue}
+        return {**ours, "postgres": await process_stats.find_postgres_pids(self.database), "rabbitmq": self.queue}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class _Launcher:
         processes = {
             name: await self._start(name, [module], ports[name], environment) for name, module in modules.items()
         }
-        queue = cpu.listener(urlsplit(amqp_url).port or 5672)
+        queue = process_stats.find_listener_pids(urlsplit(amqp_url).port or 5672)
         parts = {"server": processes.pop("gateway"), **processes}
         return Target(_local(ports["gateway"]), parts, url, database, queue)
 

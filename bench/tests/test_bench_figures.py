@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench import goals, load, pgbench, report, rows, scenarios
-from bench.load import Load
+from bench.load import LoadResult
 from bench.meter import Run
 from bench.pool import Lag
 from bench.rows import Row
@@ -17,7 +17,7 @@ Running 2s test @ http://127.0.0.1:8080/v1/allocate
   Non-2xx or 3xx responses: 3
 Requests/sec:   5000.00
 {"requests": 10003, "duration_us": 2000000, "p50_us": 1500, "p99_us": 9000, "slowest_us": 12345, \
-"refused": 3, "broken": 2, "new": -1, "known": -1, "released": -1}
+"http_errors": 3, "socket_errors": 2, "new": -1, "known": -1, "released": -1}
 """
 
 PGBENCH = """\
@@ -32,18 +32,18 @@ tps = 8250.000000 (without initial connection time)
 
 
 def test_of_what_wrk_counted_only_2xx_are_requests() -> None:
-    found = load.parse(WRK, cpu_sec=0.5)
-    assert found == Load(10_000, 2.0, errors=5, p50=1.5, p99=9.0, slowest=12.345, cpu_sec=0.5)
+    found = load.parse_wrk_output(WRK, cpu_sec=0.5)
+    assert found == LoadResult(10_000, 2.0, errors=5, p50=1.5, p99=9.0, slowest=12.345, cpu_sec=0.5)
 
 
 def test_answers_are_told_apart_where_the_load_generator_looks_at_them() -> None:
-    assert load.parse(WRK).known is None
-    looked = load.parse(WRK.replace('"new": -1, "known": -1', '"new": 0, "known": 10000'))
+    assert load.parse_wrk_output(WRK).known is None
+    looked = load.parse_wrk_output(WRK.replace('"new": -1, "known": -1', '"new": 0, "known": 10000'))
     assert (looked.new, looked.known, looked.released) == (0, 10_000, None)
 
 
 def test_the_time_of_pgbench_is_without_its_connecting() -> None:
-    assert pgbench.parse(PGBENCH) == Load(16_500, 2.0)
+    assert pgbench.parse_output(PGBENCH) == LoadResult(16_500, 2.0)
 
 
 def test_a_row_holds_the_median_of_each_figure() -> None:
@@ -138,7 +138,7 @@ def _run(
     memory: float = 80.0,
     more: dict[str, float] | None = None,
 ) -> Run:
-    loaded = Load(requests, 1.0, errors=errors, p99=p99)
+    loaded = LoadResult(requests, 1.0, errors=errors, p99=p99)
     return Run(
         loaded, 1.0, {"server": cpu}, {"server": memory}, {"server": memory}, Lag(), drained, more=more or {}
     )
