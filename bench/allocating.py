@@ -28,7 +28,7 @@ async def prefix(servers: Servers, sizes: Sizes, *, prefixes: int) -> Run:
     """Each request asks for one of so many prefixes of names."""
     target = servers.ours
     run = await _new_students(target, sizes, _MANY, events=True, prefixes=prefixes)
-    elsewhere = await pool.elsewhere(target.database)
+    elsewhere = await pool.count_wrong_prefixes(target.database)
     return run.having((f"{elsewhere} leases are of another prefix",) if elsewhere else ())
 
 
@@ -36,11 +36,11 @@ async def repeat(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
     """Students who all have a sandbox ask again and again."""
     target, students = servers.ours, Workload(students=sizes.students)
     await pool.fill(target.database, 2 * sizes.students)
-    await pool.lease(target.database, students.student_prefix, sizes.students)
+    await pool.insert_leases(target.database, students.student_prefix, sizes.students)
     await allocate(target, connections, sizes.warm_up, students)
-    await pool.settle(target.database)
+    await pool.wait_until_idle(target.database)
     run = await meter.measure(target, partial(allocate, target, connections, sizes.seconds, students), events=True)
-    problems = await pool.problems(target.database, sandboxes=2 * sizes.students, promised=sizes.students)
+    problems = await pool.find_problems(target.database, sandboxes=2 * sizes.students, promised=sizes.students)
     if run.load.known != run.load.requests:
         problems = (f"{run.load.requests - (run.load.known or 0)} repeats were not answered with 200", *problems)
     return run.having(problems)
@@ -54,9 +54,9 @@ async def stock(servers: Servers, sizes: Sizes, *, sandboxes: int) -> Run:
     await target.database.execute("CHECKPOINT")
     async with comeback.restocked(target, sandboxes) as restocked:
         warm = await allocate(target, _MANY, sizes.warm_up)
-        await pool.settle(target.database)
+        await pool.wait_until_idle(target.database)
         run = await meter.measure(target, partial(allocate, target, _MANY, sizes.seconds), events=True)
-    problems = await pool.problems(
+    problems = await pool.find_problems(
         target.database,
         sandboxes=restocked.sandboxes,
         promised=warm.requests + run.load.requests,
@@ -71,11 +71,11 @@ async def class_start(servers: Servers, sizes: Sizes) -> Run:
     sandboxes = _enough(sizes.warm_up, 50) + sizes.students
     await pool.fill(target.database, sandboxes)
     warm = await allocate(target, 50, sizes.warm_up)
-    await pool.settle(target.database)
+    await pool.wait_until_idle(target.database)
     at_once = partial(allocate, target, sizes.students, sizes.seconds, Workload(burst=sizes.students))
     run = await meter.measure(target, at_once, events=True)
     unanswered = sizes.students - run.load.requests
-    problems = await pool.problems(
+    problems = await pool.find_problems(
         target.database, sandboxes=sandboxes, promised=warm.requests + run.load.requests, cut_off=50
     )
     if unanswered:
@@ -96,13 +96,13 @@ async def _new_students(target: Target, sizes: Sizes, connections: int, *, event
     await pool.fill(target.database, sandboxes, prefixes=prefixes)
     warm = await allocate(target, connections, sizes.warm_up, Workload(prefixes=prefixes))
     if events:
-        await pool.settle(target.database)
+        await pool.wait_until_idle(target.database)
     students = Workload(prefixes=prefixes)
     run = await meter.measure(
         target, partial(allocate, target, connections, sizes.seconds, students), events=events
     )
     return run.having(
-        await pool.problems(
+        await pool.find_problems(
             target.database,
             sandboxes=sandboxes,
             promised=warm.requests + run.load.requests,

@@ -81,13 +81,13 @@ async def expiry(servers: Servers, sizes: Sizes) -> Run:
     database, overdue = servers.ours.database, sizes.accounts // 5
     sandboxes = sizes.accounts // 2 + overdue
     await pool.fill(database, sandboxes)
-    await pool.lease(database, "overdue", overdue)
+    await pool.insert_leases(database, "overdue", overdue)
     paced = await _paced(servers, sizes, partial(maintenance.expire, "overdue"))
     run = await _checked(servers, paced, sandboxes=sandboxes, leases=overdue)
-    expired = await pool.ended(database, "expired")
+    expired = await pool.count_ended_leases(database, "expired")
     if expired != overdue:
         run = run.having((f"{expired} leases have expired, not {overdue}",))
-    await pool.empty(database)  # or the reaper would go on deleting while something else is measured
+    await pool.truncate_tables(database)  # or the reaper would go on deleting while something else is measured
     return run.telling({"expiry s": paced.work_sec})
 
 
@@ -130,7 +130,7 @@ async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
             began = time.monotonic()
             await work(connection)
             work_sec = time.monotonic() - began
-            while (await pool.lag(connection)).seconds > _PUBLISHED_SEC:  # noqa: ASYNC110 (nothing tells us)
+            while (await pool.read_outbox_lag(connection)).seconds > _PUBLISHED_SEC:  # noqa: ASYNC110 (nothing tells us)
                 await asyncio.sleep(_BETWEEN_LOOKS_SEC)
 
     async def until() -> None:
@@ -143,14 +143,14 @@ async def _paced(servers: Servers, sizes: Sizes, work: Work) -> _Paced:
 
     students = partial(Workload, think_ms=_THINK_MS)
     warm = await load.run_wrk(target.url, TOKEN, students(), connections=connections, seconds=sizes.warm_up)
-    await pool.settle(target.database)
+    await pool.wait_until_idle(target.database)
     run = await meter.measure(target, put, events=True)
     return _Paced(run, warm.requests + run.load.requests, 2 * connections, work_sec)
 
 
 async def _checked(servers: Servers, paced: _Paced, *, sandboxes: int, leases: int = 0, purged: int = 0) -> Run:
     """`leases`: that there were before."""
-    problems = await pool.problems(
+    problems = await pool.find_problems(
         servers.ours.database,
         sandboxes=sandboxes,
         promised=paced.promised + leases,

@@ -55,7 +55,7 @@ class Restocked(Pool):
     before: int = 0
 
     async def step(self) -> None:
-        taken = await pool.allocations(self.connection)
+        taken = await pool.count_allocations(self.connection)
         self.least = min(self.least, self.sandboxes - taken)
         # As many are taken until the next look as since the last one.
         missing = taken + (taken - self.before) - self.added

@@ -164,14 +164,14 @@ async def _vacuumed(target: Target) -> AsyncIterator[None]:
 
 async def _problems(database: asyncpg.Connection, counted: LoadResult, renewed: Renewed) -> tuple[str, ...]:
     new, released = counted.new or 0, counted.released or 0
-    ended, waiting = await pool.ended(database, "student"), await database.fetchval(_WAITING)
+    ended, waiting = await pool.count_ended_leases(database, "student"), await database.fetchval(_WAITING)
     found = {
         "releases were answered with 200 and have not happened": max(0, released - ended),
         "releases were answered to nobody": max(0, ended - released - _CONNECTIONS),
         "sandboxes still wait for their deletion": waiting,
     }
     return (
-        *await pool.problems(
+        *await pool.find_problems(
             database, sandboxes=renewed.sandboxes, promised=new, cut_off=_CONNECTIONS, purged=renewed.purged
         ),
         *(f"{number} {what}" for what, number in found.items() if number),
@@ -179,7 +179,7 @@ async def _problems(database: asyncpg.Connection, counted: LoadResult, renewed: 
 
 
 async def _sample(target: Target, connection: asyncpg.Connection) -> Sample:
-    return Sample(time.monotonic(), await pool.allocations(connection), meter.memory(target))
+    return Sample(time.monotonic(), await pool.count_allocations(connection), meter.memory(target))
 
 
 async def _table_sizes(database: asyncpg.Connection) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Run:
     """MB in RAM of each of our own processes, at the end."""
     peak: Mapping[str, float]
     """The same, when it was most; looked at every quarter of a second."""
-    lag: pool.Lag
+    lag: pool.OutboxLag
     """Of the events, at the end of the load."""
     drained: float
     """Seconds from there until every event was published."""
@@ -63,10 +63,10 @@ async def measure(target: Target, put_load: Callable[[], Awaitable[LoadResult]],
     meter = _Meter(target)
     await meter.look(first=True)
     loaded = await meter.watch(put_load())
-    lag, drained = pool.Lag(), 0.0
+    lag, drained = pool.OutboxLag(), 0.0
     if events:
-        lag = await pool.lag(target.database)
-        drained = await pool.settle(target.database)
+        lag = await pool.read_outbox_lag(target.database)
+        drained = await pool.wait_until_idle(target.database)
     await meter.look()
     return Run(
         loaded,

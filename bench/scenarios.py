@@ -30,7 +30,7 @@ async def claim(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
     target, sandboxes = servers.bare, sizes.seconds * _CLAIMS_PER_SECOND
     await pool.fill(target.database, sandboxes)
     run = await meter.measure(target, _pgbench(target, "claim", clients, sizes), events=False)
-    claimed = await pool.claimed(target.database)
+    claimed = await pool.count_allocated(target.database)
     return run.having(() if claimed == run.load.requests else (f"{claimed} sandboxes are claimed",))
 
 
@@ -39,7 +39,7 @@ async def lease(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
     target, sandboxes = servers.bare, sizes.seconds * _CLAIMS_PER_SECOND
     await pool.fill(target.database, sandboxes)
     run = await meter.measure(target, _pgbench(target, "lease", clients, sizes), events=False)
-    return run.having(await pool.problems(target.database, sandboxes=sandboxes, promised=run.load.requests))
+    return run.having(await pool.find_problems(target.database, sandboxes=sandboxes, promised=run.load.requests))
 
 
 def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callable[[], Awaitable[LoadResult]]:

@@ -19,7 +19,7 @@ async def database(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(clean_database)
     await pool.fill(connection, SANDBOXES)
     yield connection
-    await pool.empty(connection)
+    await pool.truncate_tables(connection)
     await connection.close()
 
 
@@ -35,16 +35,16 @@ async def available(database: asyncpg.Connection) -> int:
 
 async def test_what_students_take_comes_back_with_its_events(database: asyncpg.Connection) -> None:
     stock = comeback.Restocked(database, SANDBOXES, least=SANDBOXES)
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await stock.step()
     assert await available(database) >= SANDBOXES
     assert await database.fetchval("SELECT count(*) FROM outbox WHERE type = 'sandbox.discovered'") == stock.added
-    assert await pool.problems(database, sandboxes=stock.sandboxes, promised=LEASES) == ()
+    assert await pool.find_problems(database, sandboxes=stock.sandboxes, promised=LEASES) == ()
 
 
 async def test_how_few_were_available_is_kept(database: asyncpg.Connection) -> None:
     stock = comeback.Restocked(database, SANDBOXES, least=SANDBOXES)
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await stock.step()
     await stock.step()
     assert stock.least == SANDBOXES - LEASES
@@ -60,7 +60,7 @@ async def test_nothing_comes_where_nothing_is_taken(database: asyncpg.Connection
 async def test_for_each_sandbox_that_was_released_a_new_one_comes(
     database: asyncpg.Connection, requester: Requester
 ) -> None:
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await release(database)
     renewed = Renewed(database, SANDBOXES, requester=requester)
     await renewed.renew()
@@ -68,13 +68,13 @@ async def test_for_each_sandbox_that_was_released_a_new_one_comes(
     assert await database.fetchval("SELECT count(*) FROM sandboxes WHERE status = 'deleted'") == LEASES
     events = await database.fetch("SELECT type, count(*) FROM outbox GROUP BY type ORDER BY type")
     assert [tuple(row) for row in events] == [("sandbox.deleted", LEASES), ("sandbox.discovered", LEASES)]
-    assert await pool.problems(database, sandboxes=renewed.sandboxes, promised=LEASES) == ()
+    assert await pool.find_problems(database, sandboxes=renewed.sandboxes, promised=LEASES) == ()
 
 
 async def test_a_new_one_comes_also_for_what_another_has_deleted(
     database: asyncpg.Connection, requester: Requester
 ) -> None:
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await release(database)
     await database.execute("UPDATE sandboxes SET status = 'deleted' WHERE status = 'pending_deletion'")
     renewed = Renewed(database, SANDBOXES, requester=requester)
@@ -86,7 +86,7 @@ async def test_a_new_one_comes_also_for_what_another_has_deleted(
 async def test_one_that_the_reaper_is_just_claiming_is_renewed_when_it_has(
     database: asyncpg.Connection, clean_database: str, requester: Requester
 ) -> None:
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await release(database)
     reaper = await asyncpg.connect(clean_database)
     renewed = Renewed(database, SANDBOXES, requester=requester)

@@ -8,7 +8,7 @@ import pytest
 from bench import goals, load, pgbench, report, rows, scenarios
 from bench.load import LoadResult
 from bench.meter import Run
-from bench.pool import Lag
+from bench.pool import OutboxLag
 from bench.rows import Row
 
 WRK = """\
@@ -140,7 +140,7 @@ def _run(
 ) -> Run:
     loaded = LoadResult(requests, 1.0, errors=errors, p99=p99)
     return Run(
-        loaded, 1.0, {"server": cpu}, {"server": memory}, {"server": memory}, Lag(), drained, more=more or {}
+        loaded, 1.0, {"server": cpu}, {"server": memory}, {"server": memory}, OutboxLag(), drained, more=more or {}
     )
 
 
