@@ -34,7 +34,7 @@ async def run_prefixes(servers: Servers, sizes: Sizes, *, prefixes: int) -> Run:
 
 
 async def run_repeats(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
-    """Repeat the requests of students who already hold a sandbox."""
+    """Request a sandbox again and again for students with a lease."""
     target, workload = servers.broker, Workload(students=sizes.students)
     await pool.fill(target.database, 2 * sizes.students)
     await pool.insert_leases(target.database, workload.student_prefix, sizes.students)

@@ -16,7 +16,7 @@ _LEASE = ("lease-8", "lease-16", "lease-50")
 class Goal:
     name: str
     figure: Callable[[Results], float]
-    """Raises KeyError when a scenario that it needs has not run."""
+    """Raises KeyError if a required scenario has not run."""
     at_least: float | None = None
     at_most: float | None = None
 
@@ -87,7 +87,7 @@ GOALS = (
 
 
 def evaluate_goals(results: Results) -> list[GoalResult]:
-    """Evaluate the goals whose scenarios have run."""
+    """Evaluate each goal unless one of its scenarios has not run."""
     evaluated = []
     for goal in GOALS:
         try:

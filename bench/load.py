@@ -27,7 +27,7 @@ _numbers: Iterator[int] = count(1)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that wrk sends.
+    """Requests sent by wrk.
 
     By default, every connection sends `POST /v1/allocate` without pause, each request for a new student. The fields
     are options of students.lua, which documents them.
@@ -43,7 +43,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Figures that the load generator reports. Latencies are in milliseconds, None where it does not measure them.
+    """Figures reported by the load generator. Latencies are in milliseconds, None if not measured.
 
     The field names are keys in the JSON results file.
     """

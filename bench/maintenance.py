@@ -32,7 +32,7 @@ SELECT EXISTS (SELECT FROM leases WHERE ended_at IS NULL AND expires_at <= now()
 
 
 async def put_csp_accounts(servers: Servers, accounts: int) -> None:
-    """Put the accounts of the sandboxes that `pool.fill` inserts into the CSP simulator. Every 50th is renamed."""
+    """Give the CSP simulator the accounts of the sandboxes of `pool.fill`. Every 50th has another name."""
     records = [_build_account(number) for number in range(1, accounts + 1)]
     async with _admin_client() as client:
         (await client.put(f"{servers.csp_url}/_control/accounts", json={"raw": records})).raise_for_status()

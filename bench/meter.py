@@ -1,4 +1,4 @@
-"""Run load against a system and measure the CPU time, memory and event lag that it causes."""
+"""Run load against a system and measure its CPU time, memory and event lag."""
 
 import asyncio
 import dataclasses

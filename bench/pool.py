@@ -144,7 +144,7 @@ async def count_ended_leases(database: asyncpg.Connection, reason: str) -> int:
 
 
 async def count_wrong_prefixes(database: asyncpg.Connection) -> int:
-    """Count leases of a sandbox whose name does not begin with the requested prefix."""
+    """Count leases of sandboxes without the requested name prefix."""
     return int(await database.fetchval(_WRONG_PREFIXES))
 
 

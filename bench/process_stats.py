@@ -55,7 +55,7 @@ def read_memory_mb(pid: int) -> float:
 
 
 async def find_postgres_pids(connection: asyncpg.Connection) -> list[int]:
-    """Return the PostgreSQL processes on this machine that serve the database of `connection`.
+    """Return the local PostgreSQL processes that work for the database of `connection`.
 
     These are its backends and the background processes of the server (writers, checkpointer). The list is empty
     when the server runs on another machine or in a container.
@@ -65,9 +65,9 @@ async def find_postgres_pids(connection: asyncpg.Connection) -> list[int]:
 
 
 def find_listener_pids(port: int) -> list[int]:
-    """Return the process on this machine that listens on a TCP port.
+    """Return the id of the process that listens on a TCP port of this machine.
 
-    The list is empty without the permission to see the process.
+    The list is empty if the operating system denies access to other processes.
     """
     try:
         connections = psutil.net_connections("tcp")

@@ -32,7 +32,7 @@ FROM discovered
 
 @dataclass(slots=True)
 class GrowingPool:
-    """Pool that `pool.fill` has filled and to which sandboxes are added."""
+    """Pool filled by `pool.fill`, to which new sandboxes are added."""
 
     connection: asyncpg.Connection
     filled: int

@@ -68,7 +68,7 @@ def _build_variants(
 _CONNECTIONS = (1, 50, 200)
 _CLIENTS = (8, 16, 50)
 
-# Scenarios that are compared with each other are neighbours, so that they meet the same state of the machine.
+# Compared scenarios are neighbours, so that they meet the same state of the machine.
 ALL: tuple[Scenario, ...] = (
     *(
         scenario

@@ -10,7 +10,7 @@ class Sizes:
     warm_up: int = 2
     """Seconds of load before the measurement."""
     students: int = 1_000
-    """Students of a class, and students who repeat their request."""
+    """Students of a class, and of the scenario `repeat-200`."""
     accounts: int = 100_000
     """Accounts in CSP's listing. The other maintenance scenarios scale with it."""
     cycles: int = 1_000_000

@@ -1,7 +1,7 @@
 """Scenario in which students allocate while 100 slow clients hold connections.
 
 Of the slow clients, a quarter each send no data, half of a request head, half of a body, or requests for large
-responses that they never read.
+responses, which they never read.
 """
 
 import asyncio

@@ -26,7 +26,7 @@ from sandbox_broker.bus import Requester
 
 _SANDBOXES = 20_000
 _MAX_HELD = 1_000
-"""Sandboxes that students hold at any moment."""
+"""Sandboxes held by students at any moment."""
 _CONNECTIONS = 50
 _MAX_DURATION_SEC = 3_600
 _REPLACE_INTERVAL_SEC = 0.05
@@ -79,7 +79,7 @@ class RenewedPool(GrowingPool):
     reaper_check_at: float = 0.0
 
     async def replace_released(self) -> None:
-        """Delete and replace all sandboxes that are pending deletion."""
+        """Delete and replace all sandboxes with the status `pending_deletion`."""
         while deleted := await self.connection.fetchval(_DELETE_BATCH, _BATCH_SIZE):
             await self.add_sandboxes(deleted)
         if time.monotonic() >= self.reaper_check_at:
