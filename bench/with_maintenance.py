@@ -26,10 +26,10 @@ _MAX_DURATION_SEC = 90
 """Upper bound of the load. The pool, half of a listing, lasts for 100 s."""
 _POLL_INTERVAL_SEC = 0.1
 _MAX_LAG_SEC = 1.0
-"""Age of the oldest event below which maintenance's events are published. Students' events follow all the time."""
+"""Lag at which the events of the maintenance count as published. Students' events keep it above 0."""
 _RETENTION_SEC = 30 * 24 * 3600
 
-# Inserts sandboxes deleted longer ago than the retention, each with its ended lease.
+# Inserts deleted sandboxes past the retention period, each with its ended lease.
 _INSERT_DELETED = """
 WITH used AS (
     INSERT INTO sandboxes (sandbox_id, external_id, name, status, status_since, deletion_requested_at, deleted_at)
