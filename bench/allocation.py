@@ -42,7 +42,7 @@ async def run_repeats(servers: Servers, sizes: Sizes, *, connections: int) -> Ru
     await pool.wait_until_idle(target.database)
     generate_load = partial(_allocate, target, connections, sizes.seconds, workload)
     run = await meter.measure_load(target, generate_load, has_events=True)
-    problems = await pool.find_problems(target.database, sandboxes=2 * sizes.students, promised=sizes.students)
+    problems = await pool.find_problems(target.database, sandboxes=2 * sizes.students, confirmed=sizes.students)
     if run.load.known != run.load.requests:
         problems = (f"{run.load.requests - (run.load.known or 0)} repeats were not answered with 200", *problems)
     return run.with_problems(problems)
@@ -62,7 +62,7 @@ async def run_pool_size(servers: Servers, sizes: Sizes, *, sandboxes: int) -> Ru
     problems = await pool.find_problems(
         target.database,
         sandboxes=replenished.sandboxes,
-        promised=warm_up.requests + run.load.requests,
+        confirmed=warm_up.requests + run.load.requests,
         cut_off=2 * _CONNECTIONS,
     )
     return run.with_problems(problems).with_figures({"available at least": replenished.min_available})
@@ -81,7 +81,7 @@ async def run_class_start(servers: Servers, sizes: Sizes) -> Run:
     problems = await pool.find_problems(
         target.database,
         sandboxes=sandboxes,
-        promised=warm_up.requests + run.load.requests,
+        confirmed=warm_up.requests + run.load.requests,
         cut_off=_WARM_UP_CONNECTIONS,
     )
     if unanswered:
@@ -111,7 +111,7 @@ async def _run_new_students(
     problems = await pool.find_problems(
         target.database,
         sandboxes=sandboxes,
-        promised=warm_up.requests + run.load.requests,
+        confirmed=warm_up.requests + run.load.requests,
         cut_off=2 * connections,
     )
     return run.with_problems(problems)

@@ -149,11 +149,11 @@ async def count_wrong_prefixes(database: asyncpg.Connection) -> int:
 
 
 async def find_problems(
-    database: asyncpg.Connection, *, sandboxes: int, promised: int, cut_off: int = 0, purged: int = 0
+    database: asyncpg.Connection, *, sandboxes: int, confirmed: int, cut_off: int = 0, purged: int = 0
 ) -> tuple[str, ...]:
     """Verify the database after a run. Returns one text for each violated invariant.
 
-    `sandboxes` is the number of sandboxes ever added, `promised` the number of new leases confirmed to clients.
+    `sandboxes` is the number of sandboxes ever added, `confirmed` the number of new leases confirmed to clients.
     Up to `cut_off` requests lost their client before the response, so their leases may exist too. `purged` is the
     number of purged records.
     """
@@ -166,8 +166,8 @@ async def find_problems(
             _LEASE_MISMATCHES
         ),
         "sandboxes have a status that does not match their use": await database.fetchval(_WRONG_STATUSES),
-        "confirmed leases are missing": max(0, promised - leases),
-        "leases were not confirmed to a client": max(0, leases - promised - cut_off),
+        "confirmed leases are missing": max(0, confirmed - leases),
+        "leases were not confirmed to a client": max(0, leases - confirmed - cut_off),
         "sandbox records are missing or unexpected": abs(sandboxes - purged - recorded),
     }
     return tuple(f"{count} {problem}" for problem, count in counts.items() if count)

@@ -39,7 +39,7 @@ async def run_lease(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
     target, sandboxes = servers.database_only, sizes.seconds * _MAX_CLAIMS_PER_SECOND
     await pool.fill(target.database, sandboxes)
     run = await meter.measure_load(target, _pgbench(target, "lease", clients, sizes), has_events=False)
-    problems = await pool.find_problems(target.database, sandboxes=sandboxes, promised=run.load.requests)
+    problems = await pool.find_problems(target.database, sandboxes=sandboxes, confirmed=run.load.requests)
     return run.with_problems(problems)
 
 

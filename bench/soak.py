@@ -176,7 +176,7 @@ async def _find_problems(database: asyncpg.Connection, result: LoadResult, renew
     }
     return (
         *await pool.find_problems(
-            database, sandboxes=renewed.sandboxes, promised=new, cut_off=_CONNECTIONS, purged=renewed.purged
+            database, sandboxes=renewed.sandboxes, confirmed=new, cut_off=_CONNECTIONS, purged=renewed.purged
         ),
         *(f"{count} {problem}" for problem, count in counts.items() if count),
     )

@@ -111,7 +111,7 @@ async def run_with_purge(servers: Servers, sizes: Sizes) -> Run:
 @dataclass(frozen=True, slots=True)
 class _PacedRun:
     run: Run
-    promised: int
+    confirmed: int
     """New leases confirmed to clients, including the warm-up."""
     cut_off: int
     """Maximum of requests cut off before their response: one per connection, in warm-up and load each."""
@@ -159,7 +159,7 @@ async def _verify(servers: Servers, paced: _PacedRun, *, sandboxes: int, leases:
     problems = await pool.find_problems(
         servers.broker.database,
         sandboxes=sandboxes,
-        promised=paced.promised + leases,
+        confirmed=paced.confirmed + leases,
         cut_off=paced.cut_off,
         purged=purged,
     )

@@ -34,7 +34,7 @@ async def database(database_without_unique_leases: asyncpg.Connection) -> asyncp
 
 
 async def find_problems(database: asyncpg.Connection, **counts: int) -> tuple[str, ...]:
-    return await pool.find_problems(database, **{"sandboxes": SANDBOXES, "promised": LEASES, **counts})
+    return await pool.find_problems(database, **{"sandboxes": SANDBOXES, "confirmed": LEASES, **counts})
 
 
 async def test_a_partly_leased_pool_has_no_problems(database: asyncpg.Connection) -> None:
@@ -118,8 +118,8 @@ async def test_each_violation_is_reported(database: asyncpg.Connection, change: 
 
 
 async def test_cut_off_requests_may_have_left_unconfirmed_leases(database: asyncpg.Connection) -> None:
-    assert await find_problems(database, promised=LEASES - 1, cut_off=1) == ()
-    assert await find_problems(database, promised=LEASES - 2, cut_off=1) == (
+    assert await find_problems(database, confirmed=LEASES - 1, cut_off=1) == ()
+    assert await find_problems(database, confirmed=LEASES - 2, cut_off=1) == (
         "1 leases were not confirmed to a client",
     )
 

@@ -20,7 +20,7 @@ async def test_allocated_sandboxes_are_replaced_and_announced(database: asyncpg.
     assert await count_available(database) >= SANDBOXES
     events = await database.fetchval("SELECT count(*) FROM outbox WHERE type = 'sandbox.discovered'")
     assert events == replenished.added
-    assert await pool.find_problems(database, sandboxes=replenished.sandboxes, promised=LEASES) == ()
+    assert await pool.find_problems(database, sandboxes=replenished.sandboxes, confirmed=LEASES) == ()
 
 
 async def test_the_minimum_of_available_sandboxes_is_recorded(database: asyncpg.Connection) -> None:

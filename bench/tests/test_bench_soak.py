@@ -40,7 +40,7 @@ async def test_each_released_sandbox_is_deleted_and_replaced(
     assert await database.fetchval("SELECT count(*) FROM sandboxes WHERE status = 'deleted'") == LEASES
     events = await database.fetch("SELECT type, count(*) FROM outbox GROUP BY type ORDER BY type")
     assert [tuple(row) for row in events] == [("sandbox.deleted", LEASES), ("sandbox.discovered", LEASES)]
-    assert await pool.find_problems(database, sandboxes=renewed.sandboxes, promised=LEASES) == ()
+    assert await pool.find_problems(database, sandboxes=renewed.sandboxes, confirmed=LEASES) == ()
 
 
 async def test_sandboxes_deleted_by_the_reaper_are_replaced_once(
