@@ -29,7 +29,7 @@ from sandbox_broker.migrate import migrate
 TOKEN = "bench-track-token"  # noqa: S105
 ADMIN_TOKEN = "bench-admin-token"  # noqa: S105
 _CSP_TOKEN = "bench-csp-token"  # noqa: S105
-EXPIRY_INTERVAL_SEC = 2.0
+_EXPIRY_INTERVAL_SEC = 2.0
 """Interval of the reaper's expiry tick. The default of 60 s is longer than a scenario."""
 _NEVER_SEC = "1000000"
 _NAME_PREFIX = f"broker_bench_{os.getpid()}"
@@ -156,7 +156,7 @@ class _Launcher:
             "RATE_LIMIT": "",  # disabled, because the whole load comes from one address
             "DRAIN_SEC": "0",
             "ADMIN_WAIT_SEC": "300",  # the response time of a sync is its duration
-            "AUTO_EXPIRY_INTERVAL_SEC": str(EXPIRY_INTERVAL_SEC),
+            "AUTO_EXPIRY_INTERVAL_SEC": str(_EXPIRY_INTERVAL_SEC),
             "SYNC_INTERVAL_SEC": _NEVER_SEC,
             **tracing,
         }
