@@ -9,8 +9,8 @@ from devstack import prometheus
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import run
+from tests.integration.monitoring_files import ALERT_TESTS, ALERTS, RUNBOOK, alerts, expressions, metrics
 from tests.integration.stack import PORTS, Stack
-from tests.integration.watched import ALERT_TESTS, ALERTS, RUNBOOK, alerts, expressions, metrics
 
 
 @pytest.fixture
