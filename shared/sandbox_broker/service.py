@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 import uvicorn
@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from sandbox_broker import tracing
 from sandbox_broker.server import STOP_SEC, Server
+from sandbox_broker.uvicorn_protocol import StrictProtocol
 
 KEEP_ALIVE_SEC = 75
 """Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
@@ -90,7 +91,7 @@ def run(
     app: Starlette,
     port: int,
     *,
-    protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools",
+    protocol: type[StrictProtocol] = StrictProtocol,
     drain_sec: float = 0,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""

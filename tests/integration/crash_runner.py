@@ -34,7 +34,7 @@ deletion.CSP_TIMEOUT_SEC = 1
 from reaper import cleanup  # noqa: E402 (derives constants from the time-outs above)
 
 cleanup.CLAIM_MARGIN_SEC = 0.5
-cleanup.NO_ANSWER_PAUSE_SEC = 0.2
+cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
     client, deleter = csp.CspClient, deletion.Deleter
@@ -66,16 +66,15 @@ if module == "allocator":
     bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
-    from csp_syncer import handlers as syncer
-    from csp_syncer import plan
+    from csp_syncer import chunking, syncer
 
-    plan.PIECE = 10  # several batches for a small listing
-    send_command = syncer_asking.ask
+    chunking.BATCH_SIZE = 10  # a small listing then needs several commands
+    request_reply = syncer_asking.request_reply
 
-    async def send_command_and_crash(requester: Any, command: Any, **options: Any) -> Any:
+    async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
         name = type(command).__name__
-        return await crashes.around(send_command, f"before {name}", f"after {name}")(requester, command, **options)
+        return await crashes.around(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
 
-    syncer.ask = send_command_and_crash  # type: ignore[attr-defined]
+    syncer.request_reply = request_reply_and_crash  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -9,12 +9,12 @@ import sys
 
 from reaper.cleanup import CleanUp
 
-work_through = CleanUp._work_through
+run_once = CleanUp._run_once
 run = CleanUp.run
 
 
-async def work_through_and_repeat(self: CleanUp) -> float | None:
-    await work_through(self)
+async def run_once_and_repeat(self: CleanUp) -> float | None:
+    await run_once(self)
     return 0.02
 
 
@@ -23,7 +23,7 @@ async def wake_and_run(self: CleanUp) -> None:
     await run(self)
 
 
-CleanUp._work_through = work_through_and_repeat  # type: ignore[method-assign]
+CleanUp._run_once = run_once_and_repeat  # type: ignore[method-assign]
 CleanUp.run = wake_and_run  # type: ignore[method-assign]
 
 module = sys.argv.pop(1)

@@ -27,6 +27,9 @@ class Kind:
     """Seconds."""
 
 
+MAX_QUOTED = 200
+"""Characters of a path in a message."""
+
 AGAIN = "Try again after `retry_after` seconds."
 SAME_AGAIN = "Ask again: it gives the same result, whether or not the first request was carried out."
 
@@ -49,8 +52,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "MALFORMED_REQUEST": Kind(
         400,
-        "What was sent is not HTTP/1.1; the connection is closed",
-        "Look at the client or at the proxy before it. Sending the same again gives the same.",
+        "The request is not valid HTTP/1.1, or its end is ambiguous; the connection closes",
+        "Correct the client, or the proxy before the gateway. A repetition gets the same answer.",
     ),
     "UNAUTHORIZED": Kind(
         401, "No token, or an unknown one", "Send `Authorization: Bearer <token>`; ask the operator for a token."
@@ -98,6 +101,11 @@ KINDS: Mapping[str, Kind] = {
         "Add the origin to `CORS_ALLOWED_ORIGINS` if it may ask.",
     ),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
+    "HEADERS_TOO_LARGE": Kind(
+        431,
+        "The request line and the header fields are longer than 16 KiB, or there are more than 100 fields",
+        "Send fewer or shorter header fields.",
+    ),
     "RATE_LIMITED": Kind(
         429,
         "Too many requests from this address, or too many without a known token",
@@ -198,15 +206,13 @@ def stopping() -> ApiError:
     )
 
 
-def malformed() -> ApiError:
-    return ApiError("MALFORMED_REQUEST", "This is not HTTP/1.1. Look at the client, or at the proxy before it.")
-
-
 def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
     """What the framework itself refuses: unknown paths and wrong methods."""
     if status == HTTPStatus.NOT_FOUND:
-        return ApiError("NOT_FOUND", f"There is no {path} here. See /v1/docs for what there is.")
+        return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. See /v1/docs for what there is.")
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (headers or {}).get("Allow", "another method")
-        return ApiError("METHOD_NOT_ALLOWED", f"{path} takes {allowed}, not {method}.", headers=headers)
+        return ApiError(
+            "METHOD_NOT_ALLOWED", f"{path[:MAX_QUOTED]} takes {allowed}, not {method}.", headers=headers
+        )
     return internal()

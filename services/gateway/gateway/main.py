@@ -19,7 +19,6 @@ from gateway import (
     addresses,
     admin,
     auth,
-    clients,
     cors,
     dead_letters,
     docs,
@@ -30,7 +29,9 @@ from gateway import (
     middleware,
     routes,
     syncs,
+    uvicorn_protocol,
 )
+from gateway.connection_limit import ConnectionLimit
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.outlook import Outlook
@@ -179,9 +180,12 @@ def main() -> None:
     logging.configure(settings, "gateway")
     tracing.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    connection_limit = ConnectionLimit(
+        settings.max_connections_per_address, addresses.networks(settings.trusted_proxies)
+    )
     service.run(
         create_app(settings),
         settings.gateway_port,
-        protocol=clients.protocol(settings.client_timeout_sec),
+        protocol=uvicorn_protocol.build_protocol(settings.client_timeout_sec, connection_limit),
         drain_sec=settings.drain_sec,
     )

@@ -38,5 +38,6 @@ class Settings(ServiceSettings):
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
     cors_allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
+    max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)

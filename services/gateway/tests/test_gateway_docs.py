@@ -49,7 +49,14 @@ STATUSES = {
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
 }
-NO_ROUTES_OWN = {"NOT_FOUND", "METHOD_NOT_ALLOWED", "MALFORMED_REQUEST", "CORS_REFUSED", "STOPPING"}
+NO_ROUTES_OWN = {
+    "NOT_FOUND",
+    "METHOD_NOT_ALLOWED",
+    "MALFORMED_REQUEST",
+    "HEADERS_TOO_LARGE",
+    "CORS_REFUSED",
+    "STOPPING",
+}
 TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
 
 

@@ -1,4 +1,4 @@
-"""The services inside a used sandbox are removed before its account is deleted, if that is wanted."""
+"""Tests of niosxaas_cleanup.py in a clean-up run."""
 
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD
 from sandbox_broker.messages import ClaimDeletions, RecordDeletion, RecordDeletionFailure
 
-from .reaper_harness import Allocator, Csp, emptied, reaping, settings, simulated_csp, until
+from .reaper_harness import Allocator, Csp, empty_queues, reaping, settings, simulated_csp, until
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ async def csp() -> AsyncIterator[Csp]:
 
 @pytest.fixture
 async def allocator(csp: Csp, amqp_url: str) -> AsyncIterator[Allocator]:
-    await emptied(amqp_url)
+    await empty_queues(amqp_url)
     allocator = Allocator(csp)
     await allocator.add_due()
     async with allocator.consuming(amqp_url):
         yield allocator
 
 
-def enabled(csp: Csp, **changes: Any) -> dict[str, Any]:
+def enabled_settings(csp: Csp, **changes: Any) -> dict[str, Any]:
     return {
         "niosxaas_enabled": True,
         "niosxaas_base_url": csp.url,
@@ -38,75 +38,77 @@ def enabled(csp: Csp, **changes: Any) -> dict[str, Any]:
     }
 
 
-async def have_services(csp: Csp, names: Iterable[str]) -> None:
+async def create_services(csp: Csp, names: Iterable[str]) -> None:
     services = {external_id: list(names) for external_id in (await csp.accounts()).values()}
     (await csp.control.put("/_control/services", json={"services": services})).raise_for_status()
 
 
-async def left(csp: Csp) -> list[str]:
+async def list_services(csp: Csp) -> list[str]:
     services = (await csp.control.get("/_control/services")).json()["services"]
     return sorted(record["name"] for records in services.values() for record in records)
 
 
-async def calls(csp: Csp) -> list[str]:
-    """The DELETE calls in order: `service` or `account`."""
+async def list_deletions(csp: Csp) -> list[str]:
+    """Return the DELETE calls in order: `service` or `account`."""
     return ["account" if "/sandbox/accounts/" in call["path"] else "service" for call in await csp.deletions()]
 
 
-async def test_services_go_before_the_account(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await have_services(csp, ["lab", "other"])
-    async with reaping(amqp_url, csp, **enabled(csp)):
+async def test_services_are_deleted_before_the_account(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await create_services(csp, ["lab", "other"])
+    async with reaping(amqp_url, csp, **enabled_settings(csp)):
         await until(lambda: not allocator.due)
-    assert await left(csp) == []
-    assert await calls(csp) == ["service", "service", "account"] * 2
+    assert await list_services(csp) == []
+    assert await list_deletions(csp) == ["service", "service", "account"] * 2
     assert [command.services_error for command in allocator.all(RecordDeletion)] == [None, None]
 
 
-async def test_only_those_of_the_name_given_go(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await have_services(csp, ["lab", "other"])
-    async with reaping(amqp_url, csp, **enabled(csp, niosxaas_service_name="lab")):
+async def test_only_services_of_the_given_name_are_deleted(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await create_services(csp, ["lab", "other"])
+    async with reaping(amqp_url, csp, **enabled_settings(csp, niosxaas_service_name="lab")):
         await until(lambda: not allocator.due)
-    assert (await calls(csp)).count("service") == 2
+    assert (await list_deletions(csp)).count("service") == 2
 
 
-async def test_in_shadow_mode_they_stay(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await have_services(csp, ["lab"])
-    async with reaping(amqp_url, csp, **enabled(csp, niosxaas_shadow_mode=True)):
+async def test_services_stay_in_shadow_mode(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await create_services(csp, ["lab"])
+    async with reaping(amqp_url, csp, **enabled_settings(csp, niosxaas_shadow_mode=True)):
         await until(lambda: not allocator.due)
-    assert await calls(csp) == ["account", "account"]
+    assert await list_deletions(csp) == ["account", "account"]
 
 
-async def test_off_by_default(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await have_services(csp, ["lab"])
+async def test_services_are_left_alone_by_default(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await create_services(csp, ["lab"])
     async with reaping(amqp_url, csp):
         await until(lambda: not allocator.due)
-    assert await calls(csp) == ["account", "account"]
+    assert await list_deletions(csp) == ["account", "account"]
 
 
-async def test_their_failure_is_recorded_and_does_not_stop_the_deletion(
+async def test_a_failed_removal_is_recorded_and_the_account_is_deleted(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
-    await have_services(csp, ["lab"])
+    await create_services(csp, ["lab"])
     await csp.behave(fail_next_deletes=1)
-    async with reaping(amqp_url, csp, **enabled(csp, niosxaas_password="wrong", deletion_backoff_base_sec=0.1)):
+    async with reaping(
+        amqp_url, csp, **enabled_settings(csp, niosxaas_password="wrong", deletion_backoff_base_sec=0.1)
+    ):
         await until(lambda: not allocator.due)
     assert await csp.accounts() == {}
     (failure,) = allocator.all(RecordDeletionFailure)
-    told = [failure.services_error, *(deletion.services_error for deletion in allocator.all(RecordDeletion))]
-    assert len(told) == 3
-    assert all("401" in (error or "") for error in told)
+    errors = [failure.services_error, *(deletion.services_error for deletion in allocator.all(RecordDeletion))]
+    assert len(errors) == 3
+    assert all("401" in (error or "") for error in errors)
 
 
-async def test_a_claim_spans_them_too(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_a_claim_includes_the_time_for_services(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))
     without = allocator.all(ClaimDeletions)[-1].claim_sec
-    async with reaping(amqp_url, csp, **enabled(csp), cleanup_interval_sec=0.1):
+    async with reaping(amqp_url, csp, **enabled_settings(csp), cleanup_interval_sec=0.1):
         await until(lambda: allocator.all(ClaimDeletions)[-1].claim_sec == without + 30)
 
 
 @pytest.mark.parametrize("missing", ["niosxaas_email", "niosxaas_password"])
-def test_enabled_without_a_user_it_does_not_start(missing: str) -> None:
+def test_the_reaper_needs_a_user_when_the_removal_is_enabled(missing: str) -> None:
     user = {"niosxaas_email": "a@example.com", "niosxaas_password": "secret", missing: " "}
     with pytest.raises(ValidationError, match=missing):
         settings(niosxaas_enabled=True, **user)
