@@ -100,7 +100,7 @@ async def run_floor(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
 async def _run_new_students(
     target: Target, sizes: Sizes, connections: int, *, has_events: bool, prefixes: int = 0
 ) -> Run:
-    """Allocate for one new student after the other, from a pool large enough for the whole run."""
+    """Allocate with each request for a new student, from a pool large enough for the whole run."""
     sandboxes = _max_allocations(sizes.warm_up + sizes.seconds, connections)
     await pool.fill(target.database, sandboxes, prefixes=prefixes)
     warm_up = await _allocate(target, connections, sizes.warm_up, Workload(prefixes=prefixes))
@@ -122,5 +122,5 @@ async def _allocate(target: Target, connections: int, seconds: int, workload: Wo
 
 
 def _max_allocations(seconds: int, connections: int) -> int:
-    """Return more sandboxes than any system allocates in this time."""
+    """Return an upper bound for the number of allocations in this time."""
     return seconds * min(_MAX_PER_SECOND, connections * _MAX_PER_SECOND_AND_CONNECTION)

@@ -59,7 +59,7 @@ class LoadResult:
     cpu_sec: float = 0.0
     """CPU time of the load generator."""
     new: int | None = None
-    """Allocations answered with 201. None if students.lua does not count responses; so are the next two."""
+    """Allocations answered with 201. None, like the next two, if students.lua does not inspect responses."""
     known: int | None = None
     """Allocations answered with 200."""
     released: int | None = None

@@ -1,7 +1,7 @@
 """Add new sandboxes to the pool while students take from it.
 
-SQL inserts them with new ids, new names and their events, as a sync would. CSP accounts cannot be used, because CSP
-takes minutes to create one.
+SQL inserts them with new ids, new names and their events, as a sync would. A sync itself could not keep up, because
+CSP takes minutes to create an account.
 """
 
 import asyncio
