@@ -62,6 +62,33 @@ async def test_a_draining_gateway_is_not_ready_but_still_serves(stack: Stack) ->
         assert await process.wait() == 0
 
 
+async def test_the_api_port_and_the_ops_port_drain_together(stack: Stack) -> None:
+    ops_port = free_port()
+    settings = {"DRAIN_SEC": "20", "OPS_PORT": str(ops_port)}
+    gateway, url = await stack.launch("gateway", name="stopping gateway", settings=settings)
+    ops = f"http://127.0.0.1:{ops_port}"
+    try:
+        await stack.until_ready(f"{ops}/readyz", gateway)
+        assert (await stack.client.get(f"{url}/readyz")).status_code == 404
+        assert (await stack.client.post(f"{ops}/v1/allocate", headers=track("ada"))).status_code == 404
+        assert "broker_request_latency_seconds" in (await stack.client.get(f"{ops}/metrics")).text
+        gateway.send(signal.SIGTERM)
+
+        async def is_not_ready() -> bool:
+            return (await stack.client.get(f"{ops}/readyz")).status_code == 503
+
+        await eventually(is_not_ready)
+        during = await stack.client.post(f"{url}/v1/allocate", headers=track("ada"))
+        assert (during.status_code, during.headers["Connection"]) == (201, "close")
+        response = await stack.client.get(f"{ops}/healthz")
+        assert (response.status_code, response.headers["Connection"]) == (200, "close")
+    finally:
+        await gateway.stop(with_signal=signal.SIGINT)
+    assert await gateway.wait() == 0
+    assert await refuses_connections(url)
+    assert await refuses_connections(ops)
+
+
 async def test_an_open_request_is_completed_and_an_idle_connection_is_closed(stack: Stack) -> None:
     allocator = stack.processes["allocator"]
     async with (
