@@ -15,20 +15,31 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from sandbox_broker.uvicorn_protocol import StrictProtocol
 
 from csp_simulator.testing import serving
 from devstack.request_fuzz import Pair, generate_pair
-from devstack.strict_http import EARLY, HOP_BY_HOP, Ending, Reading, Request, Response, find_violation, read_requests
+from devstack.strict_http import (
+    EARLY,
+    HOP_BY_HOP,
+    Ending,
+    Reading,
+    Request,
+    Response,
+    find_violation,
+    read_requests,
+)
+from sandbox_broker.uvicorn_protocol import StrictProtocol
 
 ROUNDS = 12
 PAIRS = int(os.environ.get("SEARCH", "0")) or 6000
 SEED = int(os.environ.get("SEARCH_SEED", secrets.randbits(32) if "SEARCH" in os.environ else 20261129))
 PAIRS_PER_CONNECTION = 20
-PATIENCE_SEC = 5.0
+PATIENCE_SEC = 30.0
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_RESPONSE = re.compile(rb"HTTP/1\.1 (\d{3}) (?:[^\r\n]*\r\n)+?content-length: (\d+)\r\n(?:[^\r\n]+\r\n)*\r\n", re.IGNORECASE)
+_RESPONSE = re.compile(
+    rb"HTTP/1\.1 (\d{3}) (?:[^\r\n]*\r\n)+?content-length: (\d+)\r\n(?:[^\r\n]+\r\n)*\r\n", re.IGNORECASE
+)
 
 
 class EchoApp:
@@ -48,7 +59,9 @@ class EchoApp:
                 return
             body += message["body"]
             more = message["more_body"]
-        fields = sorted((name, _normalize(name, value)) for name, value in scope["headers"] if name not in HOP_BY_HOP)
+        fields = sorted(
+            (name, _normalize(name, value)) for name, value in scope["headers"] if name not in HOP_BY_HOP
+        )
         self.executed.append(
             Request(scope["method"].encode(), target, tuple(fields), None if is_early else bytes(body))
         )
@@ -62,6 +75,11 @@ def _normalize(name: bytes, value: bytes) -> bytes:
     return value.lower() if name == b"transfer-encoding" else value
 
 
+def _length(match: re.Match[bytes]) -> int:
+    """Length of a response, from the match of its head."""
+    return match.end() + int(match[2])
+
+
 class Exchange:
     """All that was sent and received on one connection.
 
@@ -71,6 +89,7 @@ class Exchange:
     def __init__(self, app: EchoApp, connection: socket.socket) -> None:
         self.sent: list[bytes] = []
         self.responses: list[Response] = []
+        self.continues = 0
         self.closed_by_server = False
         app.executed.clear()
         self._app = app
@@ -110,7 +129,13 @@ class Exchange:
         return bool(self.responses) and self.responses[-1].executed is None
 
     def find_violation(self) -> str | None:
-        return find_violation(self.reading, self.responses, self._app.executed, closed=self.closed_by_server)
+        return find_violation(
+            self.reading,
+            self.responses,
+            self._app.executed,
+            continues=self.continues,
+            closed=self.closed_by_server,
+        )
 
     async def _send(self, segments: tuple[bytes, ...]) -> None:
         for segment in segments:
@@ -125,7 +150,9 @@ class Exchange:
             await self._receive_one()
 
     async def _receive_one(self) -> None:
-        while (match := _RESPONSE.match(self._received)) is None or len(self._received) < match.end() + int(match[2]):
+        while (match := _RESPONSE.match(self._received)) is None or len(self._received) < match.end() + int(
+            match[2]
+        ):
             try:
                 received = await self._loop.sock_recv(self._connection, 1 << 16)
             except OSError:
@@ -135,11 +162,17 @@ class Exchange:
                 self._ended = True
                 return
             self._received += received
-            self._received = self._received.removeprefix(CONTINUE)
+            self._skip_continue()
         head = self._received[: match.end()]
-        self._received = self._received[match.end() + int(match[2]) :].removeprefix(CONTINUE)
+        self._received = self._received[_length(match) :]
+        self._skip_continue()
         executed = re.search(rb"x-executed: (\d+)", head)
         self.responses.append(Response(int(match[1]), int(executed[1]) if executed else None))
+
+    def _skip_continue(self) -> None:
+        while self._received.startswith(CONTINUE):
+            self._received = self._received.removeprefix(CONTINUE)
+            self.continues += 1
 
 
 @contextlib.asynccontextmanager

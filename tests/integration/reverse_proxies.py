@@ -14,7 +14,7 @@ from devstack.private import wait_until
 from devstack.processes import spawn
 
 SEGMENT_GAP_SEC = 0.01
-"""Pause between two segments, so that the server reads them one by one. TCP does not report what a peer has read."""
+"""Pause between two segments, so that the server reads them one by one. TCP does not report reads of the peer."""
 
 # One worker and one idle upstream connection, so that the requests of all clients share it. A body goes upstream as
 # it arrives.
@@ -54,6 +54,7 @@ _NGINX_KEEP_ALIVE = 'proxy_set_header Connection "";'
 _HAPROXY = """
 global
     maxconn 200
+    nbthread 1
 defaults
     mode http
     retries 0
@@ -64,7 +65,7 @@ defaults
 listen server
     bind 127.0.0.1:{port}
     http-reuse always
-    server only 127.0.0.1:{upstream} maxconn 1
+    server only 127.0.0.1:{upstream}
 """
 
 
@@ -128,7 +129,7 @@ class SegmentingRelay:
 
 @asynccontextmanager
 async def run_nginx(upstream: int, headers: str) -> AsyncIterator[int]:
-    """Run nginx before the server on port `upstream` and yield nginx's port. Raises CannotRun without nginx."""
+    """Run nginx before the server on port `upstream` and yield its port. Raises CannotRun without nginx."""
     program = await packages.program(["nginx"], "nginx", Terminal())
 
     def command(directory: Path, port: int) -> list[str]:
@@ -142,7 +143,7 @@ async def run_nginx(upstream: int, headers: str) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def run_haproxy(upstream: int) -> AsyncIterator[int]:
-    """Run HAProxy before the server on port `upstream` and yield HAProxy's port. Raises CannotRun without HAProxy."""
+    """Run HAProxy before the server on port `upstream` and yield its port. Raises CannotRun without HAProxy."""
     program = await packages.program(["haproxy"], "haproxy", Terminal())
 
     def command(directory: Path, port: int) -> list[str]:

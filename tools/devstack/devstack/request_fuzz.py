@@ -8,7 +8,7 @@ from random import Random
 MARKER = b"X-Marker"
 VICTIM = b"/victim"
 SMUGGLED = b"/smuggled"
-"""Prefix of targets that only stand in bodies. No server may execute them unless the stream contains the request."""
+"""Prefix of the targets in bodies. A server executes them only if they stand outside of a body by chance."""
 
 _SMUGGLED = [
     b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -103,7 +103,9 @@ def _cut(random: Random, data: bytes, cuts: list[int]) -> tuple[bytes, ...]:
 def _corrupt(random: Random, data: bytes) -> bytes:
     """Change, insert or remove one byte."""
     index = random.randrange(len(data))
-    replaced = random.choice([b"", bytes([random.randrange(256)]), random.choice([b"\r", b"\n", b"\0", b" ", b":"])])
+    replaced = random.choice(
+        [b"", bytes([random.randrange(256)]), random.choice([b"\r", b"\n", b"\0", b" ", b":"])]
+    )
     return data[:index] + replaced + data[index + random.randrange(2) :]
 
 
@@ -312,7 +314,19 @@ def _change_target(random: Random, draft: Draft) -> None:
 
 def _change_method(random: Random, draft: Draft) -> None:
     draft.method = random.choice(
-        [b"CONNECT", b"CONNECT", b"PRI", b"SOURCE", b"post", b"POST ", b"TRACE", b"LINK", b"BREW", b"P\0ST", b"M-SEARCH"]
+        [
+            b"CONNECT",
+            b"CONNECT",
+            b"PRI",
+            b"SOURCE",
+            b"post",
+            b"POST ",
+            b"TRACE",
+            b"LINK",
+            b"BREW",
+            b"P\0ST",
+            b"M-SEARCH",
+        ]
     )
 
 

@@ -23,8 +23,9 @@ _REQUEST_LINE = re.compile(
     rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) /[-A-Za-z0-9._~%!$&'()*+,;=:@/?]* HTTP/1\.[01]"
 )
 _LENIENT_REQUEST_LINE = re.compile(rb"\A([A-Z_-]+) +([!-~]+) +(?:HTTP|RTSP|ICE)/(1\.[01])(?=\r\n)")
-"""llhttp accepts repeated spaces (RFC 9112, 3, allows it) and two more protocol names, and does not report them. Neither
-moves the end of a message."""
+"""llhttp accepts repeated spaces (RFC 9112, 3, allows it) and two more protocol names, and does not report them.
+Neither moves the end of a message."""
+_ENCODING_WITH_SPACE = re.compile(rb"transfer-encoding:.*[ \t]\Z", re.IGNORECASE)
 _FIELD_LINE = re.compile(_TOKEN + rb":[ \t]*[\t\x20-\x7e\x80-\xff]*")
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,15}")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(;%b(=(%b|\"[ !#-\[\]-~]*\"))?)*" % (_TOKEN, _TOKEN))
@@ -67,6 +68,7 @@ class ReadRequest:
     verdict: Verdict
     complete: bool
     """Whether the whole body is there."""
+    expects_continue: bool
 
     @property
     def is_answerable(self) -> bool:
@@ -126,7 +128,11 @@ def read_requests(stream: bytes) -> Reading:
         fields = tuple(sorted(field for field in event.headers if field[0] not in HOP_BY_HOP))
         target = to_origin_form(event.target)
         read = bytes(body) if not target.startswith(EARLY) else None
-        requests.append(ReadRequest(Request(event.method, target, fields, read), verdict, ending is None))
+        requests.append(
+            ReadRequest(
+                Request(event.method, target, fields, read), verdict, ending is None, _expects_continue(event)
+            )
+        )
         if verdict is Verdict.REFUSE or (ending is None and _closes(event)):
             ending = Ending.CLOSED
         if ending is not None:
@@ -148,6 +154,11 @@ def to_origin_form(target: bytes) -> bytes:
         parts = urlsplit(target)
         path, query = parts.path, parts.query
     return path + (b"?" + query if query else b"")
+
+
+def _expects_continue(request: h11.Request) -> bool:
+    fields = [value for name, value in request.headers if name == b"expect"]
+    return request.http_version == b"1.1" and any(value.lower() == b"100-continue" for value in fields)
 
 
 def _closes(request: h11.Request) -> bool:
@@ -187,7 +198,9 @@ def _judge_head(head: bytes, request: h11.Request) -> Verdict:
         and all(_CONTENT_LENGTH.fullmatch(length) for length in lengths)
         # RFC 9112, 6.1: HTTP/1.0 does not know Transfer-Encoding.
         and not (encodings and request.http_version == b"1.0")
-        and not any(line.lower().startswith(b"transfer-encoding:") and line != line.rstrip() for line in field_lines)
+        and not any(
+            line.lower().startswith(b"transfer-encoding:") and line != line.rstrip() for line in field_lines
+        )
     )
     return Verdict.SERVE if is_plain else Verdict.MAY_REFUSE
 
@@ -222,13 +235,21 @@ class Response:
 
 
 def find_violation(
-    reading: Reading, responses: Sequence[Response], executed: Sequence[Request], *, closed: bool
+    reading: Reading,
+    responses: Sequence[Response],
+    executed: Sequence[Request],
+    *,
+    continues: int,
+    closed: bool,
 ) -> str | None:
-    """Return the first rule that the server has broken on one connection; None if it was safe.
+    """Return the first rule that the server has broken on one connection; None if it was safe. `continues` is the
+    number of interim responses 100.
 
     A server is safe if it executes the requests of `reading` in order and answers each of them once, or if it stops
     with an error status and closes the connection at or before the first request that it may refuse.
     """
+    if continues > sum(read.expects_continue for read in reading.requests):
+        return f"{continues} times 100 Continue"
     for index, (got, read) in enumerate(zip_longest(executed, reading.requests)):
         if got is None:
             break
@@ -236,18 +257,22 @@ def find_violation(
             return f"request {index} was executed, and the stream does not contain it: {got}"
         if got != read.request:
             return f"request {index} was executed as {got}, and the stream contains {read.request}"
+    return _find_response_violation(reading, responses, closed=closed)
+
+
+def _find_response_violation(reading: Reading, responses: Sequence[Response], *, closed: bool) -> str | None:
     for index, response in enumerate(responses):
         if response.executed is None:
-            if index + 1 < len(responses) or not closed:
-                return f"response {index} is an error, and the connection is used after it"
-            if response.status < 400 or not _may_stop_at(reading, index):
-                return f"response {index} refuses ({response.status}) a stream that is valid"
-            return None
+            is_last = closed and index + 1 == len(responses)
+            if is_last and response.status >= 400 and _may_stop_at(reading, index):
+                return None
+            return f"response {index} ({response.status}, last: {is_last}) refuses a request that is valid"
         if response.executed != index:
             return f"response {index} belongs to request {response.executed}"
-    if len(responses) < reading.answerable and not (closed and _may_close_silently(reading, len(responses))):
+    may_close = closed and _may_close_silently(reading, len(responses))
+    if len(responses) < reading.answerable and not may_close:
         return f"{len(responses)} responses to {reading.answerable} requests"
-    if closed and reading.ending is Ending.OPEN and not _may_close_silently(reading, len(responses)):
+    if closed and reading.ending is Ending.OPEN and not may_close:
         return "the connection was closed after a valid stream"
     return None
 
@@ -263,6 +288,8 @@ def _may_stop_at(reading: Reading, index: int) -> bool:
 def _may_close_silently(reading: Reading, index: int) -> bool:
     """Whether the connection may end after `index` responses: something from the last answered request on is not
     valid."""
-    if any(read.verdict is not Verdict.SERVE or not read.complete for read in reading.requests[max(index - 1, 0) :]):
+    if any(
+        read.verdict is not Verdict.SERVE or not read.complete for read in reading.requests[max(index - 1, 0) :]
+    ):
         return True
     return reading.ending in (Ending.ILLEGAL, Ending.INCOMPLETE)
