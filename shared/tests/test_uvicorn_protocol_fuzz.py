@@ -101,7 +101,11 @@ class Exchange:
     @property
     def is_over(self) -> bool:
         """The server has closed the connection, or has to close it after an error."""
-        return self._ended or (bool(self.responses) and self.responses[-1].executed is None)
+        return self._ended or self._ends_with_error
+
+    @property
+    def _ends_with_error(self) -> bool:
+        return bool(self.responses) and self.responses[-1].executed is None
 
     @property
     def reading(self) -> Reading:
@@ -116,17 +120,12 @@ class Exchange:
 
     async def finish(self) -> None:
         """Read until the connection ends. Where the server does not have to end it, the client does."""
-        server_closes = self.is_over or self.reading.ending is Ending.CLOSED
-        if not server_closes:
+        if not (server_closes := self.is_over or self.reading.ending is Ending.CLOSED):
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)
         while not self._ended:
             await self._receive_one()
-        self.closed_by_server = self.is_closed_by_error or server_closes
-
-    @property
-    def is_closed_by_error(self) -> bool:
-        return bool(self.responses) and self.responses[-1].executed is None
+        self.closed_by_server = server_closes or self._ends_with_error
 
     def find_violation(self) -> str | None:
         return find_violation(

@@ -67,7 +67,7 @@ class ReadRequest:
     request: Request
     verdict: Verdict
     complete: bool
-    """Whether the whole body is there."""
+    """The whole body is there."""
     expects_continue: bool
 
     @property
@@ -278,16 +278,18 @@ def _find_response_violation(reading: Reading, responses: Sequence[Response], *,
 
 
 def _may_stop_at(reading: Reading, index: int) -> bool:
-    """Whether an error may take the place of response `index`: something at or after it is not valid. A broken body
-    of a request that was answered already has no second response."""
+    """Return True if an error may replace response `index`, because a request at or after it is not valid.
+
+    A broken body of a request that was answered already has no second response.
+    """
     if any(read.verdict is not Verdict.SERVE or not read.complete for read in reading.requests[index:]):
         return True
     return index <= len(reading.requests) and reading.partial_head
 
 
 def _may_close_silently(reading: Reading, index: int) -> bool:
-    """Whether the connection may end after `index` responses: something from the last answered request on is not
-    valid."""
+    """Return True if the connection may end after `index` responses, because the last answered request or one after
+    it is not valid."""
     if any(
         read.verdict is not Verdict.SERVE or not read.complete for read in reading.requests[max(index - 1, 0) :]
     ):
