@@ -1,5 +1,5 @@
-"""The health check of an image: does the service answer /healthz, or the path that is given? Standard library only,
-since it runs every few seconds."""
+"""Health check of an image: request /healthz, or the path given as argument. Standard library only, because it runs
+every few seconds."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ def main() -> int:
         said = answer.read().decode(errors="replace")
     except (OSError, HTTPException) as error:
         answer, said = None, str(error) or type(error).__name__
-    sys.stdout.write(f"{said}\n")  # docker inspect shows it
+    sys.stdout.write(f"{said}\n")  # shown by docker inspect
     return 0 if answer is not None and answer.status == 200 else 1
 
 

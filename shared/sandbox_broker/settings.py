@@ -33,6 +33,10 @@ def _none_if_empty(value: object) -> object:
     return None if value == "" else value
 
 
+def _to_upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 def _tokens(value: SecretStr) -> SecretStr:
     if not any(part.strip() for part in value.get_secret_value().split(",")):
         raise ValueError("must hold at least one token")
@@ -58,7 +62,7 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     amqp_url: AmqpUrl = Field(repr=False)
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_to_upper)] = "INFO"
     log_format: Literal["json", "console"] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(_none_if_empty)] = None
     otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)

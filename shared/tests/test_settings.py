@@ -57,6 +57,12 @@ def test_what_is_right_is_taken(environment: pytest.MonkeyPatch) -> None:
     assert (settings.delay_sec, settings.log_level, settings.gateway_port) == (0.01, "DEBUG", 8080)
 
 
+@pytest.mark.parametrize("level", ["warning", "Warning", "WARNING"])
+def test_the_log_level_may_be_in_any_case(environment: pytest.MonkeyPatch, level: str) -> None:
+    environment.setenv("LOG_LEVEL", level)
+    assert load(Settings).log_level == "WARNING"
+
+
 def test_a_file_named_env_is_read(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.delenv("AMQP_URL")
     (tmp_path / ".env").write_text("AMQP_URL=amqp://from-file/\nSOMETHING_ELSE=1\nGATEWAY_PORT=1\n")

@@ -61,14 +61,14 @@ if module == "reaper":
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
-    from csp_syncer import handlers as syncer
+    from csp_syncer import syncer
 
-    ask = syncer_asking.ask
+    request_reply = syncer_asking.request_reply
 
-    async def ask_crashing(requester: Any, command: Any, **named: Any) -> Any:
+    async def request_crashing(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await crashes.around(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
-    syncer.ask = ask_crashing  # type: ignore[attr-defined]
+    syncer.request_reply = request_crashing  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -87,7 +87,9 @@ KINDS: Mapping[str, Kind] = {
         409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
     ),
     "NOT_REPLAYABLE": Kind(
-        409, "The dead letter names a queue that is none of those for work", "Look at it, and drop it."
+        409,
+        "The dead letter names a queue that is not for commands, or holds only commands that services repeat",
+        "Look at it, and drop it.",
     ),
     "SYNC_HELD": Kind(
         409,
