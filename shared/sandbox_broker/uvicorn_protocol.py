@@ -127,6 +127,8 @@ class StrictProtocol(HttpToolsProtocol):
         self._check_head()
         if self._upgrade_offered:
             return
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
         super().on_headers_complete()
         self.headers = _DISCARDED_FIELDS
 
@@ -140,6 +142,12 @@ class StrictProtocol(HttpToolsProtocol):
         self._message_complete = True
         self._pending_bytes = 0
         super().on_message_complete()
+        if not self.parser.should_keep_alive():
+            # For most requests that is known already. A trailer `Connection: close` ends the parsing only here, and
+            # the next request on the connection would be refused.
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
 
     def _check_head(self) -> None:
         """Raise _RefusedError for a head that is too large, or that leaves the end of its message open."""
