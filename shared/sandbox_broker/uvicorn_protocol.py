@@ -127,8 +127,6 @@ class StrictProtocol(HttpToolsProtocol):
         self._check_head()
         if self._upgrade_offered:
             return
-        if self.parser.get_http_version() == "1.0":
-            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
         super().on_headers_complete()
         self.headers = _DISCARDED_FIELDS
 
@@ -171,6 +169,8 @@ class StrictProtocol(HttpToolsProtocol):
         elif version != "1.0" or hosts > 1 or encodings:
             # HTTP/1.0 knows no Transfer-Encoding (RFC 9112, 6.1), and its health checks send no Host.
             raise _RefusedError(MALFORMED, f"HTTP/{version}, {hosts} Host and {encodings} Transfer-Encoding fields")
+        else:
+            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise _RefusedError(MALFORMED, "CONNECT")
