@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
-from gateway.allocator_client import Allocator
+from gateway.allocator_client import AllocatorClient
 from gateway.queries.status import Outlook
 from gateway.settings import Settings
 from gateway.web.auth import Auth
@@ -24,5 +24,5 @@ class Context:
     engine: AsyncEngine
     publisher: Publisher
     requester: Requester
-    allocator: Allocator
+    allocator: AllocatorClient
     outlook: Outlook

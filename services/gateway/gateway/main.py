@@ -16,7 +16,7 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Allocator
+from gateway.allocator_client import AllocatorClient
 from gateway.api import docs, errors
 from gateway.api.errors import ApiError
 from gateway.context import Context
@@ -70,7 +70,7 @@ def create_app(settings: Settings) -> Gateway:
     engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
-    allocator = Allocator(publisher, requester)
+    allocator = AllocatorClient(publisher, requester)
     metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
     async def queue() -> str | None:

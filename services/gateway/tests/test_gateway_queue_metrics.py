@@ -141,5 +141,5 @@ async def test_a_queue_that_does_not_answer_stops_no_allocation(
     async with Cable.to(clean_queues) as cable, running(cable.url) as gateway:
         cable.silence(topology.SYNC_TICKS.name)
         await until(lambda: cable.held)
-        await gateway.app.state.context.allocator._look()
+        await gateway.app.state.context.allocator._refresh_presence()
         assert (await gateway.allocate()).status_code == 201

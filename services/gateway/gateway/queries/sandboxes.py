@@ -86,7 +86,7 @@ class HeldSandbox:
     sandbox: Sandbox | None
 
 
-async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
+async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
     """None if there is no such sandbox."""
     query = (
         select(
