@@ -1,5 +1,4 @@
-"""Work that an administrator starts and that may take longer than a request: the answer, if it comes in time, or
-a job to ask after."""
+"""Jobs of administrators (sync and clean-up), which may take longer than an HTTP request."""
 
 import asyncio
 import uuid
@@ -18,18 +17,19 @@ from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
 
 
-async def run(
+async def run_job(
     request: Request,
     response: Response,
     kind: JobKind,
     queue: topology.Queue,
-    command: Callable[[uuid.UUID], Command],
+    build_command: Callable[[uuid.UUID], Command],
     *,
     unavailable: tuple[str, str],
 ) -> Reply | JobRunning:
-    """Sends the command that starts the job. Its record is made first: whoever is told of a job finds it.
+    """Start the job. Return its reply, or the 202 response with the job id if there is no reply in time.
 
-    `unavailable` is the error when nobody works on that queue: its code, and the service's name.
+    The job is recorded before the command is sent, so that the job in a 202 response always exists. `unavailable`
+    is the error code and the name of the service, for a queue without consumers. Raises ApiError.
     """
     context: Context = request.app.state.context
     loop = asyncio.get_running_loop()
@@ -42,8 +42,10 @@ async def run(
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         request.scope["state"]["ids"] = {"job_id": str(job_id)}
-        await _record(context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline)
-        return await context.requester.request(queue, command(job_id), timeout_sec=deadline - loop.time())
+        await _record_job(
+            context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
+        )
+        return await context.requester.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
     except (Disconnected, Unroutable) as error:
         raise ApiError(code, "The queue is down. Try again shortly.") from error
     except TimeoutError:
@@ -53,11 +55,11 @@ async def run(
         return running
 
 
-async def _record(context: Context, command: RecordJob, deadline: float) -> None:
-    left = deadline - asyncio.get_running_loop().time()
+async def _record_job(context: Context, command: RecordJob, deadline: float) -> None:
+    remaining_sec = deadline - asyncio.get_running_loop().time()
     try:
-        reply = await context.requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=left)
+        reply = await context.requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
     except TimeoutError as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not answer. Try again shortly.") from error
+        raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not reply. Try again shortly.") from error
     if not isinstance(reply, Recorded):
         refuse(reply)

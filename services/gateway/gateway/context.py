@@ -5,7 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
 from gateway.allocator_client import AllocatorClient
-from gateway.queries.status import Outlook
+from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
 from gateway.web.rate_limit import Limits
@@ -25,4 +25,4 @@ class Context:
     publisher: Publisher
     requester: Requester
     allocator: AllocatorClient
-    outlook: Outlook
+    status_reporter: StatusReporter

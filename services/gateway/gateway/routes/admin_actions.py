@@ -1,4 +1,4 @@
-"""The admin routes that change something, or tell how that goes."""
+"""Admin routes for actions: clean up, release a sandbox, retry a deletion, and show the state of a job."""
 
 import uuid
 from collections.abc import Callable
@@ -19,7 +19,14 @@ from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
 from sandbox_broker.observability import log_context
 
-ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "RATE_LIMITED", "INTERNAL_ERROR")
+COMMON_ERRORS = (
+    "INVALID_REQUEST",
+    "UNAUTHORIZED",
+    "FORBIDDEN",
+    "PAYLOAD_TOO_LARGE",
+    "RATE_LIMITED",
+    "INTERNAL_ERROR",
+)
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -28,12 +35,13 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
     "/cleanup",
     responses={
         202: JOB_RUNNING,
-        **responses(*ALWAYS, "CSP_UNAVAILABLE", "REAPER_UNAVAILABLE", "ALLOCATOR_UNAVAILABLE"),
+        **responses(*COMMON_ERRORS, "CSP_UNAVAILABLE", "REAPER_UNAVAILABLE", "ALLOCATOR_UNAVAILABLE"),
     },
 )
 async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
-    """Deletes what is pending now, whatever its backoff says. A call while one runs joins it."""
-    reply = await admin_jobs.run(
+    """Delete all pending sandboxes in CSP now, without waiting for their backoff. If a clean-up is running, the
+    call joins it."""
+    reply = await admin_jobs.run_job(
         request,
         response,
         "cleanup",
@@ -51,7 +59,7 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
 @router.post(
     "/sandboxes/{sandbox_id}/release",
     responses=responses(
-        *ALWAYS, "SANDBOX_NOT_FOUND", "NOT_ALLOCATED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+        *COMMON_ERRORS, "SANDBOX_NOT_FOUND", "NOT_ALLOCATED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
     ),
 )
 async def release(
@@ -59,36 +67,40 @@ async def release(
     sandbox_id: str,
     reason: Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")],
 ) -> Release:
-    """Ends the lease, whoever holds it; the sandbox will be deleted. Repeating it is success. `reason` is kept."""
+    """End the lease of any holder and mark the sandbox for deletion. A repeated call succeeds. The lease record
+    keeps `reason`."""
     request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
-    return await _released(request, partial(EndLease, sandbox_id=sandbox_id, note=reason))
+    return await _release_by(request, partial(EndLease, sandbox_id=sandbox_id, note=reason))
 
 
 @router.post(
     "/sandboxes/{sandbox_id}/retry-deletion",
     responses=responses(
-        *ALWAYS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
+        *COMMON_ERRORS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
     ),
 )
 async def retry_deletion(request: Request, sandbox_id: str) -> Release:
-    """Sends a failed deletion back: `deletion_failed` becomes `pending_deletion`, all attempts before it again."""
+    """Retry a failed deletion: `deletion_failed` becomes `pending_deletion`, and the count of attempts restarts."""
     request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
-    return await _released(request, partial(RetryDeletion, sandbox_id=sandbox_id))
+    return await _release_by(request, partial(RetryDeletion, sandbox_id=sandbox_id))
 
 
-async def _released(request: Request, command: Callable[..., Command]) -> Release:
+async def _release_by(request: Request, build_command: Callable[..., Command]) -> Release:
     try:
-        asked = command(request_id=request.state.request_id)
-    except ValueError:  # no id can look like that
+        command = build_command(request_id=request.state.request_id)
+    except ValueError:  # invalid sandbox id
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
-    reply = await maintain(request, asked)
+    reply = await request_maintenance(request, command)
     if not isinstance(reply, SandboxReleased):
         refuse(reply)
     return Release.model_validate(reply, from_attributes=True)
 
 
-async def maintain(request: Request, command: Command) -> Reply:
-    """Asks the allocator for what no student waits for."""
+async def request_maintenance(request: Request, command: Command) -> Reply:
+    """Send a command to the maintenance queue of the allocator and return its reply.
+
+    Raises ApiError ALLOCATOR_UNAVAILABLE or MAINTENANCE_TIMEOUT.
+    """
     context: Context = request.app.state.context
     try:
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
@@ -101,26 +113,27 @@ async def maintain(request: Request, command: Command) -> Reply:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The queue is down. Try again shortly.") from error
     except TimeoutError as error:
         raise ApiError(
-            "MAINTENANCE_TIMEOUT", "No answer in time. It may still be done: look before you ask again."
+            "MAINTENANCE_TIMEOUT",
+            "The allocator did not reply in time. The action may still take effect. Check before you repeat it.",
         ) from error
 
 
-@router.get("/jobs/{job_id}", responses=responses(*ALWAYS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))
+@router.get("/jobs/{job_id}", responses=responses(*COMMON_ERRORS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))
 async def get_job(request: Request, job_id: str) -> Job:
-    """How a sync or clean-up goes, and what came of it."""
+    """Return the progress and the result of a sync or clean-up."""
     context: Context = request.app.state.context
-    found = await sandboxes.job(context.engine, _uuid(job_id))
-    if found is None:
-        raise _no_such_job()
-    return found
+    job = await sandboxes.find_job(context.engine, _parse_id(job_id))
+    if job is None:
+        raise _job_not_found()
+    return job
 
 
-def _uuid(job_id: str) -> uuid.UUID:
+def _parse_id(job_id: str) -> uuid.UUID:
     try:
         return uuid.UUID(job_id)
     except ValueError:
-        raise _no_such_job() from None
+        raise _job_not_found() from None
 
 
-def _no_such_job() -> ApiError:
-    return ApiError("JOB_NOT_FOUND", "There is no such job. Use the job_id that starting it has answered.")
+def _job_not_found() -> ApiError:
+    return ApiError("JOB_NOT_FOUND", "There is no such job. Use the job_id of the response that started it.")

@@ -15,7 +15,7 @@ from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSa
 from sandbox_broker.contract.replies import LeaseGranted, Reply, SandboxReleased
 from sandbox_broker.observability import tracing
 
-_ALWAYS = (
+_COMMON_ERRORS = (
     "MISSING_SANDBOX_ID",
     "INVALID_HEADER",
     "UNAUTHORIZED",
@@ -80,7 +80,7 @@ async def _lease(request: Request) -> Response:
     responses={
         200: {"model": Lease, "description": "The active lease of this student"},
         **responses(
-            *_ALWAYS,
+            *_COMMON_ERRORS,
             "POOL_EXHAUSTED",
             "IDEMPOTENCY_KEY_CONFLICT",
             "ALLOCATOR_UNAVAILABLE",
@@ -96,7 +96,7 @@ async def allocate(request: Request, _: Holder, __: Allocation) -> Response:
 @router.post(
     "/sandboxes/{sandbox_id}/mark-for-deletion",
     responses=responses(
-        *_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
+        *_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
     ),
 )
 async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
@@ -124,7 +124,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
 
 @router.get(
     "/sandboxes/{sandbox_id}",
-    responses=responses(*_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
+    responses=responses(*_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
 )
 async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
     """Return the student's sandbox, also after its release."""
