@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import Request, Response
 
@@ -11,10 +12,12 @@ from gateway.api.schemas import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import Command, RecordJob
-from sandbox_broker.contract.replies import Recorded, Reply
-from sandbox_broker.contract.types import JobKind
+from sandbox_broker.contract.replies import Recorded
+from sandbox_broker.contract.types import JobKind, Message
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
+
+R = TypeVar("R", bound=Message)
 
 
 async def run_job(
@@ -24,8 +27,9 @@ async def run_job(
     queue: topology.Queue,
     build_command: Callable[[uuid.UUID], Command],
     *,
+    reply_type: type[R],
     unavailable: tuple[str, str],
-) -> Reply | JobRunning:
+) -> R | JobRunning:
     """Start the job. Return its reply, or the 202 response with the job id if there is no reply in time.
 
     The job is recorded before the command is sent, so that the job in a 202 response always exists. `unavailable`
@@ -45,7 +49,7 @@ async def run_job(
         await _record_job(
             context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
         )
-        return await context.requester.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
+        reply = await context.requester.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
     except (Disconnected, Unroutable) as error:
         raise ApiError(code, "The queue is down. Try again shortly.") from error
     except TimeoutError:
@@ -53,6 +57,9 @@ async def run_job(
         response.status_code = 202
         response.headers["Location"] = running.job_url
         return running
+    if not isinstance(reply, reply_type):
+        refuse(reply)
+    return reply
 
 
 async def _record_job(context: Context, command: RecordJob, deadline: float) -> None:

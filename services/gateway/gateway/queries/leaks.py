@@ -62,7 +62,7 @@ async def leaks_page(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
 def _leaked_in_csp(listed: ColumnElement[bool], in_range: ColumnElement[bool], begun_at: datetime) -> Select[Any]:
     """Select the listed accounts whose sandbox is unknown, or was deleted PROOF_GRACE before the listing.
 
-    CSP's listing may lag behind its deletions.
+    Younger deletions are no leaks, because a listing of CSP may lag behind its deletions.
     """
     unknown = sandboxes.c.sandbox_id.is_(None)
     deleted = (sandboxes.c.status == "deleted") & (sandboxes.c.status_since <= begun_at - PROOF_GRACE)

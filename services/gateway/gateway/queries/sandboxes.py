@@ -113,7 +113,7 @@ async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | No
 
 
 async def sandbox_details(engine: AsyncEngine, sandbox_id: str) -> SandboxStory | None:
-    """Return a sandbox with its newest lease and its transitions, oldest first, or None if the id is unknown.
+    """Return a sandbox with its lease and its transitions, oldest first, or None if the id is unknown.
 
     Events that the outbox relay has not published yet are included.
     """

@@ -119,7 +119,7 @@ def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> Service
 
 
 async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
-    """Return the status of each queue, or the problem if RabbitMQ answers about none of them."""
+    """Return the status of each queue, or the problem if RabbitMQ answers about no queue."""
     try:
         queues = await asyncio.gather(*(_inspect_queue(publisher, queue.name) for queue in topology.QUEUES))
     except Disconnected as error:

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -14,7 +14,8 @@ from gateway.context import Context
 from gateway.queries import sandboxes
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import CleanUpNow, Command, EndLease, RetryDeletion
-from sandbox_broker.contract.replies import CleanedUp, Reply, SandboxReleased
+from sandbox_broker.contract.replies import CleanedUp, SandboxReleased
+from sandbox_broker.contract.types import Message
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
 from sandbox_broker.observability import log_context
@@ -27,6 +28,8 @@ COMMON_ERRORS = (
     "RATE_LIMITED",
     "INTERNAL_ERROR",
 )
+
+R = TypeVar("R", bound=Message)
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -47,12 +50,11 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
         "cleanup",
         topology.REAPER_COMMANDS,
         lambda job_id: CleanUpNow(request_id=request.state.request_id, job_id=job_id),
+        reply_type=CleanedUp,
         unavailable=("REAPER_UNAVAILABLE", "reaper"),
     )
     if isinstance(reply, JobRunning):
         return reply
-    if not isinstance(reply, CleanedUp):
-        refuse(reply)
     return Cleanup(deleted=reply.deleted, failed=reply.failed, duration_ms=reply.duration_ms)
 
 
@@ -90,23 +92,21 @@ async def _release_by(request: Request, build_command: Callable[..., Command]) -
         command = build_command(request_id=request.state.request_id)
     except ValueError:  # invalid sandbox id
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
-    reply = await request_maintenance(request, command)
-    if not isinstance(reply, SandboxReleased):
-        refuse(reply)
+    reply = await request_maintenance(request, command, SandboxReleased)
     return Release.model_validate(reply, from_attributes=True)
 
 
-async def request_maintenance(request: Request, command: Command) -> Reply:
+async def request_maintenance(request: Request, command: Command, reply_type: type[R]) -> R:
     """Send a command to the maintenance queue of the allocator and return its reply.
 
-    Raises ApiError ALLOCATOR_UNAVAILABLE or MAINTENANCE_TIMEOUT.
+    Raises ApiError ALLOCATOR_UNAVAILABLE, MAINTENANCE_TIMEOUT or the code of a refusal.
     """
     context: Context = request.app.state.context
     try:
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         with log_context.bound(request_id=request.state.request_id):
-            return await context.requester.request(
+            reply = await context.requester.request(
                 topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
             )
     except (Disconnected, Unroutable) as error:
@@ -116,6 +116,9 @@ async def request_maintenance(request: Request, command: Command) -> Reply:
             "MAINTENANCE_TIMEOUT",
             "The allocator did not reply in time. The action may still take effect. Check before you repeat it.",
         ) from error
+    if not isinstance(reply, reply_type):
+        refuse(reply)
+    return reply
 
 
 @router.get("/jobs/{job_id}", responses=responses(*COMMON_ERRORS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError
 from gateway.api.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -45,12 +45,11 @@ async def sync(request: Request, response: Response, force: bool = False) -> Syn
         "sync",
         topology.SYNCER_COMMANDS,
         lambda job_id: SyncPool(request_id=request.state.request_id, force=force, job_id=job_id),
+        reply_type=PoolSynced,
         unavailable=("SYNCER_UNAVAILABLE", "csp-syncer"),
     )
     if isinstance(reply, JobRunning):
         return reply
-    if not isinstance(reply, PoolSynced):
-        refuse(reply)
     return Sync.model_validate(reply, from_attributes=True)
 
 
@@ -86,9 +85,7 @@ async def _purge_all(request: Request, command: DeleteStale | PurgeRecords) -> P
     started = loop.time()
     deleted = 0
     while True:
-        reply = await request_maintenance(request, command)
-        if not isinstance(reply, Purged):
-            refuse(reply)
+        reply = await request_maintenance(request, command, Purged)
         deleted += reply.count
         elapsed_sec = loop.time() - started
         if reply.count < command.limit:

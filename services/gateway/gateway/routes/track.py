@@ -1,5 +1,7 @@
 """Track routes. The scripts of lab authors call them for a student."""
 
+from typing import TypeVar
+
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
@@ -12,7 +14,8 @@ from gateway.queries import sandboxes
 from gateway.web import headers
 from gateway.web.headers import Allocation, Holder
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox
-from sandbox_broker.contract.replies import LeaseGranted, Reply, SandboxReleased
+from sandbox_broker.contract.replies import LeaseGranted, SandboxReleased
+from sandbox_broker.contract.types import Message
 from sandbox_broker.observability import tracing
 
 _COMMON_ERRORS = (
@@ -28,6 +31,8 @@ router = APIRouter(prefix="/v1", tags=["track"])
 
 
 ALLOCATE = "/v1/allocate"
+
+R = TypeVar("R", bound=Message)
 
 
 async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,9 +59,7 @@ async def _lease(request: Request) -> Response:
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
-            reply = await _request(request, command, timeout_code="ALLOCATION_TIMEOUT")
-            if not isinstance(reply, LeaseGranted):
-                refuse(reply)
+            reply = await _request(request, command, LeaseGranted, timeout_code="ALLOCATION_TIMEOUT")
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
@@ -112,9 +115,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     except ValueError:
         raise _sandbox_not_found() from None
     try:
-        reply = await _request(request, command, timeout_code="RELEASE_TIMEOUT")
-        if not isinstance(reply, SandboxReleased):
-            refuse(reply)
+        reply = await _request(request, command, SandboxReleased, timeout_code="RELEASE_TIMEOUT")
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise
@@ -141,10 +142,14 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sand
     return held.sandbox
 
 
-async def _request(request: Request, command: Command, *, timeout_code: str) -> Reply:
+async def _request(request: Request, command: Command, reply_type: type[R], *, timeout_code: str) -> R:
+    """Send a command to the allocator and return its reply.
+
+    Raises ClientDisconnected, or ApiError ALLOCATOR_UNAVAILABLE, `timeout_code` or the code of a refusal.
+    """
     context: Context = request.app.state.context
     try:
-        return await context.allocator.request(
+        reply = await context.allocator.request(
             command, timeout_sec=context.settings.allocate_timeout_sec, scope=request.scope
         )
     except AllocatorUnavailable as error:
@@ -154,6 +159,9 @@ async def _request(request: Request, command: Command, *, timeout_code: str) -> 
             timeout_code,
             "The allocator did not reply in time. The request may still succeed. Repeat it to get its result.",
         ) from error
+    if not isinstance(reply, reply_type):
+        refuse(reply)
+    return reply
 
 
 def _sandbox_not_found() -> ApiError:
