@@ -42,26 +42,25 @@ if module == "reaper":
     deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
-    from allocator import lanes, listings, store
+    from allocator import routing
+    from allocator.sql import listings
 
-    lane = lanes.MAINTENANCE.handlers
+    lane = routing.MAINTENANCE.handlers
     for kind, handle in lane.items():
         if kind.__name__ in DYING_AT:
             lane[kind] = crashes.around(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
-    one = store.one
+    apply_listing = listings.apply_listing
 
-    async def one_dying(connection: Any, statement: str, *arguments: Any) -> Any:
-        """A statement goes on in the database when who sent it is dead."""
-        if statement != listings.APPLY_LISTING:
-            return await one(connection, statement, *arguments)
-        running = asyncio.create_task(one(connection, statement, *arguments))
+    async def apply_dying(*arguments: Any, **named: Any) -> Any:
+        """Crash while the statement runs, or after it. PostgreSQL completes the statement of a dead client."""
+        running = asyncio.create_task(apply_listing(*arguments, **named))
         await asyncio.wait([running], timeout=0.001)
         crashes.here("amid ApplyListing")
         result = await running
         crashes.here("between ApplyListing and its flags")
         return result
 
-    store.one = one_dying  # type: ignore[assignment]
+    listings.apply_listing = apply_dying
     bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking

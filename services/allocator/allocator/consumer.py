@@ -13,16 +13,16 @@ import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 
-import asyncpg
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from allocator import domain, metrics, spans, store
-from allocator.lanes import Handler, Lane
-from allocator.outbox import Relay
+from allocator import domain, metrics, spans
+from allocator.background.outbox_relay import OutboxRelay
+from allocator.routing import Handler, Lane
 from allocator.settings import Settings
-from allocator.writer import Overtaken, Writer
+from allocator.write_session import UNAVAILABLE as DATABASE_UNAVAILABLE
+from allocator.write_session import ConcurrentUpdate, Fenced, WriteSession
 from sandbox_broker import db, dead_letters, story
 from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
 from sandbox_broker.connection import losses
@@ -36,7 +36,6 @@ from sandbox_broker.messages import (
 )
 from sandbox_broker.service import uninterrupted
 
-MAX_TRIES = 5
 LONGEST_REST_SEC = 0.1
 """After a batch of a lane that gives way."""
 DATABASE_PAUSE_SEC = 1.0
@@ -53,31 +52,26 @@ FAILED = Refused(
     message="The allocator could not process this request; the operators can see why among the dead letters.",
 )
 
-# Another allocator was faster, or two met in the middle: the same statement, run again, sees what it did.
-_RACES = (Overtaken, asyncpg.UniqueViolationError, asyncpg.TransactionRollbackError)
-# Whether it was done before the connection broke, the same statement tells on a new one.
-_BROKEN = (
-    ConnectionError,
-    asyncpg.InternalClientError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-)
-
 log = structlog.get_logger()
 
 
 class Consumer:
     """Handles what comes to one lane's queue."""
 
-    def __init__(self, lane: Lane, settings: Settings, publisher: Publisher, relay: Relay) -> None:
+    def __init__(self, lane: Lane, settings: Settings, publisher: Publisher, relay: OutboxRelay) -> None:
         self._lane = lane
         self._queue = lane.queue.name
         self._settings = settings
         self._publisher = publisher
         self._relay = relay
-        self._connection: asyncpg.Connection | None = None
-        self._epoch = 0
+        self._write_session = WriteSession(
+            settings.database_url,
+            lane.queue.name,
+            publisher,
+            lab_duration=timedelta(hours=settings.lab_duration_hours),
+            statement_timeout_sec=lane.statement_timeout_sec,
+            planner_settings=lane.planner_settings,
+        )
         self._unavailable_until = -math.inf
         self._remembered: dict[tuple[str | None, str], None] = {}
         self._spans: spans.Spans = {}
@@ -85,43 +79,42 @@ class Consumer:
     @property
     def epoch(self) -> int:
         """Under which it writes; 0 while it stands by."""
-        return self._epoch
+        return self._write_session.epoch
 
     async def run(self) -> None:
         try:
             await keep_connected(self._settings.amqp_url, self._queue, self._session)
         finally:
-            self._drop_connection()
+            self._write_session.close()
 
     async def _session(self, connection: AbstractConnection) -> None:
         limit = self._lane.max_batch
         subscription = await Subscription.open(connection, self._lane.queue, prefetch=2 * limit)
         # Only the first delivery tells that this consumer is the active one.
-        self._epoch = 0
-        metrics.EPOCH.labels(self._queue).set(0)
+        self._write_session.stand_by()
         while deliveries := await subscription.batch(limit):
             began = asyncio.get_running_loop().time()
             try:
                 await uninterrupted(self._handle(subscription, deliveries))
-            except store.Fenced:
-                log.warning("allocator.fenced", queue=self._queue, epoch=self._epoch)
+            except Fenced:
+                log.warning("allocator.fenced", queue=self._queue, epoch=self._write_session.epoch)
                 with losses():
                     await connection.close()  # gives back what is unacknowledged
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return
-            if self._lane.gives_way:
+            if self._lane.low_priority:
                 took = asyncio.get_running_loop().time() - began
                 await asyncio.sleep(min(2 * took, LONGEST_REST_SEC))
 
     async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
         """In a task of its own, so that the lines of a batch have its id, and no others."""
-        story.bind(batch_id=secrets.token_hex(6), epoch=self._epoch)
+        story.bind(batch_id=secrets.token_hex(6), epoch=self._write_session.epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
                 commands = decode_commands(delivery.body)
                 if self._came_before(delivery):
-                    commands = domain.delivered_again(commands)
+                    commands = domain.mark_redelivered(commands)
                 envelopes.append((delivery, commands))
             except InvalidEnvelope as error:
                 log.error("message.rejected", queue=self._queue, reason=str(error))
@@ -155,8 +148,8 @@ class Consumer:
     async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
         """A reply for each entry, in order."""
         metrics.BATCH_SIZE.labels(self._queue).observe(len(entries))
-        if self._lane.together:
-            groups = domain.segments(entries)
+        if self._lane.batched:
+            groups = domain.split_on_conflict(entries)
             return [reply for group in groups for reply in await self._replies_together(group)]
         replies: list[Reply] = []
         for entry in entries:
@@ -182,15 +175,15 @@ class Consumer:
         if loop.time() < self._unavailable_until:
             return _unavailable(commands)
         try:
-            return await self._run_with_retries(handle, commands)
-        except (ArithmeticError, ValueError, Overtaken) as error:  # no parameter for SQL; asyncpg's is both
+            return await self._write_session.run(lambda: self._timed(handle, commands))
+        except (ArithmeticError, ValueError, ConcurrentUpdate) as error:  # no parameter for SQL; asyncpg's is both
             culprit: Exception = error
-        except store.UNAVAILABLE as error:
+        except DATABASE_UNAVAILABLE as error:
             log.error("database.lost", error=db.reason(error))
-            self._drop_connection()
+            self._write_session.close()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return _unavailable(commands)
-        except store.Fenced:
+        except Fenced:
             raise
         except Exception as error:  # noqa: BLE001 (delivered again, it would fail again and hold up what is behind it)
             culprit = error
@@ -206,44 +199,10 @@ class Consumer:
         )
         return [FAILED]
 
-    async def _run_with_retries(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
-        for _ in range(MAX_TRIES - 1):
-            fresh = self._connection is None
-            try:
-                return await self._timed(handle, await self._writer(), commands)
-            except _RACES as error:
-                log.info("allocator.raced", error=db.reason(error))
-            except _BROKEN as error:
-                if fresh:
-                    raise
-                log.warning("database.reconnecting", error=db.reason(error))
-                self._drop_connection()
-        return await self._timed(handle, await self._writer(), commands)
-
-    async def _timed(self, handle: Handler, writer: Writer, commands: Sequence[Command]) -> list[Reply]:
-        with metrics.COMMIT.labels(commands[0].type).time(), spans.commit(self._spans, commands, writer.epoch):
-            return await handle(writer, commands)
-
-    async def _writer(self) -> Writer:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await store.connect(
-                self._settings.database_url,
-                self._queue,
-                statement_timeout_sec=self._lane.statement_timeout_sec,
-                plans=self._lane.plans,
-            )
-        if self._epoch == 0:
-            self._epoch = await store.raise_epoch(self._connection, self._queue)
-            metrics.EPOCH.labels(self._queue).set(self._epoch)
-            story.bind(epoch=self._epoch)
-            log.info("allocator.active", queue=self._queue)
-        lab_duration = timedelta(hours=self._settings.lab_duration_hours)
-        return Writer(self._connection, self._epoch, lab_duration, self._publisher)
-
-    def _drop_connection(self) -> None:
-        if self._connection is not None:
-            self._connection.terminate()
-            self._connection = None
+    async def _timed(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
+        session = self._write_session
+        with metrics.COMMIT.labels(commands[0].type).time(), spans.commit(self._spans, commands, session.epoch):
+            return await handle(session, commands)
 
     async def _refuse(self, entry: Command | InvalidCommand) -> Reply:
         if isinstance(entry, InvalidCommand):

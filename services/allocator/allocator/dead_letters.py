@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import asyncpg
 import orjson
 import structlog
 from aio_pika.abc import AbstractConnection
@@ -24,8 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from allocator import store
-from allocator.store import GUARD
+from allocator.write_session import GUARD, WriteSession
 from sandbox_broker import db, tables, topology
 from sandbox_broker.bus import Subscription, keep_connected
 from sandbox_broker.messages import InvalidCommand, InvalidEnvelope, decode_commands
@@ -65,7 +63,6 @@ WITH {GUARD}, dropped AS (
 )
 SELECT epoch, EXISTS (SELECT FROM dropped) AS changed FROM guard
 """
-COUNT = "SELECT count(*) FROM dead_letters"
 
 log = structlog.get_logger()
 
@@ -191,8 +188,8 @@ def _text(value: object) -> str:
     return str(value)[:MAX_TEXT].replace("\0", "").encode(errors="replace").decode()
 
 
-async def find(connection: asyncpg.Connection, epoch: int, dead_letter_id: uuid.UUID) -> DeadLetter | None:
-    row = await store.one(connection, FIND, epoch, dead_letter_id)
+async def find(session: WriteSession, dead_letter_id: uuid.UUID) -> DeadLetter | None:
+    row = await session.fetch_one(FIND, dead_letter_id)
     if row["queue"] is None:
         return None
     properties = Basic.Properties(
@@ -204,12 +201,12 @@ async def find(connection: asyncpg.Connection, epoch: int, dead_letter_id: uuid.
     return DeadLetter(row["dead_letter_id"], row["died_at"], row["queue"], row["body"], properties)
 
 
-async def served(connection: asyncpg.Connection, epoch: int, letter: DeadLetter) -> frozenset[str]:
+async def served(session: WriteSession, letter: DeadLetter) -> frozenset[str]:
     """Of the students whose allocations are in the letter: who has had a sandbox since, from whichever request."""
     asked = [holder for entry in _entries(letter.body) if (holder := _allocating(entry)) is not None]
     if not asked:
         return frozenset()
-    row = await store.one(connection, SERVED, epoch, asked, letter.died_at)
+    row = await session.fetch_one(SERVED, asked, letter.died_at)
     return frozenset(row["holders"])
 
 
@@ -233,7 +230,7 @@ def without_allocations(body: bytes, holders: Collection[str]) -> tuple[bytes | 
     return orjson.dumps({**read, "commands": left}) if left else None, skipped
 
 
-async def drop(connection: asyncpg.Connection, epoch: int, dead_letter_id: uuid.UUID) -> bool:
+async def drop(session: WriteSession, dead_letter_id: uuid.UUID) -> bool:
     """Whether it was there."""
-    changed: bool = (await store.one(connection, DROP, epoch, dead_letter_id))["changed"]
+    changed: bool = (await session.fetch_one(DROP, dead_letter_id))["changed"]
     return changed

@@ -1,4 +1,4 @@
-"""What the pool's rules say, without a database: which requests may share a statement, and what to answer."""
+"""Rules of the pool that need no database: batching of commands, and refusals."""
 
 import uuid
 from collections.abc import Sequence
@@ -9,40 +9,46 @@ from sandbox_broker.messages import AllocateSandbox, Command, InvalidCommand, Re
 
 T = TypeVar("T")
 
+DedupKey = tuple[str, str | None, str | None]
 
-MAX_ROUND = 500
-"""Requests that one statement takes; above it the gain is small and the locks are many."""
-
-
-class AllocateAgain(AllocateSandbox):
-    """One that RabbitMQ has delivered before. It may have been done then, and its lease may have ended since; to do
-    it now would take a second sandbox, for a student who has left."""
+MAX_GROUP = 500
+"""Allocations per statement. Larger statements gain little and hold many locks."""
 
 
-def delivered_again(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
+class RedeliveredAllocation(AllocateSandbox):
+    """Allocation that RabbitMQ has delivered before. It may have been completed, and its lease may have ended
+    since. Running it again would then lease a second sandbox to a student who has left."""
+
+
+def mark_redelivered(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
+    """Return the entries with every allocation as RedeliveredAllocation."""
     return [
-        AllocateAgain(**entry.model_dump()) if isinstance(entry, AllocateSandbox) else entry for entry in entries
+        RedeliveredAllocation(**entry.model_dump()) if isinstance(entry, AllocateSandbox) else entry
+        for entry in entries
     ]
 
 
 @dataclass(slots=True)
-class Round:
-    """Requests that one statement can answer: nobody in it competes with anybody for the same thing."""
+class _Group:
+    """Allocations that can share a statement, because no two of them compete for the same row."""
 
     commands: list[AllocateSandbox] = field(default_factory=list)
     _holders: set[str] = field(default_factory=set)
     _keys: set[str] = field(default_factory=set)
     _prefixes: set[str] = field(default_factory=set)
 
-    def takes(self, command: AllocateSandbox) -> bool:
-        """A holder or key twice would break a unique index. Of two prefixes where one begins with the other,
-        both could pick the same sandbox: SKIP LOCKED does not skip what its own transaction has locked."""
+    def try_add(self, command: AllocateSandbox) -> bool:
+        """Add the command if it conflicts with none of the group; return whether it was added.
+
+        A repeated holder or key would violate a unique index. Two different prefixes, one of which begins with the
+        other, could pick the same sandbox, because SKIP LOCKED does not skip locks of its own transaction.
+        """
         prefix = command.name_prefix or ""
-        if len(self.commands) == MAX_ROUND:
+        if len(self.commands) == MAX_GROUP:
             return False
         if command.holder in self._holders or command.idempotency_key in self._keys:
             return False
-        if any(other != prefix and _nested(other, prefix) for other in self._prefixes):
+        if any(other != prefix and _are_nested(other, prefix) for other in self._prefixes):
             return False
         self.commands.append(command)
         self._holders.add(command.holder)
@@ -52,38 +58,41 @@ class Round:
         return True
 
 
-def _nested(one: str, other: str) -> bool:
+def _are_nested(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def rounds(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
-    """Splits a batch into the fewest statements that first fit finds; mostly it is one. The most specific
-    prefixes go first, so that they are not robbed by the general ones."""
-    found: list[Round] = []
+def conflict_free_groups(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
+    """Split commands by first fit into groups that can share a statement; one group in most cases.
+
+    Longer prefixes come first, so that general requests do not take the sandboxes of specific ones.
+    """
+    groups: list[_Group] = []
     for command in sorted(commands, key=lambda command: -len(command.name_prefix or "")):
-        if not any(round_.takes(command) for round_ in found):
-            found.append(Round())
-            found[-1].takes(command)
-    return [round_.commands for round_ in found]
+        if not any(group.try_add(command) for group in groups):
+            groups.append(_Group())
+            groups[-1].try_add(command)
+    return [group.commands for group in groups]
 
 
-def segments(entries: Sequence[T]) -> list[list[T]]:
-    """Cuts a batch where a student who has asked for one thing in it asks for another. Mostly that is nowhere.
-    An allocation that is delivered again, its reply long read, must not be done after the release behind it: it
-    would take a second sandbox."""
-    found: list[list[T]] = [[]]
-    asked: dict[str, type] = {}
+def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
+    """Split a batch wherever a holder with one type of command sends another type; one part in most cases.
+
+    A redelivered allocation must not run after the release behind it, or it would lease a second sandbox.
+    """
+    parts: list[list[T]] = [[]]
+    type_of_holder: dict[str, type] = {}
     for entry in entries:
         holder: str | None = getattr(entry, "holder", None)
-        if holder is not None and asked.setdefault(holder, type(entry)) is not type(entry):
-            found.append([])
-            asked = {holder: type(entry)}
-        found[-1].append(entry)
-    return found
+        if holder is not None and type_of_holder.setdefault(holder, type(entry)) is not type(entry):
+            parts.append([])
+            type_of_holder = {holder: type(entry)}
+        parts[-1].append(entry)
+    return parts
 
 
-def same_request(command: AllocateSandbox) -> tuple[str, str | None, str | None]:
-    """Requests that are alike in this get one and the same answer."""
+def dedup_key(command: AllocateSandbox) -> DedupKey:
+    """Return the key of equal requests. They get the same reply."""
     return command.holder, command.name_prefix, command.idempotency_key
 
 
@@ -151,7 +160,7 @@ def not_replayed(reason: str) -> Refused:
     )
 
 
-DONE_BEFORE = Refused(
+ALREADY_COMPLETED = Refused(
     code="ALLOCATOR_UNAVAILABLE",
     message="This request may have been carried out before, and its lease has ended since. Ask again for another.",
 )
@@ -161,13 +170,15 @@ LISTING_OUTDATED = Refused(
 )
 
 
-def held(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
-    """The guard against a listing that would wipe the pool: None if it may be applied. `lost` are sandboxes of the
-    pool that it lacks, or that have another account in it."""
+def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
+    """Return None if the listing may be applied, else the refusal. This guards the pool against a faulty listing.
+
+    `lost` is the number of sandboxes in the pool that the listing lacks or lists with another account.
+    """
     if listed == 0:
-        found = "CSP listed no sandbox at all"
+        problem = "CSP listed no sandbox at all"
     elif lost > max_stale_fraction * pool:
-        found = (
+        problem = (
             f"{lost} of {pool} sandboxes are missing from CSP's listing or have another account there, "
             f"more than the {max_stale_fraction:.0%} allowed"
         )
@@ -175,6 +186,6 @@ def held(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refuse
         return None
     return Refused(
         code="SYNC_HELD",
-        message=f"{found}; nothing was changed. GET /v1/admin/sync shows what would change. If CSP is right, "
+        message=f"{problem}; nothing was changed. GET /v1/admin/sync shows what would change. If CSP is right, "
         "repeat the sync with force=true.",
     )

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 
+from allocator.background.outbox_relay import OutboxRelay
 from allocator.consumer import Consumer
-from allocator.lanes import MAINTENANCE, STUDENTS
-from allocator.outbox import Relay
+from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from devstack.ports import free_port
 from sandbox_broker import topology
@@ -22,7 +22,7 @@ from sandbox_broker.bus import Publisher
 from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
 from sandbox_broker.service import cancel
 
-from .allocator_harness import until
+from .allocator_harness import wait_until
 
 
 @dataclass
@@ -30,20 +30,20 @@ class Allocator:
     """One allocator at work in this process."""
 
     publisher: Publisher
-    relay: Relay
+    relay: OutboxRelay
     consumer: Consumer
     """Of the students' lane."""
     running: list[asyncio.Task[None]]
 
 
 @asynccontextmanager
-async def allocator(
+async def run_allocator(
     amqp_url: str, database_url: str, *, publisher: Publisher | None = None
 ) -> AsyncIterator[Allocator]:
     """Runs as in main.py: what builds on something stops before it. A task that ends by itself fails the test."""
     settings = Settings(amqp_url=amqp_url, database_url=database_url, _env_file=None)
     publisher = publisher or Publisher(amqp_url, "allocator-test")
-    relay = Relay(database_url, publisher)
+    relay = OutboxRelay(database_url, publisher)
     consumer, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
     tasks = (publisher.run, relay.run, maintenance.run, consumer.run)
     running = [asyncio.create_task(task()) for task in tasks]
@@ -101,19 +101,21 @@ class Client:
             await exchange.publish(message, queue.name)
         return correlation_id
 
-    async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60) -> list[list[Reply]]:
+    async def replies_to(
+        self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60
+    ) -> list[list[Reply]]:
         """The first `times` answers that have come to an envelope."""
         async with asyncio.timeout(timeout_sec), self._arrived:
             await self._arrived.wait_for(lambda: len(self._answers[correlation_id]) >= times)
             return [list(replies) for replies in self._answers[correlation_id]]
 
-    async def ask(
+    async def request(
         self, commands: Sequence[Command] | bytes, *, queue: topology.Queue = topology.ALLOCATOR_COMMANDS
     ) -> list[Reply]:
-        return (await self.answers(await self.publish(commands, queue=queue)))[0]
+        return (await self.replies_to(await self.publish(commands, queue=queue)))[0]
 
-    async def ask_one(self, command: Command) -> Reply:
-        (reply,) = await self.ask([command])
+    async def request_one(self, command: Command) -> Reply:
+        (reply,) = await self.request([command])
         return reply
 
     async def dead_letters(self, count: int) -> list[AbstractIncomingMessage]:
@@ -127,12 +129,12 @@ class Client:
                 found.append(message)
             return len(found) == count
 
-        await until(all_there)
+        await wait_until(all_there)
         return found
 
-    async def hand_back(self, queue: topology.Queue) -> None:
+    async def requeue_all(self, queue: topology.Queue) -> None:
         """Takes what is in the queue and gives it back, so that it is delivered again."""
-        number = await self.waiting(queue.name)
+        number = await self.message_count(queue.name)
         assert number
         async with self.connection.channel() as channel:
             taken: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
@@ -140,26 +142,26 @@ class Client:
             for _ in range(number):
                 await taken.get()
 
-    async def waiting(self, queue: str) -> int:
+    async def message_count(self, queue: str) -> int:
         """Messages of a queue that nobody has taken; what is unacknowledged comes back when its taker is gone."""
         declared = await self.channel.declare_queue(queue, passive=True)
         return declared.declaration_result.message_count or 0
 
 
 @asynccontextmanager
-async def client(amqp_url: str) -> AsyncIterator[Client]:
+async def connect_client(amqp_url: str) -> AsyncIterator[Client]:
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(await aio_pika.connect(amqp_url))
         channel = await connection.channel()
         replies = await channel.declare_queue(exclusive=True)
         await replies.bind(topology.REPLIES.name, replies.name)
-        asking = Client(connection, channel, replies)
-        await replies.consume(asking._answered, no_ack=True)
-        yield asking
+        client = Client(connection, channel, replies)
+        await replies.consume(client._answered, no_ack=True)
+        yield client
 
 
 @asynccontextmanager
-async def events(amqp_url: str) -> AsyncIterator["asyncio.Queue[Any]"]:
+async def subscribe_events(amqp_url: str) -> AsyncIterator["asyncio.Queue[Any]"]:
     """The messages of broker.events, as they come."""
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
@@ -170,8 +172,8 @@ async def events(amqp_url: str) -> AsyncIterator["asyncio.Queue[Any]"]:
         yield found
 
 
-class Line:
-    """A TCP line to RabbitMQ that can be cut and mended."""
+class TcpProxy:
+    """TCP proxy in front of RabbitMQ that a test can disconnect."""
 
     def __init__(self, amqp_url: str) -> None:
         self._target = urlsplit(amqp_url)
@@ -184,10 +186,10 @@ class Line:
         user, _ = self._target.netloc.rsplit("@", 1)
         return self._target._replace(netloc=f"{user}@127.0.0.1:{self._port}").geturl()
 
-    async def mend(self) -> None:
+    async def connect(self) -> None:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
 
-    async def cut(self) -> None:
+    async def disconnect(self) -> None:
         if self._server is not None:
             self._server.close()
         for task in self._carrying:

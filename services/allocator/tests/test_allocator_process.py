@@ -10,7 +10,7 @@ from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from sandbox_broker import topology
 
-from .allocator_harness import Pool, ask, granted, until
+from .allocator_harness import Pool, allocate_command, assert_granted, wait_until
 from .bus_harness import Client
 
 # Dies when the first batch is committed and nothing of it is answered.
@@ -41,73 +41,75 @@ async def start(amqp_url: str, database_url: str, *arguments: str) -> Process:
     )
 
 
-async def test_a_process_that_dies_between_commit_and_reply_leaves_the_answers_to_the_next(
-    pool: Pool, clean_queues: str, asking: Client
+async def test_the_next_allocator_replies_after_a_kill_between_commit_and_reply(
+    pool: Pool, clean_queues: str, client: Client
 ) -> None:
     await pool.fill(10)
-    first = await asking.publish([ask("ann"), ask("bob"), ask("ann", key="k")])
+    first = await client.publish(
+        [allocate_command("ann"), allocate_command("bob"), allocate_command("ann", key="k")]
+    )
     dying = await start(clean_queues, pool.url, "-c", DIES_BEFORE_IT_ANSWERS)
     assert await asyncio.wait_for(dying.wait(), 30) == -signal.SIGKILL
     assert await pool.value("SELECT count(*) FROM leases") == 2
     second = await start(clean_queues, pool.url)
     try:
-        (replies,) = await asking.answers(first)
-        leases = [granted(reply) for reply in replies]
+        (replies,) = await client.replies_to(first)
+        leases = [assert_granted(reply) for reply in replies]
         assert [lease.new for lease in leases] == 3 * [False]
         assert leases[0] == leases[2]
         assert await pool.value("SELECT count(*) FROM leases") == 2
     finally:
         assert await second.stop() == 0
-    await pool.sound()
+    await pool.assert_sound()
 
 
-async def test_a_process_that_is_told_to_stop_under_load_leaves_nothing_unanswered(
-    pool: Pool, clean_queues: str, asking: Client
-) -> None:
+async def test_a_stop_under_load_loses_no_request(pool: Pool, clean_queues: str, client: Client) -> None:
     envelopes, students = 150, 4
     await pool.fill(envelopes * students + 1)
     first = await start(clean_queues, pool.url)
     asked = [
-        await asking.publish([ask(f"student-{envelope}-{student}") for student in range(students)])
+        await client.publish([allocate_command(f"student-{envelope}-{student}") for student in range(students)])
         for envelope in range(envelopes)
     ]
 
     async def at_work() -> bool:
         return bool(await pool.value("SELECT EXISTS (SELECT FROM leases)"))
 
-    await until(at_work)
+    await wait_until(at_work)
     assert await first.stop() == 0
     second = await start(clean_queues, pool.url)
     try:
-        replies = [reply for one in asked for reply in (await asking.answers(one))[0]]
-        granted(await asking.ask_one(ask("late")))  # the second is at work, however fast the first was
+        replies = [reply for one in asked for reply in (await client.replies_to(one))[0]]
+        assert_granted(
+            await client.request_one(allocate_command("late"))
+        )  # the second is at work, however fast the first was
     finally:
         assert await second.stop() == 0
-    assert len({granted(reply).sandbox_id for reply in replies}) == envelopes * students
-    assert await asking.waiting(topology.ALLOCATOR_COMMANDS.name) == 0
-    await pool.sound()
+    assert len({assert_granted(reply).sandbox_id for reply in replies}) == envelopes * students
+    assert await client.message_count(topology.ALLOCATOR_COMMANDS.name) == 0
+    await pool.assert_sound()
 
 
-async def test_a_process_that_freezes_is_succeeded_and_changes_nothing_when_it_wakes(
-    pool: Pool, clean_queues: str, asking: Client
+async def test_a_frozen_allocator_is_replaced_and_fenced_when_it_resumes(
+    pool: Pool, clean_queues: str, client: Client
 ) -> None:
     await pool.fill(3)
     frozen = await start(clean_queues, pool.url, "-c", SHORT_HEARTBEAT)
     try:
-        granted(await asking.ask_one(ask("ann")))
+        assert_granted(await client.request_one(allocate_command("ann")))
         frozen.send(signal.SIGSTOP)
         # It has this one in its buffer when it wakes, long after somebody else has answered it.
-        waiting = await asking.publish([ask("bob")])
+        waiting = await client.publish([allocate_command("bob")])
         second = await start(clean_queues, pool.url)
         try:
-            (reply,) = (await asking.answers(waiting))[0]
-            assert granted(reply).new
+            (reply,) = (await client.replies_to(waiting))[0]
+            assert assert_granted(reply).new
             frozen.send(signal.SIGCONT)
-            granted(await asking.ask_one(ask("cid")))
+            assert_granted(await client.request_one(allocate_command("cid")))
         finally:
             assert await second.stop() == 0
     finally:
         frozen.send(signal.SIGCONT)
         assert await frozen.stop() == 0
     assert await pool.value("SELECT count(*) FROM leases") == 3
-    await pool.sound()
+    await pool.assert_sound()

@@ -3,7 +3,7 @@
 import structlog
 
 from allocator import dead_letters, domain
-from allocator.writer import Writer
+from allocator.write_session import WriteSession
 from sandbox_broker import messages, topology
 from sandbox_broker.bus import Disconnected, Unroutable
 from sandbox_broker.messages import DropDeadLetter, ReplayDeadLetter, Reply
@@ -14,22 +14,22 @@ REPLAYABLE = frozenset(binding.queue.name for binding in topology.BINDINGS if bi
 """Queues of commands, and no other: what a letter says of its queue, whoever sent it can have made up."""
 
 
-async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply:
+async def replay_dead_letter(session: WriteSession, command: ReplayDeadLetter) -> Reply:
     """Published first and then forgotten: who dies in between does it again, which changes nothing, since each
     command is carried out once however often it comes."""
-    letter = await dead_letters.find(writer.connection, writer.epoch, command.dead_letter_id)
+    letter = await dead_letters.find(session, command.dead_letter_id)
     if letter is None:
         return domain.no_such_dead_letter(command.dead_letter_id)
     if letter.queue not in REPLAYABLE:
         return domain.not_replayable(letter.queue)
-    served = await dead_letters.served(writer.connection, writer.epoch, letter)
+    served = await dead_letters.served(session, letter)
     body, skipped = dead_letters.without_allocations(letter.body, served)
     if body is not None:
         try:
-            await writer.publisher.publish(topology.COMMANDS.name, letter.queue, body, letter.properties)
+            await session.publisher.publish(topology.COMMANDS.name, letter.queue, body, letter.properties)
         except (Disconnected, Unroutable) as error:
             return domain.not_replayed(str(error))
-    await dead_letters.drop(writer.connection, writer.epoch, letter.dead_letter_id)
+    await dead_letters.drop(session, letter.dead_letter_id)
     log.info(
         "dead_letter.replayed",
         request_id=command.request_id,
@@ -43,8 +43,8 @@ async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply
     )
 
 
-async def drop_dead_letter(writer: Writer, command: DropDeadLetter) -> Reply:
-    if not await dead_letters.drop(writer.connection, writer.epoch, command.dead_letter_id):
+async def drop_dead_letter(session: WriteSession, command: DropDeadLetter) -> Reply:
+    if not await dead_letters.drop(session, command.dead_letter_id):
         return domain.no_such_dead_letter(command.dead_letter_id)
     log.info("dead_letter.dropped", request_id=command.request_id, dead_letter_id=str(command.dead_letter_id))
     return messages.Recorded(changed=True)

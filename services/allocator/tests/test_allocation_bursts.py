@@ -9,14 +9,17 @@ import pytest
 from sandbox_broker import topology
 from sandbox_broker.messages import AllocateSandbox, Reply
 
-from .allocator_harness import Pool, ask, done, granted
-from .bus_harness import Client, allocator, client
+from .allocator_harness import Pool, allocate_command, assert_granted, release_command
+from .bus_harness import Client, connect_client, run_allocator
 
 STORMS = {
-    "200 students, 200 sandboxes": ([ask(f"student-{number}") for number in range(200)], 200),
-    "50 copies of one student": ([ask("ann", key="k" if number % 2 else None) for number in range(50)], 200),
-    "300 students, 200 sandboxes": ([ask(f"student-{number}") for number in range(300)], 200),
-    "100 students, 3 copies each": ([ask(f"student-{number % 100}") for number in range(300)], 100),
+    "200 students, 200 sandboxes": ([allocate_command(f"student-{number}") for number in range(200)], 200),
+    "50 copies of one student": (
+        [allocate_command("ann", key="k" if number % 2 else None) for number in range(50)],
+        200,
+    ),
+    "300 students, 200 sandboxes": ([allocate_command(f"student-{number}") for number in range(300)], 200),
+    "100 students, 3 copies each": ([allocate_command(f"student-{number % 100}") for number in range(300)], 100),
 }
 
 
@@ -36,39 +39,39 @@ async def two_allocators(clean_queues: str, pool: Pool, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.delitem(arguments, "x-single-active-consumer")
             async with (
-                allocator(clean_queues, pool.url),
-                allocator(clean_queues, pool.url),
-                client(clean_queues) as asking,
+                run_allocator(clean_queues, pool.url),
+                run_allocator(clean_queues, pool.url),
+                connect_client(clean_queues) as client,
             ):
-                yield asking
+                yield client
         await forget_queues()
         await topology.declare(channel)
 
 
 @pytest.mark.parametrize("storm", STORMS)
-async def test_two_allocators_that_work_at_once_lease_nothing_twice(
+async def test_concurrent_allocators_lease_each_sandbox_once(
     pool: Pool, two_allocators: Client, storm: str
 ) -> None:
     commands, sandboxes = STORMS[storm]
     await pool.fill(sandboxes)
 
     async def send(command: AllocateSandbox) -> Reply:
-        return await two_allocators.ask_one(command)
+        return await two_allocators.request_one(command)
 
     replies = await asyncio.gather(*map(send, commands))
-    leases = [granted(reply) for reply in replies if reply.type == "LeaseGranted"]
+    leases = [assert_granted(reply) for reply in replies if reply.type == "LeaseGranted"]
     students = len({command.holder for command in commands})
     assert len({lease.sandbox_id for lease in leases}) == min(students, sandboxes)
     assert await pool.value("SELECT count(*) FROM leases") == min(students, sandboxes)
     by_student: dict[str, set[str]] = {}
     for command, reply in zip(commands, replies, strict=True):
         if reply.type == "LeaseGranted":
-            by_student.setdefault(command.holder, set()).add(granted(reply).sandbox_id)
+            by_student.setdefault(command.holder, set()).add(assert_granted(reply).sandbox_id)
     assert {len(ids) for ids in by_student.values()} == {1}
-    await pool.sound()
+    await pool.assert_sound()
 
 
-async def test_students_come_and_go_under_two_allocators_with_every_message_delivered_twice(
+async def test_duplicate_messages_to_concurrent_allocators_take_effect_once(
     pool: Pool, two_allocators: Client
 ) -> None:
     students, labs = 25, 3
@@ -76,14 +79,16 @@ async def test_students_come_and_go_under_two_allocators_with_every_message_deli
 
     async def student(name: str) -> None:
         for lab in range(labs):
-            first = await two_allocators.publish([ask(name, key=f"{name}-{lab}")], times=2)
-            (lease,), (again,) = await two_allocators.answers(first, times=2)
-            assert granted(lease).sandbox_id == granted(again).sandbox_id
-            second = await two_allocators.publish([done(granted(lease).sandbox_id, name)], times=2)
-            (over,), (over_again,) = await two_allocators.answers(second, times=2)
+            first = await two_allocators.publish([allocate_command(name, key=f"{name}-{lab}")], times=2)
+            (lease,), (again,) = await two_allocators.replies_to(first, times=2)
+            assert assert_granted(lease).sandbox_id == assert_granted(again).sandbox_id
+            second = await two_allocators.publish(
+                [release_command(assert_granted(lease).sandbox_id, name)], times=2
+            )
+            (over,), (over_again,) = await two_allocators.replies_to(second, times=2)
             assert over.type == over_again.type == "SandboxReleased"
 
     await asyncio.gather(*(student(f"student-{number}") for number in range(students)))
     assert await pool.value("SELECT count(*) FROM leases") == students * labs
     assert await pool.value("SELECT count(*) FROM leases WHERE ended_at IS NULL") == 0
-    await pool.sound()
+    await pool.assert_sound()

@@ -1,0 +1,1 @@
+"""Tasks of the allocator that run beside the command consumers."""
