@@ -20,12 +20,13 @@ RECONNECTING = frozenset(
     {"RabbitMQ", *SERVICES.values(), *(f"link from {module} to RabbitMQ" for module in SERVICES.values())}
 )
 """What makes a service connect to RabbitMQ anew, and declare the topology."""
-QUEUES = (
-    topology.ALLOCATOR_COMMANDS.name,
-    topology.ALLOCATOR_MAINTENANCE.name,
-    topology.SYNCER_COMMANDS.name,
-    topology.REAPER_COMMANDS.name,
+BINDINGS = tuple(
+    (binding.queue.name, binding.exchange.name) for binding in topology.BINDINGS if binding.exchange.commands
 )
+"""Of the queues for commands to the exchanges of the senders."""
+AGAIN = "again."
+"""Begins the routing key of what is sent on. It goes over the exchange that it came over, because the services ask
+by which exchange a command came, and only the queue of its service takes it there."""
 
 
 class _Tap:
@@ -48,19 +49,22 @@ class _Tap:
         declared = await self._channel.queue_declare(exclusive=True, auto_delete=True)
         self._name = declared.queue or ""
         await self._channel.basic_consume(self._name, self._delivered, no_ack=True)
-        for name in QUEUES:
-            await self._channel.queue_bind(self._name, topology.COMMANDS.name, name)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_bind(queue, exchange, AGAIN + queue)
+            await self._channel.queue_bind(self._name, exchange, queue)
             if self._instead:
-                await self._channel.queue_unbind(name, topology.COMMANDS.name, name)
+                await self._channel.queue_unbind(queue, exchange, queue)
 
     async def close(self) -> None:
-        for name in QUEUES:
-            await self._channel.queue_bind(name, topology.COMMANDS.name, name)
-            await self._channel.queue_unbind(self._name, topology.COMMANDS.name, name)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_bind(queue, exchange, queue)
+            await self._channel.queue_unbind(self._name, exchange, queue)
         while (await self._channel.queue_declare(self._name, passive=True)).message_count:  # noqa: ASYNC110 (nothing tells us)
             await asyncio.sleep(0.01)
         while self._sending:
             await asyncio.wait(self._sending)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_unbind(queue, exchange, AGAIN + queue)
         await self._open.aclose()
 
     async def _delivered(self, message: DeliveredMessage) -> None:
@@ -71,7 +75,10 @@ class _Tap:
     async def _send_on(self, message: DeliveredMessage) -> None:
         await asyncio.sleep(self._chance.uniform(*self._after_sec))
         await self._channel.basic_publish(
-            message.body, routing_key=message.routing_key or "", properties=message.header.properties
+            message.body,
+            exchange=message.exchange or "",
+            routing_key=f"{AGAIN}{message.routing_key}",
+            properties=message.header.properties,
         )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, dead_letters, routing, write_session
-from allocator.sql import deletions, jobs, leases, listings, purge
+from allocator import consumer, routing, write_session
+from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
 from devstack.crashes import Crashes
 from sandbox_broker import bus
 
@@ -32,7 +32,8 @@ def replaced(text: str, old: str, new: str) -> str:
 
 def is_of_student(delivery: Any) -> bool:
     """Not maintenance, which goes on all the time."""
-    return bool(delivery.routing_key == routing.STUDENTS.queue.name)
+    # The routing key of a message that a chaos round sends again only ends with the queue: deliveries.AGAIN.
+    return str(delivery.routing_key).endswith(routing.STUDENTS.queue.name)
 
 
 def no_skip_locked() -> None:
@@ -54,7 +55,7 @@ def no_epoch_guard() -> None:
 
 
 def ack_before_commit() -> None:
-    handle, ack = consumer.Consumer._handle, bus.Subscription.ack
+    handle, ack = consumer.Consumer._handle_batch, bus.Subscription.ack
 
     async def ack_and_handle(self: Any, subscription: bus.Subscription, deliveries: Sequence[Any]) -> None:
         await ack(subscription, deliveries[-1], all_before=True)
@@ -64,7 +65,7 @@ def ack_before_commit() -> None:
     async def nothing(*_: object, **__: object) -> None:
         pass
 
-    consumer.Consumer._handle = ack_and_handle  # type: ignore[method-assign]
+    consumer.Consumer._handle_batch = ack_and_handle  # type: ignore[method-assign]
     bus.Subscription.ack = nothing  # type: ignore[method-assign]
 
 

@@ -87,15 +87,19 @@ def _poison() -> list[bytes]:
     ]
 
 
-def _for_others() -> list[tuple[topology.Queue, bytes]]:
-    """Sound commands, in the queue of somebody who does not know them."""
+def _for_others() -> list[tuple[str, topology.Queue, bytes]]:
+    """Sound commands that the service of the queue must not carry out, with the exchange that they come over."""
+    commands, default = topology.COMMANDS.name, ""
     allocate = encode_commands([AllocateSandbox(request_id="poison", holder="poison")])
+    stage = encode_commands([StageListing(listing_id=1, accounts=())])
     return [
-        (topology.ALLOCATOR_COMMANDS, encode_commands([SyncPool(request_id="poison")])),
-        (topology.ALLOCATOR_MAINTENANCE, allocate),
-        (topology.SYNCER_COMMANDS, allocate),
-        (topology.REAPER_COMMANDS, allocate),
-        (topology.REAPER_EVENTS, encode_commands([StageListing(listing_id=1, accounts=())])),
+        (commands, topology.ALLOCATOR_COMMANDS, encode_commands([SyncPool(request_id="poison")])),
+        (commands, topology.ALLOCATOR_MAINTENANCE, allocate),
+        (commands, topology.ALLOCATOR_MAINTENANCE, stage),
+        (default, topology.ALLOCATOR_COMMANDS, allocate),
+        (commands, topology.SYNCER_COMMANDS, allocate),
+        (commands, topology.REAPER_COMMANDS, allocate),
+        (default, topology.REAPER_EVENTS, stage),
     ]
 
 
@@ -113,8 +117,10 @@ async def _poison_all(chaos: Chaos) -> None:
         for name in (*replies, *(queue.name for queue in queues)):
             for body in _poison():
                 await channel.basic_publish(body, routing_key=name, properties=next(properties))
-        for queue, body in _for_others():
-            await channel.basic_publish(body, routing_key=queue.name, properties=next(properties))
+        for exchange, queue, body in _for_others():
+            await channel.basic_publish(
+                body, exchange=exchange, routing_key=queue.name, properties=next(properties)
+            )
 
 
 async def _delete_reply_queues(chaos: Chaos) -> None:
@@ -146,11 +152,12 @@ def _overflow(how: str, behaviour: str) -> Fault:
 async def _flood(chaos: Chaos, queue: str) -> None:
     """Releases of what does not exist, by nobody, without end."""
     body = encode_commands([ReleaseSandbox(request_id="flood", sandbox_id="none", holder="flood")])
+    exchange = topology.COMMANDS.name
 
     async def publish(channel: Channel) -> None:
         while True:
             with contextlib.suppress(AMQPError):  # that it is refused is the point
-                await channel.basic_publish(body, routing_key=queue, mandatory=True)
+                await channel.basic_publish(body, exchange=exchange, routing_key=queue, mandatory=True)
 
     async with _channel(chaos) as channel, asyncio.TaskGroup() as publishers:
         for _ in range(FLOOD):

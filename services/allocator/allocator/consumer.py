@@ -1,13 +1,11 @@
-"""One batch after the other: receive → handle → commit → reply → acknowledge, all in `_handle`.
+"""Consumer: receives batches of envelopes, publishes the replies, acknowledges.
 
-A batch is what has gathered in the queue meanwhile; its commands of one kind share statements. A process that
-dies anywhere before the acknowledgement leaves the batch to the next allocator, which finds the work done or
-not done and gives the same answers.
+A batch consists of all waiting envelopes, up to a limit. The acknowledgement comes last: after commit and
+replies. After a crash the next allocator gets the batch again, finds each command done or not done, and
+gives the same replies.
 """
 
 import asyncio
-import json
-import math
 import random
 import secrets
 from collections.abc import Sequence
@@ -17,54 +15,35 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
-from allocator import domain, metrics, spans
+from allocator import domain, spans
 from allocator.background.outbox_relay import OutboxRelay
-from allocator.routing import Handler, Lane
+from allocator.dispatcher import Dispatcher
+from allocator.redelivery import SeenEnvelopes
+from allocator.routing import Lane
 from allocator.settings import Settings
-from allocator.write_session import UNAVAILABLE as DATABASE_UNAVAILABLE
-from allocator.write_session import ConcurrentUpdate, Fenced, WriteSession
-from sandbox_broker import db, dead_letters, story
-from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
+from allocator.write_session import Fenced, WriteSession
+from sandbox_broker import story
+from sandbox_broker.bus import Publisher, Subscription, answer, decode_delivery, keep_connected
 from sandbox_broker.connection import losses
-from sandbox_broker.messages import (
-    Command,
-    InvalidCommand,
-    InvalidEnvelope,
-    Refused,
-    Reply,
-    decode_commands,
-)
+from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope
 from sandbox_broker.service import uninterrupted
 
-LONGEST_REST_SEC = 0.1
-"""After a batch of a lane that gives way."""
-DATABASE_PAUSE_SEC = 1.0
-"""How long a database that does not answer is left alone; commands are refused at once meanwhile."""
-REMEMBERED = 20_000
-"""Envelopes, the last ones: more than come in the time that a student waits for an answer."""
-
-UNAVAILABLE = Refused(
-    code="ALLOCATOR_UNAVAILABLE",
-    message="The allocator cannot reach its database. Nothing is lost: try again in a few seconds.",
-)
-FAILED = Refused(
-    code="INTERNAL_ERROR",
-    message="The allocator could not process this request; the operators can see why among the dead letters.",
-)
+MAX_PAUSE_SEC = 0.1
+"""Longest pause after a batch of a lane with low priority."""
 
 log = structlog.get_logger()
 
 
 class Consumer:
-    """Handles what comes to one lane's queue."""
+    """Consumer of the queue of one lane."""
 
     def __init__(self, lane: Lane, settings: Settings, publisher: Publisher, relay: OutboxRelay) -> None:
         self._lane = lane
         self._queue = lane.queue.name
-        self._settings = settings
+        self._amqp_url = settings.amqp_url
         self._publisher = publisher
         self._relay = relay
-        self._write_session = WriteSession(
+        self._session = WriteSession(
             settings.database_url,
             lane.queue.name,
             publisher,
@@ -72,157 +51,62 @@ class Consumer:
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
         )
-        self._unavailable_until = -math.inf
-        self._remembered: dict[tuple[str | None, str], None] = {}
-        self._spans: spans.Spans = {}
+        self._dispatcher = Dispatcher(lane, self._session, publisher)
+        self._seen_envelopes = SeenEnvelopes()
 
     @property
     def epoch(self) -> int:
-        """Under which it writes; 0 while it stands by."""
-        return self._write_session.epoch
+        """Fencing epoch of the writes; 0 on standby."""
+        return self._session.epoch
 
     async def run(self) -> None:
         try:
-            await keep_connected(self._settings.amqp_url, self._queue, self._session)
+            await keep_connected(self._amqp_url, self._queue, self._consume)
         finally:
-            self._write_session.close()
+            self._session.close()
 
-    async def _session(self, connection: AbstractConnection) -> None:
+    async def _consume(self, connection: AbstractConnection) -> None:
         limit = self._lane.max_batch
         subscription = await Subscription.open(connection, self._lane.queue, prefetch=2 * limit)
-        # Only the first delivery tells that this consumer is the active one.
-        self._write_session.stand_by()
+        # RabbitMQ does not announce the active consumer. The first delivery shows it, so the epoch is raised then.
+        self._session.stand_by()
         while deliveries := await subscription.batch(limit):
-            began = asyncio.get_running_loop().time()
+            started = asyncio.get_running_loop().time()
             try:
-                await uninterrupted(self._handle(subscription, deliveries))
+                await uninterrupted(self._handle_batch(subscription, deliveries))
             except Fenced:
-                log.warning("allocator.fenced", queue=self._queue, epoch=self._write_session.epoch)
+                log.warning("allocator.fenced", queue=self._queue, epoch=self.epoch)
                 with losses():
-                    await connection.close()  # gives back what is unacknowledged
+                    await connection.close()  # returns the unacknowledged messages to the queue
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return
             if self._lane.low_priority:
-                took = asyncio.get_running_loop().time() - began
-                await asyncio.sleep(min(2 * took, LONGEST_REST_SEC))
+                duration = asyncio.get_running_loop().time() - started
+                await asyncio.sleep(min(2 * duration, MAX_PAUSE_SEC))
 
-    async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
-        """In a task of its own, so that the lines of a batch have its id, and no others."""
-        story.bind(batch_id=secrets.token_hex(6), epoch=self._write_session.epoch)
+    async def _handle_batch(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
+        """Handle one batch. `uninterrupted` runs it as a task of its own, so the log context of the batch ends with
+        it."""
+        story.bind(batch_id=secrets.token_hex(6), epoch=self.epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
-                commands = decode_commands(delivery.body)
-                if self._came_before(delivery):
-                    commands = domain.mark_redelivered(commands)
-                envelopes.append((delivery, commands))
+                commands = decode_delivery(delivery)
             except InvalidEnvelope as error:
                 log.error("message.rejected", queue=self._queue, reason=str(error))
                 await subscription.reject(delivery)
+                continue
+            if self._seen_envelopes.is_redelivery(delivery):
+                commands = domain.mark_redelivered(commands)
+            else:
+                self._seen_envelopes.remember(delivery)
+            envelopes.append((delivery, commands))
         if not envelopes:
             return
         entries = [entry for _, commands in envelopes for entry in commands]
-        with spans.of_batch(self._queue, entries) as self._spans:
-            replies = iter(await self._replies(entries))
+        with spans.batch_spans(self._queue, entries) as batch_spans:
+            replies = iter(await self._dispatcher.dispatch(entries, batch_spans))
             self._relay.wake()
             answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-            await asyncio.gather(*(answer(self._publisher, delivery, given) for delivery, given in answers))
+            await asyncio.gather(*(answer(self._publisher, *envelope) for envelope in answers))
             await subscription.ack(envelopes[-1][0], all_before=True)
-
-    def _came_before(self, delivery: DeliveredMessage) -> bool:
-        """RabbitMQ tells of what it delivers again, not of a copy that was sent on its way: that one is known here,
-        unless another allocator had the first."""
-        properties = delivery.header.properties
-        if delivery.redelivered:
-            return True
-        if properties.correlation_id is None:
-            return False
-        envelope = (properties.reply_to, properties.correlation_id)
-        if envelope in self._remembered:
-            return True
-        self._remembered[envelope] = None
-        if len(self._remembered) > REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-        return False
-
-    async def _replies(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
-        """A reply for each entry, in order."""
-        metrics.BATCH_SIZE.labels(self._queue).observe(len(entries))
-        if self._lane.batched:
-            groups = domain.split_on_conflict(entries)
-            return [reply for group in groups for reply in await self._replies_together(group)]
-        replies: list[Reply] = []
-        for entry in entries:
-            with story.bound(request_id=_request_id(entry)):
-                replies += await self._replies_together([entry])
-        return replies
-
-    async def _replies_together(self, entries: Sequence[Command | InvalidCommand]) -> list[Reply]:
-        replies: dict[int, Reply] = {}
-        for kind, handle in self._lane.handlers.items():
-            of_kind = {place: entry for place, entry in enumerate(entries) if isinstance(entry, kind)}
-            if of_kind:
-                replies.update(zip(of_kind, await self._run(handle, list(of_kind.values())), strict=True))
-        for place, entry in enumerate(entries):
-            if place not in replies:
-                replies[place] = await self._refuse(entry)
-        return [replies[place] for place in range(len(entries))]
-
-    async def _run(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
-        """Runs one handler. What fails for good is halved until the culprit stands alone: that is kept among the
-        dead letters."""
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._unavailable_until:
-            return _unavailable(commands)
-        try:
-            return await self._write_session.run(lambda: self._timed(handle, commands))
-        except (ArithmeticError, ValueError, ConcurrentUpdate) as error:  # no parameter for SQL; asyncpg's is both
-            culprit: Exception = error
-        except DATABASE_UNAVAILABLE as error:
-            log.error("database.lost", error=db.reason(error))
-            self._write_session.close()
-            self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
-            return _unavailable(commands)
-        except Fenced:
-            raise
-        except Exception as error:  # noqa: BLE001 (delivered again, it would fail again and hold up what is behind it)
-            culprit = error
-        if len(commands) > 1:
-            half = len(commands) // 2
-            return [*await self._run(handle, commands[:half]), *await self._run(handle, commands[half:])]
-        log.error("command.failed", command=commands[0].type, request_id=commands[0].request_id, exc_info=culprit)
-        await dead_letters.keep(
-            self._publisher,
-            self._queue,
-            commands[0].model_dump_json(),
-            f"{type(culprit).__name__}: {db.reason(culprit)}",
-        )
-        return [FAILED]
-
-    async def _timed(self, handle: Handler, commands: Sequence[Command]) -> list[Reply]:
-        session = self._write_session
-        with metrics.COMMIT.labels(commands[0].type).time(), spans.commit(self._spans, commands, session.epoch):
-            return await handle(session, commands)
-
-    async def _refuse(self, entry: Command | InvalidCommand) -> Reply:
-        if isinstance(entry, InvalidCommand):
-            raw, reason = json.dumps(entry.raw), str(entry)
-        else:
-            raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
-        log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
-        await dead_letters.keep(self._publisher, self._queue, raw, reason)
-        return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
-
-
-def _request_id(entry: Command | InvalidCommand) -> str | None:
-    if isinstance(entry, InvalidCommand):
-        found = entry.raw.get("request_id") if isinstance(entry.raw, dict) else None
-        return found if isinstance(found, str) else None
-    return entry.request_id
-
-
-def _unavailable(commands: Sequence[Command]) -> list[Reply]:
-    request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for piece in story.by_line(request_ids):
-        log.info("commands.refused", code=UNAVAILABLE.code, command=commands[0].type, request_ids=piece)
-    return [UNAVAILABLE] * len(commands)

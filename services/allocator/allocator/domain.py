@@ -1,9 +1,11 @@
-"""Rules of the pool that need no database: batching of commands, and refusals."""
+"""Rules of the pool without a database: batching of commands, and refusals."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import orjson
 
 from sandbox_broker.messages import AllocateSandbox, Command, InvalidCommand, Refused
 
@@ -16,8 +18,8 @@ MAX_GROUP = 500
 
 
 class RedeliveredAllocation(AllocateSandbox):
-    """Allocation that RabbitMQ has delivered before. It may have been completed, and its lease may have ended
-    since. Running it again would then lease a second sandbox to a student who has left."""
+    """Allocation from a redelivered message. It may have been completed, and its lease may have ended
+    since. Running it again would then lease a second sandbox to an absent student."""
 
 
 def mark_redelivered(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
@@ -30,7 +32,7 @@ def mark_redelivered(entries: Sequence[Command | InvalidCommand]) -> list[Comman
 
 @dataclass(slots=True)
 class _Group:
-    """Allocations that can share a statement, because no two of them compete for the same row."""
+    """Allocations for one statement: no two of them compete for the same row."""
 
     commands: list[AllocateSandbox] = field(default_factory=list)
     _holders: set[str] = field(default_factory=set)
@@ -63,9 +65,9 @@ def _are_nested(one: str, other: str) -> bool:
 
 
 def conflict_free_groups(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
-    """Split commands by first fit into groups that can share a statement; one group in most cases.
+    """Split commands by first fit into groups for one statement each; one group in most cases.
 
-    Longer prefixes come first, so that general requests do not take the sandboxes of specific ones.
+    Longer prefixes come first: general requests must not take the sandboxes of specific ones.
     """
     groups: list[_Group] = []
     for command in sorted(commands, key=lambda command: -len(command.name_prefix or "")):
@@ -96,6 +98,16 @@ def dedup_key(command: AllocateSandbox) -> DedupKey:
     return command.holder, command.name_prefix, command.idempotency_key
 
 
+def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the commands of an envelope as JSON objects, or `body` itself as an event; skip all else."""
+    try:
+        message = orjson.loads(body)
+    except ValueError:
+        return
+    commands = message.get("commands", [message]) if isinstance(message, dict) else []
+    yield from (entry for entry in (commands if isinstance(commands, list) else []) if isinstance(entry, dict))
+
+
 def exhausted(command: AllocateSandbox) -> Refused:
     where = f" with the name prefix '{command.name_prefix}'" if command.name_prefix else ""
     return Refused(
@@ -105,75 +117,84 @@ def exhausted(command: AllocateSandbox) -> Refused:
 
 
 def key_conflict(*, own: bool) -> Refused:
-    whose = "a lease of yours that has ended" if own else "another student's lease"
+    owner = "an ended lease of this student" if own else "a lease of another student"
     return Refused(
         code="IDEMPOTENCY_KEY_CONFLICT",
-        message=f"This Idempotency-Key belongs to {whose}. Send a new key, or none.",
+        message=f"This idempotency key belongs to {owner}. Send a new key, or none.",
     )
 
 
 def not_found(sandbox_id: str) -> Refused:
     return Refused(
         code="SANDBOX_NOT_FOUND",
-        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id that the allocation returned.",
+        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id of the allocation.",
     )
 
 
 def not_owner(sandbox_id: str) -> Refused:
     return Refused(
         code="NOT_SANDBOX_OWNER",
-        message=f"Sandbox '{sandbox_id}' is not leased to this student. "
-        "Send the X-Instruqt-Sandbox-ID that it was allocated with.",
+        message=f"Sandbox '{sandbox_id}' is not leased to this student. Send the student id of its allocation.",
     )
 
 
 def not_allocated(sandbox_id: str, status: str) -> Refused:
     return Refused(
-        code="NOT_ALLOCATED", message=f"Nobody ever held sandbox '{sandbox_id}' (it is {status}): nothing to end."
+        code="NOT_ALLOCATED",
+        message=f"Sandbox '{sandbox_id}' is {status} and was never leased. There is no lease to end.",
     )
 
 
 def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
     return Refused(
         code="NOT_DELETION_FAILED",
-        message=f"Sandbox '{sandbox_id}' is {status}: only a deletion_failed one can be sent back.",
+        message=f"Sandbox '{sandbox_id}' is {status}. Only a deletion_failed one can be retried.",
     )
 
 
 def no_such_dead_letter(dead_letter_id: uuid.UUID) -> Refused:
     return Refused(
         code="DEAD_LETTER_NOT_FOUND",
-        message=f"There is no dead letter {dead_letter_id}: it was replayed or dropped, or never was one.",
+        message=f"There is no dead letter {dead_letter_id}. It may have been replayed or dropped.",
     )
 
 
 def not_replayable(queue: str) -> Refused:
     return Refused(
-        code="NOT_REPLAYABLE", message=f"It says that it died in '{queue}', which is no queue of commands. Drop it."
+        code="NOT_REPLAYABLE",
+        message=f"The dead letter names the queue '{queue}', which is not a queue of commands. Drop it.",
+    )
+
+
+def sent_by_service_only() -> Refused:
+    return Refused(
+        code="NOT_REPLAYABLE",
+        message="Only the reaper or the csp-syncer may send the commands of this dead letter. They repeat their "
+        "pending work. Drop the dead letter.",
     )
 
 
 def not_replayed(reason: str) -> Refused:
     return Refused(
         code="ALLOCATOR_UNAVAILABLE",
-        message=f"RabbitMQ did not take it, and it is kept: {reason}. Try again shortly.",
+        message=f"RabbitMQ did not accept the message: {reason}. The dead letter remains. Try again shortly.",
     )
 
 
 ALREADY_COMPLETED = Refused(
     code="ALLOCATOR_UNAVAILABLE",
-    message="This request may have been carried out before, and its lease has ended since. Ask again for another.",
+    message="An earlier delivery of this request may have been completed, and its lease ended. Send a new request.",
 )
 LISTING_OUTDATED = Refused(
     code="LISTING_OUTDATED",
-    message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",
+    message="A newer listing was applied, or a batch of this one is missing. Run the sync again.",
 )
 
 
 def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
     """Return None if the listing may be applied, else the refusal. This guards the pool against a faulty listing.
 
-    `lost` is the number of sandboxes in the pool that the listing lacks or lists with another account.
+    `lost` is the number of sandboxes in the pool that are missing in the listing or have another account there.
     """
     if listed == 0:
         problem = "CSP listed no sandbox at all"
@@ -186,6 +207,6 @@ def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) 
         return None
     return Refused(
         code="SYNC_HELD",
-        message=f"{problem}; nothing was changed. GET /v1/admin/sync shows what would change. If CSP is right, "
-        "repeat the sync with force=true.",
+        message=f"{problem}; nothing was changed. Inspect the planned changes of the held sync. If CSP is right, "
+        "force the sync.",
     )

@@ -2,7 +2,7 @@
 
 from starlette.applications import Starlette
 
-from allocator import dead_letters
+from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.background.invariant_check import check_invariants
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_metrics import PoolMetrics
@@ -18,7 +18,7 @@ def create_app(settings: Settings) -> Starlette:
     engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = OutboxRelay(settings.database_url, publisher)
-    collector = dead_letters.Collector(settings.amqp_url, engine)
+    collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics = PoolMetrics(engine)
     students, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
 
@@ -41,7 +41,7 @@ def create_app(settings: Settings) -> Starlette:
 
     return Starlette(
         routes=health.routes({"queue": queue, "database": database}),
-        # Tasks stop in reverse order: each task stops before the tasks that it depends on.
+        # Tasks stop in reverse order: each task stops before its dependencies.
         lifespan=service.lifespan(
             publisher.run,
             update_pool_metrics,
@@ -59,4 +59,4 @@ def main() -> None:
     logging.configure(settings, "allocator")
     tracing.configure(settings, "allocator")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
-    service.run(create_app(settings), settings.allocator_port)
+    service.run(create_app(settings), settings.allocator_port, bind_host=settings.bind_host)

@@ -21,7 +21,7 @@ OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest unpublished e
 OLDEST_DELETION = Gauge(
     "broker_oldest_pending_deletion_seconds", "Age of the oldest pending deletion, counted from its request"
 )
-DEAD_LETTERS = Gauge("broker_dead_letters", "Dead letters: messages and commands that an operator has to inspect")
+DEAD_LETTERS = Gauge("broker_dead_letters", "Dead letters: messages and commands for an operator to inspect")
 REOPENED = Counter("broker_deletions_reopened_total", "Deletions reopened because CSP still lists the account")
 SYNC_HELD = Gauge("broker_sync_held", "1 while the newest listing is held until an operator inspects it, else 0")
 LEAKS = Gauge(

@@ -60,12 +60,12 @@ class Lane:
     planner_settings: str
     """write_session.GENERIC_PLANS or CUSTOM_PLANS."""
     low_priority: bool
-    """Whether the consumer pauses after each batch for twice its duration, so that other work finds the processor
-    mostly free."""
+    """True: the consumer pauses after each batch for twice its duration and leaves the processor mostly to other
+    work."""
 
 
-# Releases run before allocations. A student must not get a lease that a release in the same batch ends.
-# The statement timeout is shorter than the time that the gateway waits for a reply.
+# Releases run before allocations. A student must not get a lease and lose it by a release in the same batch.
+# The statement timeout is shorter than the reply timeout of the gateway.
 STUDENTS = Lane(
     topology.ALLOCATOR_COMMANDS,
     {ReleaseSandbox: leases.release_sandbox, AllocateSandbox: leases.allocate_sandbox},

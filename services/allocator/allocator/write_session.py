@@ -29,7 +29,7 @@ SET enable_bitmapscan = off;
 """
 """Plan each statement once. Planning would take two thirds of the time of a small statement."""
 CUSTOM_PLANS = "SET plan_cache_mode = force_custom_plan;"
-"""Plan each execution, for statements that run seldom and read much of the pool."""
+"""Plan each execution, for rare statements with large reads."""
 
 GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
 """Epoch guard, the first CTE of every statement that writes the pool. A stale epoch selects no row. FOR SHARE makes
@@ -40,7 +40,7 @@ RAISE_EPOCH = """
 UPDATE allocator_epoch SET epoch = nextval('allocator_epochs'), backend_pid = pg_backend_pid()
 WHERE queue = $1 RETURNING epoch
 """
-# A predecessor that still holds the epoch row after the lock timeout has been in its transaction for that long.
+# A predecessor with the epoch row still locked after the lock timeout has been in its transaction at least as long.
 TERMINATE_PREDECESSOR = f"""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = $1 AND pid <> pg_backend_pid()
@@ -114,7 +114,7 @@ class WriteSession:
     async def run(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Open the session and run `operation`, at most MAX_TRIES times.
 
-        Retry after a race with another allocator and after the loss of a connection that has worked before.
+        Retry after a race with another allocator and after the loss of an established connection.
         """
         for _ in range(MAX_TRIES - 1):
             is_new = self._connection is None
@@ -157,7 +157,7 @@ class WriteSession:
     async def raise_epoch(self) -> None:
         """Fence all predecessors on the queue and write under a new epoch.
 
-        A predecessor that is frozen inside a statement holds the epoch row; terminate its connection.
+        A predecessor frozen inside a statement holds the epoch row; terminate its connection.
         """
         try:
             epoch = await self.connection.fetchval(RAISE_EPOCH, self._queue)

@@ -51,13 +51,13 @@ def release_command(sandbox_id: str, holder: str) -> ReleaseSandbox:
 
 
 def account(number: int, name: str | None = None, external_id: str | None = None) -> ListedAccount:
-    """Return the account of the sandbox that Pool.fill creates with this number."""
+    """Return the account of sandbox number `number` of Pool.fill."""
     return ListedAccount(
         sandbox_id=str(number), external_id=external_id or f"account-{number}", name=name or f"sandbox-{number}"
     )
 
 
-def assert_granted(reply: Reply) -> LeaseGranted:
+def granted_lease(reply: Reply) -> LeaseGranted:
     assert isinstance(reply, LeaseGranted), reply
     return reply
 
@@ -68,7 +68,7 @@ def refusal_code(reply: Reply) -> str:
 
 
 async def wait_until(condition: Callable[[], Awaitable[object]], *, timeout_sec: float = 60) -> None:
-    """Waits until the condition is true; the test fails if that takes longer than `timeout_sec`."""
+    """Wait until the condition is true; raise TimeoutError after `timeout_sec`."""
     async with asyncio.timeout(timeout_sec):
         while not await condition():  # noqa: ASYNC110 (there is no notification)
             await asyncio.sleep(0.01)
@@ -142,7 +142,7 @@ class Pool:
         )
 
     async def state(self) -> list[Any]:
-        """Return the content of all tables that a statement could change."""
+        """Return the content of all writable tables."""
         return [
             await self._observer.fetch(f"SELECT * FROM {table} ORDER BY 1")
             for table in (
@@ -170,17 +170,17 @@ class Pool:
             "UPDATE sandboxes SET status_since = '2000-01-01' WHERE sandbox_id = $1", sandbox_id
         )  # makes it the next to be allocated
         (reply,) = await leases.allocate_sandbox(await self.write_session(), [allocate_command(holder)])
-        assert assert_granted(reply).sandbox_id == sandbox_id
+        assert granted_lease(reply).sandbox_id == sandbox_id
         return sandbox_id
 
     async def pending(self) -> str:
-        """Return a sandbox that is pending deletion; its holder was `gone`."""
+        """Return a sandbox with a pending deletion; its holder was `gone`."""
         sandbox_id = await self.lease("gone")
         await leases.release_sandbox(await self.write_session(), [release_command(sandbox_id, "gone")])
         return sandbox_id
 
     async def dead_letter(self, *commands: Command, queue: str = topology.ALLOCATOR_COMMANDS.name) -> uuid.UUID:
-        """Insert a dead letter that died just now; return its id."""
+        """Insert a dead letter with the present as its time of death; return its id."""
         dead_letter_id: uuid.UUID = await self.value(
             "INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), $1, 'why', '{}', NULL, NULL, NULL, $2) "
             "RETURNING dead_letter_id",
@@ -190,7 +190,7 @@ class Pool:
         return dead_letter_id
 
     async def overdue(self, holder: str, by: timedelta = timedelta(hours=1)) -> str:
-        """Return a sandbox whose lease is overdue by `by`."""
+        """Lease a sandbox with a lease overdue by `by`; return its id."""
         sandbox_id = await self.lease(holder)
         await self.execute("UPDATE leases SET expires_at = now() - $2::interval WHERE holder = $1", holder, by)
         return sandbox_id

@@ -1,4 +1,4 @@
-"""Many students at once, and two allocators that both believe they are the one."""
+"""Bursts of requests at two allocators that both consume the queue."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,10 +9,10 @@ import pytest
 from sandbox_broker import topology
 from sandbox_broker.messages import AllocateSandbox, Reply
 
-from .allocator_harness import Pool, allocate_command, assert_granted, release_command
+from .allocator_harness import Pool, allocate_command, granted_lease, release_command
 from .bus_harness import Client, connect_client, run_allocator
 
-STORMS = {
+BURSTS = {
     "200 students, 200 sandboxes": ([allocate_command(f"student-{number}") for number in range(200)], 200),
     "50 copies of one student": (
         [allocate_command("ann", key="k" if number % 2 else None) for number in range(50)],
@@ -25,17 +25,17 @@ STORMS = {
 
 @pytest.fixture
 async def two_allocators(clean_queues: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
-    """Both consume at once, as when RabbitMQ promotes a standby while the old consumer still works."""
+    """Two active consumers, as when RabbitMQ promotes a standby while the old consumer still works."""
     arguments = topology.ALLOCATOR_COMMANDS.arguments
     assert isinstance(arguments, dict)
     connection = await aio_pika.connect(clean_queues)
     async with connection, connection.channel() as channel:
 
-        async def forget_queues() -> None:
+        async def delete_queues() -> None:
             for queue in topology.QUEUES:
                 await channel.queue_delete(queue.name)
 
-        await forget_queues()
+        await delete_queues()
         with monkeypatch.context() as patch:
             patch.delitem(arguments, "x-single-active-consumer")
             async with (
@@ -44,29 +44,29 @@ async def two_allocators(clean_queues: str, pool: Pool, monkeypatch: pytest.Monk
                 connect_client(clean_queues) as client,
             ):
                 yield client
-        await forget_queues()
+        await delete_queues()
         await topology.declare(channel)
 
 
-@pytest.mark.parametrize("storm", STORMS)
+@pytest.mark.parametrize("burst", BURSTS)
 async def test_concurrent_allocators_lease_each_sandbox_once(
-    pool: Pool, two_allocators: Client, storm: str
+    pool: Pool, two_allocators: Client, burst: str
 ) -> None:
-    commands, sandboxes = STORMS[storm]
+    commands, sandboxes = BURSTS[burst]
     await pool.fill(sandboxes)
 
     async def send(command: AllocateSandbox) -> Reply:
         return await two_allocators.request_one(command)
 
     replies = await asyncio.gather(*map(send, commands))
-    leases = [assert_granted(reply) for reply in replies if reply.type == "LeaseGranted"]
+    leases = [granted_lease(reply) for reply in replies if reply.type == "LeaseGranted"]
     students = len({command.holder for command in commands})
     assert len({lease.sandbox_id for lease in leases}) == min(students, sandboxes)
     assert await pool.value("SELECT count(*) FROM leases") == min(students, sandboxes)
     by_student: dict[str, set[str]] = {}
     for command, reply in zip(commands, replies, strict=True):
         if reply.type == "LeaseGranted":
-            by_student.setdefault(command.holder, set()).add(assert_granted(reply).sandbox_id)
+            by_student.setdefault(command.holder, set()).add(granted_lease(reply).sandbox_id)
     assert {len(ids) for ids in by_student.values()} == {1}
     await pool.assert_sound()
 
@@ -80,13 +80,11 @@ async def test_duplicate_messages_to_concurrent_allocators_take_effect_once(
     async def student(name: str) -> None:
         for lab in range(labs):
             first = await two_allocators.publish([allocate_command(name, key=f"{name}-{lab}")], times=2)
-            (lease,), (again,) = await two_allocators.replies_to(first, times=2)
-            assert assert_granted(lease).sandbox_id == assert_granted(again).sandbox_id
-            second = await two_allocators.publish(
-                [release_command(assert_granted(lease).sandbox_id, name)], times=2
-            )
-            (over,), (over_again,) = await two_allocators.replies_to(second, times=2)
-            assert over.type == over_again.type == "SandboxReleased"
+            (lease,), (repeated,) = await two_allocators.replies_to(first, times=2)
+            assert granted_lease(lease).sandbox_id == granted_lease(repeated).sandbox_id
+            second = await two_allocators.publish([release_command(granted_lease(lease).sandbox_id, name)], times=2)
+            (released,), (released_again,) = await two_allocators.replies_to(second, times=2)
+            assert released.type == released_again.type == "SandboxReleased"
 
     await asyncio.gather(*(student(f"student-{number}") for number in range(students)))
     assert await pool.value("SELECT count(*) FROM leases") == students * labs

@@ -1,4 +1,4 @@
-"""What the allocator measures of its own work."""
+"""Metrics of the allocator."""
 
 from prometheus_client import REGISTRY
 
@@ -11,43 +11,42 @@ from .allocator_harness import Pool, allocate_command, wait_until
 from .bus_harness import Allocator, Client
 
 
-def sample(name: str, **labels: str) -> float:
+def read_sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 async def test_commit_duration_is_measured_per_command_type(pool: Pool, running: Allocator, client: Client) -> None:
     name = "broker_allocator_commit_seconds_count"
-    before = sample(name, command="AllocateSandbox"), sample(name, command="ExpireLeases")
+    before = read_sample(name, command="AllocateSandbox"), read_sample(name, command="ExpireLeases")
     await pool.fill(2)
     await client.request([allocate_command("ann"), allocate_command("bob")])
     await client.request([ExpireLeases(grace_sec=0, limit=1)], queue=topology.ALLOCATOR_MAINTENANCE)
-    assert (sample(name, command="AllocateSandbox"), sample(name, command="ExpireLeases")) == (
+    assert (read_sample(name, command="AllocateSandbox"), read_sample(name, command="ExpireLeases")) == (
         before[0] + 1,
         before[1] + 1,
     )
 
 
 async def test_dead_lettered_messages_are_counted(running: Allocator, client: Client) -> None:
-    before = sample("broker_dead_lettered_total", queue=topology.ALLOCATOR_COMMANDS.name)
+    before = read_sample("broker_dead_lettered_total", queue=topology.ALLOCATOR_COMMANDS.name)
     await client.publish(b"nonsense")
     await client.request(b'{"commands": [{"type": "Nonsense"}]}')
     await client.dead_letters(2)
-    assert sample("broker_dead_lettered_total", queue=topology.ALLOCATOR_COMMANDS.name) == before + 2
+    assert read_sample("broker_dead_lettered_total", queue=topology.ALLOCATOR_COMMANDS.name) == before + 2
 
 
 async def test_a_standby_replica_exports_the_pool_gauges(pool: Pool, clean_queues: str) -> None:
-    """As in a replica that stands by."""
     await pool.fill(7)
     await pool.execute(
         "INSERT INTO outbox (type, occurred_at, data) VALUES ('sync.held', now() - interval '1 hour', '{}')"
     )
-    # The relay, which would publish it, is kept out.
+    # Holds the lock of the relay, which would publish the event.
     await pool.value("SELECT pg_advisory_lock(5914033)")
     app = create_app(Settings(amqp_url=clean_queues, database_url=pool.url, _env_file=None))
     async with app.router.lifespan_context(app):
 
-        async def counted() -> bool:
-            return sample("broker_pool_available") == 7 and sample("broker_outbox_lag_seconds") >= 3600
+        async def are_exported() -> bool:
+            return read_sample("broker_pool_available") == 7 and read_sample("broker_outbox_lag_seconds") >= 3600
 
-        await wait_until(counted)
-    assert sample("broker_pool_exhaustion_seconds") == float("inf")
+        await wait_until(are_exported)
+    assert read_sample("broker_pool_exhaustion_seconds") == float("inf")

@@ -1,4 +1,4 @@
-"""Commands from the queue: answered in order, the poisonous ones apart, and never lost while something is down."""
+"""Consumer and dispatcher: order of replies, isolation of failing commands, redelivery, outages."""
 
 import asyncio
 import dataclasses
@@ -18,12 +18,17 @@ from devstack.postgres import PrivatePostgres
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription
 from sandbox_broker.messages import (
+    ApplyListing,
     BeginListing,
     ClaimDeletions,
+    EndCleanup,
     ExpireLeases,
+    ListedAccount,
     RecordDeletion,
     RecordDeletionFailure,
+    RecordJob,
     SandboxReleased,
+    StageListing,
     SyncPool,
 )
 from sandbox_broker.migrate import migrate
@@ -33,7 +38,7 @@ from .allocator_harness import (
     RUN,
     Pool,
     allocate_command,
-    assert_granted,
+    granted_lease,
     pool_in,
     refusal_code,
     release,
@@ -68,7 +73,7 @@ async def test_replies_are_in_the_order_of_the_envelope(pool: Pool, running: All
         "Refused",
         "Refused",
     ]
-    assert [refusal_code(replies[place]) for place in (2, 4, 5)] == [
+    assert [refusal_code(replies[index]) for index in (2, 4, 5)] == [
         "SANDBOX_NOT_FOUND",
         "INVALID_COMMAND",
         "POOL_EXHAUSTED",
@@ -82,7 +87,7 @@ async def test_maintenance_commands_run_in_the_order_of_the_envelope(
     overdue, pending = await pool.overdue("bob"), await pool.pending()
     replies = await client.request(
         [
-            BeginListing(),
+            EndCleanup(run_id=RUN),
             RecordDeletion(sandbox_id=pending),
             ExpireLeases(grace_sec=0, limit=10),
             allocate_command("dan"),
@@ -92,14 +97,14 @@ async def test_maintenance_commands_run_in_the_order_of_the_envelope(
         queue=topology.ALLOCATOR_MAINTENANCE,
     )
     assert [reply.type for reply in replies] == [
-        "ListingBegun",
+        "Recorded",
         "Recorded",
         "LeasesExpired",
         "Refused",
         "DeletionsClaimed",
         "Recorded",
     ]
-    # Of the types above.
+    # The types were checked above.
     assert replies[2].sandbox_ids == (overdue,)  # type: ignore[union-attr]
     assert [due.sandbox_id for due in replies[4].deletions] == [overdue]  # type: ignore[union-attr]
 
@@ -119,7 +124,7 @@ async def test_students_do_not_wait_for_maintenance(pool: Pool, running: Allocat
                 topology.ALLOCATOR_MAINTENANCE.name,
             )
         )
-        assert_granted(await client.request_one(allocate_command("ann")))
+        granted_lease(await client.request_one(allocate_command("ann")))
     await client.replies_to(recording)
 
 
@@ -152,7 +157,7 @@ async def test_an_invalid_envelope_is_dead_lettered_and_does_not_block(
 ) -> None:
     await pool.fill(1)
     await client.publish(body)
-    assert_granted(await client.request_one(allocate_command("ann")))
+    granted_lease(await client.request_one(allocate_command("ann")))
     (message,) = await client.dead_letters(1)
     assert message.body == body
     assert message.headers["x-first-death-reason"] == "rejected"
@@ -170,11 +175,36 @@ async def test_an_invalid_envelope_is_dead_lettered_and_does_not_block(
 async def test_a_number_out_of_the_database_range_is_dead_lettered(
     running: Allocator, client: Client, poison: ExpireLeases
 ) -> None:
-    body = json.dumps({"commands": [poison.model_dump(mode="json"), BeginListing().model_dump()]}).encode()
-    replies = await client.request(body, queue=topology.ALLOCATOR_MAINTENANCE)
+    behind = EndCleanup(run_id=RUN).model_dump(mode="json")
+    body = json.dumps({"commands": [poison.model_dump(mode="json"), behind]}).encode()
+    replies = await client.request(
+        body, queue=topology.ALLOCATOR_MAINTENANCE, exchange=topology.COMMANDS_FROM_REAPER
+    )
     assert refusal_code(replies[0]) in ("INTERNAL_ERROR", "INVALID_COMMAND")
-    assert replies[1].type == "ListingBegun"
+    assert replies[1].type == "Recorded"
     await client.dead_letters(1)
+
+
+async def test_a_listing_from_the_exchange_of_the_gateway_is_refused(
+    pool: Pool, running: Allocator, client: Client
+) -> None:
+    """Otherwise the broker would lease an account from outside of the pool, and then delete it."""
+    forged = ListedAccount(sandbox_id="999", external_id="of-a-customer", name="sandbox-999")
+    listing = (
+        BeginListing(),
+        StageListing(listing_id=1, accounts=(forged,)),
+        ApplyListing(listing_id=1, total=1, max_stale_fraction=1, force=True),
+    )
+    job = RecordJob(job_id=RUN, kind="sync")
+    replies = await client.request(
+        [*listing, job], queue=topology.ALLOCATOR_MAINTENANCE, exchange=topology.COMMANDS
+    )
+    assert [refusal_code(reply) for reply in replies[:3]] == ["INVALID_COMMAND"] * 3
+    assert replies[3].type == "Recorded"  # the gateway may send this command
+    assert await pool.value("SELECT count(*) FROM sandboxes") == 0
+    assert await pool.value("SELECT count(*) FROM csp_listings") == 0
+    reasons = [reason(message) for message in await client.dead_letters(3)]
+    assert reasons == [f"{command.type} may not be sent over the exchange 'broker.commands'" for command in listing]
 
 
 async def test_a_command_that_the_database_rejects_is_isolated_from_its_batch(
@@ -187,11 +217,11 @@ async def test_a_command_that_the_database_rejects_is_isolated_from_its_batch(
     finally:
         await pool.execute("ALTER TABLE leases DROP CONSTRAINT test")
     assert refusal_code(replies.pop(77)) == "INTERNAL_ERROR"
-    assert len({assert_granted(reply).sandbox_id for reply in replies}) == 199
+    assert len({granted_lease(reply).sandbox_id for reply in replies}) == 199
     (message,) = await client.dead_letters(1)
     (command,) = json.loads(message.body)["commands"]
     assert command["holder"] == "student-77"
-    assert_granted(await client.request_one(allocate_command("student-77")))
+    granted_lease(await client.request_one(allocate_command("student-77")))
     await pool.assert_sound()
 
 
@@ -202,14 +232,14 @@ async def test_duplicate_messages_get_equal_replies_and_take_effect_once(
 
     async def student(name: str) -> None:
         first = await client.publish([allocate_command(name, key=name), allocate_command("copy")], times=2)
-        (lease, _), (again, _) = await client.replies_to(first, times=2)
-        assert assert_granted(lease).model_copy(update={"new": False}) == assert_granted(again).model_copy(
+        (lease, _), (repeated, _) = await client.replies_to(first, times=2)
+        assert granted_lease(lease).model_copy(update={"new": False}) == granted_lease(repeated).model_copy(
             update={"new": False}
         )
-        second = await client.publish([release_command(assert_granted(lease).sandbox_id, name)], times=2)
-        (over,), (over_again,) = await client.replies_to(second, times=2)
-        assert isinstance(over, SandboxReleased)
-        assert over == over_again
+        second = await client.publish([release_command(granted_lease(lease).sandbox_id, name)], times=2)
+        (released,), (released_again,) = await client.replies_to(second, times=2)
+        assert isinstance(released, SandboxReleased)
+        assert released == released_again
 
     await asyncio.gather(*(student(f"student-{number}") for number in range(20)))
     assert await pool.value("SELECT count(*) FROM leases") == 21
@@ -219,16 +249,16 @@ async def test_duplicate_messages_get_equal_replies_and_take_effect_once(
 async def test_a_duplicate_allocation_before_a_release_in_one_batch_leases_no_second_sandbox(
     pool: Pool, clean_queues: str, client: Client
 ) -> None:
-    """Both wait when the allocator starts, so they are in one batch."""
+    """Both messages wait when the allocator starts, so they arrive in one batch."""
     sandbox_id = await pool.lease("ann")
     await pool.fill(1)
     first = await client.publish([allocate_command("ann")])
     second = await client.publish([release_command(sandbox_id, "ann")])
     async with run_allocator(clean_queues, pool.url):
-        ((again,),) = await client.replies_to(first)
-        ((over,),) = await client.replies_to(second)
-    assert assert_granted(again).sandbox_id == sandbox_id
-    assert over.type == "SandboxReleased"
+        ((repeated,),) = await client.replies_to(first)
+        ((released,),) = await client.replies_to(second)
+    assert granted_lease(repeated).sandbox_id == sandbox_id
+    assert released.type == "SandboxReleased"
     assert await pool.value("SELECT count(*) FROM leases") == 1
 
 
@@ -237,26 +267,26 @@ async def test_a_redelivered_allocation_after_the_release_leases_no_second_sandb
 ) -> None:
     await pool.fill(3)
     async with run_allocator(clean_queues, pool.url):
-        lease = assert_granted(await client.request_one(allocate_command("ann")))
+        lease = granted_lease(await client.request_one(allocate_command("ann")))
         assert (await client.request_one(release_command(lease.sandbox_id, "ann"))).type == "SandboxReleased"
     envelope = await client.publish([allocate_command("ann"), allocate_command("bob")])
     await client.requeue_all(topology.ALLOCATOR_COMMANDS)
     async with run_allocator(clean_queues, pool.url):
-        ((over, other),) = await client.replies_to(envelope)
-        assert refusal_code(over) == "ALLOCATOR_UNAVAILABLE"
-        assert assert_granted(other).new  # nothing of bob's has ended: it was not done before
-        assert assert_granted(
+        ((refused, other),) = await client.replies_to(envelope)
+        assert refusal_code(refused) == "ALLOCATOR_UNAVAILABLE"
+        assert granted_lease(other).new  # bob has no ended lease, so the first delivery was not completed
+        assert granted_lease(
             await client.request_one(allocate_command("ann"))
-        ).new  # another request is another matter
+        ).new  # a new request is not a redelivery
     await pool.assert_sound()
 
 
 async def test_a_duplicate_envelope_after_the_release_leases_no_second_sandbox(
     pool: Pool, running: Allocator, client: Client
 ) -> None:
-    """Nothing of it is in the database: it was answered with the lease that the student had."""
+    """The first copy left no trace in the database, because it was answered with the active lease."""
     await pool.fill(2)
-    lease = assert_granted(await client.request_one(allocate_command("ann")))
+    lease = granted_lease(await client.request_one(allocate_command("ann")))
     repeated = await client.publish([allocate_command("ann")])
     await client.replies_to(repeated)
     await client.request_one(release_command(lease.sandbox_id, "ann"))
@@ -272,14 +302,14 @@ async def test_a_redelivered_allocation_with_an_unused_key_is_granted(
 ) -> None:
     await pool.fill(2)
     async with run_allocator(clean_queues, pool.url):
-        lease = assert_granted(await client.request_one(allocate_command("ann", key="monday")))
+        lease = granted_lease(await client.request_one(allocate_command("ann", key="monday")))
         assert (await client.request_one(release_command(lease.sandbox_id, "ann"))).type == "SandboxReleased"
     monday, tuesday = [await client.publish([allocate_command("ann", key=key)]) for key in ("monday", "tuesday")]
     await client.requeue_all(topology.ALLOCATOR_COMMANDS)
     async with run_allocator(clean_queues, pool.url):
-        ((over,),), ((new,),) = await client.replies_to(monday), await client.replies_to(tuesday)
-    assert refusal_code(over) == "IDEMPOTENCY_KEY_CONFLICT"
-    assert assert_granted(new).new
+        ((refused,),), ((new,),) = await client.replies_to(monday), await client.replies_to(tuesday)
+    assert refusal_code(refused) == "IDEMPOTENCY_KEY_CONFLICT"
+    assert granted_lease(new).new
 
 
 async def test_a_redelivered_allocation_returns_the_active_lease(
@@ -291,8 +321,8 @@ async def test_a_redelivered_allocation_returns_the_active_lease(
     envelope = await client.publish([allocate_command("ann")])
     await client.requeue_all(topology.ALLOCATOR_COMMANDS)
     async with run_allocator(clean_queues, pool.url):
-        ((again,),) = await client.replies_to(envelope)
-    assert assert_granted(again).sandbox_id == sandbox_id
+        ((repeated,),) = await client.replies_to(envelope)
+    assert granted_lease(repeated).sandbox_id == sandbox_id
 
 
 async def test_a_missing_reply_queue_does_not_affect_other_requests(
@@ -301,13 +331,13 @@ async def test_a_missing_reply_queue_does_not_affect_other_requests(
     await pool.fill(2)
     async with run_allocator(clean_queues, pool.url):
         await client.publish([allocate_command("ann")], reply_to="gone")
-        assert_granted(await client.request_one(allocate_command("bob")))
+        granted_lease(await client.request_one(allocate_command("bob")))
         assert await pool.value("SELECT count(*) FROM leases") == 2
     assert await client.message_count(topology.ALLOCATOR_COMMANDS.name) == 0
 
 
-class Interrupted(Publisher):
-    """Loses its connection at the first reply, when it has sent nothing."""
+class InterruptedPublisher(Publisher):
+    """Publisher with a connection loss before the first reply."""
 
     lost = False
 
@@ -331,9 +361,9 @@ class Interrupted(Publisher):
 
 async def test_an_unsent_reply_is_sent_after_the_reconnect(pool: Pool, clean_queues: str, client: Client) -> None:
     await pool.fill(1)
-    publisher = Interrupted(clean_queues, "interrupted")
+    publisher = InterruptedPublisher(clean_queues, "interrupted")
     async with run_allocator(clean_queues, pool.url, publisher=publisher):
-        lease = assert_granted(await client.request_one(allocate_command("ann")))
+        lease = granted_lease(await client.request_one(allocate_command("ann")))
         assert publisher.lost
         assert lease.new
 
@@ -341,7 +371,7 @@ async def test_an_unsent_reply_is_sent_after_the_reconnect(pool: Pool, clean_que
 async def test_a_terminated_database_connection_is_replaced(pool: Pool, running: Allocator, client: Client) -> None:
     await pool.fill(10)
     for number in range(10):
-        assert_granted(await client.request_one(allocate_command(f"student-{number}")))
+        granted_lease(await client.request_one(allocate_command(f"student-{number}")))
         await pool.value(
             "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
             "WHERE application_name = $1 AND datname = current_database()",
@@ -355,22 +385,22 @@ async def test_a_fenced_consumer_leaves_its_messages_to_the_standby(
 ) -> None:
     await pool.fill(3)
     async with run_allocator(clean_queues, pool.url) as one:
-        assert_granted(await client.request_one(allocate_command("ann")))
-        in_line = asyncio.Event()
+        granted_lease(await client.request_one(allocate_command("ann")))
+        subscribed = asyncio.Event()
         batch = Subscription.batch
 
-        async def waits_for_a_batch(subscription: Subscription, limit: int) -> list[DeliveredMessage]:
-            in_line.set()  # RabbitMQ does not tell of consumers that are not the active one
+        async def batch_and_signal(subscription: Subscription, limit: int) -> list[DeliveredMessage]:
+            subscribed.set()  # RabbitMQ does not report standby consumers
             return await batch(subscription, limit)
 
-        monkeypatch.setattr(Subscription, "batch", waits_for_a_batch)
+        monkeypatch.setattr(Subscription, "batch", batch_and_signal)
         async with run_allocator(clean_queues, pool.url) as other:
-            await asyncio.wait_for(in_line.wait(), 20)
+            await asyncio.wait_for(subscribed.wait(), 20)
             assert (one.consumer.epoch > 0, other.consumer.epoch) == (True, 0)
             await pool.execute("UPDATE allocator_epoch SET epoch = nextval('allocator_epochs')")
-            assert_granted(await client.request_one(allocate_command("bob")))
+            granted_lease(await client.request_one(allocate_command("bob")))
             assert other.consumer.epoch > 0
-            assert_granted(await client.request_one(allocate_command("cid")))
+            granted_lease(await client.request_one(allocate_command("cid")))
     assert await client.message_count(topology.ALLOCATOR_COMMANDS.name) == 0
     await pool.assert_sound()
 
@@ -384,7 +414,7 @@ async def private_server() -> AsyncIterator[PrivatePostgres]:
 
 @pytest.fixture
 async def server(private_server: PrivatePostgres) -> PrivatePostgres:
-    """A database server of our own, with an empty pool."""
+    """Private PostgreSQL server with an empty pool."""
     async with pool_in(private_server.url) as pool:
         await pool.execute(
             "TRUNCATE sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, dead_letters"
@@ -398,7 +428,7 @@ async def test_commands_are_refused_at_once_while_the_database_is_down(
     async with run_allocator(clean_queues, server.url):
         async with pool_in(server.url) as pool:
             await pool.fill(50)
-            lease = assert_granted(await client.request_one(allocate_command("ann")))
+            lease = granted_lease(await client.request_one(allocate_command("ann")))
         await server.kill()
         for number in range(20):
             replies = await client.request(
@@ -407,11 +437,11 @@ async def test_commands_are_refused_at_once_while_the_database_is_down(
             assert {refusal_code(reply) for reply in replies} == {"ALLOCATOR_UNAVAILABLE"}
         await server.start()
 
-        async def works() -> bool:
+        async def is_restored() -> bool:
             reply = await client.request_one(allocate_command("ann"))
             return reply == lease.model_copy(update={"new": False})
 
-        await wait_until(works)
+        await wait_until(is_restored)
     assert await client.message_count(topology.DEAD_LETTER_QUEUE.name) == 0
 
 
@@ -422,7 +452,7 @@ async def test_a_hanging_database_delays_one_batch_only(
     monkeypatch.setattr(bus_harness, "STUDENTS", impatient)
     async with run_allocator(clean_queues, server.url), pool_in(server.url) as pool:
         await pool.fill(2)
-        assert_granted(await client.request_one(allocate_command("ann")))
+        granted_lease(await client.request_one(allocate_command("ann")))
         backends = await pool.column(
             "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'allocator%' AND pid <> pg_backend_pid()"
         )
@@ -431,16 +461,16 @@ async def test_a_hanging_database_delays_one_batch_only(
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         try:
-            began = time.monotonic()
+            started = time.monotonic()
             assert refusal_code(await client.request_one(allocate_command("bob"))) == "ALLOCATOR_UNAVAILABLE"
-            waited_sec, began = time.monotonic() - began, time.monotonic()
+            first_wait_sec, started = time.monotonic() - started, time.monotonic()
             assert refusal_code(await client.request_one(allocate_command("cid"))) == "ALLOCATOR_UNAVAILABLE"
-            assert time.monotonic() - began < waited_sec / 2
+            assert time.monotonic() - started < first_wait_sec / 2
         finally:
             for pid in frozen:
                 os.kill(pid, signal.SIGCONT)
 
-        async def works() -> bool:
+        async def is_restored() -> bool:
             return (await client.request_one(allocate_command("bob"))).type == "LeaseGranted"
 
-        await wait_until(works)
+        await wait_until(is_restored)

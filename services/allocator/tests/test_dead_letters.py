@@ -1,4 +1,4 @@
-"""What cannot be processed: it is kept with the reason, it blocks nothing, and replaying it does nothing twice."""
+"""Dead letters: stored with their reason, replayed without a second effect, dropped."""
 
 import asyncio
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from aio_pika.abc import AbstractQueue
 
-from allocator import dead_letters
-from allocator.dead_letters import Collector
+from allocator.background import dead_letter_collector
+from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.handlers.dead_letters import replay_dead_letter
 from allocator.routing import STUDENTS
 from allocator.write_session import WriteSession
@@ -20,10 +20,13 @@ from devstack.postgres import PrivatePostgres
 from sandbox_broker import db, topology
 from sandbox_broker.messages import (
     MAX_ENVELOPE,
+    BeginListing,
     Command,
     DeadLetterReplayed,
     DropDeadLetter,
+    RecordDeletion,
     Recorded,
+    RecordJob,
     ReplayDeadLetter,
     Reply,
     encode_commands,
@@ -35,7 +38,7 @@ from . import bus_harness
 from .allocator_harness import (
     Pool,
     allocate_command,
-    assert_granted,
+    granted_lease,
     pool_in,
     refusal_code,
     release_command,
@@ -47,9 +50,9 @@ COMMANDS = topology.ALLOCATOR_COMMANDS.name
 
 
 @asynccontextmanager
-async def collecting(amqp_url: str, database_url: str) -> AsyncIterator[Collector]:
+async def run_collector(amqp_url: str, database_url: str) -> AsyncIterator[DeadLetterCollector]:
     engine = db.engine(database_url, pool_size=1, max_overflow=1)
-    collector = Collector(amqp_url, engine)
+    collector = DeadLetterCollector(amqp_url, engine)
     task = asyncio.create_task(collector.run())
     try:
         yield collector
@@ -61,17 +64,17 @@ async def collecting(amqp_url: str, database_url: str) -> AsyncIterator[Collecto
 
 @pytest.fixture
 async def running(clean_queues: str, pool: Pool) -> AsyncIterator[Allocator]:
-    async with run_allocator(clean_queues, pool.url) as found, collecting(clean_queues, pool.url):
-        yield found
+    async with run_allocator(clean_queues, pool.url) as stored, run_collector(clean_queues, pool.url):
+        yield stored
 
 
-async def letters(pool: Pool, count: int) -> list[dict[str, Any]]:
-    """Waits for as many; the oldest first."""
+async def wait_for_letters(pool: Pool, count: int) -> list[dict[str, Any]]:
+    """Wait for `count` dead letters; return their rows, the oldest first."""
 
-    async def there() -> bool:
+    async def are_complete() -> bool:
         return bool(await pool.value("SELECT count(*) >= $1 FROM dead_letters", count))
 
-    await wait_until(there)
+    await wait_until(are_complete)
     rows = await pool.rows("SELECT * FROM dead_letters ORDER BY died_at")
     assert len(rows) == count
     return [dict(row) for row in rows]
@@ -83,18 +86,18 @@ async def replay(client: Client, dead_letter_id: uuid.UUID) -> Reply:
     return reply
 
 
-async def replayed(client: Client, dead_letter_id: uuid.UUID) -> DeadLetterReplayed:
+async def replay_successfully(client: Client, dead_letter_id: uuid.UUID) -> DeadLetterReplayed:
     reply = await replay(client, dead_letter_id)
     assert isinstance(reply, DeadLetterReplayed), reply
     return reply
 
 
-async def worked_off(client: Client) -> None:
-    """Returns when what is in the students' queue by now has been handled: their lane keeps the order."""
-    await client.request_one(release_command("unknown", "nobody"))
+async def wait_for_queue(client: Client) -> None:
+    """Wait until the commands in the queue of the students have run. The queue keeps the order."""
+    await client.request_one(release_command("unknown", "unknown"))
 
 
-def of(*commands: dict[str, Any]) -> bytes:
+def envelope_of(*commands: dict[str, Any]) -> bytes:
     return json.dumps({"commands": commands}).encode()
 
 
@@ -102,18 +105,18 @@ ANN = allocate_command("ann").model_dump()
 EARLIER = uuid.UUID(int=99)
 
 POISON = {
-    "not JSON": (b"\x00\xff nonsense", "It is no envelope of commands", []),
-    "empty": (b"", "It is no envelope of commands", []),
+    "not JSON": (b"\x00\xff nonsense", "not an envelope of commands", []),
+    "empty": (b"", "not an envelope of commands", []),
     "no envelope": (b'{"type": "AllocateSandbox"}', "commands: Field required", ["AllocateSandbox"]),
-    "unknown type": (of({"type": "Unheard"}), "Unheard", ["Unheard"]),
-    "unknown version": (of(ANN | {"version": 2}), "version", ["AllocateSandbox"]),
-    "wrong schema": (of(ANN | {"holder": "new\nline"}), "holder", ["AllocateSandbox"]),
+    "unknown type": (envelope_of({"type": "Unheard"}), "Unheard", ["Unheard"]),
+    "unknown version": (envelope_of(ANN | {"version": 2}), "version", ["AllocateSandbox"]),
+    "wrong schema": (envelope_of(ANN | {"holder": "new\nline"}), "holder", ["AllocateSandbox"]),
     "too big": (
-        of(*[ANN] * (MAX_ENVELOPE + 1)),
+        envelope_of(*[ANN] * (MAX_ENVELOPE + 1)),
         f"List should have at most {MAX_ENVELOPE} items",
         ["AllocateSandbox"],
     ),
-    "very big": (b'"' + b"x" * 5_000_000 + b'"', "It is no envelope of commands", []),
+    "very big": (b'"' + b"x" * 5_000_000 + b'"', "not an envelope of commands", []),
 }
 
 
@@ -123,12 +126,12 @@ async def test_an_invalid_message_is_stored_with_its_reason_and_does_not_block(
 ) -> None:
     await pool.fill(1)
     correlation_id = await client.publish(body)
-    assert_granted(await client.request_one(allocate_command("behind")))
-    (letter,) = await letters(pool, 1)
+    granted_lease(await client.request_one(allocate_command("behind")))
+    (letter,) = await wait_for_letters(pool, 1)
     assert reason in letter["reason"]
     assert (letter["queue"], letter["commands"]) == (COMMANDS, types)
     assert letter["body"] == body or json.loads(letter["body"]) == json.loads(body)
-    if letter["correlation_id"] is not None:  # what was rejected whole keeps it; else the command has its own ids
+    if letter["correlation_id"] is not None:  # a rejected message keeps it, a single command has ids of its own
         assert letter["correlation_id"] == correlation_id
     assert await client.message_count(topology.DEAD_LETTER_QUEUE.name) == 0
 
@@ -136,24 +139,26 @@ async def test_an_invalid_message_is_stored_with_its_reason_and_does_not_block(
 async def test_only_the_command_that_fails_is_dead_lettered(
     pool: Pool, clean_queues: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(session: WriteSession, commands: Sequence[Command]) -> list[Reply]:
+    async def fail_for_bob(session: WriteSession, commands: Sequence[Command]) -> list[Reply]:
         if any(getattr(command, "holder", None) == "bob" for command in commands):
-            raise KeyError("a fault of ours")
+            raise KeyError("a bug")
         return await handle(session, commands)
 
     handle = STUDENTS.handlers[type(allocate_command("bob"))]
-    lane = dataclasses.replace(STUDENTS, handlers={**STUDENTS.handlers, type(allocate_command("bob")): broken})
+    lane = dataclasses.replace(
+        STUDENTS, handlers={**STUDENTS.handlers, type(allocate_command("bob")): fail_for_bob}
+    )
     monkeypatch.setattr(bus_harness, "STUDENTS", lane)
     await pool.fill(10)
-    async with run_allocator(clean_queues, pool.url), collecting(clean_queues, pool.url):
+    async with run_allocator(clean_queues, pool.url), run_collector(clean_queues, pool.url):
         replies = await client.request(
             [allocate_command("ann"), allocate_command("bob"), allocate_command("cid"), allocate_command("dan")]
         )
         assert refusal_code(replies.pop(1)) == "INTERNAL_ERROR"
-        assert len({assert_granted(reply).sandbox_id for reply in replies}) == 3
-        assert_granted(await client.request_one(allocate_command("eve")))
-        (letter,) = await letters(pool, 1)
-        assert letter["reason"] == "KeyError: 'a fault of ours'"
+        assert len({granted_lease(reply).sandbox_id for reply in replies}) == 3
+        granted_lease(await client.request_one(allocate_command("eve")))
+        (letter,) = await wait_for_letters(pool, 1)
+        assert letter["reason"] == "KeyError: 'a bug'"
         (command,) = json.loads(letter["body"])["commands"]
         assert command["holder"] == "bob"
 
@@ -163,31 +168,31 @@ async def test_a_message_over_the_delivery_limit_is_stored_with_that_reason(
 ) -> None:
     await client.publish([allocate_command("ann")])
     queue: AbstractQueue = await client.channel.get_queue(COMMANDS)
-    died = 0
+    deliveries = 0
 
-    async def die(message: Any) -> None:
-        nonlocal died
-        died += 1
+    async def return_message(message: Any) -> None:
+        nonlocal deliveries
+        deliveries += 1
         await message.nack(requeue=True)
 
-    consumer = await queue.consume(die)
+    consumer = await queue.consume(return_message)
 
-    async def dead() -> bool:
+    async def is_dead_lettered() -> bool:
         return await client.message_count(topology.DEAD_LETTER_QUEUE.name) == 1
 
-    await wait_until(dead)
+    await wait_until(is_dead_lettered)
     await queue.cancel(consumer)
-    assert died == 21
-    async with collecting(clean_queues, pool.url):
-        (letter,) = await letters(pool, 1)
-    assert "again and again in vain" in letter["reason"]
+    assert deliveries == 21
+    async with run_collector(clean_queues, pool.url):
+        (letter,) = await wait_for_letters(pool, 1)
+    assert "delivery limit" in letter["reason"]
     assert letter["commands"] == ["AllocateSandbox"]
 
 
 async def test_a_command_of_another_lane_is_dead_lettered(pool: Pool, running: Allocator, client: Client) -> None:
     reply = await client.request_one(ReplayDeadLetter(request_id="r", dead_letter_id=uuid.uuid4()))
     assert refusal_code(reply) == "INVALID_COMMAND"
-    (letter,) = await letters(pool, 1)
+    (letter,) = await wait_for_letters(pool, 1)
     assert letter["reason"] == f"ReplayDeadLetter is not for {COMMANDS}"
 
 
@@ -199,13 +204,13 @@ async def test_a_replay_runs_a_failed_release(pool: Pool, running: Allocator, cl
     await pool.execute("ALTER TABLE leases ADD CONSTRAINT test CHECK (ended_at IS NULL)")
     try:
         assert refusal_code(await client.request_one(release_command(sandbox_id, "ann"))) == "INTERNAL_ERROR"
-        (letter,) = await letters(pool, 1)
+        (letter,) = await wait_for_letters(pool, 1)
     finally:
         await pool.execute("ALTER TABLE leases DROP CONSTRAINT test")
     assert await pool.status(sandbox_id) == "allocated"
-    answer = await replayed(client, letter["dead_letter_id"])
+    answer = await replay_successfully(client, letter["dead_letter_id"])
     assert (answer.queue, answer.published, answer.skipped) == (COMMANDS, True, 0)
-    await worked_off(client)
+    await wait_for_queue(client)
     assert await pool.status(sandbox_id) == "pending_deletion"
     assert await pool.value("SELECT count(*) FROM dead_letters") == 0
     assert refusal_code(await replay(client, letter["dead_letter_id"])) == "DEAD_LETTER_NOT_FOUND"
@@ -216,46 +221,46 @@ async def test_a_replay_runs_a_failed_allocation(pool: Pool, running: Allocator,
     await pool.execute("ALTER TABLE leases ADD CONSTRAINT test CHECK (holder <> 'ann')")
     try:
         assert refusal_code(await client.request_one(allocate_command("ann", key="key"))) == "INTERNAL_ERROR"
-        (letter,) = await letters(pool, 1)
+        (letter,) = await wait_for_letters(pool, 1)
     finally:
         await pool.execute("ALTER TABLE leases DROP CONSTRAINT test")
-    await replayed(client, letter["dead_letter_id"])
-    await worked_off(client)
+    await replay_successfully(client, letter["dead_letter_id"])
+    await wait_for_queue(client)
     (lease,) = await pool.rows("SELECT * FROM leases")
     assert (lease["holder"], lease["idempotency_key"]) == ("ann", "key")
     assert (
-        assert_granted(await client.request_one(allocate_command("ann", key="key"))).sandbox_id
+        granted_lease(await client.request_one(allocate_command("ann", key="key"))).sandbox_id
         == lease["sandbox_id"]
     )
 
 
-@pytest.mark.parametrize("over", [False, True], ids=["has it still", "has given it back"])
+@pytest.mark.parametrize("released", [False, True], ids=["leased", "released"])
 @pytest.mark.parametrize("key", [None, "key"])
 async def test_a_replay_skips_a_completed_allocation(
-    pool: Pool, running: Allocator, client: Client, key: str | None, over: bool
+    pool: Pool, running: Allocator, client: Client, key: str | None, released: bool
 ) -> None:
     await pool.fill(3)
-    lease = assert_granted(await client.request_one(allocate_command("ann", key=key)))
-    if over:
+    lease = granted_lease(await client.request_one(allocate_command("ann", key=key)))
+    if released:
         await client.request_one(release_command(lease.sandbox_id, "ann"))
     dead_letter_id = await pool.dead_letter(allocate_command("ann", key=key))
-    answer = await replayed(client, dead_letter_id)
+    answer = await replay_successfully(client, dead_letter_id)
     assert (answer.published, answer.skipped) == (False, 1)
-    await worked_off(client)
+    await wait_for_queue(client)
     assert await pool.column("SELECT sandbox_id FROM leases") == [lease.sandbox_id]
     assert await pool.value("SELECT count(*) FROM dead_letters") == 0
 
 
 async def test_a_replay_publishes_only_the_open_commands(pool: Pool, running: Allocator, client: Client) -> None:
     await pool.fill(3)
-    served = assert_granted(await client.request_one(allocate_command("ann")))
+    served = granted_lease(await client.request_one(allocate_command("ann")))
     await client.request_one(release_command(served.sandbox_id, "ann"))
     dead_letter_id = await pool.dead_letter(
         allocate_command("ann"), allocate_command("bob"), release_command(served.sandbox_id, "ann")
     )
-    answer = await replayed(client, dead_letter_id)
+    answer = await replay_successfully(client, dead_letter_id)
     assert (answer.published, answer.skipped) == (True, 1)
-    await worked_off(client)
+    await wait_for_queue(client)
     assert sorted(await pool.column("SELECT holder FROM leases")) == ["ann", "bob"]
 
 
@@ -266,8 +271,8 @@ async def test_an_older_lease_does_not_complete_an_allocation(
     await pool.fill(1)
     await client.request_one(release_command(sandbox_id, "ann"))
     await pool.execute("UPDATE leases SET allocated_at = now() - interval '2 hours'")
-    await replayed(client, await pool.dead_letter(allocate_command("ann")))
-    await worked_off(client)
+    await replay_successfully(client, await pool.dead_letter(allocate_command("ann")))
+    await wait_for_queue(client)
     assert await pool.value("SELECT count(*) FROM leases WHERE ended_at IS NULL") == 1
 
 
@@ -275,16 +280,16 @@ async def test_an_invalid_message_is_stored_again_after_its_replay(
     pool: Pool, running: Allocator, client: Client
 ) -> None:
     await client.publish(b"nonsense")
-    (letter,) = await letters(pool, 1)
-    # As if it had died earlier: what dies twice in one second with the same ids is one letter.
+    (letter,) = await wait_for_letters(pool, 1)
+    # Two deaths in the same second with the same ids have one dead-letter id, so move the first one back.
     await pool.execute(
         "UPDATE dead_letters SET died_at = died_at - interval '1 minute', dead_letter_id = $1", EARLIER
     )
-    await replayed(client, EARLIER)
-    (again,) = await letters(pool, 1)
-    assert again["dead_letter_id"] != EARLIER
+    await replay_successfully(client, EARLIER)
+    (repeated,) = await wait_for_letters(pool, 1)
+    assert repeated["dead_letter_id"] != EARLIER
     for kept in ("queue", "reason", "body", "correlation_id", "message_id"):
-        assert again[kept] == letter[kept]
+        assert repeated[kept] == letter[kept]
 
 
 async def test_a_dead_letter_of_another_queue_is_not_replayed(
@@ -296,8 +301,29 @@ async def test_a_dead_letter_of_another_queue_is_not_replayed(
     assert await pool.value("SELECT count(*) FROM dead_letters") == 4
 
 
+async def test_a_replay_gives_no_rights_to_commands_of_services(
+    pool: Pool, running: Allocator, client: Client
+) -> None:
+    pending = await pool.pending()
+    record = RecordDeletion(sandbox_id=pending)
+    queue = topology.ALLOCATOR_MAINTENANCE.name
+    alone = await pool.dead_letter(record, BeginListing(), queue=queue)
+    assert refusal_code(await replay(client, alone)) == "NOT_REPLAYABLE"
+    assert await pool.column("SELECT dead_letter_id FROM dead_letters") == [alone]
+
+    # A sender with the rights of the gateway can add a command of the gateway.
+    mixed = await pool.dead_letter(record, RecordJob(job_id=uuid.UUID(int=7), kind="sync"), queue=queue)
+    await replay_successfully(client, mixed)
+    (letter,) = [letter for letter in await wait_for_letters(pool, 2) if letter["dead_letter_id"] != alone]
+    assert letter["commands"] == ["RecordDeletion"]
+    assert letter["reason"] == "RecordDeletion may not be sent over the exchange 'broker.commands'"
+    assert await pool.status(pending) == "pending_deletion"
+    assert await pool.value("SELECT count(*) FROM jobs") == 1
+    assert refusal_code(await replay(client, letter["dead_letter_id"])) == "NOT_REPLAYABLE"
+
+
 async def test_a_dead_letter_stays_if_rabbitmq_does_not_take_it(pool: Pool) -> None:
-    """The pool's sessions have a publisher that is not connected."""
+    """The publisher of the test sessions is not connected."""
     dead_letter_id = await pool.dead_letter(release_command("1", "ann"))
     command = ReplayDeadLetter(request_id="r", dead_letter_id=dead_letter_id)
     reply = await replay_dead_letter(await pool.write_session(), command)
@@ -315,16 +341,16 @@ async def test_a_drop_removes_one_dead_letter(pool: Pool, running: Allocator, cl
     assert refusal_code(reply) == "DEAD_LETTER_NOT_FOUND"
 
 
-# Carrying
+# Collector
 
 
 async def test_a_dead_letter_delivered_twice_is_stored_once(pool: Pool, clean_queues: str, client: Client) -> None:
-    """By three collectors, each killed between the commit and its acknowledgement."""
+    """Three collectors are killed between commit and acknowledgement."""
     committed = asyncio.Event()
 
-    class Dies(Collector):
-        async def _keep(self, deliveries: Sequence[Any]) -> bool:
-            await super()._keep(deliveries)
+    class DyingCollector(DeadLetterCollector):
+        async def _store(self, deliveries: Sequence[Any]) -> bool:
+            await super()._store(deliveries)
             committed.set()
             return False
 
@@ -333,22 +359,22 @@ async def test_a_dead_letter_delivered_twice_is_stored_once(pool: Pool, clean_qu
         engine = db.engine(pool.url)
         for _ in range(3):
             committed.clear()
-            dying = asyncio.create_task(Dies(clean_queues, engine).run())
+            dying = asyncio.create_task(DyingCollector(clean_queues, engine).run())
             await committed.wait()
             await cancel(dying)
-            await letters(pool, 1)
+            await wait_for_letters(pool, 1)
         await engine.dispose()
-        async with collecting(clean_queues, pool.url):
+        async with run_collector(clean_queues, pool.url):
             await client.publish(b"behind it")
-            found = await letters(pool, 2)
-    assert sorted(letter["body"] for letter in found) == [b"behind it", b"nonsense"]
+            stored = await wait_for_letters(pool, 2)
+    assert sorted(letter["body"] for letter in stored) == [b"behind it", b"nonsense"]
 
 
 async def test_only_the_newest_dead_letters_are_kept(
     pool: Pool, running: Allocator, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "MAX_KEPT", 3)
-    monkeypatch.setattr(dead_letters, "FORGET_PERIOD_SEC", 0)
+    monkeypatch.setattr(dead_letter_collector, "MAX_STORED", 3)
+    monkeypatch.setattr(dead_letter_collector, "TRIM_PERIOD_SEC", 0)
     for age in range(5):
         old = await pool.dead_letter(allocate_command(f"student-{age}"))
         await pool.execute(
@@ -358,10 +384,10 @@ async def test_only_the_newest_dead_letters_are_kept(
         )
     await client.publish(b"nonsense")
 
-    async def three_are_left() -> bool:
+    async def are_trimmed() -> bool:
         return bool(await pool.value("SELECT count(*) = 3 FROM dead_letters"))
 
-    await wait_until(three_are_left)
+    await wait_until(are_trimmed)
     kept = await pool.column("SELECT body FROM dead_letters ORDER BY died_at DESC")
     assert kept == [b"nonsense", *(encode_commands([allocate_command(f"student-{age}")]) for age in range(2))]
 
@@ -371,17 +397,17 @@ async def test_dead_letters_wait_in_their_queue_while_the_database_is_down(
 ) -> None:
     async with PrivatePostgres() as server:
         await migrate(server.url)
-        async with run_allocator(clean_queues, server.url), collecting(clean_queues, server.url):
+        async with run_allocator(clean_queues, server.url), run_collector(clean_queues, server.url):
             async with pool_in(server.url) as pool:
                 await client.publish(b"first")
-                await letters(pool, 1)
+                await wait_for_letters(pool, 1)
             await server.kill()
             await client.publish(b"second")
 
-            async def rejected() -> bool:
+            async def is_rejected() -> bool:
                 return await client.message_count(COMMANDS) == 0
 
-            await wait_until(rejected)
+            await wait_until(is_rejected)
             await server.start()
             async with pool_in(server.url) as pool:
-                assert [letter["body"] for letter in await letters(pool, 2)] == [b"first", b"second"]
+                assert [letter["body"] for letter in await wait_for_letters(pool, 2)] == [b"first", b"second"]

@@ -89,7 +89,7 @@ async def fail(
 
 
 async def make_due(pool: Pool, count: int) -> list[str]:
-    """Insert sandboxes that are pending deletion, the first due first; return their ids."""
+    """Insert sandboxes with pending deletions, the first due first; return their ids."""
     ids = await pool.fill(count, "pending_deletion")
     await pool.execute(
         "UPDATE sandboxes SET deletion_requested_at = status_since, deletion_due_at = status_since "
@@ -264,8 +264,8 @@ async def test_a_failure_counts_once_and_postpones_the_deletion(pool: Pool) -> N
     assert 25 < await pool.value("SELECT extract(epoch FROM deletion_due_at - now()) FROM sandboxes") <= 30
     assert await claim(session) == []
     await pool.execute("UPDATE sandboxes SET deletion_due_at = now()")
-    (again,) = await claim(session)
-    assert again.attempts == 1
+    (repeated,) = await claim(session)
+    assert repeated.attempts == 1
     assert await delete(session, sandbox_id)
     assert await pool.value("SELECT deletion_error FROM sandboxes") is None
 

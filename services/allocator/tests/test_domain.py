@@ -1,4 +1,4 @@
-"""Rules of the pool that need no database."""
+"""Rules of the pool without a database."""
 
 import random
 

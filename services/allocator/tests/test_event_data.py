@@ -20,7 +20,7 @@ from .allocator_harness import (
     account,
     allocate,
     allocate_command,
-    assert_granted,
+    granted_lease,
     refusal_code,
     release,
     release_command,
@@ -39,7 +39,7 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
         allocate_command("cleo"),
         allocate_command("dan", prefix="none"),
     )
-    ann, bob, cleo = [assert_granted(reply).sandbox_id for reply in replies[:3]]
+    ann, bob, cleo = [granted_lease(reply).sandbox_id for reply in replies[:3]]
     assert refusal_code(replies[3]) == "POOL_EXHAUSTED"
 
     await release(session, release_command(ann, "ann"))

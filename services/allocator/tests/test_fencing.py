@@ -40,8 +40,8 @@ from .allocator_harness import (
     account,
     allocate,
     allocate_command,
-    assert_granted,
     begin,
+    granted_lease,
     release,
     release_command,
     stage,
@@ -130,13 +130,13 @@ async def test_raising_the_epoch_waits_for_a_running_statement(pool: Pool) -> No
     session, successor = await pool.write_session(), await pool.write_session()
     transaction = session.connection.transaction()
     await transaction.start()
-    lease = assert_granted((await allocate(session, allocate_command("ann")))[0])
+    lease = granted_lease((await allocate(session, allocate_command("ann")))[0])
     raising = asyncio.create_task(successor.raise_epoch())
     await pool.until_waiting(successor)
     await transaction.commit()
     await raising
-    (again,) = await allocate(successor, allocate_command("ann"))
-    assert again == lease.model_copy(update={"new": False})
+    (repeated,) = await allocate(successor, allocate_command("ann"))
+    assert repeated == lease.model_copy(update={"new": False})
 
 
 async def test_a_statement_that_waits_for_a_new_epoch_is_fenced(pool: Pool) -> None:
@@ -161,7 +161,7 @@ async def test_a_predecessor_frozen_in_a_statement_loses_its_connection(pool: Po
     if reconnected:  # the predecessor raised the epoch on an earlier connection
         frozen = await pool.write_session(frozen.epoch)
     await frozen.connection.execute("BEGIN")
-    assert_granted((await allocate(frozen, allocate_command("ann")))[0])
+    granted_lease((await allocate(frozen, allocate_command("ann")))[0])
     bystander = await pool.write_session()
     successor = await pool.write_session()
     await successor.raise_epoch()

@@ -31,7 +31,7 @@ from .allocator_harness import (
     account,
     allocate,
     allocate_command,
-    assert_granted,
+    granted_lease,
     release,
     release_command,
     sync,
@@ -159,7 +159,7 @@ PLANTED: list[tuple[str, Callable[[Pool], Awaitable[Violations]]]] = [
 
 @pytest.fixture
 async def schema(pool: Pool) -> AsyncIterator[None]:
-    """Restore the indexes that a test has dropped."""
+    """Restore dropped indexes."""
     indexes = {
         row["name"]: row["definition"]
         for row in await pool.rows(
@@ -239,7 +239,7 @@ async def test_a_busy_pool_has_no_violations(pool: Pool) -> None:
             holder = f"student-{number}-{visit}"
             (reply,) = await allocate(session, allocate_command(holder, track="dns"))
             if visit % 2:
-                await release(session, release_command(assert_granted(reply).sandbox_id, holder))
+                await release(session, release_command(granted_lease(reply).sandbox_id, holder))
             else:
                 await session.connection.execute("UPDATE leases SET expires_at = now() WHERE holder = $1", holder)
 

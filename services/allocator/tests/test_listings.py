@@ -33,8 +33,8 @@ from .allocator_harness import (
     allocate,
     allocate_command,
     apply,
-    assert_granted,
     begin,
+    granted_lease,
     refresh,
     refusal_code,
     release,
@@ -91,8 +91,8 @@ async def test_names_and_account_ids_of_leased_sandboxes_are_corrected_too(pool:
     )
     rows = await pool.column("SELECT name || '|' || external_id || '|' || status FROM sandboxes ORDER BY name")
     assert rows == ["renamed too|moved-2|allocated", "renamed é|moved-1|available"]
-    (again,) = await allocate(session, allocate_command("ann"))
-    assert assert_granted(again).external_id == "moved-2"
+    (repeated,) = await allocate(session, allocate_command("ann"))
+    assert granted_lease(repeated).external_id == "moved-2"
 
 
 async def external_ids(pool: Pool, *sandbox_ids: str) -> list[str]:
@@ -119,7 +119,8 @@ async def test_the_account_of_another_live_sandbox_is_not_taken(pool: Pool) -> N
     first, second, third = await pool.fill(3)
     pending = await pool.pending()
     session = await pool.write_session()
-    # The listing gives the first sandbox the account of the second, and the second that of a pending deletion.
+    # The listing gives the first sandbox the account of the second, and the second the account of a pending
+    # deletion.
     listed = [
         account(int(first), external_id=f"account-{second}"),
         account(int(second), external_id=f"account-{pending}"),
@@ -300,7 +301,7 @@ async def test_a_listing_skips_locked_rows(pool: Pool) -> None:
     listing_id = await begin(syncer)
     transaction = student.connection.transaction()
     await transaction.start()
-    assert_granted((await allocate(student, allocate_command("ann")))[0])
+    granted_lease((await allocate(student, allocate_command("ann")))[0])
     await release(student, release_command(other, "bob"))
     assert counts(await apply(syncer, listing_id, 0, force=True)) == (0, 0, 0, 0)
     await transaction.commit()
@@ -321,7 +322,7 @@ async def test_name_corrections_lock_at_most_half_of_the_pool(pool: Pool) -> Non
     await transaction.start()
     await refresh_sandboxes(syncer, RefreshSandboxes(listing_id=listing_id, limit=500))
     granted_now = await allocate(student, *(allocate_command(f"student-{number}") for number in range(4)))
-    assert all(assert_granted(reply).new for reply in granted_now)
+    assert all(granted_lease(reply).new for reply in granted_now)
     await transaction.commit()
     await refresh(syncer, listing_id)
     assert await pool.column("SELECT DISTINCT name FROM sandboxes") == ["renamed"]
@@ -504,7 +505,7 @@ async def test_hold_listing_is_idempotent(pool: Pool) -> None:
 
 
 async def test_missing_leased_sandboxes_count_once(pool: Pool) -> None:
-    """A listing that lacks half of the pool is held even if all missing sandboxes are leased."""
+    """A listing with half of the pool is held even if all missing sandboxes are leased."""
     leased = [await pool.lease(f"student-{number}") for number in range(3)]
     (free,) = await pool.fill(1)
     session = await pool.write_session()

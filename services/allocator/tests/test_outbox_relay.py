@@ -46,7 +46,7 @@ async def receive_events(messages: "asyncio.Queue[Any]", count: int) -> list[Eve
 
 
 def check_order(received: list[Event], sandboxes: int, changes: int) -> None:
-    """Check that no event is missing and that the first copies of the events of each sandbox are in order."""
+    """Check the completeness of the events, and the order of their first copies for each sandbox."""
     seen: dict[str, list[int]] = defaultdict(list)
     for event in received:
         number = event.data["number"]

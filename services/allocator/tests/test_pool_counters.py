@@ -16,7 +16,7 @@ from .allocator_harness import (
     account,
     allocate,
     allocate_command,
-    assert_granted,
+    granted_lease,
     release,
     release_command,
     sync,
@@ -65,7 +65,7 @@ async def test_the_counters_follow_every_status_change(pool: Pool) -> None:
         allocate_command("cid"),
     )
     await check_counters(pool)
-    await release(session, release_command(assert_granted(replies[0]).sandbox_id, "ann"))
+    await release(session, release_command(granted_lease(replies[0]).sandbox_id, "ann"))
     await check_counters(pool)
     await pool.execute(
         "UPDATE sandboxes SET status = 'deleted', deleted_at = now() WHERE status = 'pending_deletion'"
@@ -90,7 +90,7 @@ async def test_an_update_without_a_status_change_is_not_logged(pool: Pool) -> No
 async def test_a_large_batch_logs_few_changes(pool: Pool) -> None:
     await pool.fill(100)
     await update_counters(pool)
-    await allocate(await pool.write_session(), *(allocate_command(f"student-{place}") for place in range(100)))
+    await allocate(await pool.write_session(), *(allocate_command(f"student-{number}") for number in range(100)))
     assert await pool.value("SELECT count(*) FROM pool_changes") == 2
 
 
@@ -103,7 +103,7 @@ async def test_an_open_transaction_does_not_block_allocation_and_counting(pool: 
             async with asyncio.timeout(60):
                 (reply,) = await allocate(await pool.write_session(), allocate_command("ann"))
                 await update_counters(pool)
-            assert assert_granted(reply).sandbox_id == second
+            assert granted_lease(reply).sandbox_id == second
         await check_counters(pool)
     finally:
         await other.close()

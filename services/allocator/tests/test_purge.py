@@ -64,7 +64,7 @@ async def test_the_history_is_removed_with_the_record(pool: Pool) -> None:
     for sandbox_id in (gone, kept):
         await pool.execute(
             "INSERT INTO history "
-            "SELECT $1, place, 'sandbox.discovered', now(), '{}' FROM generate_series(1, 3) place",
+            "SELECT $1, number, 'sandbox.discovered', now(), '{}' FROM generate_series(1, 3) number",
             sandbox_id,
         )
     assert await purge_records(await pool.write_session(), "deleted") == 1
@@ -90,8 +90,8 @@ async def test_only_expired_records_of_the_status_are_removed(
     (young,) = await pool.fill(1, status)
     await set_status_age(pool, young, timedelta(days=29))
     assert await purge_records(await pool.write_session(), status, days=30) == 2
-    left = await pool.column("SELECT DISTINCT status FROM sandboxes WHERE sandbox_id <> $1", young)
-    assert sorted(left) == sorted({*STATUSES} - {status})
+    statuses = await pool.column("SELECT DISTINCT status FROM sandboxes WHERE sandbox_id <> $1", young)
+    assert sorted(statuses) == sorted({*STATUSES} - {status})
     assert await pool.status(young) == status
     assert await pool.events() == []
 

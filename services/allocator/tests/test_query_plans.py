@@ -1,4 +1,4 @@
-"""Generic plans of the statements that students wait for.
+"""Generic plans of the statements for students.
 
 The plans must be look-ups along the same indexes, whatever rows and statistics the tables had at planning time.
 """
@@ -56,7 +56,7 @@ async def _new(pool: Pool) -> None:
 
 
 async def _emptied(pool: Pool) -> None:
-    """Tables whose statistics say that they are empty, as after the restore of an empty pool."""
+    """Tables with the statistics of empty tables, as after the restore of an empty pool."""
     await pool.execute("VACUUM ANALYZE")
 
 
@@ -66,7 +66,7 @@ async def _full(pool: Pool) -> None:
 
 
 async def _grown(pool: Pool) -> None:
-    """Tables that have grown since their statistics were empty."""
+    """Full tables with the statistics of empty ones."""
     await pool.execute("VACUUM ANALYZE")
     await pool.fill(1_000)
 
@@ -101,7 +101,7 @@ async def test_a_generic_plan_uses_only_index_lookups(
 
 
 def _access_paths(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the alias and the access path (index and column) of each table that the plan reads."""
+    """Yield the alias and the access path (index and column) of each table in the plan."""
     if "Relation Name" in node and node["Node Type"] != "ModifyTable":
         path = node.get("Index Name", node["Node Type"])
         if condition := node.get("Index Cond"):

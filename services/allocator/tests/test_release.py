@@ -14,7 +14,7 @@ from .allocator_harness import (
     Pool,
     allocate,
     allocate_command,
-    assert_granted,
+    granted_lease,
     refusal_code,
     release,
     release_command,
@@ -114,8 +114,8 @@ async def test_an_allocation_after_a_release_gets_another_sandbox(pool: Pool) ->
     session = await pool.write_session()
     await release(session, release_command(sandbox_id, "ann"))
     (reply,) = await allocate(session, allocate_command("ann"))
-    assert assert_granted(reply).new
-    assert assert_granted(reply).sandbox_id != sandbox_id
+    assert granted_lease(reply).new
+    assert granted_lease(reply).sandbox_id != sandbox_id
 
 
 async def test_only_leases_past_the_grace_period_expire(pool: Pool) -> None:

@@ -21,7 +21,7 @@ PURGE_INTERVAL_SEC = 3600.0
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "csp-syncer")
-    requester = Requester(url, "csp-syncer", publisher)
+    requester = Requester(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
     csp = CspClient(
         settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=LISTING_TIMEOUT_SEC
     )
@@ -65,4 +65,4 @@ def main() -> None:
     logging.configure(settings, "csp-syncer")
     tracing.configure(settings, "csp-syncer")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.csp_syncer_port)
+    service.run(create_app(settings), settings.csp_syncer_port, bind_host=settings.bind_host)

@@ -20,7 +20,7 @@ async def send_sync_command(publisher: Publisher) -> None:
     # The first tick can come before the connection. Waiting saves a whole period.
     await publisher.wait_connected()
     try:
-        await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)
+        await publisher.publish(topology.COMMANDS_FROM_SYNCER.name, topology.SYNCER_COMMANDS.name, body)
     except (Disconnected, Unroutable) as error:
         log.warning("sync.postponed", error=str(error))
 

@@ -133,6 +133,7 @@ class Allocator:
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
                 (command,) = decode_commands(message.body)
+                assert message.exchange == topology.COMMANDS_FROM_SYNCER.name
                 assert not isinstance(command, InvalidCommand)
                 body = ReplyEnvelope(replies=(await self.answer(command),)).model_dump_json().encode()
                 answered = aio_pika.Message(body, correlation_id=message.correlation_id)

@@ -193,6 +193,8 @@ async def test_a_forced_sync_runs_after_the_unforced_one(
         {"listing_error_rate": 1, "listing_error_status": 500},
         {"listing_error_rate": 1, "listing_error_status": 503, "listing_error_html": True},
         {"listing_error_rate": 1, "listing_error_status": 200, "listing_error_html": True},
+        {"listing_error_rate": 1, "listing_error_status": "bomb"},
+        {"listing_error_rate": 1, "listing_error_status": "flood"},
         {"listing_cut_short": True},
         {"reject_tokens": True},
     ],

@@ -69,7 +69,11 @@ KINDS: Mapping[str, Kind] = {
     "DEAD_LETTER_NOT_FOUND": Kind(
         404, "No such dead letter", "Nothing is to be done: it was replayed or dropped, or never was one."
     ),
-    "NOT_FOUND": Kind(404, "No such path", "See `/v1/docs` for what there is."),
+    "NOT_FOUND": Kind(
+        404,
+        "No such path",
+        "Check the path. `/v1/docs` lists all of them, where the operator has not switched it off.",
+    ),
     "METHOD_NOT_ALLOWED": Kind(
         405, "The path exists, but not with this method", "Use the method that the `Allow` header names."
     ),
@@ -87,7 +91,9 @@ KINDS: Mapping[str, Kind] = {
         409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
     ),
     "NOT_REPLAYABLE": Kind(
-        409, "The dead letter names a queue that is none of those for work", "Look at it, and drop it."
+        409,
+        "The dead letter names a queue that is not for commands, or holds only commands that services repeat",
+        "Look at it, and drop it.",
     ),
     "SYNC_HELD": Kind(
         409,
@@ -108,7 +114,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "RATE_LIMITED": Kind(
         429,
-        "Too many requests from this address, or too many without a known token",
+        "Too many requests with this token for one student, or too many without a known token from this address",
         f"{AGAIN} It is what is left of the window.",
         retry_after=300,
     ),
@@ -206,10 +212,21 @@ def stopping() -> ApiError:
     )
 
 
-def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
+def not_found(path: str, *, docs_enabled: bool) -> ApiError:
+    hint = "See /v1/docs for what there is." if docs_enabled else "Check the path."
+    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. {hint}")
+
+
+def not_on_this_port(path: str) -> ApiError:
+    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} on this port. Check the path and the port.")
+
+
+def of_status(
+    status: int, method: str, path: str, headers: Mapping[str, str] | None, *, docs_enabled: bool
+) -> ApiError:
     """What the framework itself refuses: unknown paths and wrong methods."""
     if status == HTTPStatus.NOT_FOUND:
-        return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. See /v1/docs for what there is.")
+        return not_found(path, docs_enabled=docs_enabled)
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (headers or {}).get("Allow", "another method")
         return ApiError(

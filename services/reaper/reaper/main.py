@@ -22,7 +22,7 @@ from sandbox_broker.settings import load
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "reaper")
-    requester = Requester(url, "reaper", publisher)
+    requester = Requester(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
     niosxaas = niosxaas_cleanup.build_client(settings)
     deleter = Deleter(settings, csp, niosxaas, requester)
@@ -74,4 +74,4 @@ def main() -> None:
     logging.configure(settings, "reaper")
     tracing.configure(settings, "reaper")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.reaper_port)
+    service.run(create_app(settings), settings.reaper_port, bind_host=settings.bind_host)

@@ -29,7 +29,11 @@ def build_client(settings: Settings) -> NiosxaasClient | None:
 
 
 async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> str | None:
-    """Return the problem, or None. The account is deleted in both cases."""
+    """Remove the services inside the account of `deletion`. Return the problem, or None.
+
+    The client first proves that its session is in that account, and otherwise removes none. The account is deleted
+    in both cases.
+    """
     try:
         cleaned = await niosxaas.clean_account(deletion.external_id)
     except CspError as error:

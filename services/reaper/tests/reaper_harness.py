@@ -180,6 +180,7 @@ class Allocator:
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
                 commands = decode_commands(message.body)
+                assert message.exchange == topology.COMMANDS_FROM_REAPER.name
                 self.invalid += [command for command in commands if isinstance(command, InvalidCommand)]
                 replies = tuple(
                     [await self.answer(command) for command in commands if not isinstance(command, InvalidCommand)]

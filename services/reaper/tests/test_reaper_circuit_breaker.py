@@ -71,8 +71,11 @@ async def allocator(csp: Csp, amqp_url: str) -> AsyncIterator[Allocator]:
         yield allocator
 
 
-async def test_an_open_breaker_claims_no_deletions(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await csp.behave(delete_error_rate=1)
+@pytest.mark.parametrize("status", [500, "bomb", "flood"])
+async def test_an_open_breaker_claims_no_deletions(
+    csp: Csp, allocator: Allocator, amqp_url: str, status: int | str
+) -> None:
+    await csp.behave(delete_error_rate=1, delete_error_status=status)
     await allocator.add_due()
     async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_interval_sec=0.1):
         await until(lambda: len(allocator.all(RecordDeletionFailure)) == 5)

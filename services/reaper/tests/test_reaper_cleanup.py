@@ -137,6 +137,8 @@ async def test_an_account_that_is_already_gone_counts_as_deleted(
         ({"delete_error_status": 200, "delete_error_html": True}, "200"),
         ({"delete_error_status": 503}, "503"),
         ({"delete_error_status": 400}, "400"),
+        ({"delete_error_status": "bomb"}, "CSP answered DELETE with more than 1048576 bytes"),
+        ({"delete_error_status": "flood"}, "CSP answered DELETE with more than 1048576 bytes"),
         ({"delete_error_status": 429, "retry_after_sec": 45}, "429"),
     ],
 )

@@ -99,6 +99,20 @@ async def test_a_failed_removal_is_recorded_and_the_account_is_deleted(
     assert all("401" in (error or "") for error in errors)
 
 
+async def test_no_service_is_removed_when_the_account_switch_had_no_effect(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    (await csp.control.put("/_control/services", json={"services": {"home": ["keep"]}})).raise_for_status()
+    await csp.behave(account_switch_without_effect=True)
+    async with reaping(amqp_url, csp, **enabled_settings(csp)):
+        await until(lambda: not allocator.due)
+    assert await list_services(csp) == ["keep"]
+    assert await list_deletions(csp) == ["account", "account"]
+    assert await csp.accounts() == {}
+    for deletion in allocator.all(RecordDeletion):
+        assert "No service was deleted." in (deletion.services_error or "")
+
+
 async def test_a_claim_includes_the_time_for_services(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))

@@ -1,6 +1,7 @@
 """Where the broker is and who we are: from the environment, then from a file of the same variables."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,23 @@ def default_file(environ: Mapping[str, str]) -> Path:
     return Path(home) / "brokerctl.env"
 
 
-def load(file: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """BROKER_API_URL and BROKER_ADMIN_TOKEN, of which the first counts where it is a list. Raises Misconfigured."""
+def checkout_file() -> Path:
+    """Return the file that `make run` writes in the checkout whose .venv this program is installed in."""
+    return Path(sys.prefix).parent / ".devstack" / "brokerctl.env"
+
+
+def load(file: Path | None, environ: Mapping[str, str] = os.environ, *, local_broker: Path | None = None) -> Config:
+    """Return BROKER_API_URL and BROKER_ADMIN_TOKEN, of which the first counts where it is a list.
+
+    `local_broker` is read only where nothing else is set: neither variable, no `file`, no file of the user. So the
+    local token never goes to another broker. Raises Misconfigured.
+    """
     path = file or default_file(environ)
     if file is not None and not file.is_file():
         raise Misconfigured(f"There is no file {file}. Correct --config, or leave it out.")
-    found = dotenv_values(path, interpolate=False) if path.is_file() else {}
+    nothing_is_set = not path.is_file() and environ.keys().isdisjoint(("BROKER_API_URL", "BROKER_ADMIN_TOKEN"))
+    source = local_broker if nothing_is_set and local_broker is not None else path
+    found = dotenv_values(source, interpolate=False) if source.is_file() else {}
 
     def value(name: str) -> str:
         return (environ.get(name) or found.get(name) or "").strip()

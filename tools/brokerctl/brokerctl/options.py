@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from brokerctl import screens
 from brokerctl.api import Api
-from brokerctl.config import load
+from brokerctl.config import checkout_file, load
 from brokerctl.problems import Misconfigured
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON for programs; errors too, on standard error.")]
@@ -20,7 +20,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def connect(context: typer.Context) -> Api:
     """By the file that --config has named; not before it is needed, so that --help needs none. Raises
     Misconfigured."""
-    return Api(load(context.obj))
+    return Api(load(context.obj, local_broker=checkout_file()))
 
 
 def show(as_json: bool, answer: Any, screen: Callable[[], RenderableType]) -> None:

@@ -80,10 +80,16 @@ def _services(status: Mapping[str, Any]) -> Iterator[Attention]:
         if state == "down":
             yield Attention(name, "Nobody consumes its queues.", STARTS.get(name, "Start one."))
         elif state == "partly":
-            lacking = [entry["queue"] for entry in queues if not entry["consumers"] and _of(entry["queue"], name)]
+            lacking = [entry["queue"] for entry in queues if entry["consumers"] == 0 and _of(entry["queue"], name)]
             yield Attention(name, f"Nobody consumes {', '.join(lacking)}.", "Its log says why; restart it.")
     for entry in queues:
-        if entry["messages"] >= LONG_QUEUE:
+        if entry.get("problem"):
+            yield Attention(
+                entry["queue"],
+                f"RabbitMQ gives no information about it: {entry['problem']}.",
+                "Run rabbitmqctl cluster_status: is the node of this queue down? Start that node.",
+            )
+        elif entry["messages"] >= LONG_QUEUE:
             yield Attention(
                 entry["queue"],
                 f"{entry['messages']} messages wait.",

@@ -84,8 +84,10 @@ def status(url: str, found: Mapping[str, Any]) -> RenderableType:
     )
     shown: list[RenderableType] = [above]
     if found.get("queues"):
-        rows = [(entry["queue"], entry["messages"], entry["consumers"]) for entry in found["queues"]]
         columns = ("queue", "messages", "consumers")
+        rows = [
+            ["?" if entry[column] is None else entry[column] for column in columns] for entry in found["queues"]
+        ]
         shown += [Text(), table(columns, rows, numbers=columns[1:])]
     if found["attention"]:
         listed = table(

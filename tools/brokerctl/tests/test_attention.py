@@ -1,10 +1,13 @@
 """What of a status is called to a person's attention."""
 
 import time
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from brokerctl import screens
 from brokerctl.outlook import attention
 
 UP = {"state": "up", "problem": None}
@@ -109,6 +112,24 @@ def test_a_long_queue_is_named() -> None:
     seen = status()
     seen["queues"][0]["messages"] = 5000
     assert found(UP, seen) == [("allocator.commands", "5000 messages wait.")]
+
+
+def test_a_queue_that_does_not_answer_is_named() -> None:
+    seen = status()
+    seen["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    assert found(UP, seen) == [
+        ("reaper.events", "RabbitMQ gives no information about it: no answer in 0.3 s."),
+    ]
+
+
+def test_the_screen_shows_a_queue_that_does_not_answer() -> None:
+    seen = status()
+    seen["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    console = Console(width=200, file=StringIO())
+    console.print(screens.status("http://broker", {"gateway": UP, **seen, "attention": []}))
+    assert isinstance(console.file, StringIO)
+    (line,) = [line.split() for line in console.file.getvalue().splitlines() if "reaper.events" in line]
+    assert line == ["reaper.events", "?", "?"]
 
 
 def test_behind_a_gateway_that_is_down_nothing_is_judged() -> None:

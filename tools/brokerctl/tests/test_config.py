@@ -1,8 +1,9 @@
+import sys
 from pathlib import Path
 
 import pytest
 
-from brokerctl.config import DEFAULT_URL, load
+from brokerctl.config import DEFAULT_URL, checkout_file, load
 from brokerctl.problems import Misconfigured
 
 TOKEN = {"BROKER_ADMIN_TOKEN": "secret"}
@@ -62,3 +63,31 @@ def test_a_missing_token_or_file_is_told(tmp_path: Path) -> None:
         load(None, {"HOME": str(tmp_path)})
     with pytest.raises(Misconfigured, match="There is no file"):
         load(tmp_path / "none", TOKEN)
+
+
+def test_the_broker_of_the_checkout_is_found_where_nothing_else_is_set(tmp_path: Path) -> None:
+    local = write(tmp_path / "local.env", "BROKER_API_URL=http://127.0.0.1:8091/v1", "BROKER_ADMIN_TOKEN=local")
+    found = load(None, {"HOME": str(tmp_path)}, local_broker=local)
+    assert (found.url, found.token) == ("http://127.0.0.1:8091", "local")
+
+
+@pytest.mark.parametrize("name", ["BROKER_API_URL", "BROKER_ADMIN_TOKEN"])
+def test_the_token_of_the_checkout_never_goes_to_another_broker(tmp_path: Path, name: str) -> None:
+    local = write(tmp_path / "local.env", "BROKER_API_URL=http://127.0.0.1:8091/v1", "BROKER_ADMIN_TOKEN=local")
+    environ = {"HOME": str(tmp_path), name: "https://broker.example.com"}
+    if name == "BROKER_API_URL":
+        with pytest.raises(Misconfigured, match="BROKER_ADMIN_TOKEN is not set"):
+            load(None, environ, local_broker=local)
+    else:
+        assert load(None, environ, local_broker=local).url == DEFAULT_URL
+
+
+def test_the_file_of_the_user_wins_over_that_of_the_checkout(tmp_path: Path) -> None:
+    local = write(tmp_path / "local.env", "BROKER_ADMIN_TOKEN=local")
+    (tmp_path / ".config").mkdir()
+    write(tmp_path / ".config" / "brokerctl.env", "BROKER_ADMIN_TOKEN=of user")
+    assert load(None, {"HOME": str(tmp_path)}, local_broker=local).token == "of user"
+
+
+def test_the_checkout_is_that_of_the_virtual_environment() -> None:
+    assert checkout_file() == Path(sys.executable).parents[2] / ".devstack" / "brokerctl.env"

@@ -12,6 +12,10 @@ does wrong is set while it runs, by the control API:
       one listing fails with an HTML page
   curl -X PATCH localhost:9200/_control/behaviour -d '{"delete_error_after_effect": true}'
       a deletion that fails has happened all the same
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"fail_next_deletes": 1, "delete_error_status": "bomb"}'
+      one deletion is answered with 255 KiB of gzip for 256 MiB
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"account_switch_without_effect": true}'
+      a session stays in the account it was in, though the switch seems to work
   curl -X POST localhost:9200/_control/accounts/disturb -d '{"drop": 3, "rename": 2, "new_id": 1}'
       sandboxes disappear, change their names and their ids
   curl -X PUT localhost:9200/_control/script -d '{"name": "bad-day", "speed": 100}'

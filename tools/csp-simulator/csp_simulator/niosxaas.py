@@ -1,4 +1,5 @@
-"""The API of NIOSXaaS as the broker sees it: sign in, switch to an account, list its services, delete one."""
+"""The API of NIOSXaaS as the broker sees it: sign in, switch to an account, show the current user, list and delete
+the services of the account."""
 
 from typing import Any
 
@@ -14,6 +15,8 @@ from csp_simulator.services import Services
 from csp_simulator.sessions import Sessions
 
 SERVICES = "/api/universalinfra/v1/universalservices"
+HOME_ACCOUNT = "00000000-0000-4000-8000-000000000001"
+"""The user's own account. It is not in the listing."""
 
 
 class Niosxaas:
@@ -31,6 +34,7 @@ class Niosxaas:
         return [
             Route("/v2/session/users/sign_in", self.sign_in, methods=["POST"]),
             Route("/v2/session/account_switch", self.switch_account, methods=["POST"]),
+            Route("/v2/current_user", self.show_current_user, methods=["GET"]),
             Route(SERVICES, self.list_services, methods=["GET"]),
             Route(SERVICES + "/{service_id}", self.delete_service, methods=["DELETE"]),
         ]
@@ -51,9 +55,18 @@ class Niosxaas:
         def switch() -> Response:
             if external_id is None or not self._accounts.has(external_id):
                 return refusal(404, "account not found")
-            return JSONResponse({"jwt": self._sessions.switch(jwt, external_id, self._lifetime_sec)})
+            stays = self._faults.settings["account_switch_without_effect"]
+            account = self._sessions.account_of(jwt) if stays else external_id
+            return JSONResponse({"jwt": self._sessions.switch(jwt, account, self._lifetime_sec)})
 
         return await self._faults.play("account_switch", switch)
+
+    async def show_current_user(self, request: Request) -> Response:
+        if (jwt := self._valid_jwt(request)) is None:
+            return REFUSED
+        account = self._sessions.account_of(jwt) or HOME_ACCOUNT
+        user = {"email": self._user[0], "account_id": f"identity/accounts/{account}"}
+        return await self._faults.play("current_user", lambda: JSONResponse({"result": user}))
 
     async def list_services(self, request: Request) -> Response:
         if (jwt := self._valid_jwt(request)) is None:

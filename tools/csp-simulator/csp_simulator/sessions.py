@@ -28,8 +28,8 @@ class Sessions:
         self._accounts[session] = None
         return self._jwt(session, lifetime_sec)
 
-    def switch(self, jwt: str, external_id: str, lifetime_sec: float) -> str:
-        """The JWT with which to act in this account; `jwt` must be valid."""
+    def switch(self, jwt: str, external_id: str | None, lifetime_sec: float) -> str:
+        """The JWT with which to act in this account (None: the user's own); `jwt` must be valid."""
         session = str(self._claims(jwt)["session"])
         self._accounts[session] = external_id
         return self._jwt(session, lifetime_sec)

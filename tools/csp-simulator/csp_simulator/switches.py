@@ -9,12 +9,13 @@ OPERATIONS = {
     "delete": "deletes",
     "sign_in": "sign_ins",
     "account_switch": "account_switches",
+    "current_user": "current_users",
     "service_listing": "service_listings",
     "service_delete": "service_deletes",
 }
 """What the APIs do, and the plural that `fail_next_…` ends in."""
 
-HANG, CUT = "hang", "cut"
+HANG, CUT, BOMB, FLOOD, DRIP = NO_STATUS = "hang", "cut", "bomb", "flood", "drip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def _is_status(value: object) -> bool:
     # 200 is among them for the proxy that answers with its own page and the server that lies.
-    return value in (HANG, CUT) or (isinstance(value, int) and (value == 200 or is_number(value, 400, 599)))
+    return value in NO_STATUS or (isinstance(value, int) and (value == 200 or is_number(value, 400, 599)))
 
 
 def _are_statuses(value: object) -> bool:
@@ -64,10 +65,12 @@ PER_OPERATION: Mapping[str, Switch] = {
     "{one}_error_rate": _fraction(0.0, "how many of the calls fail, by chance"),
     "{one}_error_status": Switch(
         500,
-        f'must be 200, an error status from 400 to 599, "{HANG}", "{CUT}", or a list of these',
+        f'must be 200, an error status from 400 to 599, "{HANG}", "{CUT}", "{BOMB}", "{FLOOD}", "{DRIP}", or a list'
+        " of these",
         _are_statuses,
-        f'how a call fails; "{HANG}" never answers, "{CUT}" ends the connection in the middle of the answer;'
-        " of a list, chance takes one",
+        f'how a call fails; "{HANG}" never answers, "{CUT}" ends the connection in the middle of the answer,'
+        f' "{BOMB}" answers 200 with 255 KiB of gzip for 256 MiB, "{FLOOD}" and "{DRIP}" answer 200 with a body'
+        " without end, as fast as the client reads or a byte every 50 ms; of a list, chance takes one",
     ),
     "{one}_error_html": _flag("failures carry an HTML page instead of JSON"),
     "fail_next_{many}": _count("as many calls fail, whatever the rate; counts down"),
@@ -91,6 +94,9 @@ COMMON: Mapping[str, Switch] = {
         "must be seconds from 0 to 3600, or null",
         lambda value: value is None or is_number(value, 0, 3600),
         "goes out as Retry-After with failures of status 429 and 503",
+    ),
+    "account_switch_without_effect": _flag(
+        "an account switch answers as if all were well, and the session stays in the account it was in"
     ),
     "reject_tokens": _flag("401 to every token and JWT, as after a rotation"),
     "jwt_lifetime_sec": _seconds("how long a JWT is accepted", default=3600.0),

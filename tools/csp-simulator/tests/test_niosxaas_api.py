@@ -14,6 +14,7 @@ from .simulator_harness import behave, client_of, external_id, path_of, sandboxe
 
 SIGN_IN = "/v2/session/users/sign_in"
 SWITCH = "/v2/session/account_switch"
+CURRENT_USER = "/v2/current_user"
 SERVICES = "/api/universalinfra/v1/universalservices"
 
 
@@ -75,6 +76,28 @@ async def test_who_has_not_switched_acts_in_the_users_own_account(csp: httpx.Asy
     assert await names(csp, await signed_in(csp)) == ["keep"]
 
 
+async def test_the_current_user_is_in_the_account_of_the_jwt(csp: httpx.AsyncClient) -> None:
+    async def account(headers: dict[str, str]) -> object:
+        response = await csp.get(CURRENT_USER, headers=headers)
+        return response.raise_for_status().json()["result"]["account_id"]
+
+    first, second, _ = await sandboxes(csp)
+    headers = await signed_in(csp)
+    assert await account(headers) == "identity/accounts/00000000-0000-4000-8000-000000000001"
+    assert await account(await switched_to(csp, first)) == first["id"]
+    assert await account(await switched_to(csp, second)) == second["id"]
+
+
+async def test_a_switch_without_effect_stays_in_the_account_of_before(csp: httpx.AsyncClient) -> None:
+    first, second, _ = await sandboxes(csp)
+    await have_services(csp, {external_id(first): ["a"], external_id(second): ["b"], "home": ["keep"]})
+    in_first = await switched_to(csp, first)
+    await behave(csp, account_switch_without_effect=True)
+    headers = bearer(await csp.post(SWITCH, headers=in_first, json={"id": second["id"]}))
+    assert await names(csp, headers) == ["a"]
+    assert await names(csp, await switched_to(csp, second)) == ["keep"]
+
+
 @pytest.mark.parametrize(
     "body", [{}, {"email": DEFAULT_EMAIL, "password": "x"}, {"email": "x", "password": DEFAULT_PASSWORD}, []]
 )
@@ -88,7 +111,12 @@ async def test_a_jwt_is_checked_to_the_last_character(csp: httpx.AsyncClient) ->
     header, payload, signature = jwt.split(".")
     bad = ["", "x", "a.b.c", f"{header}.{payload}.", f"{header}.{payload}x.{signature}", f"{jwt}x", jwt[:-2]]
     for headers in [{}, {"Authorization": jwt}, *({"Authorization": f"Bearer {wrong}"} for wrong in bad)]:
-        for method, path in (("POST", SWITCH), ("GET", SERVICES), ("DELETE", f"{SERVICES}/x")):
+        for method, path in (
+            ("POST", SWITCH),
+            ("GET", CURRENT_USER),
+            ("GET", SERVICES),
+            ("DELETE", f"{SERVICES}/x"),
+        ):
             response = await csp.request(method, path, headers={"Authorization": "", **headers})
             assert response.status_code == 401
     assert (await csp.get(SERVICES, headers={"Authorization": good})).status_code == 200
@@ -134,6 +162,7 @@ async def test_every_jwt_can_be_rejected(csp: httpx.AsyncClient) -> None:
     [
         ("fail_next_sign_ins", "POST", SIGN_IN),
         ("fail_next_account_switches", "POST", SWITCH),
+        ("fail_next_current_users", "GET", CURRENT_USER),
         ("fail_next_service_listings", "GET", SERVICES),
         ("fail_next_service_deletes", "DELETE", f"{SERVICES}/x"),
     ],

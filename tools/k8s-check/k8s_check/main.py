@@ -3,7 +3,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from k8s_check import crds, monitoring, network, references, restricted, schemas, users, wiring
+from k8s_check import crds, exposure, monitoring, network, references, restricted, schemas, users, wiring
 from k8s_check.manifests import CannotBuild, Manifest, build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,5 +54,6 @@ def problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
     yield from references.problems(manifests)
     yield from wiring.problems(manifests)
     yield from network.problems(manifests)
+    yield from exposure.problems(manifests)
     yield from users.problems(manifests, deploy)
     yield from monitoring.problems(manifests, deploy)

@@ -12,7 +12,7 @@ import yaml
 
 from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects
 
-JOB, PORT = "sandbox-broker", "http"
+JOB, PORT = "sandbox-broker", "ops"
 
 _HEAD = f"""\
 # Made from deploy/prometheus/alerts.yml by make docs.

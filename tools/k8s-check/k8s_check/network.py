@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from k8s_check import services
-from k8s_check.manifests import Manifest, Pods, of_kind, pods, selects
+from k8s_check import monitoring, services
+from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects
+from k8s_check.references import backend_ports, target_port
 
 POSTGRES, RABBITMQ, CSP = "PostgreSQL", "RabbitMQ", "CSP"
 INGRESS, MONITORING, DNS = "the ingress controller", "Prometheus", "DNS"
@@ -110,27 +111,25 @@ def _wanted(manifests: Sequence[Manifest], ours: Sequence[Pods]) -> Iterator[Flo
             for setting, (target, port) in TALKS_TO.items():
                 if setting in program.fields:
                     yield Flow(pod.name, target, port)
-        for container in pod.containers:
-            for port in container.get("ports", []):
-                yield Flow(MONITORING, pod.name, port["containerPort"])
+        if (metrics := target_port(pod, monitoring.PORT)) is not None:
+            yield Flow(MONITORING, pod.name, metrics)
     for name, served in _entrances(manifests, ours):
         yield Flow(INGRESS, name, served)
 
 
 def _entrances(manifests: Sequence[Manifest], ours: Sequence[Pods]) -> Iterator[tuple[str, int]]:
-    """The pods that an Ingress leads to, and their ports."""
-    backends = {
-        path["backend"]["service"]["name"]
+    """The pods that an Ingress leads to, and the port of each that it leads to."""
+    backends = [
+        path["backend"]["service"]
         for ingress in of_kind(manifests, "Ingress")
         for rule in ingress["spec"]["rules"]
         for path in rule["http"]["paths"]
-    }
-    for service, pod in product(of_kind(manifests, "Service"), ours):
-        chosen = selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
-        if service["metadata"]["name"] in backends and chosen:
-            for container in pod.containers:
-                for port in container.get("ports", []):
-                    yield pod.name, port["containerPort"]
+    ]
+    for backend, pod in product(backends, ours):
+        service = named(manifests, "Service", backend["name"])
+        if service is not None and selects({"matchLabels": service["spec"]["selector"]}, pod.labels):
+            for port in backend_ports(manifests, backend):
+                yield pod.name, port
 
 
 def _open(manifests: Sequence[Manifest], parties: Sequence[Party]) -> Iterator[Flow]:

@@ -57,6 +57,22 @@ def target_port(pod: Pods, target: int | str) -> int | None:
     return None
 
 
+def backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> set[int]:
+    """The container ports that a backend of an Ingress leads to."""
+    service = named(manifests, "Service", backend["name"])
+    if service is None:
+        return set()
+    wanted = set(backend["port"].values())
+    return {
+        number
+        for port in service["spec"]["ports"]
+        if wanted & {port.get("name"), port["port"]}
+        for pod in pods(manifests)
+        if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        if (number := target_port(pod, port.get("targetPort", port["port"]))) is not None
+    }
+
+
 def _ingress(manifests: Sequence[Manifest], ingress: Manifest) -> Iterator[str]:
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:

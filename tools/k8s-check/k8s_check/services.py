@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -16,7 +17,7 @@ import gateway.main
 import gateway.settings
 import reaper.main
 import reaper.settings
-from sandbox_broker import declare, migrate
+from sandbox_broker import declare, health, migrate
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Program:
     """None: it serves nothing, and ends."""
     port: str | None = None
     """The field of the settings that is its port."""
+    ops_port: str | None = None
+    """The field that moves /healthz, /readyz and /metrics to a port of their own, if it is set."""
 
     @property
     def fields(self) -> set[str]:
@@ -37,7 +40,7 @@ class Program:
 
 
 SERVICES: Mapping[str, Program] = {
-    "gateway": Program(gateway.settings.Settings, gateway.main.create_app, "gateway_port"),
+    "gateway": Program(gateway.settings.Settings, gateway.main.create_app, "gateway_port", "ops_port"),
     "allocator": Program(allocator.settings.Settings, allocator.main.create_app, "allocator_port"),
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
@@ -62,9 +65,13 @@ SECRETS = frozenset(
 )
 """Settings that hold a password or a token; a test compares this with the settings' types."""
 
+OPERATIONS = frozenset(route.path for route in health.routes({}))
+
 STAND_INS: Mapping[str, str] = {
     "amqp_url": "amqp://stand-in:stand-in@rabbitmq/",
     "database_url": "postgresql://stand-in:stand-in@postgres/sandbox_broker",
+    "broker_api_token": "stand-in-of-the-track-token",
+    "broker_admin_token": "stand-in-of-the-admin-token",
 }
 """For what only the cluster knows."""
 
@@ -86,9 +93,28 @@ def of_container(container: Mapping[str, Any]) -> Program | None:
     return COMMANDS[module]
 
 
-def paths(program: Program, settings: BaseSettings) -> set[str]:
-    """What answers GET."""
-    if program.create_app is None:
-        return set()
-    routes = program.create_app(settings).routes
-    return {route.path for route in routes if isinstance(route, Route) and "GET" in (route.methods or ())}
+def ports(program: Program, settings: BaseSettings) -> list[int]:
+    """The ports that the program listens on."""
+    values = [getattr(settings, name) for name in (program.port, program.ops_port) if name is not None]
+    return [value for value in values if value is not None]
+
+
+def paths(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """The paths that answer GET, and the port of each."""
+    if program.create_app is None or program.port is None:
+        return {}
+    listens_on = ports(program, settings)
+    return {
+        route.path: listens_on[-1] if route.path in OPERATIONS else listens_on[0]
+        for route in program.create_app(settings).routes
+        if isinstance(route, Route) and "GET" in (route.methods or ())
+    }
+
+
+def routes(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """Return the paths that are served for any method, and the port of each."""
+    if program.create_app is None or program.port is None:
+        return {}
+    app = program.create_app(settings)
+    described = app.openapi()["paths"] if isinstance(app, FastAPI) else {}
+    return dict.fromkeys(described, ports(program, settings)[0]) | paths(program, settings)

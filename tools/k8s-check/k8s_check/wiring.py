@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from k8s_check import services
+from k8s_check import exposure, services
 from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects, title
-from k8s_check.references import target_port
+from k8s_check.references import backend_ports, target_port
 from k8s_check.services import Program
 from sandbox_broker.health import CHECK_TIMEOUT_SEC
 
@@ -91,12 +91,13 @@ def settle(program: Program, variables: Mapping[str, str | None]) -> tuple[BaseS
 
 
 def _ports(program: Program, settings: BaseSettings, container: Mapping[str, Any]) -> Iterator[str]:
-    served = None if program.port is None else getattr(settings, program.port)
+    served = services.ports(program, settings)
     declared = {port["containerPort"] for port in container.get("ports", [])}
-    for port in sorted(declared - {served}):
-        yield f"port {port} is not served; {served} is"
-    if served is not None and served not in declared:
-        yield f"port {served} is served and not declared"
+    for port in sorted(declared - set(served)):
+        yield f"port {port} is not served; served: {', '.join(map(str, served)) or 'none'}"
+    for port in served:
+        if port not in declared:
+            yield f"port {port} is served and not declared"
 
 
 def _probes(program: Program, settings: BaseSettings, pod: Pods, container: Mapping[str, Any]) -> Iterator[str]:
@@ -109,8 +110,11 @@ def _probes(program: Program, settings: BaseSettings, pod: Pods, container: Mapp
         path, port = probe["httpGet"]["path"], probe["httpGet"]["port"]
         if path not in served:
             yield f"{kind}: {path} is not served"
-        if target_port(pod, port) is None:
+        number = target_port(pod, port)
+        if number is None:
             yield f"{kind}: port {port} is not declared"
+        elif path in served and served[path] != number:
+            yield f"{kind}: {path} is served on port {served[path]}, not on {number}"
         if kind == "readinessProbe" and path != "/readyz":
             yield f"{kind}: /readyz is what says whether it can work"
         if kind == "readinessProbe" and probe.get("timeoutSeconds", 1) <= CHECK_TIMEOUT_SEC:
@@ -120,26 +124,33 @@ def _probes(program: Program, settings: BaseSettings, pod: Pods, container: Mapp
 
 
 def _ingresses(manifests: Sequence[Manifest]) -> Iterator[str]:
+    served_by: dict[str, dict[str, int]] = {}
     for ingress in of_kind(manifests, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
-                name = path["backend"]["service"]["name"]
-                served = _served_by(manifests, name)
-                prefix = path["path"].rstrip("/")
-                if served and not any(route.startswith(f"{prefix}/") for route in served):
-                    yield f"{title(ingress)}: nothing below {path['path']} is served by {name}"
+                backend = path["backend"]["service"]
+                name = backend["name"]
+                if name not in served_by:  # the OpenAPI document takes long
+                    served_by[name] = _served_by(manifests, name)
+                served = served_by[name]
+                matched = {port for route, port in served.items() if exposure.covers(path, route)}
+                if served and not matched:
+                    yield f"{title(ingress)}: {path['path']} ({path['pathType']}) is not served by {name}"
+                for port in backend_ports(manifests, backend):
+                    if matched and port not in matched:
+                        yield f"{title(ingress)}: {path['path']} is not served on port {port} of {name}"
 
 
-def _served_by(manifests: Sequence[Manifest], service_name: str) -> set[str]:
+def _served_by(manifests: Sequence[Manifest], service_name: str) -> dict[str, int]:
     service = named(manifests, "Service", service_name)
     if service is None:
-        return set()
-    served: set[str] = set()
+        return {}
+    served: dict[str, int] = {}
     for pod in pods(manifests):
         if selects({"matchLabels": service["spec"]["selector"]}, pod.labels):
             for container in pod.containers:
                 program = services.of_container(container)
                 if program is not None:
                     settings, _ = settle(program, environment(manifests, container)[0])
-                    served |= services.paths(program, settings) if settings is not None else set()
+                    served |= services.routes(program, settings) if settings is not None else {}
     return served

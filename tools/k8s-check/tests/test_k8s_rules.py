@@ -116,11 +116,11 @@ def test_a_value_that_the_service_would_refuse_is_told(manifests: list[Any]) -> 
 @pytest.mark.parametrize(
     ("kind", "probe", "told"),
     [
-        ("livenessProbe", {"httpGet": {"path": "/readyz", "port": "http"}}, "use /healthz"),
+        ("livenessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "use /healthz"),
         ("livenessProbe", {"httpGet": {"path": "/healthz", "port": "web"}}, "port web is not declared"),
         ("livenessProbe", {"exec": {"command": ["true"]}}, "has no livenessProbe over HTTP"),
-        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "http"}}, "/readyz is what says"),
-        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "http"}}, "takes up to 2 s"),
+        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "ops"}}, "/readyz is what says"),
+        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "takes up to 2 s"),
     ],
 )
 def test_a_probe_that_means_nothing_is_told(
@@ -148,7 +148,7 @@ def test_an_entrance_to_nothing_is_told(manifests: list[Any]) -> None:
     path = find(manifests, "Ingress", "gateway")["spec"]["rules"][0]["http"]["paths"][0]
     path["path"] = "/v2"
 
-    assert any("nothing below /v2 is served by gateway" in problem for problem in wiring.problems(manifests))
+    assert any("/v2 (Prefix) is not served by gateway" in problem for problem in wiring.problems(manifests))
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Tasks of the allocator that run beside the command consumers."""
+"""Background tasks of the allocator, beside the command consumers."""

@@ -9,7 +9,7 @@ WINDOW_SEC = 300.0
 class DepletionForecast:
     """Estimate from the rate of new leases within the last five minutes.
 
-    The estimate ignores sandboxes that CSP may add meanwhile, because a sync adds them in one step or not at all.
+    The estimate ignores future sandboxes of CSP, because a sync adds them in one step or not at all.
     """
 
     def __init__(self) -> None:

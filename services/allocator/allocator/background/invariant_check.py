@@ -1,7 +1,7 @@
 """Invariant check: compares the pool with its rules and reports every violation.
 
-The database enforces most rules. The check verifies them all the same, along other indexes than those that enforce
-them, because a repair can lose an index, a disk can damage one, and a person can write anything. The check only
+The database enforces most rules. The check verifies them all the same, along other indexes than the enforcing
+ones, because a repair can lose an index, a disk can damage one, and a person can write anything. The check only
 reads, and no command waits for it. Its cost grows with the number of active leases. The number of sandboxes matters
 only for counting index entries.
 """
@@ -20,7 +20,7 @@ MAX_EVENT_AGE = timedelta(minutes=5)
 MAX_LEASE_OVERDUE = timedelta(days=1)
 """Time after the end of the lease; much longer than any grace period."""
 CHECKED_AVAILABLE = 1000
-"""Number of available sandboxes to check, beginning with those that are allocated next."""
+"""Number of available sandboxes to check, beginning with the next to be allocated."""
 MAX_IDS = 10
 
 RULES = (

@@ -1,12 +1,12 @@
 """Outbox relay: publishes the events of the outbox to RabbitMQ, at least once and in order for each sandbox.
 
-The statement that changes a sandbox also writes the event row. When RabbitMQ has confirmed the event, the relay
+Each change of a sandbox and its event row are one statement. When RabbitMQ has confirmed the event, the relay
 moves the row to the history of the sandbox. Concurrent changes of one sandbox wait for its row lock, so the row
 numbers follow the order of the changes. An advisory lock admits one relay at a time, so no relay overtakes another.
-PostgreSQL closes the connection of a relay that freezes while it holds the lock.
+PostgreSQL closes the connection of a relay frozen with the lock.
 
-Only one relay runs at a time, so the relay also adds the changes that the triggers on `sandboxes` have logged to
-the pool counters.
+Only one relay runs at a time, so the relay also adds the changes logged by the triggers on `sandboxes` to the
+pool counters.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class OutboxRelay:
     async def _publish_batch(self, connection: asyncpg.Connection) -> int:
         """Publish one batch, move the confirmed rows to the history, and return their number.
 
-        The first unconfirmed event and all events behind it stay, so that a retry keeps the order.
+        The first unconfirmed event and all events behind it stay. This keeps the order on a retry.
         """
         rows = await connection.fetch(SELECT_EVENTS, BATCH_SIZE)
         metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)

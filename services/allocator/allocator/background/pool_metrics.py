@@ -19,7 +19,7 @@ FROM (
 ) counted
 GROUP BY status
 """
-# The 1,000 sandboxes that have been pending longest contain the oldest request: a retried or reopened deletion was
+# The 1,000 longest pending sandboxes contain the oldest request: a retried or reopened deletion was
 # requested before it became pending again.
 OLDEST_DELETION = """
 SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::float FROM (
@@ -28,8 +28,8 @@ SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::floa
 ) longest
 """
 COUNT_DEAD_LETTERS = "SELECT count(*) FROM dead_letters"
-# held: the newest listing that was applied or held is held. leaked: accounts in CSP that the last applied listing
-# found without a sandbox in the pool. missing: leased sandboxes that CSP no longer lists.
+# held: the newest applied or held listing is held. leaked: accounts of the last applied listing without a sandbox
+# in the pool. missing: leased sandboxes without an account in CSP.
 SYNC_STATE = """
 SELECT
     coalesce((

@@ -1,4 +1,4 @@
-"""Jobs that an administrator has started, and their progress."""
+"""Jobs started by an administrator, and their progress."""
 
 import json
 

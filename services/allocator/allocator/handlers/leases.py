@@ -22,10 +22,10 @@ async def allocate_sandbox(session: WriteSession, commands: Sequence[AllocateSan
 
 
 async def _holders_already_served(session: WriteSession, commands: Sequence[AllocateSandbox]) -> set[str]:
-    """Return the holders whose redelivered allocation may have been completed before.
+    """Return the holders of possibly completed, redelivered allocations.
 
-    Such a holder has no lease now, but had one that ended recently. With an idempotency key the database knows the
-    answer, so those commands are not checked. All commands of a holder in `commands` are allocations (see
+    Such a holder has no lease now, but an ended one of the last two minutes. With an idempotency key the database
+    knows the answer, so those commands are not checked. All commands of a holder in `commands` are allocations (see
     domain.split_on_conflict).
     """
     redelivered = [

@@ -25,7 +25,7 @@ async def stage_listing(session: WriteSession, command: StageListing) -> Reply:
 
 
 async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
-    """Apply or hold the listing; repeat the reply of a listing that has been applied.
+    """Apply or hold the listing; repeat the reply of an applied listing.
 
     A crash of the database empties the staged listing. Its number of accounts then differs from the command, and
     the listing is refused. Otherwise all leased sandboxes would look as if CSP lacked them.

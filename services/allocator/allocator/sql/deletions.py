@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from allocator.write_session import GUARD, WriteSession
 
-# Leader lease: one clean-up run at a time. A concurrent run blocks on the row and then sees that it is taken.
+# Leader lease: one clean-up run at a time. A concurrent run blocks on the row and then sees the new owner.
 # Statements that lock sandboxes for a run must refer to this CTE, or they could lock them before it has been
 # checked.
 _LEADER_LEASE = """
@@ -47,7 +47,7 @@ SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
 FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
 """
 
-# Deletions that this run has claimed are in progress. They stay as they are, or the run would delete them twice.
+# Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice.
 HURRY_DELETIONS = f"""
 WITH {GUARD},
 {_LEADER_LEASE},
@@ -94,7 +94,7 @@ SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
 """
 
 # The claim and its number of attempts are the condition. A duplicate message finds them changed, and so does a late
-# message of a run that another run has replaced.
+# message of a replaced run.
 RECORD_DELETION_FAILURE = f"""
 WITH {GUARD},
 moved AS (
@@ -145,12 +145,12 @@ FROM guard LEFT JOIN sandboxes s ON s.sandbox_id = $2
 
 class ClaimRow(TypedDict):
     """Claimed deletion. `on_duty` and `next_in_sec` are the same in all rows; without claimed deletions there is
-    one row, whose other columns are None."""
+    one row with None in the other columns."""
 
     on_duty: bool
     """Whether the run holds the leader lease."""
     next_in_sec: float | None
-    """Seconds until the next deletion is due or, without the leader lease, until that expires."""
+    """Seconds until the next deletion is due or, without the leader lease, until its expiry."""
     sandbox_id: str | None
     external_id: str
     name: str
@@ -207,7 +207,8 @@ async def record_deletion_failure(
     run_id: uuid.UUID,
     services_error: str | None,
 ) -> bool:
-    """Postpone a claimed deletion by `retry_in`, or give it up if that is None; return whether the claim was valid.
+    """Postpone a claimed deletion by `retry_in`, or give it up if `retry_in` is None; return whether the claim was
+    valid.
 
     `attempts` is the number of attempts before the failed one.
     """

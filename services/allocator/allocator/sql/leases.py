@@ -5,8 +5,8 @@ a new installation as well as for a million sandboxes. The statements leave the 
 statistics say:
 
 - They look rows up by `LIMIT 1` or `= ANY (ARRAY[key])` instead of joining tables.
-- The condition of each partial index appears only in the look-up that needs this index.
-- Other conditions are written in a form that no index matches (`status || ''`, `num_nulls`).
+- The condition of each partial index appears only in the look-up for this index.
+- Other conditions have a form without a matching index (`status || ''`, `num_nulls`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from sandbox_broker.tables import prefix_end
 
 # Parameters: epoch, lab duration, then one array per column of the requests.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
-# demand: per prefix, the requests that have neither. picked: a sandbox for each of them, longest available first.
+# demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
 # assigned: request and sandbox, or request and NULL. No CTE joins two sets: the arrays of one prefix are unnested
 # side by side, so the cost grows with the number of requests, whatever the planner estimates.
 _ALLOCATE = f"""
@@ -111,7 +111,7 @@ ORDER BY available_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
 """
 
 # Most names are a stem and a number, and few stems start with the prefix. The recursive CTE steps along the index
-# from stem to stem; the sandboxes of each stem are indexed by age. A prefix that ends with a digit may split a
+# from stem to stem; the sandboxes of each stem are indexed by age. A prefix with a digit at the end may split a
 # number, so its names are selected by range and sorted.
 _PICK_BY_PREFIX = """
 SELECT sandbox_id FROM (
@@ -313,7 +313,7 @@ async def allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -
 
 
 async def holders_with_ended_lease(session: WriteSession, *, holders: Sequence[str]) -> list[str]:
-    """Return those of `holders` that have no lease now, but had one that ended within the last two minutes."""
+    """Return the `holders` without a lease, but with one ended within the last two minutes."""
     row = await session.fetch_one(HOLDERS_WITH_ENDED_LEASE, holders)
     result: list[str] = row["holders"]
     return result
@@ -332,7 +332,7 @@ async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> 
 
 
 async def expire(session: WriteSession, *, grace: timedelta, limit: int) -> list[str]:
-    """End up to `limit` leases that are overdue by at least `grace`; return the ids of their sandboxes."""
+    """End up to `limit` leases overdue by at least `grace`; return the ids of their sandboxes."""
     row = await session.fetch_one(EXPIRE, grace, limit)
     sandbox_ids: list[str] = row["sandbox_ids"]
     return sandbox_ids

@@ -4,9 +4,9 @@ A listing is staged in batches under its id. APPLY_LISTING applies it as a whole
 statements around it do the rest: MOVE_ACCOUNTS corrects account ids before it, FLAG_MISSING and REFRESH_SANDBOXES
 set flags and names after it. Students wait for the same rows, so two more rules hold:
 
-- No statement waits for a row that a statement of a student has locked. SKIP LOCKED passes over it, and the next
+- No statement waits for a row locked by a statement of a student. SKIP LOCKED passes over it, and the next
   listing sees its new state.
-- No statement locks many rows that students may want. Available sandboxes are locked only when they become stale
+- No statement locks many rows needed by students. Available sandboxes are locked only when they become stale
   and must not be allocated any more. Names are corrected a few at a time.
 
 Every statement looks accounts up by (listing_id, sandbox_id). The table has no statistics of freshly staged rows,
@@ -22,7 +22,7 @@ from sandbox_broker.messages import ListedAccount
 from sandbox_broker.tables import PROOF_GRACE
 
 MAX_EXAMPLES = 20
-"""Sandboxes that a held sync names per kind of change."""
+"""Sandboxes named by a held sync per kind of change."""
 
 # A new listing abandons all unfinished ones. Only the accounts of the last applied listing stay, for comparison.
 BEGIN_LISTING = f"""
@@ -56,7 +56,7 @@ SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
 
 _IS_LISTED = "EXISTS (SELECT FROM csp_accounts a WHERE a.listing_id = $2 AND a.sandbox_id = s.sandbox_id)"
 
-# Sandboxes whose account id in the listing differs from the pool.
+# Sandboxes with different account ids in the listing and the pool.
 _MOVING = """
 moving AS MATERIALIZED (
     SELECT s.sandbox_id, s.status, a.external_id
@@ -141,7 +141,7 @@ _GUARD_OF_EPOCH = GUARD.replace("$1", "{epoch}")
 # Correct the account ids of sandboxes. Two sandboxes may have swapped their accounts, and the unique index permits
 # a swap only through a third id. So these are two statements in one message, which PostgreSQL runs as one
 # transaction. Such a message cannot have parameters. A sandbox does not get the account of another live sandbox
-# unless the listing moves that one too.
+# unless the listing moves both.
 _MOVE_ACCOUNTS = f"""
 WITH RECURSIVE {_GUARD_OF_EPOCH},
 {_MOVING},
@@ -172,9 +172,9 @@ _ACCOUNT_OF_ANOTHER = """
 
 # Each listing takes effect once, because `applied_at` is set once.
 # discovered: accounts without a sandbox and without a lease. A known sandbox is never inserted again, so a deleted
-# sandbox stays deleted. A lease without a sandbox shows a used sandbox whose record has been purged.
+# sandbox stays deleted. A lease without a sandbox shows a used sandbox with a purged record.
 # reopened: CSP has confirmed the deletion, and still lists the account. The sandbox is deleted again and never
-# reaches another student (ADR 7). A sandbox that was deleted as stale was never used, so it is not reopened.
+# reaches another student (ADR 7). A sandbox deleted as stale was never used, so it is not reopened.
 APPLY_LISTING = f"""
 WITH {GUARD},
 opening AS MATERIALIZED (
@@ -256,8 +256,8 @@ announced AS (
 SELECT epoch, c.* FROM guard LEFT JOIN counted c ON true
 """
 
-# Flag leased sandboxes that CSP no longer lists, remove the flag from those that it lists again, and count the
-# accounts in CSP that should not exist (leaked).
+# Flag leased sandboxes without an account in CSP, unflag those listed again, and count the superfluous accounts in
+# CSP (leaked).
 FLAG_MISSING = f"""
 WITH {GUARD},
 latest AS MATERIALIZED (
@@ -324,7 +324,7 @@ class AssessmentRow(TypedDict):
     pool: int
     """Number of available and leased sandboxes."""
     lacking: int
-    """Those of the pool that the listing lacks."""
+    """Sandboxes of the pool without an account in the listing."""
     moving: int
     """Sandboxes with another account in the listing."""
     moving_in_pool: int
@@ -370,7 +370,7 @@ async def assess_listing(session: WriteSession, *, listing_id: int) -> Assessmen
 
 
 async def hold_listing(session: WriteSession, *, listing_id: int, reason: str) -> None:
-    """Hold a listing, store the changes that it would make, and announce it."""
+    """Hold a listing, store its planned changes, and announce it."""
     await session.fetch_one(HOLD_LISTING, listing_id, reason)
 
 

@@ -51,12 +51,12 @@ SELECT epoch, (SELECT count(*) FROM purged) AS count FROM guard
 
 
 async def delete_stale(session: WriteSession, *, stale_for: timedelta, limit: int) -> int:
-    """Mark sandboxes as deleted that have been stale for `stale_for`; return their number."""
+    """Mark sandboxes as deleted after `stale_for` in status stale; return their number."""
     count: int = (await session.fetch_one(DELETE_STALE, stale_for, limit))["count"]
     return count
 
 
 async def purge_records(session: WriteSession, *, status: str, for_at_least: timedelta, limit: int) -> int:
-    """Remove sandboxes that have had `status` for a time, with their history; return their number."""
+    """Remove sandboxes after `for_at_least` in `status`, with their history; return their number."""
     count: int = (await session.fetch_one(PURGE_RECORDS, status, for_at_least, limit))["count"]
     return count
