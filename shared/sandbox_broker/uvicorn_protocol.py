@@ -140,6 +140,12 @@ class StrictProtocol(HttpToolsProtocol):
         self._message_complete = True
         self._pending_bytes = 0
         super().on_message_complete()
+        if not self.parser.should_keep_alive():
+            # For most requests that is known already. A trailer `Connection: close` ends the parsing only here, and
+            # the next request on the connection would be refused.
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
 
     def _check_head(self) -> None:
         """Raise _RefusedError for a head that is too large, or that leaves the end of its message open."""
@@ -163,6 +169,8 @@ class StrictProtocol(HttpToolsProtocol):
         elif version != "1.0" or hosts > 1 or encodings:
             # HTTP/1.0 knows no Transfer-Encoding (RFC 9112, 6.1), and its health checks send no Host.
             raise _RefusedError(MALFORMED, f"HTTP/{version}, {hosts} Host and {encodings} Transfer-Encoding fields")
+        else:
+            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise _RefusedError(MALFORMED, "CONNECT")

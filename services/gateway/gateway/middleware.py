@@ -196,8 +196,8 @@ def _told(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_early(scope: Scope, standing: Standing | None) -> None:
     """Raise ApiError for a request that no route may see."""
-    # A path has one spelling. A proxy that compares paths byte by byte would not recognise `/v1/%61dmin` as an admin
-    # route, while routing, limits and logs here would.
+    # A path has one spelling. A proxy that compares paths byte by byte would not recognise `/v1/%61dmin` as an
+    # admin route, while routing, limits and logs here would.
     raw_path = scope.get("raw_path") or b""
     if b"%" in raw_path and _NEEDLESSLY_ENCODED.search(raw_path):
         message = "Write letters, digits, '-', '.', '_', '~' and '/' in the path as they are, not percent-encoded."

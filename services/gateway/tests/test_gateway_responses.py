@@ -114,7 +114,8 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
     assert response.headers["Strict-Transport-Security"].startswith("max-age=")
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     if path.startswith("/v1"):
-        assert response.headers["Cache-Control"] == "no-store"
+        expected = "no-cache" if path == "/v1/openapi.json" else "no-store"
+        assert response.headers["Cache-Control"] == expected
     if status >= 300:
         assert response.headers["Content-Type"] == "application/json"
         assert detail(response)["message"]

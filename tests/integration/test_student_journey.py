@@ -1,4 +1,4 @@
-"""A student's path through the scripts that lab authors copy into their tracks."""
+"""Student journey: allocation, look-up and release, with the Instruqt scripts and over HTTP."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.integration.stack import ROOT, TRACK_TOKEN, Stack, eventually
 INSTRUQT = ROOT / "instruqt"
 
 
-async def script(stack: Stack, name: str, directory: Path, participant: str) -> tuple[int, str]:
+async def run_script(stack: Stack, name: str, directory: Path, participant: str) -> tuple[int, str]:
     environment = {
         "PATH": "/usr/bin:/bin",
         "BROKER_API_TOKEN": TRACK_TOKEN,
@@ -20,9 +20,9 @@ async def script(stack: Stack, name: str, directory: Path, participant: str) -> 
     return await run([sys.executable, INSTRUQT / name], env=environment, cwd=directory)
 
 
-async def test_a_student_gets_a_sandbox_keeps_it_and_gives_it_back(stack: Stack, tmp_path: Path) -> None:
-    code, said = await script(stack, "instruqt_broker_allocation.py", tmp_path, "ada")
-    assert code == 0, said
+async def test_the_scripts_allocate_and_release_a_sandbox(stack: Stack, tmp_path: Path) -> None:
+    code, output = await run_script(stack, "instruqt_broker_allocation.py", tmp_path, "ada")
+    assert code == 0, output
     sandbox_id = (tmp_path / "sandbox_id.txt").read_text()
     (lease,) = [
         account
@@ -34,49 +34,49 @@ async def test_a_student_gets_a_sandbox_keeps_it_and_gives_it_back(stack: Stack,
     assert sandbox_id in (tmp_path / "sandbox_env.sh").read_text()
     assert (await stack.stats())["allocated"] == 1
 
-    code, said = await script(stack, "instruqt_broker_allocation.py", tmp_path, "ada")
-    assert code == 0, said
+    code, output = await run_script(stack, "instruqt_broker_allocation.py", tmp_path, "ada")
+    assert code == 0, output
     assert (tmp_path / "sandbox_id.txt").read_text() == sandbox_id
     assert (await stack.allocate("ada")).status_code == 200
 
     other = tmp_path / "other"
     other.mkdir()
-    code, said = await script(stack, "instruqt_broker_allocation.py", other, "grace")
-    assert code == 0, said
+    code, output = await run_script(stack, "instruqt_broker_allocation.py", other, "grace")
+    assert code == 0, output
     assert (other / "sandbox_id.txt").read_text() != sandbox_id
     assert (await stack.stats())["allocated"] == 2
 
-    for _ in range(2):  # repeating the clean-up is success
-        code, said = await script(stack, "instruqt_broker_cleanup.py", tmp_path, "ada")
-        assert code == 0, said
+    for _ in range(2):  # a repeated cleanup succeeds
+        code, output = await run_script(stack, "instruqt_broker_cleanup.py", tmp_path, "ada")
+        assert code == 0, output
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     (call,) = await stack.deletions()
     assert call["path"].endswith(lease["id"].removeprefix("identity/accounts/"))
     stats = await stack.stats()
     assert (stats["total"], stats["available"], stats["allocated"]) == (50, 48, 1)
 
 
-async def test_the_shell_script_for_trying_it_out_succeeds(stack: Stack, tmp_path: Path) -> None:
+async def test_the_shell_test_script_succeeds(stack: Stack, tmp_path: Path) -> None:
     environment = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_API_URL": f"{stack.url}/v1",
     }
-    code, said = await run(["bash", INSTRUQT / "test_allocation.sh"], env=environment, cwd=tmp_path)
-    assert code == 0, said
+    code, output = await run(["bash", INSTRUQT / "test_allocation.sh"], env=environment, cwd=tmp_path)
+    assert code == 0, output
     assert (await stack.stats())["allocated"] == 1
 
 
-async def test_the_student_can_look_at_the_sandbox_before_and_after(stack: Stack) -> None:
+async def test_the_holder_can_read_the_sandbox_before_and_after_the_release(stack: Stack) -> None:
     lease = (await stack.allocate("ada", X_Instruqt_Track_ID="dns-101")).json()
     address = f"{stack.url}/v1/sandboxes/{lease['sandbox_id']}"
     headers = {"Authorization": f"Bearer {TRACK_TOKEN}", "X-Instruqt-Sandbox-ID": "ada"}
-    seen = (await stack.client.get(address, headers=headers)).json()
-    assert seen == {
+    response = (await stack.client.get(address, headers=headers)).json()
+    assert response == {
         **lease,
         "status": "allocated",
         "allocated_to_track": "ada",
@@ -84,10 +84,10 @@ async def test_the_student_can_look_at_the_sandbox_before_and_after(stack: Stack
     }
     assert lease["expires_at"] - lease["allocated_at"] == 4 * 3600
     await stack.release(lease["sandbox_id"], "ada")
-    again = (await stack.client.get(address, headers=headers)).json()
-    assert again["status"] in ("pending_deletion", "deleted")
-    stranger = await stack.client.get(address, headers={**headers, "X-Instruqt-Sandbox-ID": "eve"})
-    assert (stranger.status_code, stranger.json()["detail"]["code"]) == (403, "NOT_SANDBOX_OWNER")
+    released = (await stack.client.get(address, headers=headers)).json()
+    assert released["status"] in ("pending_deletion", "deleted")
+    other_student = await stack.client.get(address, headers={**headers, "X-Instruqt-Sandbox-ID": "eve"})
+    assert (other_student.status_code, other_student.json()["detail"]["code"]) == (403, "NOT_SANDBOX_OWNER")
 
 
 async def test_a_new_student_never_gets_a_used_sandbox(stack: Stack) -> None:

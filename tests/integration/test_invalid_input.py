@@ -1,4 +1,4 @@
-"""What the API answers to what it cannot accept."""
+"""Error responses of the API to invalid input."""
 
 import httpx
 import pytest
@@ -8,7 +8,7 @@ from tests.integration.stack import ADMIN, TRACK_TOKEN, Stack, track
 
 TOKEN = {"Authorization": f"Bearer {TRACK_TOKEN}"}
 ALLOCATE = ("POST", "/v1/allocate")
-STRANGE = "/v1/sandboxes/no-such-sandbox"
+UNKNOWN_SANDBOX = "/v1/sandboxes/no-such-sandbox"
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ STRANGE = "/v1/sandboxes/no-such-sandbox"
         (ALLOCATE, track(""), 400, "MISSING_SANDBOX_ID"),
         (ALLOCATE, track("x" * 500), 400, "INVALID_HEADER"),
         (ALLOCATE, {**track("ada"), "X-Sandbox-Name-Prefix": "x" * 129}, 400, "INVALID_HEADER"),
-        (("POST", f"{STRANGE}/mark-for-deletion"), track("ada"), 404, "SANDBOX_NOT_FOUND"),
-        (("GET", STRANGE), track("ada"), 404, "SANDBOX_NOT_FOUND"),
+        (("POST", f"{UNKNOWN_SANDBOX}/mark-for-deletion"), track("ada"), 404, "SANDBOX_NOT_FOUND"),
+        (("GET", UNKNOWN_SANDBOX), track("ada"), 404, "SANDBOX_NOT_FOUND"),
         (("GET", "/v1/allocate"), track("ada"), 405, "METHOD_NOT_ALLOWED"),
         (("DELETE", "/v1/admin/stats"), ADMIN, 405, "METHOD_NOT_ALLOWED"),
         (("GET", "/v1/nothing-here"), ADMIN, 404, "NOT_FOUND"),
@@ -32,7 +32,7 @@ STRANGE = "/v1/sandboxes/no-such-sandbox"
         (("POST", "/v1/admin/sync?force=perhaps"), ADMIN, 400, "INVALID_REQUEST"),
     ],
 )
-async def test_bad_requests_are_told_what_to_do(
+async def test_an_invalid_request_gets_its_error_code(
     stack: Stack, request_line: tuple[str, str], headers: dict[str, str], status: int, code: str
 ) -> None:
     method, path = request_line
@@ -59,24 +59,24 @@ async def test_bad_requests_are_told_what_to_do(
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n",
     ],
 )
-async def test_what_is_not_http_gets_the_same_error_body(stack: Stack, sent: bytes) -> None:
-    answer = await wire.send(stack.url, sent)
-    assert answer.error == (400, "MALFORMED_REQUEST")
-    detail = answer.json["detail"]
-    assert detail["request_id"] == answer.headers["X-Request-ID"]
+async def test_malformed_http_gets_the_same_error_body(stack: Stack, sent: bytes) -> None:
+    response = await wire.send(stack.url, sent)
+    assert response.error == (400, "MALFORMED_REQUEST")
+    detail = response.json["detail"]
+    assert detail["request_id"] == response.headers["X-Request-ID"]
     assert detail["message"]
-    assert answer.headers["Content-Type"] == "application/json"
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_another_students_sandbox_is_not_given_back(stack: Stack) -> None:
+async def test_releasing_the_sandbox_of_another_student_is_refused(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     response = await stack.release(lease["sandbox_id"], "eve")
     assert (response.status_code, response.json()["detail"]["code"]) == (403, "NOT_SANDBOX_OWNER")
     assert (await stack.stats())["allocated"] == 1
 
 
-async def test_a_key_of_another_student_is_refused(stack: Stack) -> None:
+async def test_the_idempotency_key_of_another_student_is_refused(stack: Stack) -> None:
     first = await stack.allocate("ada", Idempotency_Key="k1")
     assert first.status_code == 201
     assert (await stack.allocate("ada", Idempotency_Key="k1")).json() == first.json()
@@ -92,12 +92,12 @@ async def test_a_prefix_has_no_wildcards(stack: Stack, prefix: str) -> None:
     assert prefix in refused.json()["detail"]["message"]
 
 
-async def test_a_body_that_is_too_large_is_refused(stack: Stack) -> None:
+async def test_a_large_body_is_refused(stack: Stack) -> None:
     response = await stack.client.post(f"{stack.url}/v1/allocate", headers=track("ada"), content=b"x" * 70_000)
     assert (response.status_code, response.json()["detail"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
 
 
-async def test_the_docs_page_needs_nothing_from_elsewhere(stack: Stack) -> None:
+async def test_the_docs_page_loads_only_local_assets(stack: Stack) -> None:
     page = await stack.client.get(f"{stack.url}/v1/docs")
     assert page.status_code == 200
     assert "http" not in page.text.replace("http-equiv", "")
@@ -107,5 +107,16 @@ async def test_the_docs_page_needs_nothing_from_elsewhere(stack: Stack) -> None:
         "docs/start.js",
         "openapi.json",
     ):
-        answer: httpx.Response = await stack.client.get(f"{stack.url}/v1/{asset}")
-        assert answer.status_code == 200, asset
+        response: httpx.Response = await stack.client.get(f"{stack.url}/v1/{asset}")
+        assert response.status_code == 200, asset
+
+
+async def test_the_document_is_not_sent_again_to_a_client_that_has_it(stack: Stack) -> None:
+    document = f"{stack.url}/v1/openapi.json"
+    full = await stack.client.get(document)
+    for _ in range(3):  # on one connection, which a body after 304 would break
+        repeated = await stack.client.get(document, headers={"If-None-Match": full.headers["ETag"]})
+        assert (repeated.status_code, repeated.content) == (304, b"")
+        assert (repeated.headers["ETag"], repeated.headers["Cache-Control"]) == (full.headers["ETag"], "no-cache")
+        assert "Transfer-Encoding" not in repeated.headers
+    assert (await stack.client.get(document)).content == full.content

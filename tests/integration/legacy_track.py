@@ -1,6 +1,6 @@
-"""What the tracks of today run, written for the service before this one: `python todays_track.py allocate|cleanup`.
+"""Script of existing tracks, written for the predecessor of the broker: `python legacy_track.py allocate|cleanup`.
 
-It sends what they send and reads what they read; it is not to be changed together with the broker.
+It sends the same requests and reads the same fields as these tracks. Never adapt it to a change of the broker.
 """
 # ruff: noqa: T201
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import requests
 
 API = os.environ["BROKER_API_URL"]
-STUDENT_HEADER = os.environ.get("STUDENT_HEADER", "X-Instruqt-Sandbox-ID")  # older ones: X-Track-ID
+STUDENT_HEADER = os.environ.get("STUDENT_HEADER", "X-Instruqt-Sandbox-ID")  # X-Track-ID in older tracks
 HEADERS = {
     "Authorization": f"Bearer {os.environ['BROKER_API_TOKEN']}",
     "Content-Type": "application/json",
@@ -20,13 +20,13 @@ HEADERS = {
 }
 
 
-def allocate() -> None:
+def allocate_sandbox() -> None:
     headers = {**HEADERS, "X-Instruqt-Track-ID": os.environ.get("INSTRUQT_TRACK_SLUG", "unknown-lab")}
     if "SANDBOX_NAME_PREFIX" in os.environ:
         headers["X-Sandbox-Name-Prefix"] = os.environ["SANDBOX_NAME_PREFIX"]
     response = requests.post(f"{API}/allocate", headers=headers, timeout=(5, 30))
     if response.status_code not in (200, 201):
-        give_up(response)
+        exit_refused(response)
     lease: dict[str, Any] = response.json()
     Path("sandbox_id.txt").write_text(lease["sandbox_id"])
     Path("external_id.txt").write_text(lease["external_id"].split("/")[-1])
@@ -34,21 +34,21 @@ def allocate() -> None:
     print(response.status_code, int(lease["expires_at"]) - int(lease["allocated_at"]))
 
 
-def cleanup() -> None:
+def release_sandbox() -> None:
     sandbox_id = Path("sandbox_id.txt").read_text().strip()
     url = f"{API}/sandboxes/{sandbox_id}/mark-for-deletion"
     response = requests.post(url, headers=HEADERS, timeout=(5, 30))
     if response.status_code != 200:
-        give_up(response)
+        exit_refused(response)
     body: dict[str, Any] = response.json()
     print(response.status_code, body["sandbox_id"], body["status"], int(body["deletion_requested_at"]))
 
 
-def give_up(response: requests.Response) -> NoReturn:
+def exit_refused(response: requests.Response) -> NoReturn:
     detail = response.json()["detail"]
     print(response.status_code, detail["code"], detail["message"])
     sys.exit(1)
 
 
 if __name__ == "__main__":
-    {"allocate": allocate, "cleanup": cleanup}[sys.argv[1]]()
+    {"allocate": allocate_sandbox, "cleanup": release_sandbox}[sys.argv[1]]()

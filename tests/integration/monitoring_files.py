@@ -1,4 +1,4 @@
-"""What operators look at: the alerts of deploy/prometheus, the dashboards of deploy/grafana, docs/runbook.md."""
+"""Monitoring files: alerts of deploy/prometheus, dashboards of deploy/grafana, docs/runbook.md."""
 
 import json
 import re
@@ -21,19 +21,19 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def panels(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Title and expression of every query."""
+    """Yield the panel title and the expression of every query."""
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
 
 
 def expressions() -> list[str]:
-    """Of all alerts and dashboards."""
-    shown = [expression for file in DASHBOARDS for _, expression in panels(json.loads(file.read_text()))]
-    return [alert["expr"] for alert in alerts()] + shown
+    """Return the expressions of all alerts and dashboards."""
+    dashboard_queries = [query for file in DASHBOARDS for _, query in panels(json.loads(file.read_text()))]
+    return [alert["expr"] for alert in alerts()] + dashboard_queries
 
 
 def metrics(expression: str) -> set[str]:
-    """Those of ours that it names. What a histogram exposes is named by the histogram."""
-    named = re.findall(r"\bbroker_[a-z_]+", expression)
-    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in named}
+    """Return the broker's metrics in an expression. A histogram's series are reduced to its name."""
+    names = re.findall(r"\bbroker_[a-z_]+", expression)
+    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}

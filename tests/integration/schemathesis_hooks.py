@@ -1,4 +1,4 @@
-"""What schemathesis is told that an OpenAPI document cannot say."""
+"""Hook of schemathesis for two rules of the API that an OpenAPI document cannot express."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import schemathesis
 from schemathesis.core.failures import AcceptedNegativeData
 from schemathesis.openapi.checks import MissingHeaderNotRejected, RejectedPositiveData
 
-NEW, OLD = "X-Instruqt-Sandbox-ID", "X-Track-ID"
+NEW_HEADER, OLD_HEADER = "X-Instruqt-Sandbox-ID", "X-Track-ID"
 
 
 @schemathesis.hook
 def filter_failure(_: Any, failure: Exception, case: Any, response: Any) -> bool:
-    """Whether it is one. Two rules of ours have no words in OpenAPI:
+    """Return False for correct responses that schemathesis reports as failures.
 
-    - A student's id is required and has two names, of which the old one is read where the new one is absent. The
-      document requires the new one, and by it what comes with the old one alone is to be refused.
-    - Of all texts only those are cursors that an answer gave.
+    - The student id is required. The gateway reads the old header if the new one is missing, but the document
+      requires the new one.
+    - A cursor is valid only if an earlier response contained it.
     """
     if isinstance(failure, AcceptedNegativeData | MissingHeaderNotRejected):
-        return OLD not in case.headers or NEW in case.headers
+        return OLD_HEADER not in case.headers or NEW_HEADER in case.headers
     if isinstance(failure, RejectedPositiveData):
         return not (response.status_code == 400 and response.json()["detail"]["code"] == "INVALID_CURSOR")
     return True

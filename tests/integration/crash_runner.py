@@ -1,7 +1,7 @@
-"""Runs a service that kills or freezes itself at a named point, once told to: `python dying.py MODULE`.
+"""Run a service that kills or freezes itself at a given point: `python crash_runner.py MODULE`.
 
-The file that DIE_AT names tells it the point (see devstack.crashes). The reaper's patience is cut short, so that
-what a dead one has claimed is soon free.
+The file named by DIE_AT holds the point (see devstack.crashes). The reaper's time-outs are shortened, so that the
+claims of a killed reaper expire soon.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from devstack.crashes import Crashes
 from reaper import asking, deletion
 from sandbox_broker import bus, csp
 
-DYING_AT = (
+CRASH_COMMANDS = (
     "ClaimDeletions",
     "RecordDeletion",
     "RecordDeletionFailure",
@@ -31,7 +31,7 @@ crashes = Crashes(Path(os.environ["DIE_AT"]), module)
 asking.REQUEST_TIMEOUT_SEC = 1
 deletion.CSP_TIMEOUT_SEC = 1
 
-from reaper import cleanup  # noqa: E402 (it reads what was changed)
+from reaper import cleanup  # noqa: E402 (derives constants from the time-outs above)
 
 cleanup.CLAIM_MARGIN_SEC = 0.5
 cleanup.NO_REPLY_PAUSE_SEC = 0.2
@@ -45,34 +45,35 @@ if module == "allocator":
     from allocator import routing
     from allocator.sql import listings
 
-    lane = routing.MAINTENANCE.handlers
-    for kind, handle in lane.items():
-        if kind.__name__ in DYING_AT:
-            lane[kind] = crashes.around(handle, f"before {kind.__name__}", f"after {kind.__name__}")  # type: ignore[index]
+    handlers = routing.MAINTENANCE.handlers
+    for command_type, handle in handlers.items():
+        name = command_type.__name__
+        if name in CRASH_COMMANDS:
+            handlers[command_type] = crashes.around(handle, f"before {name}", f"after {name}")  # type: ignore[index]
     apply_listing = listings.apply_listing
 
-    async def apply_dying(*arguments: Any, **named: Any) -> Any:
-        """Crash while the statement runs, or after it. PostgreSQL completes the statement of a dead client."""
+    async def apply_listing_and_crash(*arguments: Any, **named: Any) -> Any:
+        """Run the statement with a crash point inside. PostgreSQL completes it after the death of the allocator."""
         running = asyncio.create_task(apply_listing(*arguments, **named))
         await asyncio.wait([running], timeout=0.001)
-        crashes.here("amid ApplyListing")
+        crashes.here("during ApplyListing")
         result = await running
         crashes.here("between ApplyListing and its flags")
         return result
 
-    listings.apply_listing = apply_dying
+    listings.apply_listing = apply_listing_and_crash
     bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import chunking, syncer
 
-    chunking.BATCH_SIZE = 10  # a listing then needs several commands
+    chunking.BATCH_SIZE = 10  # a small listing then needs several commands
     request_reply = syncer_asking.request_reply
 
-    async def request_crashing(requester: Any, command: Any, **named: Any) -> Any:
-        kind = type(command).__name__
-        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
+    async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
+        name = type(command).__name__
+        return await crashes.around(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
 
-    syncer.request_reply = request_crashing  # type: ignore[attr-defined]
+    syncer.request_reply = request_reply_and_crash  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

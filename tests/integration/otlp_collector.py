@@ -1,6 +1,6 @@
-"""An OpenTelemetry collector as far as tests need one: takes spans by OTLP over HTTP and keeps them."""
+"""Minimal OpenTelemetry collector: receives spans by OTLP over HTTP and stores them."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,6 @@ from starlette.routing import Route
 
 from csp_simulator.testing import serving
 
-Serving = Callable[[Any], Any]
-
 
 @dataclass(frozen=True)
 class Span:
@@ -28,7 +26,7 @@ class Span:
     span_id: str
     parent_id: str
     links: tuple[str, ...]
-    """The traces that it is linked with."""
+    """Ids of the linked traces."""
     attributes: dict[str, Any]
     failed: bool
 
@@ -39,38 +37,38 @@ class Collector:
     spans: list[Span] = field(default_factory=list)
     raw: list[bytes] = field(default_factory=list)
 
-    async def take(self, request: Request) -> Response:
+    async def receive(self, request: Request) -> Response:
         body = await request.body()
         self.raw.append(body)
-        for of_resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            resource = {entry.key: _value(entry.value) for entry in of_resource.resource.attributes}
-            for scope in of_resource.scope_spans:
-                self.spans += [_span(str(resource["service.name"]), span) for span in scope.spans]
+        for resource_spans in ExportTraceServiceRequest.FromString(body).resource_spans:
+            resource = {entry.key: _read_value(entry.value) for entry in resource_spans.resource.attributes}
+            for scope in resource_spans.scope_spans:
+                self.spans += [_build_span(str(resource["service.name"]), span) for span in scope.spans]
         return Response(ExportTraceServiceResponse().SerializeToString(), media_type="application/x-protobuf")
 
-    def of_trace(self, trace_id: str) -> list[Span]:
+    def find_trace(self, trace_id: str) -> list[Span]:
         return [span for span in self.spans if span.trace_id == trace_id]
 
-    def of_request(self, request_id: str) -> list[Span]:
-        """All spans of the trace that began with this request; none if it has not come yet."""
-        begun = [
+    def find_request(self, request_id: str) -> list[Span]:
+        """Return all spans of the trace of a request, or an empty list before its first span arrives."""
+        roots = [
             span
             for span in self.spans
             if span.service == "gateway" and span.attributes.get("broker.request_id") == request_id
         ]
-        return self.of_trace(begun[0].trace_id) if begun else []
+        return self.find_trace(roots[0].trace_id) if roots else []
 
 
 @asynccontextmanager
-async def collecting() -> AsyncIterator[Collector]:
+async def run_collector() -> AsyncIterator[Collector]:
     collector = Collector()
-    app = Starlette(routes=[Route("/v1/traces", collector.take, methods=["POST"])])
+    app = Starlette(routes=[Route("/v1/traces", collector.receive, methods=["POST"])])
     async with serving(app) as url:
         collector.url = url
         yield collector
 
 
-def _span(service: str, span: Any) -> Span:
+def _build_span(service: str, span: Any) -> Span:
     return Span(
         service=service,
         name=span.name,
@@ -79,10 +77,10 @@ def _span(service: str, span: Any) -> Span:
         span_id=span.span_id.hex(),
         parent_id=span.parent_span_id.hex(),
         links=tuple(link.trace_id.hex() for link in span.links),
-        attributes={entry.key: _value(entry.value) for entry in span.attributes},
+        attributes={entry.key: _read_value(entry.value) for entry in span.attributes},
         failed=span.status.code == 2,
     )
 
 
-def _value(value: Any) -> Any:
+def _read_value(value: Any) -> Any:
     return getattr(value, value.WhichOneof("value"))
