@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sandbox_broker import health, service
+from sandbox_broker.observability import health
+from sandbox_broker.runtime import service
 
 
 async def _discard_traces(request: Request) -> Response:

@@ -8,7 +8,7 @@ import sys
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from sandbox_broker import service
+from sandbox_broker.runtime import service
 
 _BODY = (
     b'{"sandbox_id":"1000001","name":"sandbox-1","external_id":"00000000-0000-0000-0000-000000000001",'

@@ -17,7 +17,7 @@ from devstack import packages
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import spawn
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
 _SCRIPT = Path(__file__).with_name("students.lua")
 _REQUEST_TIMEOUT_SEC = 10

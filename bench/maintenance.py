@@ -11,10 +11,13 @@ import httpx
 
 from bench.servers import ADMIN_TOKEN, Servers
 from devstack.errors import CannotRun
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
-from sandbox_broker.messages import Purged, PurgeRecords
-from sandbox_broker.service import cancel
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import PurgeRecords
+from sandbox_broker.contract.replies import Purged
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.runtime.service import cancel
 
 _PURGE_BATCH_SIZE = 500
 """Batch size of the csp-syncer."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from bench import pool, process_stats
 from bench.load import LoadResult
 from bench.servers import Target
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
 _SAMPLE_INTERVAL_SEC = 0.25
 

@@ -14,7 +14,7 @@ from bench.meter import Run
 from bench.servers import TOKEN, Servers
 from bench.sizes import Sizes
 from devstack.wire import connected
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
 _CLIENTS = 100
 _HOLD_SEC = 25

@@ -22,7 +22,7 @@ from bench.meter import Run
 from bench.replenish import GrowingPool, run_periodically
 from bench.servers import TOKEN, Servers, Target
 from bench.sizes import Sizes
-from sandbox_broker.bus import Requester
+from sandbox_broker.messaging.rpc_client import Requester
 
 _SANDBOXES = 20_000
 _MAX_HELD = 1_000

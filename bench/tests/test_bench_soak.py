@@ -8,7 +8,8 @@ import pytest
 
 from bench import pool
 from bench.soak import RenewedPool, Sample, summarize_samples
-from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
 
 from .conftest import SANDBOXES, count_available
 

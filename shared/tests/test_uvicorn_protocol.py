@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
 from devstack.wire import Client, connected
-from sandbox_broker.uvicorn_protocol import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, StrictProtocol
+from sandbox_broker.runtime.uvicorn_protocol import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, StrictProtocol
 
 HOST = b"Host: x\r\n"
 OFFER = b"Connection: Upgrade\r\nUpgrade: anything\r\n"

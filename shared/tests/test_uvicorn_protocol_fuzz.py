@@ -28,7 +28,7 @@ from devstack.strict_http import (
     find_violation,
     read_requests,
 )
-from sandbox_broker.uvicorn_protocol import StrictProtocol
+from sandbox_broker.runtime.uvicorn_protocol import StrictProtocol
 
 ROUNDS = 12
 PAIRS = int(os.environ.get("SEARCH", "0")) or 6000

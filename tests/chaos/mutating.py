@@ -19,7 +19,7 @@ import asyncpg
 from allocator import consumer, routing, write_session
 from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
 from devstack.crashes import Crashes
-from sandbox_broker import bus
+from sandbox_broker.messaging import publisher, subscription
 
 PATIENCE_SEC = 30
 
@@ -55,9 +55,9 @@ def no_epoch_guard() -> None:
 
 
 def ack_before_commit() -> None:
-    handle, ack = consumer.Consumer._handle_batch, bus.Subscription.ack
+    handle, ack = consumer.Consumer._handle_batch, subscription.Subscription.ack
 
-    async def ack_and_handle(self: Any, subscription: bus.Subscription, deliveries: Sequence[Any]) -> None:
+    async def ack_and_handle(self: Any, subscription: subscription.Subscription, deliveries: Sequence[Any]) -> None:
         await ack(subscription, deliveries[-1], all_before=True)
         await asyncio.sleep(0.1)  # until it has arrived
         await handle(self, subscription, deliveries)
@@ -66,7 +66,7 @@ def ack_before_commit() -> None:
         pass
 
     consumer.Consumer._handle_batch = ack_and_handle  # type: ignore[method-assign]
-    bus.Subscription.ack = nothing  # type: ignore[method-assign]
+    subscription.Subscription.ack = nothing  # type: ignore[method-assign]
 
 
 def reply_before_commit() -> None:
@@ -78,7 +78,7 @@ def reply_before_commit() -> None:
         begun.append(session.connection)
         return await allocate(session, commands)
 
-    async def answer_and_commit(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+    async def answer_and_commit(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         while begun and is_of_student(delivery):
             await begun.pop().execute("COMMIT")
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     leases.allocate = crashes.around(leases.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 
-    async def answer_and_stop(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+    async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         if is_of_student(delivery):
             crashes.here("after reply")

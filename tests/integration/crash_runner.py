@@ -13,7 +13,8 @@ from typing import Any
 
 from devstack.crashes import Crashes
 from reaper import asking, deletion
-from sandbox_broker import bus, csp
+from sandbox_broker.csp import client as csp_client
+from sandbox_broker.messaging import subscription
 
 CRASH_COMMANDS = (
     "ClaimDeletions",
@@ -37,7 +38,7 @@ cleanup.CLAIM_MARGIN_SEC = 0.5
 cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
-    client, deleter = csp.CspClient, deletion.Deleter
+    client, deleter = csp_client.CspClient, deletion.Deleter
     client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
@@ -62,7 +63,7 @@ if module == "allocator":
         return result
 
     listings.apply_listing = apply_listing_and_crash
-    bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+    subscription.Subscription.ack = crashes.around(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import chunking, syncer

@@ -7,7 +7,7 @@ import dataclasses
 import runpy
 import sys
 
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 
 
 def without_single_active_consumer(queue: topology.Queue) -> topology.Queue:

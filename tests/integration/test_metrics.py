@@ -4,7 +4,7 @@ import asyncio
 import re
 import uuid
 
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)

@@ -15,7 +15,7 @@ import pytest
 from csp_simulator.testing import serving
 from devstack.errors import CannotRun
 from devstack.request_fuzz import VICTIM, generate_pair
-from sandbox_broker.uvicorn_protocol import StrictProtocol
+from sandbox_broker.runtime.uvicorn_protocol import StrictProtocol
 from tests.integration.reverse_proxies import PROXIES, SEGMENT_GAP_SEC, SegmentingRelay
 from tests.integration.stack import ADMIN_TOKEN, PORTS, Stack, track
 

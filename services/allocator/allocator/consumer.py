@@ -22,11 +22,13 @@ from allocator.redelivery import SeenEnvelopes
 from allocator.routing import Lane
 from allocator.settings import Settings
 from allocator.write_session import Fenced, WriteSession
-from sandbox_broker import story
-from sandbox_broker.bus import Publisher, Subscription, answer, decode_delivery, keep_connected
-from sandbox_broker.connection import losses
-from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.messaging.connection import keep_connected, losses
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.observability import log_context
+from sandbox_broker.runtime.service import uninterrupted
 
 MAX_PAUSE_SEC = 0.1
 """Longest pause after a batch of a lane with low priority."""
@@ -87,7 +89,7 @@ class Consumer:
     async def _handle_batch(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
         """Handle one batch. `uninterrupted` runs it as a task of its own, so the log context of the batch ends with
         it."""
-        story.bind(batch_id=secrets.token_hex(6), epoch=self.epoch)
+        log_context.bind(batch_id=secrets.token_hex(6), epoch=self.epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:

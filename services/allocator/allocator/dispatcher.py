@@ -14,9 +14,13 @@ import structlog
 from allocator import domain, metrics, spans
 from allocator.routing import Handler, Lane
 from allocator.write_session import UNAVAILABLE, ConcurrentUpdate, Fenced, WriteSession
-from sandbox_broker import db, dead_letters, story
-from sandbox_broker.bus import Publisher
-from sandbox_broker.messages import Command, InvalidCommand, Refused, Reply
+from sandbox_broker.contract.codec import InvalidCommand
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.database import connections
+from sandbox_broker.messaging import dead_letters
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.observability import log_context
 
 DATABASE_PAUSE_SEC = 1.0
 """Time after a database failure in which commands are refused at once, without an attempt."""
@@ -53,7 +57,7 @@ class Dispatcher:
             return [reply for part in parts for reply in await self._run_by_type(part, batch_spans)]
         replies: list[Reply] = []
         for entry in entries:
-            with story.bound(request_id=_request_id(entry)):
+            with log_context.bound(request_id=_request_id(entry)):
                 replies += await self._run_by_type([entry], batch_spans)
         return replies
 
@@ -86,7 +90,7 @@ class Dispatcher:
             # Before UNAVAILABLE, because asyncpg's error for an invalid parameter belongs to both.
             failure: Exception = error
         except UNAVAILABLE as error:
-            log.error("database.lost", error=db.reason(error))
+            log.error("database.lost", error=connections.reason(error))
             self._session.close()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return _refuse_all(commands)
@@ -106,7 +110,7 @@ class Dispatcher:
             self._publisher,
             self._queue,
             command.model_dump_json(),
-            f"{type(failure).__name__}: {db.reason(failure)}",
+            f"{type(failure).__name__}: {connections.reason(failure)}",
         )
         return [COMMAND_FAILED]
 
@@ -140,6 +144,6 @@ def _request_id(entry: Command | InvalidCommand) -> str | None:
 
 def _refuse_all(commands: Sequence[Command]) -> list[Reply]:
     request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for batch in story.by_line(request_ids):
+    for batch in log_context.by_line(request_ids):
         log.info("commands.refused", code=DATABASE_UNAVAILABLE.code, command=commands[0].type, request_ids=batch)
     return [DATABASE_UNAVAILABLE] * len(commands)

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from sandbox_broker.messages import AllocateSandbox, Command, InvalidCommand, Refused
+from sandbox_broker.contract.codec import InvalidCommand
+from sandbox_broker.contract.commands import AllocateSandbox, Command
+from sandbox_broker.contract.replies import Refused
 
 T = TypeVar("T")
 

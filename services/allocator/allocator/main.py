@@ -9,13 +9,15 @@ from allocator.background.pool_metrics import PoolMetrics
 from allocator.consumer import Consumer
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service, tracing
-from sandbox_broker.bus import Publisher
-from sandbox_broker.settings import load
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 
 def create_app(settings: Settings) -> Starlette:
-    engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
+    engine = connections.engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = OutboxRelay(settings.database_url, publisher)
     collector = DeadLetterCollector(settings.amqp_url, engine)
@@ -26,7 +28,7 @@ def create_app(settings: Settings) -> Starlette:
         return None if publisher.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await db.ping(engine)
+        return await connections.ping(engine)
 
     async def update_pool_metrics() -> None:
         try:

@@ -9,8 +9,8 @@ from typing import Any
 
 from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge
 from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
-from sandbox_broker import topology
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
@@ -29,10 +29,10 @@ from sandbox_broker.messages import (
     RefreshSandboxes,
     ReleaseSandbox,
     ReplayDeadLetter,
-    Reply,
     RetryDeletion,
     StageListing,
 )
+from sandbox_broker.contract.replies import Reply
 
 Handler = Callable[[WriteSession, Sequence[Any]], Awaitable[list[Reply]]]
 
@@ -52,7 +52,7 @@ class Lane:
     queue: topology.Queue
     handlers: Mapping[type[Command], Handler]
     max_batch: int
-    """Envelopes per batch. An envelope holds up to messages.MAX_ENVELOPE commands."""
+    """Envelopes per batch. An envelope holds up to codec.MAX_ENVELOPE commands."""
     batched: bool
     """True: a handler gets all commands of its type in a batch, in the order of `handlers`. False: commands run one
     at a time, so a retry repeats only the failed command and never loses the claim of another."""

@@ -8,8 +8,9 @@ import asyncpg
 import structlog
 
 from allocator import metrics
-from sandbox_broker import db, story
-from sandbox_broker.bus import Publisher
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.observability import log_context
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ MAX_TRIES = 5
 LOCK_TIMEOUT = "1s"
 
 UNAVAILABLE = (
-    *db.CONNECTION_ERRORS,
+    *connections.CONNECTION_ERRORS,
     asyncpg.LockNotAvailableError,  # an operator's transaction holds the lock
 )
 """Errors of the database or its environment. The command is not their cause."""
@@ -122,11 +123,11 @@ class WriteSession:
                 await self.open()
                 return await operation()
             except _RACES as error:
-                log.info("allocator.raced", error=db.reason(error))
+                log.info("allocator.raced", error=connections.reason(error))
             except _CONNECTION_LOST as error:
                 if is_new:
                     raise
-                log.warning("database.reconnecting", error=db.reason(error))
+                log.warning("database.reconnecting", error=connections.reason(error))
                 self.close()
         await self.open()
         return await operation()
@@ -137,12 +138,12 @@ class WriteSession:
             await self.connect()
         if self.epoch == 0:
             await self.raise_epoch()
-            story.bind(epoch=self.epoch)
+            log_context.bind(epoch=self.epoch)
             log.info("allocator.active", queue=self._queue)
 
     async def connect(self) -> None:
         """Open the connection; its application name is the queue. Raises one of UNAVAILABLE."""
-        connection = await db.connect(
+        connection = await connections.connect(
             self._database_url,
             application_name=self._queue,
             statement_timeout_sec=self._statement_timeout_sec,

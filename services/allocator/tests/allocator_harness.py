@@ -13,25 +13,27 @@ import asyncpg
 from allocator.handlers import leases, listings
 from allocator.routing import STUDENTS, Lane
 from allocator.write_session import WriteSession
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import encode_commands
+from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
     Command,
-    LeaseGranted,
     ListedAccount,
+    RefreshSandboxes,
+    ReleaseSandbox,
+    StageListing,
+)
+from sandbox_broker.contract.replies import (
+    LeaseGranted,
     ListingApplied,
     ListingBegun,
-    RefreshSandboxes,
     Refused,
-    ReleaseSandbox,
     Reply,
     SandboxesRefreshed,
-    StageListing,
-    encode_commands,
 )
+from sandbox_broker.messaging.publisher import Publisher
 
 LAB = timedelta(hours=4)
 RUN = uuid.UUID(int=8)

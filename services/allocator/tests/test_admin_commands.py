@@ -7,7 +7,8 @@ import pytest
 from allocator.handlers.deletions import retry_deletion
 from allocator.handlers.leases import end_lease, release_sandbox
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker.messages import EndLease, Reply, RetryDeletion, SandboxReleased
+from sandbox_broker.contract.commands import EndLease, RetryDeletion
+from sandbox_broker.contract.replies import Reply, SandboxReleased
 
 from .allocator_harness import Pool, refusal_code, release_command
 

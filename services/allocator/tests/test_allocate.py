@@ -7,7 +7,8 @@ import asyncpg
 import pytest
 
 from allocator.write_session import WriteSession
-from sandbox_broker.messages import AllocateSandbox, Reply
+from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.replies import Reply
 
 from .allocator_harness import (
     Pool,

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 import aio_pika
 import pytest
 
-from sandbox_broker import topology
-from sandbox_broker.messages import AllocateSandbox, Reply
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.replies import Reply
 
 from .allocator_harness import Pool, allocate_command, granted_lease, release_command
 from .bus_harness import Client, connect_client, run_allocator

@@ -3,7 +3,7 @@
 import random
 
 from allocator.domain import MAX_GROUP, check_listing, conflict_free_groups, split_on_conflict
-from sandbox_broker.messages import AllocateSandbox, ExpireLeases
+from sandbox_broker.contract.commands import AllocateSandbox, ExpireLeases
 
 from .allocator_harness import allocate_command, release_command
 

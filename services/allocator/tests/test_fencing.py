@@ -13,7 +13,7 @@ from allocator import handlers
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.sql import listings
 from allocator.write_session import UNAVAILABLE, Fenced, WriteSession
-from sandbox_broker.messages import (
+from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,

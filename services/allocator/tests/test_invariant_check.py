@@ -22,8 +22,9 @@ from allocator.routing import MAINTENANCE
 from allocator.write_session import WriteSession
 from devstack.ports import free_port
 from devstack.processes import spawn
-from sandbox_broker import topology
-from sandbox_broker.messages import ClaimDeletions, DeletionsClaimed, ExpireLeases, RecordDeletion
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import ClaimDeletions, ExpireLeases, RecordDeletion
+from sandbox_broker.contract.replies import DeletionsClaimed
 
 from .allocator_harness import (
     RUN,

@@ -11,8 +11,8 @@ import pytest
 from allocator import metrics
 from allocator.background import outbox_relay
 from allocator.background.outbox_relay import OutboxRelay
-from sandbox_broker.bus import Outgoing, Publisher
-from sandbox_broker.messages import Event
+from sandbox_broker.contract.events import Event
+from sandbox_broker.messaging.publisher import Outgoing, Publisher
 
 from .allocator_harness import Pool, wait_until
 from .bus_harness import TcpProxy, run_allocator, stop, subscribe_events

@@ -10,7 +10,8 @@ from allocator.handlers import purge as handlers
 from allocator.routing import MAINTENANCE
 from allocator.sql import purge as statements
 from allocator.write_session import WriteSession
-from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Purged
 
 from .allocator_harness import Pool
 

@@ -8,7 +8,8 @@ import pytest
 
 from allocator.handlers.leases import expire_leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker.messages import ExpireLeases, LeasesExpired, SandboxReleased
+from sandbox_broker.contract.commands import ExpireLeases
+from sandbox_broker.contract.replies import LeasesExpired, SandboxReleased
 
 from .allocator_harness import (
     Pool,

@@ -11,17 +11,12 @@ from gateway import jobs, views
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
-from sandbox_broker import story, topology
-from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import (
-    CleanedUp,
-    CleanUpNow,
-    Command,
-    EndLease,
-    Reply,
-    RetryDeletion,
-    SandboxReleased,
-)
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import CleanUpNow, Command, EndLease, RetryDeletion
+from sandbox_broker.contract.replies import CleanedUp, Reply, SandboxReleased
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Unroutable
+from sandbox_broker.observability import log_context
 
 ALWAYS = ("INVALID_REQUEST", "UNAUTHORIZED", "FORBIDDEN", "PAYLOAD_TOO_LARGE", "RATE_LIMITED", "INTERNAL_ERROR")
 
@@ -97,7 +92,7 @@ async def maintain(request: Request, command: Command) -> Reply:
     try:
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
-        with story.bound(request_id=request.state.request_id):
+        with log_context.bound(request_id=request.state.request_id):
             return await context.requester.request(
                 topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
             )

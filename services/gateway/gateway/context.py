@@ -9,7 +9,8 @@ from gateway.limits import Limits
 from gateway.outlook import Outlook
 from gateway.replies import Allocator
 from gateway.settings import Settings
-from sandbox_broker.bus import Publisher, Requester
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
 
 
 @dataclass(frozen=True, slots=True)

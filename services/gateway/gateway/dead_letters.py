@@ -24,9 +24,10 @@ from gateway.schemas import (
     responses,
 )
 from gateway.views import reading, seconds
-from sandbox_broker import messages
-from sandbox_broker.messages import DropDeadLetter, Recorded, ReplayDeadLetter
-from sandbox_broker.tables import dead_letters
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
+from sandbox_broker.contract.replies import Recorded
+from sandbox_broker.database.schema import dead_letters
 
 LISTING = "dead_letters"
 KEY = (datetime, uuid.UUID)
@@ -72,7 +73,7 @@ async def replay_dead_letter(request: Request, dead_letter_id: str) -> DeadLette
     cannot be processed becomes a new dead letter."""
     command = ReplayDeadLetter(request_id=request.state.request_id, dead_letter_id=_uuid(dead_letter_id))
     reply = await maintain(request, command)
-    if not isinstance(reply, messages.DeadLetterReplayed):
+    if not isinstance(reply, replies.DeadLetterReplayed):
         refuse(reply)
     return DeadLetterReplayed.model_validate(reply, from_attributes=True)
 

@@ -39,7 +39,7 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
         "response_class": PlainTextResponse,
     },
 }
-"""How the routes of sandbox_broker.health are described."""
+"""How the routes of sandbox_broker.observability.health are described."""
 
 _LIMIT_HEADERS = {
     "X-RateLimit-Limit": header(

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse
 
-from sandbox_broker import health
-from sandbox_broker.messages import Refused, Reply
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.observability import health
 
 
 @dataclass(frozen=True, slots=True)

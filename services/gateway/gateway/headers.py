@@ -13,7 +13,7 @@ from pydantic import WithJsonSchema
 from starlette.types import Scope
 
 from gateway.errors import ApiError
-from sandbox_broker.messages import MAX_ID_LENGTH
+from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 BLANKS = b" \t"
 """What may surround a header's value. Python's own idea of blanks holds characters that are not ASCII."""

@@ -10,7 +10,7 @@ from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.pages import AllocationFilter, GroupedBy, SandboxFilter
 from gateway.schemas import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats, Status, responses
-from sandbox_broker.messages import MAX_ID_LENGTH, SandboxStatus
+from sandbox_broker.contract.types import MAX_ID_LENGTH, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 

@@ -10,9 +10,12 @@ from fastapi import Request, Response
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.schemas import JobRunning
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import Command, JobKind, Recorded, RecordJob, Reply
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import Command, RecordJob
+from sandbox_broker.contract.replies import Recorded, Reply
+from sandbox_broker.contract.types import JobKind
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Unroutable
 
 
 async def run(

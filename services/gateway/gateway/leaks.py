@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from gateway import cursors
 from gateway.schemas import Leak, Leaks
 from gateway.views import reading, seconds
-from sandbox_broker.tables import PROOF_GRACE, csp_accounts, csp_listings, sandboxes
+from sandbox_broker.database.schema import PROOF_GRACE, csp_accounts, csp_listings, sandboxes
 
 KEY = (str,)
 """The sandbox id."""

@@ -38,9 +38,12 @@ from gateway.outlook import Outlook
 from gateway.queues import Queues
 from gateway.replies import Allocator
 from gateway.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service, tracing
-from sandbox_broker.bus import Publisher, Requester
-from sandbox_broker.settings import load
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 POOL_TIMEOUT_SEC = 2
 """How long a read waits for one of the database connections."""
@@ -76,7 +79,7 @@ class CrossOriginGateway(Gateway):
 
 
 def create_app(settings: Settings) -> Gateway:
-    engine = db.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
+    engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
     allocator = Allocator(publisher, requester)
@@ -86,7 +89,7 @@ def create_app(settings: Settings) -> Gateway:
         return None if requester.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await db.ping(engine)
+        return await connections.ping(engine)
 
     tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
 

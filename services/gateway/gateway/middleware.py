@@ -18,7 +18,7 @@ from gateway.errors import ApiError
 from gateway.headers import Fields, student_as_sent
 from gateway.limits import Standing, exceeded
 from gateway.replies import Gone
-from sandbox_broker import tracing
+from sandbox_broker.observability import tracing
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span

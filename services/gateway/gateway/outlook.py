@@ -22,10 +22,12 @@ from gateway.schemas import (
     Status,
 )
 from gateway.views import reading, seconds
-from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Publisher
-from sandbox_broker.queue_inspector import QueueUnavailable
-from sandbox_broker.tables import csp_listings, dead_letters, sandboxes
+from sandbox_broker.contract import topology
+from sandbox_broker.database import connections
+from sandbox_broker.database.schema import csp_listings, dead_letters, sandboxes
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.queue_inspector import QueueUnavailable
 
 PART_SEC = 0.3
 
@@ -63,7 +65,7 @@ class Look(Generic[T]):
         try:
             return self._looking.result()
         except ApiError as error:
-            return error.message if error.__cause__ is None else db.reason(error.__cause__)
+            return error.message if error.__cause__ is None else connections.reason(error.__cause__)
 
     async def _run(self) -> T:
         return await self._look()

@@ -40,14 +40,8 @@ from gateway.schemas import (
     StatsGroup,
 )
 from gateway.views import NONE_OF_EACH, reading, seconds, stats
-from sandbox_broker.messages import SandboxStatus
-from sandbox_broker.tables import (
-    leases,
-    pool_changes,
-    pool_counts,
-    prefix_end,
-    sandboxes,
-)
+from sandbox_broker.contract.types import SandboxStatus
+from sandbox_broker.database.schema import leases, pool_changes, pool_counts, prefix_end, sandboxes
 
 LOOK = 1_000
 """Rows that are looked at for one page."""

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import structlog
 
 from gateway import metrics
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher
-from sandbox_broker.queue_inspector import QueueUnavailable
-from sandbox_broker.service import every
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.queue_inspector import QueueUnavailable
+from sandbox_broker.runtime.service import every
 
 PERIOD_SEC = 5.0
 ANSWER_TIMEOUT_SEC = 2.0

@@ -13,9 +13,14 @@ from functools import partial
 import structlog
 from starlette.types import Scope
 
-from sandbox_broker import story, topology
-from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
-from sandbox_broker.messages import MAX_ENVELOPE, Command, Reply
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import MAX_ENVELOPE
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import log_context
 
 MAX_IN_FLIGHT = 2000
 """Requests that wait for a reply; past that the next is refused at once instead of making all of them late."""
@@ -110,7 +115,7 @@ class Allocator:
                 timeout_sec=max(left, 0.001),
             )
         except (Disconnected, Unroutable) as error:
-            request_ids = [entry.command.request_id for entry in entries[: story.MAX_IDS]]
+            request_ids = [entry.command.request_id for entry in entries[: log_context.MAX_IDS]]
             log.warning("command.not_sent", error=str(error), commands=len(entries), request_ids=request_ids)
             for entry in entries:
                 if not entry.reply.done():

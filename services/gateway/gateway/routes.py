@@ -9,15 +9,9 @@ from gateway.errors import ApiError, refuse
 from gateway.headers import Allocation, Holder
 from gateway.replies import Gone, Unavailable
 from gateway.schemas import Lease, Release, Sandbox, responses
-from sandbox_broker import tracing
-from sandbox_broker.messages import (
-    AllocateSandbox,
-    Command,
-    LeaseGranted,
-    ReleaseSandbox,
-    Reply,
-    SandboxReleased,
-)
+from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox
+from sandbox_broker.contract.replies import LeaseGranted, Reply, SandboxReleased
+from sandbox_broker.observability import tracing
 
 _ALWAYS = (
     "MISSING_SANDBOX_ID",

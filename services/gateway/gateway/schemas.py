@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from gateway.errors import KINDS
-from sandbox_broker.messages import JobKind, JobState, SandboxStatus
+from sandbox_broker.contract.types import JobKind, JobState, SandboxStatus
 
 SandboxId = Annotated[str, Field(examples=["2012224"], description="CSP's csp_id, as text")]
 Name = Annotated[str, Field(examples=["sandbox-1"])]

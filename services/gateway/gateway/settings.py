@@ -3,7 +3,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
+from sandbox_broker.runtime.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
 
 
 def _rate(value: str) -> str:

@@ -10,8 +10,9 @@ from gateway.admin import ALWAYS, maintain
 from gateway.context import Context
 from gateway.errors import ApiError, refuse
 from gateway.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
-from sandbox_broker import topology
-from sandbox_broker.messages import DeleteStale, PoolSynced, Purged, PurgeRecords, SyncPool
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords, SyncPool
+from sandbox_broker.contract.replies import PoolSynced, Purged
 
 PIECE = 500
 """Records that one command changes; it is repeated until none is left."""

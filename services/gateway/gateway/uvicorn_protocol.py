@@ -12,7 +12,7 @@ from gateway import errors, metrics, middleware
 from gateway.connection_limit import ConnectionLimit
 from gateway.errors import ApiError
 from gateway.replies import leave
-from sandbox_broker.uvicorn_protocol import Refusal, StrictProtocol, render_response
+from sandbox_broker.runtime.uvicorn_protocol import Refusal, StrictProtocol, render_response
 
 MAX_MESSAGE_BYTES = 512 * 1024
 """Longest message with its head and the framing of its body. The largest body that is accepted fits in, even in

@@ -22,9 +22,9 @@ from gateway.schemas import (
     SyncState,
     Transition,
 )
-from sandbox_broker import db, tracing
-from sandbox_broker.messages import SandboxStatus
-from sandbox_broker.tables import (
+from sandbox_broker.contract.types import SandboxStatus
+from sandbox_broker.database import connections
+from sandbox_broker.database.schema import (
     csp_listings,
     history,
     jobs,
@@ -34,6 +34,7 @@ from sandbox_broker.tables import (
     pool_counts,
     sandboxes,
 )
+from sandbox_broker.observability import tracing
 
 JOB_SILENCE_SEC = 120
 """Who works on a job tells at least once a minute; one that was silent for this long is dead."""
@@ -232,5 +233,5 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         with tracing.within("read", "client", attributes={"db.system.name": "postgresql"}):
             async with engine.connect() as connection:
                 yield connection
-    except db.CONNECTION_ERRORS as error:
+    except connections.CONNECTION_ERRORS as error:
         raise ApiError("DATABASE_UNAVAILABLE", "The database does not answer. Try again shortly.") from error

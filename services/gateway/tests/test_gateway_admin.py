@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sandbox_broker.messages import CleanUpNow, EndLease, RecordJob, RetryDeletion
+from sandbox_broker.contract.commands import CleanUpNow, EndLease, RecordJob, RetryDeletion
 
 from .gateway_harness import ADMIN, TRACK, Gateway, detail, refuse, running
 

@@ -11,16 +11,9 @@ from structlog.testing import capture_logs
 from csp_simulator.testing import serving
 from gateway import replies
 from gateway.errors import KINDS
-from sandbox_broker.bus import Requester
-from sandbox_broker.messages import (
-    AllocateSandbox,
-    Command,
-    LeaseGranted,
-    RefusalCode,
-    ReleaseSandbox,
-    Reply,
-    SyncPool,
-)
+from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
+from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
+from sandbox_broker.messaging.rpc_client import Requester
 
 from .gateway_harness import (
     ADMIN,

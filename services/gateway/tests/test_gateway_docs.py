@@ -17,7 +17,7 @@ from devstack.settings import ROOT
 from gateway import docs
 from gateway.error_page import page
 from gateway.errors import KINDS
-from sandbox_broker.messages import MAX_ID_LENGTH
+from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
 

@@ -14,7 +14,7 @@ import pytest
 from devstack.postgres import PrivatePostgres
 from gateway import outlook
 from gateway.outlook import Look
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
 from .gateway_harness import ADMIN, Cable, Gateway, running, until

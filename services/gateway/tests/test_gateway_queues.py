@@ -10,9 +10,9 @@ from prometheus_client import REGISTRY
 
 from gateway import queues as queue_metrics
 from gateway.queues import Queues
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher
-from sandbox_broker.service import cancel
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.runtime.service import cancel
 
 from .gateway_harness import Cable, running, until
 

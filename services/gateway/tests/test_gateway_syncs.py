@@ -8,7 +8,8 @@ import asyncpg
 import pytest
 
 from gateway import leaks
-from sandbox_broker.messages import Command, DeleteStale, Purged, PurgeRecords, Reply
+from sandbox_broker.contract.commands import Command, DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Purged, Reply
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
 

@@ -10,7 +10,7 @@ from k8s_check import exposure, services
 from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects, title
 from k8s_check.references import backend_ports, target_port
 from k8s_check.services import Program
-from sandbox_broker.health import CHECK_TIMEOUT_SEC
+from sandbox_broker.observability.health import CHECK_TIMEOUT_SEC
 
 STOP_SEC = 30
 """A service that is told to stop has ended by then."""

@@ -21,10 +21,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from allocator import domain
-from sandbox_broker import db, tables, topology
-from sandbox_broker.bus import Subscription, keep_connected
-from sandbox_broker.messages import InvalidCommand, InvalidEnvelope, decode_commands
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
+from sandbox_broker.database import connections, schema
+from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.subscription import Subscription
+from sandbox_broker.runtime.service import uninterrupted
 
 PREFETCH = 20
 MAX_STORED = 100_000
@@ -56,7 +58,7 @@ class DeadLetterCollector:
 
     async def _consume(self, connection: AbstractConnection) -> None:
         # Subscribe only while the database answers. RabbitMQ 4 counts returned messages against the delivery limit.
-        while (problem := await db.ping(self._engine)) is not None:
+        while (problem := await connections.ping(self._engine)) is not None:
             log.warning("dead_letters.postponed", error=problem)
             await asyncio.sleep(PAUSE_SEC)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
@@ -71,14 +73,14 @@ class DeadLetterCollector:
         now = asyncio.get_running_loop().time()
         try:
             async with self._engine.begin() as connection:
-                await connection.execute(insert(tables.dead_letters).on_conflict_do_nothing(), letters)
+                await connection.execute(insert(schema.dead_letters).on_conflict_do_nothing(), letters)
                 if now - self._trimmed_at >= TRIM_PERIOD_SEC:
                     deleted = (await connection.execute(text(DELETE_OLDEST), {"stored": MAX_STORED})).rowcount
                     self._trimmed_at = now
                     if deleted:
                         log.warning("dead_letters.forgotten", count=deleted)
-        except db.CONNECTION_ERRORS as error:
-            log.warning("dead_letters.postponed", error=db.reason(error))
+        except connections.CONNECTION_ERRORS as error:
+            log.warning("dead_letters.postponed", error=connections.reason(error))
             return False
         for letter in letters:
             fields = {name: letter[name] for name in ("queue", "reason", "commands")}

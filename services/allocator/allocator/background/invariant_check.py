@@ -12,8 +12,8 @@ import asyncpg
 import structlog
 
 from allocator import metrics
-from sandbox_broker import db
-from sandbox_broker.tables import metadata
+from sandbox_broker.database import connections
+from sandbox_broker.database.schema import metadata
 
 STATEMENT_TIMEOUT_SEC = 10
 MAX_EVENT_AGE = timedelta(minutes=5)
@@ -129,8 +129,8 @@ async def check_invariants(database_url: str, epoch: int) -> None:
     """
     try:
         violations = await _fetch_violations_under(database_url, epoch)
-    except (*db.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # a damaged index raises the latter
-        log.warning("invariants.not_checked", error=db.reason(error))
+    except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # a damaged index raises the latter
+        log.warning("invariants.not_checked", error=connections.reason(error))
         violations = None
     if violations is None:
         metrics.INVARIANT_VIOLATIONS.clear()
@@ -146,7 +146,7 @@ async def _fetch_violations_under(database_url: str, epoch: int) -> list[asyncpg
     """Return the violations, or None if `epoch` is not current."""
     if epoch == 0:
         return None
-    connection = await db.connect(
+    connection = await connections.connect(
         database_url, application_name="allocator-invariants", statement_timeout_sec=STATEMENT_TIMEOUT_SEC
     )
     try:

@@ -17,10 +17,12 @@ import structlog
 
 from allocator import metrics
 from allocator.write_session import UNAVAILABLE
-from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Outgoing, Publisher
-from sandbox_broker.messages import EVENT_CONTENT_TYPE, encode_event
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Outgoing, Publisher
+from sandbox_broker.runtime.service import uninterrupted
 
 BATCH_SIZE = 100
 """Events per batch. Encoding a batch blocks the event loop, and with it the requests of students."""
@@ -80,7 +82,7 @@ class OutboxRelay:
     async def run(self) -> None:
         while True:
             try:
-                connection = await db.connect(
+                connection = await connections.connect(
                     self._database_url,
                     application_name="allocator-outbox",
                     statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
@@ -91,7 +93,7 @@ class OutboxRelay:
                 finally:
                     connection.terminate()
             except UNAVAILABLE as error:
-                log.warning("outbox.database_lost", error=db.reason(error))
+                log.warning("outbox.database_lost", error=connections.reason(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:

@@ -8,7 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from allocator import metrics
 from allocator.background.depletion_forecast import DepletionForecast
-from sandbox_broker import db, service
+from sandbox_broker.database import connections
+from sandbox_broker.runtime import service
 
 PERIOD_SEC = 5
 
@@ -69,8 +70,8 @@ class PoolMetrics:
                 sync = (await connection.execute(text(SYNC_STATE))).one()
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
                 leases = await connection.scalar(text(COUNT_LEASES_EVER))
-        except db.CONNECTION_ERRORS as error:
-            log.warning("pool.not_counted", error=db.reason(error))
+        except connections.CONNECTION_ERRORS as error:
+            log.warning("pool.not_counted", error=connections.reason(error))
             return
         counts = {status: int(number) for status, number in rows}
         metrics.SYNC_HELD.set(sync.held)

@@ -10,16 +10,12 @@ from pamqp.commands import Basic
 from allocator import domain
 from allocator.sql import dead_letters
 from allocator.write_session import WriteSession
-from sandbox_broker import messages, topology
-from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import (
-    DropDeadLetter,
-    InvalidCommand,
-    InvalidEnvelope,
-    ReplayDeadLetter,
-    Reply,
-    decode_commands,
-)
+from sandbox_broker.contract import replies, topology
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
+from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Unroutable
 
 log = structlog.get_logger()
 
@@ -61,7 +57,7 @@ async def replay_dead_letter(session: WriteSession, command: ReplayDeadLetter) -
         published=body is not None,
         skipped=skipped,
     )
-    return messages.DeadLetterReplayed(
+    return replies.DeadLetterReplayed(
         dead_letter_id=command.dead_letter_id, queue=letter["queue"], published=body is not None, skipped=skipped
     )
 
@@ -70,7 +66,7 @@ async def drop_dead_letter(session: WriteSession, command: DropDeadLetter) -> Re
     if not await dead_letters.delete(session, dead_letter_id=command.dead_letter_id):
         return domain.no_such_dead_letter(command.dead_letter_id)
     log.info("dead_letter.dropped", request_id=command.request_id, dead_letter_id=str(command.dead_letter_id))
-    return messages.Recorded(changed=True)
+    return replies.Recorded(changed=True)
 
 
 def _has_replayable_command(body: bytes) -> bool:

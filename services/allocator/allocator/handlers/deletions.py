@@ -7,16 +7,16 @@ import structlog
 from allocator import domain
 from allocator.sql import deletions
 from allocator.write_session import WriteSession
-from sandbox_broker import messages
-from sandbox_broker.messages import (
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
     EndCleanup,
     HurryDeletions,
     RecordDeletion,
     RecordDeletionFailure,
-    Reply,
     RetryDeletion,
 )
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ async def claim_deletions(session: WriteSession, command: ClaimDeletions) -> Rep
         session, run_id=command.run_id, claim=timedelta(seconds=command.claim_sec), limit=command.limit
     )
     claimed = tuple(
-        messages.DueDeletion(
+        replies.DueDeletion(
             sandbox_id=row["sandbox_id"],
             external_id=row["external_id"],
             name=row["name"],
@@ -39,18 +39,18 @@ async def claim_deletions(session: WriteSession, command: ClaimDeletions) -> Rep
         if row["sandbox_id"] is not None
     )
     next_in_sec = None if claimed else rows[0]["next_in_sec"]
-    return messages.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
+    return replies.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
 
 
 async def hurry_deletions(session: WriteSession, command: HurryDeletions) -> Reply:
     row = await deletions.hurry_deletions(
         session, run_id=command.run_id, claim=timedelta(seconds=command.claim_sec), limit=command.limit
     )
-    return messages.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
+    return replies.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
 
 
 async def end_cleanup(session: WriteSession, command: EndCleanup) -> Reply:
-    return messages.Recorded(changed=await deletions.end_cleanup(session, run_id=command.run_id))
+    return replies.Recorded(changed=await deletions.end_cleanup(session, run_id=command.run_id))
 
 
 async def record_deletion(session: WriteSession, command: RecordDeletion) -> Reply:
@@ -59,7 +59,7 @@ async def record_deletion(session: WriteSession, command: RecordDeletion) -> Rep
     )
     if changed:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
-    return messages.Recorded(changed=changed)
+    return replies.Recorded(changed=changed)
 
 
 async def record_deletion_failure(session: WriteSession, command: RecordDeletionFailure) -> Reply:
@@ -81,7 +81,7 @@ async def record_deletion_failure(session: WriteSession, command: RecordDeletion
             error=command.error,
             retry_in_sec=command.retry_in_sec,
         )
-    return messages.Recorded(changed=changed)
+    return replies.Recorded(changed=changed)
 
 
 async def retry_deletion(session: WriteSession, command: RetryDeletion) -> Reply:
@@ -96,7 +96,7 @@ async def retry_deletion(session: WriteSession, command: RetryDeletion) -> Reply
     if not row["changed"]:
         return domain.not_deletion_failed(command.sandbox_id, row["status"])
     log.info("sandbox.deletion_retried", sandbox_id=command.sandbox_id)
-    return messages.SandboxReleased(
+    return replies.SandboxReleased(
         sandbox_id=command.sandbox_id,
         status="pending_deletion",
         deletion_requested_at=row["deletion_requested_at"],

@@ -4,8 +4,9 @@ import json
 
 from allocator.sql import jobs
 from allocator.write_session import WriteSession
-from sandbox_broker import messages
-from sandbox_broker.messages import RecordJob, Reply
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import RecordJob
+from sandbox_broker.contract.replies import Reply
 
 
 async def record_job(session: WriteSession, command: RecordJob) -> Reply:
@@ -17,4 +18,4 @@ async def record_job(session: WriteSession, command: RecordJob) -> Reply:
         progress=json.dumps(command.progress),
         result=None if command.result is None else json.dumps(command.result),
     )
-    return messages.Recorded(changed=changed)
+    return replies.Recorded(changed=changed)

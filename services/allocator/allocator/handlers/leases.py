@@ -8,8 +8,8 @@ import structlog
 from allocator import domain, metrics
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker import messages
-from sandbox_broker.messages import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox, Reply
+from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
+from sandbox_broker.contract.replies import LeaseGranted, LeasesExpired, Refused, Reply, SandboxReleased
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow) -> Re
             holder=command.holder,
             track_name=command.track_name,
         )
-        return messages.LeaseGranted(
+        return LeaseGranted(
             new=outcome == "new",
             sandbox_id=row["sandbox_id"],
             name=row["name"],
@@ -91,7 +91,7 @@ def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.
     for command in commands:
         key = domain.dedup_key(command)
         reply = replies[key]
-        if key in answered and isinstance(reply, messages.LeaseGranted):
+        if key in answered and isinstance(reply, LeaseGranted):
             reply = reply.model_copy(update={"new": False})
         answered.add(key)
         shared.append(reply)
@@ -104,7 +104,7 @@ async def release_sandbox(session: WriteSession, commands: Sequence[ReleaseSandb
 
 
 def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
-    refusal: messages.Refused | None = None
+    refusal: Refused | None = None
     if not row["exists"]:
         refusal = domain.not_found(command.sandbox_id)
     elif not row["own"]:
@@ -127,7 +127,7 @@ def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
         holder=command.holder,
         status=row["status"],
     )
-    return messages.SandboxReleased(
+    return SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],
@@ -139,7 +139,7 @@ async def expire_leases(session: WriteSession, command: ExpireLeases) -> Reply:
     for sandbox_id in sandbox_ids:
         log.info("lease.expired", sandbox_id=sandbox_id)
     metrics.EXPIRED.inc(len(sandbox_ids))
-    return messages.LeasesExpired(sandbox_ids=tuple(sandbox_ids))
+    return LeasesExpired(sandbox_ids=tuple(sandbox_ids))
 
 
 async def end_lease(session: WriteSession, command: EndLease) -> Reply:
@@ -158,7 +158,7 @@ async def end_lease(session: WriteSession, command: EndLease) -> Reply:
         raise ConcurrentUpdate
     if row["changed"]:
         log.info("lease.ended", sandbox_id=command.sandbox_id, note=command.note)
-    return messages.SandboxReleased(
+    return SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],

@@ -7,21 +7,22 @@ import structlog
 from allocator import domain, metrics
 from allocator.sql import listings
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker import messages
-from sandbox_broker.messages import ApplyListing, BeginListing, RefreshSandboxes, Reply, StageListing
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import ApplyListing, BeginListing, RefreshSandboxes, StageListing
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
 
 async def begin_listing(session: WriteSession, _: BeginListing) -> Reply:
-    return messages.ListingBegun(listing_id=await listings.begin_listing(session))
+    return replies.ListingBegun(listing_id=await listings.begin_listing(session))
 
 
 async def stage_listing(session: WriteSession, command: StageListing) -> Reply:
     staged = await listings.stage_listing(
         session, listing_id=command.listing_id, accounts=command.accounts, unreadable=command.unreadable
     )
-    return messages.ListingStaged(staged=staged)
+    return replies.ListingStaged(staged=staged)
 
 
 async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
@@ -53,11 +54,11 @@ async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
         metrics.REOPENED.inc(row["reopened"])
     outcome = json.loads(await listings.flag_missing(session, listing_id=listing_id))
     log.info("sync.applied", listing_id=listing_id, **outcome)
-    return messages.ListingApplied(**outcome)
+    return replies.ListingApplied(**outcome)
 
 
 async def refresh_sandboxes(session: WriteSession, command: RefreshSandboxes) -> Reply:
     last = await listings.refresh_sandboxes(
         session, listing_id=command.listing_id, after=command.after or "", limit=command.limit
     )
-    return messages.SandboxesRefreshed(last=last)
+    return replies.SandboxesRefreshed(last=last)

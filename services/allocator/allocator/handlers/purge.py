@@ -6,8 +6,9 @@ import structlog
 
 from allocator.sql import purge
 from allocator.write_session import WriteSession
-from sandbox_broker import messages
-from sandbox_broker.messages import DeleteStale, PurgeRecords, Reply
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
@@ -18,7 +19,7 @@ async def delete_stale(session: WriteSession, command: DeleteStale) -> Reply:
     )
     if count:
         log.info("stale.deleted", count=count)
-    return messages.Purged(count=count)
+    return replies.Purged(count=count)
 
 
 async def purge_records(session: WriteSession, command: PurgeRecords) -> Reply:
@@ -27,4 +28,4 @@ async def purge_records(session: WriteSession, command: PurgeRecords) -> Reply:
     )
     if count:
         log.info("records.purged", status=command.status, count=count)
-    return messages.Purged(count=count)
+    return replies.Purged(count=count)

@@ -15,8 +15,8 @@ from operator import itemgetter
 from typing import Literal, TypedDict
 
 from allocator.write_session import GUARD, WriteSession
-from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
-from sandbox_broker.tables import prefix_end
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.database.schema import prefix_end
 
 # Parameters: epoch, lab duration, then one array per column of the requests.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from allocator.write_session import GUARD, WriteSession
-from sandbox_broker.messages import ListedAccount
-from sandbox_broker.tables import PROOF_GRACE
+from sandbox_broker.contract.commands import ListedAccount
+from sandbox_broker.database.schema import PROOF_GRACE
 
 MAX_EXAMPLES = 20
 """Sandboxes named by a held sync per kind of change."""
