@@ -16,11 +16,11 @@ module = sys.argv.pop(1)
 crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
 
 if module == "gateway":
-    from gateway import replies
+    from gateway import allocator_client
     from sandbox_broker.messaging import rpc_client
 
     rpc_client.Requester.send = crashes.around(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
-    replies.Allocator.ask = crashes.around(replies.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
+    allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer
     from allocator.sql import leases

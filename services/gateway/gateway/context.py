@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
-from gateway.auth import Auth
-from gateway.limits import Limits
-from gateway.outlook import Outlook
-from gateway.replies import Allocator
+from gateway.allocator_client import Allocator
+from gateway.queries.status import Outlook
 from gateway.settings import Settings
+from gateway.web.auth import Auth
+from gateway.web.rate_limit import Limits
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import Requester
 

@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from openapi_schema_validator import OAS31Validator
 
 from devstack.settings import ROOT
-from gateway import docs
-from gateway.error_page import page
-from gateway.errors import KINDS
+from gateway.api import docs
+from gateway.api.error_page import page
+from gateway.api.errors import KINDS
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail

@@ -1,9 +1,9 @@
 """OpenTelemetry traces. Off unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
-A trace starts with an HTTP request or a tick. The sampling decision is made there, once, so work that is not sampled
+A trace starts with an HTTP request or a tick. The sampling decision is made there, once. Work that is not sampled
 has no span and carries no context. A sampled trace travels as a W3C traceparent in commands, and in the database
-with a deletion that waits for its turn. A receiver of a traceparent continues that trace. A traceparent from a client
-is ignored, because the client would decide how much is traced.
+with a deletion that waits for its turn. A receiver of a traceparent continues that trace. The gateway ignores a
+traceparent from a client, because the client would decide how much is traced.
 
 Spans describe the work and its outcome by codes and ids. Error texts stay in the log, which hides secrets.
 """
