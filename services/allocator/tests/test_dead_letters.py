@@ -62,8 +62,8 @@ async def run_collector(amqp_url: str, database_url: str) -> AsyncIterator[DeadL
 
 @pytest.fixture
 async def running(clean_queues: str, pool: Pool) -> AsyncIterator[Allocator]:
-    async with run_allocator(clean_queues, pool.url) as stored, run_collector(clean_queues, pool.url):
-        yield stored
+    async with run_allocator(clean_queues, pool.url) as allocator, run_collector(clean_queues, pool.url):
+        yield allocator
 
 
 async def wait_for_letters(pool: Pool, count: int) -> list[dict[str, Any]]:
