@@ -1,4 +1,4 @@
-"""Where the broker is and who we are: from the environment, then from a file of the same variables."""
+"""Address and token of the broker, from the environment or from a file of the same variables."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
-from brokerctl.problems import Misconfigured
+from brokerctl.errors import Misconfigured
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -16,36 +16,39 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 @dataclass(frozen=True, slots=True)
 class Config:
     url: str
-    """Without /v1."""
+    """Base URL of the gateway, without /v1."""
     token: str = field(repr=False)
 
 
-def default_file(environ: Mapping[str, str]) -> Path:
+def default_config_file(environ: Mapping[str, str]) -> Path:
     home = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "~")).expanduser() / ".config"
     return Path(home) / "brokerctl.env"
 
 
-def load(file: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """BROKER_API_URL and BROKER_ADMIN_TOKEN, of which the first counts where it is a list. Raises Misconfigured."""
-    path = file or default_file(environ)
+def load_config(file: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read BROKER_API_URL and BROKER_ADMIN_TOKEN. The environment wins over the file.
+
+    BROKER_ADMIN_TOKEN may be a list, as in the gateway's settings; the first token is used. Raises `Misconfigured`.
+    """
+    path = file or default_config_file(environ)
     if file is not None and not file.is_file():
-        raise Misconfigured(f"There is no file {file}. Correct --config, or leave it out.")
-    found = dotenv_values(path, interpolate=False) if path.is_file() else {}
+        raise Misconfigured(f"The file {file} does not exist. Correct --config, or leave it out.")
+    file_values = dotenv_values(path, interpolate=False) if path.is_file() else {}
 
-    def value(name: str) -> str:
-        return (environ.get(name) or found.get(name) or "").strip()
+    def read_value(name: str) -> str:
+        return (environ.get(name) or file_values.get(name) or "").strip()
 
-    token = value("BROKER_ADMIN_TOKEN").split(",")[0].strip()
+    token = read_value("BROKER_ADMIN_TOKEN").split(",")[0].strip()
     if not token:
         raise Misconfigured(f"BROKER_ADMIN_TOKEN is not set. Set it, or write it into {path}; make run prints it.")
-    return Config(_url(value("BROKER_API_URL") or DEFAULT_URL), token)
+    return Config(_normalize_url(read_value("BROKER_API_URL") or DEFAULT_URL), token)
 
 
-def _url(value: str) -> str:
+def _normalize_url(value: str) -> str:
     try:
         parts = urlsplit(value)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        _ = parts.port  # raises on a port that is no number
+        _ = parts.port  # raises ValueError if the port is not a number
     except ValueError:
         valid = False
     if not valid:
