@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from devstack import locks
-from k8s_check.services import COMMANDS, SERVICES, Program
+from k8s_check.programs import COMMANDS, SERVICES, Program
 from tests.integration.stack import ROOT, Stack
 
 SCRIPTS = ROOT / "deploy" / "image"

@@ -1,4 +1,4 @@
-"""What the code says of each thing that a container may run: its settings, its port, its routes."""
+"""Programs of the images: their settings, ports and routes, read from the code."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from sandbox_broker import declare, migrate
 class Program:
     settings: type[BaseSettings]
     create_app: Callable[[Any], Starlette] | None = None
-    """None: it serves nothing, and ends."""
+    """Application of a service. Other programs end by themselves and serve no requests."""
     port: str | None = None
-    """The field of the settings that is its port."""
+    """Settings field that holds the port."""
 
     @property
     def fields(self) -> set[str]:
@@ -42,15 +42,15 @@ SERVICES: Mapping[str, Program] = {
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
 }
-"""By the name of the image."""
+"""Services by image name."""
 
 COMMANDS: Mapping[str, Program] = {
     "sandbox_broker.migrate": Program(migrate.Settings),
     "sandbox_broker.declare": Program(declare.Settings),
 }
-"""By the module that any of the images can run instead of its service."""
+"""Programs by module. Every image can run them instead of its service."""
 
-SECRETS = frozenset(
+SECRET_SETTINGS = frozenset(
     {
         "amqp_url",
         "database_url",
@@ -60,34 +60,37 @@ SECRETS = frozenset(
         "niosxaas_password",
     }
 )
-"""Settings that hold a password or a token; a test compares this with the settings' types."""
+"""Settings with a password or a token. A test compares them with the types of the settings."""
 
-STAND_INS: Mapping[str, str] = {
-    "amqp_url": "amqp://stand-in:stand-in@rabbitmq/",
-    "database_url": "postgresql://stand-in:stand-in@postgres/sandbox_broker",
+PLACEHOLDERS: Mapping[str, str] = {
+    "amqp_url": "amqp://placeholder:placeholder@rabbitmq/",
+    "database_url": "postgresql://placeholder:placeholder@postgres/sandbox_broker",
 }
-"""For what only the cluster knows."""
+"""Valid values for settings whose real value exists only in the cluster."""
 
 
-def of_container(container: Mapping[str, Any]) -> Program | None:
-    """None: it runs nothing of ours. Raises ValueError when it runs something of ours that does not exist."""
-    _, ours, image = str(container["image"]).split("@")[0].rpartition("sandbox-broker/")
-    if not ours:
+def find_program(container: Mapping[str, Any]) -> Program | None:
+    """Return the program of a container, or None for an image of another project.
+
+    Raises ValueError if an image of this project has an unknown name or an unknown command.
+    """
+    _, prefix, image = str(container["image"]).split("@")[0].rpartition("sandbox-broker/")
+    if not prefix:
         return None
     name = image.split(":")[0]
     command = container.get("command")
     if command is None:
         if name not in SERVICES:
-            raise ValueError(f"there is no service {name}")
+            raise ValueError(f"service {name} does not exist")
         return SERVICES[name]
     module = command[-1]
     if command[:-1] != ["python", "-m"] or module not in COMMANDS:
-        raise ValueError(f"{' '.join(command)} is none of {', '.join(f'python -m {name}' for name in COMMANDS)}")
+        raise ValueError(f"{' '.join(command)} is not one of {', '.join(f'python -m {name}' for name in COMMANDS)}")
     return COMMANDS[module]
 
 
-def paths(program: Program, settings: BaseSettings) -> set[str]:
-    """What answers GET."""
+def list_get_paths(program: Program, settings: BaseSettings) -> set[str]:
+    """List the paths of the GET routes."""
     if program.create_app is None:
         return set()
     routes = program.create_app(settings).routes
