@@ -1,4 +1,4 @@
-"""The answers that go wrong, in the shape that CSP gives its errors."""
+"""Error responses in the format of CSP, and responses that hang or break."""
 
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -8,34 +8,35 @@ from csp_simulator.switches import CUT, HANG
 ERROR_PAGE = "<html><head><title>Error</title></head><body><h1>upstream error</h1></body></html>"
 
 
-def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def build_error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": [{"message": message}]}, status, headers)
 
 
-def failure(status: int | str, *, html: bool, retry_after_sec: float | None) -> Response:
+def build_failure(status: int | str, *, html: bool, retry_after_sec: float | None) -> Response:
+    """Build an injected failure. `status` is an HTTP status, HANG or CUT."""
     if status == HANG:
-        return Hang()
+        return HangingResponse()
     if status == CUT:
-        return Cut()
+        return CutResponse()
     assert isinstance(status, int)
     headers = {}
     if retry_after_sec is not None and status in (429, 503):
         headers["Retry-After"] = f"{retry_after_sec:g}"
     if html:
         return HTMLResponse(ERROR_PAGE, status, headers)
-    return refusal(status, "injected by the simulator", headers)
+    return build_error(status, "injected by the simulator", headers)
 
 
-class Hang(Response):
-    """Nothing, until the client has gone."""
+class HangingResponse(Response):
+    """Response that sends no byte until the client disconnects."""
 
     async def __call__(self, _: Scope, receive: Receive, __: Send) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
 
-class Cut(Response):
-    """The beginning of an answer, after which the server ends the connection."""
+class CutResponse(Response):
+    """Response whose connection closes in the middle of the body."""
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
