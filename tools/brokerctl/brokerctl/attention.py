@@ -20,9 +20,9 @@ MAX_DELETION_AGE_SEC = 3600
 LONG_QUEUE_MESSAGES = 1000
 
 SERVICE_DOWN_ADVICE = {
-    "allocator": "Start one. Until then students get 503; no data is lost.",
-    "reaper": "Start one. Until then used sandboxes are not deleted and leases do not expire; no data is lost.",
-    "csp-syncer": "Start one. Until then new accounts are not imported.",
+    "allocator": "Start an allocator. Until then students get 503. No data is lost.",
+    "reaper": "Start a reaper. Until then no sandbox is deleted and no lease expires. No data is lost.",
+    "csp-syncer": "Start a csp-syncer. Until then new accounts are not imported.",
 }
 
 
@@ -86,7 +86,9 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
     for service in status["services"]:
         name, state = service["service"], service["state"]
         if state == "down":
-            yield AttentionItem(name, "Its queues have no consumer.", SERVICE_DOWN_ADVICE.get(name, "Start one."))
+            yield AttentionItem(
+                name, "Its queues have no consumer.", SERVICE_DOWN_ADVICE.get(name, "Start the service.")
+            )
         elif state == "partly":
             unconsumed = [
                 entry["queue"] for entry in queues if not entry["consumers"] and _is_queue_of(entry["queue"], name)

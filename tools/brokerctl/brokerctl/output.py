@@ -74,7 +74,7 @@ def render_status(url: str, status: Mapping[str, Any]) -> RenderableType:
     """Render the result of `attention.fetch_status` as one screen."""
     components = Text("   ").join(
         Text.assemble(f"{name} ", printable_text(state, COMPONENT_COLOURS[state]))
-        for name, state in _component_states(status).items()
+        for name, state in _collect_component_states(status).items()
     )
     summary = build_field_list(
         {
@@ -104,14 +104,14 @@ def render_status(url: str, status: Mapping[str, Any]) -> RenderableType:
 
 def format_status_line(status: Mapping[str, Any]) -> Text:
     """Format the result of `attention.fetch_status` as one line for a file or a pipe."""
-    phrases = [", ".join(f"{name} {state}" for name, state in _component_states(status).items())]
+    phrases = [", ".join(f"{name} {state}" for name, state in _collect_component_states(status).items())]
     if status.get("pool"):
         phrases.append(_format_pool(status["pool"]))
     phrases += [f"{item['part']}: {item['problem']}" for item in status["attention"]] or ["nothing needs attention"]
     return printable_text(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {' '.join('; '.join(phrases).split())}")
 
 
-def _component_states(status: Mapping[str, Any]) -> dict[str, str]:
+def _collect_component_states(status: Mapping[str, Any]) -> dict[str, str]:
     states = {"gateway": status["gateway"]["state"]}
     for name, key in (("RabbitMQ", "rabbitmq"), ("PostgreSQL", "database")):
         states[name] = status[key]["state"] if key in status else "unknown"

@@ -21,7 +21,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Send POST `path`, wait for the end of the work and return its result. Raises `CommandError`.
 
-    A terminal shows the progress: the text of `describe`, and the job's own progress once it is a job.
+    A terminal shows `describe()` until the gateway answers, then the progress of the job.
     """
     with ProgressLine(title) as progress:
         call = BackgroundCall(lambda: client.post(path, **parameters))
@@ -39,7 +39,7 @@ def run_job(
         while True:
             job = client.get(f"jobs/{answer['job_id']}")
             if job["state"] != "running":
-                return _job_result(job)
+                return _read_job_result(job)
             progress.update(partial(_format_job_progress, job))
             time.sleep(POLL_INTERVAL_SEC)
 
@@ -48,7 +48,7 @@ def _format_job_progress(job: dict[str, Any]) -> str:
     return ", ".join(f"{count} {name}" for name, count in job["progress"].items())
 
 
-def _job_result(job: dict[str, Any]) -> dict[str, Any]:
+def _read_job_result(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = job["result"] or {}
     if job["state"] == "completed":
         return {"status": "completed", **result}
