@@ -19,7 +19,7 @@ REORDER_DELAY_SEC = (0.0, 1.0)
 RECONNECTING = frozenset(
     {"RabbitMQ", *SERVICES.values(), *(f"link from {module} to RabbitMQ" for module in SERVICES.values())}
 )
-"""Components without a second fault, because a service that reconnects declares the topology again."""
+"""Components excluded from a second fault, because a service declares the topology again when it reconnects."""
 QUEUES = (
     topology.ALLOCATOR_COMMANDS.name,
     topology.ALLOCATOR_MAINTENANCE.name,
@@ -29,7 +29,7 @@ QUEUES = (
 
 
 class _DelayedRelay:
-    """Relay queue that sends each command on after a delay, beside the original queues or in place of them."""
+    """Relay queue: it forwards each command after a delay, beside the original queues or in place of them."""
 
     def __init__(self, delay_sec: tuple[float, float], *, replace_queues: bool, rng: random.Random) -> None:
         self._delay_sec = delay_sec

@@ -32,7 +32,7 @@ SELECT count(*) FROM (
 
 
 async def record_epochs(database_url: str, epochs: list[EpochObservation]) -> None:
-    """Record the fencing epochs without end. It reconnects while the database is unavailable."""
+    """Record the fencing epochs without end. Reconnect when the database was unavailable."""
     while True:
         try:
             connection = await asyncpg.connect(database_url, timeout=CONNECT_SEC, command_timeout=CONNECT_SEC)

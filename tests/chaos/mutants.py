@@ -140,7 +140,7 @@ async def hold_next_row(trial: Trial) -> None:
 
 
 async def break_connection_during_statement(trial: Trial) -> None:
-    """Block a statement by an uncommitted lease, so that it continues after the allocator has retried it."""
+    """Block a statement by an uncommitted lease until the allocator has retried it on a new connection."""
     database = trial.stack.database
     next_sandbox = await database.fetchval(SELECT_NEXT_SANDBOX)
     lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, 'other student', now())"
