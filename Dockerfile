@@ -2,23 +2,23 @@
 #
 #   docker build --build-arg SERVICE=gateway -t sandbox-broker/gateway .
 #
-# SERVICE is gateway, allocator, reaper or csp-syncer. Each image also has python -m sandbox_broker.migrate and
-# python -m sandbox_broker.declare. It runs as user 10001 and writes nothing, so its root file system may be read-only.
+# SERVICE is gateway, allocator, reaper or csp-syncer. Each image also contains python -m sandbox_broker.migrate and
+# python -m sandbox_broker.declare. It runs as user 10001 and writes no files, so the root file system may be read-only.
 
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
 ARG SERVICE
-# Where its package is, and what it needs; for the CSP simulator these differ (docker-compose.yml).
+# Package directory and locked requirements. docker-compose.yml overrides both for the CSP simulator.
 ARG SOURCE=services/${SERVICE}
 ARG LOCK=requirements/${SERVICE}.txt
 COPY ${LOCK} /tmp/requirements.txt
-# No installer in the environment that goes into the image, and nothing that is not locked by its hash.
+# The image's environment contains no installer and only packages that are locked by hash.
 RUN python3 -m venv --without-pip /opt/venv \
  && python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install \
         --no-cache-dir --no-compile --only-binary :all: --require-hashes -r /tmp/requirements.txt
 COPY shared/ ${SOURCE}/ deploy/image/ /opt/broker/
-# Compiled here, since nothing can be written there.
+# Compile here, because the final image cannot write bytecode.
 RUN python3 -m compileall -q -j 0 /opt/venv/lib /opt/broker
 
 FROM ${PYTHON_IMAGE}
@@ -29,7 +29,7 @@ LABEL org.opencontainers.image.title="Sandbox Broker: ${SERVICE}" \
       org.opencontainers.image.description="Leases pre-created Infoblox CSP accounts to Instruqt students" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# The base image's own installer is of no use to a service, and of some to an intruder.
+# Remove the base image's installer: no service needs it, and an intruder could use it.
 RUN rm -rf /usr/local/lib/python3*/site-packages/pip /usr/local/lib/python3*/site-packages/pip-* \
         /usr/local/lib/python3*/ensurepip /usr/local/bin/pip*
 COPY --from=build /opt/venv /opt/venv

@@ -33,12 +33,13 @@ bench: setup ## How fast it is, beside what one would write instead; ARGS="ours 
 chaos: setup ## Every kind of fault on a broker of its own, and a judge; SEED=… repeats a round, LONG=1 is an hour
 	@$(PYTHON) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(LONG),--minutes 60) $(ARGS)
 
-check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, and whether locked requirements and generated pages are current
+check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, known vulnerabilities, and whether locked requirements and generated pages are current
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m devstack.locks
+	@$(PYTHON) -m devstack.audit
 	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m devstack.metrics_page | diff docs/metrics.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m sandbox_broker.asyncapi | diff docs/asyncapi.json - || { echo "run make docs" >&2; exit 1; }
@@ -65,7 +66,7 @@ lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade
 	done
 	@$(COMPILE) $(ARGS) $(OURS:%=--no-emit-package %) --group dev -o requirements/dev.txt pyproject.toml
 
-clean: ## Remove the virtual environment, caches and the local accounts of make run
+clean: ## Remove the virtual environment, caches, and the local accounts and tokens of make run
 	@rm -rf .venv .devstack .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -151,6 +151,7 @@ class _Launcher:
             **{f"{modules[name].upper()}_PORT": str(port) for name, port in ports.items()},
             "LOG_LEVEL": "INFO",
             "LOG_FORMAT": "json",
+            "BIND_HOST": "127.0.0.1",
             "RATE_LIMIT": "",  # all load comes from one address
             "DRAIN_SEC": "0",
             "ADMIN_WAIT_SEC": "300",  # the time of a sync is its answer's

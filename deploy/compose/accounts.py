@@ -1,5 +1,5 @@
-"""The services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml: roles.sql and definitions.json, which
-give each its rights, with the passwords of the environment. May be repeated at any time."""
+"""Create the services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml. Permissions come from roles.sql
+and definitions.json, passwords from the environment. May be repeated at any time."""
 
 import asyncio
 import base64
@@ -20,11 +20,11 @@ DEPLOY = Path(__file__).parents[1]
 POSTGRES = "postgresql://sandbox_broker@postgres:5432/sandbox_broker"
 RABBITMQ = "http://rabbitmq:15672/api/definitions"
 USER = "sandbox_broker"
-"""Of both servers, as their images have made it."""
+"""Administrator of both servers, created by their images."""
 ROLES = ("gateway", "allocator")
 USERS = ("migration", "gateway", "allocator", "reaper", "csp-syncer")
 PATIENCE_SEC = 60
-"""RabbitMQ takes messages before it takes this."""
+"""Wait for the management API, which starts later than RabbitMQ itself."""
 
 
 async def make_roles() -> None:
@@ -33,7 +33,7 @@ async def make_roles() -> None:
         async with connection.transaction():
             await connection.execute((DEPLOY / "postgres" / "roles.sql").read_text())
             for name in ROLES:
-                # Such a statement takes no parameters.
+                # ALTER ROLE takes no parameters.
                 statement = await connection.fetchval(
                     "SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)",
                     f"sandbox_broker_{name}",
@@ -74,7 +74,7 @@ def _password(name: str, server: str) -> str:
 
 
 def _hash(password: str) -> str:
-    """As RabbitMQ keeps it: a salt of four bytes, and the digest of salt and password."""
+    """Return the password hash in RabbitMQ's format: a salt of four bytes, then the digest of salt and password."""
     salt = secrets.token_bytes(4)
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 

@@ -1,9 +1,9 @@
--- Tells a restored database which leases began and ended after its backup, before an allocator works on it:
+-- Import the leases that started or ended after the backup into a restored database. Run it before an allocator starts:
 --
 --   psql "$DATABASE_URL" -v granted=granted.csv -v released=released.csv -v lab_hours=4 -f deploy/postgres/after_restore.sql
 --
--- docs/runbook.md tells where the two files come from. May be repeated. What was leased meanwhile would otherwise be
--- leased again, to somebody else.
+-- docs/runbook.md describes how to create the two files. The script may be repeated. Without it, the allocator would
+-- lease sandboxes that are in use to a second student.
 \set ON_ERROR_STOP on
 BEGIN;
 CREATE TEMPORARY TABLE granted (sandbox_id text, holder text, track_name text, allocated_at timestamptz) ON COMMIT DROP;
@@ -17,7 +17,7 @@ UPDATE leases l SET ended_at = r.released_at, end_reason = 'admin', end_note = '
 FROM (SELECT sandbox_id, min(released_at) AS released_at FROM released GROUP BY sandbox_id) r
 WHERE l.sandbox_id = r.sandbox_id AND l.ended_at IS NULL;
 
--- A sandbox that the backup does not know cannot be allocated in it; an ended lease keeps it out of the pool for good.
+-- A sandbox that is missing in the backup cannot become allocated. An ended lease keeps it out of the pool for ever.
 INSERT INTO leases (sandbox_id, holder, track_name, allocated_at, expires_at, ended_at, end_reason, end_note)
 SELECT g.sandbox_id, g.holder, g.track_name, g.allocated_at, g.allocated_at + :lab_hours * interval '1 hour',
     ended.at, CASE WHEN ended.at IS NOT NULL THEN 'admin' END, 'restored'

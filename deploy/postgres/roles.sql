@@ -1,7 +1,7 @@
--- The roles of the services, and what each may do. To be run in the broker's database by a superuser, or by its owner
--- where that may create roles; before or after the migration, and any number of times. Passwords are set elsewhere.
+-- Roles of the services with their permissions. Run it in the broker's database as a superuser, or as the owner if the
+-- owner may create roles. Run it before or after the migration, any number of times. Passwords are set elsewhere.
 --
--- The owner of the database, sandbox_broker, is the migration's: it alone makes and changes tables.
+-- The migration uses the owner of the database, sandbox_broker. Only this role creates and alters tables.
 
 DO $$
 BEGIN
@@ -26,12 +26,12 @@ REVOKE ALL ON SCHEMA public FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA public TO sandbox_broker;
 GRANT USAGE ON SCHEMA public TO sandbox_broker_gateway, sandbox_broker_allocator;
 
--- The gateway reads.
+-- The gateway only reads.
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO sandbox_broker_gateway;
 ALTER DEFAULT PRIVILEGES FOR ROLE sandbox_broker IN SCHEMA public
     GRANT SELECT ON TABLES TO sandbox_broker_gateway;
 
--- The allocator writes, and numbers what it writes.
+-- The allocator writes rows and uses the sequences of their keys.
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO sandbox_broker_allocator;
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO sandbox_broker_allocator;
 ALTER DEFAULT PRIVILEGES FOR ROLE sandbox_broker IN SCHEMA public

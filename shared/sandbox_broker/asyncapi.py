@@ -18,6 +18,11 @@ from sandbox_broker.event_data import EVENT_DATA
 _JSON = "application/json"
 _SCHEMAS = "#/components/schemas/"
 _COMMANDS: tuple[type[BaseModel], ...] = get_args(get_args(messages.Command)[0])
+_COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
+    topology.COMMANDS: "commands",
+    topology.COMMANDS_FROM_REAPER: "commandsFromReaper",
+    topology.COMMANDS_FROM_SYNCER: "commandsFromCspSyncer",
+}
 _REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(messages.Reply)[0])
 
 
@@ -52,7 +57,7 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": schemas["$defs"],
             "messages": {
-                "commands": _message("Envelope", "Commands, those of one sender that have gathered"),
+                **{name: _commands(exchange) for exchange, name in _COMMAND_MESSAGES.items()},
                 "replies": _message("ReplyEnvelope", "A reply for each command, in the same order"),
                 "tick": {"title": "A timer", "contentType": _JSON, "payload": {"type": "object"}},
                 "deadLetter": {"title": "What could not be processed, as it was", "payload": {}},
@@ -64,6 +69,18 @@ def document() -> dict[str, Any]:
 
 def _message(schema: str, title: str) -> dict[str, Any]:
     return {"title": title, "contentType": _JSON, "payload": {"$ref": _SCHEMAS + schema}}
+
+
+def _commands(exchange: topology.Exchange) -> dict[str, Any]:
+    """Envelope with the types of commands that the exchange may carry."""
+    types = sorted(command.__name__ for command in exchange.commands)
+    entry = {"properties": {"type": {"enum": types}}}
+    own = {"properties": {"commands": {"items": entry}}}
+    return {
+        "title": f"Commands that may be sent over {exchange.name}",
+        "contentType": _JSON,
+        "payload": {"allOf": [{"$ref": f"{_SCHEMAS}Envelope"}, own]},
+    }
 
 
 def _event(name: str, data: type[BaseModel]) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def _messages(*names: str) -> dict[str, Any]:
 
 def _of_exchange(exchange: topology.Exchange, events: Mapping[str, Any]) -> dict[str, Any]:
     carried = {
-        topology.COMMANDS: ("commands",),
+        **{sender: (name,) for sender, name in _COMMAND_MESSAGES.items()},
         topology.EVENTS: tuple(events),
         topology.TICKS: ("tick",),
         topology.DEAD_LETTERS: ("deadLetter",),
@@ -105,11 +122,15 @@ def _of_exchange(exchange: topology.Exchange, events: Mapping[str, Any]) -> dict
 
 def _of_queue(queue: topology.Queue) -> dict[str, Any]:
     bindings = [binding for binding in topology.BINDINGS if binding.queue is queue]
-    (exchange,) = {binding.exchange for binding in bindings}
-    if exchange is topology.EVENTS:
-        carried = tuple(binding.routing_key for binding in bindings)
-    else:
-        carried = tuple(_of_exchange(exchange, {})["messages"])
+    carried = [
+        name
+        for binding in bindings
+        for name in (
+            [binding.routing_key]
+            if binding.exchange is topology.EVENTS
+            else _of_exchange(binding.exchange, {})["messages"]
+        )
+    ]
     return {
         "address": queue.name,
         "messages": _messages(*carried),

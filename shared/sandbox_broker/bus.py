@@ -23,7 +23,15 @@ from pamqp.commands import Basic
 
 from sandbox_broker import metrics, story, topology, tracing
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
-from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands, request_ids_in
+from sandbox_broker.messages import (
+    Command,
+    InvalidCommand,
+    Reply,
+    ReplyEnvelope,
+    decode_commands,
+    encode_commands,
+    request_ids_in,
+)
 from sandbox_broker.publisher import PUBLISH_TIMEOUT_SEC, Outgoing, Publisher, Unroutable
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "Subscription",
     "Unroutable",
     "answer",
+    "decode_delivery",
     "keep_connected",
 ]
 
@@ -122,6 +131,23 @@ class Subscription:
         self._inbox.put_nowait(None)
 
 
+def decode_delivery(delivery: DeliveredMessage) -> list[Command | InvalidCommand]:
+    """Decode the commands of a delivery. A command that its exchange may not carry becomes an InvalidCommand,
+    because its sender has no right to it.
+
+    Raise InvalidEnvelope when there is no list of commands.
+    """
+    exchange = delivery.exchange
+    return [
+        command
+        if isinstance(command, InvalidCommand) or topology.can_carry(exchange, command)
+        else InvalidCommand(
+            command.model_dump(mode="json"), f"{command.type} may not be sent over the exchange '{exchange}'"
+        )
+        for command in decode_commands(delivery.body)
+    ]
+
+
 def _tag(delivery: DeliveredMessage) -> int:
     tag = delivery.delivery_tag
     assert tag is not None, "only a basic.get of an empty queue has none"  # noqa: S101 (for the type checker)
@@ -131,10 +157,14 @@ def _tag(delivery: DeliveredMessage) -> int:
 class Requester:
     """Sends commands and hands out their replies. `run` keeps its reply queue open."""
 
-    def __init__(self, url: str, name: str, publisher: Publisher) -> None:
+    def __init__(
+        self, url: str, name: str, publisher: Publisher, *, exchange: topology.Exchange = topology.COMMANDS
+    ) -> None:
+        """`exchange` is that of the sender: see topology."""
         self._url = url
         self._name = f"{name}-replies"
         self._publisher = publisher
+        self._exchange = exchange.name
         self._reply_queue: str | None = None
         self._connected = asyncio.Event()
         self._waiting: dict[str, tuple[asyncio.Future[tuple[Reply, ...]], int]] = {}
@@ -211,7 +241,7 @@ class Requester:
         )
         try:
             await self._publisher.publish(
-                topology.COMMANDS.name,
+                self._exchange,
                 queue.name,
                 encode_commands(commands),
                 properties,

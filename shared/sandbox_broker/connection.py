@@ -13,7 +13,7 @@ from aio_pika import Connection
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import make_url
 from aiormq.channel import Channel
-from aiormq.exceptions import AMQPError, ChannelAccessRefused
+from aiormq.exceptions import AMQPError, ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from sandbox_broker import metrics, topology
 
@@ -21,6 +21,8 @@ HEARTBEAT_SEC = 5
 CONNECT_TIMEOUT_SEC = 5.0
 MIN_BACKOFF_SEC = 0.1
 MAX_BACKOFF_SEC = 2.0
+DELETE_TIMEOUT_SEC = 2.0
+"""RabbitMQ may not answer for a classic queue while the node of that queue is down."""
 
 log = structlog.get_logger()
 
@@ -125,3 +127,28 @@ async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Cha
     underlying = await channel.get_underlay_channel()
     assert isinstance(underlying, Channel)  # noqa: S101 (its abstract class leaves out `wait`)
     return underlying
+
+
+async def delete_replaced(connection: AbstractConnection, queue: topology.Queue) -> bool:
+    """Delete the queue that `queue` replaces, unless a consumer still uses it. Repeating that is harmless.
+
+    Return False if a later call can succeed: a service of an earlier version consumes the old queue, or its node is
+    down and RabbitMQ 3 refuses. Return True if the old queue is gone, if the user may not delete it, or if RabbitMQ
+    does not answer within DELETE_TIMEOUT_SEC; it then finishes the deletion later. Raise nothing for a lost
+    connection; the next use of it does.
+    """
+    if queue.replaces is None:
+        return True
+    try:
+        with losses():
+            async with asyncio.timeout(DELETE_TIMEOUT_SEC):
+                # A channel of its own, because a refusal closes the channel and a missing answer blocks it.
+                channel = await open_channel(connection, confirms=False)
+                await channel.queue_delete(queue.replaces, if_unused=True)
+                await channel.close()
+    except Disconnected as error:
+        if isinstance(error.__cause__, ChannelAccessRefused):  # the step `sandbox_broker.declare` does it
+            return True
+        log.info("queue.not_deleted", queue=queue.replaces, error=str(error))
+        return not isinstance(error.__cause__, ChannelNotFoundEntity | ChannelPreconditionFailed)
+    return True

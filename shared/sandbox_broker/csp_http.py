@@ -1,9 +1,10 @@
-"""How CSP is asked: one call, bounded in time and size, and what is wrong when there is no usable answer.
+"""HTTP client of CSP: one attempt per call, bounded in time and size, and the errors of an unusable answer.
 
     CspError                 base; `status` is the HTTP status, None if there was no answer
     ├── CspUnavailable       no usable answer, another try can help; `retry_after` in seconds or None:
     │                        time-out, lost connection, 429, 5xx, any status not known here,
-    │                        an HTML page, a listing that is not JSON or has no results
+    │                        an HTML page, a listing that is not JSON or has no results,
+    │                        a body over its bound, or one that cannot be decoded
     └── CspUnauthorized      401 or 403: token, password or JWT are wrong, and trying again cannot help
 
 Messages are one line, bounded, and never hold a token, a password or a JWT.
@@ -14,6 +15,7 @@ import functools
 import re
 import ssl
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,8 +28,20 @@ from prometheus_client import Histogram
 from sandbox_broker import tracing
 
 MAX_EXCERPT = 200
-MAX_BODY = 256 * 1024 * 1024
-"""Bytes of an answer, unpacked: ten times what 100,000 accounts take."""
+
+_MIB = 1024 * 1024
+MAX_BODY_BYTES: Mapping[str, int] = {
+    # 100,000 accounts take 23 MiB (239 bytes a record, as CSP documents it), so records may be 2.8 times as long.
+    # Parsing 64 MiB takes 300 MiB more, which fits the memory limit of the csp-syncer (512 MiB, deploy/k8s).
+    "list_accounts": 64 * _MIB,
+    "list_services": 4 * _MIB,
+    "delete_account": _MIB,
+    "sign_in": _MIB,
+    "account_switch": _MIB,
+    "current_user": _MIB,
+    "delete_service": _MIB,
+}
+"""Bound of an answer's body by operation, in decoded bytes. An answer over it is CspUnavailable."""
 MAX_RETRY_AFTER_SEC = 86_400.0
 
 # Surrogates come from broken JSON escapes; neither they nor NUL can be stored in the database.
@@ -101,7 +115,8 @@ class CspHttp:
         self._timeout_sec = timeout_sec
         self._http = httpx.AsyncClient(
             base_url=base_url,
-            headers={"Accept": "application/json", **(headers or {})},
+            # gzip alone, because _read_body decodes no other encoding.
+            headers={"Accept": "application/json", "Accept-Encoding": "gzip", **(headers or {})},
             # A cookie would tie calls together that have nothing to do with each other.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=timeout_sec,
@@ -125,8 +140,11 @@ class CspHttp:
         deadline: float | None = None,
     ) -> Answer:
         """Make one call, `operation` in metrics and `what` in messages, until `deadline` on the loop's clock (by
-        default `timeout_sec` from now), from connecting to the last byte of the answer. Raises CspUnavailable if
-        there is none."""
+        default `timeout_sec` from now), from connecting to the last byte of the answer.
+
+        `operation` must be a key of MAX_BODY_BYTES. Raises CspUnavailable without an answer, and for a body that is
+        over its bound or cannot be decoded. httpcore bounds the head of an answer to 100 KiB.
+        """
         now = asyncio.get_running_loop().time()
         if deadline is None:
             deadline = now + self._timeout_sec
@@ -140,7 +158,8 @@ class CspHttp:
                     asyncio.timeout_at(deadline),
                     self._http.stream(method, path, json=json, headers=headers) as response,
                 ):
-                    answer = Answer(response.status_code, response.headers, await _body(response, what))
+                    body = await self._read_body(response, what, MAX_BODY_BYTES[operation])
+                    answer = Answer(response.status_code, response.headers, body)
                 outcome = _outcome(answer)
                 if span is not None:
                     span.set_attributes({"http.response.status_code": answer.status, "broker.outcome": outcome})
@@ -154,6 +173,29 @@ class CspHttp:
             raise CspUnavailable(f"{what} did not get through to CSP: {reason}") from error
         finally:
             LATENCY.labels(operation, outcome).observe(time.monotonic() - began)
+
+    async def _read_body(self, response: httpx.Response, what: str, max_bytes: int) -> bytes:
+        """Return the decoded body. Raises CspUnavailable past `max_bytes`, and if it cannot be decoded."""
+        encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
+        unzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if encoding in ("gzip", "x-gzip") else None
+        # One buffer, because the parts of a body that arrives byte by byte would take 40 times its size.
+        body = bytearray()
+        # httpx's own decoders decode a network chunk as a whole, and 64 KiB of gzip can hold 64 MiB.
+        async for chunk in response.aiter_raw():
+            if unzip is not None:
+                try:
+                    body += unzip.decompress(chunk, max_bytes + 1 - len(body))
+                except zlib.error:
+                    raise _unusable(response, what, "a body that is not valid gzip") from None
+                if unzip.unused_data:
+                    raise _unusable(response, what, "data after the end of its gzip body")
+            elif encoding == "identity":
+                body += chunk
+            else:
+                raise _unusable(response, what, f"a body in the encoding {self.line(encoding)}; gzip was offered")
+            if len(body) > max_bytes:
+                raise _unusable(response, what, f"more than {max_bytes} bytes")
+        return bytes(body)
 
     def failure(self, answer: Answer, *, what: str, quote: bool = True, hide: str = "") -> CspError:
         """The error that an answer of no use stands for; `quote` shows the beginning of its body, except
@@ -186,14 +228,9 @@ def _outcome(answer: Answer) -> str:
     return {200: "ok", 201: "ok", 202: "ok", 204: "ok", 404: "not_found", 429: "throttled"}.get(status, "other")
 
 
-async def _body(response: httpx.Response, what: str) -> bytes:
-    chunks, size = [], 0
-    async for chunk in response.aiter_bytes():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MAX_BODY:
-            raise CspUnavailable(f"CSP answered {what} with more than {MAX_BODY} bytes", response.status_code)
-    return b"".join(chunks)
+def _unusable(response: httpx.Response, what: str, found: str) -> CspUnavailable:
+    retry_after = _retry_after(response.headers.get("Retry-After"))
+    return CspUnavailable(f"CSP answered {what} with {found}", response.status_code, retry_after)
 
 
 def _retry_after(header: str | None) -> float | None:

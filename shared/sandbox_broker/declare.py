@@ -1,6 +1,8 @@
-"""`python -m sandbox_broker.declare`: gives the RabbitMQ of AMQP_URL every exchange, queue and binding.
+"""`python -m sandbox_broker.declare`: declare every exchange, queue and binding in the RabbitMQ of AMQP_URL.
 
-For where the services' own users may not do that; otherwise they do it themselves. Repeating it is harmless.
+It also deletes the queues that earlier versions used and that have no consumer any more. It is for installations
+in which the users of the services may not declare; otherwise the services do both themselves. Repeating it is
+harmless.
 """
 
 import asyncio
@@ -11,7 +13,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker import topology
-from sandbox_broker.connection import opened
+from sandbox_broker.connection import delete_replaced, opened
 from sandbox_broker.settings import AmqpUrl, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -24,10 +26,12 @@ class Settings(BaseSettings):
 
 
 async def declare(amqp_url: str) -> None:
-    """Raises AMQPError, OSError or TimeoutError when RabbitMQ does not answer or refuses."""
-    async with asyncio.timeout(TIMEOUT_SEC):
-        async with opened(amqp_url) as connection, connection.channel() as channel:
+    """Raise AMQPError, OSError or TimeoutError when RabbitMQ does not answer or refuses. Replaced queues that
+    cannot be deleted raise nothing."""
+    async with asyncio.timeout(TIMEOUT_SEC), opened(amqp_url) as connection:
+        async with connection.channel() as channel:
             await topology.declare(channel)
+        await asyncio.gather(*(delete_replaced(connection, queue) for queue in topology.QUEUES))
 
 
 def main() -> None:

@@ -1,4 +1,10 @@
-"""The client of NIOSXaaS: deletes the services inside an account. Its errors are those of csp_http.py."""
+"""Client of NIOSXaaS: deletes the services inside an account. Its errors are those of csp_http.py.
+
+Before it looks into an account, it proves that the session is there. `GET /v2/current_user` with the JWT of the
+switch must answer `{"result": {"account_id": "identity/accounts/<uuid>"}}` with the uuid of that account. This
+assumes that CSP derives the answer from the JWT, as it derives the account of every other call. Infoblox does not
+document the call; public scripts find the current account by it.
+"""
 
 import asyncio
 import json
@@ -8,10 +14,11 @@ from typing import Any, Self
 
 import httpx
 
-from sandbox_broker.csp_http import EXTERNAL_ID, Answer, CspError, CspHttp, CspUnavailable
+from sandbox_broker.csp_http import ACCOUNT_ID, EXTERNAL_ID, Answer, CspError, CspHttp, CspUnavailable
 
 SIGN_IN = "/v2/session/users/sign_in"
 ACCOUNT_SWITCH = "/v2/session/account_switch"
+CURRENT_USER = "/v2/current_user"
 SERVICES = "/api/universalinfra/v1/universalservices"
 
 _SERVICE_ID = re.compile(r"infra/universal_service/([\w-]{1,128})", re.ASCII)
@@ -72,9 +79,9 @@ class NiosxaasClient:
     async def clean_account(self, external_id: str) -> CleanedAccount:
         """Delete the services inside one account; doing it again is harmless.
 
-        A service that could not be deleted does not stop the others. Raises CspUnavailable or
-        CspUnauthorized if it could not be found out which there are, and ValueError if `external_id`
-        is not a uuid.
+        A service that could not be deleted does not stop the others. Raises CspUnavailable or CspUnauthorized, and
+        deletes nothing, if the session is not proved to be in this account or the services cannot be listed. Raises
+        ValueError if `external_id` is not a uuid.
         """
         if not EXTERNAL_ID.fullmatch(external_id):
             raise ValueError("external_id must be a uuid")
@@ -84,6 +91,7 @@ class NiosxaasClient:
         own = await self._jwt("sign-in", SIGN_IN, self._user, None, deadline)
         account = {"id": f"identity/accounts/{external_id.lower()}"}
         jwt = await self._jwt("account switch", ACCOUNT_SWITCH, account, own, deadline)
+        await self._require_current_account(account["id"], jwt, deadline)
         services, failed = await self._services(jwt, deadline)
         names = tuple(self._http.line(service.name) for service in services)
         if self._shadow_mode:
@@ -116,6 +124,24 @@ class NiosxaasClient:
         if not isinstance(found, str) or not _JWT.fullmatch(found):
             raise CspUnavailable(f"CSP answered the {what} without a JWT", answer.status)
         return found
+
+    async def _require_current_account(self, account_id: str, jwt: str, deadline: float) -> None:
+        """Raise CspUnavailable unless CSP says that `jwt` acts in `account_id` (identity/accounts/<uuid>)."""
+        what = "the current user"
+        answer = await self._http.ask(
+            "GET", CURRENT_USER, operation="current_user", what=what, headers=_bearer(jwt), deadline=deadline
+        )
+        if answer.status != 200 or answer.is_html:
+            raise self._http.failure(answer, what=what, hide=jwt)
+        user = (_object(answer) or {}).get("result")
+        current = user.get("account_id") if isinstance(user, dict) else None
+        if not isinstance(current, str) or ACCOUNT_ID.fullmatch(current) is None:
+            raise CspUnavailable(f"CSP answered {what} without an account. No service was deleted.", answer.status)
+        if current.lower() != account_id:
+            raise CspUnavailable(
+                f"CSP is in {current.lower()} after the switch to {account_id}. No service was deleted.",
+                answer.status,
+            )
 
     async def _services(self, jwt: str, deadline: float) -> tuple[list[_Service], tuple[str, ...]]:
         """What is to be deleted, and a line for each record that does not tell whether it is."""

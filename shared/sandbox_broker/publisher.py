@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import structlog
 from aio_pika.abc import AbstractConnection
@@ -20,6 +19,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from sandbox_broker.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.queue_inspector import QueueInfo, QueueInspector
 
 PUBLISH_TIMEOUT_SEC = 5.0
 REFUSED_SEC = 5.0
@@ -54,14 +54,6 @@ def _publish_frame(exchange: str, routing_key: str, channel: int) -> bytes:
     return frame.marshal(Basic.Publish(exchange=exchange, routing_key=routing_key), channel)
 
 
-class Seen(NamedTuple):
-    """What RabbitMQ says of a queue."""
-
-    messages: int
-    """That wait; those that somebody has taken and not acknowledged are not among them."""
-    consumers: int
-
-
 class Unroutable(Exception):
     """No queue takes messages for this exchange and routing key."""
 
@@ -72,9 +64,8 @@ class Publisher:
     def __init__(self, url: str, name: str) -> None:
         self._url = url
         self._name = f"{name}-publish"
-        self._connection: AbstractConnection | None = None
         self._channel: Channel | None = None
-        self._asking: Channel | None = None
+        self._inspector: QueueInspector | None = None
         self._connected = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
         self._taken_at = -math.inf
@@ -92,13 +83,16 @@ class Publisher:
     async def _session(self, connection: AbstractConnection) -> None:
         with losses():
             channel = await open_channel(connection, confirms=True)
-            self._connection, self._channel = connection, channel
+            # Channels of their own: questions about queues do not delay the messages.
+            inspector = QueueInspector(connection)
+            self._channel, self._inspector = channel, inspector
             self._taken()
             self._connected.set()
             try:
                 await channel.closing
             finally:
-                self._connection = self._channel = self._asking = None
+                self._channel = self._inspector = None
+                inspector.close()
                 self._connected.clear()
                 # Nothing else wakes those that stand in line for a writer that is gone.
                 for limit in self._limits:
@@ -192,22 +186,16 @@ class Publisher:
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await self._channel.close()
 
-    async def consumers(self, queue: str) -> int:
-        """How many consumers the queue has; raises Disconnected."""
-        return (await self.look(queue)).consumers
+    async def consumers(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> int:
+        """Return how many consumers the queue has. Raise what `look` raises."""
+        return (await self.look(queue, timeout_sec=timeout_sec)).consumers
 
-    async def look(self, queue: str) -> Seen:
-        """Raises Disconnected, also where there is no such queue."""
-        if self._connection is None:
+    async def look(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> QueueInfo:
+        """Raise QueueUnavailable if RabbitMQ does not answer about this queue or has none of this name, and
+        Disconnected if there is no connection."""
+        if self._inspector is None:
             raise Disconnected("not connected to RabbitMQ")
-        with losses():
-            async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
-                # A channel of its own: on the other one, each question would hold up what is published, and a
-                # queue that does not exist would end it.
-                if self._asking is None or self._asking.is_closed:
-                    self._asking = await open_channel(self._connection, confirms=False)
-                declared = await self._asking.queue_declare(queue, passive=True)
-        return Seen(declared.message_count or 0, declared.consumer_count or 0)
+        return await self._inspector.inspect(queue, timeout_sec=timeout_sec)
 
 
 def _is_refused(confirm: asyncio.Future[object]) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 import uvicorn
@@ -15,6 +15,9 @@ from starlette.applications import Starlette
 
 from sandbox_broker import tracing
 from sandbox_broker.server import STOP_SEC, Server
+from sandbox_broker.settings import stop
+from sandbox_broker.sockets import open_listeners, parse_addresses, raise_open_file_limit
+from sandbox_broker.uvicorn_protocol import StrictProtocol
 
 KEEP_ALIVE_SEC = 75
 """Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
@@ -90,15 +93,33 @@ def run(
     app: Starlette,
     port: int,
     *,
-    protocol: type[asyncio.Protocol] | Literal["httptools"] = "httptools",
+    ops_port: int | None = None,
+    bind_host: str = "",
+    protocol: type[StrictProtocol] = StrictProtocol,
     drain_sec: float = 0,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then lets requests and tasks finish. Exits with 1 if a task failed."""
+    """Serve until SIGTERM or SIGINT, then let requests and tasks finish. Exits with 1 if a task failed, and with 2
+    and one line if the port is taken.
+
+    `ops_port` is a second port of the same application, which tells the two apart by `scope["server"]`. It is
+    served as long as the first one and drains with it. `bind_host` is a comma-separated list of the addresses to
+    listen on; empty for all.
+    """
+    raise_open_file_limit()
+    try:
+        # Before the tasks start: a service that cannot listen takes no work from a queue.
+        addresses = parse_addresses(bind_host)
+        listeners = [
+            listener
+            for number in (port, ops_port)
+            if number is not None
+            for listener in open_listeners(number, addresses)
+        ]
+    except OSError as error:
+        stop(error.strerror or str(error))
     server = Server(
         uvicorn.Config(
             app,
-            host="0.0.0.0",
-            port=port,
             loop="uvloop",
             http=protocol,
             lifespan="on",
@@ -114,14 +135,14 @@ def run(
         drain_sec=drain_sec,
     )
 
-    def stop(*_: object) -> None:
+    def request_exit(*_: object) -> None:
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn has handlers of its own while it serves: this is for a signal that comes before, and for the
         # one that it raises again when it is done, when a stop is no failure.
-        signal.signal(number, stop)
-    server.run()
+        signal.signal(number, request_exit)
+    server.run(listeners)
     tracing.shutdown()
     if getattr(app.state, "failed", False):
         sys.exit(1)

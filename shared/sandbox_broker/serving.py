@@ -9,8 +9,8 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from sandbox_broker import dead_letters, story, topology, tracing
-from sandbox_broker.bus import Publisher, Subscription, answer
-from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply, decode_commands
+from sandbox_broker.bus import Publisher, Subscription, answer, decode_delivery
+from sandbox_broker.messages import Command, InvalidCommand, InvalidEnvelope, Refused, Reply
 
 MAX_AT_ONCE = 100
 
@@ -35,7 +35,7 @@ async def serve(
 
     async def serve_one(delivery: DeliveredMessage) -> None:
         try:
-            commands = decode_commands(delivery.body)
+            commands = decode_delivery(delivery)
         except InvalidEnvelope as error:
             log.error("message.rejected", queue=queue.name, reason=str(error))
             await subscription.reject(delivery)
@@ -83,4 +83,4 @@ async def _reply(
         reason = f"{command.type} is not for {queue.name}"
     log.error("command.rejected", queue=queue.name, reason=reason)
     await dead_letters.keep(publisher, queue.name, raw, reason)
-    return Refused(code="INVALID_COMMAND", message=f"This cannot be understood here: {reason}")
+    return Refused(code="INVALID_COMMAND", message=f"This command is refused: {reason}")

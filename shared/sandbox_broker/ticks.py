@@ -15,6 +15,7 @@ from aio_pika.abc import AbstractConnection
 
 from sandbox_broker import story, topology, tracing
 from sandbox_broker.bus import Disconnected, Publisher, Subscription, Unroutable, keep_connected
+from sandbox_broker.connection import delete_replaced
 from sandbox_broker.service import every
 
 TOLERANCE = 0.1
@@ -39,14 +40,17 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
 async def consume(
     url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
 ) -> None:
-    """Does `work` once a period, for ever, as long as ticks come."""
+    """Do `work` once a period, for ever, as long as ticks come. Delete the queue that `queue` replaces."""
     loop = asyncio.get_running_loop()
     not_before = -math.inf
 
     async def session(connection: AbstractConnection) -> None:
         nonlocal not_before
         subscription = await Subscription.open(connection, queue, prefetch=1)
+        moved = False
         while deliveries := await subscription.batch(1):
+            # Each tick tries again, because services of an earlier version may consume the old queue for a while.
+            moved = moved or await delete_replaced(connection, queue)
             if loop.time() >= not_before:
                 not_before = loop.time() + (1 - TOLERANCE) * period_sec
                 with story.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.beginning(queue.name):

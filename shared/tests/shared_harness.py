@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
 from aio_pika import Connection
 
 from sandbox_broker.service import cancel
@@ -69,6 +70,28 @@ def _is_ours(task: asyncio.Task[Any]) -> bool:
     return code is not None and any(
         part in code.co_filename for part in ("aiormq", "aio_pika", "asyncpg", "sandbox_broker/")
     )
+
+
+class CannedTransport(httpx.AsyncBaseTransport):
+    """Takes the place of the network: `respond` answers, and the client reads the body as a stream."""
+
+    def __init__(self, respond: Callable[[httpx.Request], httpx.Response]) -> None:
+        self._transport = httpx.MockTransport(respond)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self._transport.handle_async_request(request)
+        return httpx.Response(response.status_code, headers=response.headers, stream=_Unread(response))
+
+
+class _Unread(httpx.AsyncByteStream):
+    # httpx reads a canned body when the response is made, and then refuses to stream it.
+    def __init__(self, response: httpx.Response) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        assert isinstance(self._response.stream, httpx.AsyncByteStream)
+        async for chunk in self._response.stream:
+            yield chunk
 
 
 class Line:

@@ -48,6 +48,22 @@ def test_every_queue_exchange_and_binding_is_listed() -> None:
     assert {queue.name: dict(queue.arguments) for queue in topology.QUEUES}.items() <= arguments.items()
 
 
+def test_each_exchange_says_which_commands_may_come_over_it() -> None:
+    made = document()
+    shown = {}
+    for exchange in topology.EXCHANGES:
+        for reference in made["channels"][exchange.name]["messages"].values():
+            message = made["components"]["messages"][reference["$ref"].rpartition("/")[2]]
+            for part in message["payload"].get("allOf", []):
+                if "commands" in part.get("properties", {}):
+                    shown[exchange.name] = part["properties"]["commands"]["items"]["properties"]["type"]["enum"]
+    assert shown == {
+        exchange.name: sorted(command.__name__ for command in exchange.commands)
+        for exchange in topology.EXCHANGES
+        if exchange.commands
+    }
+
+
 def test_every_command_reply_and_event_has_a_schema() -> None:
     components = document()["components"]
     for union in (messages.Command, messages.Reply):

@@ -1,11 +1,14 @@
 """`python -m sandbox_broker.declare`, as the operator runs it."""
 
+import asyncio
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import aio_pika
+import pytest
+from aio_pika.exceptions import ChannelNotFoundEntity
 
 from devstack.ports import free_port
 from devstack.testing import NewVhost
@@ -34,6 +37,24 @@ async def test_it_makes_every_queue_and_may_be_repeated(tmp_path: Path, new_vhos
         async with connection, connection.channel() as channel:
             for queue in topology.QUEUES:
                 await channel.declare_queue(queue.name, passive=True)
+
+
+async def test_it_deletes_the_queues_of_an_earlier_version_that_have_no_consumer(
+    tmp_path: Path, new_vhost: NewVhost
+) -> None:
+    old = [queue.replaces for queue in topology.QUEUES if queue.replaces is not None]
+    assert len(old) == 4
+    async with new_vhost() as url, await aio_pika.connect(url) as connection, connection.channel() as channel:
+        used, *unused = [await channel.declare_queue(name, durable=True) for name in old]
+        await used.consume(asyncio.Queue[object]().put)
+        done = declare(tmp_path, AMQP_URL=url)
+        assert done.returncode == 0, done.stderr
+
+        await channel.declare_queue(used.name, passive=True)
+        for queue in unused:
+            async with connection.channel() as asking:
+                with pytest.raises(ChannelNotFoundEntity):
+                    await asking.declare_queue(queue.name, passive=True)
 
 
 def test_without_an_address_or_a_server_it_says_so_in_one_line(tmp_path: Path) -> None:

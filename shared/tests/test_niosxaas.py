@@ -11,7 +11,16 @@ import pytest
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
 from sandbox_broker.csp import CspError, CspUnauthorized, CspUnavailable
-from sandbox_broker.niosxaas import ACCOUNT_SWITCH, SERVICES, SIGN_IN, CleanedAccount, NiosxaasClient
+from sandbox_broker.niosxaas import (
+    ACCOUNT_SWITCH,
+    CURRENT_USER,
+    SERVICES,
+    SIGN_IN,
+    CleanedAccount,
+    NiosxaasClient,
+)
+
+from .shared_harness import CannedTransport
 
 EMAIL = "broker@example.com"
 PASSWORD = 'pass"wörd-0123456789'
@@ -60,15 +69,18 @@ async def asked(simulator: httpx.AsyncClient) -> list[tuple[str, str]]:
 
 
 def answering(respond: Callable[[httpx.Request], httpx.Response], **options: Any) -> NiosxaasClient:
-    transport = httpx.MockTransport(respond)
+    transport = CannedTransport(respond)
     return NiosxaasClient("http://niosxaas.test", EMAIL, PASSWORD, transport=transport, **options)
 
 
 def listing(results: object) -> Callable[[httpx.Request], httpx.Response]:
-    """Everything goes well, and these are the services."""
+    """Everything goes well, the account is UNKNOWN, and these are the services."""
+    current_user = {"result": {"account_id": f"identity/accounts/{UNKNOWN}"}}
 
     def respond(request: httpx.Request) -> httpx.Response:
-        body = {"results": results} if request.method == "GET" else {"jwt": JWT}
+        body: object = {CURRENT_USER: current_user, SERVICES: {"results": results}}.get(
+            request.url.path, {"jwt": JWT}
+        )
         return httpx.Response(200, json=body)
 
     return respond
@@ -209,17 +221,18 @@ async def test_an_account_may_have_no_services(results: object) -> None:
 @pytest.mark.parametrize("text", ["", "oops", "[]", "null", '{"results": {"a": 1}}', "<html>", "[" * 100_000])
 async def test_an_answer_that_is_no_listing_is_unavailability(text: str) -> None:
     def respond(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, text=text) if request.method == "GET" else listing([])(request)
+        return httpx.Response(200, text=text) if request.url.path == SERVICES else listing([])(request)
 
     async with answering(respond) as niosxaas:
         with pytest.raises(CspUnavailable, match="CSP answered the listing of services with 200"):
             await niosxaas.clean_account(UNKNOWN)
 
 
-@pytest.mark.parametrize("operation", ["sign_in", "account_switch", "service_listing"])
+@pytest.mark.parametrize("operation", ["sign_in", "account_switch", "current_user", "service_listing"])
 @pytest.mark.parametrize(
     ("status", "html", "error"),
     [
+        ("bomb", False, CspUnavailable),
         (500, False, CspUnavailable),
         (500, True, CspUnavailable),
         (200, True, CspUnavailable),
@@ -271,7 +284,63 @@ async def test_a_session_without_a_usable_jwt_is_unavailability(jwt: object) -> 
             await niosxaas.clean_account(UNKNOWN)
 
 
-@pytest.mark.parametrize("operation", ["sign_in", "account_switch", "service_listing"])
+async def test_nothing_is_deleted_in_another_account_when_the_switch_had_no_effect(
+    niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
+) -> None:
+    first, *_ = await external_ids(simulator)
+    before = await services(simulator)
+    await behave(simulator, account_switch_without_effect=True)
+    with pytest.raises(CspUnavailable) as caught:
+        await niosxaas.clean_account(first)
+    assert str(caught.value) == (
+        "CSP is in identity/accounts/00000000-0000-4000-8000-000000000001 after the switch to "
+        f"identity/accounts/{first}. No service was deleted."
+    )
+    assert await services(simulator) == before
+    assert [path for _, path in await asked(simulator)] == [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "oops",
+        "[]",
+        "{}",
+        '{"result": null}',
+        '{"result": []}',
+        '{"result": {}}',
+        '{"result": {"account_id": null}}',
+        '{"result": {"account_id": ["identity/accounts/00000000-0000-4000-8000-00000000ffff"]}}',
+        '{"result": {"account_id": "00000000-0000-4000-8000-00000000ffff"}}',
+        '{"result": {"account_id": "identity/accounts/00000000-0000-4000-8000-00000000ffff\\n"}}',
+        '{"account_id": "identity/accounts/00000000-0000-4000-8000-00000000ffff"}',
+    ],
+)
+async def test_nothing_is_deleted_when_the_current_account_cannot_be_read(text: str) -> None:
+    paths: list[str] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.path)
+        return httpx.Response(200, text=text) if request.url.path == CURRENT_USER else listing([])(request)
+
+    async with answering(respond) as niosxaas:
+        with pytest.raises(CspUnavailable, match=r"the current user without an account\. No service was deleted"):
+            await niosxaas.clean_account(UNKNOWN)
+    assert paths == [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER]
+
+
+async def test_the_case_of_an_account_id_does_not_matter() -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.url.path == CURRENT_USER:
+            return httpx.Response(200, json={"result": {"account_id": f"identity/accounts/{UNKNOWN.upper()}"}})
+        return listing([])(request)
+
+    async with answering(respond) as niosxaas:
+        assert await niosxaas.clean_account(UNKNOWN.upper()) == CleanedAccount((), (), ())
+
+
+@pytest.mark.parametrize("operation", ["sign_in", "account_switch", "current_user", "service_listing"])
 async def test_a_hang_is_given_up_after_the_time_out(simulator: httpx.AsyncClient, operation: str) -> None:
     first, *_ = await external_ids(simulator)
     await behave(simulator, **{f"{operation}_error_rate": 1, f"{operation}_error_status": "hang"})
@@ -306,7 +375,7 @@ def test_blank_credentials_are_refused(user: tuple[str, str]) -> None:
         NiosxaasClient("http://niosxaas.test", *user)
 
 
-@pytest.mark.parametrize("where", [SIGN_IN, ACCOUNT_SWITCH, SERVICES, f"{SERVICES}/x"])
+@pytest.mark.parametrize("where", [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER, SERVICES, f"{SERVICES}/x"])
 @pytest.mark.parametrize("status", [200, 401, 500])
 async def test_no_message_holds_a_secret_even_if_csp_sends_it_back(where: str, status: int) -> None:
     opaque = "opaque-jwt-0123456789"
@@ -315,9 +384,9 @@ async def test_no_message_holds_a_secret_even_if_csp_sends_it_back(where: str, s
         if request.url.path == where:
             echo = {"headers": dict(request.headers), "body": request.content.decode(), "seen": PASSWORD, "j": JWT}
             return httpx.Response(status, text=f"not json {PASSWORD} {json.dumps(echo, ensure_ascii=False)}")
-        if request.method == "GET":
-            return httpx.Response(200, json={"results": [{"id": "infra/universal_service/x", "name": f"n {JWT}"}]})
-        return httpx.Response(200, json={"jwt": opaque})
+        if request.method == "POST":
+            return httpx.Response(200, json={"jwt": opaque})
+        return listing([{"id": "infra/universal_service/x", "name": f"n {JWT}"}])(request)
 
     async with answering(respond) as niosxaas:
         try:

@@ -23,12 +23,14 @@ SETTINGS = Settings(
     _env_file=None,
     amqp_url="amqp://guest:guest@rabbit/",
     database_url=f"postgresql://broker:{quote(AWKWARD, safe='')}@db/broker?sslpassword=of-the-key",
-    broker_api_token=SecretStr("first-token, second-token"),
+    broker_api_token=SecretStr("first-track-token, second-track-token"),
     niosxaas_password=SecretStr("with, a comma"),
 )
 
 
-@pytest.mark.parametrize("secret", [AWKWARD, "first-token", "second-token", "with, a comma", "of-the-key"])
+@pytest.mark.parametrize(
+    "secret", [AWKWARD, "first-track-token", "second-track-token", "with, a comma", "of-the-key"]
+)
 @pytest.mark.parametrize(
     "written", [str, json.dumps, repr, lambda text: quote(text, safe=""), lambda text: json.dumps(repr(text))]
 )

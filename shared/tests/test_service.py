@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from devstack.ports import free_port
 from sandbox_broker.service import every, lifespan, uninterrupted
+from sandbox_broker.sockets import open_listeners
 
 PATIENCE_SEC = 60.0
 TOO_LONG_SEC = 600.0
@@ -44,16 +45,25 @@ app = Starlette(
     routes=health.routes({{}}),
     lifespan=service.lifespan(partial(holds, "first"), partial(holds, "second"), {tasks}),
 )
-service.run(app, int(sys.argv[1]), drain_sec={drain_sec})
+service.run(
+    app, int(sys.argv[1]), ops_port={ops_port}, bind_host={bind_host!r}, drain_sec={drain_sec}
+)
 """
 
 
 def start(
-    tmp_path: Path, tasks: str = "", failure: str = "pass", drain_sec: float = 0
+    tmp_path: Path,
+    tasks: str = "",
+    failure: str = "pass",
+    drain_sec: float = 0,
+    bind_host: str = "",
+    ops_port: int | None = None,
 ) -> tuple[subprocess.Popen[str], int]:
     port = free_port()
     program = tmp_path / "service.py"
-    program.write_text(PROGRAM.format(tasks=tasks, failure=failure, drain_sec=drain_sec))
+    program.write_text(
+        PROGRAM.format(tasks=tasks, failure=failure, drain_sec=drain_sec, bind_host=bind_host, ops_port=ops_port)
+    )
     return (
         subprocess.Popen(
             [sys.executable, str(program), str(port)],
@@ -65,9 +75,9 @@ def start(
     )
 
 
-def serving(port: int) -> bool:
+def serving(port: int, host: str = "127.0.0.1") -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/healthz", timeout=5) as answer:
             return bool(answer.status == 200)
     except urllib.error.URLError:
         return False
@@ -97,7 +107,7 @@ def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE_SEC)
     assert process.returncode == 0
-    assert [line for line in out.splitlines() if "service.stopping" not in line] == ALL_IN_ORDER.splitlines()
+    assert [line for line in out.splitlines() if line.startswith(("started", "ended"))] == ALL_IN_ORDER.splitlines()
     assert err == ""
 
 
@@ -162,8 +172,72 @@ def test_a_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
         )
         first.terminate()
         first.communicate(timeout=PATIENCE_SEC)
-    assert second.returncode != 0
-    assert "address already in use" in second.stderr
+    assert (second.returncode, second.stderr) == (
+        2,
+        f"cannot start: cannot listen on 0.0.0.0:{port}: Address already in use\n",
+    )
+    assert "started" not in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("bind_host", "answering"),
+    [
+        ("", {"127.0.0.1", "127.0.0.2", "[::1]"}),
+        ("127.0.0.1", {"127.0.0.1"}),
+        ("127.0.0.2, ::1", {"127.0.0.2", "[::1]"}),
+    ],
+)
+def test_a_service_listens_on_both_families_or_on_the_addresses_that_are_listed(
+    tmp_path: Path, bind_host: str, answering: set[str]
+) -> None:
+    process, port = start(tmp_path, bind_host=bind_host)
+    with process:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not serving(port, min(answering)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert {host for host in ("127.0.0.1", "127.0.0.2", "[::1]") if serving(port, host)} == answering
+        process.terminate()
+        process.communicate(timeout=PATIENCE_SEC)
+    assert process.returncode == 0
+
+
+def test_a_second_port_drains_and_ends_with_the_first(tmp_path: Path) -> None:
+    ops_port = free_port()
+    process, port = start(tmp_path, drain_sec=TOO_LONG_SEC, ops_port=ops_port)
+    with process:
+        deadline = time.monotonic() + PATIENCE_SEC
+        while not (serving(port) and serving(ops_port)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert ask(ops_port, "/readyz") == (200, None)
+        process.send_signal(signal.SIGTERM)
+        while ask(ops_port, "/readyz")[0] != 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for number in (port, ops_port):
+            assert ask(number, "/readyz") == (503, "close")
+            assert ask(number, "/healthz") == (200, "close")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_SEC)
+    assert process.returncode == 0
+    assert not serving(port)
+    assert not serving(ops_port)
+
+
+def test_a_second_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
+    (taken,) = open_listeners(free_port(), ["::"])
+    with taken:
+        taken.listen()
+        number = taken.getsockname()[1]
+        process, _ = start(tmp_path, ops_port=number)
+        with process:
+            out, err = process.communicate(timeout=PATIENCE_SEC)
+    assert (process.returncode, err) == (
+        2,
+        f"cannot start: cannot listen on [::]:{number}: Address already in use\n",
+    )
+    assert "started" not in out
 
 
 async def test_tasks_end_one_by_one_and_the_last_first() -> None:

@@ -13,7 +13,15 @@ from aio_pika.abc import AbstractChannel
 
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher, Requester, keep_connected
-from sandbox_broker.messages import CleanUpNow, Command, PoolSynced, Refused, Reply, SyncPool
+from sandbox_broker.messages import (
+    CleanUpNow,
+    Command,
+    PoolSynced,
+    Refused,
+    Reply,
+    SyncPool,
+    encode_commands,
+)
 from sandbox_broker.serving import serve
 
 from .shared_harness import PATIENCE_SEC, beside, nothing_stays
@@ -94,6 +102,18 @@ async def test_a_command_for_another_service_is_refused_and_kept(
     body, headers = await dead_letter(channel)
     assert body == {"commands": [command.model_dump(mode="json")]}
     assert headers["x-reason"] == f"CleanUpNow is not for {QUEUE.name}"
+
+
+async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept(
+    requester: Requester, channel: AbstractChannel
+) -> None:
+    """The default exchange stands for any that may not carry it."""
+    command = SyncPool(request_id="r", force=True)
+    await channel.default_exchange.publish(aio_pika.Message(encode_commands([command])), QUEUE.name)
+    body, headers = await dead_letter(channel)
+    assert body == {"commands": [command.model_dump(mode="json")]}
+    assert headers["x-reason"] == "SyncPool may not be sent over the exchange ''"
+    assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
 
 
 async def test_of_an_envelope_the_poisonous_entry_alone_is_kept(

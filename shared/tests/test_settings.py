@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import Field, SecretStr
+from pydantic import Field
 
-from sandbox_broker.settings import DatabaseUrl, HttpUrl, Port, ServiceSettings, Tokens, load
+from sandbox_broker.settings import EXAMPLE_TOKENS, CspSettings, CspUrl, DatabaseUrl, Port, Tokens, load
 
 PASSWORD = "hunter2-7f3a"
 GOOD = {
@@ -19,11 +19,10 @@ GOOD = {
 }
 
 
-class Settings(ServiceSettings):
+class Settings(CspSettings):
     database_url: DatabaseUrl = Field(repr=False)
     broker_api_token: Tokens
-    csp_api_token: SecretStr = Field(min_length=1)
-    csp_base_url: HttpUrl = "https://csp.infoblox.com/v2"
+    niosxaas_base_url: CspUrl = "https://csp.infoblox.com"
     gateway_port: Port = 8080
     delay_sec: float = Field(default=2, ge=0)
 
@@ -55,6 +54,19 @@ def test_what_is_right_is_taken(environment: pytest.MonkeyPatch) -> None:
     settings = load(Settings)
     assert settings.amqp_url == GOOD["AMQP_URL"]
     assert (settings.delay_sec, settings.log_level, settings.gateway_port) == (0.01, "DEBUG", 8080)
+
+
+@pytest.mark.parametrize("level", ["warning", "Warning", "WARNING"])
+def test_the_log_level_may_be_in_any_case(environment: pytest.MonkeyPatch, level: str) -> None:
+    environment.setenv("LOG_LEVEL", level)
+    assert load(Settings).log_level == "WARNING"
+
+
+@pytest.mark.parametrize("value", ["", "127.0.0.1", "127.0.0.1, ::1", "0.0.0.0,::"])
+def test_a_service_may_listen_on_some_addresses_only(environment: pytest.MonkeyPatch, value: str) -> None:
+    assert load(Settings).bind_host == ""
+    environment.setenv("BIND_HOST", value)
+    assert load(Settings).bind_host == value
 
 
 def test_a_file_named_env_is_read(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,6 +112,11 @@ def test_an_empty_value_is_named(
         ("DELAY_SEC", "-1"),
         ("DELAY_SEC", "nan"),
         ("DELAY_SEC", PASSWORD),
+        ("BIND_HOST", "localhost"),
+        ("BIND_HOST", "127.0.0.1 ::1"),
+        ("BIND_HOST", "127.0.0.1:8080"),
+        ("BIND_HOST", "[::1]"),
+        ("BIND_HOST", "10.0.0.0/8"),
         ("LOG_LEVEL", "LOUD"),
         ("LOG_FORMAT", "xml"),
     ],
@@ -156,3 +173,76 @@ def test_a_database_url_is_taken_with_or_without_a_driver(environment: pytest.Mo
 
 def test_tokens_are_a_list() -> None:
     assert load(Settings).broker_api_token.get_secret_value().split(", ") == [f"{PASSWORD}-a", f"{PASSWORD}-b"]
+
+
+@pytest.mark.parametrize("tokens", ["hunter2-7f3", f"{PASSWORD}-long-enough,hunter2-7f3"])
+def test_a_short_token_is_refused_with_the_action(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokens: str
+) -> None:
+    environment.setenv("BROKER_API_TOKEN", tokens)
+    assert refusal(capsys) == (
+        "cannot start: BROKER_API_TOKEN: holds a token shorter than 12 characters; "
+        "make a new one with `openssl rand -hex 24`\n"
+    )
+
+
+@pytest.mark.parametrize("token", sorted(EXAMPLE_TOKENS))
+@pytest.mark.parametrize("name", ["BROKER_API_TOKEN", "CSP_API_TOKEN"])
+def test_an_example_token_is_refused_with_the_action(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, token: str
+) -> None:
+    environment.setenv(name, token)
+    said = refusal(capsys)
+    assert said.startswith(f"cannot start: {name}: ")
+    assert "an example token, which is public; " in said
+
+
+@pytest.mark.parametrize("name", ["CSP_BASE_URL", "NIOSXAAS_BASE_URL"])
+@pytest.mark.parametrize(
+    "host", ["csp.example", "10.0.0.7:9200", "csp-simulator:9200", "localhost.example", "[fd00::1]"]
+)
+def test_an_unencrypted_csp_is_refused_with_the_action(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, host: str
+) -> None:
+    environment.setenv(name, f"http://{host}/v2")
+    assert refusal(capsys) == (
+        f"cannot start: {name}: must begin with https://, because CSP's credentials would travel unencrypted; "
+        "for a simulator on a trusted network set ALLOW_INSECURE_CSP=true\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("https://csp.example/v2", ""),
+        ("http://127.0.0.1:9200/v2", ""),
+        ("http://127.9.8.7/v2", "false"),
+        ("http://[::1]:9200/v2", ""),
+        ("http://localhost:9200/v2", ""),
+        ("http://csp.example/v2", "true"),
+        ("http://csp.example/v2", "True"),
+        ("http://csp-simulator:9200/v2", "csp-simulator"),
+    ],
+)
+def test_an_encrypted_local_or_permitted_csp_is_taken(
+    environment: pytest.MonkeyPatch, url: str, allowed: str
+) -> None:
+    environment.setenv("CSP_BASE_URL", url)
+    environment.setenv("ALLOW_INSECURE_CSP", allowed)
+    assert load(Settings).csp_base_url == url
+
+
+@pytest.mark.parametrize("allowed", ["csp-simulator", "false", "", "ture"])
+def test_the_permission_for_one_host_holds_for_no_other(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], allowed: str
+) -> None:
+    environment.setenv("CSP_BASE_URL", "http://csp.example/v2")
+    environment.setenv("ALLOW_INSECURE_CSP", allowed)
+    assert refusal(capsys).startswith("cannot start: CSP_BASE_URL: must begin with https://")
+
+
+def test_a_permission_that_is_a_url_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.setenv("ALLOW_INSECURE_CSP", "http://csp-simulator:9200")
+    assert "ALLOW_INSECURE_CSP: must be true, false, or one host name" in refusal(capsys)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import aio_pika
 import pytest
+from aio_pika.exceptions import ChannelNotFoundEntity
 
 from sandbox_broker import ticks, topology
 from sandbox_broker.bus import Publisher
@@ -53,6 +54,15 @@ async def waiting(url: str) -> int:
     async with await aio_pika.connect(url) as connection, connection.channel() as channel:
         declared = await channel.declare_queue(QUEUE.name, passive=True)
         return declared.declaration_result.message_count or 0
+
+
+async def is_there(url: str, queue: str) -> bool:
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        try:
+            await channel.declare_queue(queue, passive=True)
+        except ChannelNotFoundEntity:
+            return False
+        return True
 
 
 async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
@@ -165,3 +175,37 @@ async def test_work_that_fails_ends_the_consumer_and_leaves_the_tick(
     work = Work()
     async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
         await until(lambda: work.begun == 1)
+
+
+async def test_the_queue_of_an_earlier_version_goes_when_its_last_consumer_has_gone(
+    clean_queues: str, publisher: Publisher
+) -> None:
+    """A rolling update: a reaper of the earlier version works beside one of this version."""
+    old = QUEUE.replaces
+    assert old is not None
+    ran = 0
+    old_ticks: asyncio.Queue[object] = asyncio.Queue()
+
+    async def work() -> None:
+        nonlocal ran
+        ran += 1
+
+    async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
+        # As the earlier version declared it.
+        queue = await channel.declare_queue(
+            old,
+            durable=True,
+            arguments={"x-max-length": 1, "x-overflow": "drop-head", "x-single-active-consumer": True},
+        )
+        await queue.bind(topology.TICKS.name, old)
+        await queue.consume(old_ticks.put, no_ack=True)
+        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work), ticks.publish(publisher, QUEUE, 0.01)):
+            await until(lambda: ran >= 3)
+            await publisher.publish(topology.TICKS.name, old, b"{}")
+            await old_ticks.get()
+            await channel.close()
+            async with asyncio.timeout(60):
+                while await is_there(clean_queues, old):  # noqa: ASYNC110 (nothing tells us)
+                    await asyncio.sleep(0.01)
+            after = ran
+            await until(lambda: ran > after)

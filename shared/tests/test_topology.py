@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import get_args
 
 import aio_pika
 import pytest
@@ -9,13 +10,13 @@ from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelPreconditionFailed
 
-from sandbox_broker import topology
+from sandbox_broker import messages, topology
 from sandbox_broker.topology import Queue
 
 PATIENCE_SEC = 60.0
 COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
-TICKS = (topology.SYNC_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
-DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS)
+TICKS = (topology.SYNC_TICKS, topology.PURGE_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
+DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS, *TICKS)
 
 
 @pytest.fixture
@@ -80,9 +81,41 @@ def test_bindings_and_dead_letters_lead_to_what_is_declared() -> None:
         assert queue.arguments.get("x-dead-letter-exchange", topology.DEAD_LETTERS.name) in exchanges
 
 
+SENDERS = (topology.COMMANDS, topology.COMMANDS_FROM_REAPER, topology.COMMANDS_FROM_SYNCER)
+
+
+def test_every_command_has_an_exchange_that_may_carry_it() -> None:
+    carried = set().union(*(exchange.commands for exchange in SENDERS))
+    assert carried == set(get_args(get_args(messages.Command)[0]))
+    assert [exchange for exchange in topology.EXCHANGES if exchange.commands] == list(SENDERS)
+
+
+def test_what_a_service_shares_with_the_gateway_is_what_an_administrator_may_start_or_follow() -> None:
+    reaper, syncer = topology.COMMANDS_FROM_REAPER.commands, topology.COMMANDS_FROM_SYNCER.commands
+    assert topology.COMMANDS.commands & reaper == {messages.RecordJob}
+    assert topology.COMMANDS.commands & syncer == {
+        messages.DeleteStale,
+        messages.PurgeRecords,
+        messages.RecordJob,
+        messages.SyncPool,
+    }
+    assert reaper & syncer == {messages.RecordJob}
+
+
+@pytest.mark.parametrize("exchange", ["", "amq.direct", topology.REPLIES.name, topology.EVENTS.name, None])
+def test_over_any_other_exchange_no_command_comes(exchange: str | None) -> None:
+    assert not topology.can_carry(exchange, messages.AllocateSandbox(request_id="r", holder="ann"))
+    assert not topology.can_carry(exchange, messages.BeginListing())
+
+
+@pytest.mark.parametrize("queue", topology.QUEUES, ids=lambda queue: queue.name)
+def test_every_queue_is_a_quorum_queue(queue: Queue) -> None:
+    """RabbitMQ would make it a classic queue, which is down while its node is down."""
+    assert queue.arguments["x-queue-type"] == "quorum"
+
+
 @pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
 def test_work_is_replicated_and_tried_a_limited_number_of_times(queue: Queue) -> None:
-    assert queue.arguments["x-queue-type"] == "quorum"
     assert 1 <= queue.arguments["x-delivery-limit"] <= 100
     assert queue.arguments["x-dead-letter-exchange"] == topology.DEAD_LETTERS.name
 
@@ -162,6 +195,28 @@ async def test_one_tick_waits_however_many_are_published(channel: AbstractChanne
     assert await length(channel, queue) == 1
     assert (await take(channel, queue)).body == b"19"
     assert await length(channel, queue) == 0
+
+
+async def test_a_tick_that_another_tick_replaces_is_no_dead_letter(channel: AbstractChannel) -> None:
+    exchange = await channel.get_exchange(topology.TICKS.name, ensure=False)
+    all_dead = await channel.declare_queue(exclusive=True)
+    for match in ("maxlen", "rejected"):
+        await all_dead.bind(
+            topology.DEAD_LETTERS.name, arguments={"x-match": "all-with-x", "x-first-death-reason": match}
+        )
+    for number in range(20):
+        await exchange.publish(Message(b"%d" % number), routing_key=topology.SYNC_TICKS.name)
+    await (await take(channel, topology.SYNC_TICKS)).reject(requeue=False)
+    # RabbitMQ dead-letters in order, so what it has done with the rejected tick it has done with those before it.
+    seen: list[tuple[bytes, object]] = []
+    async with asyncio.timeout(PATIENCE_SEC), all_dead.iterator(no_ack=True) as messages:
+        async for message in messages:
+            seen.append((message.body, message.headers["x-first-death-reason"]))
+            if len(seen) == 20:
+                break
+    assert seen == [*((b"%d" % number, "maxlen") for number in range(19)), (b"19", "rejected")]
+    assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"19"
+    assert await length(channel, topology.DEAD_LETTER_QUEUE) == 0
 
 
 async def test_the_reaper_hears_of_deletion_requests_only(channel: AbstractChannel) -> None:

@@ -62,14 +62,14 @@ if module == "reaper":
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
-    from csp_syncer import handlers as syncer
+    from csp_syncer import syncer
 
-    ask = syncer_asking.ask
+    request_reply = syncer_asking.request_reply
 
-    async def crashing_ask(requester: Any, command: Any, **named: Any) -> Any:
+    async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await crashes.around(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
-    syncer.ask = crashing_ask  # type: ignore[attr-defined]
+    syncer.request_reply = crashing_request_reply  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -20,12 +20,16 @@ RECONNECTING = frozenset(
     {"RabbitMQ", *SERVICES.values(), *(f"link from {module} to RabbitMQ" for module in SERVICES.values())}
 )
 """Components excluded from a second fault, because a service declares the topology again when it reconnects."""
-QUEUES = (
-    topology.ALLOCATOR_COMMANDS.name,
-    topology.ALLOCATOR_MAINTENANCE.name,
-    topology.SYNCER_COMMANDS.name,
-    topology.REAPER_COMMANDS.name,
+BINDINGS = tuple(
+    (binding.queue.name, binding.exchange.name) for binding in topology.BINDINGS if binding.exchange.commands
 )
+"""Bindings of the command queues to the command exchanges of the senders, as (queue name, exchange name)."""
+RESEND_PREFIX = "again."
+"""Prefix of the routing key of a resent command.
+
+The command goes through its original exchange, because the services check the exchange of a command. The prefix
+routes it to the queue of the service only, not to the relay queue again.
+"""
 
 
 class _DelayedRelay:
@@ -49,19 +53,22 @@ class _DelayedRelay:
         declared = await self._channel.queue_declare(exclusive=True, auto_delete=True)
         self._name = declared.queue or ""
         await self._channel.basic_consume(self._name, self._schedule_resend, no_ack=True)
-        for name in QUEUES:
-            await self._channel.queue_bind(self._name, topology.COMMANDS.name, name)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_bind(queue, exchange, RESEND_PREFIX + queue)
+            await self._channel.queue_bind(self._name, exchange, queue)
             if self._replaces_queues:
-                await self._channel.queue_unbind(name, topology.COMMANDS.name, name)
+                await self._channel.queue_unbind(queue, exchange, queue)
 
     async def close(self) -> None:
-        for name in QUEUES:
-            await self._channel.queue_bind(name, topology.COMMANDS.name, name)
-            await self._channel.queue_unbind(self._name, topology.COMMANDS.name, name)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_bind(queue, exchange, queue)
+            await self._channel.queue_unbind(self._name, exchange, queue)
         while (await self._channel.queue_declare(self._name, passive=True)).message_count:  # noqa: ASYNC110 (RabbitMQ sends no event when a queue is empty)
             await asyncio.sleep(0.01)
         while self._resending:
             await asyncio.wait(self._resending)
+        for queue, exchange in BINDINGS:
+            await self._channel.queue_unbind(queue, exchange, RESEND_PREFIX + queue)
         await self._open.aclose()
 
     async def _schedule_resend(self, message: DeliveredMessage) -> None:
@@ -72,7 +79,10 @@ class _DelayedRelay:
     async def _resend(self, message: DeliveredMessage) -> None:
         await asyncio.sleep(self._rng.uniform(*self._delay_sec))
         await self._channel.basic_publish(
-            message.body, routing_key=message.routing_key or "", properties=message.header.properties
+            message.body,
+            exchange=message.exchange or "",
+            routing_key=f"{RESEND_PREFIX}{message.routing_key}",
+            properties=message.header.properties,
         )
 
 

@@ -86,15 +86,19 @@ def _build_poison_bodies() -> list[bytes]:
     ]
 
 
-def _build_misrouted_commands() -> list[tuple[topology.Queue, bytes]]:
-    """Build valid commands, each for a queue of a service that does not know it."""
+def _build_misrouted_commands() -> list[tuple[str, topology.Queue, bytes]]:
+    """Build valid commands that the service of the queue must not execute, as (exchange name, queue, body)."""
+    commands, default = topology.COMMANDS.name, ""
     allocate = encode_commands([AllocateSandbox(request_id="poison", holder="poison")])
+    stage = encode_commands([StageListing(listing_id=1, accounts=())])
     return [
-        (topology.ALLOCATOR_COMMANDS, encode_commands([SyncPool(request_id="poison")])),
-        (topology.ALLOCATOR_MAINTENANCE, allocate),
-        (topology.SYNCER_COMMANDS, allocate),
-        (topology.REAPER_COMMANDS, allocate),
-        (topology.REAPER_EVENTS, encode_commands([StageListing(listing_id=1, accounts=())])),
+        (commands, topology.ALLOCATOR_COMMANDS, encode_commands([SyncPool(request_id="poison")])),
+        (commands, topology.ALLOCATOR_MAINTENANCE, allocate),
+        (commands, topology.ALLOCATOR_MAINTENANCE, stage),
+        (default, topology.ALLOCATOR_COMMANDS, allocate),
+        (commands, topology.SYNCER_COMMANDS, allocate),
+        (commands, topology.REAPER_COMMANDS, allocate),
+        (default, topology.REAPER_EVENTS, stage),
     ]
 
 
@@ -112,8 +116,10 @@ async def _publish_poison(broker: ChaosBroker) -> None:
         for name in (*replies, *(queue.name for queue in queues)):
             for body in _build_poison_bodies():
                 await channel.basic_publish(body, routing_key=name, properties=next(properties))
-        for queue, body in _build_misrouted_commands():
-            await channel.basic_publish(body, routing_key=queue.name, properties=next(properties))
+        for exchange, queue, body in _build_misrouted_commands():
+            await channel.basic_publish(
+                body, exchange=exchange, routing_key=queue.name, properties=next(properties)
+            )
 
 
 async def _delete_reply_queues(broker: ChaosBroker) -> None:
@@ -145,11 +151,12 @@ def _build_overflow_fault(effect: str, overflow_policy: str) -> Fault:
 async def _flood(broker: ChaosBroker, queue: str) -> None:
     """Publish releases of an unknown sandbox without end."""
     body = encode_commands([ReleaseSandbox(request_id="flood", sandbox_id="none", holder="flood")])
+    exchange = topology.COMMANDS.name
 
     async def publish(channel: Channel) -> None:
         while True:
             with contextlib.suppress(AMQPError):  # the refusal is the purpose of this fault
-                await channel.basic_publish(body, routing_key=queue, mandatory=True)
+                await channel.basic_publish(body, exchange=exchange, routing_key=queue, mandatory=True)
 
     async with _open_confirm_channel(broker) as channel, asyncio.TaskGroup() as publishers:
         for _ in range(FLOOD_PUBLISHERS):

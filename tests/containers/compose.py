@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -101,9 +102,14 @@ async def build_images() -> dict[str, str]:
 
 @asynccontextmanager
 async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
-    with tempfile.NamedTemporaryFile(suffix=".env") as empty:  # in place of a .env in the clone
+    with tempfile.TemporaryDirectory() as directory:
+        # In place of a .env in the clone, made as the documentation says.
+        settings = Path(directory) / ".env"
+        settings.write_text((ROOT / ".env.example").read_text())
+        code, said = await run(["sh", ROOT / "deploy" / "compose" / "fill-env.sh", settings])
+        assert code == 0, said
         project = f"sandbox-broker-test-{secrets.token_hex(4)}"
-        command = (*await _program(), "--project-name", project, "--file", str(FILE), "--env-file", empty.name)
+        command = (*await _program(), "--project-name", project, "--file", str(FILE), "--env-file", str(settings))
         environment = {
             **os.environ,
             **{f"{service.upper().replace('-', '_')}_IMAGE": image for service, image in images.items()},

@@ -62,6 +62,23 @@ asyncio.run(main())
 """
 
 
+REACHES = """
+import socket
+
+socket.create_connection(({host!r}, {port}), timeout=10).close()
+"""
+
+REACHES_NOT = """
+import socket
+
+try:
+    socket.create_connection(({host!r}, {port}), timeout=10).close()
+except OSError:
+    raise SystemExit(0)
+raise SystemExit("reached")
+"""
+
+
 async def test_an_image_is_small(images: dict[str, str]) -> None:
     base = int(await docker("image", "inspect", "--format", "{{.Size}}", BASE))
 
@@ -87,6 +104,29 @@ async def test_the_database_refuses_a_service_what_is_not_its_own(compose: Compo
     writes = ["DELETE FROM sandboxes", "UPDATE leases SET holder = 'me'", "INSERT INTO outbox DEFAULT VALUES"]
     await compose.python("gateway", REFUSED.format(statements=writes))
     await compose.python("allocator", REFUSED.format(statements=["DROP TABLE leases", "CREATE TABLE mine ()"]))
+
+
+async def test_ports_are_published_on_this_machine_alone(compose: Compose) -> None:
+    for service in ("gateway", "rabbitmq", "csp-simulator"):
+        published = (await compose.inspect(service))["NetworkSettings"]["Ports"].values()
+        addresses = {binding["HostIp"] for bindings in published for binding in bindings or []}
+        assert addresses == {"127.0.0.1"}, service
+
+
+async def test_the_allocator_has_no_route_out_of_the_inner_network(compose: Compose) -> None:
+    await compose.python("reaper", REACHES.format(host="csp-simulator", port=9200))
+    await compose.python("allocator", REACHES.format(host="postgres", port=5432))
+    outer = (await compose.inspect("csp-simulator"))["NetworkSettings"]["Networks"]
+    (address,) = (network["IPAddress"] for network in outer.values())
+    await compose.python("reaper", REACHES.format(host=address, port=9200))
+    await compose.python("allocator", REACHES_NOT.format(host=address, port=9200))
+
+
+async def test_logs_name_the_services(compose: Compose) -> None:
+    """A password that equals the name of a service would black the name out."""
+    for service in OURS:
+        logged = await docker("logs", await compose.container(service))
+        assert f'"service":"{service}"' in logged.replace(": ", ":"), logged[-2000:]
 
 
 async def test_a_student_gets_a_sandbox_and_gives_it_back_with_the_scripts_for_a_track(

@@ -34,7 +34,7 @@ deletion.CSP_TIMEOUT_SEC = 1
 from reaper import cleanup  # noqa: E402 (it reads what was changed)
 
 cleanup.CLAIM_MARGIN_SEC = 0.5
-cleanup.NO_ANSWER_PAUSE_SEC = 0.2
+cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
     client, deleter = csp.CspClient, deletion.Deleter
@@ -65,16 +65,15 @@ if module == "allocator":
     bus.Subscription.ack = crashes.around(bus.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
-    from csp_syncer import handlers as syncer
-    from csp_syncer import plan
+    from csp_syncer import chunking, syncer
 
-    plan.PIECE = 10  # so that there are several
-    ask = syncer_asking.ask
+    chunking.BATCH_SIZE = 10  # a listing then needs several commands
+    request_reply = syncer_asking.request_reply
 
-    async def ask_dying(requester: Any, command: Any, **named: Any) -> Any:
+    async def request_crashing(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await crashes.around(ask, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
-    syncer.ask = ask_dying  # type: ignore[attr-defined]
+    syncer.request_reply = request_crashing  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -21,9 +21,9 @@ from devstack.testing import empty
 from sandbox_broker.migrate import migrate
 
 ROOT = Path(__file__).parents[2]
-TRACK_TOKEN = "track-token"
-ADMIN_TOKEN = "admin-token"
-CSP_TOKEN = "csp-token"
+TRACK_TOKEN = "test-track-token"
+ADMIN_TOKEN = "test-admin-token"
+CSP_TOKEN = "test-csp-token"
 PORTS = {
     "gateway": "GATEWAY_PORT",
     "allocator": "ALLOCATOR_PORT",
@@ -208,6 +208,7 @@ async def running(
         "AMQP_URL": amqp_url,
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+        "BIND_HOST": "127.0.0.1,::1",
         "RATE_LIMIT": "",  # all students come from one address
         "DRAIN_SEC": "0",
         "CSP_BASE_URL": f"{simulator}/v2",

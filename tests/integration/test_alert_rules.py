@@ -1,5 +1,6 @@
 """The alerts are sound: promtool takes and tests them, what they ask for exists, and each leads to its page."""
 
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import run
 from tests.integration.stack import PORTS, Stack
-from tests.integration.watched import ALERT_TESTS, ALERTS, RUNBOOK, alerts, expressions, metrics
+from tests.integration.watched import ALERT_TESTS, ALERTS, DASHBOARDS, RUNBOOK, alerts, expressions, metrics, panels
 
 
 @pytest.fixture
@@ -52,3 +53,12 @@ def test_each_alert_leads_to_its_section_of_the_runbook() -> None:
     for alert in alerts():
         assert alert["annotations"]["runbook_url"] == f"docs/runbook.md#{alert['alert'].lower()}"
         assert alert["labels"]["severity"] in ("critical", "warning")
+
+
+def test_the_runbook_names_panels_that_exist() -> None:
+    titles = {file.stem: {title for title, _ in panels(json.loads(file.read_text()))} for file in DASHBOARDS}
+    page = " ".join(RUNBOOK.read_text().split())
+    references = re.findall(r'[Dd]ashboard \*(\w+)\*, panels? ((?:"[^"]+"(?:, | and )?)+)', page)
+    assert {dashboard.lower() for dashboard, _ in references} == titles.keys()
+    for dashboard, quoted in references:
+        assert set(re.findall(r'"([^"]+)"', quoted)) <= titles[dashboard.lower()]

@@ -109,3 +109,14 @@ async def test_the_docs_page_needs_nothing_from_elsewhere(stack: Stack) -> None:
     ):
         answer: httpx.Response = await stack.client.get(f"{stack.url}/v1/{asset}")
         assert answer.status_code == 200, asset
+
+
+async def test_a_client_that_has_the_document_is_not_sent_it_again(stack: Stack) -> None:
+    document = f"{stack.url}/v1/openapi.json"
+    full = await stack.client.get(document)
+    for _ in range(3):  # on one connection, which a body after 304 would break
+        again = await stack.client.get(document, headers={"If-None-Match": full.headers["ETag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (again.headers["ETag"], again.headers["Cache-Control"]) == (full.headers["ETag"], "no-cache")
+        assert "Transfer-Encoding" not in again.headers
+    assert (await stack.client.get(document)).content == full.content

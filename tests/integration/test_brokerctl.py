@@ -11,7 +11,7 @@ import pytest
 from devstack.ports import free_port
 from sandbox_broker import topology
 from tests.integration.ctl import ctl, eventually_said, start
-from tests.integration.stack import Stack, eventually
+from tests.integration.stack import ADMIN_TOKEN, TRACK_TOKEN, Stack, eventually
 
 
 async def test_status_is_one_screen_and_0_when_all_is_well(stack: Stack) -> None:
@@ -265,7 +265,7 @@ async def test_a_replay_does_what_had_failed_and_nothing_that_was_done(stack: St
         (("dlq", "replay"), {}, 2, "--all"),
         (("pool",), {"BROKER_ADMIN_TOKEN": "wrong"}, 2, "Check BROKER_ADMIN_TOKEN"),
         (("status",), {"BROKER_ADMIN_TOKEN": "wrong"}, 2, "Check BROKER_ADMIN_TOKEN"),
-        (("pool",), {"BROKER_ADMIN_TOKEN": "track-token"}, 2, "Check BROKER_ADMIN_TOKEN"),
+        (("pool",), {"BROKER_ADMIN_TOKEN": TRACK_TOKEN}, 2, "Check BROKER_ADMIN_TOKEN"),
         (("pool",), {"BROKER_ADMIN_TOKEN": ""}, 2, "BROKER_ADMIN_TOKEN is not set"),
         (("pool",), {"BROKER_API_URL": "nonsense"}, 2, "BROKER_API_URL must be like"),
         (("pool",), {"BROKER_API_URL": "http://127.0.0.1:1"}, 3, "No gateway answers at http://127.0.0.1:1"),
@@ -280,7 +280,7 @@ async def test_the_exit_status_says_what_stood_in_the_way_and_the_message_what_t
     assert (found.status, found.out) == (status, "")
     assert said in found.err
     assert "wrong" not in found.err
-    assert "track-token" not in found.err
+    assert TRACK_TOKEN not in found.err
 
 
 async def test_what_is_not_the_broker_is_told_apart(stack: Stack) -> None:
@@ -292,7 +292,7 @@ async def test_what_is_not_the_broker_is_told_apart(stack: Stack) -> None:
 async def test_the_settings_may_come_from_a_file(stack: Stack, tmp_path: object) -> None:
     file = f"{tmp_path}/broker.env"
     with open(file, "w") as written:  # noqa: ASYNC230
-        written.write(f"BROKER_API_URL={stack.url}/v1/\nBROKER_ADMIN_TOKEN='admin-token,another'\n")
+        written.write(f"BROKER_API_URL={stack.url}/v1/\nBROKER_ADMIN_TOKEN='{ADMIN_TOKEN},another'\n")
     nothing = {"BROKER_API_URL": "", "BROKER_ADMIN_TOKEN": ""}
     assert (await ctl(stack, "--config", file, "pool", "--json", **nothing)).json["available"] == 50
     assert (await ctl(stack, "pool", "--json", **nothing, BROKERCTL_CONFIG=file)).json["available"] == 50

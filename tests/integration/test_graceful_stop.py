@@ -62,6 +62,33 @@ async def test_it_is_not_ready_first_and_goes_on_serving(stack: Stack) -> None:
         assert await process.wait() == 0
 
 
+async def test_the_ports_of_the_api_and_of_the_platform_drain_together(stack: Stack) -> None:
+    ops_port = free_port()
+    settings = {"DRAIN_SEC": "20", "OPS_PORT": str(ops_port)}
+    gateway, url = await stack.launch("gateway", name="leaving gateway", settings=settings)
+    ops = f"http://127.0.0.1:{ops_port}"
+    try:
+        await stack.until_ready(f"{ops}/readyz", gateway)
+        assert (await stack.client.get(f"{url}/readyz")).status_code == 404
+        assert (await stack.client.post(f"{ops}/v1/allocate", headers=track("ada"))).status_code == 404
+        assert "broker_request_latency_seconds" in (await stack.client.get(f"{ops}/metrics")).text
+        gateway.send(signal.SIGTERM)
+
+        async def not_ready() -> bool:
+            return (await stack.client.get(f"{ops}/readyz")).status_code == 503
+
+        await eventually(not_ready)
+        during = await stack.client.post(f"{url}/v1/allocate", headers=track("ada"))
+        assert (during.status_code, during.headers["Connection"]) == (201, "close")
+        alive = await stack.client.get(f"{ops}/healthz")
+        assert (alive.status_code, alive.headers["Connection"]) == (200, "close")
+    finally:
+        await gateway.stop(with_signal=signal.SIGINT)
+    assert await gateway.wait() == 0
+    assert await listens_no_more(url)
+    assert await listens_no_more(ops)
+
+
 async def test_a_request_in_flight_is_answered_and_who_is_idle_is_sent_away(stack: Stack) -> None:
     allocator = stack.processes["allocator"]
     async with (

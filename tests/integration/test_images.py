@@ -1,6 +1,8 @@
 """What the images and docker-compose.yml say, without a Docker."""
 
+import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +13,19 @@ from typing import Any
 
 import pytest
 import yaml
+from dotenv import dotenv_values
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
 
-from devstack import locks
+from devstack import locks, settings
+from devstack.ports import free_port
 from k8s_check.programs import COMMANDS, SERVICES, Program
 from tests.integration.stack import ROOT, Stack
 
 SCRIPTS = ROOT / "deploy" / "image"
-COMPOSE: Mapping[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+FILL_ENV = ROOT / "deploy" / "compose" / "fill-env.sh"
+COMPOSE_FILE = ROOT / "docker-compose.yml"
+COMPOSE: Mapping[str, Any] = yaml.safe_load(COMPOSE_FILE.read_text())["services"]
 PROGRAMS: Mapping[str, Program] = {
     **SERVICES,
     "migration": COMMANDS["sandbox_broker.migrate"],
@@ -25,11 +33,11 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 
-def ask(service: str, port: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def ask(service: str, port: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     variable = f"{service.upper().replace('-', '_')}_PORT"
     return subprocess.run(
         [sys.executable, SCRIPTS / "healthy.py", *arguments],
-        env={"SERVICE": service, variable: port, "PATH": os.environ["PATH"]},
+        env={"SERVICE": service, variable: port, "PATH": os.environ["PATH"], **settings},
         capture_output=True,
         text=True,
         timeout=60,
@@ -46,6 +54,23 @@ def test_the_health_check_tells_a_service_that_answers_from_one_that_does_not(st
     assert ask("csp-syncer", port, "/nothing").returncode == 1
     refused = ask("gateway", "1")
     assert (refused.returncode, "refused" in refused.stdout, refused.stderr) == (1, True, "")
+
+
+async def test_the_health_check_asks_where_the_service_listens(stack: Stack) -> None:
+    main, ops = str(free_port()), str(free_port())
+    settings = {"GATEWAY_PORT": main, "OPS_PORT": ops, "BIND_HOST": "::1,127.0.0.2"}
+    gateway, _ = await stack.launch("gateway", name="gateway elsewhere", settings=settings)
+    try:
+        await stack.until_ready(f"http://[::1]:{ops}/readyz", gateway)
+        ready = ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.2, ::1")
+        assert (ready.returncode, "ready" in ready.stdout) == (0, True)
+        assert ask("gateway", main, "/readyz", OPS_PORT=ops).returncode == 0  # IPv6 after IPv4
+        assert ask("gateway", main, "/readyz").returncode == 1
+        assert ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.1").returncode == 1
+        # Other services have no OPS_PORT: one that is set for all of them says nothing of theirs.
+        assert ask("csp-syncer", stack.environment["CSP_SYNCER_PORT"], OPS_PORT=ops).returncode == 0
+    finally:
+        await gateway.stop()
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -92,8 +117,9 @@ def _in_order(program: Program) -> list[str]:
 @pytest.mark.parametrize("service", PROGRAMS)
 def test_in_compose_every_setting_reaches_the_service_that_reads_it_and_no_other(service: str) -> None:
     program = PROGRAMS[service]
-    # The ports are those of the image, whatever is published.
-    settings = program.fields - {program.port}
+    # The ports are those of the image, whatever is published. A container listens on all of its addresses: on those
+    # that BIND_HOST in .env names for make run, the published port would not reach it.
+    settings = program.fields - {program.port, "bind_host"}
 
     assert {name.lower() for name in COMPOSE[service]["environment"]} == settings
 
@@ -136,5 +162,128 @@ def test_prometheus_asks_every_service_where_its_image_answers() -> None:
         for name, program in SERVICES.items()
         if program.port
     }
+    ports["gateway"] = int(COMPOSE["gateway"]["environment"]["OPS_PORT"])
     assert targets["sandbox-broker"] == [f"{name}:{port}" for name, port in ports.items()]
     assert targets["rabbitmq"] == ["rabbitmq:15692"]
+
+
+REQUIRED = re.compile(r"\$\{(\w+):\?")
+"""A variable of docker-compose.yml without which Compose does not start."""
+
+
+def variables(text: str) -> dict[str, str]:
+    return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
+
+
+def fill_env(path: Path) -> dict[str, str]:
+    subprocess.run(["sh", FILL_ENV, path], check=True, capture_output=True)
+    return variables(path.read_text())
+
+
+def test_in_compose_no_password_and_no_token_has_a_default() -> None:
+    text = COMPOSE_FILE.read_text()
+    used = set(re.findall(r"\$\{(\w*(?:PASSWORD|TOKEN))\b", text))
+    assert len(used) > 10
+    assert not re.search(r"\$\{\w*(?:PASSWORD|TOKEN):?-", text)
+    assert used <= set(REQUIRED.findall(text))
+
+
+def test_one_command_sets_whatever_compose_requires(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text((ROOT / ".env.example").read_text())
+    path.chmod(0o644)
+
+    found = fill_env(path)
+
+    secrets = {name: found[name] for name in REQUIRED.findall(COMPOSE_FILE.read_text())}
+    assert all(re.fullmatch(r"[0-9a-f]{48}", value) for value in secrets.values())
+    assert len(set(secrets.values())) == len(secrets)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert fill_env(path) == found
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_keeps_what_is_set(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("# PASSWORD=\nPOSTGRES_PASSWORD=mine\nRABBITMQ_PASSWORD=\nLOG_LEVEL=\nNIOSXAAS_EMAIL=a b")
+
+    found = fill_env(path)
+
+    assert found.pop("RABBITMQ_PASSWORD")
+    assert found == {"POSTGRES_PASSWORD": "mine", "LOG_LEVEL": "", "NIOSXAAS_EMAIL": "a b"}
+    assert path.read_text().startswith("# PASSWORD=\n")
+
+
+def test_the_command_invents_no_token_of_a_real_csp(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("CSP_API_TOKEN=\nBROKER_API_TOKEN=\nCSP_BASE_URL=https://csp.example/v2\n")
+
+    found = fill_env(path)
+
+    assert found["CSP_API_TOKEN"] == ""
+    assert found["BROKER_API_TOKEN"]
+
+
+def test_in_compose_every_port_is_published_on_loopback_by_default() -> None:
+    published = [port for described in COMPOSE.values() for port in described.get("ports", [])]
+    assert len(published) == 5
+    assert all(port.startswith(("127.0.0.1:", "${GATEWAY_BIND:-127.0.0.1}:")) for port in published)
+
+
+def test_in_compose_only_services_with_a_port_or_calls_to_csp_are_on_the_outer_network() -> None:
+    networks = yaml.safe_load(COMPOSE_FILE.read_text())["networks"]
+    assert networks == {"inner": {"internal": True}, "outer": None}
+    for name, described in COMPOSE.items():
+        needs_outer = "ports" in described or "CSP_BASE_URL" in described.get("environment", {})
+        assert ("outer" in described["networks"]) is needs_outer, name
+    assert {name for name, described in COMPOSE.items() if described["networks"] == ["outer"]} == {
+        "csp-simulator",
+        "grafana",
+    }
+
+
+@pytest.mark.parametrize("service", ["reaper", "csp-syncer"])
+def test_in_compose_http_is_allowed_for_the_simulator_and_for_no_other_csp(service: str) -> None:
+    environment = COMPOSE[service]["environment"]
+    url, allowed = (
+        re.fullmatch(rf"\$\{{{name}:-(.*)\}}", environment[name]) for name in ("CSP_BASE_URL", "ALLOW_INSECURE_CSP")
+    )
+    assert url is not None
+    assert allowed is not None
+
+    def settings(csp_base_url: str) -> BaseSettings:
+        return SERVICES[service].settings(
+            _env_file=None,
+            amqp_url="amqp://rabbitmq/",
+            csp_api_token="of-the-simulator",
+            csp_base_url=csp_base_url,
+            allow_insecure_csp=allowed[1],
+        )
+
+    settings(url[1])
+    with pytest.raises(ValidationError, match="must begin with https://"):
+        settings("http://csp.example/v2")
+
+
+def test_no_image_floats_over_minor_versions() -> None:
+    """The rule is in docs/deployment.md. Our own images have the version of the release."""
+    texts = {path: path.read_text() for path in (COMPOSE_FILE, ROOT / "Dockerfile", ROOT / ".env.example")}
+    texts |= {path: path.read_text() for path in (ROOT / "deploy" / "k8s").rglob("*.yaml")}
+    images = {
+        image
+        for text in texts.values()
+        for image in re.findall(
+            r"(?<![\w/.])(?:[\w.-]+/)*(?:postgres|postgresql|rabbitmq|python|prometheus|grafana):[\w.-]+", text
+        )
+        if not re.fullmatch(r"\w+:\d{4,5}", image)  # a host and its port
+    }
+    assert {image.partition(":")[0].rpartition("/")[2] for image in images} == {
+        "postgres",
+        "postgresql",
+        "rabbitmq",
+        "python",
+        "prometheus",
+        "grafana",
+    }
+    images |= {settings.POSTGRES_IMAGE, settings.RABBITMQ_IMAGE}
+    assert {image for image in images if not re.search(r":v?\d+\.\d+", image)} == set()

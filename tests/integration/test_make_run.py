@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import PORTS, ROOT, eventually
 
 STATE = ROOT / ".devstack"
+LOOPBACK = {"0100007F", "0" * 24 + "01000000"}
+"""127.0.0.1 and ::1, as /proc/net/tcp and tcp6 have them."""
 
 
 @pytest.fixture
@@ -56,6 +59,21 @@ def pid_of(module: str, database_url: str) -> int:
     raise AssertionError(f"no process runs {module}")
 
 
+def administrator(lines: list[str]) -> dict[str, str]:
+    """Return the header with the admin token that was printed."""
+    (line,) = (line for line in lines if line.startswith("  admin token "))
+    return {"Authorization": f"Bearer {line.split()[-1]}"}
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Return the local addresses that have a listener on the port, as the kernel writes them."""
+    rows = [
+        row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    listening = [row[1].rsplit(":", 1) for row in rows if row[3] == "0A"]
+    return {address for address, hexadecimal in listening if int(hexadecimal, 16) == port}
+
+
 async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -71,11 +89,17 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_everything(
         assert written == {"sandbox_id.txt", "external_id.txt", "sandbox_name.txt", "sandbox_env.sh"}
         async with httpx.AsyncClient(trust_env=False) as client:
             stats = await client.get(
-                f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats",
-                headers={"Authorization": "Bearer dev-admin-token"},
+                f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats", headers=administrator(lines)
             )
         assert (stats.json()["available"], stats.json()["allocated"]) == (49, 1)
-        end = next(number for number, line in enumerate(lines) if line.endswith("brokerctl status"))
+        for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"):
+            assert listening_addresses(int(environment[variable])) <= LOOPBACK
+        brokerctl = Path(sys.executable).with_name("brokerctl")
+        code, said = await run(
+            [brokerctl, "pool"], env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"}, cwd=tmp_path
+        )
+        assert code == 0, said
+        end = next(number for number, line in enumerate(lines) if line.strip().endswith("brokerctl status"))
         operator = f"{lines[end - 1]}\n{lines[end]}"
 
         async def all_is_well() -> bool:  # on a busy machine a part may be late, and seem down
@@ -102,8 +126,7 @@ async def test_the_demo_says_where_to_look_and_students_come(environment: dict[s
         async def somebody_has_a_sandbox() -> bool:
             async with httpx.AsyncClient(trust_env=False) as client:
                 stats = await client.get(
-                    f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats",
-                    headers={"Authorization": "Bearer dev-admin-token"},
+                    f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats", headers=administrator(lines)
                 )
             return bool(stats.json()["allocated"] > 0)
 

@@ -1,23 +1,57 @@
 """Each service with the PostgreSQL role and the RabbitMQ user that deploy/ gives it: it does its work, and is
 refused what is not its own."""
 
+import asyncio
 import shutil
-from collections.abc import AsyncIterator, Mapping
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 from urllib.parse import urlsplit, urlunsplit
 
 import aio_pika
 import asyncpg
 import pytest
-from aiormq.exceptions import ChannelAccessRefused
+from aio_pika.abc import AbstractIncomingMessage
+from aiormq.exceptions import ChannelAccessRefused, ChannelPreconditionFailed
 from pamqp.commands import Basic
+from pamqp.common import FieldTable
 
 from devstack.postgres import PrivatePostgres
 from devstack.private import account, make_directory, write
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import topology
+from sandbox_broker import messages, topology
 from sandbox_broker.connection import open_channel
 from sandbox_broker.declare import declare
+from sandbox_broker.messages import (
+    AllocateSandbox,
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    CleanUpNow,
+    Command,
+    DeleteStale,
+    DropDeadLetter,
+    EndCleanup,
+    EndLease,
+    ExpireLeases,
+    HurryDeletions,
+    ListedAccount,
+    PurgeRecords,
+    RecordDeletion,
+    RecordDeletionFailure,
+    RecordJob,
+    RefreshSandboxes,
+    Refused,
+    ReleaseSandbox,
+    ReplayDeadLetter,
+    Reply,
+    ReplyEnvelope,
+    RetryDeletion,
+    StageListing,
+    SyncPool,
+    encode_commands,
+)
 from sandbox_broker.migrate import migrate
 from sandbox_broker.tables import metadata
 from tests.integration.stack import ROOT, Stack, eventually, running
@@ -44,12 +78,56 @@ ASKS = ("gateway", "reaper", "csp-syncer")
 DEFAULT = ""
 """The exchange that leads to every queue by its name: for nobody."""
 PUBLISHES: Mapping[str, set[str]] = {
-    "gateway": {topology.COMMANDS.name},
+    "gateway": {topology.COMMANDS.name},  # and no exchange of replies: it cannot answer what another service asks
     "allocator": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.EVENTS.name, topology.REPLIES.name},
-    "reaper": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.REPLIES.name, topology.TICKS.name},
-    "csp-syncer": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.REPLIES.name, topology.TICKS.name},
+    "reaper": {
+        topology.COMMANDS_FROM_REAPER.name,
+        topology.DEAD_LETTERS.name,
+        topology.REPLIES.name,
+        topology.TICKS.name,
+    },
+    "csp-syncer": {
+        topology.COMMANDS_FROM_SYNCER.name,
+        topology.DEAD_LETTERS.name,
+        topology.REPLIES.name,
+        topology.TICKS.name,
+    },
     "keda": set(),
 }
+
+
+SENDS: Mapping[str, topology.Exchange] = {
+    "gateway": topology.COMMANDS,
+    "reaper": topology.COMMANDS_FROM_REAPER,
+    "csp-syncer": topology.COMMANDS_FROM_SYNCER,
+}
+"""The exchange over which each service sends its commands."""
+ID = uuid.UUID(int=7)
+FORGED = ListedAccount(sandbox_id="999", external_id="of-a-customer", name="sandbox-999")
+COMMANDS: tuple[Command, ...] = (
+    AllocateSandbox(request_id="r", holder="mallory"),
+    ReleaseSandbox(request_id="r", sandbox_id="1", holder="mallory"),
+    ExpireLeases(grace_sec=0, limit=1000),
+    ClaimDeletions(run_id=ID, limit=1000, claim_sec=3600),
+    HurryDeletions(run_id=ID, limit=1000, claim_sec=3600),
+    EndCleanup(run_id=ID),
+    RecordDeletion(sandbox_id="1"),
+    RecordDeletionFailure(run_id=ID, sandbox_id="1", attempts=0, error="forged"),
+    EndLease(request_id="r", sandbox_id="1", note="forged"),
+    RetryDeletion(request_id="r", sandbox_id="1"),
+    BeginListing(),
+    StageListing(listing_id=1, accounts=(FORGED,)),
+    ApplyListing(listing_id=1, total=1, max_stale_fraction=1, force=True),
+    RefreshSandboxes(listing_id=1, limit=1000),
+    DeleteStale(stale_for_sec=0, limit=1000),
+    PurgeRecords(status="deleted", limit=1000),
+    RecordJob(job_id=ID, kind="sync"),
+    ReplayDeadLetter(request_id="r", dead_letter_id=ID),
+    DropDeadLetter(request_id="r", dead_letter_id=ID),
+    SyncPool(request_id="r", force=True),
+    CleanUpNow(request_id="r", job_id=ID),
+)
+"""One of each type."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +318,125 @@ async def test_a_user_may_not_publish_where_it_has_nothing_to_say(servers_with_r
                 channel = await open_channel(connection, confirms=True)
                 with pytest.raises(ChannelAccessRefused):
                     await channel.basic_publish(b"{}", exchange=exchange, properties=Basic.Properties())
+
+
+def test_a_command_of_each_type_is_tried() -> None:
+    assert {type(command) for command in COMMANDS} == set(get_args(get_args(messages.Command)[0]))
+
+
+@pytest.mark.parametrize(("user", "exchange"), SENDS.items())
+async def test_a_command_is_refused_when_its_sender_has_no_right_to_it(
+    stack_with_roles: Stack, servers_with_roles: Servers, user: str, exchange: topology.Exchange
+) -> None:
+    """In each queue that the user can reach, and although the headers name the exchange of another sender."""
+    stack = stack_with_roles
+    await stack.fill(3)
+    before = await stack.stats()
+    forged = [command for command in COMMANDS if type(command) not in exchange.commands]
+    assert forged
+    queues = [binding.queue.name for binding in topology.BINDINGS if binding.exchange is exchange]
+    async with await aio_pika.connect(servers_with_roles.amqp_url(user)) as connection:
+        for queue in queues:
+            allowed = RecordJob(job_id=uuid.uuid4(), kind="sync")
+            *replies, last = await _ask(connection, exchange, queue, [*forged, allowed])
+            for command, reply in zip(forged, replies, strict=True):
+                assert isinstance(reply, Refused), (command, reply)
+                assert reply.code == "INVALID_COMMAND"
+                assert f"{command.type} may not be sent over the exchange '{exchange.name}'" in reply.message
+            assert (last.type == "Recorded") == (queue == topology.ALLOCATOR_MAINTENANCE.name)
+
+    async def all_are_kept() -> bool:
+        kept = await stack.database.fetch("SELECT DISTINCT unnest(commands) AS type FROM dead_letters")
+        return {row["type"] for row in kept} >= {command.type for command in forged}
+
+    await eventually(all_are_kept)
+    assert await stack.stats() == before
+    await stack.assert_sound()
+
+
+async def test_a_forged_command_gains_no_right_when_an_administrator_replays_it(
+    stack_with_roles: Stack, servers_with_roles: Servers
+) -> None:
+    stack = stack_with_roles
+    await stack.fill(1)
+    async with await aio_pika.connect(servers_with_roles.amqp_url("gateway")) as connection:
+        (reply,) = await _ask(
+            connection, topology.COMMANDS, topology.ALLOCATOR_MAINTENANCE.name, [RecordDeletion(sandbox_id="1")]
+        )
+    assert isinstance(reply, Refused)
+
+    async def is_kept() -> bool:
+        return bool(await stack.database.fetchval("SELECT count(*) = 1 FROM dead_letters"))
+
+    await eventually(is_kept)
+    dead_letter_id = await stack.database.fetchval("SELECT dead_letter_id FROM dead_letters")
+    replayed = await stack.admin("POST", f"dead-letters/{dead_letter_id}/replay")
+    assert (replayed.status_code, replayed.json()["detail"]["code"]) == (409, "NOT_REPLAYABLE")
+    assert (await stack.admin("DELETE", f"dead-letters/{dead_letter_id}")).status_code == 200
+
+
+async def _ask(
+    connection: aio_pika.abc.AbstractConnection,
+    exchange: topology.Exchange,
+    queue: str,
+    commands: Sequence[Command],
+) -> Sequence[Reply]:
+    """The replies to one envelope. Its headers are those of a message that RabbitMQ moved from another exchange."""
+    others = [sender.name for sender in SENDS.values() if sender is not exchange]
+    headers: FieldTable = {
+        "x-death": [
+            {"queue": queue, "reason": "rejected", "count": 1, "exchange": other, "routing-keys": [queue]}
+            for other in others
+        ],
+        "x-first-death-exchange": others[0],
+    }
+    replies: asyncio.Future[AbstractIncomingMessage] = asyncio.get_running_loop().create_future()
+
+    async def answered(message: AbstractIncomingMessage) -> None:
+        replies.set_result(message)
+
+    async with connection.channel() as channel, asyncio.timeout(60):
+        own = await channel.declare_queue(exclusive=True)
+        await own.bind(topology.REPLIES.name, own.name)
+        await own.consume(answered, no_ack=True)
+        sender = await channel.get_exchange(exchange.name, ensure=False)
+        envelope = aio_pika.Message(encode_commands(commands), reply_to=own.name, headers=headers)
+        await sender.publish(envelope, queue)
+        return ReplyEnvelope.model_validate_json((await replies).body).replies
+
+
+@pytest.mark.parametrize("user", SENDS)
+async def test_a_user_reaches_no_other_exchange_by_a_detour(servers_with_roles: Servers, user: str) -> None:
+    url = servers_with_roles.amqp_url(user)
+    connection = await aio_pika.connect(url)
+    async with connection:
+        for name in [*(exchange.name for exchange in topology.EXCHANGES), DEFAULT]:
+            if name in PUBLISHES[user]:
+                continue
+            # What its own queue drops or rejects would go on to that exchange.
+            channel = await open_channel(connection, confirms=False)
+            with pytest.raises(ChannelAccessRefused):
+                await channel.queue_declare(
+                    exclusive=True,
+                    arguments={
+                        "x-dead-letter-exchange": name,
+                        "x-dead-letter-routing-key": topology.ALLOCATOR_MAINTENANCE.name,
+                    },
+                )
+            # What comes to an exchange that it may read would go on to that exchange.
+            channel = await open_channel(connection, confirms=False)
+            with pytest.raises(ChannelAccessRefused):
+                await channel.exchange_bind(name, topology.REPLIES.name, routing_key="key")
+            # What no queue takes would go on to that exchange.
+            channel = await open_channel(connection, confirms=False)
+            with pytest.raises(ChannelAccessRefused):
+                await channel.exchange_declare("amq.gen-mine", arguments={"alternate-exchange": name})
+        # Nor may it pass for another user.
+        channel = await open_channel(connection, confirms=True)
+        with pytest.raises(ChannelPreconditionFailed):
+            await channel.basic_publish(
+                b"{}", exchange=SENDS[user].name, properties=Basic.Properties(user_id="allocator")
+            )
 
 
 @pytest.mark.parametrize("user", CONSUMES)

@@ -12,7 +12,7 @@ PAGE = (ROOT / "docs" / "runbook.md").read_text()
 
 def statement(pattern: str) -> str:
     """The one that begins so, to the end of its block or of its backquotes."""
-    [found] = re.findall(rf"(?:`|```sql\n)({pattern}[^`]*?);?\s*`", PAGE)
+    [found] = re.findall(rf"(?:`|```sql\n *)({pattern}[^`]*?);?\s*`", PAGE)
     return str(found)
 
 

@@ -84,7 +84,7 @@ async def test_no_secret_is_in_any_line_whatever_happens(servers: tuple[PrivateP
     async with talkative_csp() as csp:
         settings = {
             "LOG_LEVEL": "DEBUG",
-            "BROKER_API_TOKEN": f"another-one, {TRACK}",
+            "BROKER_API_TOKEN": f"another-track-token, {TRACK}",
             "BROKER_ADMIN_TOKEN": ADMINISTRATION,
             "CSP_API_TOKEN": CSP,
             "CSP_BASE_URL": f"{csp}/v2",

@@ -8,7 +8,7 @@ import sys
 
 from reaper.cleanup import CleanUp
 
-work_through = CleanUp._work_through
+work_through = CleanUp._run_once
 
 
 async def work_through_and_come_back(self: CleanUp) -> float | None:
@@ -16,7 +16,7 @@ async def work_through_and_come_back(self: CleanUp) -> float | None:
     return 0.02
 
 
-CleanUp._work_through = work_through_and_come_back  # type: ignore[method-assign]
+CleanUp._run_once = work_through_and_come_back  # type: ignore[method-assign]
 
 run = CleanUp.run
 

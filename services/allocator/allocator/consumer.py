@@ -24,7 +24,7 @@ from allocator.outbox import Relay
 from allocator.settings import Settings
 from allocator.writer import Overtaken, Writer
 from sandbox_broker import db, dead_letters, story
-from sandbox_broker.bus import Publisher, Subscription, answer, keep_connected
+from sandbox_broker.bus import Publisher, Subscription, answer, decode_delivery, keep_connected
 from sandbox_broker.connection import losses
 from sandbox_broker.messages import (
     Command,
@@ -32,7 +32,6 @@ from sandbox_broker.messages import (
     InvalidEnvelope,
     Refused,
     Reply,
-    decode_commands,
 )
 from sandbox_broker.service import uninterrupted
 
@@ -119,7 +118,7 @@ class Consumer:
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
-                commands = decode_commands(delivery.body)
+                commands = decode_delivery(delivery)
                 if self._came_before(delivery):
                     commands = domain.delivered_again(commands)
                 envelopes.append((delivery, commands))
@@ -252,7 +251,7 @@ class Consumer:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
         log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
         await dead_letters.keep(self._publisher, self._queue, raw, reason)
-        return Refused(code="INVALID_COMMAND", message=f"The allocator does not understand this: {reason}")
+        return Refused(code="INVALID_COMMAND", message=f"The allocator refuses this command: {reason}")
 
 
 def _request_id(entry: Command | InvalidCommand) -> str | None:

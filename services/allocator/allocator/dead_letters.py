@@ -204,6 +204,19 @@ async def find(connection: asyncpg.Connection, epoch: int, dead_letter_id: uuid.
     return DeadLetter(row["dead_letter_id"], row["died_at"], row["queue"], row["body"], properties)
 
 
+def has_replayable(letter: DeadLetter) -> bool:
+    """Whether a replay can carry out a command of the letter. A replay goes over the exchange of the gateway, so
+    that no command gains rights by it. Commands that only the reaper or the csp-syncer may send are refused there.
+    """
+    try:
+        entries = decode_commands(letter.body)
+    except InvalidEnvelope:
+        return True
+    return any(
+        isinstance(entry, InvalidCommand) or topology.can_carry(topology.COMMANDS.name, entry) for entry in entries
+    )
+
+
 async def served(connection: asyncpg.Connection, epoch: int, letter: DeadLetter) -> frozenset[str]:
     """Of the students whose allocations are in the letter: who has had a sandbox since, from whichever request."""
     asked = [holder for entry in _entries(letter.body) if (holder := _allocating(entry)) is not None]

@@ -144,6 +144,14 @@ def not_replayable(queue: str) -> Refused:
     )
 
 
+def sent_by_service_only() -> Refused:
+    return Refused(
+        code="NOT_REPLAYABLE",
+        message="Only the reaper or the csp-syncer may send the commands in it. These services repeat what is "
+        "still to be done. Drop the dead letter.",
+    )
+
+
 def not_replayed(reason: str) -> Refused:
     return Refused(
         code="ALLOCATOR_UNAVAILABLE",

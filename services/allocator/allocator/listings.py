@@ -1,8 +1,9 @@
-"""The SQL that brings the pool in line with a listing of CSP; with store.py the only SQL that writes the pool.
+"""The SQL that brings the pool in line with a listing of CSP.
 
 A listing is staged in pieces, under its number, and applied by APPLY_LISTING as a whole or not at all. What does
 not belong to that whole is done around it, in statements that may be repeated: corrections of account ids before
-it, flags and names after it. The rules of store.py hold, and two more, because students wait for the same rows:
+it, flags and names after it. The rules of store.py hold, which lists the modules that write the pool, and two more,
+because students wait for the same rows:
 
 - No statement waits for a row that a student's statement has locked. It is passed over (SKIP LOCKED), and the
   next listing sees what has become of it.

@@ -87,4 +87,4 @@ def main() -> None:
     logging.configure(settings, "allocator")
     tracing.configure(settings, "allocator")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
-    service.run(create_app(settings), settings.allocator_port)
+    service.run(create_app(settings), settings.allocator_port, bind_host=settings.bind_host)

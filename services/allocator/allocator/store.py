@@ -1,5 +1,7 @@
-"""The SQL of leases, and the rules for all SQL that writes the pool: that of this file, deletions.py, listings.py,
-purge.py and jobs.py. There is no other. (dead_letters.py writes its own table.)
+"""The SQL of leases, and the rules for all SQL that writes the pool.
+
+This module, deletions.py, listings.py and purge.py write the pool (sandboxes and leases), and no other module does.
+jobs.py, dead_letters.py and outbox.py write other tables.
 
 Every change is one statement in a transaction of its own, with the rows for the outbox in the same statement,
 so nothing is ever half done and an allocator that freezes holds no locks. Each begins with the epoch guard:

@@ -62,6 +62,13 @@ async def stop(running: Sequence[asyncio.Task[None]]) -> None:
         assert task.cancelled(), task.exception()
 
 
+def exchange_for(commands: Sequence[Command]) -> topology.Exchange:
+    def carried(exchange: topology.Exchange) -> int:
+        return sum(topology.can_carry(exchange.name, command) for command in commands)
+
+    return max(topology.EXCHANGES, key=carried)
+
+
 class Client:
     """Sends envelopes to the allocator's queue and gathers the answers."""
 
@@ -86,11 +93,15 @@ class Client:
         times: int = 1,
         queue: topology.Queue = topology.ALLOCATOR_COMMANDS,
         copy_of: str | None = None,
+        exchange: topology.Exchange | None = None,
     ) -> str:
-        """Puts an envelope into the queue, `times` over; returns its correlation id, which a copy shares."""
+        """Puts an envelope into the queue, `times` over; returns its correlation id, which a copy shares. Without
+        `exchange` it goes over the exchange that may carry most of its commands."""
         body = commands if isinstance(commands, bytes) else encode_commands(commands)
         correlation_id = copy_of or uuid.uuid4().hex
-        exchange = await self.channel.get_exchange(topology.COMMANDS.name, ensure=False)
+        if exchange is None:
+            exchange = topology.COMMANDS if isinstance(commands, bytes) else exchange_for(commands)
+        sender = await self.channel.get_exchange(exchange.name, ensure=False)
         for _ in range(times):
             message = aio_pika.Message(
                 body,
@@ -98,7 +109,7 @@ class Client:
                 reply_to=reply_to or self.replies.name,
                 delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             )
-            await exchange.publish(message, queue.name)
+            await sender.publish(message, queue.name)
         return correlation_id
 
     async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60) -> list[list[Reply]]:
@@ -108,9 +119,13 @@ class Client:
             return [list(replies) for replies in self._answers[correlation_id]]
 
     async def ask(
-        self, commands: Sequence[Command] | bytes, *, queue: topology.Queue = topology.ALLOCATOR_COMMANDS
+        self,
+        commands: Sequence[Command] | bytes,
+        *,
+        queue: topology.Queue = topology.ALLOCATOR_COMMANDS,
+        exchange: topology.Exchange | None = None,
     ) -> list[Reply]:
-        return (await self.answers(await self.publish(commands, queue=queue)))[0]
+        return (await self.answers(await self.publish(commands, queue=queue, exchange=exchange)))[0]
 
     async def ask_one(self, command: Command) -> Reply:
         (reply,) = await self.ask([command])

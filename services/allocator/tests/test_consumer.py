@@ -18,12 +18,17 @@ from devstack.postgres import PrivatePostgres
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Publisher, Subscription
 from sandbox_broker.messages import (
+    ApplyListing,
     BeginListing,
     ClaimDeletions,
+    EndCleanup,
     ExpireLeases,
+    ListedAccount,
     RecordDeletion,
     RecordDeletionFailure,
+    RecordJob,
     SandboxReleased,
+    StageListing,
     SyncPool,
 )
 from sandbox_broker.migrate import migrate
@@ -65,7 +70,7 @@ async def test_maintenance_is_done_in_the_order_of_the_envelope(
     overdue, pending = await pool.overdue("bob"), await pool.pending()
     replies = await asking.ask(
         [
-            BeginListing(),
+            EndCleanup(run_id=RUN),
             RecordDeletion(sandbox_id=pending),
             ExpireLeases(grace_sec=0, limit=10),
             ask("dan"),
@@ -75,7 +80,7 @@ async def test_maintenance_is_done_in_the_order_of_the_envelope(
         queue=topology.ALLOCATOR_MAINTENANCE,
     )
     assert [reply.type for reply in replies] == [
-        "ListingBegun",
+        "Recorded",
         "Recorded",
         "LeasesExpired",
         "Refused",
@@ -153,11 +158,32 @@ async def test_what_is_no_envelope_goes_to_the_dead_letters_and_blocks_nobody(
 async def test_a_number_that_the_database_cannot_hold_is_refused_and_kept(
     running: Allocator, asking: Client, poison: ExpireLeases
 ) -> None:
-    body = json.dumps({"commands": [poison.model_dump(mode="json"), BeginListing().model_dump()]}).encode()
-    replies = await asking.ask(body, queue=topology.ALLOCATOR_MAINTENANCE)
+    behind = EndCleanup(run_id=RUN).model_dump(mode="json")
+    body = json.dumps({"commands": [poison.model_dump(mode="json"), behind]}).encode()
+    replies = await asking.ask(body, queue=topology.ALLOCATOR_MAINTENANCE, exchange=topology.COMMANDS_FROM_REAPER)
     assert refusal(replies[0]) in ("INTERNAL_ERROR", "INVALID_COMMAND")
-    assert replies[1].type == "ListingBegun"
+    assert replies[1].type == "Recorded"
     await asking.dead_letters(1)
+
+
+async def test_a_listing_with_the_rights_of_the_gateway_changes_nothing(
+    pool: Pool, running: Allocator, asking: Client
+) -> None:
+    """An account that was never in the pool would be leased, and then deleted."""
+    forged = ListedAccount(sandbox_id="999", external_id="of-a-customer", name="sandbox-999")
+    listing = (
+        BeginListing(),
+        StageListing(listing_id=1, accounts=(forged,)),
+        ApplyListing(listing_id=1, total=1, max_stale_fraction=1, force=True),
+    )
+    job = RecordJob(job_id=RUN, kind="sync")
+    replies = await asking.ask([*listing, job], queue=topology.ALLOCATOR_MAINTENANCE, exchange=topology.COMMANDS)
+    assert [refusal(reply) for reply in replies[:3]] == ["INVALID_COMMAND"] * 3
+    assert replies[3].type == "Recorded", "the gateway may send this one"
+    assert await pool.value("SELECT count(*) FROM sandboxes") == 0
+    assert await pool.value("SELECT count(*) FROM csp_listings") == 0
+    reasons = [reason(message) for message in await asking.dead_letters(3)]
+    assert reasons == [f"{command.type} may not be sent over the exchange 'broker.commands'" for command in listing]
 
 
 async def test_what_the_database_refuses_is_singled_out_of_a_large_batch(

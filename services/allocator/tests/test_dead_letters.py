@@ -20,10 +20,13 @@ from devstack.postgres import PrivatePostgres
 from sandbox_broker import db, topology
 from sandbox_broker.messages import (
     MAX_ENVELOPE,
+    BeginListing,
     Command,
     DeadLetterReplayed,
     DropDeadLetter,
+    RecordDeletion,
     Recorded,
+    RecordJob,
     ReplayDeadLetter,
     Reply,
     encode_commands,
@@ -283,6 +286,27 @@ async def test_a_letter_of_a_queue_that_is_none_of_work_is_not_put_there(
         dead_letter_id = await pool.dead_letter(ask("ann"), queue=queue)
         assert refusal(await replay(asking, dead_letter_id)) == "NOT_REPLAYABLE"
     assert await pool.value("SELECT count(*) FROM dead_letters") == 4
+
+
+async def test_what_only_services_may_send_gains_no_right_by_a_replay(
+    pool: Pool, running: Allocator, asking: Client
+) -> None:
+    pending = await pool.pending()
+    record = RecordDeletion(sandbox_id=pending)
+    queue = topology.ALLOCATOR_MAINTENANCE.name
+    alone = await pool.dead_letter(record, BeginListing(), queue=queue)
+    assert refusal(await replay(asking, alone)) == "NOT_REPLAYABLE"
+    assert await pool.column("SELECT dead_letter_id FROM dead_letters") == [alone]
+
+    # Beside a command of the gateway, as a sender with the gateway's rights can put it.
+    mixed = await pool.dead_letter(record, RecordJob(job_id=uuid.UUID(int=7), kind="sync"), queue=queue)
+    await replayed(asking, mixed)
+    (letter,) = [letter for letter in await letters(pool, 2) if letter["dead_letter_id"] != alone]
+    assert letter["commands"] == ["RecordDeletion"]
+    assert letter["reason"] == "RecordDeletion may not be sent over the exchange 'broker.commands'"
+    assert await pool.status(pending) == "pending_deletion"
+    assert await pool.value("SELECT count(*) FROM jobs") == 1
+    assert refusal(await replay(asking, letter["dead_letter_id"])) == "NOT_REPLAYABLE"
 
 
 async def test_a_letter_that_rabbitmq_does_not_take_stays(pool: Pool) -> None:

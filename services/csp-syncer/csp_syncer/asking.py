@@ -1,4 +1,4 @@
-"""Asks the allocator, who alone writes the pool."""
+"""Requests to the allocator, the only service that writes the pool."""
 
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Requester, Unroutable
@@ -7,23 +7,23 @@ from sandbox_broker.messages import Command, Refused, Reply
 REQUEST_TIMEOUT_SEC = 30.0
 
 
-class Stopped(Exception):
-    """A step was refused; the refusal is the answer to all of it."""
+class CommandRefused(Exception):
+    """A step was refused. Its refusal becomes the reply to the whole sync."""
 
     def __init__(self, refusal: Refused) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
 
 
-async def ask(requester: Requester, command: Command, *, timeout_sec: float | None = None) -> Reply:
-    """Any reply but a refusal; raises Stopped."""
+async def request_reply(requester: Requester, command: Command, *, timeout_sec: float | None = None) -> Reply:
+    """Return the allocator's reply. Raises CommandRefused for a refusal and when the allocator does not answer."""
     try:
         reply = await requester.request(
             topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=timeout_sec or REQUEST_TIMEOUT_SEC
         )
-    except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: garbled
+    except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: an unreadable reply
         refusal = Refused(code="ALLOCATOR_UNAVAILABLE", message=f"The allocator did not answer: {error}")
-        raise Stopped(refusal) from error
+        raise CommandRefused(refusal) from error
     if isinstance(reply, Refused):
-        raise Stopped(reply)
+        raise CommandRefused(reply)
     return reply

@@ -1,4 +1,4 @@
-"""Wiring of the csp-syncer: ticks and commands start syncs."""
+"""Wiring of the csp-syncer."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -6,10 +6,10 @@ from functools import partial
 
 from starlette.applications import Starlette
 
-from csp_syncer.handlers import LISTING_TIMEOUT_SEC, Syncer
 from csp_syncer.purge import purge
-from csp_syncer.schedule import Schedule, tick
 from csp_syncer.settings import Settings
+from csp_syncer.syncer import LISTING_TIMEOUT_SEC, Syncer
+from csp_syncer.triggers import CommandConsumer, send_sync_command
 from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
 from sandbox_broker.bus import Publisher, Requester, keep_connected
 from sandbox_broker.csp import CspClient
@@ -21,12 +21,12 @@ PURGE_INTERVAL_SEC = 3600.0
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "csp-syncer")
-    requester = Requester(url, "csp-syncer", publisher)
+    requester = Requester(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
     csp = CspClient(
         settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=LISTING_TIMEOUT_SEC
     )
     syncer = Syncer(settings, csp, requester)
-    schedule = Schedule(publisher, syncer)
+    commands = CommandConsumer(publisher, syncer)
 
     async def queue() -> str | None:
         return None if requester.connected else "not connected to RabbitMQ"
@@ -34,8 +34,14 @@ def create_app(settings: Settings) -> Starlette:
     tasks = service.lifespan(
         publisher.run,
         requester.run,
-        partial(keep_connected, url, "csp-syncer-commands", schedule.commands),
-        partial(ticks.consume, url, topology.SYNC_TICKS, settings.sync_interval_sec, partial(tick, publisher)),
+        partial(keep_connected, url, "csp-syncer-commands", commands.consume),
+        partial(
+            ticks.consume,
+            url,
+            topology.SYNC_TICKS,
+            settings.sync_interval_sec,
+            partial(send_sync_command, publisher),
+        ),
         partial(ticks.publish, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
         partial(ticks.consume, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)),
         partial(ticks.publish, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
@@ -59,4 +65,4 @@ def main() -> None:
     logging.configure(settings, "csp-syncer")
     tracing.configure(settings, "csp-syncer")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.csp_syncer_port)
+    service.run(create_app(settings), settings.csp_syncer_port, bind_host=settings.bind_host)

@@ -1,34 +1,34 @@
-"""What is over: sandboxes that have been stale for a day, and records that nobody needs any more."""
+"""Purge: mark long-stale sandboxes as deleted, and forget old records of deleted ones."""
 
 import structlog
 
-from csp_syncer.asking import Stopped, ask
+from csp_syncer.asking import CommandRefused, request_reply
 from csp_syncer.settings import Settings
 from sandbox_broker.bus import Requester
 from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
 
 STALE_HOURS = 24
-PIECE = 500
-"""Rows changed by one command."""
+BATCH_SIZE = 500
+"""Rows that one command changes."""
 
 log = structlog.get_logger()
 
 
 async def purge(settings: Settings, requester: Requester) -> None:
-    """Whatever it does not get done, the next run finds."""
+    """Run one purge. Work that is left after a refusal is done by the next run."""
     retention_sec = settings.record_retention_days * 24 * 3600
     try:
         for command in (
-            DeleteStale(stale_for_sec=STALE_HOURS * 3600, limit=PIECE),
-            PurgeRecords(status="deleted", for_sec=retention_sec, limit=PIECE),
+            DeleteStale(stale_for_sec=STALE_HOURS * 3600, limit=BATCH_SIZE),
+            PurgeRecords(status="deleted", for_sec=retention_sec, limit=BATCH_SIZE),
         ):
-            while await _count(requester, command) == PIECE:
+            while await _purge_batch(requester, command) == BATCH_SIZE:
                 pass
-    except Stopped as stopped:
-        log.warning("purge.postponed", error=str(stopped))
+    except CommandRefused as error:
+        log.warning("purge.postponed", error=str(error))
 
 
-async def _count(requester: Requester, command: DeleteStale | PurgeRecords) -> int:
-    reply = await ask(requester, command)
+async def _purge_batch(requester: Requester, command: DeleteStale | PurgeRecords) -> int:
+    reply = await request_reply(requester, command)
     assert isinstance(reply, Purged)  # noqa: S101 (the contract of both)
     return reply.count

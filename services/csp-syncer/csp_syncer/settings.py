@@ -1,11 +1,9 @@
-from pydantic import Field, SecretStr
+from pydantic import Field
 
-from sandbox_broker.settings import HttpUrl, Port, ServiceSettings
+from sandbox_broker.settings import CspSettings, Port
 
 
-class Settings(ServiceSettings):
-    csp_base_url: HttpUrl = "https://csp.infoblox.com/v2"
-    csp_api_token: SecretStr = Field(min_length=1)
+class Settings(CspSettings):
     csp_syncer_port: Port = 9103
     sync_interval_sec: float = Field(default=600, gt=0)
     sync_max_stale_fraction: float = Field(default=0.25, ge=0, le=1)

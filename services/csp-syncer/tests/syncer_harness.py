@@ -1,4 +1,4 @@
-"""A csp-syncer on the real RabbitMQ, with the simulator as CSP and a stand-in for the allocator."""
+"""A csp-syncer on the real RabbitMQ, with the CSP simulator and a stand-in for the allocator."""
 
 import asyncio
 import uuid
@@ -48,7 +48,7 @@ M = TypeVar("M", bound=Command)
 
 @dataclass
 class Csp:
-    """The simulator, and its control API."""
+    """The CSP simulator and its control API."""
 
     url: str
     control: httpx.AsyncClient
@@ -60,11 +60,11 @@ class Csp:
         (await self.control.put("/_control/accounts", json={"raw": records})).raise_for_status()
 
     async def records(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await self.control.get("/_control/accounts")).json()["accounts"]
-        return found
+        records: list[dict[str, Any]] = (await self.control.get("/_control/accounts")).json()["accounts"]
+        return records
 
     async def listings(self) -> int:
-        """Calls that were answered."""
+        """Return the number of answered listing calls."""
         return len((await self.control.get("/_control/calls", params={"method": "GET"})).json()["calls"])
 
 
@@ -79,10 +79,10 @@ async def simulated_csp(accounts: int) -> AsyncIterator[Csp]:
 
 @dataclass
 class Allocator:
-    """Counts what is staged, applies it, and refuses what the test wants."""
+    """Records commands, counts staged accounts, and refuses commands as the test asks."""
 
     staged: dict[int, list[str]] = field(default_factory=dict)
-    heard: list[Command] = field(default_factory=list)
+    received: list[Command] = field(default_factory=list)
     jobs: list[RecordJob] = field(default_factory=list)
     purges: list[DeleteStale | PurgeRecords] = field(default_factory=list)
     to_purge: int = 0
@@ -91,7 +91,7 @@ class Allocator:
     before_answer: Callable[[Command], Awaitable[None]] | None = None
 
     def all(self, kind: type[M]) -> list[M]:
-        return [command for command in self.heard if isinstance(command, kind)]
+        return [command for command in self.received if isinstance(command, kind)]
 
     async def answer(self, command: Command) -> Reply:
         if isinstance(command, DeleteStale | PurgeRecords):
@@ -102,7 +102,7 @@ class Allocator:
         if isinstance(command, RecordJob):
             self.jobs.append(command)
             return Recorded(changed=True)
-        self.heard.append(command)
+        self.received.append(command)
         if self.before_answer is not None:
             await self.before_answer(command)
         if refusal := self.refusal(command):
@@ -116,7 +116,7 @@ class Allocator:
                 self.staged[command.listing_id] += [account.sandbox_id for account in command.accounts]
                 return ListingStaged(staged=len(command.accounts))
             case RefreshSandboxes():
-                left = [one for one in self.to_refresh if one > (command.after or "")][: command.limit]
+                left = [name for name in self.to_refresh if name > (command.after or "")][: command.limit]
                 return SandboxesRefreshed(last=left[-1] if left else None)
             case ApplyListing():
                 synced = len(self.staged[command.listing_id])
@@ -133,6 +133,7 @@ class Allocator:
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
                 (command,) = decode_commands(message.body)
+                assert message.exchange == topology.COMMANDS_FROM_SYNCER.name
                 assert not isinstance(command, InvalidCommand)
                 body = ReplyEnvelope(replies=(await self.answer(command),)).model_dump_json().encode()
                 answered = aio_pika.Message(body, correlation_id=message.correlation_id)
@@ -144,7 +145,7 @@ class Allocator:
 
 @dataclass
 class Caller:
-    """Asks the csp-syncer, as the gateway does."""
+    """Sends commands to the csp-syncer like the gateway."""
 
     requester: Requester
 
@@ -156,8 +157,9 @@ class Caller:
         return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
 
     async def all_arrived(self) -> None:
-        """Returns when the csp-syncer has begun with all that was asked before."""
-        await asyncio.create_task(self.send(BeginListing()))  # which it refuses
+        """Return when the csp-syncer has started on all earlier commands. It handles commands in order, and refuses
+        this one."""
+        await asyncio.create_task(self.send(BeginListing()))
 
 
 @asynccontextmanager
@@ -179,7 +181,7 @@ def settings(**changes: Any) -> Settings:
             "amqp_url": "amqp://127.0.0.1:1/",
             "csp_base_url": "http://127.0.0.1:1/v2",
             "csp_api_token": DEFAULT_TOKEN,
-            "sync_interval_sec": 3600,  # one tick at the start, and no other
+            "sync_interval_sec": 3600,  # one tick at the start only
             **changes,
         },
     )
@@ -193,7 +195,7 @@ async def syncing(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None
 
 
 async def emptied(amqp_url: str) -> None:
-    """Declares the topology and purges every queue of it."""
+    """Declare the topology and purge all its queues."""
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         await topology.declare(channel)
@@ -203,7 +205,7 @@ async def emptied(amqp_url: str) -> None:
 
 async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
     async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+        while not condition():  # noqa: ASYNC110 (the condition has no event)
             await asyncio.sleep(0.005)
 
 

@@ -17,37 +17,47 @@ def networks(listed: str) -> list[Network]:
     return [ip_network(part.strip(), strict=False) for part in listed.split(",") if part.strip()]
 
 
-def client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
-    """A function that tells the client of a request: the peer, unless that is a trusted proxy. What a proxy has
-    seen, it adds at the end of X-Forwarded-For; what stands before the first proxy that is not ours may be made
-    up. An IPv6 address stands for its /64."""
+def resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[str, bool] | None]:
+    """Return a function from a written address to the address as it is counted (an IPv6 address as its /64) and
+    whether it is a trusted proxy; None for a text that is no address."""
 
     @lru_cache(maxsize=10_000)
-    def known(given: str) -> tuple[str, bool] | None:
-        """The address as it is counted, and whether it is a proxy of ours; None if it is none."""
-        address = _parse(given)
+    def resolve(written: str) -> tuple[str, bool] | None:
+        address = _parse(written)
         if address is None:
             return None
-        whole = IPv6Network((int(address), _HOME), strict=False) if isinstance(address, IPv6Address) else address
-        return str(whole), any(address in network for network in trusted)
+        counted = IPv6Network((int(address), _HOME), strict=False) if isinstance(address, IPv6Address) else address
+        return str(counted), any(address in network for network in trusted)
 
-    def client(scope: Scope) -> str:
+    return resolve
+
+
+def client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
+    """Return a function from a request to its client's address.
+
+    The client is the peer, unless that is a trusted proxy. A proxy appends the address of its own peer to
+    X-Forwarded-For, so the function reads that field from the end and stops at the first address that is not a
+    trusted proxy: a client may have made up the addresses before it.
+    """
+    resolve = resolver(trusted)
+
+    def find_client(scope: Scope) -> str:
         peer = scope["client"]
-        found = known(peer[0]) if peer else None
-        if found is None:
+        result = resolve(peer[0]) if peer else None
+        if result is None:
             return "unknown"
-        counted, is_proxy = found
+        counted, is_proxy = result
         if is_proxy:
             for hop in reversed(_forwarded(scope)):
-                found = known(hop)
-                if found is None:
+                result = resolve(hop)
+                if result is None:
                     break
-                counted, is_proxy = found
+                counted, is_proxy = result
                 if not is_proxy:
                     break
         return counted
 
-    return client
+    return find_client
 
 
 def _forwarded(scope: Scope) -> list[str]:

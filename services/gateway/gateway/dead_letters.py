@@ -29,6 +29,8 @@ from sandbox_broker.messages import DropDeadLetter, Recorded, ReplayDeadLetter
 from sandbox_broker.tables import dead_letters
 
 LISTING = "dead_letters"
+KEY = (datetime, uuid.UUID)
+"""The time of death and the id."""
 MAX_SHOWN = 64 * 1024
 """Bytes of a payload."""
 
@@ -92,16 +94,14 @@ async def page(engine: AsyncEngine, *, limit: int, cursor: str) -> DeadLetterPag
         dead_letters.c.died_at.desc(), dead_letters.c.dead_letter_id.desc()
     )
     if cursor:
-        died_at, dead_letter_id = map(str, cursors.decode(cursor, LISTING))
-        after = literal(datetime.fromisoformat(died_at)), literal(uuid.UUID(dead_letter_id))
-        query = query.where(key < tuple_(*after))
+        query = query.where(key < tuple_(*map(literal, cursors.decode(cursor, KEY, LISTING))))
     async with reading(engine) as connection:
         rows = (await connection.execute(query.limit(limit + 1))).mappings().all()
     shown = [DeadLetterSummary.model_validate(row) for row in rows[:limit]]
     following = None
     if len(rows) > limit:
         last = rows[limit - 1]
-        following = cursors.encode([last["exactly"], str(last["dead_letter_id"])], LISTING)
+        following = cursors.encode([last["exactly"], last["dead_letter_id"]], LISTING)
     return DeadLetterPage(dead_letters=shown, count=len(shown), cursor=following)
 
 

@@ -2,11 +2,13 @@
 inline script."""
 
 import asyncio
+import hashlib
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.headers import STUDENT
@@ -40,28 +42,51 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
 """How the routes of sandbox_broker.health are described."""
 
 _LIMIT_HEADERS = {
-    "X-RateLimit-Limit": header("requests an address has in a window; absent where there is no limit", "integer"),
+    "X-RateLimit-Limit": header(
+        "requests in a window, of one student with this token, or of the address without a known token; absent "
+        "where there is no limit",
+        "integer",
+    ),
     "X-RateLimit-Remaining": header("what is left of them", "integer"),
     "X-RateLimit-Reset": header("Unix seconds, when the window ends", "integer"),
 }
 
 
+_ETAG = re.compile(r'"[^"]*"')
+
+
 def add_routes(app: FastAPI) -> None:
-    """To be called last: the document describes the routes that are there."""
+    """Add the docs page and the OpenAPI document. Call it last: the document describes the routes that exist."""
     for path, (file, media_type) in _FILES.items():
         app.add_api_route(path, _serving(file.read_bytes(), media_type), include_in_schema=False)
-    document: dict[str, Any] | None = None
+    built: tuple[bytes, str] | None = None
     one_at_a_time = asyncio.Lock()
 
-    async def openapi() -> Response:
-        nonlocal document
+    async def openapi(request: Request) -> Response:
+        nonlocal built
         async with one_at_a_time:
-            if document is None:
-                # In a thread: it takes long, and students go on being answered.
-                document = await asyncio.to_thread(_document, app)
-        return JSONResponse(document)
+            if built is None:
+                # In a thread, because it takes long and students wait for this event loop.
+                built = await asyncio.to_thread(_build, app)
+        content, etag = built
+        request.scope["state"]["revalidate"] = True  # the middleware adds the Cache-Control header
+        if _matches(request.headers.getlist("If-None-Match"), etag):
+            return Response(status_code=304, headers={"ETag": etag})
+        return Response(content, headers={"ETag": etag}, media_type="application/json")
 
     app.add_api_route("/v1/openapi.json", openapi, include_in_schema=False)
+
+
+def _build(app: FastAPI) -> tuple[bytes, str]:
+    """Return the document and its entity tag, which all gateways of one version share."""
+    content = bytes(JSONResponse(_document(app)).body)
+    return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+
+def _matches(if_none_match: list[str], etag: str) -> bool:
+    """Weak comparison of RFC 9110, section 8.8.3.2: W/ does not count, since proxies that compress add it."""
+    listed = ",".join(if_none_match)
+    return listed.strip() == "*" or etag in _ETAG.findall(listed)
 
 
 def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -27,6 +27,9 @@ class Kind:
     """Seconds."""
 
 
+MAX_QUOTED = 200
+"""Characters of a path in a message."""
+
 AGAIN = "Try again after `retry_after` seconds."
 SAME_AGAIN = "Ask again: it gives the same result, whether or not the first request was carried out."
 
@@ -49,8 +52,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "MALFORMED_REQUEST": Kind(
         400,
-        "What was sent is not HTTP/1.1; the connection is closed",
-        "Look at the client or at the proxy before it. Sending the same again gives the same.",
+        "The request is not valid HTTP/1.1, or its end is ambiguous; the connection closes",
+        "Correct the client, or the proxy before the gateway. A repetition gets the same answer.",
     ),
     "UNAUTHORIZED": Kind(
         401, "No token, or an unknown one", "Send `Authorization: Bearer <token>`; ask the operator for a token."
@@ -66,7 +69,11 @@ KINDS: Mapping[str, Kind] = {
     "DEAD_LETTER_NOT_FOUND": Kind(
         404, "No such dead letter", "Nothing is to be done: it was replayed or dropped, or never was one."
     ),
-    "NOT_FOUND": Kind(404, "No such path", "See `/v1/docs` for what there is."),
+    "NOT_FOUND": Kind(
+        404,
+        "No such path",
+        "Check the path. `/v1/docs` lists all of them, where the operator has not switched it off.",
+    ),
     "METHOD_NOT_ALLOWED": Kind(
         405, "The path exists, but not with this method", "Use the method that the `Allow` header names."
     ),
@@ -84,7 +91,9 @@ KINDS: Mapping[str, Kind] = {
         409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
     ),
     "NOT_REPLAYABLE": Kind(
-        409, "The dead letter names a queue that is none of those for work", "Look at it, and drop it."
+        409,
+        "The dead letter names a queue that is not for commands, or holds only commands that services repeat",
+        "Look at it, and drop it.",
     ),
     "SYNC_HELD": Kind(
         409,
@@ -98,9 +107,14 @@ KINDS: Mapping[str, Kind] = {
         "Add the origin to `CORS_ALLOWED_ORIGINS` if it may ask.",
     ),
     "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
+    "HEADERS_TOO_LARGE": Kind(
+        431,
+        "The request line and the header fields are longer than 16 KiB, or there are more than 100 fields",
+        "Send fewer or shorter header fields.",
+    ),
     "RATE_LIMITED": Kind(
         429,
-        "Too many requests from this address, or too many without a known token",
+        "Too many requests with this token for one student, or too many without a known token from this address",
         f"{AGAIN} It is what is left of the window.",
         retry_after=300,
     ),
@@ -198,15 +212,24 @@ def stopping() -> ApiError:
     )
 
 
-def malformed() -> ApiError:
-    return ApiError("MALFORMED_REQUEST", "This is not HTTP/1.1. Look at the client, or at the proxy before it.")
+def not_found(path: str, *, docs_enabled: bool) -> ApiError:
+    hint = "See /v1/docs for what there is." if docs_enabled else "Check the path."
+    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. {hint}")
 
 
-def of_status(status: int, method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
+def not_on_this_port(path: str) -> ApiError:
+    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} on this port. Check the path and the port.")
+
+
+def of_status(
+    status: int, method: str, path: str, headers: Mapping[str, str] | None, *, docs_enabled: bool
+) -> ApiError:
     """What the framework itself refuses: unknown paths and wrong methods."""
     if status == HTTPStatus.NOT_FOUND:
-        return ApiError("NOT_FOUND", f"There is no {path} here. See /v1/docs for what there is.")
+        return not_found(path, docs_enabled=docs_enabled)
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (headers or {}).get("Allow", "another method")
-        return ApiError("METHOD_NOT_ALLOWED", f"{path} takes {allowed}, not {method}.", headers=headers)
+        return ApiError(
+            "METHOD_NOT_ALLOWED", f"{path[:MAX_QUOTED]} takes {allowed}, not {method}.", headers=headers
+        )
     return internal()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from gateway import leaks, pages, views
+from gateway import cursors, leaks, pages, views
 from gateway.admin import ALWAYS
 from gateway.context import Context
 from gateway.errors import ApiError
@@ -17,7 +17,9 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
 PAGED = (*ALWAYS, "INVALID_CURSOR", "DATABASE_UNAVAILABLE")
 
 Limit = Annotated[int, Query(ge=1, le=500)]
-Cursor = Annotated[str, Query(max_length=1024, description="that of the page before; the filters stay the same")]
+Cursor = Annotated[
+    str, Query(max_length=cursors.MAX_LENGTH, description="that of the page before; the filters stay the same")
+]
 Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
 """As in the headers that it comes from; blank is no filter."""
 Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]

@@ -13,13 +13,15 @@ from gateway.schemas import Leak, Leaks
 from gateway.views import reading, seconds
 from sandbox_broker.tables import PROOF_GRACE, csp_accounts, csp_listings, sandboxes
 
+KEY = (str,)
+"""The sandbox id."""
 LOOK = 4_000
 """Accounts that are looked at for one page."""
 
 
 async def page(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
     """Differences to the last listing that was applied, by sandbox id. Raises ApiError INVALID_CURSOR."""
-    after = str(cursors.decode(cursor, "leaks")[0]) if cursor else ""
+    after = cursors.decode(cursor, KEY, "leaks")[0] if cursor else ""
     latest = (
         select(csp_listings.c.listing_id, csp_listings.c.begun_at, seconds(csp_listings.c.begun_at).label("at"))
         .where(csp_listings.c.applied_at.is_not(None))

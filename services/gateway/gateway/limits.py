@@ -1,16 +1,16 @@
-"""How often one client address may ask: in this process, in windows that begin with a client's first request."""
+"""Rate limit: how many requests a client may send, in windows that begin with its first request. Counted in this
+process."""
 
 import math
 import re
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
-
-from cachetools import TTLCache
 
 from gateway.errors import ApiError
 
-MAX_ADDRESSES = 100_000
-"""That are remembered. With more of them in one window, those not heard of for longest begin anew."""
+MAX_COUNTERS = 100_000
+"""Counters that a RateLimit keeps. When there are more, the oldest one starts again."""
 
 _FAILED_SHARE = 20
 _FAILED_AT_LEAST = 10
@@ -36,7 +36,7 @@ def rate(text: str) -> Rate:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where an address is in its window."""
+    """Where a client is in its window."""
 
     limit: int
     remaining: int
@@ -58,34 +58,57 @@ class _Window:
 
 
 class RateLimit:
-    """Counts by address."""
+    """Counts requests by key: the address of a client, or a token and a student."""
 
-    def __init__(self, rate: Rate) -> None:
+    def __init__(self, rate: Rate, *, max_counters: int = MAX_COUNTERS) -> None:
         self._rate = rate
-        self._windows: TTLCache[str, _Window] = TTLCache(MAX_ADDRESSES, rate.window_sec, timer=time.time)
+        self._max_counters = max_counters
+        # In the order of their starts, which is the order of their ends, because all windows are equally long.
+        self._windows: OrderedDict[bytes | str, _Window] = OrderedDict()
 
-    def hit(self, address: str) -> Standing:
-        window = self._windows.get(address)
-        if window is None:
-            window = self._windows[address] = _Window(time.time() + self._rate.window_sec)
+    def hit(self, key: bytes | str) -> Standing:
+        """Count a request."""
+        now = time.time()
+        window = self._windows.get(key)
+        if window is None or window.ends <= now:
+            window = self._open(key, now)
         window.count += 1
         amount, count = self._rate.amount, window.count
         return Standing(amount, max(0, amount - count), math.ceil(window.ends), count > amount)
 
+    def _open(self, key: bytes | str, now: float) -> _Window:
+        windows = self._windows
+        windows.pop(key, None)
+        # Two for each new one: the table shrinks, and no request pays for a whole class whose windows ended.
+        for _ in range(2):
+            oldest = next(iter(windows), None)
+            if oldest is None or (len(windows) < self._max_counters and windows[oldest].ends > now):
+                break
+            del windows[oldest]
+        window = windows[key] = _Window(now + self._rate.window_sec)
+        return window
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    requests: RateLimit
+    """Requests with a known token and requests without one have counters of their own, so that clients without a
+    token can neither use up nor push out the counter of a client with one."""
+
+    students: RateLimit
+    """Requests with a known token, by token and student."""
+    addresses: RateLimit
+    """Requests without a known token, by client address."""
     failures: RateLimit
-    """Requests without a known token."""
+    """Those among them that were refused for lack of a known token, by client address."""
 
 
-def of(rate: Rate) -> Limits:
-    """A twentieth of the requests may lack a known token, 10 at least."""
+def build_rate_limits(rate: Rate) -> Limits:
+    """The limit of failures is a twentieth of `rate`, and at least 10 requests."""
     failures = max(_FAILED_AT_LEAST, rate.amount // _FAILED_SHARE)
-    return Limits(RateLimit(rate), RateLimit(Rate(failures, rate.window_sec)))
+    return Limits(RateLimit(rate), RateLimit(rate), RateLimit(Rate(failures, rate.window_sec)))
 
 
-def exceeded(standing: Standing, what: str) -> ApiError:
+def exceeded(standing: Standing, *, known_token: bool) -> ApiError:
     wait = standing.retry_after
-    return ApiError("RATE_LIMITED", f"{what} from this address. Try again in {wait} seconds.", retry_after=wait)
+    clients = "with this token for one student" if known_token else "without a known token from this address"
+    return ApiError("RATE_LIMITED", f"Too many requests {clients}. Try again in {wait} seconds.", retry_after=wait)

@@ -19,7 +19,6 @@ from gateway import (
     addresses,
     admin,
     auth,
-    clients,
     cors,
     dead_letters,
     docs,
@@ -30,7 +29,9 @@ from gateway import (
     middleware,
     routes,
     syncs,
+    uvicorn_protocol,
 )
+from gateway.connection_limit import ConnectionLimit
 from gateway.context import Context
 from gateway.errors import ApiError
 from gateway.outlook import Outlook
@@ -111,11 +112,11 @@ def create_app(settings: Settings) -> Gateway:
             RequestValidationError: _invalid_request,
         },
     )
-    limited = limits.of(limits.rate(settings.rate_limit)) if settings.rate_limit else None
+    limited = limits.build_rate_limits(limits.rate(settings.rate_limit)) if settings.rate_limit else None
     client_address = addresses.client_address(addresses.networks(settings.trusted_proxies))
     judge = auth.Auth(
-        auth.Tokens(settings.broker_api_token),
-        auth.Tokens(settings.broker_admin_token),
+        settings.broker_api_token,
+        settings.broker_admin_token,
         limited.failures if limited else None,
         client_address,
     )
@@ -123,15 +124,21 @@ def create_app(settings: Settings) -> Gateway:
     app.state.context = Context(
         settings, judge, limited, client_address, engine, publisher, requester, allocator, outlook
     )
-    app.include_router(routes.router, dependencies=[Depends(auth.track)])
-    app.include_router(inventory.router, dependencies=[Depends(auth.administration)])
-    app.include_router(admin.router, dependencies=[Depends(auth.administration)])
-    app.include_router(syncs.router, dependencies=[Depends(auth.administration)])
-    app.include_router(dead_letters.router, dependencies=[Depends(auth.administration)])
+    app.include_router(routes.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(inventory.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(syncs.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
-        app.add_api_route(route.path, route.endpoint, **docs.OPERATIONS[route.path])
-    docs.add_routes(app)
+        app.add_api_route(
+            route.path,
+            route.endpoint,
+            include_in_schema=settings.ops_port is None,
+            **docs.OPERATIONS[route.path],
+        )
+    if settings.docs_enabled:
+        docs.add_routes(app)
     app.add_middleware(middleware.Envelope)
     return app
 
@@ -146,7 +153,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     headers = error.headers
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers = {"Allow": ", ".join(_methods(request))}
-    refused = errors.of_status(error.status_code, request.method, request.scope["path"], headers)
+    settings = request.app.state.context.settings
+    refused = errors.of_status(
+        error.status_code, request.method, request.scope["path"], headers, docs_enabled=settings.docs_enabled
+    )
     return errors.response(refused, request.scope["state"])
 
 
@@ -179,9 +189,14 @@ def main() -> None:
     logging.configure(settings, "gateway")
     tracing.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    connection_limit = ConnectionLimit(
+        settings.max_connections_per_address, addresses.networks(settings.trusted_proxies)
+    )
     service.run(
         create_app(settings),
         settings.gateway_port,
-        protocol=clients.protocol(settings.client_timeout_sec),
+        ops_port=settings.ops_port,
+        bind_host=settings.bind_host,
+        protocol=uvicorn_protocol.build_protocol(settings.client_timeout_sec, connection_limit),
         drain_sec=settings.drain_sec,
     )

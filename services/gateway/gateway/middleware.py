@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import errors, metrics
 from gateway.errors import ApiError
+from gateway.headers import Fields, student_as_sent
 from gateway.limits import Standing, exceeded
 from gateway.replies import Gone
 from sandbox_broker import tracing
@@ -22,15 +23,24 @@ from sandbox_broker import tracing
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+    from gateway.context import Context
+
 MAX_BODY = 64 * 1024
 
-_NOT_LIMITED = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Asked by the platform, from one address and for ever."""
+_OPERATIONS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Routes for the platform, which asks from one address and without end: not limited. On OPS_PORT only, if that is
+set."""
 
 _CLIENT_GONE = 499
 """In the log and in metrics, in place of a status that nobody has seen; nginx has made it known."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_NEEDLESSLY_ENCODED = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
+"""A percent-encoded '/' or unreserved character of RFC 3986 (letter, digit, '-', '.', '_', '~')."""
+
+MAX_LOGGED = 256
+"""Characters of a path, or of an id in it, in one log line."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
@@ -48,6 +58,8 @@ SECURITY_HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
 ]
 NO_STORE = (b"cache-control", b"no-store")
+_REVALIDATE = (b"cache-control", b"no-cache")
+"""A cache may keep the response, and asks with its ETag before each use."""
 _DEPRECATED = (b"deprecation", b"true")
 
 log = structlog.get_logger()
@@ -57,7 +69,7 @@ class Envelope:
     """The outermost layer of the application, or of the one route `endpoint`."""
 
     def __init__(self, app: ASGIApp, *, endpoint: str | None = None, limited: bool = True) -> None:
-        """`limited`: requests count against the rate limit."""
+        """`limited`: callers are identified, and their requests count against the rate limit."""
         self._app = app
         self._endpoint = endpoint
         self._limited = limited
@@ -91,7 +103,7 @@ class Envelope:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
-        standing = self._standing(scope)
+        standing = self._standing(scope, given)
 
         async def send_decorated(message: Message) -> None:
             nonlocal status
@@ -103,12 +115,12 @@ class Envelope:
                 if "deprecated" in state:
                     headers.append(_DEPRECATED)
                 if path.startswith("/v1"):
-                    headers.append(NO_STORE)
+                    headers.append(_REVALIDATE if "revalidate" in state else NO_STORE)
                 message = {**message, "headers": headers}
             await send(message)
 
         try:
-            _check(standing)
+            _refuse_early(scope, standing)
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
             await errors.response(error, state)(scope, receive, send_decorated)
@@ -124,29 +136,37 @@ class Envelope:
                 raise  # too late for another answer: the server cuts the connection
             await errors.response(errors.internal(), state)(scope, receive, send_decorated)
         finally:
-            seconds = time.perf_counter() - started
-            endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
-            known_method = method if method in METHODS else "other"
-            metrics.request_latency(known_method, endpoint, status).observe(seconds)
-            state["outcome"] = (known_method, endpoint, status)
-            if path.startswith("/v1"):
-                log.info(
-                    "request.handled",
-                    request_id=request_id,
-                    method=method,
-                    path=quote(path, errors="replace"),
-                    status=status,
-                    duration_ms=round(seconds * 1000, 1),
-                    **_told(state),
-                )
+            self._record(scope, method, status, time.perf_counter() - started)
 
-    def _standing(self, scope: Scope) -> Standing | None:
-        """Counts the request against the rate limit, if there is one for it."""
-        context = scope["app"].state.context
-        if context.limits is None or not self._limited or scope["path"] in _NOT_LIMITED:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        """Observe the request, and write its log line if it is one of the API."""
+        path, state = scope["path"], scope["state"]
+        endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
+        known_method = method if method in METHODS else "other"
+        metrics.request_latency(known_method, endpoint, status).observe(seconds)
+        state["outcome"] = (known_method, endpoint, status)
+        if path.startswith("/v1"):
+            log.info(
+                "request.handled",
+                request_id=state["request_id"],
+                method=method,
+                path=quote(path[:MAX_LOGGED], errors="replace")[:MAX_LOGGED],
+                status=status,
+                duration_ms=round(seconds * 1000, 1),
+                **_told(state),
+            )
+
+    def _standing(self, scope: Scope, given: Fields) -> Standing | None:
+        """Identify the caller, and count the request against the rate limit, if there is one for it."""
+        if not self._limited:
             return None
-        standing: Standing = context.limits.requests.hit(context.client_address(scope))
-        return standing
+        context: Context = scope["app"].state.context
+        caller = scope["state"]["caller"] = context.auth.identify(scope["headers"], given)
+        if context.limits is None or scope["path"] in _OPERATIONS:
+            return None
+        if caller.has_known_token:
+            return context.limits.students.hit(caller.token_hash + student_as_sent(given))
+        return context.limits.addresses.hit(context.client_address(scope))
 
 
 def _describe(span: "Span", state: Mapping[str, Any]) -> None:
@@ -168,13 +188,26 @@ def _describe(span: "Span", state: Mapping[str, Any]) -> None:
 def _told(state: Mapping[str, Any]) -> dict[str, Any]:
     """What the log also says of a request: who or what it was about, as far as the route came, and the code of its
     error."""
-    told = state.get("ids", {})
-    return {**told, "code": state["code"]} if "code" in state else told
+    fields = {name: value[:MAX_LOGGED] for name, value in state.get("ids", {}).items()}
+    if "code" in state:
+        fields["code"] = state["code"]
+    return fields
 
 
-def _check(standing: Standing | None) -> None:
+def _refuse_early(scope: Scope, standing: Standing | None) -> None:
+    """Raise ApiError for a request that no route may see."""
+    # A path has one spelling. A proxy that compares paths byte by byte would not recognise `/v1/%61dmin` as an
+    # admin route, while routing, limits and logs here would.
+    raw_path = scope.get("raw_path") or b""
+    if b"%" in raw_path and _NEEDLESSLY_ENCODED.search(raw_path):
+        message = "Write letters, digits, '-', '.', '_', '~' and '/' in the path as they are, not percent-encoded."
+        raise ApiError("NOT_FOUND", message)
+    # Both ports lead to this application, so it keeps the routes for the platform and all others apart.
+    ops_port = scope["app"].state.context.settings.ops_port
+    if ops_port is not None and (scope["server"][1] == ops_port) != (scope["path"] in _OPERATIONS):
+        raise errors.not_on_this_port(scope["path"])
     if standing is not None and standing.over:
-        raise exceeded(standing, "Too many requests")
+        raise exceeded(standing, known_token=scope["state"]["caller"].has_known_token)
 
 
 def _standing_headers(standing: Standing) -> list[tuple[bytes, bytes]]:

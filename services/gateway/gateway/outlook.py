@@ -24,6 +24,7 @@ from gateway.schemas import (
 from gateway.views import reading, seconds
 from sandbox_broker import db, topology
 from sandbox_broker.bus import Disconnected, Publisher
+from sandbox_broker.queue_inspector import QueueUnavailable
 from sandbox_broker.tables import csp_listings, dead_letters, sandboxes
 
 PART_SEC = 0.3
@@ -58,11 +59,9 @@ class Look(Generic[T]):
             self._looking.add_done_callback(lambda task: None if task.cancelled() else task.exception())
         seen, _ = await asyncio.wait([self._looking], timeout=PART_SEC)
         if not seen:
-            return f"no answer in {PART_SEC:g} s"
+            return _no_answer()
         try:
             return self._looking.result()
-        except Disconnected as error:
-            return str(error)
         except ApiError as error:
             return error.message if error.__cause__ is None else db.reason(error.__cause__)
 
@@ -74,11 +73,11 @@ class Outlook:
     """The broker, as the gateway sees it."""
 
     def __init__(self, publisher: Publisher, engine: AsyncEngine) -> None:
-        self._queues = Look(lambda: _queues(publisher))
+        self._publisher = publisher
         self._records = Look(lambda: _records(engine))
 
     async def status(self) -> Status:
-        queues, records = await asyncio.gather(self._queues.see(), self._records.see())
+        queues, records = await asyncio.gather(_queues(self._publisher), self._records.see())
         known = None if isinstance(records, str) else records
         return Status(
             checked_at=int(time.time()),
@@ -105,19 +104,41 @@ SERVICES = tuple(dict.fromkeys(_consumer(queue.name) for queue in topology.QUEUE
 
 
 def _state(service: str, queues: Sequence[QueueStatus] | str) -> ServiceState:
-    if isinstance(queues, str):
+    """State of a service by the consumers of its queues. Queues that do not answer say nothing about it."""
+    consumers = [] if isinstance(queues, str) else [entry.consumers for entry in queues if _of(entry, service)]
+    consumed = [number > 0 for number in consumers if number is not None]
+    if not consumed:
         return "unknown"
-    consumed = [queue.consumers > 0 for queue in queues if _consumer(queue.queue) == service]
     return "up" if all(consumed) else "partly" if any(consumed) else "down"
 
 
-async def _queues(publisher: Publisher) -> list[QueueStatus]:
-    """Raises Disconnected."""
-    found = []
-    for queue in topology.QUEUES:
-        seen = await publisher.look(queue.name)
-        found.append(QueueStatus(queue=queue.name, messages=seen.messages, consumers=seen.consumers))
-    return found
+def _of(entry: QueueStatus, service: str) -> bool:
+    return _consumer(entry.queue) == service
+
+
+async def _queues(publisher: Publisher) -> list[QueueStatus] | str:
+    """Return the state of each queue, or why RabbitMQ answers about none of them."""
+    try:
+        queues = await asyncio.gather(*(_queue(publisher, queue.name) for queue in topology.QUEUES))
+    except Disconnected as error:
+        return str(error)
+    if all(entry.problem == _no_answer() for entry in queues):
+        return _no_answer()
+    return queues
+
+
+async def _queue(publisher: Publisher, name: str) -> QueueStatus:
+    """Raise Disconnected if the connection is lost."""
+    try:
+        info = await publisher.look(name, timeout_sec=PART_SEC)
+    except QueueUnavailable as error:
+        problem = _no_answer() if error.__cause__ is None else str(error)
+        return QueueStatus(queue=name, messages=None, consumers=None, problem=problem)
+    return QueueStatus(queue=name, messages=info.messages, consumers=info.consumers, problem=None)
+
+
+def _no_answer() -> str:
+    return f"no answer in {PART_SEC:g} s"
 
 
 async def _records(engine: AsyncEngine) -> Records:

@@ -14,7 +14,6 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     ColumnElement,
-    DateTime,
     Label,
     RowMapping,
     ScalarSelect,
@@ -64,6 +63,8 @@ _lease_id = literal_column("(0 + leases.lease_id)", BigInteger())
 _ALL = true()
 
 GroupedBy = Literal["track_name", "name_prefix"]
+GROUP_KEY = (str,)
+"""The value of the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,30 @@ class _Way:
     table: Table
     key: Sequence[ColumnElement[Any]]
     within: Sequence[ColumnElement[bool]] = ()
-    begins: ColumnElement[bool] = _ALL
-    """Where the walk begins without a cursor; with one it begins there, since of two bounds the database would take
-    either and walk to the other."""
+    first: Any = None
+    """Bound of the first part of the key: it is `first` or greater, or, descending, less than `first`."""
     descending: bool = False
+
+    @property
+    def types(self) -> list[type]:
+        """The Python types of the key, for its cursors."""
+        return [part.type.python_type for part in self.key]
+
+    def begins(self, key: Sequence[Any] | None) -> ColumnElement[bool]:
+        """Return the condition where the walk begins: after `key`, which a cursor holds, or else at `first`.
+
+        Only one of both, because of two bounds the database would take either and walk to the other. A key before
+        `first` is therefore refused: ApiError INVALID_CURSOR.
+        """
+        if key is not None:
+            if self.first is not None and (key[0] >= self.first if self.descending else key[0] < self.first):
+                raise cursors.invalid_cursor()
+            return self.after(key)
+        if self.first is None:
+            return _ALL
+        here = self.key[0]
+        condition: ColumnElement[bool] = here < self.first if self.descending else here >= self.first
+        return condition
 
     def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
         here, there = tuple_(*self.key), tuple_(*map(literal, key))
@@ -170,7 +191,8 @@ def _filters(wanted: SandboxFilter) -> list[tuple[_Way, ColumnElement[bool]]]:
     if wanted.name_prefix is not None:
         starts = sandboxes.c.name >= wanted.name_prefix
         ends = sandboxes.c.name < prefix_end(wanted.name_prefix)
-        found.append((_Way(sandboxes, (sandboxes.c.name, _sandbox_id), [ends], starts), starts & ends))
+        by_name = _Way(sandboxes, (sandboxes.c.name, _sandbox_id), [ends], wanted.name_prefix)
+        found.append((by_name, starts & ends))
     if wanted.status is not None:
         by_status = _way_of(wanted.status), sandboxes.c.status == wanted.status
         found.insert(0 if wanted.status in FEW and wanted.holder is None else len(found), by_status)
@@ -201,8 +223,8 @@ async def allocations_page(
         (within if wanted.holder is None else others).append(of_track)
     if wanted.since is not None:
         within.append(leases.c.allocated_at >= _time(wanted.since))
-    begins = _ALL if wanted.until is None else leases.c.allocated_at < _time(wanted.until)
-    way = _Way(leases, _NEWEST_LEASE, within, begins, descending=True)
+    until = None if wanted.until is None else _time(wanted.until)
+    way = _Way(leases, _NEWEST_LEASE, within, until, descending=True)
     rows, following = await _page(
         engine, way, _ALLOCATION, leases, others, limit=limit, cursor=cursor, wanted=wanted
     )
@@ -223,7 +245,7 @@ async def _page(
 ) -> tuple[Sequence[RowMapping], str | None]:
     """The rows of a page, and the cursor of the next, or None at the end. `of`: what each row has for certain. The
     lease of a record that has been purged has no sandbox, and many sandboxes have no lease."""
-    begins = way.after(_key(way, cursor, wanted)) if cursor else way.begins
+    begins = way.begins(cursors.decode(cursor, way.types, wanted) if cursor else None)
     look = LOOK if others else limit + 1
     keys = [f"key_{place}" for place in range(len(way.key))]
     looked = (
@@ -271,20 +293,13 @@ def _count_of(looked: CTE) -> ScalarSelect[int]:
     return select(func.count()).select_from(looked).scalar_subquery()
 
 
-def _key(way: _Way, cursor: str, wanted: SandboxFilter | AllocationFilter) -> list[Any]:
-    return [
-        datetime.fromisoformat(str(value)) if isinstance(part.type, DateTime) else value
-        for part, value in zip(way.key, cursors.decode(cursor, wanted), strict=True)
-    ]
-
-
 def _time(unix_seconds: int) -> datetime:
     return datetime.fromtimestamp(unix_seconds, UTC)
 
 
 async def grouped_stats(engine: AsyncEngine, by: GroupedBy, *, limit: int, cursor: str) -> GroupedStats:
     """The groups by their values, in byte order. Raises ApiError INVALID_CURSOR."""
-    after = str(cursors.decode(cursor, by)[0]) if cursor else ""
+    after = cursors.decode(cursor, GROUP_KEY, by)[0] if cursor else ""
     counted = pool_counts.c.value
     changed = (pool_changes.c.track_name if by == "track_name" else pool_changes.c.stem).collate("C")
     added_up = select(counted).where(pool_counts.c.kind == by, counted >= after if not cursor else counted > after)

@@ -132,9 +132,9 @@ class Allocator:
 
     async def _count_consumers(self) -> None:
         try:
-            async with asyncio.timeout(DOUBT_SEC if self._present else LOOK_TIMEOUT_SEC):
-                present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name) > 0
-        except (Disconnected, TimeoutError):
+            timeout_sec = DOUBT_SEC if self._present else LOOK_TIMEOUT_SEC
+            present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name, timeout_sec=timeout_sec) > 0
+        except Disconnected:
             present = False
         if present != self._present:
             log.info("allocator.present" if present else "allocator.absent")

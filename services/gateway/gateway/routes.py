@@ -37,7 +37,7 @@ ALLOCATE = "/v1/allocate"
 async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
     """POST /v1/allocate as an ASGI application: see main.Gateway."""
     context: Context = scope["app"].state.context
-    context.auth.track(scope)
+    context.auth.require_track_token(scope)
     response = await _lease(Request(scope, receive))
     await response(scope, receive, send)
 

@@ -19,6 +19,7 @@ TrackName = Annotated[str | None, Field(examples=["dns-basics", None], descripti
 UnixSeconds = Annotated[int, Field(examples=[1728054123], description="Unix seconds")]
 Milliseconds = Annotated[int, Field(examples=[1250])]
 Count = Annotated[int, Field(examples=[12])]
+MaybeCount = Annotated[int | None, Field(examples=[12, None])]
 Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
 MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
 EndReason = Annotated[
@@ -288,8 +289,11 @@ class DeadLetterDropped(BaseModel):
 
 class QueueStatus(BaseModel):
     queue: QueueName
-    messages: Count = Field(description="that wait")
-    consumers: Count = Field(description="those that stand by included")
+    messages: MaybeCount = Field(description="that wait; null while RabbitMQ does not answer about this queue")
+    consumers: MaybeCount = Field(description="those that stand by included; null as above")
+    problem: str | None = Field(
+        examples=[None, "no answer in 0.3 s"], description="null if RabbitMQ answers about this queue"
+    )
 
 
 ServiceState = Literal["up", "partly", "down", "unknown"]
@@ -298,7 +302,8 @@ ServiceState = Literal["up", "partly", "down", "unknown"]
 class ServiceStatus(BaseModel):
     service: str = Field(examples=["reaper"])
     state: ServiceState = Field(
-        description="by the consumers of its queues; `partly`: some of them have none; `unknown`: RabbitMQ is down"
+        description="by the consumers of its queues; `partly`: some of them have none; `unknown`: RabbitMQ is "
+        "down, or does not answer about any of its queues"
     )
 
 

@@ -1,9 +1,9 @@
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens
+from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
 
 
 def _rate(value: str) -> str:
@@ -28,15 +28,35 @@ def _origins(value: str) -> str:
     return value
 
 
+def _other_port(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and value == info.data.get("gateway_port"):
+        raise ValueError("must differ from GATEWAY_PORT")
+    return value
+
+
 class Settings(ServiceSettings):
     database_url: DatabaseUrl = Field(repr=False)
     broker_api_token: Tokens
     broker_admin_token: Tokens
     gateway_port: Port = 8080
+    ops_port: Annotated[Port | None, BeforeValidator(none_if_empty), AfterValidator(_other_port)] = None
+    """Port of /healthz, /readyz and /metrics; None: they are on `gateway_port`."""
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
     rate_limit: Annotated[str, AfterValidator(_rate)] = "2000/5 minutes"
     trusted_proxies: Annotated[str, AfterValidator(_proxies)] = ""
+    docs_enabled: bool = True
     cors_allowed_origins: Annotated[str, AfterValidator(_origins)] = ""
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
+    max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)
+
+    @field_validator("broker_admin_token")
+    @classmethod
+    def _refuse_track_token(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        track = info.data.get("broker_api_token")
+        if track is not None and not set(split_tokens(track)).isdisjoint(split_tokens(value)):
+            raise ValueError(
+                "holds a token of BROKER_API_TOKEN, so every track could administer the broker; use another token"
+            )
+        return value

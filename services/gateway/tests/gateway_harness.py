@@ -60,6 +60,9 @@ LEASE = LeaseGranted(
     expires_at=1728068523,
 )
 
+QUEUE_DECLARE = (50).to_bytes(2, "big") + (10).to_bytes(2, "big")
+"""Class and method of the AMQP method queue.declare."""
+
 Answer = Callable[[Command], Awaitable[Reply]]
 
 
@@ -216,9 +219,13 @@ async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> A
 
 
 class Cable:
-    """Between us and RabbitMQ; one that can be pulled."""
+    """Between us and RabbitMQ; one that can be pulled. It can also hold back every declaration of one queue, so
+    that RabbitMQ seems not to answer about this queue."""
 
     def __init__(self, amqp_url: str) -> None:
+        self.held: list[tuple[asyncio.StreamWriter, bytes]] = []
+        """Declarations that were held back."""
+        self._silent: bytes | None = None
         self._parts = urlsplit(amqp_url)
         self._server: asyncio.Server | None = None
         self._ends: set[asyncio.StreamWriter] = set()
@@ -250,9 +257,39 @@ class Cable:
             end.transport.abort()
         await until(lambda: not self._ends)
 
+    def silence(self, queue: str) -> None:
+        """Hold back the declarations of this queue until `answer`."""
+        self._silent = queue.encode()
+
+    def answer(self) -> None:
+        """Pass on what was held back, as when the node of the queue is back."""
+        self._silent = None
+        for writer, held in self.held:
+            writer.write(held)
+        self.held.clear()
+
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port or 5672)
-        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        await asyncio.gather(self._pump_frames(reader, far_writer), self._pump(far_reader, writer))
+
+    async def _pump_frames(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As `_pump`, frame by frame (AMQP 0-9-1, section 2.3)."""
+        self._ends.add(writer)
+        try:
+            writer.write(await reader.readexactly(len(b"AMQP\0\0\x09\x01")))
+            while True:
+                header = await reader.readexactly(7)
+                frame = header + await reader.readexactly(int.from_bytes(header[3:], "big") + 1)
+                if self._silent and frame[:1] == b"\x01" and frame[7:11] == QUEUE_DECLARE and self._silent in frame:
+                    self.held.append((writer, frame))
+                    continue
+                writer.write(frame)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+            self._ends.discard(writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._ends.add(writer)

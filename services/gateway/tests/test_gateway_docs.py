@@ -1,5 +1,6 @@
 """The OpenAPI document and the page that shows it."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -9,16 +10,19 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 import openapi_spec_validator
 import pytest
+from fastapi import FastAPI
 from openapi_schema_validator import OAS31Validator
 
 from devstack.settings import ROOT
+from gateway import docs
 from gateway.error_page import page
 from gateway.errors import KINDS
 from sandbox_broker.messages import MAX_ID_LENGTH
 
-from .gateway_harness import client, create_app_without_servers
+from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
 
 PAGE = "http://gateway/v1/docs"
+DOCUMENT = "/v1/openapi.json"
 DEAD_LETTERS = "/v1/admin/dead-letters"
 REPLAYED = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
@@ -49,7 +53,14 @@ STATUSES = {
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
 }
-NO_ROUTES_OWN = {"NOT_FOUND", "METHOD_NOT_ALLOWED", "MALFORMED_REQUEST", "CORS_REFUSED", "STOPPING"}
+NO_ROUTES_OWN = {
+    "NOT_FOUND",
+    "METHOD_NOT_ALLOWED",
+    "MALFORMED_REQUEST",
+    "HEADERS_TOO_LARGE",
+    "CORS_REFUSED",
+    "STOPPING",
+}
 TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
 
 
@@ -185,6 +196,81 @@ async def test_every_reference_in_the_document_leads_somewhere(document: Any) ->
         target = document
         for part in reference.split("/"):
             target = target[part]
+
+
+async def test_the_document_is_built_once_however_often_it_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = 0
+    build = docs._build
+
+    def count(app: FastAPI) -> tuple[bytes, str]:
+        nonlocal built
+        built += 1
+        return build(app)
+
+    monkeypatch.setattr(docs, "_build", count)
+    async with client(create_app_without_servers()) as http:
+        responses = await asyncio.gather(*(http.get(DOCUMENT) for _ in range(5)))
+    assert built == 1
+    assert len({response.content for response in responses}) == 1
+
+
+async def test_every_gateway_of_a_version_gives_the_document_the_same_strong_etag(http: httpx.AsyncClient) -> None:
+    response = await http.get(DOCUMENT)
+    assert re.fullmatch('"[0-9a-f]{32}"', response.headers["ETag"])
+    assert response.headers["Cache-Control"] == "no-cache"
+    async with client(create_app_without_servers(rate_limit="1/hour", broker_api_token="other")) as other:
+        same = await other.get(DOCUMENT)
+        assert (same.content, same.headers["ETag"]) == (response.content, response.headers["ETag"])
+        refused = await other.get(DOCUMENT)
+    assert (refused.status_code, refused.headers["Cache-Control"]) == (429, "no-store")
+    assert "ETag" not in refused.headers
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("if_none_match", "status"),
+    [
+        (["{etag}"], 304),
+        (["W/{etag}"], 304),
+        (['"other", {etag}'], 304),
+        (['"other"', "W/{etag}"], 304),
+        (["*"], 304),
+        (['"other"'], 200),
+        (["{bare}"], 200),
+        (["nonsense"], 200),
+        ([""], 200),
+    ],
+)
+async def test_a_client_that_has_the_document_gets_304_without_a_body(
+    http: httpx.AsyncClient, method: str, if_none_match: list[str], status: int
+) -> None:
+    full = await http.get(DOCUMENT)
+    etag = full.headers["ETag"]
+    sent = [("If-None-Match", value.format(etag=etag, bare=etag.strip('"'))) for value in if_none_match]
+    response = await http.request(method, DOCUMENT, headers=sent)
+    assert response.status_code == status
+    assert (response.headers["ETag"], response.headers["Cache-Control"]) == (etag, "no-cache")
+    assert "X-Request-ID" in response.headers
+    if status == 304:
+        assert response.content == b""
+        assert "Content-Type" not in response.headers
+
+
+async def test_every_other_response_of_the_api_is_not_stored(http: httpx.AsyncClient) -> None:
+    for path in (PAGE, "/v1/docs/start.js", "/v1/sandboxes/1", "/v1/nope"):
+        response = await http.get(path, headers={"If-None-Match": "*"})
+        assert (response.status_code != 304, response.headers["Cache-Control"]) == (True, "no-store")
+
+
+async def test_the_docs_can_be_switched_off() -> None:
+    async with client(create_app_without_servers(docs_enabled=False)) as http:
+        for path in (DOCUMENT, *docs._FILES, "/v1/nope"):
+            for headers in ({}, TRACK):
+                response = await http.get(path, headers={"If-None-Match": "*", **headers})
+                assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
+                assert detail(response)["message"] == f"There is no {path} here. Check the path."
+                assert response.headers["Cache-Control"] == "no-store"
+        assert (await http.post("/v1/allocate", headers=STUDENT)).status_code == 503  # no allocator to ask
 
 
 async def test_the_page_and_its_assets_come_from_us(http: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""How often one address may ask."""
+"""How many requests a student, or an address without a known token, may send."""
 
 import time
 from functools import partial
@@ -9,8 +9,20 @@ import pytest
 from fastapi import FastAPI
 
 from gateway import addresses
+from gateway.limits import Rate, RateLimit
 
-from .gateway_harness import ADMIN, STUDENT, TRACK, create_app_without_servers, detail, sample, until
+from .gateway_harness import (
+    ADMIN,
+    OTHER_TRACK_TOKEN,
+    STUDENT,
+    TRACK,
+    TRACK_TOKEN,
+    create_app_without_servers,
+    detail,
+    raw,
+    sample,
+    until,
+)
 
 PROXY = "10.1.2.3"
 
@@ -20,12 +32,18 @@ def client(app: FastAPI, address: str = "192.0.2.1") -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
 
-async def statuses(app: FastAPI, *headers: dict[str, str], address: str = "192.0.2.1") -> list[int]:
+async def statuses(
+    app: FastAPI, *headers: dict[str, str], path: str = "/v1/sandboxes/%00", address: str = "192.0.2.1"
+) -> list[int]:
     async with client(app, address) as http:
-        return [(await http.get("/v1/sandboxes/%00", headers=sent)).status_code for sent in headers]
+        return [(await http.get(path, headers=sent)).status_code for sent in headers]
 
 
-async def test_an_address_is_refused_past_the_limit_and_told_how_long() -> None:
+def student(name: str, token: dict[str, str] = TRACK) -> dict[str, str]:
+    return {**token, "X-Instruqt-Sandbox-ID": name}
+
+
+async def test_a_student_is_refused_past_the_limit_and_told_how_long() -> None:
     app = create_app_without_servers(rate_limit="3/5 minutes")
     begun = int(time.time())
     async with client(app) as http:
@@ -38,17 +56,153 @@ async def test_an_address_is_refused_past_the_limit_and_told_how_long() -> None:
         for path in ("/v1/allocate", "/v1/admin/sync", "/nope"):
             refused = await http.post(path, headers=STUDENT)
             assert (refused.status_code, detail(refused)["code"]) == (429, "RATE_LIMITED")
+            assert "with this token for one student" in detail(refused)["message"]
             assert 0 < detail(refused)["retry_after"] <= int(refused.headers["X-RateLimit-Reset"]) - begun
             assert refused.headers["X-RateLimit-Remaining"] == "0"
             assert refused.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_each_address_has_a_limit_of_its_own() -> None:
+@pytest.mark.parametrize(
+    ("path", "sent", "answers"),
+    [
+        ("/v1/sandboxes/1", {}, {401, 429}),
+        ("/v1/sandboxes/1", {"Authorization": "Bearer wrong"}, {401, 429}),
+        ("/v1/sandboxes/1", {"X-Instruqt-Sandbox-ID": "student-1"}, {401, 429}),
+        ("/v1/admin/stats", {}, {401, 429}),
+        ("/v1/docs", {}, {200, 429}),
+        ("/v1/docs/start.js", {}, {200, 429}),
+        ("/v1/openapi.json", {}, {200, 429}),
+        ("/nope", {}, {404, 429}),
+        ("/v1/allocate", {}, {405, 429}),
+    ],
+)
+async def test_requests_without_a_known_token_never_lock_out_a_known_token(
+    path: str, sent: dict[str, str], answers: set[int]
+) -> None:
+    app = create_app_without_servers(rate_limit="50/hour")
+    assert set(await statuses(app, *[sent] * 80, path=path)) == answers
+    async with client(app) as http:
+        for token in (TRACK, ADMIN):
+            allocation = await http.post("/v1/allocate", headers=student("student-1", token))
+            assert (allocation.status_code, allocation.headers["X-RateLimit-Remaining"]) == (503, "49")
+        assert (await http.get("/v1/admin/jobs/x", headers=ADMIN)).status_code == 404
+        for public in ("/v1/docs", "/v1/openapi.json"):
+            assert (await http.get(public, headers=TRACK)).status_code == 200
+        refused = await http.get(path, headers=sent)
+        assert (refused.status_code, detail(refused)["code"]) == (429, "RATE_LIMITED")
+        assert "without a known token from this address" in detail(refused)["message"]
+
+
+async def test_an_address_without_a_token_has_the_whole_limit_for_what_needs_none() -> None:
+    app = create_app_without_servers(rate_limit="50/hour")
+    assert await statuses(app, *[{}] * 51, path="/v1/docs/start.js") == [200] * 50 + [429]
+
+
+async def test_each_student_of_a_class_behind_one_address_has_a_limit_of_their_own() -> None:
+    app = create_app_without_servers(rate_limit="2/hour")
+    for name in ("ada", "ben", "chi"):
+        assert await statuses(app, *[student(name)] * 3) == [404, 404, 429]
+    assert await statuses(app, student("ada"), address="192.0.2.2") == [429]  # wherever the request comes from
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        (student("ada"), {**TRACK, "X-Track-ID": "ada"}, True),
+        (student("ada"), {**TRACK, "X-Instruqt-Sandbox-ID": "  ada  "}, True),
+        (student("ada"), {**student("ada"), "X-Track-ID": "ben"}, True),
+        ({**TRACK, "X-Track-ID": "ada"}, {**TRACK, "X-Track-ID": "ben"}, False),
+        (student("ada"), student("Ada"), False),
+        (student("ada"), TRACK, False),
+        (student("ada"), student("ada", ADMIN), False),
+        (student("ada"), student("ada", {"Authorization": f"Bearer {OTHER_TRACK_TOKEN}"}), False),
+        (TRACK, {"Authorization": TRACK["Authorization"].replace("Bearer", "bearer ")}, True),
+        (student("x" * 128), student("x" * 128 + "y"), True),
+    ],
+)
+async def test_known_tokens_are_counted_by_token_and_student(
+    one: dict[str, str], other: dict[str, str], shared: bool
+) -> None:
+    app = create_app_without_servers(rate_limit="1/hour")
+    assert await statuses(app, one, path="/nope") == [404]
+    assert await statuses(app, other, path="/nope") == [429 if shared else 404]
+
+
+async def test_every_answer_to_a_known_token_counts() -> None:
+    app = create_app_without_servers(rate_limit="5/hour", cors_allowed_origins="*")
+    async with client(app) as http:
+        preflight: dict[str, str | bytes] = {
+            "Origin": "https://labs.example.com",
+            "Access-Control-Request-Method": "POST",
+            **STUDENT,
+        }
+        cases: tuple[tuple[str, str, dict[str, str | bytes], int, str | None], ...] = (
+            ("HEAD", "/v1/sandboxes/%00", {**STUDENT}, 404, "4"),
+            ("GET", "/v1/admin/stats", {**STUDENT}, 403, "3"),
+            ("OPTIONS", "/v1/allocate", preflight, 200, None),
+            ("OPTIONS", "/v1/allocate", {**STUDENT}, 405, "2"),
+            ("POST", "/v1/allocate", {**STUDENT, "X-Instruqt-Track-ID": "ü".encode()}, 400, "1"),
+            ("GET", "/v1/docs", {**STUDENT}, 200, "0"),
+            ("HEAD", "/v1/sandboxes/%00", {**STUDENT}, 429, "0"),
+        )
+        for method, path, sent, status, left in cases:
+            answer = await http.request(method, path, headers=raw(sent))
+            assert (answer.status_code, answer.headers.get("X-RateLimit-Remaining")) == (status, left)
+
+
+async def test_each_address_without_a_token_has_a_limit_of_its_own() -> None:
     app = create_app_without_servers(rate_limit="1/hour")
     for address in ("192.0.2.1", "192.0.2.2", "2001:db8:0:1::1", "2001:db8:0:2::1"):
-        assert await statuses(app, STUDENT, STUDENT, address=address) == [404, 429]
+        assert await statuses(app, {}, {}, path="/nope", address=address) == [404, 429]
     # The owner of an IPv6 network chooses the second half of its addresses.
-    assert await statuses(app, STUDENT, address="2001:db8:0:1::2") == [429]
+    assert await statuses(app, {}, path="/nope", address="2001:db8:0:1::2") == [429]
+
+
+async def test_invented_addresses_and_students_leave_the_counters_of_known_tokens_alone() -> None:
+    app = create_app_without_servers(rate_limit="3/hour")
+    limit = app.state.context.limits
+    limit.addresses._max_counters = limit.failures._max_counters = limit.students._max_counters = 4
+    assert await statuses(app, *[STUDENT] * 3) == [404] * 3
+    for number in range(20):
+        invented = {"X-Instruqt-Sandbox-ID": f"invented-{number}", "Authorization": f"Bearer invented-{number}"}
+        assert await statuses(app, invented, address=f"198.51.100.{number}") == [401]
+    assert await statuses(app, STUDENT) == [429]
+    assert [len(counted._windows) for counted in (limit.students, limit.addresses, limit.failures)] == [1, 4, 4]
+
+
+async def test_a_known_token_with_invented_students_takes_bounded_memory_and_is_not_kept() -> None:
+    app = create_app_without_servers(rate_limit="3/hour")
+    students = app.state.context.limits.students
+    students._max_counters = 4
+    for number in range(20):
+        assert await statuses(app, student(f"{number}" * 5000)) == [400]
+    assert len(students._windows) == 4
+    assert max(len(key) for key in students._windows) == 32 + 128
+    assert not any(TRACK_TOKEN.encode() in key for key in students._windows)
+
+
+def test_when_there_are_too_many_counters_the_oldest_starts_again() -> None:
+    counted = RateLimit(Rate(1, 3600), max_counters=3)
+    for key in ("a", "b", "c"):
+        assert not counted.hit(key).over
+    assert counted.hit("a").over
+    assert not counted.hit("d").over  # instead of "a", whose window ends first
+    assert [counted.hit(key).over for key in ("b", "c", "d")] == [True, True, True]
+    assert not counted.hit("a").over
+    assert len(counted._windows) == 3
+
+
+def test_windows_that_have_ended_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    counted = RateLimit(Rate(1, 60), max_counters=1000)
+    for number in range(10):
+        counted.hit(f"old-{number}")
+    now += 60
+    assert not counted.hit("old-0").over
+    for number in range(5):
+        assert counted.hit(f"new-{number}").reset == now + 60
+    assert set(counted._windows) == {"old-0", *(f"new-{number}" for number in range(5))}
 
 
 def _past(unix_seconds: int) -> bool:
@@ -88,18 +242,18 @@ async def test_the_platform_may_always_ask() -> None:
 async def test_behind_a_trusted_proxy_its_client_counts() -> None:
     app = create_app_without_servers(rate_limit="1/hour", trusted_proxies="10.0.0.0/8, 192.0.2.9")
     for client_address in ("198.51.100.1", "198.51.100.2"):
-        forwarded = {**STUDENT, "X-Forwarded-For": client_address}
-        assert await statuses(app, forwarded, forwarded, address=PROXY) == [404, 429]
-        assert await statuses(app, forwarded, address="192.0.2.9") == [429]
-    assert await statuses(app, STUDENT, STUDENT, address=PROXY) == [404, 429]
+        forwarded = {"X-Forwarded-For": client_address}
+        assert await statuses(app, forwarded, forwarded, path="/nope", address=PROXY) == [404, 429]
+        assert await statuses(app, forwarded, path="/nope", address="192.0.2.9") == [429]
+    assert await statuses(app, {}, {}, path="/nope", address=PROXY) == [404, 429]
 
 
 async def test_nobody_else_chooses_the_address_they_are_counted_as() -> None:
     app = create_app_without_servers(rate_limit="1/hour", trusted_proxies="10.0.0.0/8")
-    made_up = [{**STUDENT, "X-Forwarded-For": f"198.51.100.{number}"} for number in range(3)]
-    assert await statuses(app, *made_up, address="203.0.113.1") == [404, 429, 429]
-    through = [{**STUDENT, "X-Forwarded-For": f"198.51.100.{number}, 203.0.113.2"} for number in range(3)]
-    assert await statuses(app, *through, address=PROXY) == [404, 429, 429]
+    made_up = [{"X-Forwarded-For": f"198.51.100.{number}"} for number in range(3)]
+    assert await statuses(app, *made_up, path="/nope", address="203.0.113.1") == [404, 429, 429]
+    through = [{"X-Forwarded-For": f"198.51.100.{number}, 203.0.113.2"} for number in range(3)]
+    assert await statuses(app, *through, path="/nope", address=PROXY) == [404, 429, 429]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aio_pika
 import asyncpg
 import pytest
 
@@ -54,7 +55,7 @@ async def test_services_are_told_by_the_consumers_of_their_queues(
         async with gateway.allocator.consuming(clean_queues), gateway.maintenance.consuming(clean_queues):
             found = await status(gateway)
     assert services(found) == {"allocator": "partly", "csp-syncer": "down", "reaper": "down"}
-    commands = {"queue": "allocator.commands", "messages": 0, "consumers": 1}
+    commands = {"queue": "allocator.commands", "messages": 0, "consumers": 1, "problem": None}
     assert commands in found["queues"]
     up = {"state": "up", "problem": None}
     assert (found["rabbitmq"], found["database"]) == (up, up)
@@ -104,6 +105,40 @@ async def test_it_shows_the_pool_and_what_is_known_of_csp(
         await database.execute("UPDATE csp_listings SET applied_at = now() WHERE held_at IS NOT NULL")  # forced
         csp = (await status(gateway))["csp"]
         assert (csp["held"], csp["listed_at"]) == (False, 2000)
+
+
+async def test_a_queue_that_does_not_answer_is_named(
+    clean_queues: str, clean_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        Cable.to(clean_queues) as cable,
+        running(cable.url, database_url=clean_database, far_sides=False) as gateway,
+    ):
+        await status(gateway)  # opens the channels
+        monkeypatch.setattr(outlook, "PART_SEC", 2)
+        cable.silence(topology.EXPIRY_TICKS.name)
+        found = await status(gateway)
+        cable.answer()
+    silent = {
+        "queue": topology.EXPIRY_TICKS.name,
+        "messages": None,
+        "consumers": None,
+        "problem": "no answer in 2 s",
+    }
+    assert [entry for entry in found["queues"] if entry["problem"]] == [silent]
+    assert found["rabbitmq"] == {"state": "up", "problem": None}
+    assert services(found)["reaper"] == "down", "the other queues of the reaper say so"
+
+
+async def test_a_queue_that_is_missing_is_named(clean_queues: str, clean_database: str) -> None:
+    async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
+        async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
+            await channel.queue_delete(topology.REAPER_EVENTS.name)
+        found = await status(gateway)
+    (missing,) = [entry for entry in found["queues"] if entry["problem"]]
+    assert missing["queue"] == topology.REAPER_EVENTS.name
+    assert "NOT_FOUND" in missing["problem"]
+    assert found["rabbitmq"]["state"] == "up"
 
 
 async def test_without_rabbitmq_the_rest_is_told(clean_queues: str, clean_database: str) -> None:

@@ -160,6 +160,18 @@ async def test_a_prefix_has_no_wildcards(gateway: Gateway, database: asyncpg.Con
             assert ids(await all_pages(gateway, "sandboxes", name_prefix=prefix, **more)) == found
 
 
+@pytest.mark.parametrize("character", ["x", '"', "\\", "ü", "\U0001f600"])
+async def test_the_pages_of_the_longest_names_can_be_followed(
+    gateway: Gateway, database: asyncpg.Connection, character: str
+) -> None:
+    longest = f"s{character * 254}"
+    for number in range(3):
+        await add(database, str(10**18 + number), name=longest)
+    await add(database, "1", name=f"{longest[:-1]}\U0001f601")
+    assert len(await all_pages(gateway, "sandboxes", name_prefix="s", limit=1)) == 4
+    assert sum(group["total"] for group in await all_pages(gateway, "stats", by="name_prefix", limit=1)) == 4
+
+
 async def test_a_blank_filter_is_none(gateway: Gateway, database: asyncpg.Connection) -> None:
     await add(database, "7")
     assert ids(await all_pages(gateway, "sandboxes", name_prefix="", track_name="", holder="")) == ["7"]
@@ -346,7 +358,7 @@ async def test_a_forged_cursor_is_400(gateway: Gateway, database: asyncpg.Connec
         ("sandboxes", {"name_prefix": "a\0"}, "name_prefix"),
         ("sandboxes", {"holder": "ä"}, "holder"),
         ("sandboxes", {"track_name": "x" * 129}, "track_name"),
-        ("sandboxes", {"cursor": "x" * 1025}, "cursor"),
+        ("sandboxes", {"cursor": "x" * 2049}, "cursor"),
         ("allocations", {"since": -1}, "since"),
         ("allocations", {"until": 10**15}, "until"),
         ("allocations", {"since": "yesterday"}, "since"),

@@ -8,10 +8,13 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from prometheus_client import REGISTRY
 
+from gateway import queues as queue_metrics
 from gateway.queues import Queues
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher
 from sandbox_broker.service import cancel
+
+from .gateway_harness import Cable, running, until
 
 QUEUE = topology.REAPER_EVENTS.name
 
@@ -105,3 +108,38 @@ async def test_without_rabbitmq_no_old_value_says_that_all_is_well(publisher: Pu
     assert told() == (0, 0, 0)
     await Queues(Publisher("amqp://127.0.0.1:1/", "never")).look()
     assert told() == (None, None, None)
+
+
+async def test_a_queue_that_does_not_answer_has_no_value_and_hides_no_other(
+    clean_queues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_metrics, "ANSWER_TIMEOUT_SEC", 1)
+    async with Cable.to(clean_queues) as cable:
+        publisher = Publisher(cable.url, "test")
+        task = asyncio.create_task(publisher.run())
+        await publisher.wait_connected()
+        queues = Queues(publisher)
+        await queues.look()
+        assert told() == (0, 0, 0)
+        cable.silence(QUEUE)
+        for _ in range(2):
+            await queues.look()
+            assert told() == (None, None, None)
+            assert told(topology.DEAD_LETTER_QUEUE.name) == (0, 0, 0)
+        assert len(cable.held) == 1, "one question at a time, however often it is asked"
+        cable.answer()
+        await queues.look()
+        assert told() == (0, 0, 0)
+        await cancel(task)
+
+
+async def test_a_queue_that_does_not_answer_stops_no_allocation(
+    clean_queues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ 4 does not answer about a classic queue whose node is down."""
+    monkeypatch.setattr(queue_metrics, "PERIOD_SEC", 0.02)
+    async with Cable.to(clean_queues) as cable, running(cable.url) as gateway:
+        cable.silence(topology.SYNC_TICKS.name)
+        await until(lambda: cable.held)
+        await gateway.app.state.context.allocator._look()
+        assert (await gateway.allocate()).status_code == 201

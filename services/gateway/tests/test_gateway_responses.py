@@ -1,6 +1,7 @@
 """What every response has, whatever was asked: an id, security headers, one body for errors, one observation."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
@@ -113,7 +114,8 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
     assert response.headers["Strict-Transport-Security"].startswith("max-age=")
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     if path.startswith("/v1"):
-        assert response.headers["Cache-Control"] == "no-store"
+        expected = "no-cache" if path == "/v1/openapi.json" else "no-store"
+        assert response.headers["Cache-Control"] == expected
     if status >= 300:
         assert response.headers["Content-Type"] == "application/json"
         assert detail(response)["message"]
@@ -269,3 +271,58 @@ async def test_made_up_methods_share_one_label(gateway: Gateway) -> None:
     for method in ("BREW", "FROB1", "FROB2"):
         await gateway.client.request(method, "/healthz")
     assert sample("broker_request_latency_seconds_count", **labels) == before + 3
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/v1/%61dmin/stats", ADMIN),
+        ("/v1/ad%6Din/stats", ADMIN),
+        ("/v1/ad%6din/stats", ADMIN),
+        ("/v1%2Fadmin%2fstats", ADMIN),
+        ("/%761/admin/stats", ADMIN),
+        ("/v1/sandboxes/%31", STUDENT),
+        ("/v1/sandboxes/a%2Db", STUDENT),
+        ("/v1/sandboxes/%2E%2e/admin/stats", ADMIN),
+        ("/%68ealthz", {}),
+        ("/metric%73", {}),
+    ],
+)
+async def test_a_second_spelling_of_a_path_is_no_path(gateway: Gateway, path: str, headers: dict[str, str]) -> None:
+    response = await gateway.client.get(path, headers=headers)
+    assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
+    assert "percent-encoded" in detail(response)["message"]
+
+
+async def test_a_second_spelling_of_the_allocation_allocates_nothing(gateway: Gateway) -> None:
+    for path in ("/v1/%61llocate", "/v1%2Fallocate", "/%76%31/allocate"):
+        response = await gateway.client.post(path, headers=STUDENT)
+        assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
+    assert gateway.allocator.commands == []
+
+
+LONG_ID = '"\\' * 64
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/" + "x" * 15_000),
+        ("GET", "/v1/" + "%C3%BC" * 2_500),
+        ("GET", "/v1/sandboxes/" + "9" * 15_000),
+        ("POST", "/v1/sandboxes/" + "%22" * 5_000 + "/mark-for-deletion"),
+        ("POST", "/v1/allocate"),
+        ("PUT", "/v1/allocate"),
+    ],
+)
+@pytest.mark.parametrize("token", [STUDENT, ADMIN, {}])
+async def test_what_is_logged_of_a_request_is_short_whatever_its_path(
+    gateway: Gateway, method: str, path: str, token: dict[str, str]
+) -> None:
+    headers = {**token, "X-Instruqt-Sandbox-ID": LONG_ID, "X-Instruqt-Track-ID": LONG_ID, "X-Request-ID": "r" * 128}
+    with capture_logs() as logs:
+        response = await gateway.client.request(method, path, headers=headers)
+    assert sum(line["event"] == "request.handled" for line in logs) == 1
+    assert sum(len(json.dumps(line)) for line in logs) < 1_900  # the service, the level and the time come on top
+    if response.status_code in (404, 405):
+        assert len(response.content) < 1_000

@@ -10,8 +10,8 @@ from sandbox_broker.settings import load
 GOOD = {
     "AMQP_URL": "amqp://guest:hidden@localhost/",
     "DATABASE_URL": "postgresql://user:hidden@localhost/x",
-    "BROKER_API_TOKEN": "hidden-1,hidden-2",
-    "BROKER_ADMIN_TOKEN": "hidden-3",
+    "BROKER_API_TOKEN": "hidden-token-1,hidden-token-2",
+    "BROKER_ADMIN_TOKEN": "hidden-token-3",
 }
 
 
@@ -29,6 +29,14 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
     assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
     assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ("", 30, 5)
+    assert (settings.docs_enabled, settings.ops_port, settings.bind_host) == (True, None, "")
+
+
+def test_an_empty_port_of_its_own_for_the_platform_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPS_PORT", "")
+    assert load(Settings).ops_port is None
+    monkeypatch.setenv("OPS_PORT", "9100")
+    assert load(Settings).ops_port == 9100
 
 
 def test_no_secret_is_shown() -> None:
@@ -41,11 +49,21 @@ def test_no_secret_is_shown() -> None:
         *((name, None) for name in GOOD),
         ("BROKER_API_TOKEN", " , "),
         ("BROKER_ADMIN_TOKEN", ""),
+        ("BROKER_API_TOKEN", "hidden-1234"),
+        ("BROKER_API_TOKEN", "hidden-token-1,hidden-1234"),
+        ("BROKER_API_TOKEN", "hidden-token-1,dev-track-token"),
+        ("BROKER_ADMIN_TOKEN", "hidden-1234"),
+        ("BROKER_ADMIN_TOKEN", "dev-admin-token"),
+        ("BROKER_ADMIN_TOKEN", "hidden-token-3, hidden-token-2"),
         ("AMQP_URL", "http://guest:hidden@localhost"),
         ("AMQP_URL", "amqp://guest:hidden@localhost:port/"),
         ("DATABASE_URL", "mysql://user:hidden@localhost/x"),
         ("GATEWAY_PORT", "0"),
         ("GATEWAY_PORT", "http"),
+        ("OPS_PORT", "0"),
+        ("OPS_PORT", "http"),
+        ("OPS_PORT", "8080"),  # the default of GATEWAY_PORT
+        ("BIND_HOST", "localhost"),
         ("ALLOCATE_TIMEOUT_SEC", "0"),
         ("ALLOCATE_TIMEOUT_SEC", "-1"),
         ("ALLOCATE_TIMEOUT_SEC", "nan"),
@@ -64,6 +82,7 @@ def test_no_secret_is_shown() -> None:
         ("CLIENT_TIMEOUT_SEC", "0"),
         ("DRAIN_SEC", "-1"),
         ("DRAIN_SEC", "30"),
+        ("DOCS_ENABLED", "perhaps"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )
@@ -81,3 +100,15 @@ def test_a_wrong_value_stops_the_start_with_one_line(
     assert line.count("\n") == 1
     assert name in line
     assert "hidden" not in line
+
+
+def test_an_admin_token_that_is_a_track_token_is_refused_with_the_action(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BROKER_ADMIN_TOKEN", "hidden-token-2")
+    with pytest.raises(SystemExit):
+        load(Settings)
+    assert capsys.readouterr().err == (
+        "cannot start: BROKER_ADMIN_TOKEN: holds a token of BROKER_API_TOKEN, so every track could administer the "
+        "broker; use another token\n"
+    )

@@ -1,4 +1,4 @@
-"""What the reaper asks of the allocator, and waits for."""
+"""Requests to the allocator, the only service that writes the pool."""
 
 from sandbox_broker import topology
 from sandbox_broker.bus import Disconnected, Requester, Unroutable
@@ -7,16 +7,16 @@ from sandbox_broker.messages import Command, Refused, Reply
 REQUEST_TIMEOUT_SEC = 10.0
 
 
-class NoAnswer(Exception):
-    """The allocator did not do what was asked; whatever is due stays due, and is found again."""
+class CommandNotDone(Exception):
+    """The allocator refused the command or did not answer. Due work stays due, so a later run finds it."""
 
 
-async def ask(requester: Requester, command: Command) -> Reply:
-    """Raises NoAnswer, also for a refusal."""
+async def request_reply(requester: Requester, command: Command) -> Reply:
+    """Return the allocator's reply. Raises CommandNotDone, also for a refusal."""
     try:
         reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=REQUEST_TIMEOUT_SEC)
-    except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: garbled
-        raise NoAnswer(str(error)) from error
+    except (Disconnected, Unroutable, TimeoutError, ValueError) as error:  # ValueError: an unreadable reply
+        raise CommandNotDone(str(error)) from error
     if isinstance(reply, Refused):
-        raise NoAnswer(reply.message)
+        raise CommandNotDone(reply.message)
     return reply

@@ -1,14 +1,18 @@
-"""When a deletion that failed is tried again."""
+"""Delay between two attempts to delete a sandbox."""
 
 import random
 
 from reaper.settings import Settings
 
 
-def retry_in_sec(settings: Settings, attempts: int, retry_after_sec: float | None) -> float | None:
-    """Seconds until the next attempt, after `attempts` earlier ones and the one that just failed; None when it
-    was the last. Doubles each time up to the maximum, with a fifth of it left to chance so that what failed
-    together does not come back together, and is never shorter than what CSP asked for."""
+def compute_retry_delay(settings: Settings, attempts: int, retry_after_sec: float | None) -> float | None:
+    """Return the seconds until the next attempt, or None after the last one.
+
+    `attempts` counts the attempts before the one that just failed. `retry_after_sec` is CSP's Retry-After.
+
+    The delay doubles with each attempt up to DELETION_BACKOFF_MAX_SEC. A fifth of it is random, because sandboxes
+    that failed together would fail together again. It is never shorter than Retry-After.
+    """
     if attempts + 1 >= settings.deletion_max_attempts:
         return None
     doubled = settings.deletion_backoff_base_sec * 2.0 ** min(attempts, 30)

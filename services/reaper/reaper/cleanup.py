@@ -1,8 +1,8 @@
-"""Deletes in CSP what was released, within the throttles, one run at a time.
+"""Clean-up runs: delete released sandboxes in CSP within the throttles, one run at a time.
 
-A run asks the allocator for one deletion after the other. Each claim also keeps the run on duty: as long as it
-lasts, no other run is given anything, on whatever replica. So the throttles hold for all replicas together, and a
-run whose process has died or frozen is succeeded when its last claim ends.
+A run claims one deletion after the other from the allocator. Each claim also renews the run's leader lease. While
+the lease lasts, the allocator gives no deletion to another run of any replica. So the throttles hold for all
+replicas together. When the process of a run dies or freezes, another run takes over once the last claim has ended.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from reaper.asking import REQUEST_TIMEOUT_SEC, NoAnswer, ask
-from reaper.circuit import State
+from reaper.admin_jobs import AdminJobs
+from reaper.asking import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
+from reaper.circuit_breaker import State
 from reaper.deletion import Deleter
-from reaper.jobs import Jobs
 from reaper.settings import Settings
 from sandbox_broker.bus import Requester
 from sandbox_broker.messages import (
@@ -28,143 +28,151 @@ from sandbox_broker.messages import (
 )
 
 CLAIM_MARGIN_SEC = 10.0
-HURRY_PIECE = 500
+EXPEDITE_BATCH_SIZE = 500
+"""Deletions that one command makes due."""
 MIN_PAUSE_SEC = 0.2
-NO_ANSWER_PAUSE_SEC = 5.0
+NO_REPLY_PAUSE_SEC = 5.0
 
 log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class _Batch:
-    """What the workers of one batch share."""
+    """State that the workers of one batch share."""
 
     run_id: uuid.UUID
-    left: int
-    """Deletions that may still be begun."""
-    tried: int = 0
-    on_duty: bool = True
+    remaining: int
+    """Deletions that may still start."""
+    attempted: int = 0
+    is_leader: bool = True
     next_in_sec: float | None = None
+    """Time until the next deletion is due; None when none is pending."""
 
 
 class CleanUp:
-    def __init__(self, settings: Settings, requester: Requester, deleter: Deleter, jobs: Jobs) -> None:
+    def __init__(self, settings: Settings, requester: Requester, deleter: Deleter, jobs: AdminJobs) -> None:
         self._settings = settings
         self._requester = requester
         self._deleter = deleter
         self._jobs = jobs
-        self._woken = asyncio.Event()
+        self._wake_event = asyncio.Event()
         self._run_id = uuid.uuid4()
-        # From asking for a deletion over CSP's answer and its record to when the next is asked for.
+        # A claim lasts for its request, the deletion in CSP, the record, and the pause before the next claim.
         pause_sec = max(settings.cleanup_batch_delay_sec, settings.cleanup_per_sandbox_delay_sec)
-        self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.longest_sec + pause_sec + CLAIM_MARGIN_SEC
+        self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.max_duration_sec + pause_sec + CLAIM_MARGIN_SEC
 
     def wake(self) -> None:
-        """There may be something to delete."""
-        self._woken.set()
+        """Start a run, because a deletion may be due."""
+        self._wake_event.set()
 
     async def run(self) -> None:
-        """Deletes whatever is due, each time it is woken or the next is due, for ever."""
+        """Delete due sandboxes for ever: after each wake-up, and when the next deletion becomes due."""
         pause_sec: float | None = None
         while True:
             try:
                 async with asyncio.timeout(pause_sec):
-                    await self._woken.wait()
+                    await self._wake_event.wait()
             except TimeoutError:
                 pass
-            self._woken.clear()
-            pause_sec = await self._work_through()
+            self._wake_event.clear()
+            pause_sec = await self._run_once()
 
-    async def _work_through(self) -> float | None:
-        """One run. Returns in how many seconds to look again at the latest."""
+    async def _run_once(self) -> float | None:
+        """Do one run. Return the seconds until the next run at the latest, or None to wait for a wake-up."""
         if self._deleter.state is State.OPEN:
-            return await self._give_up_for_now()
+            return await self._pause()
         try:
-            pause_sec = await self._delete_all_due(self._run_id)
-            # If we die before this, the duty ends with the last claim.
-            await ask(self._requester, EndCleanup(run_id=self._run_id))
-        except NoAnswer as error:
+            pause_sec = await self._drain(self._run_id)
+            # If this process dies before this line, the leader lease ends with the last claim.
+            await request_reply(self._requester, EndCleanup(run_id=self._run_id))
+        except CommandNotDone as error:
             log.warning("cleanup.postponed", error=str(error))
-            message = f"The allocator did not answer: {error}. What is pending is deleted later, by itself."
+            message = f"The allocator did not answer: {error}. Pending sandboxes are deleted later, automatically."
             await self._jobs.fail(Refused(code="ALLOCATOR_UNAVAILABLE", message=message))
-            return NO_ANSWER_PAUSE_SEC  # then the same run goes on: it may still be on duty
+            # Keep the run id, because this run may still hold the leader lease.
+            return NO_REPLY_PAUSE_SEC
         self._run_id = uuid.uuid4()
         return pause_sec
 
-    async def _delete_all_due(self, run_id: uuid.UUID) -> float | None:
-        while allowed := self._allowed():
-            if self._jobs.waiting and not await self._hurry(run_id):
+    async def _drain(self, run_id: uuid.UUID) -> float | None:
+        """Delete until no deletion is due or the circuit breaker opens. Return like `_run_once`."""
+        while batch_size := self._compute_batch_size():
+            if self._jobs.waiting and not await self._expedite(run_id):
                 return MIN_PAUSE_SEC
-            batch = _Batch(run_id, allowed)
-            await self._work_off(batch)
-            if batch.tried == 0:
-                # Our claim on what CSP refused us would end before: it is another run's by now, or done.
-                if not batch.on_duty or batch.next_in_sec is None or batch.next_in_sec > self._claim_sec:
-                    self._deleter.refusal_is_over()
-                if batch.on_duty:
+            batch = _Batch(run_id, batch_size)
+            await self._run_batch(batch)
+            if batch.attempted == 0:
+                # This run's claim on a deletion that CSP refused would have ended by then. So another run has
+                # taken it over, or it is done.
+                if not batch.is_leader or batch.next_in_sec is None or batch.next_in_sec > self._claim_sec:
+                    self._deleter.clear_unauthorized()
+                if batch.is_leader:
                     await self._jobs.complete()
                 return None if batch.next_in_sec is None else max(batch.next_in_sec, MIN_PAUSE_SEC)
             await asyncio.sleep(self._settings.cleanup_batch_delay_sec)
-        return await self._give_up_for_now()
+        return await self._pause()
 
-    def _allowed(self) -> int:
-        """How many deletions the next batch may have."""
+    def _compute_batch_size(self) -> int:
+        """Return the number of deletions of the next batch."""
         return {State.CLOSED: self._settings.cleanup_batch_size, State.HALF_OPEN: 1, State.OPEN: 0}[
             self._deleter.state
         ]
 
-    async def _give_up_for_now(self) -> float:
-        pause_sec = self._deleter.half_open_in_sec
+    async def _pause(self) -> float:
+        """Fail the open jobs, because the circuit breaker is open. Return the seconds until it is half open."""
+        pause_sec = self._deleter.seconds_until_half_open
         log.warning("cleanup.paused", reason=self._deleter.obstacle, pause_sec=round(pause_sec, 1))
         message = (
-            f"{self._deleter.obstacle}, so deletions pause. They go on by themselves; "
-            f"the next try is in {pause_sec:.0f} s."
+            f"{self._deleter.obstacle}, so deletions pause. They continue automatically; "
+            f"the next attempt is in {pause_sec:.0f} s."
         )
         await self._jobs.fail(Refused(code="CSP_UNAVAILABLE", message=message))
         return pause_sec
 
-    async def _hurry(self, run_id: uuid.UUID) -> bool:
-        """Makes all due for the jobs that wait; False while another run is at work. Nothing of this run is in
-        hand meanwhile."""
+    async def _expedite(self, run_id: uuid.UUID) -> bool:
+        """Make all pending deletions due for the waiting jobs. Return False while another run is the leader.
+
+        No worker of this run is active meanwhile.
+        """
         jobs = self._jobs.waiting
-        command = HurryDeletions(run_id=run_id, limit=HURRY_PIECE, claim_sec=self._claim_sec)
+        command = HurryDeletions(run_id=run_id, limit=EXPEDITE_BATCH_SIZE, claim_sec=self._claim_sec)
         while True:
-            reply = await ask(self._requester, command)
+            reply = await request_reply(self._requester, command)
             assert isinstance(reply, DeletionsHurried)  # noqa: S101 (the contract of HurryDeletions)
             if not reply.on_duty:
                 return False
-            if reply.hurried < HURRY_PIECE:
+            if reply.hurried < EXPEDITE_BATCH_SIZE:
                 break
         for job in jobs:
-            job.begun = True
+            job.is_expedited = True
         return True
 
-    async def _work_off(self, batch: _Batch) -> None:
-        workers = (self._work(batch) for _ in range(min(self._settings.cleanup_concurrency, batch.left)))
-        # Who stops does not stop the others half-way: each finishes and reports what it has begun.
+    async def _run_batch(self, batch: _Batch) -> None:
+        workers = (self._worker(batch) for _ in range(min(self._settings.cleanup_concurrency, batch.remaining)))
+        # A failing worker does not cancel the others, so each finishes and records the deletion that it began.
         for result in await asyncio.gather(*workers, return_exceptions=True):
             if result is not None:
                 raise result
 
-    async def _work(self, batch: _Batch) -> None:
-        """Deletes one after the other until the batch is used up, nothing is due, or CSP is in trouble."""
-        while batch.left > 0:
-            batch.left -= 1
-            asked_at = time.monotonic()
+    async def _worker(self, batch: _Batch) -> None:
+        """Delete one sandbox after the other until the batch is full, none is due, or CSP fails."""
+        while batch.remaining > 0:
+            batch.remaining -= 1
+            requested_at = time.monotonic()
             claimed = await self._claim(batch.run_id)
             if not claimed.deletions:
-                batch.left, batch.on_duty, batch.next_in_sec = 0, claimed.on_duty, claimed.next_in_sec
+                batch.remaining, batch.is_leader, batch.next_in_sec = 0, claimed.on_duty, claimed.next_in_sec
                 return
             for deletion in claimed.deletions:
-                batch.tried += 1
-                outcome = await self._deleter.delete(batch.run_id, deletion, asked_at + REQUEST_TIMEOUT_SEC)
-                self._jobs.count(outcome)
+                batch.attempted += 1
+                outcome = await self._deleter.delete(batch.run_id, deletion, requested_at + REQUEST_TIMEOUT_SEC)
+                self._jobs.count_outcome(outcome)
             if self._deleter.state is not State.CLOSED:
-                batch.left = 0
+                batch.remaining = 0
             await asyncio.sleep(self._settings.cleanup_per_sandbox_delay_sec)
 
     async def _claim(self, run_id: uuid.UUID) -> DeletionsClaimed:
         command = ClaimDeletions(run_id=run_id, limit=1, claim_sec=self._claim_sec)
-        reply = await ask(self._requester, command)
+        reply = await request_reply(self._requester, command)
         assert isinstance(reply, DeletionsClaimed)  # noqa: S101 (the contract of ClaimDeletions)
         return reply

@@ -1,4 +1,4 @@
-"""One deletion: CSP is asked once, and the allocator is told how it went."""
+"""Deletion of one sandbox: one attempt in CSP, and its record with the allocator."""
 
 import time
 import uuid
@@ -6,10 +6,10 @@ from enum import Enum, auto
 
 import structlog
 
-from reaper import metrics, services
-from reaper.asking import NoAnswer, ask
-from reaper.backoff import retry_in_sec
-from reaper.circuit import Circuit, State
+from reaper import metrics, niosxaas_cleanup
+from reaper.asking import CommandNotDone, request_reply
+from reaper.backoff import compute_retry_delay
+from reaper.circuit_breaker import CircuitBreaker, State
 from reaper.settings import Settings
 from sandbox_broker import story, tracing
 from sandbox_broker.bus import Requester
@@ -18,7 +18,7 @@ from sandbox_broker.messages import DueDeletion, RecordDeletion, RecordDeletionF
 from sandbox_broker.niosxaas import NiosxaasClient
 
 CSP_TIMEOUT_SEC = 30.0
-MAX_ERROR = 500
+MAX_ERROR_LENGTH = 500
 
 log = structlog.get_logger()
 
@@ -26,14 +26,14 @@ log = structlog.get_logger()
 class Outcome(Enum):
     DELETED = auto()
     FAILED = auto()
-    """An attempt was used up."""
+    """The attempt counts."""
     REFUSED = auto()
-    """CSP does not take our token; the sandbox is not to blame."""
+    """CSP refuses the broker's token. The attempt does not count, because it says nothing about the sandbox."""
 
 
 class Deleter:
-    """Knows whether CSP is worth asking: one circuit for its failures, one for our token, which a single refusal
-    opens."""
+    """Deletes sandboxes, and decides by two circuit breakers whether to call CSP: one for failures, and one for
+    refusals of the token, which the first refusal opens."""
 
     def __init__(
         self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, requester: Requester
@@ -42,46 +42,50 @@ class Deleter:
         self._csp = csp
         self._niosxaas = niosxaas
         self._requester = requester
-        self._failing = Circuit(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
-        self._refusing = Circuit(1, settings.circuit_breaker_timeout_sec)
+        self._failures = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
+        self._refusals = CircuitBreaker(1, settings.circuit_breaker_timeout_sec)
 
     @property
     def state(self) -> State:
-        """Whether to ask CSP: CLOSED as often as allowed, HALF_OPEN once, OPEN not at all."""
+        """CLOSED: call CSP within the throttles. HALF_OPEN: call it once. OPEN: do not call it."""
         now = time.monotonic()
-        return max(self._failing.state(now), self._refusing.state(now))
+        return max(self._failures.state(now), self._refusals.state(now))
 
     @property
-    def half_open_in_sec(self) -> float:
+    def seconds_until_half_open(self) -> float:
         now = time.monotonic()
-        return max(self._failing.half_open_in_sec(now), self._refusing.half_open_in_sec(now))
+        return max(self._failures.seconds_until_half_open(now), self._refusals.seconds_until_half_open(now))
 
     @property
     def obstacle(self) -> str:
-        """Why the circuit is not closed."""
-        if self._refusing.state(time.monotonic()) is not State.CLOSED:
-            return "CSP refuses our token"
+        """The reason why the circuit breaker is not closed."""
+        if self._refusals.state(time.monotonic()) is not State.CLOSED:
+            return "CSP refuses the broker's token"
         return "CSP keeps failing"
 
     @property
-    def longest_sec(self) -> float:
-        """How long CSP may take for one deletion, and for what comes before it."""
-        return CSP_TIMEOUT_SEC + self._preparing_sec
+    def max_duration_sec(self) -> float:
+        """Longest duration of one deletion in CSP, with the NIOSXaaS clean-up before it."""
+        return CSP_TIMEOUT_SEC + self._max_preparation_sec
 
     @property
-    def _preparing_sec(self) -> float:
-        return services.TIMEOUT_SEC if self._niosxaas is not None else 0
+    def _max_preparation_sec(self) -> float:
+        return niosxaas_cleanup.TIMEOUT_SEC if self._niosxaas is not None else 0
 
     async def delete(self, run_id: uuid.UUID, deletion: DueDeletion, begin_by: float) -> Outcome:
-        """Dying in between is harmless: the claim ends, and the next attempt finds the account gone. Past
-        `begin_by`, on the monotonic clock, that may have happened already: raises NoAnswer.
+        """Delete the sandbox in CSP and record the outcome.
 
-        What CSP no longer lists it is not asked to delete. Should a later listing have it after all, that opens the
-        deletion again."""
+        If this process dies meanwhile, the claim ends and the next attempt finds the account gone. Raises
+        CommandNotDone when the deletion has not begun by `begin_by` (monotonic clock), because the claim may have
+        ended and another run may have taken the deletion over.
+
+        CSP gets no request for an account that it no longer lists. If a later listing contains the account again,
+        the allocator opens the deletion again.
+        """
         name = "delete sandbox"
         with (
             story.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
-            # Of a request that is not traced its deletion is not either.
+            # A deletion is traced if and only if its request is.
             tracing.within(name, parent=deletion.traceparent) if deletion.request_id else tracing.beginning(name),
         ):
             return await self._delete(run_id, deletion, begin_by)
@@ -94,39 +98,39 @@ class Deleter:
         problem: str | None = None
         try:
             if self._niosxaas is not None:
-                problem = await services.remove_services(self._niosxaas, deletion)
-            if time.monotonic() > begin_by + self._preparing_sec:
-                raise NoAnswer("this process was frozen, and its claim may have ended")
+                problem = await niosxaas_cleanup.remove_services(self._niosxaas, deletion)
+            if time.monotonic() > begin_by + self._max_preparation_sec:
+                raise CommandNotDone("this process was frozen, and its claim may have ended")
             outcome = await self._csp.delete_account(deletion.external_id)
         except CspUnauthorized as error:
-            self._refusing.failed(time.monotonic())
+            self._refusals.record_failure(time.monotonic())
             metrics.UNAUTHORIZED.set(1)
             log.error("cleanup.unauthorized", error=str(error))
             return Outcome.REFUSED
         except CspUnavailable as error:
-            self._failing.failed(time.monotonic())
-            retry_in = retry_in_sec(self._settings, deletion.attempts, error.retry_after)
+            self._failures.record_failure(time.monotonic())
+            retry_in = compute_retry_delay(self._settings, deletion.attempts, error.retry_after)
             await self._record_failure(run_id, deletion, str(error), retry_in, problem)
             return Outcome.FAILED
-        except ValueError as error:  # an external id that is none: no attempt can help
+        except ValueError as error:  # an invalid external id: another attempt cannot help
             await self._record_failure(run_id, deletion, str(error), None, problem)
             return Outcome.FAILED
-        self._accepted()
+        self._record_success()
         metrics.DELETED.inc()
         log.info("csp.deleted", outcome=outcome)
         if outcome == "already_gone":
-            problem = None  # gone with the account
-        await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id, services_error=_short(problem)))
+            problem = None  # the services are gone with the account
+        await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id, services_error=_truncate(problem)))
         return Outcome.DELETED
 
-    def _accepted(self) -> None:
+    def _record_success(self) -> None:
         now = time.monotonic()
-        self._failing.succeeded(now)
-        self._refusing.succeeded(now)
+        self._failures.record_success(now)
+        self._refusals.record_success(now)
         metrics.UNAUTHORIZED.set(0)
 
-    def refusal_is_over(self) -> None:
-        """Another run has dealt with what CSP refused us: how our token is now its reaper tells."""
+    def clear_unauthorized(self) -> None:
+        """Reset the metric, because another reaper now reports whether the token is valid."""
         metrics.UNAUTHORIZED.set(0)
 
     async def _record_failure(
@@ -144,18 +148,18 @@ class Deleter:
                 run_id=run_id,
                 sandbox_id=deletion.sandbox_id,
                 attempts=deletion.attempts,
-                error=error[:MAX_ERROR],
+                error=error[:MAX_ERROR_LENGTH],
                 retry_in_sec=retry_in,
-                services_error=_short(services_error),
+                services_error=_truncate(services_error),
             )
         )
 
     async def _record(self, command: RecordDeletion | RecordDeletionFailure) -> None:
         try:
-            await ask(self._requester, command)
-        except NoAnswer as error:  # it stays claimed, and is due again when the claim ends
+            await request_reply(self._requester, command)
+        except CommandNotDone as error:  # the deletion is due again when its claim ends
             log.warning("deletion.not_recorded", error=str(error))
 
 
-def _short(error: str | None) -> str | None:
-    return None if error is None else error[:MAX_ERROR]
+def _truncate(error: str | None) -> str | None:
+    return None if error is None else error[:MAX_ERROR_LENGTH]

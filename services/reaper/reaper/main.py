@@ -1,4 +1,4 @@
-"""Wiring of the reaper: ticks and events start its work."""
+"""Wiring of the reaper."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -6,13 +6,13 @@ from functools import partial
 
 from starlette.applications import Starlette
 
-from reaper import metrics, services
+from reaper import metrics, niosxaas_cleanup
+from reaper.admin_jobs import AdminJobs
 from reaper.cleanup import CleanUp
 from reaper.deletion import CSP_TIMEOUT_SEC, Deleter
-from reaper.handlers import expire_overdue
-from reaper.jobs import Jobs
-from reaper.schedule import Schedule
+from reaper.expiry import expire_overdue
 from reaper.settings import Settings
+from reaper.triggers import Triggers
 from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
 from sandbox_broker.bus import Publisher, Requester, keep_connected
 from sandbox_broker.csp import CspClient
@@ -22,13 +22,13 @@ from sandbox_broker.settings import load
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "reaper")
-    requester = Requester(url, "reaper", publisher)
+    requester = Requester(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
-    niosxaas = services.client(settings)
+    niosxaas = niosxaas_cleanup.build_client(settings)
     deleter = Deleter(settings, csp, niosxaas, requester)
-    jobs = Jobs(requester)
+    jobs = AdminJobs(requester)
     cleanup = CleanUp(settings, requester, deleter, jobs)
-    schedule = Schedule(cleanup, jobs, publisher)
+    triggers = Triggers(cleanup, jobs, publisher)
     expire = partial(expire_overdue, settings, requester)
     metrics.CIRCUIT.set_function(lambda: deleter.state)
 
@@ -40,14 +40,14 @@ def create_app(settings: Settings) -> Starlette:
         requester.run,
         cleanup.run,
         jobs.report,
-        partial(keep_connected, url, "reaper-events", schedule.events),
-        partial(keep_connected, url, "reaper-commands", schedule.commands),
+        partial(keep_connected, url, "reaper-events", triggers.consume_events),
+        partial(keep_connected, url, "reaper-commands", triggers.consume_commands),
         partial(
             ticks.consume,
             url,
             topology.CLEANUP_TICKS,
             settings.cleanup_interval_sec,
-            schedule.cleanup_tick,
+            triggers.handle_tick,
         ),
         partial(ticks.consume, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
         partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
@@ -74,4 +74,4 @@ def main() -> None:
     logging.configure(settings, "reaper")
     tracing.configure(settings, "reaper")
     preflight.check(amqp_url=settings.amqp_url)
-    service.run(create_app(settings), settings.reaper_port)
+    service.run(create_app(settings), settings.reaper_port, bind_host=settings.bind_host)

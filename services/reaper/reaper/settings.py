@@ -1,11 +1,9 @@
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
-from sandbox_broker.settings import HttpUrl, Port, ServiceSettings
+from sandbox_broker.settings import CspSettings, CspUrl, Port
 
 
-class Settings(ServiceSettings):
-    csp_base_url: HttpUrl = "https://csp.infoblox.com/v2"
-    csp_api_token: SecretStr = Field(min_length=1)
+class Settings(CspSettings):
     reaper_port: Port = 9102
     auto_expiry_interval_sec: float = Field(default=60, gt=0)
     grace_period_minutes: float = Field(default=30, ge=0)
@@ -21,7 +19,7 @@ class Settings(ServiceSettings):
     circuit_breaker_timeout_sec: float = Field(default=60, gt=0)
     niosxaas_enabled: bool = False
     niosxaas_shadow_mode: bool = False
-    niosxaas_base_url: HttpUrl = "https://csp.infoblox.com"
+    niosxaas_base_url: CspUrl = "https://csp.infoblox.com"
     niosxaas_email: str = Field(default="", validate_default=True)
     niosxaas_password: SecretStr = Field(default=SecretStr(""), validate_default=True)
     niosxaas_service_name: str = ""

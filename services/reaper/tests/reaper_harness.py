@@ -1,4 +1,4 @@
-"""A reaper on the real RabbitMQ, with the simulator as CSP and a stand-in for the allocator."""
+"""A reaper on the real RabbitMQ, with the CSP simulator and a stand-in for the allocator."""
 
 import asyncio
 import time
@@ -47,7 +47,7 @@ REFUSED = Refused(code="ALLOCATOR_UNAVAILABLE", message="because")
 
 @dataclass
 class Csp:
-    """The simulator, and its control API."""
+    """The CSP simulator and its control API."""
 
     url: str
     control: httpx.AsyncClient
@@ -56,7 +56,7 @@ class Csp:
         (await self.control.patch("/_control/behaviour", json=switches)).raise_for_status()
 
     async def accounts(self) -> dict[str, str]:
-        """External ids by csp_id, of the active sandboxes."""
+        """Return the external ids of the active sandboxes by csp_id."""
         records = (await self.control.get("/_control/accounts")).json()["accounts"]
         return {
             str(record["csp_id"]): record["id"].rpartition("/")[2]
@@ -65,7 +65,7 @@ class Csp:
         }
 
     async def deletions(self) -> list[dict[str, Any]]:
-        """The DELETE calls that were answered, by their beginning."""
+        """Return the answered DELETE calls in the order of their start."""
         calls = (await self.control.get("/_control/calls", params={"method": "DELETE"})).json()["calls"]
         return sorted(calls, key=lambda call: call["at"])
 
@@ -81,21 +81,21 @@ async def simulated_csp(accounts: int) -> AsyncIterator[Csp]:
 
 @dataclass
 class Allocator:
-    """Knows what is due and when, and remembers what it was told."""
+    """Holds pending deletions with their due times, and records commands."""
 
     csp: Csp
     due: dict[str, DueDeletion] = field(default_factory=dict)
     due_at: dict[str, float] = field(default_factory=dict)
-    on_duty: tuple[uuid.UUID | None, float] = (None, 0)
-    dead: set[uuid.UUID | None] = field(default_factory=set)
+    leader: tuple[uuid.UUID | None, float] = (None, 0)
+    dead_runs: set[uuid.UUID | None] = field(default_factory=set)
     overdue_leases: int = 0
-    heard: list[tuple[float, Command]] = field(default_factory=list)
+    received: list[tuple[float, Command]] = field(default_factory=list)
     invalid: list[InvalidCommand] = field(default_factory=list)
     refuses: Callable[[Command], bool] = lambda _: False
     gone_from_csp_when_recorded: list[bool] = field(default_factory=list)
 
     async def add_due(self) -> None:
-        """Every account that CSP has is to be deleted."""
+        """Make the deletion of every account in CSP due."""
         for sandbox_id, external_id in (await self.csp.accounts()).items():
             self.add(sandbox_id, external_id)
 
@@ -105,27 +105,27 @@ class Allocator:
         )
 
     def all(self, kind: type[M]) -> list[M]:
-        return [command for _, command in self.heard if isinstance(command, kind)]
+        return [command for _, command in self.received if isinstance(command, kind)]
 
-    def claims_end(self) -> None:
+    def end_claims(self) -> None:
         self.due_at.clear()
-        self.on_duty = (None, 0)
+        self.leader = (None, 0)
 
-    def run_dies(self) -> None:
-        """The claims of the run on duty end. What it has asked for and nobody has heard yet gives it none."""
-        self.dead.add(self.on_duty[0])
-        self.claims_end()
+    def end_run(self) -> None:
+        """End the claims of the leading run, as if its process had died. Its later commands get no deletion."""
+        self.dead_runs.add(self.leader[0])
+        self.end_claims()
 
-    def _takes_duty(self, command: ClaimDeletions | HurryDeletions, now: float) -> bool:
-        run_id, until = self.on_duty
-        if command.run_id in self.dead or (run_id != command.run_id and until > now):
+    def _renew_leader_lease(self, command: ClaimDeletions | HurryDeletions, now: float) -> bool:
+        run_id, until = self.leader
+        if command.run_id in self.dead_runs or (run_id != command.run_id and until > now):
             return False
-        self.on_duty = (command.run_id, now + command.claim_sec)
+        self.leader = (command.run_id, now + command.claim_sec)
         return True
 
     async def answer(self, command: Command) -> Reply:
         now = time.monotonic()
-        self.heard.append((now, command))
+        self.received.append((now, command))
         if self.refuses(command):
             return REFUSED
         match command:
@@ -134,8 +134,8 @@ class Allocator:
                 self.overdue_leases -= ended
                 return LeasesExpired(sandbox_ids=tuple(map(str, range(ended))))
             case ClaimDeletions():
-                if not self._takes_duty(command, now):
-                    return DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=self.on_duty[1] - now)
+                if not self._renew_leader_lease(command, now):
+                    return DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=self.leader[1] - now)
                 ready = [due for key, due in self.due.items() if self.due_at.get(key, 0) <= now]
                 claimed = tuple(ready[: command.limit])
                 for due in claimed:
@@ -143,15 +143,15 @@ class Allocator:
                 later = [self.due_at[key] - now for key in self.due if key in self.due_at]
                 return DeletionsClaimed(deletions=claimed, next_in_sec=min(later, default=None))
             case HurryDeletions():
-                if not self._takes_duty(command, now):
+                if not self._renew_leader_lease(command, now):
                     return DeletionsHurried(on_duty=False, hurried=0)
                 hurried = len(self.due_at)
                 self.due_at.clear()
                 return DeletionsHurried(hurried=hurried)
             case EndCleanup():
-                ended = self.on_duty[0] == command.run_id
+                ended = self.leader[0] == command.run_id
                 if ended:
-                    self.on_duty = (None, 0)
+                    self.leader = (None, 0)
                 return Recorded(changed=ended)
             case RecordJob():
                 return Recorded(changed=True)
@@ -180,6 +180,7 @@ class Allocator:
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
                 commands = decode_commands(message.body)
+                assert message.exchange == topology.COMMANDS_FROM_REAPER.name
                 self.invalid += [command for command in commands if isinstance(command, InvalidCommand)]
                 replies = tuple(
                     [await self.answer(command) for command in commands if not isinstance(command, InvalidCommand)]
@@ -200,7 +201,7 @@ def settings(**changes: Any) -> Settings:
             "csp_base_url": "http://127.0.0.1:1/v2",
             "csp_api_token": DEFAULT_TOKEN,
             "cleanup_batch_delay_sec": 0,
-            # Ticks come once at the start; whatever happens later was woken by something else.
+            # One tick at the start only, so that later runs have another cause.
             "cleanup_interval_sec": 3600,
             "auto_expiry_interval_sec": 3600,
             **changes,
@@ -216,31 +217,31 @@ async def reaping(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None
 
 
 async def announce(amqp_url: str) -> None:
-    """Publishes the event that a sandbox was released."""
-    await storm(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1)
+    """Publish the event of one released sandbox."""
+    await publish_burst(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1)
 
 
-async def storm(amqp_url: str, exchange: topology.Exchange, routing_key: str, size: int) -> None:
-    """As many messages at once."""
+async def publish_burst(amqp_url: str, exchange: topology.Exchange, routing_key: str, size: int) -> None:
+    """Publish `size` messages at once."""
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         target = await channel.get_exchange(exchange.name)
         await asyncio.gather(*(target.publish(aio_pika.Message(b"{}"), routing_key) for _ in range(size)))
 
 
-async def waiting(amqp_url: str, queue: topology.Queue) -> int:
+async def count_messages(amqp_url: str, queue: topology.Queue) -> int:
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         declared = await channel.declare_queue(queue.name, passive=True)
         return declared.declaration_result.message_count or 0
 
 
-def any_external_id() -> str:
+def make_external_id() -> str:
     return str(uuid.uuid4())
 
 
-async def emptied(amqp_url: str) -> None:
-    """Declares the topology and purges every queue of it."""
+async def empty_queues(amqp_url: str) -> None:
+    """Declare the topology and purge all its queues."""
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         await topology.declare(channel)
@@ -250,7 +251,7 @@ async def emptied(amqp_url: str) -> None:
 
 async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
     async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+        while not condition():  # noqa: ASYNC110 (the condition has no event)
             await asyncio.sleep(0.005)
 
 

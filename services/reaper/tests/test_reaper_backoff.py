@@ -1,10 +1,10 @@
-"""When a failed deletion is tried again: the arithmetic."""
+"""Tests of backoff.py."""
 
 import random
 
 import pytest
 
-from reaper.backoff import retry_in_sec
+from reaper.backoff import compute_retry_delay
 
 from .reaper_harness import settings
 
@@ -12,19 +12,19 @@ TRIES = 200
 
 
 def delay(attempts: int, retry_after_sec: float | None = None, **changes: float) -> float:
-    seconds = retry_in_sec(settings(deletion_max_attempts=1000, **changes), attempts, retry_after_sec)
+    seconds = compute_retry_delay(settings(deletion_max_attempts=1000, **changes), attempts, retry_after_sec)
     assert seconds is not None
     return seconds
 
 
 @pytest.mark.parametrize("attempts", range(7))
-def test_it_stays_within_its_bounds_and_doubles(attempts: int) -> None:
+def test_the_delay_doubles_within_its_bounds(attempts: int) -> None:
     doubled = 30 * 2**attempts
     for _ in range(TRIES):
         assert min(doubled, 0.8 * 3600) <= delay(attempts) <= min(1.25 * doubled, 3600)
 
 
-def test_it_stays_within_its_bounds_for_any_settings() -> None:
+def test_the_delay_stays_within_its_bounds_for_any_settings() -> None:
     for _ in range(TRIES):
         base = random.uniform(0.001, 100)
         longest = base * random.uniform(1.25, 1000)
@@ -33,20 +33,21 @@ def test_it_stays_within_its_bounds_for_any_settings() -> None:
 
 
 @pytest.mark.parametrize("attempts", [0, 3, 7, 20, 998])
-def test_what_failed_together_does_not_come_back_together(attempts: int) -> None:
-    """At the maximum too."""
+def test_the_delay_is_random_at_the_maximum_too(attempts: int) -> None:
     seconds = [delay(attempts) for _ in range(TRIES)]
     assert max(seconds) - min(seconds) > 0.1 * max(seconds)
 
 
-def test_it_is_never_sooner_than_csp_asked_for() -> None:
+def test_the_delay_is_never_shorter_than_retry_after() -> None:
     assert delay(0, 500) == 500
     assert delay(0, 5000) == 5000
     assert delay(5, 1) >= 960
     assert delay(0, 0) >= 30
 
 
-def test_the_last_attempt_has_no_next() -> None:
+def test_there_is_no_delay_after_the_last_attempt() -> None:
     eight = settings(deletion_max_attempts=8)
-    assert [retry_in_sec(eight, attempts, None) is None for attempts in range(10)] == [False] * 7 + [True] * 3
-    assert retry_in_sec(settings(deletion_max_attempts=1), 0, 60) is None
+    assert [compute_retry_delay(eight, attempts, None) is None for attempts in range(10)] == [False] * 7 + [
+        True
+    ] * 3
+    assert compute_retry_delay(settings(deletion_max_attempts=1), 0, 60) is None

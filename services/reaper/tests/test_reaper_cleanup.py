@@ -1,4 +1,4 @@
-"""Deletions: from what is due to what CSP did, and what the allocator is told of it."""
+"""Tests of cleanup.py and deletion.py with RabbitMQ, the CSP simulator and a stand-in for the allocator."""
 
 import asyncio
 import time
@@ -17,21 +17,21 @@ from .reaper_harness import (
     Allocator,
     Csp,
     announce,
-    any_external_id,
-    emptied,
+    count_messages,
+    empty_queues,
+    make_external_id,
+    publish_burst,
     reaping,
     sample,
     simulated_csp,
-    storm,
     until,
-    waiting,
 )
 
 
 @pytest.fixture
 async def queues(amqp_url: str) -> str:
-    """All empty; deleting them, as clean_queues does, would take longer than most tests."""
-    await emptied(amqp_url)
+    """Empty queues. Deleting them, as clean_queues does, takes longer than most tests."""
+    await empty_queues(amqp_url)
     return amqp_url
 
 
@@ -48,7 +48,7 @@ async def allocator(csp: Csp, queues: str) -> AsyncIterator[Allocator]:
         yield allocator
 
 
-async def test_what_is_due_is_deleted_in_csp_and_only_then_recorded(
+async def test_a_due_sandbox_is_deleted_in_csp_and_then_recorded(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await allocator.add_due()
@@ -63,7 +63,7 @@ async def test_what_is_due_is_deleted_in_csp_and_only_then_recorded(
     assert sample("broker_cleanup_deleted_total") == before + 7
 
 
-async def test_what_csp_no_longer_lists_is_recorded_as_deleted_without_asking_csp(
+async def test_a_sandbox_missing_from_csp_is_recorded_as_deleted_without_a_call(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await csp.behave(reject_tokens=True)
@@ -75,7 +75,7 @@ async def test_what_csp_no_longer_lists_is_recorded_as_deleted_without_asking_cs
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
-async def test_no_more_deletions_run_at_once_than_allowed(
+async def test_concurrent_deletions_are_limited(
     csp: Csp, allocator: Allocator, amqp_url: str, concurrency: int
 ) -> None:
     await allocator.add_due()
@@ -93,7 +93,7 @@ async def test_no_more_deletions_run_at_once_than_allowed(
     assert most == concurrency
 
 
-async def test_batches_and_delays_are_kept(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_pauses_between_deletions_and_batches(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await allocator.add_due()
     async with reaping(
         amqp_url,
@@ -111,7 +111,7 @@ async def test_batches_and_delays_are_kept(csp: Csp, allocator: Allocator, amqp_
 
 
 @pytest.mark.parametrize("delays", [(7, 0), (2, 9)])
-async def test_a_claim_outlasts_the_slowest_deletion_and_the_pause_after_it(
+async def test_a_claim_outlasts_the_slowest_deletion_and_its_pause(
     csp: Csp, allocator: Allocator, amqp_url: str, delays: tuple[float, float]
 ) -> None:
     async with reaping(amqp_url, csp, cleanup_batch_delay_sec=delays[0], cleanup_per_sandbox_delay_sec=delays[1]):
@@ -120,10 +120,10 @@ async def test_a_claim_outlasts_the_slowest_deletion_and_the_pause_after_it(
     assert allocator.all(ClaimDeletions)[0].claim_sec > slowest
 
 
-async def test_an_account_that_is_gone_already_counts_as_deleted(
+async def test_an_account_that_is_already_gone_counts_as_deleted(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
-    allocator.add("7", any_external_id())
+    allocator.add("7", make_external_id())
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(RecordDeletion))
     assert [call["status"] for call in await csp.deletions()] == [404]
@@ -137,6 +137,8 @@ async def test_an_account_that_is_gone_already_counts_as_deleted(
         ({"delete_error_status": 200, "delete_error_html": True}, "200"),
         ({"delete_error_status": 503}, "503"),
         ({"delete_error_status": 400}, "400"),
+        ({"delete_error_status": "bomb"}, "CSP answered DELETE with more than 1048576 bytes"),
+        ({"delete_error_status": "flood"}, "CSP answered DELETE with more than 1048576 bytes"),
         ({"delete_error_status": 429, "retry_after_sec": 45}, "429"),
     ],
 )
@@ -160,7 +162,7 @@ async def test_a_failure_is_reported_with_a_delay(
     assert allocator.all(RecordDeletion) == []
 
 
-async def test_csp_that_hangs_is_a_failure(
+async def test_a_hanging_csp_is_a_failure(
     csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(main, "CSP_TIMEOUT_SEC", 0.2)
@@ -171,7 +173,7 @@ async def test_csp_that_hangs_is_a_failure(
     assert "no answer" in allocator.all(RecordDeletionFailure)[0].error
 
 
-async def test_failures_are_tried_again_by_themselves_later_and_later_until_they_succeed(
+async def test_failures_are_retried_with_growing_delays_until_they_succeed(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await csp.behave(fail_next_deletes=3)
@@ -189,7 +191,7 @@ async def test_failures_are_tried_again_by_themselves_later_and_later_until_they
     assert all(pause >= delay for pause, delay in zip(pauses, delays, strict=True))
 
 
-async def test_the_last_attempt_asks_for_no_other(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_the_last_attempt_is_recorded_without_a_retry(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await csp.behave(delete_error_rate=1)
     allocator.add("7", next(iter((await csp.accounts()).values())), attempts=7)
     async with reaping(amqp_url, csp):
@@ -199,9 +201,7 @@ async def test_the_last_attempt_asks_for_no_other(csp: Csp, allocator: Allocator
     assert (failure.attempts, failure.retry_in_sec) == (7, None)
 
 
-async def test_an_external_id_that_is_none_is_given_up_at_once(
-    csp: Csp, allocator: Allocator, amqp_url: str
-) -> None:
+async def test_an_invalid_external_id_fails_without_a_retry(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     allocator.add("7", "../../etc")
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
@@ -209,7 +209,7 @@ async def test_an_external_id_that_is_none_is_given_up_at_once(
     assert await csp.deletions() == []
 
 
-async def test_a_refused_token_stops_all_deletions_until_one_probe_finds_it_accepted(
+async def test_a_refused_token_pauses_deletions_until_one_call_is_accepted(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await csp.behave(reject_tokens=True)
@@ -218,37 +218,37 @@ async def test_a_refused_token_stops_all_deletions_until_one_probe_finds_it_acce
         async with reaping(amqp_url, csp, circuit_breaker_timeout_sec=1):
             await until(lambda: sample("broker_csp_unauthorized") == 1)
             refused = await csp.deletions()
-            assert len(refused) <= 2  # as many as run at once
+            assert len(refused) <= 2  # CLEANUP_CONCURRENCY
             assert "cleanup.unauthorized" in [line["event"] for line in logs if line["log_level"] == "error"]
-            for _ in range(5):  # whatever wakes it meanwhile
+            for _ in range(5):  # wake-ups have no effect meanwhile
                 await announce(amqp_url)
-            allocator.claims_end()
+            allocator.end_claims()
             await until(lambda: sample("broker_circuit_state") == 1)
             assert len(await csp.deletions()) <= len(refused) + 1
             await csp.behave(reject_tokens=False)
-            allocator.claims_end()
+            allocator.end_claims()
             await until(lambda: not allocator.due)
             assert sample("broker_csp_unauthorized") == 0
-    assert allocator.all(RecordDeletionFailure) == []  # no attempt was used up
+    assert allocator.all(RecordDeletionFailure) == []  # no attempt was counted
     assert "simulator-token" not in str(logs)
 
 
-def takes_over(allocator: Allocator) -> None:
-    allocator.on_duty = (uuid.uuid4(), time.monotonic() + 3600)
+def take_over(allocator: Allocator) -> None:
+    allocator.leader = (uuid.uuid4(), time.monotonic() + 3600)
 
 
-def deletes_all(allocator: Allocator) -> None:
+def delete_all(allocator: Allocator) -> None:
     allocator.due.clear()
-    allocator.claims_end()
+    allocator.end_claims()
 
 
-def leaves_some_for_later(allocator: Allocator) -> None:
+def postpone_rest(allocator: Allocator) -> None:
     allocator.due_at = dict.fromkeys(allocator.due, time.monotonic() + 3600)
-    allocator.on_duty = (None, 0)
+    allocator.leader = (None, 0)
 
 
-@pytest.mark.parametrize("another_run", [takes_over, deletes_all, leaves_some_for_later])
-async def test_a_refused_token_is_no_longer_told_by_a_reaper_whose_work_another_has_taken(
+@pytest.mark.parametrize("another_run", [take_over, delete_all, postpone_rest])
+async def test_the_unauthorized_metric_resets_when_another_run_took_over(
     csp: Csp, allocator: Allocator, amqp_url: str, another_run: Callable[[Allocator], None]
 ) -> None:
     await csp.behave(reject_tokens=True)
@@ -259,7 +259,7 @@ async def test_a_refused_token_is_no_longer_told_by_a_reaper_whose_work_another_
         await until(lambda: sample("broker_csp_unauthorized") == 0)
 
 
-async def test_a_refused_token_is_told_as_long_as_what_was_refused_waits(
+async def test_the_unauthorized_metric_stays_while_the_refused_deletion_waits(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await csp.behave(reject_tokens=True)
@@ -269,19 +269,19 @@ async def test_a_refused_token_is_told_as_long_as_what_was_refused_waits(
         allocator.due_at = dict.fromkeys(allocator.due, time.monotonic() + 60)  # as long as a claim lasts
         claims = len(allocator.all(ClaimDeletions))
 
-        def looked_again() -> bool:
-            return len(allocator.all(ClaimDeletions)) > claims and isinstance(allocator.heard[-1][1], EndCleanup)
+        def ran_again() -> bool:
+            return len(allocator.all(ClaimDeletions)) > claims and isinstance(allocator.received[-1][1], EndCleanup)
 
-        await until(looked_again)
+        await until(ran_again)
         assert sample("broker_csp_unauthorized") == 1
         await csp.behave(reject_tokens=False)
-        allocator.claims_end()
+        allocator.end_claims()
         await announce(amqp_url)
         await until(lambda: not allocator.due)
         assert sample("broker_csp_unauthorized") == 0
 
 
-async def test_one_deletion_that_cannot_be_recorded_does_not_hold_up_the_others(
+async def test_an_unrecordable_deletion_does_not_block_the_others(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await allocator.add_due()
@@ -289,15 +289,15 @@ async def test_one_deletion_that_cannot_be_recorded_does_not_hold_up_the_others(
     allocator.refuses = lambda command: isinstance(command, RecordDeletion) and command.sandbox_id == poison
     async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_batch_size=2):
         await until(lambda: set(allocator.due) == {poison})
-        # Nothing is lost: when its claim ends it is found gone in CSP, and recorded.
+        # When the claim ends, the next attempt finds the account gone in CSP and records it.
         allocator.refuses = lambda _: False
-        allocator.claims_end()
+        allocator.end_claims()
         await announce(amqp_url)
         await until(lambda: not allocator.due)
     assert (await csp.deletions())[-1]["status"] == 404
 
 
-async def test_an_event_wakes_it_at_once(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_an_event_starts_a_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))  # the first tick, with nothing to do
         await allocator.add_due()
@@ -305,28 +305,28 @@ async def test_an_event_wakes_it_at_once(csp: Csp, allocator: Allocator, amqp_ur
         await until(lambda: not allocator.due)
 
 
-async def test_a_tick_finds_what_no_event_announced(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_a_tick_finds_a_deletion_without_an_event(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp, cleanup_interval_sec=0.2):
         await until(lambda: allocator.all(ClaimDeletions))
         await allocator.add_due()
         await until(lambda: not allocator.due)
 
 
-async def test_a_storm_of_ticks_costs_one_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
-    await storm(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
+async def test_a_burst_of_ticks_causes_one_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await publish_burst(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(EndCleanup))
-        await storm(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
+        await publish_burst(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
         async with asyncio.timeout(20):
-            while await waiting(amqp_url, topology.CLEANUP_TICKS):  # noqa: ASYNC110 (nothing tells us)
+            while await count_messages(amqp_url, topology.CLEANUP_TICKS):  # noqa: ASYNC110 (the queue has no event)
                 await asyncio.sleep(0.01)
         assert len({command.run_id for command in allocator.all(ClaimDeletions)}) == 1
 
 
-async def test_a_storm_of_events_deletes_nothing_twice(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_a_burst_of_events_deletes_each_sandbox_once(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await allocator.add_due()
     async with reaping(amqp_url, csp):
-        await storm(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1000)
+        await publish_burst(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1000)
         await until(lambda: not allocator.due)
     assert [call["status"] for call in await csp.deletions()] == [204] * 7
 
@@ -341,35 +341,35 @@ async def test_two_reapers_together_keep_the_throttles_of_one(
         "cleanup_batch_size": 3,
         "cleanup_batch_delay_sec": 0.3,
         "cleanup_per_sandbox_delay_sec": 0.1,
-        "cleanup_interval_sec": 0.2,  # ticks go to one of them, events to any
+        "cleanup_interval_sec": 0.2,  # RabbitMQ gives ticks to one reaper, events to any
     }
     async with reaping(amqp_url, csp, **throttles), reaping(amqp_url, csp, **throttles):
         for _ in range(10):
             await announce(amqp_url)
         await until(lambda: not allocator.due)
     calls = await csp.deletions()
-    assert [call["status"] for call in calls] == [204] * 7  # none twice
+    assert [call["status"] for call in calls] == [204] * 7  # each once
     pauses = [later["at"] - earlier["at"] - earlier["duration_ms"] / 1000 for earlier, later in pairwise(calls)]
     assert all(pause >= 0.095 for pause in pauses)
     assert all(pauses[number] >= 0.39 for number in (2, 5))
 
 
-async def test_a_reaper_beside_one_that_died_on_duty_begins_when_its_claim_ends(
+async def test_a_reaper_takes_over_when_the_claim_of_a_dead_one_ends(
     csp: Csp, allocator: Allocator, amqp_url: str
 ) -> None:
     await allocator.add_due()
-    allocator.on_duty = (uuid.uuid4(), time.monotonic() + 0.5)
+    allocator.leader = (uuid.uuid4(), time.monotonic() + 0.5)
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))
         assert await csp.deletions() == []
         await until(lambda: not allocator.due)
 
 
-async def test_an_allocator_that_does_not_answer_loses_nothing(
+async def test_deletions_continue_after_the_allocator_was_away(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.2)
-    monkeypatch.setattr(cleanup, "NO_ANSWER_PAUSE_SEC", 0.1)
+    monkeypatch.setattr(cleanup, "NO_REPLY_PAUSE_SEC", 0.1)
     allocator = Allocator(csp)
     await allocator.add_due()
     with capture_logs() as logs:
@@ -380,10 +380,10 @@ async def test_an_allocator_that_does_not_answer_loses_nothing(
                 await until(lambda: not allocator.due)
 
 
-async def test_a_run_that_could_not_end_goes_on_and_does_not_wait_for_its_own_duty(
+async def test_a_run_that_could_not_end_continues_as_the_leader(
     csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cleanup, "NO_ANSWER_PAUSE_SEC", 0.1)
+    monkeypatch.setattr(cleanup, "NO_REPLY_PAUSE_SEC", 0.1)
     allocator.refuses = lambda command: isinstance(command, EndCleanup)
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(EndCleanup))
@@ -393,22 +393,20 @@ async def test_a_run_that_could_not_end_goes_on_and_does_not_wait_for_its_own_du
         await until(lambda: not allocator.due)
 
 
-async def test_a_reaper_that_dies_in_the_middle_leaves_the_rest_to_the_next(
-    csp: Csp, allocator: Allocator, amqp_url: str
-) -> None:
+async def test_another_reaper_finishes_the_run_of_a_dead_one(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await allocator.add_due()
     await csp.behave(delete_latency_sec=0.1)
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(RecordDeletion))
     assert allocator.due
-    allocator.run_dies()
+    allocator.end_run()
     await csp.behave(delete_latency_sec=0)
     async with reaping(amqp_url, csp):
         await until(lambda: not allocator.due)
     assert await csp.accounts() == {}
 
 
-async def test_a_reaper_that_stops_leaves_no_task_behind(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+async def test_a_stop_leaves_no_task_behind(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     before = asyncio.all_tasks()
     async with reaping(amqp_url, csp):
         await until(lambda: allocator.all(ClaimDeletions))

@@ -91,13 +91,19 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
             )
         elif state == "partly":
             unconsumed = [
-                entry["queue"] for entry in queues if not entry["consumers"] and _is_queue_of(entry["queue"], name)
+                entry["queue"] for entry in queues if entry["consumers"] == 0 and _is_queue_of(entry["queue"], name)
             ]
             yield AttentionItem(
                 name, f"No consumer on {', '.join(unconsumed)}.", "Its log has the reason. Restart it."
             )
     for entry in queues:
-        if entry["messages"] >= LONG_QUEUE_MESSAGES:
+        if entry.get("problem"):
+            yield AttentionItem(
+                entry["queue"],
+                f"RabbitMQ gives no information about it: {entry['problem']}.",
+                "Run rabbitmqctl cluster_status: is the node of this queue down? Start that node.",
+            )
+        elif entry["messages"] >= LONG_QUEUE_MESSAGES:
             yield AttentionItem(
                 entry["queue"],
                 f"{entry['messages']} messages wait.",

@@ -1,6 +1,7 @@
 """Address and token of the broker, from the environment or from a file of the same variables."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,15 +26,26 @@ def default_config_file(environ: Mapping[str, str]) -> Path:
     return Path(home) / "brokerctl.env"
 
 
-def load_config(file: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+def checkout_config_file() -> Path:
+    """Return the file that `make run` writes in the checkout whose .venv this program is installed in."""
+    return Path(sys.prefix).parent / ".devstack" / "brokerctl.env"
+
+
+def load_config(
+    file: Path | None, environ: Mapping[str, str] = os.environ, *, checkout_file: Path | None = None
+) -> Config:
     """Read BROKER_API_URL and BROKER_ADMIN_TOKEN. The environment wins over the file.
 
-    BROKER_ADMIN_TOKEN may be a list, as in the gateway's settings; the first token is used. Raises `Misconfigured`.
+    BROKER_ADMIN_TOKEN may be a list, as in the gateway's settings; the first token is used. `checkout_file` is read
+    only if neither variable, nor `file`, nor the user's configuration file is set, so that its token never goes to
+    another broker. Raises `Misconfigured`.
     """
     path = file or default_config_file(environ)
     if file is not None and not file.is_file():
         raise Misconfigured(f"The file {file} does not exist. Correct --config, or leave it out.")
-    file_values = dotenv_values(path, interpolate=False) if path.is_file() else {}
+    is_unset = not path.is_file() and environ.keys().isdisjoint(("BROKER_API_URL", "BROKER_ADMIN_TOKEN"))
+    source = checkout_file if is_unset and checkout_file is not None else path
+    file_values = dotenv_values(source, interpolate=False) if source.is_file() else {}
 
     def read_value(name: str) -> str:
         return (environ.get(name) or file_values.get(name) or "").strip()

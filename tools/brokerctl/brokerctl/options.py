@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from brokerctl import output
 from brokerctl.client import AdminClient
-from brokerctl.config import load_config
+from brokerctl.config import checkout_config_file, load_config
 from brokerctl.errors import Misconfigured
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON; errors too, on standard error.")]
@@ -22,7 +22,7 @@ def create_client(context: typer.Context) -> AdminClient:
 
     Commands call this themselves, because --help must work without a configuration.
     """
-    return AdminClient(load_config(context.obj))
+    return AdminClient(load_config(context.obj, checkout_file=checkout_config_file()))
 
 
 def print_result(as_json: bool, result: Any, render: Callable[[], RenderableType]) -> None:

@@ -87,8 +87,10 @@ def render_status(url: str, status: Mapping[str, Any]) -> RenderableType:
     )
     blocks: list[RenderableType] = [summary]
     if status.get("queues"):
-        rows = [(entry["queue"], entry["messages"], entry["consumers"]) for entry in status["queues"]]
         columns = ("queue", "messages", "consumers")
+        rows = [
+            ["?" if entry[column] is None else entry[column] for column in columns] for entry in status["queues"]
+        ]
         blocks += [Text(), build_table(columns, rows, numbers=columns[1:])]
     if status["attention"]:
         items = build_table(

@@ -1,10 +1,13 @@
 """Problems that `brokerctl status` reports as needing attention."""
 
 import time
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from brokerctl import output
 from brokerctl.attention import find_attention_items
 
 UP = {"state": "up", "problem": None}
@@ -109,6 +112,24 @@ def test_long_queue_is_reported() -> None:
     status = build_status()
     status["queues"][0]["messages"] = 5000
     assert find_problems(UP, status) == [("allocator.commands", "5000 messages wait.")]
+
+
+def test_queue_without_information_is_reported() -> None:
+    status = build_status()
+    status["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    assert find_problems(UP, status) == [
+        ("reaper.events", "RabbitMQ gives no information about it: no answer in 0.3 s."),
+    ]
+
+
+def test_status_screen_shows_queue_without_information() -> None:
+    status = build_status()
+    status["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    console = Console(width=200, file=StringIO())
+    console.print(output.render_status("http://broker", {"gateway": UP, **status, "attention": []}))
+    assert isinstance(console.file, StringIO)
+    (line,) = [line.split() for line in console.file.getvalue().splitlines() if "reaper.events" in line]
+    assert line == ["reaper.events", "?", "?"]
 
 
 def test_gateway_that_is_down_is_the_only_problem_reported() -> None:

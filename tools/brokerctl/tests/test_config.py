@@ -1,10 +1,11 @@
 """Configuration from the environment and from files."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from brokerctl.config import DEFAULT_URL, load_config
+from brokerctl.config import DEFAULT_URL, checkout_config_file, load_config
 from brokerctl.errors import Misconfigured
 
 TOKEN = {"BROKER_ADMIN_TOKEN": "secret"}
@@ -64,3 +65,35 @@ def test_missing_token_or_file_is_refused(tmp_path: Path) -> None:
         load_config(None, {"HOME": str(tmp_path)})
     with pytest.raises(Misconfigured, match="none does not exist"):
         load_config(tmp_path / "none", TOKEN)
+
+
+def test_checkout_file_is_the_last_resort(tmp_path: Path) -> None:
+    local = write_lines(
+        tmp_path / "local.env", "BROKER_API_URL=http://127.0.0.1:8091/v1", "BROKER_ADMIN_TOKEN=local"
+    )
+    config = load_config(None, {"HOME": str(tmp_path)}, checkout_file=local)
+    assert (config.url, config.token) == ("http://127.0.0.1:8091", "local")
+
+
+@pytest.mark.parametrize("name", ["BROKER_API_URL", "BROKER_ADMIN_TOKEN"])
+def test_token_of_checkout_never_goes_to_another_broker(tmp_path: Path, name: str) -> None:
+    local = write_lines(
+        tmp_path / "local.env", "BROKER_API_URL=http://127.0.0.1:8091/v1", "BROKER_ADMIN_TOKEN=local"
+    )
+    environ = {"HOME": str(tmp_path), name: "https://broker.example.com"}
+    if name == "BROKER_API_URL":
+        with pytest.raises(Misconfigured, match="BROKER_ADMIN_TOKEN is not set"):
+            load_config(None, environ, checkout_file=local)
+    else:
+        assert load_config(None, environ, checkout_file=local).url == DEFAULT_URL
+
+
+def test_file_of_user_wins_over_checkout_file(tmp_path: Path) -> None:
+    local = write_lines(tmp_path / "local.env", "BROKER_ADMIN_TOKEN=local")
+    (tmp_path / ".config").mkdir()
+    write_lines(tmp_path / ".config" / "brokerctl.env", "BROKER_ADMIN_TOKEN=of user")
+    assert load_config(None, {"HOME": str(tmp_path)}, checkout_file=local).token == "of user"
+
+
+def test_checkout_file_is_beside_the_virtual_environment() -> None:
+    assert checkout_config_file() == Path(sys.executable).parents[2] / ".devstack" / "brokerctl.env"

@@ -12,6 +12,10 @@ faults:
       fail one listing with an HTML page
   curl -X PATCH localhost:9200/_control/behaviour -d '{"delete_error_after_effect": true}'
       delete the account although the response is an error
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"fail_next_deletes": 1, "delete_error_status": "bomb"}'
+      answer one deletion with 255 KiB of gzip that decode to 256 MiB
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"account_switch_without_effect": true}'
+      answer account switches with success, but leave the session in its account
   curl -X POST localhost:9200/_control/accounts/disturb -d '{"drop": 3, "rename": 2, "new_id": 1}'
       remove three random sandboxes, rename two, change the id of one
   curl -X PUT localhost:9200/_control/script -d '{"name": "bad-day", "speed": 100}'

@@ -1,4 +1,4 @@
-"""The part of the NIOSXaaS API that the broker uses: sign in, switch account, list services, delete a service."""
+"""The part of the NIOSXaaS API that the broker uses: sessions, the current user, and services."""
 
 from typing import Any
 
@@ -14,6 +14,8 @@ from csp_simulator.services import ServiceStore
 from csp_simulator.sessions import Sessions
 
 SERVICES_PATH = "/api/universalinfra/v1/universalservices"
+HOME_ACCOUNT = "00000000-0000-4000-8000-000000000001"
+"""External id of the user's own account, which is not in the listing."""
 
 
 class NiosxaasApi:
@@ -36,6 +38,7 @@ class NiosxaasApi:
         return [
             Route("/v2/session/users/sign_in", self.sign_in, methods=["POST"]),
             Route("/v2/session/account_switch", self.switch_account, methods=["POST"]),
+            Route("/v2/current_user", self.show_current_user, methods=["GET"]),
             Route(SERVICES_PATH, self.list_services, methods=["GET"]),
             Route(SERVICES_PATH + "/{service_id}", self.delete_service, methods=["DELETE"]),
         ]
@@ -56,9 +59,18 @@ class NiosxaasApi:
         def switch() -> Response:
             if external_id is None or not self._accounts.has_active_sandbox(external_id):
                 return build_error(404, "account not found")
-            return JSONResponse({"jwt": self._sessions.switch_account(jwt, external_id, self._lifetime_sec)})
+            has_no_effect = self._faults.settings["account_switch_without_effect"]
+            account = self._sessions.get_account(jwt) if has_no_effect else external_id
+            return JSONResponse({"jwt": self._sessions.switch_account(jwt, account, self._lifetime_sec)})
 
         return await self._faults.respond("account_switch", switch)
+
+    async def show_current_user(self, request: Request) -> Response:
+        if (jwt := self._extract_valid_jwt(request)) is None:
+            return UNAUTHORIZED
+        account = self._sessions.get_account(jwt) or HOME_ACCOUNT
+        user = {"email": self._credentials[0], "account_id": f"identity/accounts/{account}"}
+        return await self._faults.respond("current_user", lambda: JSONResponse({"result": user}))
 
     async def list_services(self, request: Request) -> Response:
         if (jwt := self._extract_valid_jwt(request)) is None:

@@ -28,8 +28,8 @@ class Sessions:
         self._accounts[session] = None
         return self._issue_jwt(session, lifetime_sec)
 
-    def switch_account(self, jwt: str, external_id: str, lifetime_sec: float) -> str:
-        """Switch the session of a valid JWT to the account and return a new JWT."""
+    def switch_account(self, jwt: str, external_id: str | None, lifetime_sec: float) -> str:
+        """Switch the session of a valid JWT to the account (None: the user's own) and return a new JWT."""
         session = str(self._read_claims(jwt)["session"])
         self._accounts[session] = external_id
         return self._issue_jwt(session, lifetime_sec)

@@ -9,12 +9,13 @@ OPERATIONS = {
     "delete": "deletes",
     "sign_in": "sign_ins",
     "account_switch": "account_switches",
+    "current_user": "current_users",
     "service_listing": "service_listings",
     "service_delete": "service_deletes",
 }
 """Operations of the APIs, each with the plural for its `fail_next_…` switch."""
 
-HANG, CUT = "hang", "cut"
+HANG, CUT, BOMB, FLOOD, DRIP = SPECIAL_STATUSES = "hang", "cut", "bomb", "flood", "drip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def is_count(value: object) -> TypeGuard[int]:
 
 def _is_status(value: object) -> bool:
     # 200 simulates a proxy that answers with its own page, or a server that reports success without an effect.
-    return value in (HANG, CUT) or (isinstance(value, int) and (value == 200 or is_number(value, 400, 599)))
+    return value in SPECIAL_STATUSES or (isinstance(value, int) and (value == 200 or is_number(value, 400, 599)))
 
 
 def _is_status_or_list(value: object) -> bool:
@@ -64,10 +65,13 @@ PER_OPERATION: Mapping[str, Switch] = {
     "{operation}_error_rate": _fraction_switch(0.0, "probability of a failure"),
     "{operation}_error_status": Switch(
         500,
-        f'must be 200, an error status from 400 to 599, "{HANG}", "{CUT}", or a list of these',
+        f'must be 200, an error status from 400 to 599, "{HANG}", "{CUT}", "{BOMB}", "{FLOOD}", "{DRIP}", or a list'
+        " of these",
         _is_status_or_list,
-        f'kind of failure; "{HANG}" never answers, "{CUT}" closes the connection in the middle of the response;'
-        " from a list, one is chosen at random",
+        f'kind of failure; "{HANG}" never answers, "{CUT}" closes the connection in the middle of the response,'
+        f' "{BOMB}" answers 200 with 255 KiB of gzip that decode to 256 MiB, "{FLOOD}" and "{DRIP}" answer 200 with'
+        " an endless body, as fast as the client reads or one byte every 50 ms; from a list, one is chosen at"
+        " random",
     ),
     "{operation}_error_html": _flag_switch("failures have an HTML body instead of JSON"),
     "fail_next_{plural}": _count_switch("number of next calls to fail, regardless of the rate; counts down"),
@@ -93,6 +97,9 @@ COMMON: Mapping[str, Switch] = {
         "must be seconds from 0 to 3600, or null",
         lambda value: value is None or is_number(value, 0, 3600),
         "value of Retry-After in failures with status 429 or 503",
+    ),
+    "account_switch_without_effect": _flag_switch(
+        "answer account switches with success, but leave the session in its account"
     ),
     "reject_tokens": _flag_switch("answer 401 to every token and JWT, as after a rotation"),
     "jwt_lifetime_sec": _seconds_switch("lifetime of a JWT", default=3600.0),

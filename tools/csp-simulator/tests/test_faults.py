@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import zlib
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any
@@ -219,6 +220,37 @@ async def test_hang_ends_when_the_client_disconnects() -> None:
         (call,) = await fetch_calls(csp)
         assert call["status"] is None
         assert call["duration_ms"] >= 150
+
+
+async def test_bomb_decodes_to_a_thousand_times_its_size_regardless_of_accept_encoding() -> None:
+    async with serve_and_connect(accounts=3) as csp:
+        await set_behaviour(csp, fail_next_listings=1, listing_error_status="bomb")
+        async with csp.stream("GET", LISTING, headers={"Accept-Encoding": "identity"}) as response:
+            sent = [chunk async for chunk in response.aiter_raw()]
+        assert (response.status_code, response.headers["Content-Encoding"]) == (200, "gzip")
+        decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        size = sum(len(decoder.decompress(chunk)) for chunk in sent)
+        assert (size, decoder.eof) == (256 * 1024 * 1024, True)
+        assert sum(map(len, sent)) < size / 1000
+
+
+@pytest.mark.parametrize(("status", "sufficient_bytes"), [("flood", 4 * 1024 * 1024), ("drip", 2)])
+async def test_endless_body_ends_when_the_client_disconnects(status: str, sufficient_bytes: int) -> None:
+    async with serve_and_connect(accounts=3) as csp:
+        await set_behaviour(csp, fail_next_listings=1, listing_error_status=status)
+        async with csp.stream("GET", LISTING) as response:
+            assert response.status_code == 200
+            received = 0
+            async for chunk in response.aiter_raw():
+                received += len(chunk)
+                if received >= sufficient_bytes:
+                    break
+
+        async def is_idle() -> bool:
+            return not await fetch_running_calls(csp)
+
+        await wait_until(is_idle)
+        assert [call["status"] for call in await fetch_calls(csp)] == [200]
 
 
 # Accounts

@@ -14,6 +14,7 @@ from .simulator_harness import connect_in_process, fetch_sandboxes, get_account_
 
 SIGN_IN = "/v2/session/users/sign_in"
 SWITCH = "/v2/session/account_switch"
+CURRENT_USER = "/v2/current_user"
 SERVICES = "/api/universalinfra/v1/universalservices"
 
 
@@ -77,6 +78,28 @@ async def test_session_starts_in_the_users_own_account(csp: httpx.AsyncClient) -
     assert await fetch_service_names(csp, await sign_in(csp)) == ["keep"]
 
 
+async def test_current_user_shows_the_account_of_the_jwt(csp: httpx.AsyncClient) -> None:
+    async def fetch_current_account(headers: dict[str, str]) -> object:
+        response = await csp.get(CURRENT_USER, headers=headers)
+        return response.raise_for_status().json()["result"]["account_id"]
+
+    first, second, _ = await fetch_sandboxes(csp)
+    headers = await sign_in(csp)
+    assert await fetch_current_account(headers) == "identity/accounts/00000000-0000-4000-8000-000000000001"
+    assert await fetch_current_account(await sign_in_and_switch(csp, first)) == first["id"]
+    assert await fetch_current_account(await sign_in_and_switch(csp, second)) == second["id"]
+
+
+async def test_switch_without_effect_stays_in_the_earlier_account(csp: httpx.AsyncClient) -> None:
+    first, second, _ = await fetch_sandboxes(csp)
+    await replace_services(csp, {get_external_id(first): ["a"], get_external_id(second): ["b"], "home": ["keep"]})
+    in_first = await sign_in_and_switch(csp, first)
+    await set_behaviour(csp, account_switch_without_effect=True)
+    headers = build_bearer_headers(await csp.post(SWITCH, headers=in_first, json={"id": second["id"]}))
+    assert await fetch_service_names(csp, headers) == ["a"]
+    assert await fetch_service_names(csp, await sign_in_and_switch(csp, second)) == ["keep"]
+
+
 @pytest.mark.parametrize(
     "body", [{}, {"email": DEFAULT_EMAIL, "password": "x"}, {"email": "x", "password": DEFAULT_PASSWORD}, []]
 )
@@ -90,7 +113,12 @@ async def test_altered_jwt_is_refused(csp: httpx.AsyncClient) -> None:
     header, payload, signature = jwt.split(".")
     bad = ["", "x", "a.b.c", f"{header}.{payload}.", f"{header}.{payload}x.{signature}", f"{jwt}x", jwt[:-2]]
     for headers in [{}, {"Authorization": jwt}, *({"Authorization": f"Bearer {wrong}"} for wrong in bad)]:
-        for method, path in (("POST", SWITCH), ("GET", SERVICES), ("DELETE", f"{SERVICES}/x")):
+        for method, path in (
+            ("POST", SWITCH),
+            ("GET", CURRENT_USER),
+            ("GET", SERVICES),
+            ("DELETE", f"{SERVICES}/x"),
+        ):
             response = await csp.request(method, path, headers={"Authorization": "", **headers})
             assert response.status_code == 401
     assert (await csp.get(SERVICES, headers={"Authorization": good})).status_code == 200
@@ -136,6 +164,7 @@ async def test_reject_tokens_applies_to_jwts_and_sign_in(csp: httpx.AsyncClient)
     [
         ("fail_next_sign_ins", "POST", SIGN_IN),
         ("fail_next_account_switches", "POST", SWITCH),
+        ("fail_next_current_users", "GET", CURRENT_USER),
         ("fail_next_service_listings", "GET", SERVICES),
         ("fail_next_service_deletes", "DELETE", f"{SERVICES}/x"),
     ],

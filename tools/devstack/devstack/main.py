@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devstack import database, infrastructure, pool, ports, processes, summary
+from devstack import database, infrastructure, local_tokens, pool, ports, processes, summary
 from devstack import settings as environment
 from devstack.errors import CannotRun
 from devstack.output import Terminal
@@ -45,7 +45,7 @@ def run(name: str, load: Callable[[], Settings], *, then: Then | None = None, ac
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     terminal = Terminal()
     try:
-        return asyncio.run(_run_until_stopped(load(), terminal, then, accounts))
+        return asyncio.run(_run_until_stopped(local_tokens.complete(load()), terminal, then, accounts))
     except CannotRun as reason:
         sys.stdout.flush()
         print(f"{name}: {reason}", file=sys.stderr)
@@ -79,6 +79,7 @@ async def _work(
     _check_ports(settings)
     settings.state_directory.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_only_run(settings))
+    local_tokens.write_brokerctl_file(settings)
     found_database, found_broker = await infrastructure.find(settings, terminal, stack)
     await infrastructure.take_over(found_broker, terminal)
     dependencies_ready = time.monotonic()
@@ -174,6 +175,8 @@ class Launcher:
             "DATABASE_URL": self.database_url,
             "AMQP_URL": self.amqp_url,
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
+            # On one machine the gateway's port is enough. An OPS_PORT in .env is for containers.
+            "OPS_PORT": "",
         }
 
 
@@ -222,7 +225,7 @@ def _check_ports(settings: Settings) -> None:
             continue
         if port in wanted:
             raise CannotRun(f"{wanted[port]} and {name} are both {port}; set one of them to another port")
-        if not ports.is_free(port):
+        if not all(ports.is_free(port, host=host) for host in settings.bind_hosts):
             raise CannotRun(f"port {port} is taken by another program; set {name} to a free one")
         wanted[port] = name
 

@@ -12,8 +12,9 @@ _HEAD = """\
 <!-- Made by `make docs` from the metrics that the services register. -->
 # Metrics
 
-`GET /metrics` of each service, for Prometheus: the gateway on its port, the allocator on 9101, the reaper on 9102,
-the csp-syncer on 9103. Beside these each has the `process_…` and `python_…` metrics of the Prometheus client.
+`GET /metrics` of each service, for Prometheus: the gateway on `OPS_PORT` if that is set and else on its port, the
+allocator on 9101, the reaper on 9102, the csp-syncer on 9103. Each also has the `process_…` and `python_…` metrics
+of the Prometheus client.
 
 No label has a value that a client can make up: endpoints are routes, methods and queues are known ones, outcomes
 are codes of [errors](errors.md) or states.

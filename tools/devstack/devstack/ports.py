@@ -26,14 +26,28 @@ def free_port() -> int:
 
 
 def is_free(port: int, *, host: str = "") -> bool:
-    """Whether a server could listen on the port now (on every interface, unless one is named)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    """Return whether a server could listen on the port now, on every IPv4 address or on `host`.
+
+    An IPv6 address that this machine does not have counts as free.
+    """
+    if ":" in host and not _has_ipv6():
+        return True
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As servers do: connections that are winding down do not count, a listener does.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError:
             return False
+    return True
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
     return True
 
 

@@ -23,18 +23,18 @@ PORTS = {
 }
 """Variable and default of every port that `make run` listens on."""
 
-TOKENS = {
-    "BROKER_API_TOKEN": "dev-track-token",
-    "BROKER_ADMIN_TOKEN": "dev-admin-token",
-    "CSP_API_TOKEN": "dev-csp-token",
+TOKENS = ("BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN", "CSP_API_TOKEN")
+
+POSTGRES_IMAGE = "postgres:17.11"
+RABBITMQ_IMAGE = "rabbitmq:4.3-management"
+
+_DEFAULTS = {
+    "BIND_HOST": "127.0.0.1,::1",  # a development broker is reached from this machine only
+    "DRAIN_SEC": "0",  # no proxy has to notice that the gateway stops
+    "LOG_FORMAT": "console",
+    "LOG_LEVEL": "INFO",
+    "PYTHONUNBUFFERED": "1",
 }
-"""Variable and development default of every token. Nothing else in the project has a default token."""
-
-POSTGRES_IMAGE = "postgres:17"
-RABBITMQ_IMAGE = "rabbitmq:4-management"
-
-# No proxy has to notice that the gateway stops.
-_DEFAULTS = {"LOG_FORMAT": "console", "LOG_LEVEL": "INFO", "PYTHONUNBUFFERED": "1", "DRAIN_SEC": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,9 @@ class Settings:
     """None: the simulator is ours."""
     ports: Mapping[str, int]
     tokens: Mapping[str, str]
-    default_tokens: frozenset[str]
-    """Those of the tokens that nobody set."""
+    """By variable. `local_tokens.complete` adds those that the user did not set."""
+    generated_tokens: frozenset[str]
+    """Variables of the tokens that the user did not set."""
     postgres_servers: tuple[str, ...]
     """URLs to try on this machine, without a database."""
     rabbitmq_server: str
@@ -70,6 +71,11 @@ class Settings:
         """One database per clone, and one more for the demo and each CSP that is not the simulator."""
         kind = "demo" if self.demo else "dev"
         return f"sandbox_broker_{kind}_{digest(str(self.root) + (self.csp_base_url or ''))}"
+
+    @property
+    def bind_hosts(self) -> tuple[str, ...]:
+        """Addresses that the services listen on; one empty text for all addresses."""
+        return tuple(part.strip() for part in self.environment["BIND_HOST"].split(","))
 
     @property
     def gateway_url(self) -> str:
@@ -99,6 +105,11 @@ def load(
     csp_base_url = value("CSP_BASE_URL")
     if csp_base_url is not None and value("CSP_API_TOKEN") is None:
         raise CannotRun("CSP_API_TOKEN is not set; the CSP at CSP_BASE_URL wants one")
+    bind_hosts = {part.strip() for part in merged["BIND_HOST"].split(",")}
+    if bind_hosts.isdisjoint({"", "127.0.0.1", "0.0.0.0"}):
+        raise CannotRun(
+            "BIND_HOST must be empty or hold 127.0.0.1, where `make run` asks the services if they are ready"
+        )
     rabbitmq_port = _port("RABBITMQ_NODE_PORT", value("RABBITMQ_NODE_PORT"), 5672)
     return Settings(
         root=root,
@@ -107,8 +118,8 @@ def load(
         amqp_url=value("AMQP_URL"),
         csp_base_url=csp_base_url,
         ports={name: _port(name, value(name), default) for name, default in PORTS.items()},
-        tokens={name: value(name) or default for name, default in TOKENS.items()},
-        default_tokens=frozenset(name for name in TOKENS if value(name) is None),
+        tokens={name: token for name in TOKENS if (token := value(name)) is not None},
+        generated_tokens=frozenset(name for name in TOKENS if value(name) is None),
         postgres_servers=_postgres_servers(value),
         rabbitmq_server=f"amqp://guest:guest@127.0.0.1:{rabbitmq_port}/",
         postgres_image=value("POSTGRES_IMAGE") or POSTGRES_IMAGE,

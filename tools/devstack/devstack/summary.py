@@ -20,6 +20,7 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     gateway = settings.gateway_url
     track_token = _token(settings, "BROKER_API_TOKEN")
     script = settings.root / "instruqt" / "instruqt_broker_allocation.py"
+    brokerctl = Path(sys.executable).with_name("brokerctl")
     yield ""
     yield f"Ready after {seconds:.1f} s ({set_up:.1f} s of it for PostgreSQL and RabbitMQ). {_pool(counts)}"
     yield ""
@@ -34,6 +35,8 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
         yield f"  CSP            {settings.csp_base_url}"
     yield f"  track token    {track_token}"
     yield f"  admin token    {_token(settings, 'BROKER_ADMIN_TOKEN')}"
+    if settings.generated_tokens & {"BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN"}:
+        yield "                 (random, kept in .devstack/tokens.env; `make clean` removes them)"
     yield ""
     yield "Lease a sandbox as a track does, from any folder:"
     yield ""
@@ -48,15 +51,20 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     yield "See how it is, as an operator does (docs/brokerctl.md):"
     yield ""
     yield f"  BROKER_API_URL={gateway}/v1 BROKER_ADMIN_TOKEN={_token(settings, 'BROKER_ADMIN_TOKEN')} \\"
-    yield f"    {Path(sys.executable).with_name('brokerctl')} status"
+    yield f"    {brokerctl} status"
+    if "BROKER_ADMIN_TOKEN" in settings.generated_tokens:
+        yield ""
+        yield "or, with the address and the token from .devstack/brokerctl.env:"
+        yield ""
+        yield f"  {brokerctl} status"
     yield ""
     yield "Ctrl-C stops everything."
     yield ""
 
 
 def _token(settings: Settings, name: str) -> str:
-    """A development default in full; one that somebody set is a secret, and named only."""
-    return settings.tokens[name] if name in settings.default_tokens else f"${name}"
+    """Return a generated token in full; a token that the user set is named only."""
+    return settings.tokens[name] if name in settings.generated_tokens else f"${name}"
 
 
 def _pool(counts: Mapping[str, Any] | None) -> str:

@@ -35,10 +35,20 @@ def test_an_empty_variable_counts_as_not_set_but_reaches_the_services(settings_f
     assert settings.environment["RATE_LIMIT"] == ""
 
 
-def test_only_tokens_that_nobody_set_are_known_to_all(settings_from: SettingsFrom) -> None:
+def test_only_tokens_that_the_user_did_not_set_are_generated(settings_from: SettingsFrom) -> None:
     settings = settings_from(BROKER_ADMIN_TOKEN="mine")
 
-    assert settings.default_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN"}
+    assert settings.generated_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN"}
+    assert settings.tokens == {"BROKER_ADMIN_TOKEN": "mine"}
+
+
+def test_services_listen_on_loopback_unless_the_user_says_otherwise(settings_from: SettingsFrom) -> None:
+    assert settings_from().environment["BIND_HOST"] == "127.0.0.1,::1"
+    assert settings_from().bind_hosts == ("127.0.0.1", "::1")
+    assert settings_from(BIND_HOST="").bind_hosts == ("",)
+    assert settings_from(BIND_HOST="127.0.0.1, 192.0.2.1").bind_hosts == ("127.0.0.1", "192.0.2.1")
+    with pytest.raises(CannotRun, match="BIND_HOST must be empty or hold 127"):
+        settings_from(BIND_HOST="192.0.2.1")
 
 
 def test_a_csp_of_the_user_needs_its_token(settings_from: SettingsFrom) -> None:

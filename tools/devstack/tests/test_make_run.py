@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from dotenv import dotenv_values
 
 from devstack import pool
 from devstack.errors import CannotRun
@@ -49,6 +50,7 @@ def serve(variable):
     signal.signal(signal.SIGTERM, stop)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ[variable])), Answers)
     print("pid", os.getpid(), "log format", os.environ["LOG_FORMAT"], flush=True)
+    print("bind host", os.environ["BIND_HOST"], flush=True)
     server.serve_forever()
 """
 # The stand-ins are for what it starts, not for what it imports.
@@ -138,7 +140,7 @@ def pids(run: Process) -> list[int]:
 
 
 async def test_it_starts_everything_fills_the_pool_and_says_where_it_is(
-    make_run: MakeRun, environ: dict[str, str]
+    make_run: MakeRun, environ: dict[str, str], tmp_path: Path
 ) -> None:
     run = await make_run()
     ready = await until_line(run, "Ready after")
@@ -149,8 +151,13 @@ async def test_it_starts_everything_fills_the_pool_and_says_where_it_is(
     for tag in ("migrate      │ up to date", "gateway      │ pid", "csp-simulator│ pid", "csp-syncer   │ pid"):
         assert tag in text
     assert f"http://127.0.0.1:{environ['GATEWAY_PORT']}/v1/docs" in text
-    assert "POST /v1/admin/sync?force=true Bearer dev-admin-token" in text
-    assert "BROKER_API_TOKEN=dev-track-token" in text
+    tokens = dotenv_values(tmp_path / ".devstack" / "tokens.env")
+    assert f"POST /v1/admin/sync?force=true Bearer {tokens['BROKER_ADMIN_TOKEN']}" in text
+    assert f"  track token    {tokens['BROKER_API_TOKEN']}" in text
+    assert f"  admin token    {tokens['BROKER_ADMIN_TOKEN']}" in text
+    assert f"BROKER_API_TOKEN={tokens['BROKER_API_TOKEN']} INSTRUQT_PARTICIPANT_ID" in text
+    assert f"BROKER_ADMIN_TOKEN={tokens['BROKER_ADMIN_TOKEN']} " in text
+    assert "bind host 127.0.0.1,::1" in text
     assert "log format console" in text
     run.send(signal.SIGINT)
     await run.wait()

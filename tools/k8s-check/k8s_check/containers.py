@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from k8s_check import programs
+from k8s_check import exposure, programs
 from k8s_check.manifests import (
     Manifest,
     PodTemplate,
@@ -17,7 +17,7 @@ from k8s_check.manifests import (
     select_kind,
 )
 from k8s_check.programs import Program
-from k8s_check.references import resolve_port
+from k8s_check.references import resolve_backend_ports, resolve_port
 from sandbox_broker.health import CHECK_TIMEOUT_SEC
 
 STOP_SEC = 30
@@ -106,18 +106,19 @@ def load_settings(program: Program, variables: Mapping[str, str | None]) -> tupl
 
 
 def _check_ports(program: Program, settings: BaseSettings, container: Mapping[str, Any]) -> Iterator[str]:
-    served = None if program.port is None else getattr(settings, program.port)
+    served = programs.list_ports(program, settings)
     declared = {port["containerPort"] for port in container.get("ports", [])}
-    for port in sorted(declared - {served}):
-        yield f"port {port} is declared, but the program serves {served}"
-    if served is not None and served not in declared:
-        yield f"port {served} is served, but not declared"
+    for port in sorted(declared - set(served)):
+        yield f"port {port} is declared, but the program serves {', '.join(map(str, served)) or 'no port'}"
+    for port in served:
+        if port not in declared:
+            yield f"port {port} is served, but not declared"
 
 
 def _check_probes(
     program: Program, settings: BaseSettings, pod: PodTemplate, container: Mapping[str, Any]
 ) -> Iterator[str]:
-    served_paths = programs.list_get_paths(program, settings)
+    served_paths = programs.map_get_paths(program, settings)
     for kind in _PROBES:
         probe = container.get(kind)
         if probe is None or "httpGet" not in probe:
@@ -126,8 +127,11 @@ def _check_probes(
         path, port = probe["httpGet"]["path"], probe["httpGet"]["port"]
         if path not in served_paths:
             yield f"{kind}: {path} is not served"
-        if resolve_port(pod, port) is None:
+        number = resolve_port(pod, port)
+        if number is None:
             yield f"{kind}: port {port} is not declared"
+        elif path in served_paths and served_paths[path] != number:
+            yield f"{kind}: {path} is served on port {served_paths[path]}, not on {number}"
         if kind == "readinessProbe" and path != "/readyz":
             yield f"{kind}: use /readyz, because it reports whether the service can work"
         if kind == "readinessProbe" and probe.get("timeoutSeconds", 1) <= CHECK_TIMEOUT_SEC:
@@ -137,27 +141,34 @@ def _check_probes(
 
 
 def _check_ingresses(manifests: Sequence[Manifest]) -> Iterator[str]:
+    paths_by_service: dict[str, dict[str, int]] = {}
     for ingress in select_kind(manifests, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
-                name = path["backend"]["service"]["name"]
-                served_paths = _list_paths_behind(manifests, name)
-                prefix = path["path"].rstrip("/")
-                if served_paths and not any(route.startswith(f"{prefix}/") for route in served_paths):
-                    yield f"{format_title(ingress)}: {name} serves no path below {path['path']}"
+                backend = path["backend"]["service"]
+                name = backend["name"]
+                if name not in paths_by_service:  # read once, because building an OpenAPI document is slow
+                    paths_by_service[name] = _map_paths_behind(manifests, name)
+                served_paths = paths_by_service[name]
+                ports = {port for route, port in served_paths.items() if exposure.is_path_match(path, route)}
+                if served_paths and not ports:
+                    yield f"{format_title(ingress)}: {name} serves no path for {path['path']} ({path['pathType']})"
+                for port in resolve_backend_ports(manifests, backend):
+                    if ports and port not in ports:
+                        yield f"{format_title(ingress)}: {name} does not serve {path['path']} on port {port}"
 
 
-def _list_paths_behind(manifests: Sequence[Manifest], service_name: str) -> set[str]:
-    """List the GET paths of all programs behind a Kubernetes Service."""
+def _map_paths_behind(manifests: Sequence[Manifest], service_name: str) -> dict[str, int]:
+    """Return the port of each path of the programs behind a Kubernetes Service."""
     service = find_manifest(manifests, "Service", service_name)
     if service is None:
-        return set()
-    served_paths: set[str] = set()
+        return {}
+    served_paths: dict[str, int] = {}
     for pod in list_pod_templates(manifests):
         if is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels):
             for container in pod.containers:
                 program = programs.find_program(container)
                 if program is not None:
                     settings, _ = load_settings(program, read_environment(manifests, container)[0])
-                    served_paths |= programs.list_get_paths(program, settings) if settings is not None else set()
+                    served_paths |= programs.map_paths(program, settings) if settings is not None else {}
     return served_paths

@@ -8,6 +8,7 @@ from pathlib import Path
 from k8s_check import (
     containers,
     crds,
+    exposure,
     monitoring,
     network_policies,
     pod_security,
@@ -65,5 +66,6 @@ def find_problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
     yield from references.find_problems(manifests)
     yield from containers.find_problems(manifests)
     yield from network_policies.find_problems(manifests)
+    yield from exposure.find_problems(manifests)
     yield from rabbitmq_users.find_problems(manifests, deploy)
     yield from monitoring.find_problems(manifests, deploy)

@@ -19,7 +19,7 @@ from k8s_check.manifests import (
     select_kind,
 )
 
-JOB, PORT_NAME = "sandbox-broker", "http"
+JOB, PORT_NAME = "sandbox-broker", "ops"
 
 _HEAD = f"""\
 # Generated from deploy/prometheus/alerts.yml by make docs.

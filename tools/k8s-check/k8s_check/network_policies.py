@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from k8s_check import programs
-from k8s_check.manifests import Manifest, PodTemplate, is_selector_match, list_pod_templates, select_kind
+from k8s_check import monitoring, programs
+from k8s_check.manifests import (
+    Manifest,
+    PodTemplate,
+    find_manifest,
+    is_selector_match,
+    list_pod_templates,
+    select_kind,
+)
+from k8s_check.references import resolve_backend_ports, resolve_port
 
 POSTGRES, RABBITMQ, CSP = "PostgreSQL", "RabbitMQ", "CSP"
 INGRESS, MONITORING, DNS = "the ingress controller", "Prometheus", "DNS"
@@ -114,27 +122,25 @@ def _list_needed_connections(manifests: Sequence[Manifest], pods: Sequence[PodTe
             for setting, (target, port) in SERVER_BY_SETTING.items():
                 if setting in program.fields:
                     yield Connection(pod.name, target, port)
-        for container in pod.containers:
-            for port in container.get("ports", []):
-                yield Connection(MONITORING, pod.name, port["containerPort"])
+        if (metrics_port := resolve_port(pod, monitoring.PORT_NAME)) is not None:
+            yield Connection(MONITORING, pod.name, metrics_port)
     for name, port in _list_ingress_backends(manifests, pods):
         yield Connection(INGRESS, name, port)
 
 
 def _list_ingress_backends(manifests: Sequence[Manifest], pods: Sequence[PodTemplate]) -> Iterator[tuple[str, int]]:
-    """Yield name and port of every pod behind an Ingress."""
-    backends = {
-        path["backend"]["service"]["name"]
+    """Yield the name of every pod behind an Ingress, with each port that the Ingress forwards to."""
+    backends = [
+        path["backend"]["service"]
         for ingress in select_kind(manifests, "Ingress")
         for rule in ingress["spec"]["rules"]
         for path in rule["http"]["paths"]
-    }
-    for service, pod in product(select_kind(manifests, "Service"), pods):
-        selected = is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels)
-        if service["metadata"]["name"] in backends and selected:
-            for container in pod.containers:
-                for port in container.get("ports", []):
-                    yield pod.name, port["containerPort"]
+    ]
+    for backend, pod in product(backends, pods):
+        service = find_manifest(manifests, "Service", backend["name"])
+        if service is not None and is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels):
+            for port in resolve_backend_ports(manifests, backend):
+                yield pod.name, port
 
 
 def _list_allowed_connections(manifests: Sequence[Manifest], endpoints: Sequence[Endpoint]) -> Iterator[Connection]:

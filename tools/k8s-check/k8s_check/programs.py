@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -16,7 +17,7 @@ import gateway.main
 import gateway.settings
 import reaper.main
 import reaper.settings
-from sandbox_broker import declare, migrate
+from sandbox_broker import declare, health, migrate
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Program:
     """Application of a service. Other programs end by themselves and serve no requests."""
     port: str | None = None
     """Settings field that holds the port."""
+    ops_port: str | None = None
+    """Settings field with a separate port for /healthz, /readyz and /metrics. The field may be unset."""
 
     @property
     def fields(self) -> set[str]:
@@ -37,7 +40,7 @@ class Program:
 
 
 SERVICES: Mapping[str, Program] = {
-    "gateway": Program(gateway.settings.Settings, gateway.main.create_app, "gateway_port"),
+    "gateway": Program(gateway.settings.Settings, gateway.main.create_app, "gateway_port", "ops_port"),
     "allocator": Program(allocator.settings.Settings, allocator.main.create_app, "allocator_port"),
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
@@ -62,9 +65,13 @@ SECRET_SETTINGS = frozenset(
 )
 """Settings with a password or a token. A test compares them with the types of the settings."""
 
+OPS_PATHS = frozenset(route.path for route in health.routes({}))
+
 PLACEHOLDERS: Mapping[str, str] = {
     "amqp_url": "amqp://placeholder:placeholder@rabbitmq/",
     "database_url": "postgresql://placeholder:placeholder@postgres/sandbox_broker",
+    "broker_api_token": "placeholder-of-the-track-token",
+    "broker_admin_token": "placeholder-of-the-admin-token",
 }
 """Valid values for settings whose real value exists only in the cluster."""
 
@@ -89,9 +96,28 @@ def find_program(container: Mapping[str, Any]) -> Program | None:
     return COMMANDS[module]
 
 
-def list_get_paths(program: Program, settings: BaseSettings) -> set[str]:
-    """List the paths of the GET routes."""
-    if program.create_app is None:
-        return set()
-    routes = program.create_app(settings).routes
-    return {route.path for route in routes if isinstance(route, Route) and "GET" in (route.methods or ())}
+def list_ports(program: Program, settings: BaseSettings) -> list[int]:
+    """List the ports that the program listens on: its main port, then its ops port."""
+    values = [getattr(settings, name) for name in (program.port, program.ops_port) if name is not None]
+    return [value for value in values if value is not None]
+
+
+def map_get_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """Return the port of each GET route, by path."""
+    if program.create_app is None or program.port is None:
+        return {}
+    ports = list_ports(program, settings)
+    return {
+        route.path: ports[-1] if route.path in OPS_PATHS else ports[0]
+        for route in program.create_app(settings).routes
+        if isinstance(route, Route) and "GET" in (route.methods or ())
+    }
+
+
+def map_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """Return the port of each route of any method, by path."""
+    if program.create_app is None or program.port is None:
+        return {}
+    app = program.create_app(settings)
+    api_paths = app.openapi()["paths"] if isinstance(app, FastAPI) else {}
+    return dict.fromkeys(api_paths, list_ports(program, settings)[0]) | map_get_paths(program, settings)

@@ -70,6 +70,22 @@ def resolve_port(pod: PodTemplate, target: int | str) -> int | None:
     return None
 
 
+def resolve_backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> set[int]:
+    """Return the container ports behind the backend of an Ingress, given its name and port."""
+    service = find_manifest(manifests, "Service", backend["name"])
+    if service is None:
+        return set()
+    wanted = set(backend["port"].values())
+    return {
+        number
+        for port in service["spec"]["ports"]
+        if wanted & {port.get("name"), port["port"]}
+        for pod in list_pod_templates(manifests)
+        if is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        if (number := resolve_port(pod, port.get("targetPort", port["port"]))) is not None
+    }
+
+
 def _check_ingress(manifests: Sequence[Manifest], ingress: Manifest) -> Iterator[str]:
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:

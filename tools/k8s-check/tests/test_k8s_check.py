@@ -31,13 +31,13 @@ def test_our_overlays_have_no_problems(capsys: pytest.CaptureFixture[str]) -> No
             DEPLOYMENT,
             "containerPort: 8080",
             "containerPort: 8081",
-            "Deployment gateway, container gateway: port 8081 is declared, but the program serves 8080",
+            "Deployment gateway, container gateway: port 8081 is declared, but the program serves 8080, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
             "GATEWAY_PORT=8080",
             "GATEWAY_PORT=8081",
-            "Deployment gateway, container gateway: port 8080 is declared, but the program serves 8081",
+            "Deployment gateway, container gateway: port 8080 is declared, but the program serves 8081, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
@@ -58,6 +58,42 @@ def test_our_overlays_have_no_problems(capsys: pytest.CaptureFixture[str]) -> No
             "Deployment gateway, container gateway: readinessProbe: /ready is not served",
         ),
         (
+            "k8s/base/gateway/kustomization.yaml",
+            "      - OPS_PORT=9100\n",
+            "",
+            "Deployment gateway, container gateway: port 9100 is declared, but the program serves 8080",
+        ),
+        (
+            "k8s/base/gateway/kustomization.yaml",
+            "OPS_PORT=9100",
+            "OPS_PORT=8080",
+            "Deployment gateway, container gateway: OPS_PORT: Value error, must differ from GATEWAY_PORT",
+        ),
+        (
+            DEPLOYMENT,
+            "livenessProbe:\n            httpGet: {path: /healthz, port: ops}",
+            "livenessProbe:\n            httpGet: {path: /healthz, port: http}",
+            "Deployment gateway, container gateway: livenessProbe: /healthz is served on port 9100, not on 8080",
+        ),
+        (
+            "k8s/overlays/prod/kustomization.yaml",
+            "name: http",
+            "name: ops",
+            "Ingress gateway: gateway does not serve /v1 on port 9100",
+        ),
+        (
+            "k8s/base/gateway/networkpolicy.yaml",
+            "port: 9100}",
+            "port: 8080}",
+            "NetworkPolicy: Prometheus to gateway, port 9100 is needed, but not allowed",
+        ),
+        (
+            "k8s/base/gateway/networkpolicy.yaml",
+            "ports:\n        - {protocol: TCP, port: 8080}",
+            "ports:\n        - {protocol: TCP, port: 8080}\n        - {protocol: TCP, port: 9100}",
+            "NetworkPolicy: the ingress controller to gateway, port 9100 is allowed, but the code does not need it",
+        ),
+        (
             POLICY,
             "port: 443}",
             "port: 8443}",
@@ -68,6 +104,24 @@ def test_our_overlays_have_no_problems(capsys: pytest.CaptureFixture[str]) -> No
             "app.kubernetes.io/name: rabbitmq",
             "app.kubernetes.io/name: gateway",
             "NetworkPolicy: reaper to RabbitMQ, port 5672 is needed, but not allowed",
+        ),
+        (
+            "k8s/components/admin-ingress/kustomization.yaml",
+            "path: /v1/allocate",
+            "path: /v1/alocate",
+            "prod-separate-admin: Ingress gateway: gateway serves no path for /v1/alocate (Exact)",
+        ),
+        (
+            "k8s/components/admin-ingress/kustomization.yaml",
+            "path: /v1/sandboxes",
+            "path: /v1",
+            "Ingress gateway: publishes the admin API without the allow-list of Ingress gateway-admin",
+        ),
+        (
+            "k8s/components/admin-ingress/ingress.yaml",
+            "path: /v1",
+            "path: /",
+            "prod-separate-admin: Ingress gateway-admin: /metrics must stay inside the cluster",
         ),
         (
             "k8s/base/gateway/horizontalpodautoscaler.yaml",
@@ -83,6 +137,12 @@ def test_our_overlays_have_no_problems(capsys: pytest.CaptureFixture[str]) -> No
         ),
         (
             "k8s/components/prometheus-operator/podmonitor.yaml",
+            "port: ops",
+            "port: http",
+            "Deployment gateway: no PodMonitor scrapes it as job sandbox-broker",
+        ),
+        (
+            "k8s/components/prometheus-operator/podmonitor.yaml",
             "jobLabel: app.kubernetes.io/part-of",
             "jobLabel: app.kubernetes.io/name",
             "Deployment gateway: no PodMonitor scrapes it as job sandbox-broker",
@@ -95,6 +155,8 @@ def test_mistake_in_a_file_is_reported(
     if "horizontal" in file:  # the keda component removes this manifest
         overlay = deploy / "k8s/overlays/prod/kustomization.yaml"
         overlay.write_text(overlay.read_text().replace("  - ../../components/keda\n", ""))
+    if "admin-ingress" not in file:
+        shutil.rmtree(deploy / "k8s/overlays/prod-separate-admin")
     path = deploy / file
     assert original in path.read_text()
     path.write_text(path.read_text().replace(original, mistake, 1))

@@ -132,11 +132,11 @@ def test_invalid_setting_is_reported(manifests: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("kind", "probe", "message"),
     [
-        ("livenessProbe", {"httpGet": {"path": "/readyz", "port": "http"}}, "use /healthz"),
+        ("livenessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "use /healthz"),
         ("livenessProbe", {"httpGet": {"path": "/healthz", "port": "web"}}, "port web is not declared"),
         ("livenessProbe", {"exec": {"command": ["true"]}}, "has no livenessProbe over HTTP"),
-        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "http"}}, "use /readyz"),
-        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "http"}}, "may take 2 s"),
+        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "ops"}}, "use /readyz"),
+        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "may take 2 s"),
     ],
 )
 def test_useless_probe_is_reported(manifests: list[Any], kind: str, probe: dict[str, Any], message: str) -> None:
@@ -166,7 +166,9 @@ def test_ingress_path_without_a_route_is_reported(manifests: list[Any]) -> None:
     path = find_manifest(manifests, "Ingress", "gateway")["spec"]["rules"][0]["http"]["paths"][0]
     path["path"] = "/v2"
 
-    assert any("gateway serves no path below /v2" in problem for problem in containers.find_problems(manifests))
+    problems = list(containers.find_problems(manifests))
+
+    assert any("gateway serves no path for /v2 (Prefix)" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(

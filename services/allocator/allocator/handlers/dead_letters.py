@@ -11,7 +11,7 @@ from sandbox_broker.messages import DropDeadLetter, ReplayDeadLetter, Reply
 log = structlog.get_logger()
 
 REPLAYABLE = frozenset(binding.queue.name for binding in topology.BINDINGS if binding.exchange is topology.COMMANDS)
-"""Queues of commands, and no other: what a letter says of its queue, whoever sent it can have made up."""
+"""Queues of commands only, because the sender of a letter can invent the queue in its headers."""
 
 
 async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply:
@@ -22,6 +22,8 @@ async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply
         return domain.no_such_dead_letter(command.dead_letter_id)
     if letter.queue not in REPLAYABLE:
         return domain.not_replayable(letter.queue)
+    if not dead_letters.has_replayable(letter):
+        return domain.sent_by_service_only()
     served = await dead_letters.served(writer.connection, writer.epoch, letter)
     body, skipped = dead_letters.without_allocations(letter.body, served)
     if body is not None:

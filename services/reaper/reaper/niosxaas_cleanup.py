@@ -1,4 +1,4 @@
-"""What runs inside a used sandbox is removed before its account is deleted: off by default."""
+"""Removal of the NIOSXaaS services inside a used sandbox, before its account is deleted. Off by default."""
 
 import structlog
 
@@ -9,13 +9,13 @@ from sandbox_broker.messages import DueDeletion
 from sandbox_broker.niosxaas import NiosxaasClient
 
 TIMEOUT_SEC = 30.0
-"""For one account."""
+"""Time limit per account."""
 
 log = structlog.get_logger()
 
 
-def client(settings: Settings) -> NiosxaasClient | None:
-    """None: the services are left to CSP."""
+def build_client(settings: Settings) -> NiosxaasClient | None:
+    """Return None when NIOSXAAS_ENABLED is off; CSP then removes the services with the account."""
     if not settings.niosxaas_enabled:
         return None
     return NiosxaasClient(
@@ -29,7 +29,11 @@ def client(settings: Settings) -> NiosxaasClient | None:
 
 
 async def remove_services(niosxaas: NiosxaasClient, deletion: DueDeletion) -> str | None:
-    """Returns what went wrong: the deletion goes on all the same."""
+    """Remove the services inside the account of `deletion`. Return the problem, or None.
+
+    The client first proves that its session is in that account, and otherwise removes none. The account is deleted
+    in both cases.
+    """
     try:
         cleaned = await niosxaas.clean_account(deletion.external_id)
     except CspError as error:

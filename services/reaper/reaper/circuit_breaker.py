@@ -1,4 +1,4 @@
-"""Leaves alone for a while what keeps failing."""
+"""Circuit breaker: stop calling a service that keeps failing, then try it with one call."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -7,14 +7,14 @@ from enum import IntEnum
 class State(IntEnum):
     CLOSED = 0
     HALF_OPEN = 1
-    """One call may find out whether it works again."""
+    """One call may find out whether the service works again."""
     OPEN = 2
 
 
 @dataclass(slots=True)
-class Circuit:
-    """Opens after `threshold` failures in a row, for `timeout_sec`; then it is half open, until a success closes
-    it or a failure opens it again. Time is whatever clock the caller gives, in seconds."""
+class CircuitBreaker:
+    """Opens for `timeout_sec` after `threshold` failures in a row. Afterwards it is half open until the next call:
+    a success closes it, a failure opens it again. The caller passes the time, in seconds of any one clock."""
 
     threshold: int
     timeout_sec: float
@@ -26,14 +26,15 @@ class Circuit:
             return State.CLOSED
         return State.OPEN if now < self._open_until else State.HALF_OPEN
 
-    def half_open_in_sec(self, now: float) -> float:
+    def seconds_until_half_open(self, now: float) -> float:
         return 0 if self._open_until is None else max(0, self._open_until - now)
 
-    def succeeded(self, now: float) -> None:
-        if self.state(now) is not State.OPEN:  # else it was asked before the circuit opened
+    def record_success(self, now: float) -> None:
+        # A success while open belongs to a call that began before the breaker opened.
+        if self.state(now) is not State.OPEN:
             self._failures, self._open_until = 0, None
 
-    def failed(self, now: float) -> None:
+    def record_failure(self, now: float) -> None:
         self._failures += 1
         state = self.state(now)
         if state is State.HALF_OPEN or (state is State.CLOSED and self._failures >= self.threshold):

@@ -1,13 +1,13 @@
-"""When the reaper works: on its ticks, as soon as an event tells of a release, and when an administrator asks."""
+"""Starts of a clean-up run: by tick, by event, and by an administrator's command."""
 
+import asyncio
 from datetime import UTC, datetime
 
 import orjson
 from aio_pika.abc import AbstractConnection
 
+from reaper.admin_jobs import AdminJobs
 from reaper.cleanup import CleanUp
-from reaper.handlers import clean_up_now
-from reaper.jobs import Jobs
 from sandbox_broker import topology
 from sandbox_broker.bus import Publisher, Subscription
 from sandbox_broker.messages import CleanUpNow, Command, Reply
@@ -17,34 +17,43 @@ from sandbox_broker.serving import serve
 PREFETCH = 200
 
 
-class Schedule:
-    def __init__(self, cleanup: CleanUp, jobs: Jobs, publisher: Publisher) -> None:
+class Triggers:
+    def __init__(self, cleanup: CleanUp, jobs: AdminJobs, publisher: Publisher) -> None:
         self._cleanup = cleanup
         self._jobs = jobs
         self._publisher = publisher
 
-    async def cleanup_tick(self) -> None:
+    async def handle_tick(self) -> None:
         self._cleanup.wake()
 
-    async def events(self, connection: AbstractConnection) -> None:
-        """An event only wakes; what is due is asked of the allocator, so a lost or repeated one is harmless."""
+    async def consume_events(self, connection: AbstractConnection) -> None:
+        """Wake the clean-up run for each released sandbox, until the connection is lost. The run asks the allocator
+        for due deletions, so a lost or repeated event does no harm."""
         subscription = await Subscription.open(connection, topology.REAPER_EVENTS, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
             self._cleanup.wake()
             _observe_wait(deliveries[0].body)
             await subscription.ack(deliveries[-1], all_before=True)
 
-    async def commands(self, connection: AbstractConnection) -> None:
+    async def consume_commands(self, connection: AbstractConnection) -> None:
+        """Handle commands until the connection is lost."""
+
         async def handle(command: Command) -> Reply | None:
             if isinstance(command, CleanUpNow):
-                return await clean_up_now(self._cleanup, self._jobs, command)
+                return await self._clean_up_now(command)
             return None
 
         await serve(connection, topology.REAPER_COMMANDS, self._publisher, handle)
 
+    async def _clean_up_now(self, command: CleanUpNow) -> Reply:
+        """Join the current clean-up run, or start one, and wait for its end."""
+        reply = self._jobs.join(command.job_id, command.request_id)
+        self._cleanup.wake()
+        return await asyncio.shield(reply)
+
 
 def _observe_wait(body: bytes) -> None:
-    """An event is as old as what it tells of; the way through the outbox counts."""
+    """Observe the age of an event, counted from the change that it reports: its time in the outbox is included."""
     try:
         happened_at = datetime.fromisoformat(orjson.loads(body)["time"])
     except (ValueError, KeyError, TypeError):

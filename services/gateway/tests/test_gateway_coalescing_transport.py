@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.joining import JoiningTransport
+from gateway.uvicorn_protocol import CoalescingTransport
 
 from .gateway_harness import until
 
@@ -33,7 +33,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 async def transport(recorder: Recorder) -> Any:
-    return JoiningTransport(recorder, asyncio.get_running_loop())  # type: ignore[arg-type]
+    return CoalescingTransport(recorder, asyncio.get_running_loop())  # type: ignore[arg-type]
 
 
 async def test_two_pieces_that_are_written_at_once_are_sent_as_one(transport: Any, recorder: Recorder) -> None:

@@ -12,7 +12,9 @@ from fastapi import FastAPI
 
 from csp_simulator.testing import serving
 from devstack.wire import GET_HEALTH, connected
-from gateway import clients, replies
+from gateway import replies
+from gateway.connection_limit import ConnectionLimit
+from gateway.uvicorn_protocol import build_protocol
 
 from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
 
@@ -28,7 +30,7 @@ ALLOCATE = (
 
 @asynccontextmanager
 async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
-    protocol = clients.protocol(patience_sec)
+    protocol = build_protocol(patience_sec, None)
     async with serving(app, http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url, asyncio.timeout(60):
         yield url
 
@@ -45,7 +47,7 @@ async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nha",
         b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
         GET_HEALTH + b"GET /heal",
-        GET_HEALTH + GET_HEALTH + b"POST /healthz HTTP/1.1\r\nContent-Length: 1\r\n\r\n",
+        GET_HEALTH + GET_HEALTH + b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n",
     ],
 )
 async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
@@ -113,7 +115,7 @@ async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is
 
 
 async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_for_ever() -> None:
-    protocol = clients.protocol(SHORT_SEC)
+    protocol = build_protocol(SHORT_SEC, None)
     async with (
         serving(create_app_without_servers(), http=protocol, timeout_keep_alive=1) as url,
         asyncio.timeout(60),
@@ -138,17 +140,54 @@ async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> No
             assert (await other.response())[0] == 200
 
 
-async def test_a_head_without_an_end_is_cut_off_by_its_size_however_quick_it_comes() -> None:
-    before = sample("broker_slow_clients_total", reason="request_too_large")
+async def test_a_head_without_an_end_is_refused_by_its_size() -> None:
     async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
         client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
+        client.writer.write(b"GET /healthz HTTP/1.1\r\n" + b"X-More: and more\r\n" * 2000)
+        status, body = await client.response()
+        assert (status, body["detail"]["code"]) == (431, "HEADERS_TOO_LARGE")
+        assert b"x-content-type-options: nosniff" in client.head
+        assert body["detail"]["request_id"].encode() in client.head
+        assert await client.cut_off() == b""
+
+
+async def test_a_body_without_an_end_is_cut_by_its_size() -> None:
+    before = sample("broker_slow_clients_total", reason="request_too_large")
+    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
         with contextlib.suppress(ConnectionError):
-            client.writer.write(b"GET /healthz HTTP/1.1\r\n")
+            client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n")
             while True:
-                client.writer.write(b"X-More: and more\r\n" * 100)
+                client.writer.write(b"1;%b\r\nx\r\n" % (b"y" * 10_000))
                 await client.writer.drain()
     assert sample("broker_slow_clients_total", reason="request_too_large") == before + 1
+
+
+async def test_connections_of_one_address_are_limited() -> None:
+    before = sample("broker_slow_clients_total", reason="too_many_connections")
+    protocol = build_protocol(FOR_EVER_SEC, ConnectionLimit(3, []))
+    async with (
+        serving(create_app_without_servers(), http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url,
+        asyncio.timeout(60),
+        connected(url) as first,
+        connected(url) as second,
+        connected(url) as third,
+    ):
+        for client in (first, second, third):
+            await client.send(GET_HEALTH)
+            assert (await client.response())[0] == 200
+        async with connected(url) as fourth:
+            status, body = await fourth.response()
+            assert (status, body["detail"]["code"]) == (429, "RATE_LIMITED")
+            assert b"retry-after: 5" in fourth.head
+            assert await fourth.cut_off() == b""
+        assert sample("broker_slow_clients_total", reason="too_many_connections") == before + 1
+        first.writer.transport.abort()
+        while True:  # the server notices the end of the first connection a moment later
+            async with connected(url) as fifth:
+                await fifth.send(GET_HEALTH)
+                if (await fifth.response())[0] == 200:
+                    break
 
 
 @pytest.mark.parametrize("size", [1, 16])

@@ -1,9 +1,9 @@
-"""When the csp-syncer syncs: when a command asks for it, and on its ticks."""
+"""Starts of a sync: by command and by tick."""
 
 import structlog
 from aio_pika.abc import AbstractConnection
 
-from csp_syncer.handlers import Syncer
+from csp_syncer.syncer import Syncer
 from sandbox_broker import story, topology, tracing
 from sandbox_broker.bus import Disconnected, Publisher, Unroutable
 from sandbox_broker.messages import Command, Reply, SyncPool, encode_commands
@@ -12,24 +12,29 @@ from sandbox_broker.serving import serve
 log = structlog.get_logger()
 
 
-async def tick(publisher: Publisher) -> None:
-    """Becomes a command. So all syncs run where the commands are consumed, by one replica, and a tick joins the
-    sync that an administrator has started as well as the other way round."""
+async def send_sync_command(publisher: Publisher) -> None:
+    """Handle a tick: send SyncPool to this service's own queue. All syncs then run in the one replica that consumes
+    the queue, and a tick and an administrator's sync join each other."""
     command = SyncPool(request_id=story.request_id() or "tick", traceparent=tracing.traceparent())
     body = encode_commands([command])
-    await publisher.wait_connected()  # the first tick may come before; the next is a whole period away
+    # The first tick can come before the connection. Waiting saves a whole period.
+    await publisher.wait_connected()
     try:
-        await publisher.publish(topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, body)
+        await publisher.publish(topology.COMMANDS_FROM_SYNCER.name, topology.SYNCER_COMMANDS.name, body)
     except (Disconnected, Unroutable) as error:
         log.warning("sync.postponed", error=str(error))
 
 
-class Schedule:
+class CommandConsumer:
+    """Consumes the csp-syncer's command queue."""
+
     def __init__(self, publisher: Publisher, syncer: Syncer) -> None:
         self._publisher = publisher
         self._syncer = syncer
 
-    async def commands(self, connection: AbstractConnection) -> None:
+    async def consume(self, connection: AbstractConnection) -> None:
+        """Handle commands until the connection is lost."""
+
         async def handle(command: Command) -> Reply | None:
             if isinstance(command, SyncPool):
                 return await self._syncer.sync_pool(force=command.force, job_id=command.job_id)

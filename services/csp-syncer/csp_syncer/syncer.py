@@ -1,0 +1,187 @@
+"""Sync: fetch CSP's listing, stage it with the allocator in batches, and have the allocator apply it."""
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import structlog
+
+from csp_syncer import metrics
+from csp_syncer.asking import CommandRefused, request_reply
+from csp_syncer.chunking import split_listing
+from csp_syncer.settings import Settings
+from sandbox_broker import story
+from sandbox_broker.bus import Requester
+from sandbox_broker.csp import CspClient, CspError, Listing
+from sandbox_broker.messages import (
+    ApplyListing,
+    BeginListing,
+    JobState,
+    ListingApplied,
+    ListingBegun,
+    PoolSynced,
+    RecordJob,
+    RefreshSandboxes,
+    Refused,
+    SandboxesRefreshed,
+)
+
+LISTING_TIMEOUT_SEC = 60.0
+APPLY_TIMEOUT_SEC = 90.0
+"""Applying takes a few statements. The allocator ends each of them after 30 s."""
+REFRESH_BATCH_SIZE = 500
+"""Sandboxes that one command renames. Their rows are locked for the time of that command."""
+JOB_REPORT_SEC = 5.0
+"""Period of progress reports to the job that waits for a sync."""
+JOB_REPORT_TIMEOUT_SEC = 5.0
+MAX_LOGGED_REASONS = 20
+"""Reasons for skipped records in one log line."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _RunningSync:
+    progress: dict[str, int] = field(default_factory=dict)
+    request_id: str | None = field(default_factory=story.request_id)
+    """The request that started this sync. Log lines and commands of the sync carry this id."""
+    task: asyncio.Task[PoolSynced | Refused] = field(init=False)
+
+
+class Syncer:
+    """Runs one sync at a time. A request during a sync joins it."""
+
+    def __init__(self, settings: Settings, csp: CspClient, requester: Requester) -> None:
+        self._settings = settings
+        self._csp = csp
+        self._requester = requester
+        self._running: dict[bool, _RunningSync] = {}
+        """By `force`: a forced sync may apply a listing that an unforced one refuses, so the two never join."""
+        self._lock = asyncio.Lock()
+
+    async def sync_pool(self, *, force: bool, job_id: uuid.UUID | None = None) -> PoolSynced | Refused:
+        """Run a sync, or join the running one with the same `force`; return its reply.
+
+        With a `job_id`, also report progress and end to that job.
+        """
+        running = self._running.get(force)
+        if running is None:
+            running = self._running[force] = _RunningSync()
+            running.task = asyncio.create_task(self._sync(running.progress, force=force))
+            running.task.add_done_callback(lambda _: self._running.pop(force))
+        else:
+            log.info("sync.joined", begun_by=running.request_id)
+        if job_id is None:
+            return await asyncio.shield(running.task)
+        while not (await asyncio.wait([running.task], timeout=JOB_REPORT_SEC))[0]:
+            await self._report_job(RecordJob(job_id=job_id, kind="sync", progress=running.progress))
+        reply = running.task.result()
+        await self._report_job(_build_final_report(job_id, running.progress, reply))
+        return reply
+
+    async def stop(self) -> None:
+        """Cancel the running syncs. The allocator applies a listing as a whole or not at all."""
+        for running in list(self._running.values()):
+            running.task.cancel()
+            await asyncio.wait([running.task])
+
+    async def _sync(self, progress: dict[str, int], *, force: bool) -> PoolSynced | Refused:
+        async with self._lock:
+            started = time.monotonic()
+            try:
+                applied = await self._fetch_and_apply(progress, force=force)
+            except CommandRefused as error:
+                log.warning("sync.refused", code=error.refusal.code, reason=error.refusal.message)
+                metrics.SYNCS.labels(outcome=error.refusal.code.lower()).inc()
+                return error.refusal
+            duration_sec = time.monotonic() - started
+            duration_ms = round(duration_sec * 1000)
+            metrics.DURATION.observe(duration_sec)
+            metrics.LAST_COMPLETED.set_to_current_time()
+            log.info("sync.completed", duration_ms=duration_ms, **applied.model_dump(exclude={"type", "version"}))
+            metrics.SYNCS.labels(outcome="completed").inc()
+            return PoolSynced(
+                synced=applied.synced,
+                marked_stale=applied.marked_stale,
+                restored=applied.restored,
+                duration_ms=duration_ms,
+            )
+
+    async def _fetch_and_apply(self, progress: dict[str, int], *, force: bool) -> ListingApplied:
+        # Begin before CSP is asked: the allocator then knows which deletions the listing cannot contain yet.
+        begun = await request_reply(self._requester, BeginListing())
+        assert isinstance(begun, ListingBegun)  # noqa: S101 (the contract of BeginListing)
+        story.bind(listing_id=begun.listing_id)
+        listing = await self._fetch_listing()
+        unreadable = _find_unreadable(listing)
+        progress.update(listed=len(listing.accounts) + len(unreadable), staged=0)
+        for command in split_listing(begun.listing_id, listing.accounts, unreadable):
+            await request_reply(self._requester, command)
+            progress["staged"] += len(command.accounts) + len(command.unreadable)
+        apply = ApplyListing(
+            listing_id=begun.listing_id,
+            total=progress["listed"],
+            max_stale_fraction=self._settings.sync_max_stale_fraction,
+            force=force,
+        )
+        applied = await request_reply(self._requester, apply, timeout_sec=APPLY_TIMEOUT_SEC)
+        assert isinstance(applied, ListingApplied)  # noqa: S101 (the contract of ApplyListing)
+        try:
+            await self._refresh_names(begun.listing_id)
+        except CommandRefused as error:  # the next sync corrects the remaining names
+            log.warning("sync.names_postponed", reason=error.refusal.message)
+        return applied
+
+    async def _fetch_listing(self) -> Listing:
+        try:
+            listing = await self._csp.list_accounts()
+        except CspError as error:
+            message = f"CSP could not be listed, and nothing was changed: {error}"
+            raise CommandRefused(Refused(code="CSP_UNAVAILABLE", message=message)) from error
+        if listing.skipped:
+            metrics.SKIPPED.inc(len(listing.skipped))
+            log.warning(
+                "sync.records_skipped",
+                skipped=len(listing.skipped),
+                reasons=[skipped.reason for skipped in listing.skipped[:MAX_LOGGED_REASONS]],
+            )
+        return listing
+
+    async def _refresh_names(self, listing_id: int) -> None:
+        after: str | None = None
+        while True:
+            command = RefreshSandboxes(listing_id=listing_id, after=after, limit=REFRESH_BATCH_SIZE)
+            reply = await request_reply(self._requester, command)
+            assert isinstance(reply, SandboxesRefreshed)  # noqa: S101 (the contract of RefreshSandboxes)
+            if reply.last is None:
+                return
+            after = reply.last
+
+    async def _report_job(self, command: RecordJob) -> None:
+        """Report to the job. A lost report does not fail the sync: the gateway shows a silent job as failed."""
+        try:
+            await request_reply(self._requester, command, timeout_sec=JOB_REPORT_TIMEOUT_SEC)
+        except CommandRefused as error:
+            log.warning("job.not_recorded", job_id=str(command.job_id), reason=error.refusal.message)
+
+
+def _find_unreadable(listing: Listing) -> tuple[str, ...]:
+    """Return the ids of sandboxes whose records lack a required field. CSP lists these sandboxes, so they exist.
+
+    A sandbox with another, complete record is left out.
+    """
+    readable = {account.sandbox_id for account in listing.accounts}
+    skipped = (skipped.sandbox_id for skipped in listing.skipped if skipped.sandbox_id not in readable)
+    return tuple(dict.fromkeys(sandbox_id for sandbox_id in skipped if sandbox_id is not None))
+
+
+def _build_final_report(job_id: uuid.UUID, progress: dict[str, int], reply: PoolSynced | Refused) -> RecordJob:
+    result: dict[str, int | str]
+    state: JobState
+    if isinstance(reply, PoolSynced):
+        state, result = "completed", reply.model_dump(exclude={"type", "version"})
+    else:
+        state = "held" if reply.code == "SYNC_HELD" else "failed"
+        result = {"code": reply.code, "message": reply.message}
+    return RecordJob(job_id=job_id, kind="sync", state=state, progress=progress, result=result)

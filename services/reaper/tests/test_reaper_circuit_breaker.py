@@ -1,0 +1,107 @@
+"""Tests of circuit_breaker.py, alone and in a clean-up run."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from reaper.circuit_breaker import CircuitBreaker, State
+from sandbox_broker.messages import ClaimDeletions, RecordDeletionFailure
+
+from .reaper_harness import Allocator, Csp, announce, empty_queues, reaping, sample, simulated_csp, until
+
+CLOSED, HALF_OPEN, OPEN = State
+
+
+def open_breaker(at: float = 0) -> CircuitBreaker:
+    breaker = CircuitBreaker(threshold=5, timeout_sec=60)
+    for _ in range(5):
+        breaker.record_failure(at)
+    return breaker
+
+
+def test_the_breaker_opens_at_the_fifth_failure_in_a_row() -> None:
+    breaker = CircuitBreaker(threshold=5, timeout_sec=60)
+    for _ in range(4):
+        breaker.record_failure(0)
+    breaker.record_success(0)
+    for _ in range(4):
+        breaker.record_failure(0)
+    assert breaker.state(0) is CLOSED
+    breaker.record_failure(0)
+    assert breaker.state(0) is OPEN
+
+
+def test_the_breaker_is_half_open_after_its_time() -> None:
+    breaker = open_breaker(at=100)
+    assert (breaker.state(159.9), breaker.seconds_until_half_open(150)) == (OPEN, 10)
+    assert (breaker.state(160), breaker.seconds_until_half_open(170)) == (HALF_OPEN, 0)
+
+
+def test_a_success_closes_a_half_open_breaker_and_a_failure_opens_it() -> None:
+    breaker = open_breaker()
+    breaker.record_success(60)
+    assert breaker.state(60) is CLOSED
+    breaker.record_failure(61)
+    assert breaker.state(61) is CLOSED
+    breaker = open_breaker()
+    breaker.record_failure(60)
+    assert breaker.state(119.9) is OPEN
+    assert breaker.state(120) is HALF_OPEN
+
+
+def test_results_of_calls_from_before_the_opening_have_no_effect() -> None:
+    breaker = open_breaker()
+    breaker.record_failure(30)
+    assert breaker.seconds_until_half_open(30) == 30
+    breaker.record_success(30)
+    assert breaker.state(30) is OPEN
+
+
+@pytest.fixture
+async def csp() -> AsyncIterator[Csp]:
+    async with simulated_csp(accounts=12) as csp:
+        yield csp
+
+
+@pytest.fixture
+async def allocator(csp: Csp, amqp_url: str) -> AsyncIterator[Allocator]:
+    await empty_queues(amqp_url)
+    allocator = Allocator(csp)
+    async with allocator.consuming(amqp_url):
+        yield allocator
+
+
+@pytest.mark.parametrize("status", [500, "bomb", "flood"])
+async def test_an_open_breaker_claims_no_deletions(
+    csp: Csp, allocator: Allocator, amqp_url: str, status: int | str
+) -> None:
+    await csp.behave(delete_error_rate=1, delete_error_status=status)
+    await allocator.add_due()
+    async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_interval_sec=0.1):
+        await until(lambda: len(allocator.all(RecordDeletionFailure)) == 5)
+        await until(lambda: sample("broker_circuit_state") == 2)
+        claims = len(allocator.all(ClaimDeletions))
+        assert claims == 5
+        await csp.behave(delete_error_rate=0)
+        for _ in range(20):
+            await announce(amqp_url)
+        assert len(allocator.all(ClaimDeletions)) == claims
+    assert len(allocator.due) == 12
+    assert sorted(due.attempts for due in allocator.due.values()) == [0] * 7 + [1] * 5
+
+
+async def test_a_half_open_breaker_allows_one_deletion(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    await csp.behave(delete_error_rate=1, delete_latency_sec=0.3)
+    await allocator.add_due()
+    quick = {"circuit_breaker_timeout_sec": 1, "deletion_backoff_base_sec": 0.1, "deletion_max_attempts": 99}
+    async with reaping(amqp_url, csp, cleanup_concurrency=4, **quick):
+        await until(lambda: sample("broker_circuit_state") == 2)
+        await until(lambda: sample("broker_circuit_state") == 1)
+        before = len(allocator.all(RecordDeletionFailure))
+        await until(lambda: sample("broker_circuit_state") == 2)
+        await until(lambda: len(allocator.all(RecordDeletionFailure)) > before)
+        assert len(allocator.all(RecordDeletionFailure)) == len(await csp.deletions()) == before + 1
+        # CSP works again: the next allowed deletion closes the breaker, and the others follow.
+        await csp.behave(delete_error_rate=0, delete_latency_sec=0)
+        await until(lambda: not allocator.due)
+        assert sample("broker_circuit_state") == 0
