@@ -40,9 +40,9 @@ check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, kn
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m devstack.audit
-	@$(PYTHON) -m gateway.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m gateway.api.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m devstack.metrics_page | diff docs/metrics.md - || { echo "run make docs" >&2; exit 1; }
-	@$(PYTHON) -m sandbox_broker.asyncapi | diff docs/asyncapi.json - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m sandbox_broker.contract.asyncapi | diff docs/asyncapi.json - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
 	@if [ -x .venv/bin/hadolint ]; then .venv/bin/hadolint Dockerfile; fi
 
@@ -54,9 +54,9 @@ fmt: setup ## Format, and repair what the linter can
 	@.venv/bin/ruff format .
 
 docs: setup ## Renew the pages that are made from the code, and Kubernetes' copy of the alerts
-	@$(PYTHON) -m gateway.error_page >docs/errors.md
+	@$(PYTHON) -m gateway.api.error_page >docs/errors.md
 	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
-	@$(PYTHON) -m sandbox_broker.asyncapi >docs/asyncapi.json
+	@$(PYTHON) -m sandbox_broker.contract.asyncapi >docs/asyncapi.json
 	@$(PYTHON) -m k8s_check.monitoring <deploy/prometheus/alerts.yml >deploy/k8s/components/prometheus-operator/rules.yaml
 
 lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions

@@ -1,1 +1,1 @@
-"""`make bench`: how fast the broker is, and how fast is what one would write instead of it."""
+"""`make bench`: measure the broker, and a plain FastAPI and asyncpg service for comparison."""

@@ -1,7 +1,7 @@
-"""`python -m bench [SCENARIO …]`: measures, prints one table, writes one JSON file.
+"""`python -m bench [SCENARIO …]`: run scenarios, print their figures and write them to a JSON file.
 
-The exit status is 0 whatever the figures are, 1 when something broke (a request failed, a database did not hold
-what was promised), 2 when something has to be installed or set first.
+Exit status: 0 success, whatever the figures; 1 a request failed or the database violates an invariant; 2 a
+prerequisite is missing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from bench import goals, load, report, rows, scenarios, servers
+from bench import aggregate, goals, load, report, scenarios, servers
 from bench.meter import Run
 from bench.scenarios import Scenario
 from bench.servers import Servers
@@ -28,49 +28,53 @@ from devstack.main import Interruption
 from devstack.output import Terminal
 from devstack.processes import unless_one_dies
 
-_RESULTS = Path(__file__).parent / "results"
-_INTERRUPTED = 130
+_RESULTS_DIRECTORY = Path(__file__).parent / "results"
+_EXIT_INTERRUPTED = 130
 
 
 def main() -> int:
-    arguments = _arguments()
-    _allow_many_connections()
-    # Tries that find nobody are ours to report, not the client library's.
+    arguments = _parse_arguments()
+    _raise_open_file_limit()
+    # The benchmark reports failed connections itself.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
-        return asyncio.run(_run_until_stopped(arguments, Terminal()))
+        return asyncio.run(_run_until_interrupted(arguments, Terminal()))
     except CannotRun as reason:
         sys.stdout.flush()
         sys.stderr.write(f"make bench: {reason}\n")
         return reason.status
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the broker.")
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the broker.")
     groups = list(dict.fromkeys(scenario.group for scenario in scenarios.ALL))
-    usual = Sizes()
-    parser.add_argument("scenario", nargs="*", help=f"{', '.join(groups)}, or one alone, like ours-200")
-    parser.add_argument("--seconds", type=int, default=usual.seconds, help="of load in a run")
-    parser.add_argument("--warm-up", type=int, default=usual.warm_up, metavar="SECONDS", help="before each run")
-    parser.add_argument("--students", type=int, default=usual.students, help="of a class")
-    parser.add_argument("--accounts", type=int, default=usual.accounts, help="in a listing of CSP")
+    defaults = Sizes()
     parser.add_argument(
-        "--cycles", type=int, default=usual.cycles, help="of allocation and release in the long run"
+        "scenario", nargs="*", help=f"a group ({', '.join(groups)}) or a single scenario, for example ours-200"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each scenario; their medians are shown")
-    parser.add_argument("--traced", type=float, metavar="RATIO", help="of the requests to the broker; 0 to 1")
-    parser.add_argument("--json", type=Path, help="the file with the results")
+    parser.add_argument("--seconds", type=int, default=defaults.seconds, help="duration of the load in a run")
+    parser.add_argument(
+        "--warm-up", type=int, default=defaults.warm_up, metavar="SECONDS", help="load before each run"
+    )
+    parser.add_argument("--students", type=int, default=defaults.students, help="students of a class")
+    parser.add_argument("--accounts", type=int, default=defaults.accounts, help="accounts in CSP's listing")
+    parser.add_argument(
+        "--cycles", type=int, default=defaults.cycles, help="allocations and releases in the long run"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="runs per scenario; the report shows medians")
+    parser.add_argument("--traced", type=float, metavar="RATIO", help="ratio of traced requests, 0 to 1")
+    parser.add_argument("--json", type=Path, help="results file")
     arguments = parser.parse_args()
     names = [scenario.name for scenario in scenarios.ALL]
     if unknown := set(arguments.scenario) - {*groups, *names}:
-        parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        parser.error(f"unknown scenario {', '.join(sorted(unknown))}. Scenarios: {', '.join(names)}")
     return arguments
 
 
-async def _run_until_stopped(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    work = asyncio.create_task(_bench(arguments, terminal))
+async def _run_until_interrupted(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    work = asyncio.create_task(_run_benchmark(arguments, terminal))
     interruption = Interruption(work, terminal)
     interruption.listen()
     try:
@@ -78,31 +82,32 @@ async def _run_until_stopped(arguments: argparse.Namespace, terminal: Terminal) 
     except asyncio.CancelledError:
         if not interruption.requested:
             raise
-        return _INTERRUPTED
+        return _EXIT_INTERRUPTED
     finally:
         interruption.requested = True
 
 
-async def _bench(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    await load.have_wrk(terminal)
-    chosen = scenarios.chosen(arguments.scenario, long=os.environ.get("LONG") == "1")
+async def _run_benchmark(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    await load.ensure_wrk_installed(terminal)
+    selected = scenarios.select_scenarios(arguments.scenario, include_long=os.environ.get("LONG") == "1")
     sizes = Sizes(arguments.seconds, arguments.warm_up, arguments.students, arguments.accounts, arguments.cycles)
-    async with servers.running(terminal, traced=arguments.traced) as running:
-        machine = await _machine(running)
-        measuring = _measure(chosen, arguments.repeats, running, sizes, terminal)
+    async with servers.start_servers(terminal, trace_ratio=arguments.traced) as running:
+        machine = await _describe_machine(running)
+        measuring = _run_scenarios(selected, arguments.repeats, running, sizes, terminal)
         runs = await unless_one_dies(measuring, running.processes)
-    return _report(arguments, machine, runs, terminal)
+    return _report_results(arguments, machine, runs, terminal)
 
 
-async def _measure(
-    chosen: Sequence[Scenario], repeats: int, running: Servers, sizes: Sizes, terminal: Terminal
+async def _run_scenarios(
+    selected: Sequence[Scenario], repeats: int, running: Servers, sizes: Sizes, terminal: Terminal
 ) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = {scenario.name: [] for scenario in chosen}
+    """Run all scenarios in turn, `repeats` times, so that they meet the same state of the machine."""
+    runs: dict[str, list[Run]] = {scenario.name: [] for scenario in selected}
     for repeat in range(1, repeats + 1):
-        for scenario in chosen:
+        for scenario in selected:
             if scenario.long and repeat > 1:
                 continue
-            running.forget_logs()
+            running.truncate_logs()
             run = await scenario.run(running, sizes)
             runs[scenario.name].append(run)
             p99 = "" if run.load.p99 is None else f", p99 {run.load.p99:.1f} ms"
@@ -112,26 +117,38 @@ async def _measure(
     return runs
 
 
-def _report(
+def _report_results(
     arguments: argparse.Namespace, machine: dict[str, Any], runs: dict[str, list[Run]], terminal: Terminal
 ) -> int:
-    medians = {name: rows.row(its) for name, its in runs.items()}
-    reached = goals.reached(medians)
+    """Print the tables and write the JSON file. Returns the exit status."""
+    results = {name: aggregate.aggregate_runs(scenario_runs) for name, scenario_runs in runs.items()}
+    goal_results = goals.evaluate_goals(results)
     terminal.say()
-    for line in (*report.table(medians), "", *report.more(medians), "", *report.goals(reached), ""):
-        terminal.say(line)
-    path = arguments.json or _RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.json"
+    tables = (
+        report.format_results(results),
+        report.format_scenario_figures(results),
+        report.format_goals(goal_results),
+    )
+    for table in tables:
+        for line in (*table, ""):
+            terminal.say(line)
+    path = arguments.json or _RESULTS_DIRECTORY / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.json"
     options = {name: value for name, value in vars(arguments).items() if name != "json"}
-    report.write(path, machine=machine, options=options, rows=medians, reached=reached, runs=runs)
+    report.write_json(path, machine=machine, options=options, results=results, goals=goal_results, runs=runs)
     terminal.say(f"All figures are in {path}")
-    problems = [f"{name}: {problem}" for name, its in runs.items() for run in its for problem in run.problems]
+    problems = [
+        f"{name}: {problem}"
+        for name, scenario_runs in runs.items()
+        for run in scenario_runs
+        for problem in run.problems
+    ]
     for problem in problems:
         terminal.complain(problem)
     return 1 if problems else 0
 
 
-async def _machine(running: Servers) -> dict[str, Any]:
-    database = running.ours.database
+async def _describe_machine(running: Servers) -> dict[str, Any]:
+    database = running.broker.database
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
@@ -145,10 +162,10 @@ async def _machine(running: Servers) -> dict[str, Any]:
     }
 
 
-def _allow_many_connections() -> None:
-    """As many files as the system lets us have; the processes that we start inherit it."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _raise_open_file_limit() -> None:
+    """Raise the limit of open files to its maximum. Child processes inherit it; each connection is an open file."""
+    _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
 if __name__ == "__main__":

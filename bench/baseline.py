@@ -1,7 +1,8 @@
-"""What one would write instead of the broker: FastAPI, a pool of connections, a transaction per request.
+"""Baseline for comparison: a plain service with FastAPI, a connection pool and one transaction per request.
 
-No queue, no events, one process. It keeps the broker's two promises in the same way, with unique indexes, and has
-its token check, log line and metrics; it is written as FastAPI's, asyncpg's and structlog's documentation say.
+It has one process, no queue and no events. Like the broker, it guarantees one lease per sandbox and per student
+with unique indexes, checks a token, writes a log line per request and exports metrics. The code follows the
+documentation of FastAPI, asyncpg and structlog.
 
     python -m uvicorn bench.baseline:create_app --factory
 """
@@ -49,23 +50,23 @@ CREATE UNIQUE INDEX leases_one_per_holder ON leases (holder) WHERE ended_at IS N
 CREATE UNIQUE INDEX leases_one_per_idempotency_key ON leases (idempotency_key) WHERE idempotency_key IS NOT NULL;
 """
 
-KNOWN = """
+FIND_LEASE = """
 SELECT s.sandbox_id, s.name, s.external_id, s.sfdc_account_id, l.allocated_at, l.expires_at
 FROM leases l JOIN sandboxes s USING (sandbox_id)
 WHERE l.holder = $1 AND l.ended_at IS NULL
 """
-CLAIM = """
+LOCK_AVAILABLE = """
 SELECT sandbox_id, name, external_id, sfdc_account_id FROM sandboxes
 WHERE status = 'available' ORDER BY status_since, sandbox_id LIMIT 1 FOR UPDATE SKIP LOCKED
 """
-ALLOCATE = "UPDATE sandboxes SET status = 'allocated', status_since = now() WHERE sandbox_id = $1"
-LEASE = """
+MARK_ALLOCATED = "UPDATE sandboxes SET status = 'allocated', status_since = now() WHERE sandbox_id = $1"
+INSERT_LEASE = """
 INSERT INTO leases (sandbox_id, holder, track_name, idempotency_key, expires_at)
 VALUES ($1, $2, $3, $4, now() + interval '4 hours')
 RETURNING allocated_at, expires_at
 """
 
-CONNECTIONS = 10
+POOL_SIZE = 10
 
 REQUESTS = Counter("requests_total", "Requests by route and status", ["path", "status"])
 LATENCY = Histogram("request_latency_seconds", "Requests by route", ["path"])
@@ -94,8 +95,8 @@ class Lease(BaseModel):
     sfdc_account_id: str | None
 
 
-class Observed:
-    """One log line, one count and one observation for each request."""
+class RequestMiddleware:
+    """Write a log line and update the metrics for each request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -108,7 +109,7 @@ class Observed:
         request_id = str(uuid.uuid4())
         status = 500
 
-        async def send_observed(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -116,7 +117,7 @@ class Observed:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_observed)
+            await self._app(scope, receive, send_with_request_id)
         finally:
             seconds = time.perf_counter() - began
             path = scope["path"]
@@ -132,29 +133,34 @@ class Observed:
             )
 
 
-async def allocate(
+async def allocate_sandbox(
     pool: asyncpg.Pool, holder: str, track_name: str | None, idempotency_key: str | None
 ) -> tuple[Lease | None, bool]:
-    """The lease, and whether it is new; None when the pool is empty."""
+    """Return the student's lease, or allocate a sandbox. The flag states whether the lease is new.
+
+    The lease is None if the pool is empty.
+    """
     try:
         async with pool.acquire() as connection, connection.transaction():
-            if known := await connection.fetchrow(KNOWN, holder):
-                return _lease(known, known), False
-            sandbox = await connection.fetchrow(CLAIM)
+            if existing := await connection.fetchrow(FIND_LEASE, holder):
+                return _build_lease(existing, existing), False
+            sandbox = await connection.fetchrow(LOCK_AVAILABLE)
             if sandbox is None:
                 return None, False
-            await connection.execute(ALLOCATE, sandbox["sandbox_id"])
-            lease = await connection.fetchrow(LEASE, sandbox["sandbox_id"], holder, track_name, idempotency_key)
+            await connection.execute(MARK_ALLOCATED, sandbox["sandbox_id"])
+            lease = await connection.fetchrow(
+                INSERT_LEASE, sandbox["sandbox_id"], holder, track_name, idempotency_key
+            )
             assert lease is not None
-            return _lease(sandbox, lease), True
-    except asyncpg.UniqueViolationError:  # the same student, at the same moment
-        known = await pool.fetchrow(KNOWN, holder)
-        if known is None:
+            return _build_lease(sandbox, lease), True
+    except asyncpg.UniqueViolationError:  # a concurrent request of the same student won
+        existing = await pool.fetchrow(FIND_LEASE, holder)
+        if existing is None:
             raise
-        return _lease(known, known), False
+        return _build_lease(existing, existing), False
 
 
-def _lease(sandbox: asyncpg.Record, lease: asyncpg.Record) -> Lease:
+def _build_lease(sandbox: asyncpg.Record, lease: asyncpg.Record) -> Lease:
     return Lease(
         sandbox_id=sandbox["sandbox_id"],
         name=sandbox["name"],
@@ -176,12 +182,12 @@ def create_app() -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with asyncpg.create_pool(
-            os.environ["DATABASE_URL"], min_size=CONNECTIONS, max_size=CONNECTIONS
+            os.environ["DATABASE_URL"], min_size=POOL_SIZE, max_size=POOL_SIZE
         ) as app.state.pool:
             yield
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(Observed)
+    app.add_middleware(RequestMiddleware)
     app.mount("/metrics", make_asgi_app())
 
     @app.get("/readyz")
@@ -196,12 +202,12 @@ def create_app() -> FastAPI:
         x_instruqt_track_id: Annotated[str | None, Header()] = None,
         idempotency_key: Annotated[str | None, Header()] = None,
     ) -> Lease:
-        lease, new = await allocate(
+        lease, is_new = await allocate_sandbox(
             request.app.state.pool, x_instruqt_sandbox_id, x_instruqt_track_id, idempotency_key
         )
         if lease is None:
             raise HTTPException(409, "No available sandboxes in pool", {"Retry-After": "30"})
-        if not new:
+        if not is_new:
             response.status_code = 200
         return lease
 

@@ -1,11 +1,14 @@
-"""The least that an answer costs: the services' HTTP server with a constant answer. `python -m bench.floor PORT`"""
+"""HTTP server of the services with a constant response: `python -m bench.floor PORT`.
+
+Its cost is the lower bound for any service.
+"""
 
 import sys
 
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
-from sandbox_broker import service
+from sandbox_broker.runtime import service
 
 _BODY = (
     b'{"sandbox_id":"1000001","name":"sandbox-1","external_id":"00000000-0000-0000-0000-000000000001",'
@@ -14,8 +17,8 @@ _BODY = (
 _HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(_BODY)).encode())]
 
 
-class Floor(Starlette):
-    """Answers before Starlette looks at the request; Starlette serves the server's start and stop."""
+class ConstantResponseApp(Starlette):
+    """Application that responds without routing. Starlette only handles the lifespan events."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -27,4 +30,4 @@ class Floor(Starlette):
 
 
 if __name__ == "__main__":
-    service.run(Floor(), int(sys.argv[1]))
+    service.run(ConstantResponseApp(), int(sys.argv[1]))

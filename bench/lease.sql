@@ -8,7 +8,7 @@ WITH claimed AS (
 ),
 leased AS (
     INSERT INTO leases (sandbox_id, holder, track_name, expires_at)
-    SELECT sandbox_id, gen_random_uuid(), 'lab-of-the-bench', now() + interval '4 hours' FROM claimed
+    SELECT sandbox_id, gen_random_uuid(), 'bench-track', now() + interval '4 hours' FROM claimed
     RETURNING sandbox_id, holder, track_name, allocated_at, expires_at
 ),
 announced AS (

@@ -1,4 +1,4 @@
-"""What the broker does beside the students, started as it is started in production, and followed to its end."""
+"""Maintenance work of the broker (sync, expiry, purge), started as in production and awaited."""
 
 import asyncio
 import hashlib
@@ -11,34 +11,37 @@ import httpx
 
 from bench.servers import ADMIN_TOKEN, Servers
 from devstack.errors import CannotRun
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Requester, Unroutable
-from sandbox_broker.messages import Purged, PurgeRecords
-from sandbox_broker.service import cancel
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import PurgeRecords
+from sandbox_broker.contract.replies import Purged
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.runtime.service import cancel
 
-_PURGE_PIECE = 500
-"""As the csp-syncer has it."""
-_ANSWER_SEC = 60.0
-"""Longer than the allocator gives the statement."""
-_SYNC_SEC = 300.0
-_BETWEEN_LOOKS_SEC = 0.1
+_PURGE_BATCH_SIZE = 500
+"""Batch size of the csp-syncer."""
+_REPLY_TIMEOUT_SEC = 60.0
+"""Longer than the allocator's statement timeout."""
+_ADMIN_TIMEOUT_SEC = 300.0
+_POLL_INTERVAL_SEC = 0.1
 
 _MAKE_OVERDUE = "UPDATE leases SET expires_at = now() - interval '1 hour' WHERE starts_with(holder, $1)"
 
-# What has waited in vain for the grace period of production.
-_OVERDUE = """
+# Leases past production's grace period of 30 minutes.
+_HAS_OVERDUE = """
 SELECT EXISTS (SELECT FROM leases WHERE ended_at IS NULL AND expires_at <= now() - interval '30 minutes')
 """
 
 
-async def list_in_csp(servers: Servers, accounts: int) -> None:
-    """CSP has what `pool.fill` makes of so many, each fiftieth under another name."""
-    records = [_account(number) for number in range(1, accounts + 1)]
-    async with _client() as client:
-        (await client.put(f"{servers.csp}/_control/accounts", json={"raw": records})).raise_for_status()
+async def put_csp_accounts(servers: Servers, accounts: int) -> None:
+    """Give the CSP simulator the accounts of the sandboxes of `pool.fill`. Every 50th has another name."""
+    records = [_build_account(number) for number in range(1, accounts + 1)]
+    async with _admin_client() as client:
+        (await client.put(f"{servers.csp_url}/_control/accounts", json={"raw": records})).raise_for_status()
 
 
-def _account(number: int) -> dict[str, object]:
+def _build_account(number: int) -> dict[str, object]:
     digits = hashlib.md5(str(number).encode(), usedforsecurity=False).hexdigest()
     return {
         "account_type": "sandbox",
@@ -51,58 +54,60 @@ def _account(number: int) -> dict[str, object]:
     }
 
 
-async def sync(servers: Servers) -> dict[str, int]:
-    """What the administrator is told who asks for a sync; raises CannotRun when it was not done."""
-    async with _client() as client:
-        answer = await client.post(f"{servers.ours.url}/v1/admin/sync")
-    if answer.status_code != 200:
-        raise CannotRun(f"the sync was answered {answer.status_code} {answer.text[:300]}", status=1)
-    found: dict[str, int] = answer.json()
-    return found
+async def run_sync(servers: Servers) -> dict[str, int]:
+    """Run a sync over the admin API. Returns the response body; raises CannotRun if the sync fails."""
+    async with _admin_client() as client:
+        response = await client.post(f"{servers.broker.url}/v1/admin/sync")
+    if response.status_code != 200:
+        raise CannotRun(f"the sync failed: {response.status_code} {response.text[:300]}", status=1)
+    counts: dict[str, int] = response.json()
+    return counts
 
 
-def _client() -> httpx.AsyncClient:
+def _admin_client() -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    return httpx.AsyncClient(headers=headers, timeout=_SYNC_SEC, trust_env=False)
+    return httpx.AsyncClient(headers=headers, timeout=_ADMIN_TIMEOUT_SEC, trust_env=False)
 
 
-async def expire(students: str, database: asyncpg.Connection) -> None:
-    """Makes the leases of all students of that name overdue. The reaper ends them from its next tick on; returns
-    when it has."""
-    await database.execute(_MAKE_OVERDUE, students)
-    while await database.fetchval(_OVERDUE):  # noqa: ASYNC110 (nothing tells us)
-        await asyncio.sleep(_BETWEEN_LOOKS_SEC)
+async def expire_leases(student_prefix: str, database: asyncpg.Connection) -> None:
+    """Make the leases of these students overdue and wait until the reaper has ended them."""
+    await database.execute(_MAKE_OVERDUE, student_prefix)
+    while await database.fetchval(_HAS_OVERDUE):  # noqa: ASYNC110 (no event to wait for)
+        await asyncio.sleep(_POLL_INTERVAL_SEC)
 
 
 @asynccontextmanager
-async def asking(servers: Servers) -> AsyncIterator[Requester]:
-    """Asks the allocator, as the other services do."""
+async def connect_requester(servers: Servers) -> AsyncIterator[Requester]:
+    """Connect an RPC client for allocator commands."""
     publisher = Publisher(servers.amqp_url, "bench")
     requester = Requester(servers.amqp_url, "bench", publisher)
-    running = [asyncio.create_task(run()) for run in (publisher.run, requester.run)]
+    tasks = [asyncio.create_task(run()) for run in (publisher.run, requester.run)]
     try:
         yield requester
     finally:
-        for task in reversed(running):
+        for task in reversed(tasks):
             await cancel(task)
 
 
-async def purge(requester: Requester, *, deleted_for_sec: float) -> int:
-    """Forgets all records of sandboxes that have been deleted for so long; returns how many there were."""
+async def purge_deleted(requester: Requester, *, deleted_for_sec: float) -> int:
+    """Purge all records of sandboxes that were deleted at least `deleted_for_sec` ago. Returns their number."""
     purged = 0
     while True:
-        count = await purge_piece(requester, deleted_for_sec=deleted_for_sec)
+        count = await purge_batch(requester, deleted_for_sec=deleted_for_sec)
         purged += count or 0
-        if count != _PURGE_PIECE:
+        if count != _PURGE_BATCH_SIZE:
             return purged
 
 
-async def purge_piece(requester: Requester, *, deleted_for_sec: float) -> int | None:
-    """The command that the csp-syncer repeats every hour until nothing is left. None when the allocator could not
-    do it; nothing is purged then, and it is to be tried again later."""
-    command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_PIECE)
+async def purge_batch(requester: Requester, *, deleted_for_sec: float) -> int | None:
+    """Send one purge command, which the csp-syncer repeats every hour until no records are left.
+
+    Returns the number of purged records, or None if the allocator refused the command. Then no record is purged and
+    the command can be repeated later. Raises CannotRun without a reply.
+    """
+    command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_BATCH_SIZE)
     try:
-        reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_ANSWER_SEC)
+        reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_REPLY_TIMEOUT_SEC)
     except (Disconnected, Unroutable, TimeoutError) as error:
-        raise CannotRun(f"the purge was not answered: {error}", status=1) from error
+        raise CannotRun(f"the purge got no reply: {error}", status=1) from error
     return reply.count if isinstance(reply, Purged) else None

@@ -1,4 +1,4 @@
-"""Puts load on a system and reads what that cost it."""
+"""Run load against a system and measure its CPU time, memory and event lag."""
 
 import asyncio
 import dataclasses
@@ -6,114 +6,127 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from bench import cpu, pool
-from bench.load import Load
+from bench import pool, process_stats
+from bench.load import LoadResult
 from bench.servers import Target
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
-_BETWEEN_LOOKS_SEC = 0.25
+_SAMPLE_INTERVAL_SEC = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a scenario."""
+    """Figures of one run of a scenario. The field names are keys in the JSON results file."""
 
-    load: Load
+    load: LoadResult
     seconds: float
-    """How long the load lasted."""
+    """Duration of the load."""
     cpu: Mapping[str, float]
-    """CPU seconds that each part has used, the publishing of the last event included."""
+    """CPU seconds of each component, until the last event is published."""
     memory: Mapping[str, float]
-    """MB in RAM of each of our own processes, at the end."""
+    """Resident memory of each of the benchmark's own processes in MB, at the end."""
     peak: Mapping[str, float]
-    """The same, when it was most; looked at every quarter of a second."""
-    lag: pool.Lag
-    """Of the events, at the end of the load."""
+    """Largest resident memory in MB, sampled four times per second."""
+    lag: pool.OutboxLag
+    """Unpublished events at the end of the load."""
     drained: float
-    """Seconds from there until every event was published."""
+    """Seconds from the end of the load until all events are published."""
     problems: tuple[str, ...] = ()
     more: Mapping[str, float] = field(default_factory=dict)
-    """What else this scenario has measured, by names that tell the units."""
+    """Figures of this scenario alone. The names include the units."""
 
     @property
     def throughput(self) -> float:
+        """Requests per second."""
         return self.load.requests / self.seconds
 
     @property
     def sustained(self) -> float:
-        """Requests in each second until the last event was published."""
+        """Requests per second, counted until the last event is published."""
         return self.load.requests / (self.seconds + self.drained)
 
     @property
     def cpu_per_thousand(self) -> dict[str, float]:
-        return {part: used * 1_000 / max(self.load.requests, 1) for part, used in self.cpu.items()}
+        """CPU seconds of each component per 1,000 requests."""
+        requests = max(self.load.requests, 1)
+        return {component: seconds * 1_000 / requests for component, seconds in self.cpu.items()}
 
-    def having(self, problems: tuple[str, ...]) -> "Run":
+    def with_problems(self, problems: tuple[str, ...]) -> "Run":
         return dataclasses.replace(self, problems=(*self.problems, *problems))
 
-    def telling(self, more: Mapping[str, float]) -> "Run":
+    def with_figures(self, more: Mapping[str, float]) -> "Run":
         return dataclasses.replace(self, more={**self.more, **more})
 
-    def lasting(self, seconds: float) -> "Run":
+    def with_duration(self, seconds: float) -> "Run":
         return dataclasses.replace(self, seconds=seconds)
 
 
-async def measure(target: Target, put_load: Callable[[], Awaitable[Load]], *, events: bool) -> Run:
-    """`events`: the load writes events, which a relay publishes."""
-    meter = _Meter(target)
-    await meter.look(first=True)
-    loaded = await meter.watch(put_load())
-    lag, drained = pool.Lag(), 0.0
-    if events:
-        lag = await pool.lag(target.database)
-        drained = await pool.settle(target.database)
-    await meter.look()
+async def measure_load(
+    target: Target, generate_load: Callable[[], Awaitable[LoadResult]], *, has_events: bool
+) -> Run:
+    """Generate load and return its figures. With `has_events`, also measure and await the outbox relay."""
+    sampler = _UsageSampler(target)
+    await sampler.sample(first=True)
+    result = await sampler.sample_while(generate_load())
+    lag, drained = pool.OutboxLag(), 0.0
+    if has_events:
+        lag = await pool.read_outbox_lag(target.database)
+        drained = await pool.wait_until_idle(target.database)
+    await sampler.sample()
     return Run(
-        loaded,
-        loaded.seconds,
-        {**meter.used(), "load": loaded.cpu_sec},
-        memory(target),
-        meter.peak,
+        result,
+        result.seconds,
+        {**sampler.cpu_seconds(), "load": result.cpu_sec},
+        read_memory(target),
+        sampler.peak,
         lag,
         drained,
-        (f"{loaded.errors} requests failed",) if loaded.errors else (),
+        (f"{result.errors} requests failed",) if result.errors else (),
     )
 
 
-def memory(target: Target) -> dict[str, float]:
-    """MB in RAM of each of our own processes."""
-    return {part: cpu.memory(process.pid) for part, process in target.processes.items()}
+def read_memory(target: Target) -> dict[str, float]:
+    """Return the resident memory of each of the benchmark's own processes in MB."""
+    return {component: process_stats.read_memory_mb(process.pid) for component, process in target.processes.items()}
 
 
-class _Meter:
-    """Adds up the CPU time of processes, and sees their memory. It looks often: one that has ended, as PostgreSQL's
-    backends do, cannot be asked any more."""
+class _UsageSampler:
+    """Sum of CPU time and peak of memory per component.
+
+    Samples are frequent, because the CPU time of a process cannot be read after its end. PostgreSQL backends end
+    during a run.
+    """
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._at_first: dict[tuple[str, int], float] = {}
-        self._at_last: dict[tuple[str, int], float] = {}
-        self.peak = memory(target)
+        self._first: dict[tuple[str, int], float] = {}
+        self._last: dict[tuple[str, int], float] = {}
+        self.peak = read_memory(target)
 
-    async def watch(self, loading: Awaitable[Load]) -> Load:
-        task = asyncio.ensure_future(loading)
+    async def sample_while(self, work: Awaitable[LoadResult]) -> LoadResult:
+        """Sample until `work` ends. Returns its result."""
+        task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                await self.look()
-                await asyncio.wait([task], timeout=_BETWEEN_LOOKS_SEC)
+                await self.sample()
+                await asyncio.wait([task], timeout=_SAMPLE_INTERVAL_SEC)
             return await task
         finally:
             await cancel(task)
 
-    async def look(self, *, first: bool = False) -> None:
-        for part, pids in (await self._target.pids()).items():
-            for pid, used in cpu.seconds(pids).items():
-                self._at_first.setdefault((part, pid), used if first else 0.0)
-                self._at_last[part, pid] = used
-        self.peak = {part: max(mb, self.peak[part]) for part, mb in memory(self._target).items()}
+    async def sample(self, *, first: bool = False) -> None:
+        """Read all processes. Unless this is the first sample, a new process is counted from its start."""
+        for component, pids in (await self._target.find_pids()).items():
+            for pid, seconds in process_stats.read_cpu_seconds(pids).items():
+                self._first.setdefault((component, pid), seconds if first else 0.0)
+                self._last[component, pid] = seconds
+        self.peak = {
+            component: max(mb, self.peak[component]) for component, mb in read_memory(self._target).items()
+        }
 
-    def used(self) -> dict[str, float]:
-        parts: defaultdict[str, float] = defaultdict(float)
-        for (part, pid), used in self._at_last.items():
-            parts[part] += used - self._at_first[part, pid]
-        return dict(parts)
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU seconds of each component since the first sample."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for (component, pid), seconds in self._last.items():
+            totals[component] += seconds - self._first[component, pid]
+        return dict(totals)

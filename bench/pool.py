@@ -1,4 +1,4 @@
-"""Fills a pool, and looks whether what came of it is right."""
+"""Fill a pool, wait until the broker is idle, and verify the database after a run."""
 
 import asyncio
 import time
@@ -9,21 +9,22 @@ import asyncpg
 from devstack.errors import CannotRun
 from devstack.temporary import truncate
 
-_SETTLE_SEC = 120.0
-_BETWEEN_LOOKS_SEC = 0.05
-_QUIET_LOOKS = 4
+_IDLE_TIMEOUT_SEC = 120.0
+_POLL_INTERVAL_SEC = 0.05
+_IDLE_POLLS = 4
+"""Consecutive polls without a change after which the broker counts as idle."""
 
-# In the order in which a pool grows: the longest available first, with the account ids of CSP at random. With
-# prefixes the names begin with lab0-, lab1- and so on, in turn.
-_FILL = """
+# Rows are in the order of a pool that grew over time: the first row has been available longest, and CSP's account
+# ids are random. With prefixes, the names cycle through lab0-, lab1-, ….
+_INSERT_SANDBOXES = """
 INSERT INTO sandboxes (sandbox_id, external_id, name, status, status_since)
 SELECT 1000000 + n, md5(n::text)::uuid, coalesce('lab' || n % nullif($2, 0) || '-', 'sandbox-') || n,
     'available', now() - ($1 - n) * interval '100 ms'
 FROM generate_series(1, $1) n
 """
 
-# The holders are called $1-1, $1-2 and so on.
-_LEASE = """
+# The holders are $1-1, $1-2, ….
+_INSERT_LEASES = """
 WITH taken AS (
     UPDATE sandboxes SET status = 'allocated', status_since = now()
     WHERE sandbox_id IN (
@@ -32,129 +33,141 @@ WITH taken AS (
     RETURNING sandbox_id
 )
 INSERT INTO leases (sandbox_id, holder, track_name, expires_at)
-SELECT sandbox_id, $1 || '-' || row_number() OVER (), 'lab-of-the-bench', now() + interval '4 hours' FROM taken
+SELECT sandbox_id, $1 || '-' || row_number() OVER (), 'bench-track', now() + interval '4 hours' FROM taken
 """
 
-_LAG = """
+_OUTBOX_LAG = """
 SELECT count(*) AS events, coalesce(extract(epoch FROM now() - min(occurred_at)), 0)::float AS seconds FROM outbox
 """
 
-_TWICE = """
+# The sequence gives the count without a scan of `leases`.
+_ALLOCATIONS = "SELECT last_value - 1 + is_called::int FROM leases_lease_id_seq"
+
+_DOUBLE_LEASES = """
 SELECT count(*) FROM (
     SELECT sandbox_id FROM leases WHERE ended_at IS NULL GROUP BY sandbox_id HAVING count(*) > 1
     UNION ALL
     SELECT holder FROM leases WHERE ended_at IS NULL GROUP BY holder HAVING count(*) > 1
-) twice
+) doubles
 """
 
-_AGAIN = "SELECT count(*) - count(DISTINCT sandbox_id) FROM leases"
+_REUSED_SANDBOXES = "SELECT count(*) - count(DISTINCT sandbox_id) FROM leases"
 
-_APART = """
+_LEASE_MISMATCHES = """
 SELECT count(*) FROM (SELECT sandbox_id FROM leases WHERE ended_at IS NULL) l
 FULL JOIN (SELECT sandbox_id FROM sandboxes WHERE status = 'allocated') s USING (sandbox_id)
 WHERE l.sandbox_id IS NULL OR s.sandbox_id IS NULL
 """
 
-# What a student had is to be deleted, and nothing else is; nothing is stale where no listing lacks anything.
-_ASTRAY = """
+# A sandbox must be on its way to deletion if, and only if, its lease has ended. No sandbox may be stale, because
+# the benchmark's listings contain every sandbox.
+_WRONG_STATUSES = """
 SELECT count(*) FROM sandboxes s LEFT JOIN leases l ON l.sandbox_id = s.sandbox_id AND l.ended_at IS NOT NULL
 WHERE (s.status IN ('pending_deletion', 'deletion_failed', 'deleted')) <> (l.sandbox_id IS NOT NULL)
    OR s.status = 'stale'
 """
 
-_ELSEWHERE = """
+# With prefixes, students.lua sends the prefix as the track id too.
+_WRONG_PREFIXES = """
 SELECT count(*) FROM leases l JOIN sandboxes s USING (sandbox_id) WHERE NOT starts_with(s.name, l.track_name)
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Lag:
-    """The events that were not yet published."""
+class OutboxLag:
+    """Events in the outbox, all of them unpublished."""
 
     events: int = 0
     seconds: float = 0.0
-    """The age of the oldest."""
+    """Age of the oldest event."""
 
 
 async def fill(database: asyncpg.Connection, sandboxes: int, *, prefixes: int = 0) -> None:
-    """Everything anew: so many sandboxes, all of them available."""
-    tables = await empty(database)
-    # Not in the middle of what is measured.
+    """Replace the content of the database by `sandboxes` available sandboxes."""
+    tables = await truncate_tables(database)
+    # A checkpoint during the measurement would distort it.
     await database.execute("CHECKPOINT")
-    await database.execute(_FILL, sandboxes, prefixes)
+    await database.execute(_INSERT_SANDBOXES, sandboxes, prefixes)
     await database.execute(f"VACUUM ANALYZE {tables}")
 
 
-async def empty(database: asyncpg.Connection) -> str:
-    """Names the tables that are empty now."""
+async def truncate_tables(database: asyncpg.Connection) -> str:
+    """Truncate the pool's tables. Returns their names, separated by commas."""
     has_events = await database.fetchval("SELECT to_regclass('outbox') IS NOT NULL")
     tables = "sandboxes, outbox, history, pool_changes, pool_counts" if has_events else "sandboxes"
     await truncate(database, f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
     return f"{tables}, leases"
 
 
-async def lease(database: asyncpg.Connection, students: str, number: int) -> None:
-    """So many students of that name have a sandbox each."""
-    await database.execute(_LEASE, students, number)
+async def insert_leases(database: asyncpg.Connection, student_prefix: str, count: int) -> None:
+    """Lease `count` available sandboxes to the students `<student_prefix>-1`, `<student_prefix>-2`, …."""
+    await database.execute(_INSERT_LEASES, student_prefix, count)
 
 
-async def lag(database: asyncpg.Connection) -> Lag:
-    row = await database.fetchrow(_LAG)
+async def read_outbox_lag(database: asyncpg.Connection) -> OutboxLag:
+    row = await database.fetchrow(_OUTBOX_LAG)
     assert row is not None
-    return Lag(row["events"], row["seconds"])
+    return OutboxLag(row["events"], row["seconds"])
 
 
-async def settle(database: asyncpg.Connection) -> float:
-    """Waits until every request that was cut off has come to its end and every event is published: the seconds
-    that the events took. Raises CannotRun when they take too long."""
+async def wait_until_idle(database: asyncpg.Connection) -> float:
+    """Wait until all events are published and requests that lost their client have finished.
+
+    Returns the seconds until the last change. Raises CannotRun after 120 s.
+    """
     began = time.monotonic()
-    drained, quiet, leases = began, 0, -1
-    while quiet < _QUIET_LOOKS:
-        before, leases = leases, await allocations(database)
-        left = (await lag(database)).events
-        if left or leases != before:
-            drained, quiet = time.monotonic(), 0
+    drained, idle_polls, leases = began, 0, -1
+    while idle_polls < _IDLE_POLLS:
+        before, leases = leases, await count_allocations(database)
+        unpublished = (await read_outbox_lag(database)).events
+        if unpublished or leases != before:
+            drained, idle_polls = time.monotonic(), 0
         else:
-            quiet += 1
-        if time.monotonic() - began > _SETTLE_SEC:
-            raise CannotRun(f"{left} events are still not published after {_SETTLE_SEC:.0f} s", status=1)
-        await asyncio.sleep(_BETWEEN_LOOKS_SEC)
+            idle_polls += 1
+        if time.monotonic() - began > _IDLE_TIMEOUT_SEC:
+            raise CannotRun(f"{unpublished} events are unpublished after {_IDLE_TIMEOUT_SEC:.0f} s", status=1)
+        await asyncio.sleep(_POLL_INTERVAL_SEC)
     return drained - began
 
 
-async def allocations(database: asyncpg.Connection) -> int:
-    """Leases that there have been; asking for them costs nothing."""
-    return int(await database.fetchval("SELECT last_value - 1 + is_called::int FROM leases_lease_id_seq"))
+async def count_allocations(database: asyncpg.Connection) -> int:
+    """Count all leases since the pool was filled, active and ended. Cheap enough to poll."""
+    return int(await database.fetchval(_ALLOCATIONS))
 
 
-async def claimed(database: asyncpg.Connection) -> int:
+async def count_allocated(database: asyncpg.Connection) -> int:
     return int(await database.fetchval("SELECT count(*) FROM sandboxes WHERE status = 'allocated'"))
 
 
-async def ended(database: asyncpg.Connection, reason: str) -> int:
+async def count_ended_leases(database: asyncpg.Connection, reason: str) -> int:
     return int(await database.fetchval("SELECT count(*) FROM leases WHERE end_reason = $1", reason))
 
 
-async def elsewhere(database: asyncpg.Connection) -> int:
-    """Leases whose sandbox's name does not begin with the name of the track."""
-    return int(await database.fetchval(_ELSEWHERE))
+async def count_wrong_prefixes(database: asyncpg.Connection) -> int:
+    """Count leases of sandboxes without the requested name prefix."""
+    return int(await database.fetchval(_WRONG_PREFIXES))
 
 
-async def problems(
-    database: asyncpg.Connection, *, sandboxes: int, promised: int, cut_off: int = 0, purged: int = 0
+async def find_problems(
+    database: asyncpg.Connection, *, sandboxes: int, confirmed: int, cut_off: int = 0, purged: int = 0
 ) -> tuple[str, ...]:
-    """What is wrong with a pool that so many sandboxes were put into, when so many new leases were promised to
-    clients; as many as were cut off may have one that they were not told of, and the records of some sandboxes
-    may have been purged."""
+    """Verify the database after a run. Returns one text for each violated invariant.
+
+    `sandboxes` is the number of sandboxes ever added, `confirmed` the number of new leases confirmed to clients.
+    Up to `cut_off` requests lost their client before the response, so their leases may exist too. `purged` is the
+    number of purged records.
+    """
     leases = await database.fetchval("SELECT count(*) FROM leases")
     recorded = await database.fetchval("SELECT count(*) FROM sandboxes")
-    found = {
-        "leases of one sandbox or one student are more than one": await database.fetchval(_TWICE),
-        "sandboxes were handed out again": await database.fetchval(_AGAIN),
-        "sandboxes and leases disagree": await database.fetchval(_APART),
-        "sandboxes are in a state that they should not be in": await database.fetchval(_ASTRAY),
-        "promised leases are missing": max(0, promised - leases),
-        "leases were promised to nobody": max(0, leases - promised - cut_off),
-        "sandboxes are missing, or too many": abs(sandboxes - purged - recorded),
+    counts = {
+        "sandboxes or students have more than one lease": await database.fetchval(_DOUBLE_LEASES),
+        "sandboxes were allocated again after use": await database.fetchval(_REUSED_SANDBOXES),
+        "sandboxes are allocated without a lease, or leased but not allocated": await database.fetchval(
+            _LEASE_MISMATCHES
+        ),
+        "sandboxes have a status that does not match their use": await database.fetchval(_WRONG_STATUSES),
+        "confirmed leases are missing": max(0, confirmed - leases),
+        "leases were not confirmed to a client": max(0, leases - confirmed - cut_off),
+        "sandbox records are missing or unexpected": abs(sandboxes - purged - recorded),
     }
-    return tuple(f"{number} {what}" for what, number in found.items() if number)
+    return tuple(f"{count} {problem}" for problem, count in counts.items() if count)

@@ -1,90 +1,96 @@
-"""What is measured. A scenario is run several times, in turn with the others, so that what is compared meets the
-same state of the machine."""
+"""Scenarios of the benchmark."""
 
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import allocating, beside, life, meter, pgbench, pool, slow
-from bench.load import Load
+from bench import allocation, meter, pgbench, pool, slow_clients, soak, with_maintenance
+from bench.load import LoadResult
 from bench.meter import Run
 from bench.servers import Servers, Target
 from bench.sizes import Sizes
 
-_CLAIMS_PER_SECOND = 15_000
+_MAX_CLAIMS_PER_SECOND = 15_000
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
     group: str
-    """A word that chooses it together with its like."""
+    """Name on the command line that selects all scenarios of the group."""
     name: str
-    """The word that chooses it alone."""
+    """Name on the command line that selects this scenario."""
     run: Callable[[Servers, Sizes], Awaitable[Run]]
     long: bool = False
-    """Takes so long that it is run once, and only when it is asked for."""
+    """Runs once instead of `--repeats` times, and only on request."""
 
 
-async def claim(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
-    """A sandbox is claimed in each transaction, and that is all."""
-    target, sandboxes = servers.bare, sizes.seconds * _CLAIMS_PER_SECOND
+async def run_claim(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
+    """Claim one sandbox per transaction, without lease and event."""
+    target, sandboxes = servers.database_only, sizes.seconds * _MAX_CLAIMS_PER_SECOND
     await pool.fill(target.database, sandboxes)
-    run = await meter.measure(target, _pgbench(target, "claim", clients, sizes), events=False)
-    claimed = await pool.claimed(target.database)
-    return run.having(() if claimed == run.load.requests else (f"{claimed} sandboxes are claimed",))
+    run = await meter.measure_load(target, _pgbench(target, "claim", clients, sizes), has_events=False)
+    claimed = await pool.count_allocated(target.database)
+    problem = f"{claimed} sandboxes are claimed, expected {run.load.requests}"
+    return run.with_problems(() if claimed == run.load.requests else (problem,))
 
 
-async def lease(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
-    """Each transaction does what an allocation does: sandbox, lease and event."""
-    target, sandboxes = servers.bare, sizes.seconds * _CLAIMS_PER_SECOND
+async def run_lease(servers: Servers, sizes: Sizes, *, clients: int) -> Run:
+    """Claim one sandbox per transaction and write its lease and event, as an allocation does."""
+    target, sandboxes = servers.database_only, sizes.seconds * _MAX_CLAIMS_PER_SECOND
     await pool.fill(target.database, sandboxes)
-    run = await meter.measure(target, _pgbench(target, "lease", clients, sizes), events=False)
-    return run.having(await pool.problems(target.database, sandboxes=sandboxes, promised=run.load.requests))
+    run = await meter.measure_load(target, _pgbench(target, "lease", clients, sizes), has_events=False)
+    problems = await pool.find_problems(target.database, sandboxes=sandboxes, confirmed=run.load.requests)
+    return run.with_problems(problems)
 
 
-def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callable[[], Awaitable[Load]]:
-    return partial(pgbench.transactions, target.database_url, script, clients=clients, seconds=sizes.seconds)
+def _pgbench(target: Target, script: str, clients: int, sizes: Sizes) -> Callable[[], Awaitable[LoadResult]]:
+    return partial(pgbench.run_script, target.database_url, script, clients=clients, seconds=sizes.seconds)
 
 
-def _each(group: str, what: str, run: Callable[..., Awaitable[Run]], numbers: Iterable[int]) -> list[Scenario]:
-    return [Scenario(group, f"{group}-{number}", partial(run, **{what: number})) for number in numbers]
+def select_scenarios(names: Collection[str], *, include_long: bool) -> list[Scenario]:
+    """Return the scenarios with these names or groups.
 
-
-def chosen(words: Collection[str], *, long: bool) -> list[Scenario]:
-    """Those that the words name; without words all, though those that take long only if `long`."""
+    Without names, return all scenarios; long ones only with `include_long`.
+    """
     return [
         scenario
         for scenario in ALL
-        if {scenario.group, scenario.name} & set(words) or (not words and (long or not scenario.long))
+        if {scenario.group, scenario.name} & set(names) or (not names and (include_long or not scenario.long))
     ]
+
+
+def _build_variants(
+    group: str, parameter: str, run: Callable[..., Awaitable[Run]], values: Iterable[int]
+) -> list[Scenario]:
+    return [Scenario(group, f"{group}-{value}", partial(run, **{parameter: value})) for value in values]
 
 
 _CONNECTIONS = (1, 50, 200)
 _CLIENTS = (8, 16, 50)
 
-# Neighbours are compared with each other.
+# Compared scenarios are neighbours, so that they meet the same state of the machine.
 ALL: tuple[Scenario, ...] = (
     *(
         scenario
         for pair in zip(
-            _each("baseline", "connections", allocating.baseline, _CONNECTIONS),
-            _each("ours", "connections", allocating.ours, _CONNECTIONS),
+            _build_variants("baseline", "connections", allocation.run_baseline, _CONNECTIONS),
+            _build_variants("ours", "connections", allocation.run_broker, _CONNECTIONS),
             strict=True,
         )
         for scenario in pair
     ),
-    *_each("prefix", "prefixes", allocating.prefix, [1, 20, 200]),
-    *_each("ours", "connections", allocating.ours, [1_000]),
-    *_each("repeat", "connections", allocating.repeat, [200]),
-    *_each("claim", "clients", claim, _CLIENTS),
-    *_each("lease", "clients", lease, _CLIENTS),
-    *_each("floor", "connections", allocating.floor, [200]),
-    Scenario("class-start", "class-start", allocating.class_start),
-    *_each("pool", "sandboxes", allocating.stock, [1_000, 100_000, 1_000_000]),
-    Scenario("beside", "beside-nothing", beside.nothing),
-    Scenario("slow", "slow-clients", slow.clients),
-    Scenario("beside", "sync-beside", beside.sync),
-    Scenario("beside", "expiry-beside", beside.expiry),
-    Scenario("beside", "purge-beside", beside.purge),
-    Scenario("long", "long", life.long, long=True),
+    *_build_variants("prefix", "prefixes", allocation.run_prefixes, [1, 20, 200]),
+    *_build_variants("ours", "connections", allocation.run_broker, [1_000]),
+    *_build_variants("repeat", "connections", allocation.run_repeats, [200]),
+    *_build_variants("claim", "clients", run_claim, _CLIENTS),
+    *_build_variants("lease", "clients", run_lease, _CLIENTS),
+    *_build_variants("floor", "connections", allocation.run_floor, [200]),
+    Scenario("class-start", "class-start", allocation.run_class_start),
+    *_build_variants("pool", "sandboxes", allocation.run_pool_size, [1_000, 100_000, 1_000_000]),
+    Scenario("beside", "beside-nothing", with_maintenance.run_without_maintenance),
+    Scenario("slow", "slow-clients", slow_clients.run_with_slow_clients),
+    Scenario("beside", "sync-beside", with_maintenance.run_with_sync),
+    Scenario("beside", "expiry-beside", with_maintenance.run_with_expiry),
+    Scenario("beside", "purge-beside", with_maintenance.run_with_purge),
+    Scenario("long", "long", soak.run_soak, long=True),
 )

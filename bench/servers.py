@@ -1,5 +1,7 @@
-"""Everything that is measured, as processes of their own with the settings of production, on databases and a
-virtual host that go with the benchmark."""
+"""Start the measured systems as separate processes with production settings.
+
+They use their own databases and their own virtual host, which are removed at the end.
+"""
 
 import os
 import sys
@@ -12,7 +14,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
-from bench import baseline, cpu
+from bench import baseline, process_stats
 from devstack import infrastructure, temporary
 from devstack.errors import CannotRun
 from devstack.infrastructure import Found
@@ -23,121 +25,121 @@ from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
 from devstack.settings import ROOT, load
 from sandbox_broker.migrate import migrate
 
-# Of servers that live as long as the benchmark.
+# These tokens protect only the servers of this benchmark.
 TOKEN = "bench-track-token"  # noqa: S105
 ADMIN_TOKEN = "bench-admin-token"  # noqa: S105
 _CSP_TOKEN = "bench-csp-token"  # noqa: S105
-EXPIRY_INTERVAL_SEC = 2.0
-"""A tick of the reaper; that of production would not come in the time of a scenario."""
+_EXPIRY_INTERVAL_SEC = 2.0
+"""Interval of the reaper's expiry tick. The default of 60 s is longer than a scenario."""
 _NEVER_SEC = "1000000"
-_PREFIX = f"broker_bench_{os.getpid()}"
-_LAST_LINES = 5
-# The log goes through a file: a pipe would make the benchmark read it, at the cost of who is measured.
-_LOGGED = ("sh", "-c", 'log=$1; shift; exec "$@" >>"$log" 2>&1', "sh")
+_NAME_PREFIX = f"broker_bench_{os.getpid()}"
+_LOG_TAIL_LINES = 5
+# Programs write their log to a file. Reading a pipe would cost the benchmark CPU time during the measurement.
+_LOG_TO_FILE = ("sh", "-c", 'log=$1; shift; exec "$@" >>"$log" 2>&1', "sh")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A system that load is put on."""
+    """System under load."""
 
     url: str
     processes: Mapping[str, Process]
-    """Ours, by the part they play; `server` is what answers HTTP."""
+    """Processes started by the benchmark, by component. `server` is the HTTP server."""
     database_url: str
     database: asyncpg.Connection
-    """For looking at it from outside, and for filling it."""
-    queue: Sequence[int] = ()
-    """RabbitMQ's process."""
+    """Connection to fill and inspect the database."""
+    rabbitmq_pids: Sequence[int] = ()
 
     @asynccontextmanager
-    async def connected(self) -> AsyncIterator[asyncpg.Connection]:
-        """A further connection to the database, for what goes on during the load."""
+    async def connect(self) -> AsyncIterator[asyncpg.Connection]:
+        """Open another connection to the database, for work that runs during the load."""
         connection = await _connect(self.database_url)
         try:
             yield connection
         finally:
             await connection.close()
 
-    async def pids(self) -> cpu.Pids:
-        ours = {part: [process.pid] for part, process in self.processes.items()}
-        return {**ours, "postgres": await cpu.postgres(self.database), "rabbitmq": self.queue}
+    async def find_pids(self) -> process_stats.Pids:
+        own_pids = {component: [process.pid] for component, process in self.processes.items()}
+        postgres_pids = await process_stats.find_postgres_pids(self.database)
+        return {**own_pids, "postgres": postgres_pids, "rabbitmq": self.rabbitmq_pids}
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    ours: Target
-    """The broker."""
+    broker: Target
     baseline: Target
     floor: Target
-    """Nothing but the HTTP server."""
-    bare: Target
-    """Nothing but a database with our tables."""
+    """HTTP server with a constant response."""
+    database_only: Target
+    """Database with the broker's schema and no server."""
     amqp_url: str
-    """Of the broker."""
-    csp: str
-    """The CSP simulator that the broker has for CSP."""
+    """URL of the broker's virtual host."""
+    csp_url: str
+    """URL of the CSP simulator, which the broker uses as CSP."""
     logs: Path
     processes: Sequence[Process]
 
-    def forget_logs(self) -> None:
-        """Empties the log files, which are written at their ends."""
+    def truncate_logs(self) -> None:
+        """Empty the log files. The programs append, so they continue at the new end."""
         for log in self.logs.iterdir():
             os.truncate(log, 0)
 
 
 @asynccontextmanager
-async def running(terminal: Terminal, *, traced: float | None = None) -> AsyncIterator[Servers]:
-    """With `traced` the broker traces this part of the requests, to a collector beside it.
+async def start_servers(terminal: Terminal, *, trace_ratio: float | None = None) -> AsyncIterator[Servers]:
+    """Start all measured systems and stop them after the block.
 
-    Raises CannotRun when there is no way to have PostgreSQL or RabbitMQ, and when a process of ours ends, also
-    the one that the block is told of by ProcessDied."""
+    With `trace_ratio`, the broker traces this share of its requests and exports them to a local collector. Raises
+    CannotRun if PostgreSQL or RabbitMQ is unavailable or a process dies, also when the block raises ProcessDied.
+    """
     async with AsyncExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-broker-bench-")))
-        found_database, found_broker = await infrastructure.find(load(), terminal, stack)
-        amqp_url = await stack.enter_async_context(temporary.vhost(found_broker, _PREFIX))
-        launcher = _Launcher(stack, logs, found_database)
+        postgres, rabbitmq = await infrastructure.find(load(), terminal, stack)
+        amqp_url = await stack.enter_async_context(temporary.vhost(rabbitmq, _NAME_PREFIX))
+        launcher = _Launcher(stack, logs, postgres)
         try:
-            csp = await launcher.simulator()
-            tracing = {} if traced is None else await launcher.tracing(traced)
-            ours, baseline, floor, bare = (
-                await launcher.broker(amqp_url, csp, tracing),
-                await launcher.baseline(),
-                await launcher.floor(),
-                await launcher.bare(),
+            csp_url = await launcher.start_csp_simulator()
+            tracing = {} if trace_ratio is None else await launcher.start_trace_collector(trace_ratio)
+            broker, baseline, floor, database_only = (
+                await launcher.start_broker(amqp_url, csp_url, tracing),
+                await launcher.start_baseline(),
+                await launcher.start_floor(),
+                await launcher.create_database_only(),
             )
-            await unless_one_dies(wait_until_ready(launcher.ready), launcher.processes)
-            yield Servers(ours, baseline, floor, bare, amqp_url, csp, logs, launcher.processes)
+            await unless_one_dies(wait_until_ready(launcher.probe_urls), launcher.processes)
+            yield Servers(broker, baseline, floor, database_only, amqp_url, csp_url, logs, launcher.processes)
         except ProcessDied as death:
-            last = (logs / death.process.name).read_text(errors="replace").splitlines()[-_LAST_LINES:]
-            raise CannotRun(f"{death}: {' / '.join(last)}", status=1) from None
+            tail = (logs / death.process.name).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+            raise CannotRun(f"{death}: {' / '.join(tail)}", status=1) from None
 
 
 @dataclass(frozen=True, slots=True)
 class _Launcher:
-    """Starts programs; they end with the stack, before the databases that they use go."""
+    """Starts programs. The stack stops them before it drops the databases that they use."""
 
     stack: AsyncExitStack
     logs: Path
-    found: Found
+    postgres: Found
     processes: list[Process] = field(default_factory=list)
-    ready: dict[str, str] = field(default_factory=dict)
-    """What answers when they can be used."""
+    probe_urls: dict[str, str] = field(default_factory=dict)
+    """URL by program name that answers 200 when the program is ready."""
 
-    async def simulator(self) -> str:
-        """Without accounts, so that the sync with which the csp-syncer begins changes nothing."""
+    async def start_csp_simulator(self) -> str:
+        """Start the simulator without accounts, so that the csp-syncer's first sync changes no row."""
         port = free_port()
         arguments = ["csp_simulator", "--port", str(port), "--accounts", "0", "--token", _CSP_TOKEN]
-        await self._start("csp-simulator", arguments, port, {}, ready="healthz")
-        return _local(port)
+        await self._start("csp-simulator", arguments, port, {}, probe="healthz")
+        return _local_url(port)
 
-    async def tracing(self, ratio: float) -> Mapping[str, str]:
-        """Starts a collector; returns the settings that send it traces."""
+    async def start_trace_collector(self, ratio: float) -> Mapping[str, str]:
+        """Start a trace collector. Returns the services' settings that export traces to it."""
         port = free_port()
         await self._start("collector", ["bench.collector", str(port)], port, {})
-        return {"OTEL_EXPORTER_OTLP_ENDPOINT": _local(port), "OTEL_TRACES_SAMPLER_ARG": str(ratio)}
+        return {"OTEL_EXPORTER_OTLP_ENDPOINT": _local_url(port), "OTEL_TRACES_SAMPLER_ARG": str(ratio)}
 
-    async def broker(self, amqp_url: str, csp: str, tracing: Mapping[str, str]) -> Target:
-        url, database = await self._database()
+    async def start_broker(self, amqp_url: str, csp_url: str, tracing: Mapping[str, str]) -> Target:
+        url, database = await self._create_database()
         await migrate(url)
         modules = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
         ports = {name: free_port() for name in modules}
@@ -146,28 +148,28 @@ class _Launcher:
             "AMQP_URL": amqp_url,
             "BROKER_API_TOKEN": TOKEN,
             "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
-            "CSP_BASE_URL": f"{csp}/v2",
+            "CSP_BASE_URL": f"{csp_url}/v2",
             "CSP_API_TOKEN": _CSP_TOKEN,
             **{f"{modules[name].upper()}_PORT": str(port) for name, port in ports.items()},
             "LOG_LEVEL": "INFO",
             "LOG_FORMAT": "json",
             "BIND_HOST": "127.0.0.1",
-            "RATE_LIMIT": "",  # all load comes from one address
+            "RATE_LIMIT": "",  # disabled, because the whole load comes from one address
             "DRAIN_SEC": "0",
-            "ADMIN_WAIT_SEC": "300",  # the time of a sync is its answer's
-            "AUTO_EXPIRY_INTERVAL_SEC": str(EXPIRY_INTERVAL_SEC),
+            "ADMIN_WAIT_SEC": "300",  # the response time of a sync is its duration
+            "AUTO_EXPIRY_INTERVAL_SEC": str(_EXPIRY_INTERVAL_SEC),
             "SYNC_INTERVAL_SEC": _NEVER_SEC,
             **tracing,
         }
         processes = {
             name: await self._start(name, [module], ports[name], environment) for name, module in modules.items()
         }
-        queue = cpu.listener(urlsplit(amqp_url).port or 5672)
-        parts = {"server": processes.pop("gateway"), **processes}
-        return Target(_local(ports["gateway"]), parts, url, database, queue)
+        rabbitmq_pids = process_stats.find_listener_pids(urlsplit(amqp_url).port or 5672)
+        components = {"server": processes.pop("gateway"), **processes}
+        return Target(_local_url(ports["gateway"]), components, url, database, rabbitmq_pids)
 
-    async def baseline(self) -> Target:
-        url, database = await self._database()
+    async def start_baseline(self) -> Target:
+        url, database = await self._create_database()
         await database.execute(baseline.SCHEMA)
         port = free_port()
         uvicorn = ["uvicorn", "bench.baseline:create_app", "--factory", "--no-access-log", "--port", str(port)]
@@ -175,22 +177,22 @@ class _Launcher:
         process = await self._start(
             "baseline", [*uvicorn, "--loop", "uvloop", "--http", "httptools"], port, environment
         )
-        return Target(_local(port), {"server": process}, url, database)
+        return Target(_local_url(port), {"server": process}, url, database)
 
-    async def floor(self) -> Target:
-        url, database = await self._database()
+    async def start_floor(self) -> Target:
+        url, database = await self._create_database()
         port = free_port()
         process = await self._start("floor", ["bench.floor", str(port)], port, {})
-        return Target(_local(port), {"server": process}, url, database)
+        return Target(_local_url(port), {"server": process}, url, database)
 
-    async def bare(self) -> Target:
-        url, database = await self._database()
+    async def create_database_only(self) -> Target:
+        url, database = await self._create_database()
         await migrate(url)
         return Target("", {}, url, database)
 
-    async def _database(self) -> tuple[str, asyncpg.Connection]:
-        """A new one, and a connection of ours to it."""
-        url = await self.stack.enter_async_context(temporary.database(self.found, _PREFIX))
+    async def _create_database(self) -> tuple[str, asyncpg.Connection]:
+        """Create a database. Returns its URL and a connection to it."""
+        url = await self.stack.enter_async_context(temporary.database(self.postgres, _NAME_PREFIX))
         database = await _connect(url)
         self.stack.push_async_callback(database.close)
         return url, database
@@ -202,19 +204,19 @@ class _Launcher:
         port: int,
         environment: Mapping[str, str],
         *,
-        ready: str = "readyz",
+        probe: str = "readyz",
     ) -> Process:
-        """Starts a module of Python. It finds nothing of the caller's settings, and no `.env` file."""
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
+        """Start a Python module, isolated from the caller's settings and from `.env` files."""
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
         process = await spawn(
             name,
-            [*_LOGGED, self.logs / name, sys.executable, "-m", *module],
-            env={**kept, "PYTHONPATH": str(ROOT), **environment},
+            [*_LOG_TO_FILE, self.logs / name, sys.executable, "-m", *module],
+            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
             cwd=self.logs,
         )
         self.stack.push_async_callback(process.stop)
         self.processes.append(process)
-        self.ready[name] = f"{_local(port)}/{ready}"
+        self.probe_urls[name] = f"{_local_url(port)}/{probe}"
         return process
 
 
@@ -222,5 +224,5 @@ async def _connect(database_url: str) -> asyncpg.Connection:
     return await asyncpg.connect(database_url, server_settings={"application_name": "bench"})
 
 
-def _local(port: int) -> str:
+def _local_url(port: int) -> str:
     return f"http://127.0.0.1:{port}"

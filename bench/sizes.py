@@ -1,4 +1,4 @@
-"""How long, and how many."""
+"""Durations and counts of a benchmark."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Sizes:
     seconds: int = 5
-    """Of load in a run."""
+    """Duration of the load in a run."""
     warm_up: int = 2
+    """Seconds of load before the measurement."""
     students: int = 1_000
-    """In a class; and of those who ask again."""
+    """Students of a class, and of the scenario `repeat-200`."""
     accounts: int = 100_000
-    """In CSP's listing; the other maintenance is sized by it."""
+    """Accounts in CSP's listing. The other maintenance scenarios scale with it."""
     cycles: int = 1_000_000
-    """Of allocation and release in the long run."""
+    """Allocations and releases in the soak test."""

@@ -1,16 +1,16 @@
-"""Allocate a sandbox from the broker's pool for the student who starts this lab.
+"""Allocate a sandbox from the broker's pool for the student of this lab.
 
-For the setup hook of an Instruqt track. Needs Python 3.8 or newer and nothing else. Environment:
+For the setup hook of an Instruqt track. Requires Python 3.8 or newer, no packages. Environment:
 
     BROKER_API_TOKEN         required; the track's token
-    INSTRUQT_PARTICIPANT_ID  required; set by Instruqt, one per student
-    INSTRUQT_TRACK_SLUG      set by Instruqt; the lab's name, for the operator's statistics
-    SANDBOX_NAME_PREFIX      only take a sandbox whose name starts with exactly this text
-    BROKER_API_URL           where the broker is, with or without /v1
-    BROKER_TIMEOUT_SEC       how long to keep trying, all attempts together (120)
+    INSTRUQT_PARTICIPANT_ID  required; set by Instruqt, unique per student
+    INSTRUQT_TRACK_SLUG      set by Instruqt; name of the lab, for the operator's statistics
+    SANDBOX_NAME_PREFIX      prefix of the sandbox name, case-sensitive; unset: any sandbox
+    BROKER_API_URL           base URL of the broker, with or without /v1
+    BROKER_TIMEOUT_SEC       time limit for all attempts together (120)
 
 Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh into the working directory.
-Running it again gives the same sandbox. Exit code: 0 done, 1 refused or no answer, 2 misconfigured.
+A repeated run returns the same sandbox. Exit code: 0 done, 1 refused or no response, 2 misconfigured.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ OPTIONAL_HEADERS = {
 LEASE_FIELDS = ("sandbox_id", "external_id", "name")
 ADVICE = {
     400: "Check INSTRUQT_PARTICIPANT_ID, INSTRUQT_TRACK_SLUG and SANDBOX_NAME_PREFIX.",
-    401: "Check BROKER_API_TOKEN in the track's secrets: it is not, or no longer, a token of this broker.",
+    401: "Check BROKER_API_TOKEN in the track's secrets. The broker rejects it. It may have been replaced.",
     403: "Check that BROKER_API_TOKEN is the token for tracks.",
     409: "Start the lab again when other students have finished, or ask the broker's operator for more"
     " sandboxes. If SANDBOX_NAME_PREFIX is set, only sandboxes whose names start with it count.",
 }
 
 
-# --- Shared by both scripts, line for line, because each travels alone; a test compares them. ---
+# --- Shared lines: identical in both scripts, because each script works alone. A test compares them. ---
 
 DEFAULT_API_URL = "https://api-sandbox-broker.highvelocitynetworking.com/v1"
 DEFAULT_BUDGET_SEC = 120.0
-REQUEST_TIMEOUT_SEC = 10.0  # the broker itself answers within 5
-SHORTEST_REQUEST_SEC = 0.05
-BACKOFF_SEC = (0.5, 10.0)  # the first pause and the longest
-LONGEST_PAUSE_SEC = 86400.0
-LARGEST_BODY = 1 << 20
+REQUEST_TIMEOUT_SEC = 10.0  # the broker itself responds within 5 s
+MIN_REQUEST_TIMEOUT_SEC = 0.05
+BACKOFF_SEC = (0.5, 10.0)  # first and longest pause
+MAX_PAUSE_SEC = 86400.0
+MAX_BODY_BYTES = 1 << 20
 
 
-class Answer(NamedTuple):
-    """What came back from one request; status 0 means that nothing did, and `failure` says why."""
+class Response(NamedTuple):
+    """Response to one request. Status 0 means no response; `failure` is the reason."""
 
     status: int
     headers: HTTPMessage
@@ -69,13 +69,13 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> dict[str, Any]:
-        """The broker's own error; {} when something in front of it (WAF, proxy, load balancer) answered."""
+        """Error object of the broker. Empty if a WAF, proxy or load balancer in front of it responded."""
         detail = self.body.get("detail")
         return detail if isinstance(detail, dict) and is_text(detail.get("code")) else {}
 
     def __str__(self) -> str:
         if not self.status:
-            return f"no answer ({self.failure})"
+            return f"no response ({self.failure})"
         if self.error:
             request_id = self.error.get("request_id", "unknown")
             return f"{self.status} {self.error['code']}: {self.error.get('message')} [request {request_id}]"
@@ -84,37 +84,42 @@ class Answer(NamedTuple):
         return f"HTTP {self.status} without the broker's JSON (did a WAF, proxy or load balancer answer?)"
 
 
-def say(message: str, stream: TextIO | None = None) -> None:
-    """Print one line of plain ASCII; whatever a server put into the message, the token is not in it."""
+def print_line(message: str, stream: TextIO | None = None) -> None:
+    """Print one line of printable ASCII, with the token masked in case a server echoed it."""
     token = os.environ.get("BROKER_API_TOKEN", "").strip()
     message = message.replace(token, "***") if token else message
     print("sandbox broker:", re.sub(r"[^ -~]+", "?", message), file=stream or sys.stdout, flush=True)
 
 
-def stop(exit_code: int, message: str) -> NoReturn:
-    """End the script: 1 when the broker refuses or stays away, 2 when the track must be corrected."""
-    say(f"ERROR: {message}", sys.stderr)
+def exit_with_error(exit_code: int, message: str) -> NoReturn:
+    """End the script: code 1 for a refusal or no response, code 2 for a mistake in the track's setup."""
+    print_line(f"ERROR: {message}", sys.stderr)
     sys.exit(exit_code)
 
 
 def is_text(value: object) -> bool:
-    """Whether this is a string that a file and a shell variable can hold, and not a blank one."""
+    """Return True for a non-blank string that files and shell variables can hold."""
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
 
 
-def header_value(variable: str, missing: str = "") -> str:
-    """Read a variable that travels as a header; `missing` is what to do when a required one is blank."""
+def read_header_value(variable: str, if_missing: str = "") -> str:
+    """Read an environment variable for use as a header value.
+
+    With `if_missing`, the variable is required, and this text is the advice if it is blank.
+    """
     value = os.environ.get(variable, "").strip()
-    if not value and missing:
-        stop(2, f"{variable} environment variable not set. {missing}")
+    if not value and if_missing:
+        exit_with_error(2, f"{variable} environment variable not set. {if_missing}")
     if not re.fullmatch("[ -~]*", value):
-        stop(2, f"{variable} has characters that an HTTP header cannot carry. Use plain ASCII on one line.")
+        exit_with_error(
+            2, f"{variable} has characters that are invalid in an HTTP header. Use plain ASCII on one line."
+        )
     return value
 
 
-def broker_headers() -> dict[str, str]:
-    token = header_value("BROKER_API_TOKEN", "Add it to the track's secrets; the broker's operator has it.")
-    holder = header_value("INSTRUQT_PARTICIPANT_ID", "Instruqt sets it in lifecycle scripts; is this one?")
+def build_headers() -> dict[str, str]:
+    token = read_header_value("BROKER_API_TOKEN", "Add it to the track's secrets. The broker's operator has it.")
+    holder = read_header_value("INSTRUQT_PARTICIPANT_ID", "Instruqt sets it in lifecycle scripts only.")
     return {
         "Authorization": f"Bearer {token}",
         "X-Instruqt-Sandbox-ID": holder,
@@ -123,29 +128,30 @@ def broker_headers() -> dict[str, str]:
     }
 
 
-def broker_url() -> str:
-    """The API's base address; BROKER_API_URL may lack the /v1 or end in a slash."""
+def read_api_url() -> str:
+    """Return the API's base URL without a trailing slash. BROKER_API_URL may omit the /v1."""
     url = os.environ.get("BROKER_API_URL", "").strip() or DEFAULT_API_URL
     match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?)((?:/[\w./~%-]*)?)", url, re.A | re.I)
     if not match:
-        stop(2, "BROKER_API_URL is not a web address. It should look like https://broker.example.com/v1")
+        exit_with_error(2, "BROKER_API_URL is not a web address. Example: https://broker.example.com/v1")
     origin, path = match[1], match[2].rstrip("/")
     return origin + (path if path.endswith("/v1") else f"{path}/v1")
 
 
-def time_budget() -> float:
+def read_time_budget() -> float:
+    """Return the time limit for all attempts together, in seconds."""
     text = os.environ.get("BROKER_TIMEOUT_SEC", "").strip()
     try:
         seconds = float(text) if text else DEFAULT_BUDGET_SEC
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        stop(2, "BROKER_TIMEOUT_SEC is not a number of seconds above 0, such as 120.")
+        exit_with_error(2, "BROKER_TIMEOUT_SEC is not a number of seconds above 0. Example: 120")
     return seconds
 
 
-class EveryAnswer(urllib.request.HTTPErrorProcessor):
-    """Hands over every answer as it came: errors are ours to judge, a redirect would take the token along."""
+class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
+    """Return responses of any status. Redirects are not followed, because they would forward the token."""
 
     def http_response(self, request: urllib.request.Request, response: Any) -> Any:  # noqa: ARG002
         return response
@@ -153,105 +159,108 @@ class EveryAnswer(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def exchange(url: str, headers: dict[str, str], seconds: float) -> Answer:
-    """One POST without a body, through the machine's proxy unless the broker is on this machine."""
-    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(EveryAnswer, urllib.request.ProxyHandler({} if local else None))
-    # A new Request each time: urllib changes one that went through a proxy, and would not tunnel it again.
+def post_once(url: str, headers: dict[str, str], seconds: float) -> Response:
+    """Send one POST without a body. Use the configured proxy unless the broker runs on this machine."""
+    is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.build_opener(AnyStatusProcessor, urllib.request.ProxyHandler({} if is_local else None))
+    # A new Request per attempt, because urllib modifies a proxied one and would not tunnel it again.
     request = urllib.request.Request(url, data=b"", headers=headers, method="POST")
     try:
         with opener.open(request, timeout=seconds) as response:
-            content = response.read(LARGEST_BODY)
+            content = response.read(MAX_BODY_BYTES)
     except (OSError, HTTPException, ValueError) as error:
-        return Answer(0, HTTPMessage(), {}, str(getattr(error, "reason", error)) or type(error).__name__)
+        return Response(0, HTTPMessage(), {}, str(getattr(error, "reason", error)) or type(error).__name__)
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         body = {}
-    return Answer(response.status, response.headers, body if isinstance(body, dict) else {})
+    return Response(response.status, response.headers, body if isinstance(body, dict) else {})
 
 
-def send(url: str, headers: dict[str, str], seconds: float) -> Answer:
-    """`exchange`, over after these seconds even if a name look-up hangs or the answer trickles in."""
-    answers: queue.Queue[Answer] = queue.Queue()
-    threading.Thread(target=lambda: answers.put(exchange(url, headers, seconds)), daemon=True).start()
+def post_with_deadline(url: str, headers: dict[str, str], seconds: float) -> Response:
+    """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
+    responses: queue.Queue[Response] = queue.Queue()
+    threading.Thread(target=lambda: responses.put(post_once(url, headers, seconds)), daemon=True).start()
     try:
-        return answers.get(timeout=seconds)
+        return responses.get(timeout=seconds)
     except queue.Empty:
-        return Answer(0, HTTPMessage(), {}, f"waited {seconds:.1f} s")
+        return Response(0, HTTPMessage(), {}, f"waited {seconds:.1f} s")
 
 
-def is_final(answer: Answer, fields: Sequence[str]) -> bool:
-    """Whether asking again would change nothing: a complete success, or a refusal by the broker itself."""
-    if answer.status // 100 == 2:
-        return all(is_text(answer.body.get(field)) for field in fields)
-    if answer.status == 403:
-        return bool(answer.error)
-    return answer.status not in (0, 408, 429) and answer.status < 500
+def is_final(response: Response, required_fields: Sequence[str]) -> bool:
+    """Return True if a retry cannot help: after a complete success or a refusal by the broker itself."""
+    if response.status // 100 == 2:
+        return all(is_text(response.body.get(field)) for field in required_fields)
+    if response.status == 403:
+        return bool(response.error)
+    return response.status not in (0, 408, 429) and response.status < 500
 
 
-def requested_pause(answer: Answer) -> float:
-    """Seconds that Retry-After (a number or a date) or else the body asks us to wait; 0 without either."""
-    header = answer.headers.get("Retry-After", "").strip()
+def read_retry_after(response: Response) -> float:
+    """Return the seconds to wait from the Retry-After header (number or date), else from the body, else 0."""
+    header = response.headers.get("Retry-After", "").strip()
     try:
         if header and not header[0].isdigit():
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
         else:
-            seconds = float(header or answer.error.get("retry_after") or answer.body.get("retry_after") or 0)
+            seconds = float(header or response.error.get("retry_after") or response.body.get("retry_after") or 0)
     except (ValueError, TypeError, OverflowError, IndexError):
         seconds = 0.0
-    return min(LONGEST_PAUSE_SEC, max(0.0, seconds))
+    return min(MAX_PAUSE_SEC, max(0.0, seconds))
 
 
-def post(url: str, headers: dict[str, str], fields: Sequence[str], budget: float) -> Answer:
-    """Ask until the answer is final; a success has all these fields. Ends the script once time is up."""
+def post_with_retries(url: str, headers: dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
+    """Send the request until the response is final. End the script when the time budget is used up."""
     deadline = time.monotonic() + budget
-    backoff, longest_backoff = BACKOFF_SEC
+    backoff, max_backoff = BACKOFF_SEC
     attempt = 1
     while True:
-        left = max(SHORTEST_REQUEST_SEC, deadline - time.monotonic())
-        answer = send(url, headers, min(REQUEST_TIMEOUT_SEC, left))
-        if is_final(answer, fields):
-            return answer
-        pause = requested_pause(answer) + backoff * random.uniform(0.5, 1.0)  # noqa: S311
+        left = max(MIN_REQUEST_TIMEOUT_SEC, deadline - time.monotonic())
+        response = post_with_deadline(url, headers, min(REQUEST_TIMEOUT_SEC, left))
+        if is_final(response, required_fields):
+            return response
+        pause = read_retry_after(response) + backoff * random.uniform(0.5, 1.0)  # noqa: S311
         left = deadline - time.monotonic()
-        if pause + SHORTEST_REQUEST_SEC > left:
-            stop(
+        if pause + MIN_REQUEST_TIMEOUT_SEC > left:
+            exit_with_error(
                 1,
-                f"gave up at attempt {attempt}: {answer}. The next would be in {pause:.1f} s, past the"
+                f"gave up at attempt {attempt}: {response}. The next attempt would be in {pause:.1f} s, past the"
                 f" {budget:g} s of BROKER_TIMEOUT_SEC. It is safe to run this again. If it keeps failing,"
-                f" check that this machine reaches {url}, or tell the broker's operator.",
+                f" check that this machine reaches {url}, or contact the broker's operator.",
             )
-        say(f"attempt {attempt}: {answer}. Trying again in {pause:.1f} s, for {left:.0f} s at most.")
+        print_line(f"attempt {attempt}: {response}. Trying again in {pause:.1f} s, for {left:.0f} s at most.")
         time.sleep(pause)
-        backoff = min(backoff * 2, longest_backoff)
+        backoff = min(backoff * 2, max_backoff)
         attempt += 1
 
 
-def refuse(answer: Answer, advice: Mapping[int, str]) -> NoReturn:
-    stop(1, f"{answer}. {advice.get(answer.status, 'Check BROKER_API_URL.')}")
+def exit_refused(response: Response, advice: Mapping[int, str]) -> NoReturn:
+    exit_with_error(1, f"{response}. {advice.get(response.status, 'Check BROKER_API_URL.')}")
 
 
 # --- End of the shared lines. ---
 
 
-def stop_unwritable(path: str, error: OSError) -> NoReturn:
-    stop(2, f"cannot write {path}: {error.strerror}. Run this where the hook may create files.")
+def exit_unwritable(path: str, error: OSError) -> NoReturn:
+    exit_with_error(2, f"cannot write {path}: {error.strerror}. Run this in a writable directory.")
 
 
-def writable_directory() -> str:
-    """The working directory, tried out before a sandbox is taken that could not be recorded in it."""
+def check_working_directory() -> str:
+    """Return the path of the working directory. End the script if it is not writable.
+
+    The check runs before the allocation, because the cleanup could not release a sandbox without a record of it.
+    """
     directory = "the working directory"
     try:
         directory = os.getcwd()
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        stop_unwritable(directory, error)
+        exit_unwritable(directory, error)
     return directory
 
 
 def write_files(directory: str, contents: Mapping[str, str]) -> None:
-    """Write each file atomically; all are on disk under temporary names before the first is put in place."""
+    """Write each file atomically. All are on disk under temporary names before the first is renamed."""
     staged: dict[str, str] = {}
     try:
         for name, text in contents.items():
@@ -260,18 +269,18 @@ def write_files(directory: str, contents: Mapping[str, str]) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)  # no secrets inside, and other users' hooks read them
+                os.fchmod(file.fileno(), 0o644)  # readable for hooks of other users; contains no secrets
         for temporary, path in staged.items():
             os.replace(temporary, path)
     except OSError as error:
-        stop_unwritable(error.filename2 or directory, error)
+        exit_unwritable(error.filename2 or directory, error)
     finally:
         for temporary in staged:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
 
-def record(lease: Mapping[str, str], directory: str) -> None:
+def write_lease(lease: Mapping[str, str], directory: str) -> None:
     variables = {
         "STUDENT_TENANT": lease["name"],
         "CSP_ACCOUNT_ID": lease["external_id"],
@@ -279,7 +288,7 @@ def record(lease: Mapping[str, str], directory: str) -> None:
     }
     exports = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in variables.items())
     contents = {
-        "sandbox_id.txt": lease["sandbox_id"],  # first: it is what the clean-up needs
+        "sandbox_id.txt": lease["sandbox_id"],  # first, because the cleanup needs it
         "external_id.txt": lease["external_id"],
         "sandbox_name.txt": lease["name"],
         "sandbox_env.sh": f"export {exports}\n",
@@ -288,21 +297,21 @@ def record(lease: Mapping[str, str], directory: str) -> None:
 
 
 def main() -> None:
-    headers, url, budget = broker_headers(), broker_url(), time_budget()
+    headers, url, budget = build_headers(), read_api_url(), read_time_budget()
     for header, variable in OPTIONAL_HEADERS.items():
-        value = header_value(variable)
+        value = read_header_value(variable)
         if value:
             headers[header] = value
-    directory = writable_directory()
-    say(f"asking {url} for a sandbox")
-    answer = post(f"{url}/allocate", headers, LEASE_FIELDS, budget)
-    if answer.status // 100 != 2:
-        refuse(answer, ADVICE)
-    lease = answer.body
-    record(lease, directory)
-    how = "allocated" if answer.status == 201 else "this student already holds"
-    say(f"{how} sandbox {lease['name']} (id {lease['sandbox_id']}, account {lease['external_id']})")
-    say(f"its files are in {directory}")
+    directory = check_working_directory()
+    print_line(f"requesting a sandbox from {url}")
+    response = post_with_retries(f"{url}/allocate", headers, LEASE_FIELDS, budget)
+    if response.status // 100 != 2:
+        exit_refused(response, ADVICE)
+    lease = response.body
+    write_lease(lease, directory)
+    outcome = "allocated" if response.status == 201 else "this student already holds"
+    print_line(f"{outcome} sandbox {lease['name']} (id {lease['sandbox_id']}, account {lease['external_id']})")
+    print_line(f"the files are in {directory}")
 
 
 if __name__ == "__main__":

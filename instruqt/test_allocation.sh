@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tries the broker as a track would: allocates a sandbox for a made-up student, shows the files, asks again
-# (which must give the same sandbox) and prints the command that hands the sandbox back.
+# Test the broker from a track's point of view: allocate a sandbox for a made-up student, show the files, repeat the
+# request (it must return the same sandbox) and print the command that releases the sandbox.
 #
 # Usage: BROKER_API_TOKEN=... [BROKER_API_URL=...] [SANDBOX_NAME_PREFIX=...] ./test_allocation.sh
-# The files appear in the current directory. Exit code: 0 works, otherwise the step that failed says why.
+# Writes the files into the current directory. Exit code: 0 success, otherwise the failed step prints the reason.
 set -euo pipefail
 
 scripts="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -12,7 +12,7 @@ export INSTRUQT_TRACK_SLUG="${INSTRUQT_TRACK_SLUG:-test-allocation}"
 
 echo "== 1. Allocate a sandbox for ${INSTRUQT_PARTICIPANT_ID}"
 python3 "${scripts}/instruqt_broker_allocation.py"
-first="$(<sandbox_id.txt)"
+first_id="$(<sandbox_id.txt)"
 
 echo
 echo "== 2. The files"
@@ -21,24 +21,24 @@ for file in sandbox_id.txt external_id.txt sandbox_name.txt sandbox_env.sh; do
 done
 
 echo
-echo "== 3. Ask again: it must be the same sandbox"
+echo "== 3. Allocate again: it must return the same sandbox"
 python3 "${scripts}/instruqt_broker_allocation.py"
-second="$(<sandbox_id.txt)"
+second_id="$(<sandbox_id.txt)"
 
 echo
-echo "== 4. To hand the sandbox back, with the same BROKER_API_TOKEN:"
-clean_up=(env "INSTRUQT_PARTICIPANT_ID=${INSTRUQT_PARTICIPANT_ID}")
+echo "== 4. To release the sandbox, run with the same BROKER_API_TOKEN:"
+cleanup_command=(env "INSTRUQT_PARTICIPANT_ID=${INSTRUQT_PARTICIPANT_ID}")
 if [[ -n "${BROKER_API_URL:-}" ]]; then
-    clean_up+=("BROKER_API_URL=${BROKER_API_URL}")
+    cleanup_command+=("BROKER_API_URL=${BROKER_API_URL}")
 fi
-clean_up+=(python3 "${scripts}/instruqt_broker_cleanup.py")
+cleanup_command+=(python3 "${scripts}/instruqt_broker_cleanup.py")
 printf 'cd %q &&' "${PWD}"
-printf ' %q' "${clean_up[@]}"
+printf ' %q' "${cleanup_command[@]}"
 echo
 
 echo
-if [[ "${first}" != "${second}" ]]; then
-    echo "FAILED: the same student was given sandbox ${first}, then ${second}" >&2
+if [[ "${first_id}" != "${second_id}" ]]; then
+    echo "FAILED: the same student got sandbox ${first_id}, then ${second_id}" >&2
     exit 1
 fi
-echo "OK: sandbox ${first} both times"
+echo "OK: sandbox ${first_id} both times"

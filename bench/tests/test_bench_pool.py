@@ -1,5 +1,7 @@
-"""What is found wrong with a pool after a run. The constraints of the tables are dropped: nothing relies on them
-here, and most of what is looked for could not be made with them."""
+"""Verification of the database after a run.
+
+The tests drop the unique indexes on leases, because most violations could not be created otherwise.
+"""
 
 from collections.abc import AsyncIterator
 
@@ -14,7 +16,7 @@ SANDBOXES, LEASES = 10, 3
 
 
 @pytest.fixture(scope="module")
-async def lax_database(new_database: NewDatabase) -> AsyncIterator[asyncpg.Connection]:
+async def database_without_unique_leases(new_database: NewDatabase) -> AsyncIterator[asyncpg.Connection]:
     async with new_database() as url:
         await migrate(url)
         connection = await asyncpg.connect(url)
@@ -24,105 +26,115 @@ async def lax_database(new_database: NewDatabase) -> AsyncIterator[asyncpg.Conne
 
 
 @pytest.fixture
-async def database(lax_database: asyncpg.Connection) -> asyncpg.Connection:
-    """With ten sandboxes, three of them leased, and nothing wrong."""
-    await pool.fill(lax_database, SANDBOXES)
-    await pool.lease(lax_database, "student", LEASES)
-    return lax_database
+async def database(database_without_unique_leases: asyncpg.Connection) -> asyncpg.Connection:
+    """Database with ten sandboxes, three of them leased, and no violation."""
+    await pool.fill(database_without_unique_leases, SANDBOXES)
+    await pool.insert_leases(database_without_unique_leases, "student", LEASES)
+    return database_without_unique_leases
 
 
-async def problems(database: asyncpg.Connection, **told: int) -> tuple[str, ...]:
-    return await pool.problems(database, **{"sandboxes": SANDBOXES, "promised": LEASES, **told})
+async def find_problems(database: asyncpg.Connection, **counts: int) -> tuple[str, ...]:
+    return await pool.find_problems(database, **{"sandboxes": SANDBOXES, "confirmed": LEASES, **counts})
 
 
-async def test_nothing_is_wrong_with_a_pool_of_which_some_is_leased(database: asyncpg.Connection) -> None:
-    assert await problems(database) == ()
-    assert await pool.allocations(database) == LEASES
+async def test_a_partly_leased_pool_has_no_problems(database: asyncpg.Connection) -> None:
+    assert await find_problems(database) == ()
+    assert await pool.count_allocations(database) == LEASES
 
 
-async def test_what_was_released_may_be_anywhere_on_its_way_out(database: asyncpg.Connection) -> None:
+async def test_a_released_sandbox_may_have_any_status_of_the_deletion(database: asyncpg.Connection) -> None:
     await database.execute("UPDATE leases SET ended_at = now(), end_reason = 'student'")
-    states = "(ARRAY['pending_deletion', 'deletion_failed', 'deleted'])[row_number]"
+    statuses = "(ARRAY['pending_deletion', 'deletion_failed', 'deleted'])[row_number]"
     await database.execute(f"""
-        UPDATE sandboxes s SET status = {states}
+        UPDATE sandboxes s SET status = {statuses}
         FROM (SELECT sandbox_id, row_number() OVER () FROM leases) l WHERE l.sandbox_id = s.sandbox_id
     """)
-    assert await problems(database) == ()
-    assert await pool.ended(database, "student") == LEASES
+    assert await find_problems(database) == ()
+    assert await pool.count_ended_leases(database, "student") == LEASES
 
 
-async def test_records_that_were_purged_are_not_missed(database: asyncpg.Connection) -> None:
+async def test_purged_records_are_not_reported_as_missing(database: asyncpg.Connection) -> None:
     await database.execute("UPDATE leases SET ended_at = now(), end_reason = 'student'")
     await database.execute("DELETE FROM sandboxes WHERE status = 'allocated'")
-    assert await problems(database, purged=LEASES) == ()
-    assert await problems(database) == (f"{LEASES} sandboxes are missing, or too many",)
+    assert await find_problems(database, purged=LEASES) == ()
+    assert await find_problems(database) == (f"{LEASES} sandbox records are missing or unexpected",)
 
 
-LEASE_OF_HOLDER_2 = """
+SECOND_LEASE_FOR_STUDENT_1 = """
     INSERT INTO leases (sandbox_id, holder, expires_at)
     SELECT sandbox_id, 'student-1', now() FROM leases WHERE holder = 'student-2'
 """
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "problem"),
     [
-        pytest.param(LEASE_OF_HOLDER_2, "leases of one sandbox or one student are more than one", id="two leases"),
+        pytest.param(
+            SECOND_LEASE_FOR_STUDENT_1, "sandboxes or students have more than one lease", id="second lease"
+        ),
         pytest.param(
             f"UPDATE leases SET ended_at = now(), end_reason = 'student' WHERE holder = 'student-2';"
-            f"{LEASE_OF_HOLDER_2}; UPDATE leases SET holder = 'student-4' WHERE lease_id > {LEASES}",
-            "sandboxes were handed out again",
-            id="handed out again",
+            f"{SECOND_LEASE_FOR_STUDENT_1}; UPDATE leases SET holder = 'student-4' WHERE lease_id > {LEASES}",
+            "sandboxes were allocated again after use",
+            id="allocated again",
         ),
         pytest.param(
-            "DELETE FROM leases WHERE holder = 'student-1'", "sandboxes and leases disagree", id="no lease"
+            "DELETE FROM leases WHERE holder = 'student-1'",
+            "sandboxes are allocated without a lease, or leased but not allocated",
+            id="allocated without lease",
         ),
         pytest.param(
-            "UPDATE sandboxes SET status = 'available'", "sandboxes and leases disagree", id="leased, available"
+            "UPDATE sandboxes SET status = 'available'",
+            "sandboxes are allocated without a lease, or leased but not allocated",
+            id="leased and available",
         ),
         pytest.param(
             "UPDATE leases SET ended_at = now(), end_reason = 'student'; UPDATE sandboxes SET status = 'available'",
-            "sandboxes are in a state that they should not be in",
-            id="used, available",
+            "sandboxes have a status that does not match their use",
+            id="used and available",
         ),
         pytest.param(
             "UPDATE sandboxes SET status = 'pending_deletion' WHERE status = 'available'",
-            "sandboxes are in a state that they should not be in",
-            id="never used, to be deleted",
+            "sandboxes have a status that does not match their use",
+            id="pending deletion without use",
         ),
         pytest.param(
             "UPDATE sandboxes SET status = 'stale' WHERE status = 'available'",
-            "sandboxes are in a state that they should not be in",
+            "sandboxes have a status that does not match their use",
             id="stale",
         ),
-        pytest.param("DELETE FROM leases", "promised leases are missing", id="promised, not there"),
-        pytest.param(LEASE_OF_HOLDER_2, "leases were promised to nobody", id="there, promised to nobody"),
+        pytest.param("DELETE FROM leases", "confirmed leases are missing", id="missing lease"),
+        pytest.param(SECOND_LEASE_FOR_STUDENT_1, "leases were not confirmed to a client", id="unconfirmed lease"),
         pytest.param(
-            "DELETE FROM sandboxes WHERE status = 'available'", "sandboxes are missing, or too many", id="gone"
+            "DELETE FROM sandboxes WHERE status = 'available'",
+            "sandbox records are missing or unexpected",
+            id="missing sandboxes",
         ),
     ],
 )
-async def test_what_is_wrong_is_named(database: asyncpg.Connection, change: str, found: str) -> None:
+async def test_each_violation_is_reported(database: asyncpg.Connection, change: str, problem: str) -> None:
     await database.execute(change)
-    assert found in {problem.split(" ", 1)[1] for problem in await problems(database)}
+    assert problem in {found.split(" ", 1)[1] for found in await find_problems(database)}
 
 
-async def test_as_many_as_were_cut_off_may_have_a_lease_unknown_to_them(database: asyncpg.Connection) -> None:
-    assert await problems(database, promised=LEASES - 1, cut_off=1) == ()
-    assert await problems(database, promised=LEASES - 2, cut_off=1) == ("1 leases were promised to nobody",)
+async def test_cut_off_requests_may_have_left_unconfirmed_leases(database: asyncpg.Connection) -> None:
+    assert await find_problems(database, confirmed=LEASES - 1, cut_off=1) == ()
+    assert await find_problems(database, confirmed=LEASES - 2, cut_off=1) == (
+        "1 leases were not confirmed to a client",
+    )
 
 
-async def test_names_begin_with_prefixes_in_turn(database: asyncpg.Connection) -> None:
+async def test_names_cycle_through_the_prefixes(database: asyncpg.Connection) -> None:
     await pool.fill(database, SANDBOXES, prefixes=2)
     counts = await database.fetch("SELECT available_stem, count(*) FROM sandboxes GROUP BY 1 ORDER BY 1")
     assert [tuple(row) for row in counts] == [("lab0-", 5), ("lab1-", 5)]
 
 
-async def test_a_lease_of_another_prefix_than_its_track_is_found(database: asyncpg.Connection) -> None:
+async def test_leases_with_a_wrong_prefix_are_counted(database: asyncpg.Connection) -> None:
     await pool.fill(database, SANDBOXES, prefixes=2)
-    await pool.lease(database, "student", LEASES)
+    await pool.insert_leases(database, "student", LEASES)
     await database.execute("UPDATE leases SET track_name = 'lab1-'")
-    of_lab0 = await database.fetchval(
+    lab0_leases = await database.fetchval(
         "SELECT count(*) FROM leases JOIN sandboxes USING (sandbox_id) WHERE name LIKE 'lab0-%'"
     )
-    assert await pool.elsewhere(database) == of_lab0 > 0
+    assert await pool.count_wrong_prefixes(database) == lab0_leases > 0

@@ -1,4 +1,4 @@
-"""A canned HTTP server for all that may answer in the broker's place, and a way to run the scripts."""
+"""HTTP server with canned replies, and fixtures that run the scripts against it."""
 
 import json
 import os
@@ -31,32 +31,35 @@ LEASE = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One canned answer. `claims` overstates the body's length; `trickles` sends it a byte at a time;
-    `drops` hangs up without a word; `hangs` never answers."""
+    """Canned reply, with faults for tests.
+
+    `content_length` overstates the length of the body; `trickles` sends the body byte by byte; `drops` closes the
+    connection without a reply; `hangs` never replies.
+    """
 
     status: int = 201
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
-    claims: int = 0
+    content_length: int = 0
     trickles: bool = False
     drops: bool = False
     hangs: bool = False
 
 
-def json_reply(status: int, body: object) -> Reply:
+def build_json_reply(status: int, body: object) -> Reply:
     return Reply(status, json.dumps(body).encode())
 
 
-def lease(status: int = 201, /, **changes: object) -> Reply:
-    return json_reply(status, {**LEASE, **changes})
+def build_lease_reply(status: int = 201, /, **changes: object) -> Reply:
+    return build_json_reply(status, {**LEASE, **changes})
 
 
-def refusal(status: int, code: str, message: str = "No.", **extra: object) -> Reply:
-    return json_reply(status, {"detail": {"code": code, "message": message, "request_id": "req-1", **extra}})
+def build_refusal(status: int, code: str, message: str = "No.", **extra: object) -> Reply:
+    return build_json_reply(status, {"detail": {"code": code, "message": message, "request_id": "req-1", **extra}})
 
 
-def page(status: int, **headers: str) -> Reply:
-    """What a WAF or a load balancer sends: HTML. A header is given as `retry_after=`."""
+def build_html_reply(status: int, **headers: str) -> Reply:
+    """Build the HTML reply of a WAF or load balancer, with headers as keywords (`retry_after="1"`)."""
     html = b"<html><body>Request blocked</body></html>"
     return Reply(status, html, {name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -71,13 +74,13 @@ class Call:
 
 
 class CannedServer(ThreadingHTTPServer):
-    """Answers with `replies` in turn, the last one for ever, and remembers every call."""
+    """Send `replies` in order, then repeat the last one. Record every request in `calls`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.replies = [lease()]
+        self.replies = [build_lease_reply()]
         self.calls: list[Call] = []
         self.closing = threading.Event()
 
@@ -86,36 +89,36 @@ class CannedServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is part of the game."""
+        """Ignore errors, because some tests close the connection early."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    def answer(self) -> None:
+    def reply(self) -> None:
         server = cast(CannedServer, self.server)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server.calls.append(Call(self.command, self.path, self.headers, body, time.monotonic()))
-        reply = server.replies[min(len(server.calls), len(server.replies)) - 1]
-        if reply.hangs:
+        canned = server.replies[min(len(server.calls), len(server.replies)) - 1]
+        if canned.hangs:
             server.closing.wait()
-        if reply.hangs or reply.drops:
+        if canned.hangs or canned.drops:
             return
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
+        self.send_response(canned.status)
+        for name, value in canned.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(reply.claims or len(reply.body)))
+        self.send_header("Content-Length", str(canned.content_length or len(canned.body)))
         self.end_headers()
-        if not reply.trickles:
-            self.wfile.write(reply.body)
+        if not canned.trickles:
+            self.wfile.write(canned.body)
             return
-        for byte in reply.body:
+        for byte in canned.body:
             self.wfile.write(bytes([byte]))
             if server.closing.wait(0.05):
                 return
 
-    do_GET = do_POST = do_CONNECT = answer  # noqa: N815
+    do_GET = do_POST = do_CONNECT = reply  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Not in the tests' output."""
+        """Keep the test output free of access logs."""
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def broker(start_server: Callable[[], CannedServer]) -> CannedServer:
 
 @pytest.fixture
 def closed_origin() -> str:
-    """An address where nobody listens."""
+    """URL of a port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -157,7 +160,7 @@ class Run:
 
 @dataclass
 class Track:
-    """A lab host: its working directory and environment, in which a script runs as a hook would run it."""
+    """Working directory and environment of a lab host. Runs the scripts like Instruqt's hooks."""
 
     directory: Path
     environment: dict[str, str]
@@ -165,15 +168,15 @@ class Track:
     def run(self, *command: str, **variables: str | None) -> Run:
         merged = {**self.environment, **variables}
         environment = {name: value for name, value in merged.items() if value is not None}
-        # Far less than the budget of two minutes that a script has when it is not told another.
-        done = subprocess.run(
+        # Shorter than the default time budget of 120 s, so that a script without its own budget fails the test.
+        completed = subprocess.run(
             command, cwd=self.directory, env=environment, capture_output=True, timeout=30, check=False
         )
-        out, err = done.stdout.decode(), done.stderr.decode()
+        out, err = completed.stdout.decode(), completed.stderr.decode()
         assert TOKEN not in out + err
         assert "Traceback" not in err
         assert "Warning" not in err
-        return Run(done.returncode, out, err)
+        return Run(completed.returncode, out, err)
 
     def allocate(self, *launcher: str, **variables: str | None) -> Run:
         return self.run(*launcher, *INTERPRETER, str(SCRIPTS / "instruqt_broker_allocation.py"), **variables)

@@ -1,9 +1,11 @@
+"""Allocation script: request headers, files, refusals and faulty responses."""
+
 import stat
 from pathlib import Path
 
 import pytest
 
-from .conftest import LEASE, CannedServer, Reply, Track, json_reply, lease, refusal
+from .conftest import LEASE, CannedServer, Reply, Track, build_json_reply, build_lease_reply, build_refusal
 
 FILES = {
     "sandbox_id.txt": "2012224",
@@ -14,14 +16,14 @@ FILES = {
 }
 
 
-def test_a_new_lease_is_written_to_four_files_and_nothing_else(track: Track, broker: CannedServer) -> None:
+def test_a_new_lease_is_written_to_exactly_four_files(track: Track, broker: CannedServer) -> None:
     run = track.allocate()
     assert (run.code, run.err) == (0, "")
     assert "allocated sandbox sandbox-1" in run.out
     assert track.files() == FILES
 
 
-def test_the_request_carries_the_student_the_track_and_the_prefix(track: Track, broker: CannedServer) -> None:
+def test_the_request_contains_student_track_and_prefix(track: Track, broker: CannedServer) -> None:
     run = track.allocate(INSTRUQT_TRACK_SLUG="dns-101", SANDBOX_NAME_PREFIX="lab-adventure")
     assert run.code == 0
     [call] = broker.calls
@@ -34,25 +36,25 @@ def test_the_request_carries_the_student_the_track_and_the_prefix(track: Track, 
 
 
 @pytest.mark.parametrize("blank", [None, "  "])
-def test_optional_headers_are_left_out_when_blank(track: Track, broker: CannedServer, blank: str | None) -> None:
+def test_blank_optional_headers_are_omitted(track: Track, broker: CannedServer, blank: str | None) -> None:
     assert track.allocate(INSTRUQT_TRACK_SLUG=blank, SANDBOX_NAME_PREFIX=blank).code == 0
     [call] = broker.calls
     assert "X-Instruqt-Track-ID" not in call.headers
     assert "X-Sandbox-Name-Prefix" not in call.headers
 
 
-def test_a_repeat_replaces_the_files_and_says_that_the_sandbox_is_the_same(
+def test_a_repeated_run_replaces_the_files_and_reports_the_existing_lease(
     track: Track, broker: CannedServer
 ) -> None:
-    (track.directory / "sandbox_id.txt").write_text("of an earlier run")
-    broker.replies = [lease(200)]
+    (track.directory / "sandbox_id.txt").write_text("from an earlier run")
+    broker.replies = [build_lease_reply(200)]
     run = track.allocate()
     assert run.code == 0
     assert "already holds" in run.out
     assert track.files() == FILES
 
 
-def test_the_files_can_be_read_by_other_users(track: Track, broker: CannedServer) -> None:
+def test_other_users_can_read_the_files(track: Track, broker: CannedServer) -> None:
     track.allocate()
     assert {stat.S_IMODE(path.stat().st_mode) for path in track.directory.iterdir()} == {0o644}
 
@@ -65,18 +67,18 @@ def test_the_files_can_be_read_by_other_users(track: Track, broker: CannedServer
         " -n tenänt ☃ ",
     ],
 )
-def test_any_name_survives_the_shell(track: Track, broker: CannedServer, name: str) -> None:
-    broker.replies = [lease(name=name)]
+def test_the_shell_reads_any_name_unchanged(track: Track, broker: CannedServer, name: str) -> None:
+    broker.replies = [build_lease_reply(name=name)]
     assert track.allocate().code == 0
-    show = r'source ./sandbox_env.sh && printf "%s\0" "$STUDENT_TENANT" "$CSP_ACCOUNT_ID" "$SANDBOX_ID"'
-    run = track.run("bash", "-c", show)
+    print_variables = r'source ./sandbox_env.sh && printf "%s\0" "$STUDENT_TENANT" "$CSP_ACCOUNT_ID" "$SANDBOX_ID"'
+    run = track.run("bash", "-c", print_variables)
     assert run.out.split("\0") == [name, LEASE["external_id"], LEASE["sandbox_id"], ""]
     assert set(track.files()) == set(FILES)
     assert track.files()["sandbox_name.txt"] == name
 
 
-def test_an_exhausted_pool_is_refused_at_once_with_what_to_do(track: Track, broker: CannedServer) -> None:
-    broker.replies = [refusal(409, "POOL_EXHAUSTED", "No available sandboxes in pool", retry_after=30)]
+def test_an_exhausted_pool_ends_the_script_with_advice(track: Track, broker: CannedServer) -> None:
+    broker.replies = [build_refusal(409, "POOL_EXHAUSTED", "No available sandboxes in pool", retry_after=30)]
     run = track.allocate(BROKER_TIMEOUT_SEC="120")
     assert run.code == 1
     assert "409 POOL_EXHAUSTED: No available sandboxes in pool [request req-1]" in run.err
@@ -99,7 +101,7 @@ def test_an_exhausted_pool_is_refused_at_once_with_what_to_do(track: Track, brok
     ids=str,
 )
 def test_an_incomplete_lease_writes_no_file(track: Track, broker: CannedServer, changes: dict[str, object]) -> None:
-    broker.replies = [lease(201, **changes)]
+    broker.replies = [build_lease_reply(201, **changes)]
     run = track.allocate(BROKER_TIMEOUT_SEC="0.2")
     assert run.code == 1
     assert "gave up" in run.err
@@ -113,12 +115,12 @@ def test_an_incomplete_lease_writes_no_file(track: Track, broker: CannedServer, 
         Reply(204),
         Reply(201, b"<html>Welcome to the hotel Wi-Fi</html>"),
         Reply(201, b"[" * 100_000),
-        json_reply(200, ["a list"]),
-        Reply(201, lease().body[:-20], claims=len(lease().body)),
+        build_json_reply(200, ["a list"]),
+        Reply(201, build_lease_reply().body[:-20], content_length=len(build_lease_reply().body)),
     ],
     ids=["empty", "no content", "html", "deep", "list", "truncated"],
 )
-def test_a_success_that_is_not_a_lease_counts_as_a_fault_and_writes_no_file(
+def test_a_2xx_response_without_a_lease_is_retried_and_writes_no_file(
     track: Track, broker: CannedServer, reply: Reply
 ) -> None:
     broker.replies = [reply]
@@ -128,23 +130,23 @@ def test_a_success_that_is_not_a_lease_counts_as_a_fault_and_writes_no_file(
     assert track.files() == {}
 
 
-def test_a_directory_in_the_place_of_a_file_is_named(track: Track, broker: CannedServer) -> None:
+def test_an_error_names_the_file_that_is_a_directory(track: Track, broker: CannedServer) -> None:
     (track.directory / "external_id.txt").mkdir()
     run = track.allocate()
     assert run.code == 2
     assert str(track.directory / "external_id.txt") in run.err
-    assert track.files() == {"sandbox_id.txt": "2012224"}, "no temporary file stays"
+    assert track.files() == {"sandbox_id.txt": "2012224"}, "a temporary file was left behind"
 
 
-def test_a_full_disk_leaves_the_old_files_whole(track: Track, broker: CannedServer) -> None:
+def test_a_full_disk_leaves_the_old_files_intact(track: Track, broker: CannedServer) -> None:
     (track.directory / "sandbox_id.txt").write_text("old")
     run = track.allocate("bash", "-c", 'ulimit -f 0 && exec "$@"', "bash")
     assert run.code == 2
     assert f"cannot write {track.directory}: File too large" in run.err
-    assert track.files() == {"sandbox_id.txt": "old"}, "no temporary file stays"
+    assert track.files() == {"sandbox_id.txt": "old"}, "a temporary file was left behind"
 
 
-def test_no_sandbox_is_taken_when_the_directory_is_not_writable(track: Track, broker: CannedServer) -> None:
+def test_an_unwritable_directory_prevents_the_request(track: Track, broker: CannedServer) -> None:
     track.directory = Path("/proc")
     run = track.allocate()
     assert run.code == 2
@@ -152,7 +154,7 @@ def test_no_sandbox_is_taken_when_the_directory_is_not_writable(track: Track, br
     assert broker.calls == []
 
 
-def test_no_sandbox_is_taken_when_the_directory_is_gone(track: Track, broker: CannedServer) -> None:
+def test_a_deleted_directory_prevents_the_request(track: Track, broker: CannedServer) -> None:
     run = track.allocate("bash", "-c", 'mkdir here && cd here && rmdir ../here && exec "$@"', "bash")
     assert run.code == 2
     assert "cannot write the working directory" in run.err

@@ -12,9 +12,9 @@ from aio_pika.exceptions import AMQPError
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from sandbox_broker import topology
-from sandbox_broker.connection import delete_replaced, opened
-from sandbox_broker.settings import AmqpUrl, load, stop
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import delete_replaced, opened
+from sandbox_broker.runtime.settings import AmqpUrl, load, stop
 
 TIMEOUT_SEC = 30.0
 

@@ -13,8 +13,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import Connection, text
 
-from sandbox_broker import db
-from sandbox_broker.settings import DatabaseUrl, load, stop
+from sandbox_broker.database import connections
+from sandbox_broker.runtime.settings import DatabaseUrl, load, stop
 
 _LOCK = 0x5A4DB0
 """The advisory lock's number; any constant of our own."""
@@ -28,7 +28,7 @@ class Settings(BaseSettings):
 
 async def migrate(database_url: str) -> None:
     """Raises what asyncpg raises when the database does not answer."""
-    engine = db.engine(database_url, statement_timeout_sec=0)
+    engine = connections.engine(database_url, statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
@@ -50,7 +50,7 @@ def _upgrade(connection: Connection) -> None:
 def config(connection: Connection) -> Config:
     """Alembic's configuration for this connection; there is no alembic.ini."""
     alembic = Config()
-    alembic.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    alembic.set_main_option("script_location", str(Path(__file__).parent / "database" / "migrations"))
     alembic.attributes["connection"] = connection
     return alembic
 
@@ -59,8 +59,8 @@ def main() -> None:
     url = load(Settings).database_url
     try:
         asyncio.run(migrate(url))
-    except (*db.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-        stop(f"DATABASE_URL: {db.reason(error)}")
+    except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
+        stop(f"DATABASE_URL: {connections.reason(error)}")
 
 
 if __name__ == "__main__":

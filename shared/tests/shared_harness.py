@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 from aio_pika import Connection
 
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
 PATIENCE_SEC = 60.0
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from sandbox_broker import messages, topology
-from sandbox_broker.asyncapi import document
-from sandbox_broker.event_data import EVENT_DATA
+from sandbox_broker.contract import commands, events, replies, topology
+from sandbox_broker.contract.asyncapi import document
+from sandbox_broker.contract.event_payloads import EVENT_DATA
 
 
 def references(part: Any) -> Iterator[str]:
@@ -66,7 +66,7 @@ def test_each_exchange_says_which_commands_may_come_over_it() -> None:
 
 def test_every_command_reply_and_event_has_a_schema() -> None:
     components = document()["components"]
-    for union in (messages.Command, messages.Reply):
+    for union in (commands.Command, replies.Reply):
         for message in get_args(get_args(union)[0]):
             assert message.__name__ in components["schemas"]
-    assert set(get_args(messages.EventType)) == set(EVENT_DATA) <= components["messages"].keys()
+    assert set(get_args(events.EventType)) == set(EVENT_DATA) <= components["messages"].keys()

@@ -20,8 +20,8 @@ from csp_simulator.accounts import AccountStore
 from csp_simulator.app import create_app
 from csp_simulator.error_responses import build_gzip_bomb
 from csp_simulator.testing import serving
-from sandbox_broker import csp_http
-from sandbox_broker.csp import Account, CspClient, CspUnauthorized, CspUnavailable, Skipped
+from sandbox_broker.csp import http as csp_http
+from sandbox_broker.csp.client import Account, CspClient, CspUnauthorized, CspUnavailable, Skipped
 
 from .shared_harness import PATIENCE_SEC, CannedTransport
 

@@ -12,7 +12,7 @@ from aio_pika.exceptions import ChannelNotFoundEntity
 
 from devstack.ports import free_port
 from devstack.testing import NewVhost
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 
 
 def declare(cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,8 +7,9 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from sandbox_broker import db, health
-from sandbox_broker.health import Check
+from sandbox_broker.database import connections
+from sandbox_broker.observability import health
+from sandbox_broker.observability.health import Check
 
 from .shared_harness import Line, line_to, nothing_stays
 
@@ -96,10 +97,10 @@ async def test_metrics_are_for_prometheus() -> None:
 async def test_a_database_that_falls_silent_is_told_in_time_and_well_again_when_it_is_back(
     database_line: Line,
 ) -> None:
-    engine = db.engine(database_line.url, pool_size=1, max_overflow=0)
+    engine = connections.engine(database_line.url, pool_size=1, max_overflow=0)
 
     async def database() -> str | None:
-        return await db.ping(engine)
+        return await connections.ping(engine)
 
     try:
         assert (await get("/readyz", database=database)).status_code == 200

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from sandbox_broker.storms import LINES
+from sandbox_broker.observability.log_rate_limit import LINES
 
 PROGRAM = """
 import logging, sys

@@ -16,7 +16,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from sandbox_broker import db, tables, topology
+from sandbox_broker.contract import topology
+from sandbox_broker.database import connections, schema
 from sandbox_broker.migrate import config, migrate
 
 CATALOG = """
@@ -87,9 +88,9 @@ async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
 
 
 async def test_the_tables_are_described_as_they_are(empty: str, database_url: str) -> None:
-    engine = db.engine(empty)
+    engine = connections.engine(empty)
     async with engine.begin() as opened:
-        await opened.run_sync(tables.metadata.create_all)
+        await opened.run_sync(schema.metadata.create_all)
     await engine.dispose()
     assert await catalog(empty) == await catalog(database_url)
 
@@ -97,9 +98,9 @@ async def test_the_tables_are_described_as_they_are(empty: str, database_url: st
 async def test_alembic_finds_no_difference(database_url: str) -> None:
     def differences(opened: Connection) -> list[object]:
         context = MigrationContext.configure(opened, opts={"compare_type": True, "compare_server_default": True})
-        return list(compare_metadata(context, tables.metadata))
+        return list(compare_metadata(context, schema.metadata))
 
-    engine = db.engine(database_url)
+    engine = connections.engine(database_url)
     async with engine.connect() as opened:
         assert await opened.run_sync(differences) == []
     await engine.dispose()
@@ -108,7 +109,7 @@ async def test_alembic_finds_no_difference(database_url: str) -> None:
 async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)
-    engine = db.engine(empty)
+    engine = connections.engine(empty)
     async with engine.connect() as opened:
         await opened.run_sync(lambda plain: command.downgrade(config(plain), "base"))
     await engine.dispose()

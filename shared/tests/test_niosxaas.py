@@ -10,8 +10,8 @@ import pytest
 
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
-from sandbox_broker.csp import CspError, CspUnauthorized, CspUnavailable
-from sandbox_broker.niosxaas import (
+from sandbox_broker.csp.client import CspError, CspUnauthorized, CspUnavailable
+from sandbox_broker.csp.niosxaas import (
     ACCOUNT_SWITCH,
     CURRENT_USER,
     SERVICES,

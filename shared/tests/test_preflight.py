@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from devstack.ports import free_port
-from sandbox_broker import preflight
+from sandbox_broker.runtime import preflight
 
 from .shared_harness import Line, line_to, nothing_stays
 

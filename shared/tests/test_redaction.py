@@ -6,8 +6,8 @@ from urllib.parse import quote
 import pytest
 from pydantic import Field, SecretStr
 
-from sandbox_broker.redaction import Redaction, secrets_of
-from sandbox_broker.settings import DatabaseUrl, ServiceSettings, Tokens
+from sandbox_broker.observability.redaction import Redaction, secrets_of
+from sandbox_broker.runtime.settings import DatabaseUrl, ServiceSettings, Tokens
 
 AWKWARD = "pä\"ss/w\\ord'1"
 JWT = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEifQ.c2lnbmF0dXJl"

@@ -17,8 +17,8 @@ import structlog
 from starlette.applications import Starlette
 
 from devstack.ports import free_port
-from sandbox_broker.service import every, lifespan, uninterrupted
-from sandbox_broker.sockets import open_listeners
+from sandbox_broker.runtime.service import every, lifespan, uninterrupted
+from sandbox_broker.runtime.sockets import open_listeners
 
 PATIENCE_SEC = 60.0
 TOO_LONG_SEC = 600.0

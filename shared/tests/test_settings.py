@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from sandbox_broker.settings import EXAMPLE_TOKENS, CspSettings, CspUrl, DatabaseUrl, Port, Tokens, load
+from sandbox_broker.runtime.settings import EXAMPLE_TOKENS, CspSettings, CspUrl, DatabaseUrl, Port, Tokens, load
 
 PASSWORD = "hunter2-7f3a"
 GOOD = {

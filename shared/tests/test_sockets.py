@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from devstack.ports import free_port
-from sandbox_broker.sockets import open_listeners, parse_addresses
+from sandbox_broker.runtime.sockets import open_listeners, parse_addresses
 
 
 def places(listeners: list[socket.socket]) -> list[Any]:

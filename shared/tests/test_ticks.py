@@ -7,8 +7,9 @@ import aio_pika
 import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
 
-from sandbox_broker import ticks, topology
-from sandbox_broker.bus import Publisher
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging import ticks
+from sandbox_broker.messaging.publisher import Publisher
 
 from .shared_harness import beside, nothing_stays, until
 

@@ -10,8 +10,8 @@ from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelPreconditionFailed
 
-from sandbox_broker import messages, topology
-from sandbox_broker.topology import Queue
+from sandbox_broker.contract import commands, topology
+from sandbox_broker.contract.topology import Queue
 
 PATIENCE_SEC = 60.0
 COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
@@ -86,26 +86,26 @@ SENDERS = (topology.COMMANDS, topology.COMMANDS_FROM_REAPER, topology.COMMANDS_F
 
 def test_every_command_has_an_exchange_that_may_carry_it() -> None:
     carried = set().union(*(exchange.commands for exchange in SENDERS))
-    assert carried == set(get_args(get_args(messages.Command)[0]))
+    assert carried == set(get_args(get_args(commands.Command)[0]))
     assert [exchange for exchange in topology.EXCHANGES if exchange.commands] == list(SENDERS)
 
 
 def test_what_a_service_shares_with_the_gateway_is_what_an_administrator_may_start_or_follow() -> None:
     reaper, syncer = topology.COMMANDS_FROM_REAPER.commands, topology.COMMANDS_FROM_SYNCER.commands
-    assert topology.COMMANDS.commands & reaper == {messages.RecordJob}
+    assert topology.COMMANDS.commands & reaper == {commands.RecordJob}
     assert topology.COMMANDS.commands & syncer == {
-        messages.DeleteStale,
-        messages.PurgeRecords,
-        messages.RecordJob,
-        messages.SyncPool,
+        commands.DeleteStale,
+        commands.PurgeRecords,
+        commands.RecordJob,
+        commands.SyncPool,
     }
-    assert reaper & syncer == {messages.RecordJob}
+    assert reaper & syncer == {commands.RecordJob}
 
 
 @pytest.mark.parametrize("exchange", ["", "amq.direct", topology.REPLIES.name, topology.EVENTS.name, None])
 def test_over_any_other_exchange_no_command_comes(exchange: str | None) -> None:
-    assert not topology.can_carry(exchange, messages.AllocateSandbox(request_id="r", holder="ann"))
-    assert not topology.can_carry(exchange, messages.BeginListing())
+    assert not topology.can_carry(exchange, commands.AllocateSandbox(request_id="r", holder="ann"))
+    assert not topology.can_carry(exchange, commands.BeginListing())
 
 
 @pytest.mark.parametrize("queue", topology.QUEUES, ids=lambda queue: queue.name)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from sandbox_broker import tracing
-from sandbox_broker.settings import ServiceSettings
+from sandbox_broker.observability import tracing
+from sandbox_broker.runtime.settings import ServiceSettings
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

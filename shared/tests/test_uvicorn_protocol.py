@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
 from devstack.wire import Client, connected
-from sandbox_broker.uvicorn_protocol import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, StrictProtocol
+from sandbox_broker.runtime.uvicorn_protocol import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, StrictProtocol
 
 HOST = b"Host: x\r\n"
 OFFER = b"Connection: Upgrade\r\nUpgrade: anything\r\n"
@@ -258,3 +258,22 @@ async def test_what_is_logged_of_a_malformed_request_is_short() -> None:
             assert (await client.response())[0] == 400
     assert [(line["event"], line["log_level"]) for line in logs] == [("request.malformed", "warning")]
     assert len(json.dumps(logs[0])) < 500
+
+
+async def test_a_trailer_that_closes_the_connection_does_so_after_the_response() -> None:
+    """The parser takes no request after it. HAProxy passes such a trailer on to a connection that it keeps."""
+    for early in (False, True):
+        async with served(RecordingApp(early=early)) as client:
+            await client.send(post(b"Transfer-Encoding: chunked"))
+            await client.send(b"1\r\nx\r\n0\r\nConnection: close\r\n\r\n")
+            assert (await client.response())[0] == 200
+            client.writer.write(NEXT)
+            assert await client.cut_off() == b""
+
+
+async def test_an_expectation_of_an_http_1_0_client_is_ignored() -> None:
+    async with served(RecordingApp()) as client:
+        await client.send(post(b"Expect: 100-continue", b"Content-Length: 1", version=b"HTTP/1.0"))
+        await client.send(b"x")
+        answer = await client.cut_off()
+    assert answer.startswith(b"HTTP/1.1 200 ")

@@ -16,14 +16,15 @@ module = sys.argv.pop(1)
 crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
 
 if module == "gateway":
-    from gateway import replies
-    from sandbox_broker import bus
+    from gateway import allocator_client
+    from sandbox_broker.messaging import rpc_client
 
-    bus.Requester.send = crashes.around(bus.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
-    replies.Allocator.ask = crashes.around(replies.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
+    rpc_client.Requester.send = crashes.around(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer, store
-    from sandbox_broker import bus, topology
+    from sandbox_broker.contract import topology
+    from sandbox_broker.messaging import subscription
 
     # Each function runs one statement, which commits at its end.
     commit = ("before a student's commit", "after a student's commit")
@@ -32,7 +33,7 @@ if module == "allocator":
 
     # Crash only at messages of students, because maintenance replies and acknowledges continuously.
     students = topology.ALLOCATOR_COMMANDS.name
-    answer, ack = consumer.answer, bus.Subscription.ack  # type: ignore[attr-defined]
+    answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
     crashing_answer = crashes.around(answer, None, "after a student's reply")
     crashing_ack = crashes.around(ack, "before a student's ack", None)
 
@@ -45,10 +46,10 @@ if module == "allocator":
         await (crashing_ack if is_answered else ack)(subscription, delivery, all_before=all_before)
 
     consumer.answer = answer_student  # type: ignore[attr-defined]
-    bus.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
+    subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
     from reaper import asking, deletion
-    from sandbox_broker import csp
+    from sandbox_broker.csp import client as csp_client
 
     asking.REQUEST_TIMEOUT_SEC = 3
     deletion.CSP_TIMEOUT_SEC = 5
@@ -56,7 +57,7 @@ if module == "reaper":
     from reaper import cleanup
 
     cleanup.CLAIM_MARGIN_SEC = 2
-    client, deleter = csp.CspClient, deletion.Deleter
+    client, deleter = csp_client.CspClient, deletion.Deleter
     client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]

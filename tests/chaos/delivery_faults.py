@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
 
-from sandbox_broker import topology
-from sandbox_broker.connection import open_channel
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import open_channel
 from tests.chaos.faults import Fault
 from tests.chaos.stack import SERVICES, ChaosBroker
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from sandbox_broker.connection import opened
+from sandbox_broker.messaging.connection import opened
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker

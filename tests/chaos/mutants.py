@@ -16,7 +16,7 @@ import asyncpg
 import psutil
 
 from devstack.processes import Process
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery

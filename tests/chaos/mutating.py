@@ -18,7 +18,7 @@ import asyncpg
 
 from allocator import consumer, dead_letters, deletions, jobs, lanes, listings, purge, store
 from devstack.crashes import Crashes
-from sandbox_broker import bus
+from sandbox_broker.messaging import publisher, subscription
 
 STATEMENT_TIMEOUT_SEC = 30
 
@@ -54,9 +54,9 @@ def no_epoch_guard() -> None:
 
 
 def ack_before_commit() -> None:
-    handle, ack = consumer.Consumer._handle, bus.Subscription.ack
+    handle, ack = consumer.Consumer._handle, subscription.Subscription.ack
 
-    async def ack_and_handle(self: Any, subscription: bus.Subscription, deliveries: Sequence[Any]) -> None:
+    async def ack_and_handle(self: Any, subscription: subscription.Subscription, deliveries: Sequence[Any]) -> None:
         await ack(subscription, deliveries[-1], all_before=True)
         await asyncio.sleep(0.1)  # until RabbitMQ has received the acknowledgement
         await handle(self, subscription, deliveries)
@@ -65,7 +65,7 @@ def ack_before_commit() -> None:
         pass
 
     consumer.Consumer._handle = ack_and_handle  # type: ignore[method-assign]
-    bus.Subscription.ack = do_nothing  # type: ignore[method-assign]
+    subscription.Subscription.ack = do_nothing  # type: ignore[method-assign]
 
 
 def reply_before_commit() -> None:
@@ -77,7 +77,7 @@ def reply_before_commit() -> None:
         open_transactions.append(connection)
         return await allocate(connection, *arguments)
 
-    async def answer_and_commit(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+    async def answer_and_commit(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         while open_transactions and is_of_student(delivery):
             await open_transactions.pop().execute("COMMIT")
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     store.allocate = crashes.around(store.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 
-    async def answer_and_stop(publisher: bus.Publisher, delivery: Any, replies: Any) -> None:
+    async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         if is_of_student(delivery):
             crashes.here("after reply")

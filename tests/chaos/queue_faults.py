@@ -12,15 +12,10 @@ from aiormq.channel import Channel
 from aiormq.exceptions import AMQPError
 from pamqp.commands import Basic
 
-from sandbox_broker import topology
-from sandbox_broker.connection import open_channel
-from sandbox_broker.messages import (
-    AllocateSandbox,
-    ReleaseSandbox,
-    StageListing,
-    SyncPool,
-    encode_commands,
-)
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import encode_commands
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox, StageListing, SyncPool
+from sandbox_broker.messaging.connection import open_channel
 from tests.chaos.faults import Fault, FaultAction
 from tests.chaos.stack import ChaosBroker
 

@@ -18,8 +18,8 @@ from devstack.ports import free_port
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import topology
-from sandbox_broker.connection import opened
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import opened
 from tests.chaos.disk import Disk, MountError
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, PORTS, Stack, running

@@ -15,7 +15,7 @@ import pytest
 
 from devstack.temporary import truncate
 from devstack.testing import NewDatabase, NewVhost
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Evidence

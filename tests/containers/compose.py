@@ -119,6 +119,7 @@ async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
             "CSP_API_TOKEN": CSP_TOKEN,
             "CSP_SIMULATOR_ACCOUNTS": str(ACCOUNTS),
             "RATE_LIMIT": "",  # all students come from one address
+            "ADMIN_WAIT_SEC": "50",  # on a busy machine the first sync takes longer than the default
             "CLEANUP_CONCURRENCY": "20",
             "CLEANUP_BATCH_DELAY_SEC": "0",
             "DELETION_BACKOFF_BASE_SEC": "0.5",

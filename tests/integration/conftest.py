@@ -3,12 +3,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration import search
+from tests.integration import hypothesis_settings
 from tests.integration.stack import Stack, eventually, running
 
 
 def pytest_report_header() -> str | None:
-    return f"search: {search.AMOUNT} cases by chance, SEARCH_SEED={search.SEED}" if search.AMOUNT else None
+    cases, seed = hypothesis_settings.RANDOM_CASES, hypothesis_settings.SEED
+    return f"search: {cases} random cases, SEARCH_SEED={seed}" if cases else None
 
 
 @pytest.fixture(scope="package")

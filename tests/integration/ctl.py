@@ -1,4 +1,4 @@
-"""brokerctl, as an operator or a script runs it."""
+"""Run brokerctl as an operator or a script does."""
 
 import asyncio
 import json
@@ -26,18 +26,18 @@ class Said:
 
     @property
     def lines(self) -> list[Any]:
-        """One answer each."""
+        """Parse each output line as JSON."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
     def error(self) -> dict[str, Any]:
-        """Of a command with --json that has failed."""
+        """Return the error of a failed command with --json."""
         detail: dict[str, Any] = json.loads(self.err)["error"]
         return detail
 
 
 async def start(url: str, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
-    """In an environment of its own, so that nobody's settings come in."""
+    """Start brokerctl in an isolated environment, so that settings of the caller have no effect."""
     return await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("brokerctl"),
         *arguments,
@@ -58,15 +58,15 @@ async def start(url: str, *arguments: str, **settings: str) -> asyncio.subproces
 async def eventually_said(
     stack: Stack, condition: Callable[[Said], object], *arguments: str, within_sec: float = PATIENCE_SEC
 ) -> Said:
-    """What `status` says once the condition is true of it. On a busy machine a part may be late, and seem down."""
+    """Run `status` until the output meets the condition. On a busy machine a component may seem down at first."""
     said: Said | None = None
 
-    async def true() -> bool:
+    async def is_met() -> bool:
         nonlocal said
         said = await ctl(stack, "status", *arguments)
         return bool(condition(said))
 
-    await eventually(true, within_sec=within_sec)
+    await eventually(is_met, within_sec=within_sec)
     assert said is not None
     return said
 

@@ -10,8 +10,17 @@ from devstack import prometheus
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import run
+from tests.integration.monitoring_files import (
+    ALERT_TESTS,
+    ALERTS,
+    DASHBOARDS,
+    RUNBOOK,
+    alerts,
+    expressions,
+    metrics,
+    panels,
+)
 from tests.integration.stack import PORTS, Stack
-from tests.integration.watched import ALERT_TESTS, ALERTS, DASHBOARDS, RUNBOOK, alerts, expressions, metrics, panels
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Each alert fires when what it tells of is really caused, and stops when that is over.
+"""Each alert fires while its cause is present, and stops afterwards.
 
-The rules are those of deploy/prometheus, in a hurry: their windows and waiting times are those of seconds, not of
-minutes.
+The test causes real faults. It uses the rules of deploy/prometheus with windows and waiting times of seconds
+instead of minutes.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.chaos.proxy import Proxy
+from tests.integration.monitoring_files import ALERTS
 from tests.integration.stack import PORTS, Stack, eventually, running
-from tests.integration.watched import ALERTS
 
 WINDOW = "10s"
-HURRIED = {
+SHORTENED_THRESHOLDS = {
     "BrokerCommandsWait": ("> 60", "> 3"),
     "BrokerEventsWait": ("> 60", "> 3"),
     "BrokerDeletionsStuck": ("> 5400", "> 3"),
     "BrokerSyncLate": ("> 1800", "> 10"),
 }
-"""Where an expression itself says how many seconds are too many."""
+"""Replacements for thresholds in seconds within an expression: alert -> (original, shortened)."""
 SETTINGS = {
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "1",
     "DELETION_BACKOFF_BASE_SEC": "0.2",
@@ -44,37 +44,39 @@ SETTINGS = {
     "INVARIANT_CHECK_SEC": "0.5",
     "SYNC_INTERVAL_SEC": "2",
 }
-PATIENCE_SEC = 120
-SCRAPED_SEC = 1
-"""So often everything is scraped and every rule is evaluated."""
+TIMEOUT_SEC = 120
+SCRAPE_INTERVAL_SEC = 1
+"""Interval of scraping and of rule evaluation."""
 
 pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-async def links(servers: tuple[Found, Found]) -> AsyncIterator[dict[str, Proxy]]:
-    """To PostgreSQL and RabbitMQ, to be cut."""
+async def proxies(servers: tuple[Found, Found]) -> AsyncIterator[dict[str, Proxy]]:
+    """Proxies to PostgreSQL and RabbitMQ, to cut the connections."""
     database, rabbitmq = (urlsplit(found.url) for found in servers)
     async with Proxy(database.port or 5432) as to_database, Proxy(rabbitmq.port or 5672) as to_rabbitmq:
         yield {"postgresql": to_database, "rabbitmq": to_rabbitmq}
 
 
 @pytest.fixture(scope="module")
-async def broker(new_database: NewDatabase, new_vhost: NewVhost, links: dict[str, Proxy]) -> AsyncIterator[Stack]:
+async def broker(new_database: NewDatabase, new_vhost: NewVhost, proxies: dict[str, Proxy]) -> AsyncIterator[Stack]:
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
         running(
-            through(links["postgresql"], database_url), through(links["rabbitmq"], amqp_url), settings=SETTINGS
+            route_through(proxies["postgresql"], database_url),
+            route_through(proxies["rabbitmq"], amqp_url),
+            settings=SETTINGS,
         ) as stack,
     ):
         yield stack
 
 
-def through(link: Proxy, url: str) -> str:
+def route_through(proxy: Proxy, url: str) -> str:
     parts = urlsplit(url)
     account = parts.netloc.rpartition("@")[0]
-    return parts._replace(netloc=f"{account}@127.0.0.1:{link.port}").geturl()
+    return parts._replace(netloc=f"{account}@127.0.0.1:{proxy.port}").geturl()
 
 
 @pytest.fixture(scope="module")
@@ -82,99 +84,101 @@ async def watch(broker: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     directory = tmp_path_factory.mktemp("prometheus")
     ports = {name: int(broker.environment[variable]) for name, variable in PORTS.items()}
     rules = directory / "rules.yml"
-    rules.write_text(in_a_hurry(ALERTS))
+    rules.write_text(shorten_rules(ALERTS))
     try:
         async with prometheus.watching(
-            ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
+            ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPE_INTERVAL_SEC
         ) as running:
             yield running
     except CannotRun as reason:
         pytest.fail(f"this test needs Prometheus: {reason}")
 
 
-def in_a_hurry(file: Path) -> str:
+def shorten_rules(file: Path) -> str:
     rules: dict[str, Any] = yaml.safe_load(file.read_text())
     for group in rules["groups"]:
         for rule in group["rules"]:
             expression = re.sub(r"\[\d+m\]", f"[{WINDOW}]", rule["expr"])
-            if rule["alert"] in HURRIED:
-                slow, fast = HURRIED[rule["alert"]]
-                assert slow in expression
-                expression = expression.replace(slow, fast)
+            if rule["alert"] in SHORTENED_THRESHOLDS:
+                original, shortened = SHORTENED_THRESHOLDS[rule["alert"]]
+                assert original in expression
+                expression = expression.replace(original, shortened)
             rule |= {"expr": expression, "for": "1s"}
     return yaml.safe_dump(rules)
 
 
 @pytest.fixture
 async def stack(broker: Stack, watch: Prometheus) -> Stack:
-    """All is well, and no alert fires."""
+    """Healthy broker without a firing alert."""
     await broker.fill(30)
 
-    async def quiet() -> bool:
+    async def is_quiet() -> bool:
         return not await watch.firing()
 
-    await eventually(quiet, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
+    await eventually(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     return broker
 
 
-async def fires(
-    watch: Prometheus, alert: str, doing: Callable[[], Awaitable[Any]] | None = None, **labels: str
+async def wait_until_firing(
+    watch: Prometheus, alert: str, action: Callable[[], Awaitable[Any]] | None = None, **labels: str
 ) -> None:
-    """Returns when it does; `doing` is done again and again meanwhile."""
+    """Wait until the alert fires. Repeat `action` meanwhile."""
 
-    async def firing() -> bool:
-        if doing is not None:
-            await doing()
+    async def is_firing() -> bool:
+        if action is not None:
+            await action()
         return any(
-            found["labels"].items() >= {"alertname": alert, **labels}.items() for found in await watch.firing()
+            firing["labels"].items() >= {"alertname": alert, **labels}.items() for firing in await watch.firing()
         )
 
     try:
-        await eventually(firing, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
+        await eventually(is_firing, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     except AssertionError:
-        pytest.fail(f"{alert} did not fire; these did: {[found['labels'] for found in await watch.firing()]}")
+        pytest.fail(f"{alert} did not fire. Firing alerts: {[firing['labels'] for firing in await watch.firing()]}")
 
 
-async def stops(watch: Prometheus, alert: str, doing: Callable[[], Awaitable[Any]] | None = None) -> None:
-    async def quiet() -> bool:
-        if doing is not None:
-            await doing()
-        return alert not in [found["labels"]["alertname"] for found in await watch.firing()]
+async def wait_until_stopped(
+    watch: Prometheus, alert: str, action: Callable[[], Awaitable[Any]] | None = None
+) -> None:
+    async def is_quiet() -> bool:
+        if action is not None:
+            await action()
+        return alert not in [firing["labels"]["alertname"] for firing in await watch.firing()]
 
     try:
-        await eventually(quiet, within_sec=PATIENCE_SEC, every_sec=SCRAPED_SEC)
+        await eventually(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     except AssertionError:
-        pytest.fail(f"{alert} fires still")
+        pytest.fail(f"{alert} still fires")
 
 
-async def come_and_go(stack: Stack, students: int) -> None:
+async def allocate_and_release(stack: Stack, students: int) -> None:
     for number in range(students):
         lease = (await stack.allocate(f"student-{number}")).json()
         await stack.release(lease["sandbox_id"], f"student-{number}")
 
 
-async def behave(stack: Stack, **behaviour: Any) -> None:
+async def set_csp_behaviour(stack: Stack, **behaviour: Any) -> None:
     await stack.control("PATCH", "behaviour", behaviour)
 
 
-async def ask_with(stack: Stack, token: str) -> None:
-    """A class of students."""
+async def allocate_with_token(stack: Stack, token: str) -> None:
+    """Send the requests of a class, with one token."""
     headers = {"Authorization": f"Bearer {token}", "X-Instruqt-Sandbox-ID": "ada"}
     for _ in range(30):
         await stack.client.post(f"{stack.url}/v1/allocate", headers=headers)
 
 
-async def test_no_allocator(stack: Stack, watch: Prometheus) -> None:
+async def test_allocator_outage(stack: Stack, watch: Prometheus) -> None:
     await stack.processes["allocator"].stop()
 
-    async def ask() -> None:
+    async def allocate() -> None:
         await stack.allocate("ada")
 
-    await fires(watch, "BrokerAllocationsFail", ask)
-    await fires(watch, "BrokerNoConsumer", queue="allocator.commands")
-    await fires(watch, "BrokerCommandsWait", queue="allocator.maintenance")
-    await fires(watch, "BrokerNotScraped", service="allocator")
-    await fires(watch, "BrokerInstanceDown")
+    await wait_until_firing(watch, "BrokerAllocationsFail", allocate)
+    await wait_until_firing(watch, "BrokerNoConsumer", queue="allocator.commands")
+    await wait_until_firing(watch, "BrokerCommandsWait", queue="allocator.maintenance")
+    await wait_until_firing(watch, "BrokerNotScraped", service="allocator")
+    await wait_until_firing(watch, "BrokerInstanceDown")
     await stack.start_service("allocator")
     for alert in (
         "BrokerAllocationsFail",
@@ -183,105 +187,107 @@ async def test_no_allocator(stack: Stack, watch: Prometheus) -> None:
         "BrokerNotScraped",
         "BrokerInstanceDown",
     ):
-        await stops(watch, alert, ask)
+        await wait_until_stopped(watch, alert, allocate)
 
 
-async def test_an_allocator_that_stops_and_goes(stack: Stack, watch: Prometheus) -> None:
+async def test_an_allocator_with_pauses(stack: Stack, watch: Prometheus) -> None:
     allocator = stack.processes["allocator"]
 
-    async def make_somebody_wait() -> None:
+    async def allocate_slowly() -> None:
         allocator.send(signal.SIGSTOP)
         waiting = asyncio.create_task(stack.allocate("ada"))
-        await asyncio.sleep(0.7)  # nothing but time makes an answer slow
+        await asyncio.sleep(0.7)  # only elapsed time makes a response slow
         allocator.send(signal.SIGCONT)
         await waiting
 
-    async def ask() -> None:
+    async def allocate() -> None:
         await stack.allocate("ada")
 
-    await fires(watch, "BrokerAllocationsSlow", make_somebody_wait)
-    await stops(watch, "BrokerAllocationsSlow", ask)
+    await wait_until_firing(watch, "BrokerAllocationsSlow", allocate_slowly)
+    await wait_until_stopped(watch, "BrokerAllocationsSlow", allocate)
 
 
-async def test_a_class_that_is_larger_than_the_pool(stack: Stack, watch: Prometheus) -> None:
+async def test_a_class_larger_than_the_pool(stack: Stack, watch: Prometheus) -> None:
     for number in range(30):
         await stack.allocate(f"student-{number}")
-    await fires(watch, "BrokerPoolRunsDry")
-    await fires(watch, "BrokerPoolExhausted", lambda: stack.allocate("late"))
+    await wait_until_firing(watch, "BrokerPoolRunsDry")
+    await wait_until_firing(watch, "BrokerPoolExhausted", lambda: stack.allocate("late"))
     await stack.control("POST", "accounts", {"count": 3000})
-    await stops(watch, "BrokerPoolExhausted")
-    await stops(watch, "BrokerPoolRunsDry")
+    await wait_until_stopped(watch, "BrokerPoolExhausted")
+    await wait_until_stopped(watch, "BrokerPoolRunsDry")
 
 
-async def test_a_token_that_was_taken_back(stack: Stack, watch: Prometheus) -> None:
-    await fires(watch, "BrokerTokensRefused", lambda: ask_with(stack, "taken-back"), reason="unknown")
-    await stops(watch, "BrokerTokensRefused")
+async def test_a_revoked_token(stack: Stack, watch: Prometheus) -> None:
+    await wait_until_firing(
+        watch, "BrokerTokensRefused", lambda: allocate_with_token(stack, "revoked"), reason="unknown"
+    )
+    await wait_until_stopped(watch, "BrokerTokensRefused")
 
 
-async def test_counters_that_are_wrong(stack: Stack, watch: Prometheus) -> None:
-    change = "INSERT INTO pool_changes (status, stem, number) VALUES ('stale', 'nobody-', $1)"
+async def test_wrong_counters(stack: Stack, watch: Prometheus) -> None:
+    change = "INSERT INTO pool_changes (status, stem, number) VALUES ('stale', 'unused-', $1)"
     await stack.database.execute(change, 1)
-    await fires(watch, "BrokerInvariantBroken", rule="counters_are_exact")
+    await wait_until_firing(watch, "BrokerInvariantBroken", rule="counters_are_exact")
     await stack.database.execute(change, -1)
-    await stops(watch, "BrokerInvariantBroken")
+    await wait_until_stopped(watch, "BrokerInvariantBroken")
 
 
-async def test_no_postgresql(stack: Stack, watch: Prometheus, links: dict[str, Proxy]) -> None:
-    links["postgresql"].reset()
-    await fires(watch, "BrokerInvariantsNotChecked")
-    links["postgresql"].heal()
-    await stops(watch, "BrokerInvariantsNotChecked")
+async def test_postgresql_outage(stack: Stack, watch: Prometheus, proxies: dict[str, Proxy]) -> None:
+    proxies["postgresql"].reset()
+    await wait_until_firing(watch, "BrokerInvariantsNotChecked")
+    proxies["postgresql"].heal()
+    await wait_until_stopped(watch, "BrokerInvariantsNotChecked")
 
 
-async def test_no_rabbitmq(stack: Stack, watch: Prometheus, links: dict[str, Proxy]) -> None:
-    links["rabbitmq"].reset()
-    await fires(watch, "BrokerRabbitmqAway")
-    links["rabbitmq"].heal()
-    await stops(watch, "BrokerRabbitmqAway")
+async def test_rabbitmq_outage(stack: Stack, watch: Prometheus, proxies: dict[str, Proxy]) -> None:
+    proxies["rabbitmq"].reset()
+    await wait_until_firing(watch, "BrokerRabbitmqAway")
+    proxies["rabbitmq"].heal()
+    await wait_until_stopped(watch, "BrokerRabbitmqAway")
 
 
-async def test_events_that_cannot_be_moved_to_the_history(stack: Stack, watch: Prometheus) -> None:
+async def test_a_blocked_outbox_relay(stack: Stack, watch: Prometheus) -> None:
     connection = await asyncpg.connect(stack.environment["DATABASE_URL"])
     async with connection.transaction():
         await connection.execute("LOCK TABLE history IN ACCESS EXCLUSIVE MODE")
         await stack.allocate("ada")
-        await fires(watch, "BrokerEventsWait")
+        await wait_until_firing(watch, "BrokerEventsWait")
     await connection.close()
-    await stops(watch, "BrokerEventsWait")
+    await wait_until_stopped(watch, "BrokerEventsWait")
 
 
-async def test_a_message_that_nobody_can_read(stack: Stack, watch: Prometheus) -> None:
+async def test_an_unreadable_message(stack: Stack, watch: Prometheus) -> None:
     connection = await aio_pika.connect(stack.environment["AMQP_URL"])
     async with connection, connection.channel() as channel:
         await channel.default_exchange.publish(aio_pika.Message(b"no envelope"), "allocator.maintenance")
-        await fires(watch, "BrokerDeadLetters")
-        await stops(watch, "BrokerDeadLetters", lambda: forget_dead_letters(stack, channel))
+        await wait_until_firing(watch, "BrokerDeadLetters")
+        await wait_until_stopped(watch, "BrokerDeadLetters", lambda: delete_dead_letters(stack, channel))
 
 
-async def forget_dead_letters(stack: Stack, channel: aio_pika.abc.AbstractChannel) -> None:
-    """Those in the queue, and those that an allocator has collected."""
+async def delete_dead_letters(stack: Stack, channel: aio_pika.abc.AbstractChannel) -> None:
+    """Delete the dead letters in the queue and those already stored by the allocator."""
     await (await channel.get_queue("broker.dead_letters")).purge()
     for letter in (await stack.admin("GET", "dead-letters")).json().get("dead_letters", []):
         await stack.admin("DELETE", f"dead-letters/{letter['dead_letter_id']}")
 
 
-async def test_a_csp_token_that_was_taken_back(stack: Stack, watch: Prometheus) -> None:
-    await behave(stack, reject_tokens=True)
-    await come_and_go(stack, 1)
-    await fires(watch, "BrokerCspRefusesToken")
-    assert "BrokerCspCircuitOpen" not in [found["labels"]["alertname"] for found in await watch.firing()]
-    await behave(stack, reject_tokens=False)
-    await stops(watch, "BrokerCspRefusesToken")
+async def test_a_revoked_csp_token(stack: Stack, watch: Prometheus) -> None:
+    await set_csp_behaviour(stack, reject_tokens=True)
+    await allocate_and_release(stack, 1)
+    await wait_until_firing(watch, "BrokerCspRefusesToken")
+    assert "BrokerCspCircuitOpen" not in [firing["labels"]["alertname"] for firing in await watch.firing()]
+    await set_csp_behaviour(stack, reject_tokens=False)
+    await wait_until_stopped(watch, "BrokerCspRefusesToken")
 
 
-async def test_a_csp_that_keeps_failing(stack: Stack, watch: Prometheus) -> None:
-    await behave(stack, delete_error_rate=1.0)
-    await come_and_go(stack, 10)
-    await fires(watch, "BrokerCspCircuitOpen")
-    await fires(watch, "BrokerDeletionsStuck")
-    await behave(stack, delete_error_rate=0.0)
-    await stops(watch, "BrokerDeletionsStuck")
-    await stops(watch, "BrokerCspCircuitOpen")
+async def test_repeated_csp_failures(stack: Stack, watch: Prometheus) -> None:
+    await set_csp_behaviour(stack, delete_error_rate=1.0)
+    await allocate_and_release(stack, 10)
+    await wait_until_firing(watch, "BrokerCspCircuitOpen")
+    await wait_until_firing(watch, "BrokerDeletionsStuck")
+    await set_csp_behaviour(stack, delete_error_rate=0.0)
+    await wait_until_stopped(watch, "BrokerDeletionsStuck")
+    await wait_until_stopped(watch, "BrokerCspCircuitOpen")
 
 
 async def restart_reaper(stack: Stack, **settings: str) -> None:
@@ -289,34 +295,34 @@ async def restart_reaper(stack: Stack, **settings: str) -> None:
     await stack.start_service("reaper", settings=settings)
 
 
-async def test_a_deletion_that_csp_refuses_for_good(stack: Stack, watch: Prometheus) -> None:
+async def test_a_permanently_failed_deletion(stack: Stack, watch: Prometheus) -> None:
     await restart_reaper(stack, DELETION_MAX_ATTEMPTS="1")
-    await behave(stack, fail_next_deletes=1)
-    await come_and_go(stack, 1)
-    await fires(watch, "BrokerDeletionsFailed")
+    await set_csp_behaviour(stack, fail_next_deletes=1)
+    await allocate_and_release(stack, 1)
+    await wait_until_firing(watch, "BrokerDeletionsFailed")
     await restart_reaper(stack)
     [failed] = (await stack.admin("GET", "sandboxes", status="deletion_failed")).json()["sandboxes"]
     await stack.admin("POST", f"sandboxes/{failed['sandbox_id']}/retry-deletion")
-    await stops(watch, "BrokerDeletionsFailed")
+    await wait_until_stopped(watch, "BrokerDeletionsFailed")
 
 
-async def test_a_listing_that_lacks_most_of_the_pool(stack: Stack, watch: Prometheus) -> None:
-    await behave(stack, listing_fraction=0.2)
-    await fires(watch, "BrokerSyncHeld")
-    await behave(stack, listing_fraction=1.0)
-    await stops(watch, "BrokerSyncHeld")
+async def test_a_listing_without_most_of_the_pool(stack: Stack, watch: Prometheus) -> None:
+    await set_csp_behaviour(stack, listing_fraction=0.2)
+    await wait_until_firing(watch, "BrokerSyncHeld")
+    await set_csp_behaviour(stack, listing_fraction=1.0)
+    await wait_until_stopped(watch, "BrokerSyncHeld")
 
 
-async def test_a_csp_that_cannot_be_listed(stack: Stack, watch: Prometheus) -> None:
-    await behave(stack, listing_error_rate=1.0)
-    await fires(watch, "BrokerSyncLate")
-    await behave(stack, listing_error_rate=0.0)
-    await stops(watch, "BrokerSyncLate")
+async def test_failed_listings(stack: Stack, watch: Prometheus) -> None:
+    await set_csp_behaviour(stack, listing_error_rate=1.0)
+    await wait_until_firing(watch, "BrokerSyncLate")
+    await set_csp_behaviour(stack, listing_error_rate=0.0)
+    await wait_until_stopped(watch, "BrokerSyncLate")
 
 
-async def test_an_account_that_somebody_has_deleted_in_csp(stack: Stack, watch: Prometheus) -> None:
+async def test_an_account_deleted_in_csp(stack: Stack, watch: Prometheus) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.control("DELETE", f"accounts/{lease['external_id']}")
-    await fires(watch, "BrokerLeaks", kind="missing")
+    await wait_until_firing(watch, "BrokerLeaks", kind="missing")
     await stack.release(lease["sandbox_id"], "ada")
-    await stops(watch, "BrokerLeaks")
+    await wait_until_stopped(watch, "BrokerLeaks")

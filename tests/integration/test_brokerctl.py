@@ -9,7 +9,7 @@ import aio_pika
 import pytest
 
 from devstack.ports import free_port
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from tests.integration.ctl import ctl, eventually_said, start
 from tests.integration.stack import ADMIN_TOKEN, TRACK_TOKEN, Stack, eventually
 

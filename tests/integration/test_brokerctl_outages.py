@@ -14,7 +14,7 @@ from brokerctl.attention import STATUS_TIMEOUT_SEC
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
-from gateway.outlook import PART_SEC
+from gateway.queries.status import PART_SEC
 from tests.integration.ctl import Said, ctl, eventually_said
 from tests.integration.stack import Stack, eventually, running
 

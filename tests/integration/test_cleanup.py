@@ -1,4 +1,4 @@
-"""What happens to sandboxes after the lab."""
+"""Deletion of sandboxes after the lab: retries, expiry, clean-up on demand."""
 
 import asyncio
 from datetime import timedelta
@@ -9,32 +9,32 @@ from tests.integration.stack import Stack, eventually
 WRONG_CLOCK = str(Path(__file__).with_name("wrong_clock.py"))
 
 
-async def test_a_deletion_that_csp_refuses_is_tried_again_until_it_succeeds(stack: Stack) -> None:
+async def test_a_failed_deletion_is_retried_until_it_succeeds(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"fail_next_deletes": 3})
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     statuses = [call["status"] for call in await stack.deletions()]
     assert statuses == [500, 500, 500, 204]
 
 
-async def test_html_instead_of_an_answer_does_not_lose_the_deletion(stack: Stack) -> None:
+async def test_a_deletion_is_retried_after_an_html_response(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"fail_next_deletes": 1, "delete_error_html": True})
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     assert len(await stack.deletions()) == 2
 
 
-async def test_an_overdue_lease_ends_by_itself_and_the_late_clean_up_is_still_a_success(stack: Stack) -> None:
+async def test_an_overdue_lease_expires_and_a_late_release_succeeds(stack: Stack) -> None:
     lease = (await stack.allocate("forgetful")).json()
     current = (await stack.allocate("present")).json()
     await stack.database.execute(
@@ -44,10 +44,10 @@ async def test_an_overdue_lease_ends_by_itself_and_the_late_clean_up_is_still_a_
         "UPDATE leases SET expires_at = now() - interval '29 minutes' WHERE sandbox_id = $1", current["sandbox_id"]
     )
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     assert (await stack.stats())["allocated"] == 1  # within the grace period
     late = await stack.release(lease["sandbox_id"], "forgetful")
     assert (late.status_code, late.json()["status"]) == (200, "deleted")
@@ -55,19 +55,19 @@ async def test_an_overdue_lease_ends_by_itself_and_the_late_clean_up_is_still_a_
     assert await stack.database.fetchval(reason, lease["sandbox_id"]) == "expired"
 
 
-async def test_all_that_was_released_is_deleted_and_nothing_else(stack: Stack) -> None:
+async def test_exactly_the_released_sandboxes_are_deleted(stack: Stack) -> None:
     leases = [(await stack.allocate(f"student-{n}")).json() for n in range(20)]
     released = leases[:12]
     await asyncio.gather(*(stack.release(lease["sandbox_id"], f"student-{n}") for n, lease in enumerate(released)))
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 12
 
-    await eventually(deleted)
-    called = {call["path"].rsplit("/", 1)[1] for call in await stack.deletions()}
-    assert called == {lease["external_id"] for lease in released}
-    left = {account["id"] for account in (await stack.control("GET", "accounts"))["accounts"]}
-    assert all(f"identity/accounts/{lease['external_id']}" in left for lease in leases[12:])
+    await eventually(is_deleted)
+    deleted = {call["path"].rsplit("/", 1)[1] for call in await stack.deletions()}
+    assert deleted == {lease["external_id"] for lease in released}
+    remaining = {account["id"] for account in (await stack.control("GET", "accounts"))["accounts"]}
+    assert all(f"identity/accounts/{lease['external_id']}" in remaining for lease in leases[12:])
 
 
 async def test_a_killed_reaper_loses_no_deletion(stack: Stack) -> None:
@@ -76,13 +76,13 @@ async def test_a_killed_reaper_loses_no_deletion(stack: Stack) -> None:
     assert (await stack.release(lease["sandbox_id"], "ada")).status_code == 200
     await stack.start_service("reaper")
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
 
 
-async def test_a_clean_up_on_demand_deletes_what_is_put_off(stack: Stack) -> None:
+async def test_a_clean_up_on_demand_deletes_postponed_sandboxes(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     stack.processes.pop("reaper").kill()
     await stack.release(lease["sandbox_id"], "ada")
@@ -104,44 +104,44 @@ async def test_an_administrator_ends_a_lease_and_the_sandbox_is_deleted(stack: S
     ]
     assert (first.status_code, again.status_code) == (200, 200)
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     assert await stack.database.fetchval("SELECT (end_reason, end_note) = ('admin', 'class is over') FROM leases")
     assert (await stack.allocate("ada")).json()["sandbox_id"] != lease["sandbox_id"]
 
 
-async def test_a_failed_deletion_that_is_sent_back_is_deleted(stack: Stack) -> None:
+async def test_retry_deletion_deletes_a_failed_sandbox(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)
     await stack.database.execute("UPDATE sandboxes SET status = 'deletion_failed' WHERE status = 'deleted'")
     retry = f"sandboxes/{lease['sandbox_id']}/retry-deletion"
     assert (await stack.admin("POST", retry)).json()["status"] == "pending_deletion"
-    await eventually(deleted)
+    await eventually(is_deleted)
     assert (await stack.admin("POST", retry)).json()["detail"]["code"] == "NOT_DELETION_FAILED"
 
 
-async def test_a_reaper_whose_clock_is_an_hour_ahead_ends_no_lease_early_and_deletes_all(stack: Stack) -> None:
+async def test_a_reaper_with_a_wrong_clock_expires_and_deletes_correctly(stack: Stack) -> None:
     stack.processes["reaper"].kill()
     await stack.start_service("reaper", launcher=(WRONG_CLOCK,))
     try:
         await stack.control("PATCH", "behaviour", {"fail_next_deletes": 2})
         overdue = (await stack.allocate("forgetful")).json()
         await stack.allocate("present")
-        in_time = "UPDATE leases SET expires_at = now() - $2::interval WHERE holder = $1"
-        await stack.database.execute(in_time, "present", timedelta(minutes=10))
-        await stack.database.execute(in_time, "forgetful", timedelta(minutes=31))
+        set_overdue = "UPDATE leases SET expires_at = now() - $2::interval WHERE holder = $1"
+        await stack.database.execute(set_overdue, "present", timedelta(minutes=10))
+        await stack.database.execute(set_overdue, "forgetful", timedelta(minutes=31))
 
-        async def deleted() -> bool:
+        async def is_deleted() -> bool:
             return (await stack.stats())["deleted"] == 1
 
-        await eventually(deleted)
+        await eventually(is_deleted)
         assert (await stack.stats())["allocated"] == 1
         calls = await stack.deletions()
         assert {call["path"].rsplit("/", 1)[1] for call in calls} == {overdue["external_id"]}

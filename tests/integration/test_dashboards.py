@@ -14,8 +14,8 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
+from tests.integration.monitoring_files import DASHBOARDS, panels
 from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, eventually
-from tests.integration.watched import DASHBOARDS, panels
 
 pytestmark = pytest.mark.timeout(400)
 

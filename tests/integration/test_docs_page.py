@@ -1,4 +1,4 @@
-"""The docs page in a real browser, under our own policy and with nothing from elsewhere."""
+"""Docs page in a real browser, with the gateway's Content-Security-Policy and without external requests."""
 
 import os
 from collections.abc import AsyncIterator
@@ -11,30 +11,30 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from tests.integration.stack import TRACK_TOKEN, Stack
 
-PATIENCE_MS = 30_000
+TIMEOUT_MS = 30_000
 
-WATCH_THE_POLICY = """
+REPORT_POLICY_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", violation =>
     console.error(`policy: ${violation.violatedDirective} ${violation.blockedURI}`))
 """
 
 
-class Opened:
-    """A page, and what went wrong with it."""
+class ObservedPage:
+    """Page with its errors and its external requests."""
 
-    def __init__(self, page: Page, own: str) -> None:
+    def __init__(self, page: Page, origin: str) -> None:
         self.page = page
         self.problems: list[str] = []
-        self._own = own
-        page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
+        self._origin = origin
+        page.on("console", lambda message: self.problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url}"))
 
-    async def only_from_us(self, route: Route) -> None:
-        if route.request.url.startswith((self._own, "data:")):
+    async def block_external_request(self, route: Route) -> None:
+        if route.request.url.startswith((self._origin, "data:")):
             await route.continue_()
         else:
-            self.problems.append(f"elsewhere: {route.request.url}")
+            self.problems.append(f"external: {route.request.url}")
             await route.abort()
 
 
@@ -47,25 +47,25 @@ async def browser_path() -> str:
 
 
 @pytest.fixture
-async def docs(stack: Stack, browser_path: str) -> AsyncIterator[Opened]:
+async def docs(stack: Stack, browser_path: str) -> AsyncIterator[ObservedPage]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=browser_path, chromium_sandbox=os.geteuid() != 0, timeout=PATIENCE_MS * 3
+            executable_path=browser_path, chromium_sandbox=os.geteuid() != 0, timeout=TIMEOUT_MS * 3
         )
         page = await browser.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        opened = Opened(page, stack.url)
-        await page.add_init_script(WATCH_THE_POLICY)
-        await page.route("**/*", opened.only_from_us)
+        page.set_default_timeout(TIMEOUT_MS)
+        observed = ObservedPage(page, stack.url)
+        await page.add_init_script(REPORT_POLICY_VIOLATIONS)
+        await page.route("**/*", observed.block_external_request)
         await page.goto(f"{stack.url}/v1/docs")
-        yield opened
+        yield observed
         await browser.close()
 
 
-async def test_the_page_shows_every_route_and_needs_nothing_from_elsewhere(stack: Stack, docs: Opened) -> None:
+async def test_the_page_shows_every_route_without_external_requests(stack: Stack, docs: ObservedPage) -> None:
     document = (await stack.client.get(f"{stack.url}/v1/openapi.json")).json()
     routes = [(path, method.upper()) for path, operations in document["paths"].items() for method in operations]
-    await expect(docs.page.locator(".opblock")).to_have_count(len(routes), timeout=PATIENCE_MS)
+    await expect(docs.page.locator(".opblock")).to_have_count(len(routes), timeout=TIMEOUT_MS)
     shown = [
         (await block.locator(".opblock-summary-path").get_attribute("data-path"), await method.inner_text())
         for block in await docs.page.locator(".opblock").all()
@@ -75,7 +75,7 @@ async def test_the_page_shows_every_route_and_needs_nothing_from_elsewhere(stack
     assert docs.problems == []
 
 
-async def test_a_sandbox_can_be_allocated_from_the_page(stack: Stack, docs: Opened) -> None:
+async def test_a_sandbox_can_be_allocated_from_the_page(stack: Stack, docs: ObservedPage) -> None:
     page = docs.page
     await page.locator(".btn.authorize").first.click()
     await page.locator(".auth-container", has_text="trackToken").get_by_role("textbox").fill(TRACK_TOKEN)
@@ -89,8 +89,8 @@ async def test_a_sandbox_can_be_allocated_from_the_page(stack: Stack, docs: Open
     await student.fill("ada-in-a-browser")
     await allocate.get_by_role("button", name="Execute").click()
 
-    answer = allocate.locator(".live-responses-table .response").first
-    await expect(answer.locator(".response-col_status")).to_contain_text("201", timeout=PATIENCE_MS)
+    response = allocate.locator(".live-responses-table .response").first
+    await expect(response.locator(".response-col_status")).to_contain_text("201", timeout=TIMEOUT_MS)
     sandbox_id = await stack.database.fetchval("SELECT sandbox_id FROM leases WHERE holder = 'ada-in-a-browser'")
-    await expect(answer.locator(".response-col_description")).to_contain_text(f'"sandbox_id": "{sandbox_id}"')
+    await expect(response.locator(".response-col_description")).to_contain_text(f'"sandbox_id": "{sandbox_id}"')
     assert docs.problems == []

@@ -1,5 +1,7 @@
-"""The running API against its own OpenAPI document: what the document allows is accepted, what it forbids is
-refused, and every answer is one that it describes."""
+"""Conformance of the API with its OpenAPI document, tested with schemathesis.
+
+The API accepts valid requests, refuses invalid ones, and responds only as described.
+"""
 
 import shutil
 import sys
@@ -10,15 +12,15 @@ import pytest
 
 from devstack.processes import run
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration import search
+from tests.integration import hypothesis_settings
 from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, running
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
-CASES_OF_A_ROUTE = 10
-"""By chance; about 20 more of each come from the bounds in the document."""
+RANDOM_CASES_PER_ROUTE = 10
+"""schemathesis adds about 20 boundary cases per route."""
 
 SETTINGS = {
-    # A busy machine is no reason for a 504: then one says that something was not understood.
+    # Long time-outs, so that a 504 indicates a defect and not a busy machine.
     "ADMIN_WAIT_SEC": "60",
     "ALLOCATE_TIMEOUT_SEC": "60",
 }
@@ -36,21 +38,22 @@ async def own_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIter
         await stack.assert_sound()
 
 
-@pytest.mark.timeout(search.TIMEOUT_SEC)
-async def test_the_api_does_what_its_document_says(own_stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.timeout(hypothesis_settings.TIMEOUT_SEC)
+async def test_the_api_conforms_to_its_openapi_document(own_stack: Stack, tmp_path: Path) -> None:
     document = (await own_stack.client.get(f"{own_stack.url}/v1/openapi.json")).json()
     routes = sum(len(methods) for methods in document["paths"].values())
-    if search.AMOUNT:
-        effort = ["--max-examples", str(-(-search.AMOUNT // routes)), "--seed", str(search.SEED)]
+    if hypothesis_settings.RANDOM_CASES:
+        cases_per_route = -(-hypothesis_settings.RANDOM_CASES // routes)
+        options = ["--max-examples", str(cases_per_route), "--seed", str(hypothesis_settings.SEED)]
     else:
-        effort = ["--max-examples", str(CASES_OF_A_ROUTE), "--generation-deterministic"]
-    known = await own_stack.database.fetch("SELECT sandbox_id FROM sandboxes ORDER BY available_since, sandbox_id")
+        options = ["--max-examples", str(RANDOM_CASES_PER_ROUTE), "--generation-deterministic"]
+    rows = await own_stack.database.fetch("SELECT sandbox_id FROM sandboxes ORDER BY available_since, sandbox_id")
     shutil.copy(CONFIGURATION, tmp_path)
-    (tmp_path / "sandboxes.txt").write_text("\n".join(f'"{row["sandbox_id"]}"' for row in known[:10]))
-    code, said = await run(
+    (tmp_path / "sandboxes.txt").write_text("\n".join(f'"{row["sandbox_id"]}"' for row in rows[:10]))
+    code, output = await run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", CONFIGURATION.name),
-            *("run", f"{own_stack.url}/v1/openapi.json", *effort),
+            *("run", f"{own_stack.url}/v1/openapi.json", *options),
         ],
         env={
             **own_stack.environment,
@@ -59,6 +62,6 @@ async def test_the_api_does_what_its_document_says(own_stack: Stack, tmp_path: P
             "PYTHONPATH": str(ROOT),
         },
         cwd=tmp_path,
-        timeout=search.TIMEOUT_SEC or float("inf"),
+        timeout=hypothesis_settings.TIMEOUT_SEC or float("inf"),
     )
-    assert code == 0, said
+    assert code == 0, output

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.integration import search, wire
+from tests.integration import hypothesis_settings, wire
 from tests.integration.stack import ADMIN_TOKEN, TRACK_TOKEN, Stack
 
 STUDENT, STUDENT_OLD = b"X-Instruqt-Sandbox-ID", b"X-Track-ID"
@@ -47,7 +47,7 @@ def refusal(value: bytes) -> str | None:
     return "INVALID_HEADER" if len(value) > 128 or re.search(rb"[^\x20-\x7e]", value) else None
 
 
-@search.seeded
+@hypothesis_settings.with_seed
 @given(name=st.sampled_from(OURS), value=pieces())
 @example(STUDENT, b"x" * 8192)
 @example(STUDENT, b"x" * 128)
@@ -56,8 +56,8 @@ def refusal(value: bytes) -> str | None:
 @example(STUDENT_OLD, b"\t")
 @example(PREFIX, b"nul\x00")
 @example(KEY, b"\xa0")
-@search.effort(60)
-@pytest.mark.timeout(search.TIMEOUT_SEC)
+@hypothesis_settings.build_settings(60)
+@pytest.mark.timeout(hypothesis_settings.TIMEOUT_SEC)
 async def test_any_value_of_a_header_is_taken_or_refused_by_its_rule(
     stack: Stack, name: bytes, value: bytes
 ) -> None:
@@ -78,7 +78,7 @@ async def test_any_value_of_a_header_is_taken_or_refused_by_its_rule(
         )
 
 
-@search.seeded
+@hypothesis_settings.with_seed
 @given(prefix=pieces(*(name[:2].encode() for name in STRANGE_NAMES)))
 @example(b"%")
 @example(b"_")
@@ -93,8 +93,8 @@ async def test_any_value_of_a_header_is_taken_or_refused_by_its_rule(
 @example(b"$1")
 @example(b"LAB")
 @example(b"\x00")
-@search.effort(60)
-@pytest.mark.timeout(search.TIMEOUT_SEC)
+@hypothesis_settings.build_settings(60)
+@pytest.mark.timeout(hypothesis_settings.TIMEOUT_SEC)
 async def test_a_prefix_matches_exactly_the_names_that_start_with_it(stack: Stack, prefix: bytes) -> None:
     await provide_strange_names(stack)
     wanted = prefix.strip(b" \t").decode("latin-1")

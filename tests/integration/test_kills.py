@@ -1,6 +1,6 @@
-"""Reapers and allocators are killed in the middle of deletions: afterwards database and CSP agree.
+"""Kill reapers and allocators during deletions. Afterwards, the database and CSP must agree.
 
-KILLS=100 makes a long run of it, KILLS_SEED repeats one.
+KILLS sets the number of kills (100 for a long run), KILLS_SEED repeats a run.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import pytest
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import Stack, eventually, running
 
-LAUNCHER = str(Path(__file__).with_name("dying.py"))
+LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 POINTS = [
@@ -37,12 +37,11 @@ POINTS = [
 
 
 @pytest.fixture(scope="module")
-async def dying(
+async def crashing(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
-    told = tmp_path_factory.mktemp("dying") / "point"
     settings = {
-        "DIE_AT": str(told),
+        "DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"),
         "CLEANUP_INTERVAL_SEC": "1",
         "CIRCUIT_BREAKER_THRESHOLD": "100",
         "DELETION_MAX_ATTEMPTS": "30",
@@ -55,87 +54,87 @@ async def dying(
         yield stack
 
 
-async def insist(stack: Stack, student: str) -> None:
-    """A student who takes a sandbox and gives it back, whatever dies meanwhile."""
+async def allocate_and_release(stack: Stack, student: str) -> None:
+    """Allocate and release a sandbox. Retry each request until it succeeds, because services are killed."""
     sandbox_id = ""
 
-    async def leased() -> bool:
+    async def has_lease() -> bool:
         nonlocal sandbox_id
         lease = await stack.allocate(student)
         sandbox_id = lease.json().get("sandbox_id", "")
         return lease.status_code in (200, 201)
 
-    async def released() -> bool:
+    async def is_released() -> bool:
         return (await stack.release(sandbox_id, student)).status_code == 200
 
-    await eventually(leased, within_sec=60)
-    await eventually(released, within_sec=60)
+    await eventually(has_lease, within_sec=60)
+    await eventually(is_released, within_sec=60)
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)
-async def test_whoever_dies_wherever_every_deletion_happens_and_is_recorded(dying: Stack) -> None:
-    chance = random.Random(SEED)
-    points = [*POINTS, *chance.choices(POINTS, k=KILLS)]
-    chance.shuffle(points)
-    told = Path(dying.environment["DIE_AT"])
-    await dying.fill(3 * KILLS + 1)
-    await dying.control("PATCH", "behaviour", {"delete_error_rate": 0.3, "delete_latency_sec": 0.05})
+async def test_every_deletion_is_done_and_recorded_despite_kills(crashing: Stack) -> None:
+    rng = random.Random(SEED)
+    points = [*POINTS, *rng.choices(POINTS, k=KILLS)]
+    rng.shuffle(points)
+    point_file = Path(crashing.environment["DIE_AT"])
+    await crashing.fill(3 * KILLS + 1)
+    await crashing.control("PATCH", "behaviour", {"delete_error_rate": 0.3, "delete_latency_sec": 0.05})
     killed = 0
     for number, point in enumerate(points[:KILLS]):
-        told.write_text(point)
-        students = asyncio.gather(*(insist(dying, f"{number}-{student}") for student in range(3)))
+        point_file.write_text(point)
+        students = asyncio.gather(*(allocate_and_release(crashing, f"{number}-{student}") for student in range(3)))
         service = point.partition(":")[0]
 
-        async def dead_or_done(service: str = service, students: asyncio.Future[list[None]] = students) -> bool:
-            dead = not dying.processes[service].running
-            return dead or (students.done() and await dying.nothing_pending())
+        async def is_dead_or_done(service: str = service, students: asyncio.Future[list[None]] = students) -> bool:
+            is_dead = not crashing.processes[service].running
+            return is_dead or (students.done() and await crashing.nothing_pending())
 
-        await eventually(dead_or_done, within_sec=60)
-        told.unlink(missing_ok=True)
-        if not dying.processes[service].running:
+        await eventually(is_dead_or_done, within_sec=60)
+        point_file.unlink(missing_ok=True)
+        if not crashing.processes[service].running:
             killed += 1
-            await dying.start_service(service)
+            await crashing.start_service(service)
         await students
-    await dying.control("PATCH", "behaviour", {"delete_error_rate": 0})
-    await eventually(dying.nothing_pending, within_sec=120)
-    await dying.assert_sound()
+    await crashing.control("PATCH", "behaviour", {"delete_error_rate": 0})
+    await eventually(crashing.nothing_pending, within_sec=120)
+    await crashing.assert_sound()
     assert killed > KILLS / 2
 
-    stats = await dying.stats()
+    stats = await crashing.stats()
     assert (stats["deleted"], stats["available"], stats["deletion_failed"]) == (3 * KILLS, 1, 0), SEED
-    in_csp = {record["id"].rpartition("/")[2] for record in (await dying.control("GET", "accounts"))["accounts"]}
-    rows = await dying.database.fetch("SELECT external_id, status FROM sandboxes")
+    in_csp = {record["id"].rpartition("/")[2] for record in (await crashing.control("GET", "accounts"))["accounts"]}
+    rows = await crashing.database.fetch("SELECT external_id, status FROM sandboxes")
     assert {row["external_id"]: row["status"] != "deleted" for row in rows} == {
         row["external_id"]: row["external_id"] in in_csp for row in rows
     }
     calls = defaultdict(list)
-    for call in await dying.deletions():
+    for call in await crashing.deletions():
         calls[call["path"]].append((call["at"], call["at"] + call["duration_ms"] / 1000))
-    for times in calls.values():  # never two at one sandbox
+    for times in calls.values():  # deletions of the same sandbox must not overlap
         assert all(end <= begin + 0.01 for (_, end), (begin, _) in pairwise(sorted(times))), SEED
 
 
-async def test_a_reaper_that_wakes_up_after_another_has_taken_over_deletes_nothing_more(dying: Stack) -> None:
-    await dying.fill(5)
-    told = Path(dying.environment["DIE_AT"])
-    await dying.start_service("reaper", name="second reaper")
-    reapers = [dying.processes[name] for name in ("reaper", "second reaper")]
+async def test_a_frozen_reaper_does_not_repeat_a_deletion_that_another_took_over(crashing: Stack) -> None:
+    await crashing.fill(5)
+    point_file = Path(crashing.environment["DIE_AT"])
+    await crashing.start_service("reaper", name="second reaper")
+    reapers = [crashing.processes[name] for name in ("reaper", "second reaper")]
     try:
-        told.write_text("reaper: after the claim, frozen")
-        await insist(dying, "ada")
+        point_file.write_text("reaper: after the claim, frozen")
+        await allocate_and_release(crashing, "ada")
 
-        async def one_is_frozen() -> bool:
-            return not told.exists()
+        async def is_one_frozen() -> bool:
+            return not point_file.exists()
 
-        await eventually(one_is_frozen)
-        await eventually(dying.nothing_pending, within_sec=60)
-        (deleted,) = await dying.deletions()
+        await eventually(is_one_frozen)
+        await eventually(crashing.nothing_pending, within_sec=60)
+        (deleted,) = await crashing.deletions()
         for reaper in reapers:
             reaper.send(signal.SIGCONT)
-        await asyncio.gather(*(insist(dying, f"student-{number}") for number in range(3)))
-        await eventually(dying.nothing_pending)
-        assert [call["path"] for call in await dying.deletions()].count(deleted["path"]) == 1
+        await asyncio.gather(*(allocate_and_release(crashing, f"student-{number}") for number in range(3)))
+        await eventually(crashing.nothing_pending)
+        assert [call["path"] for call in await crashing.deletions()].count(deleted["path"]) == 1
     finally:
         for reaper in reapers:
             reaper.send(signal.SIGCONT)
-        dying.processes.pop("second reaper").kill()
+        crashing.processes.pop("second reaper").kill()

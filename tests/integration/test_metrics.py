@@ -1,11 +1,10 @@
-"""What the running services tell Prometheus is what docs/metrics.md says, and does not grow with what clients
-send."""
+"""Metrics of the running services: they match docs/metrics.md, and clients cannot add label values."""
 
 import asyncio
 import re
 import uuid
 
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)
@@ -17,31 +16,31 @@ async def scrape(stack: Stack, service: str) -> str:
     return (await stack.client.get(f"http://127.0.0.1:{port}/metrics")).text
 
 
-def names(scraped: str) -> set[str]:
-    """As the table has them. A counter's name ends in _total, and its creation time is a series of its own."""
+def metric_names(scraped: str) -> set[str]:
+    """Return the names as in docs/metrics.md: counters with _total, without the _created series."""
     typed = re.findall(r"^# TYPE (broker_[a-z_]+) (\w+)$", scraped, re.MULTILINE)
     return {name for name, _ in typed if not name.endswith("_created")}
 
 
-def series(scraped: str) -> set[str]:
-    """Every combination of labels."""
+def find_series(scraped: str) -> set[str]:
+    """Return every metric with its labels."""
     return {line.rpartition(" ")[0] for line in scraped.splitlines() if line.startswith("broker_")}
 
 
-async def test_each_service_has_the_metrics_of_the_table_and_no_others(stack: Stack) -> None:
+async def test_each_service_exports_exactly_the_documented_metrics(stack: Stack) -> None:
     table = ROW.findall((ROOT / "docs" / "metrics.md").read_text())
     for service in SERVICES:
         expected = {name for name, _, _, where in table if where == "all" or service in where.split(", ")}
-        assert names(await scrape(stack, service)) == expected
+        assert metric_names(await scrape(stack, service)) == expected
 
 
-async def test_what_todays_dashboards_use_is_there(stack: Stack) -> None:
+async def test_metrics_of_existing_dashboards_are_exported(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.allocate("ada")
     await stack.release(lease["sandbox_id"], "ada")
     await eventually(stack.nothing_pending)
-    everything = "".join([await scrape(stack, service) for service in SERVICES])
-    for wanted in (
+    exported = "".join([await scrape(stack, service) for service in SERVICES])
+    for expected in (
         r'broker_allocate_total{outcome="allocated"}',
         r"broker_allocate_idempotent_hits_total",
         r"broker_allocation_latency_seconds_bucket",
@@ -56,60 +55,68 @@ async def test_what_todays_dashboards_use_is_there(stack: Stack) -> None:
         ),
         r'broker_request_latency_seconds_count{endpoint="/v1/allocate",method="POST",status="201"}',
     ):
-        assert f"\n{wanted}" in everything, wanted
+        assert f"\n{expected}" in exported, expected
 
 
-async def test_no_client_can_make_up_a_label(stack: Stack) -> None:
-    async def whatever_clients_send(number: int) -> None:
-        made_up = uuid.uuid4().hex
-        student = {**track(made_up), "X-Instruqt-Track-ID": made_up, "X-Sandbox-Name-Prefix": made_up}
+async def test_clients_cannot_add_label_values(stack: Stack) -> None:
+    async def send_random_values(number: int) -> None:
+        random_value = uuid.uuid4().hex
+        student = {
+            **track(random_value),
+            "X-Instruqt-Track-ID": random_value,
+            "X-Sandbox-Name-Prefix": random_value,
+        }
         for method, path, headers in (
             ("POST", "/v1/allocate", student),
-            ("POST", "/v1/allocate", {**student, "Authorization": f"Bearer {made_up}"}),
-            ("POST", f"/v1/sandboxes/{made_up}/mark-for-deletion", student),
-            ("GET", f"/v1/sandboxes/{made_up}", student),
-            ("GET", f"/v1/{made_up}", student),
-            ("GET", f"/{made_up}", {}),
-            (f"M{made_up}", "/v1/allocate", student),
-            (f"M{made_up}", "/healthz", {}),
-            ("GET", f"/v1/admin/sandboxes?holder={made_up}&track_name={made_up}&name_prefix={made_up}", ADMIN),
-            ("GET", f"/v1/admin/sandboxes?cursor={made_up}", ADMIN),
-            ("GET", f"/v1/admin/jobs/{made_up}", ADMIN),
-            ("POST", f"/v1/admin/sandboxes/{made_up}/release?reason={made_up}", ADMIN),
-            ("POST", f"/v1/admin/bulk-delete?status={made_up}", ADMIN),
+            ("POST", "/v1/allocate", {**student, "Authorization": f"Bearer {random_value}"}),
+            ("POST", f"/v1/sandboxes/{random_value}/mark-for-deletion", student),
+            ("GET", f"/v1/sandboxes/{random_value}", student),
+            ("GET", f"/v1/{random_value}", student),
+            ("GET", f"/{random_value}", {}),
+            (f"M{random_value}", "/v1/allocate", student),
+            (f"M{random_value}", "/healthz", {}),
+            (
+                "GET",
+                f"/v1/admin/sandboxes?holder={random_value}&track_name={random_value}&name_prefix={random_value}",
+                ADMIN,
+            ),
+            ("GET", f"/v1/admin/sandboxes?cursor={random_value}", ADMIN),
+            ("GET", f"/v1/admin/jobs/{random_value}", ADMIN),
+            ("POST", f"/v1/admin/sandboxes/{random_value}/release?reason={random_value}", ADMIN),
+            ("POST", f"/v1/admin/bulk-delete?status={random_value}", ADMIN),
         ):
             await stack.client.request(method, f"{stack.url}{path}", headers=headers)
 
-    async def queues_are_told() -> bool:
+    async def are_queues_measured() -> bool:
         return (await scrape(stack, "gateway")).count("\nbroker_queue_consumers{") == len(topology.QUEUES)
 
-    await whatever_clients_send(0)
+    await send_random_values(0)
     for service in SERVICES:
-        await scrape(stack, service)  # which is a request too
-    await eventually(queues_are_told)
-    before = {service: series(await scrape(stack, service)) for service in SERVICES}
-    await asyncio.gather(*(whatever_clients_send(number) for number in range(10)))
+        await scrape(stack, service)  # the scrape itself adds a series
+    await eventually(are_queues_measured)
+    before = {service: find_series(await scrape(stack, service)) for service in SERVICES}
+    await asyncio.gather(*(send_random_values(number) for number in range(10)))
     for service in ("gateway", "allocator", "csp-syncer"):
 
-        async def as_before(service: str = service) -> bool:
-            return series(await scrape(stack, service)) == before[service]
+        async def is_unchanged(service: str = service) -> bool:
+            return find_series(await scrape(stack, service)) == before[service]
 
-        # A queue that could not be looked at for a moment is not told of; a label that was made up stays.
-        await eventually(as_before)
-    # The reaper works by the clock, so it may have met a new outcome meanwhile; nothing a client has sent.
-    assert not any(ADMIN_TOKEN in line for line in series(await scrape(stack, "reaper")))
+        # Polls, because the gateway omits queues that it cannot measure for a moment. A new label would stay.
+        await eventually(is_unchanged)
+    # The reaper may have added an outcome by its own work, so only client data is excluded here.
+    assert not any(ADMIN_TOKEN in line for line in find_series(await scrape(stack, "reaper")))
 
 
-async def test_queues_and_csp_are_told_of(stack: Stack) -> None:
+async def test_queues_and_csp_requests_are_measured(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
     await eventually(stack.nothing_pending)
 
-    async def told() -> bool:
+    async def is_measured() -> bool:
         gateway, reaper = await scrape(stack, "gateway"), await scrape(stack, "reaper")
         return all(
-            wanted in text
-            for text, wanted in (
+            expected in text
+            for text, expected in (
                 (gateway, 'broker_queue_consumers{queue="allocator.commands"} 1.0'),
                 (gateway, 'broker_queue_depth{queue="broker.dead_letters"} '),
                 (gateway, 'broker_queue_oldest_message_age_seconds{queue="reaper.events"} '),
@@ -120,4 +127,4 @@ async def test_queues_and_csp_are_told_of(stack: Stack) -> None:
             )
         )
 
-    await eventually(told)
+    await eventually(is_measured)

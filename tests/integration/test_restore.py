@@ -1,4 +1,4 @@
-"""The broker on a restored backup, as docs/runbook.md says: nobody gets what is in use, and the rest goes on."""
+"""Restore of a backup as in docs/runbook.md: sandboxes in use are not allocated again, all others are usable."""
 
 import csv
 import json
@@ -19,11 +19,11 @@ pytest_plugins = ("devstack.fixtures",)
 pytestmark = pytest.mark.timeout(400)
 
 AFTER_RESTORE = ROOT / "deploy" / "postgres" / "after_restore.sql"
-OVER = {"lease.released", "lease.expired", "lease.ended"}
+ENDED_EVENTS = {"lease.released", "lease.expired", "lease.ended"}
 
 
 class Logs:
-    """Of the allocator, as JSON."""
+    """Log lines of the allocator."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def logs() -> Logs:
 
 @pytest.fixture
 async def server(postgres_binaries: None) -> AsyncIterator[PrivatePostgres]:
-    """Of the same version as pg_dump."""
+    """PostgreSQL server of the same version as pg_dump."""
     async with PrivatePostgres() as server:
         yield server
 
@@ -60,15 +60,15 @@ async def stack(server: PrivatePostgres, new_vhost: NewVhost, logs: Logs) -> Asy
         yield stack
 
 
-async def call(program: str, *arguments: str | Path) -> str:
+async def run_postgres_program(program: str, *arguments: str | Path) -> str:
     binaries = postgres.binaries()
     assert binaries is not None
-    code, said = await run([binaries / program, *arguments])
-    assert code == 0, said
-    return said
+    code, output = await run([binaries / program, *arguments])
+    assert code == 0, output
+    return output
 
 
-async def lease(stack: Stack, student: str) -> str:
+async def allocate(stack: Stack, student: str) -> str:
     response = await stack.allocate(student)
     assert response.status_code in (200, 201), response.text
     return str(response.json()["sandbox_id"])
@@ -79,7 +79,7 @@ async def release_and_delete(stack: Stack, sandbox_id: str, student: str) -> Non
     await eventually(stack.nothing_pending)
 
 
-async def restart_on(stack: Stack, database_url: str) -> None:
+async def restart_with(stack: Stack, database_url: str) -> None:
     for service in ("gateway", "allocator"):
         await stack.processes[service].stop()
     stack.environment["DATABASE_URL"] = database_url
@@ -87,57 +87,69 @@ async def restart_on(stack: Stack, database_url: str) -> None:
         await stack.start_service(service)
 
 
-def write(path: Path, rows: list[list[Any]]) -> Path:
+def write_csv(path: Path, rows: list[list[Any]]) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return path
 
 
-async def test_what_was_leased_since_the_backup_is_leased_to_nobody_else(
+async def test_sandboxes_leased_after_the_backup_are_not_leased_again(
     stack: Stack, server: PrivatePostgres, logs: Logs, tmp_path: Path
 ) -> None:
-    before = await lease(stack, "before")
-    over = await lease(stack, "over")
+    before = await allocate(stack, "before")
+    released_later = await allocate(stack, "returning")
     since = (await stack.database.fetchval("SELECT now() AT TIME ZONE 'UTC'")).isoformat()
-    await call("pg_dump", "--format=custom", f"--file={tmp_path / 'broker.dump'}", server.url)
-    after = await lease(stack, "after")
-    come_and_gone = await lease(stack, "come and gone")
-    await release_and_delete(stack, come_and_gone, "come and gone")
-    await release_and_delete(stack, over, "over")
-    again = await lease(stack, "over")
+    await run_postgres_program("pg_dump", "--format=custom", f"--file={tmp_path / 'broker.dump'}", server.url)
+    after = await allocate(stack, "after")
+    short_lease = await allocate(stack, "short visit")
+    await release_and_delete(stack, short_lease, "short visit")
+    await release_and_delete(stack, released_later, "returning")
+    second_lease = await allocate(stack, "returning")
     await stack.control("POST", "accounts", {"count": 1, "name_prefix": "new-"})
     await stack.sync()
-    created = str((await stack.allocate("creative", X_Sandbox_Name_Prefix="new-")).json()["sandbox_id"])
+    lease_of_new_account = str(
+        (await stack.allocate("creative", X_Sandbox_Name_Prefix="new-")).json()["sandbox_id"]
+    )
 
     await stack.processes["allocator"].stop()
     restored_url = server.url.removesuffix("/postgres") + "/restored"
-    await call("createdb", f"--maintenance-db={server.url}", "restored")
-    await call("pg_restore", "--exit-on-error", "--no-owner", f"--dbname={restored_url}", tmp_path / "broker.dump")
+    await run_postgres_program("createdb", f"--maintenance-db={server.url}", "restored")
+    await run_postgres_program(
+        "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={restored_url}", tmp_path / "broker.dump"
+    )
     granted = logs.since(since, {"lease.granted"}, "sandbox_id", "holder", "track_name", "timestamp")
-    assert [row[0] for row in granted] == [after, come_and_gone, again, created]
+    assert [row[0] for row in granted] == [after, short_lease, second_lease, lease_of_new_account]
     files = {
-        "granted": write(tmp_path / "granted.csv", granted),
-        "released": write(tmp_path / "released.csv", logs.since(since, OVER, "sandbox_id", "timestamp")),
+        "granted": write_csv(tmp_path / "granted.csv", granted),
+        "released": write_csv(
+            tmp_path / "released.csv", logs.since(since, ENDED_EVENTS, "sandbox_id", "timestamp")
+        ),
     }
     variables = [part for name, path in files.items() for part in ("-v", f"{name}={path}")]
     for _ in range(2):
-        await call("psql", restored_url, *variables, "-v", "lab_hours=4", "-f", AFTER_RESTORE)
-    await restart_on(stack, restored_url)
+        await run_postgres_program("psql", restored_url, *variables, "-v", "lab_hours=4", "-f", AFTER_RESTORE)
+    await restart_with(stack, restored_url)
 
-    assert await lease(stack, "before") == before
-    assert await lease(stack, "after") == after
-    assert await lease(stack, "over") == again
+    assert await allocate(stack, "before") == before
+    assert await allocate(stack, "after") == after
+    assert await allocate(stack, "returning") == second_lease
     await eventually(stack.nothing_pending)
     assert (await stack.sync(force="true")).status_code == 200
-    everybody_else = {await lease(stack, f"new-{number}") for number in range((await stack.stats())["available"])}
-    assert not everybody_else & {before, over, after, come_and_gone, again, created}
+    other_sandboxes = {
+        await allocate(stack, f"new-{number}") for number in range((await stack.stats())["available"])
+    }
+    assert not other_sandboxes & {before, released_later, after, short_lease, second_lease, lease_of_new_account}
     assert (await stack.allocate("too late")).status_code == 409
-    assert (await story(stack, over))["status"] == (await story(stack, come_and_gone))["status"] == "deleted"
+    assert (
+        (await read_sandbox(stack, released_later))["status"]
+        == (await read_sandbox(stack, short_lease))["status"]
+        == "deleted"
+    )
     assert (await stack.release(after, "after")).status_code == 200
     [leak] = (await stack.admin("GET", "leaks")).json()["leaks"]
-    assert leak["sandbox_id"] == created
+    assert leak["sandbox_id"] == lease_of_new_account
 
 
-async def story(stack: Stack, sandbox_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()
-    return found
+async def read_sandbox(stack: Stack, sandbox_id: str) -> dict[str, Any]:
+    sandbox: dict[str, Any] = (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()
+    return sandbox

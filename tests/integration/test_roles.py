@@ -20,10 +20,9 @@ from pamqp.common import FieldTable
 from devstack.postgres import PrivatePostgres
 from devstack.private import account, make_directory, write
 from devstack.rabbitmq import PrivateRabbitMQ
-from sandbox_broker import messages, topology
-from sandbox_broker.connection import open_channel
-from sandbox_broker.declare import declare
-from sandbox_broker.messages import (
+from sandbox_broker.contract import commands, topology
+from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
+from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
@@ -42,18 +41,17 @@ from sandbox_broker.messages import (
     RecordDeletionFailure,
     RecordJob,
     RefreshSandboxes,
-    Refused,
     ReleaseSandbox,
     ReplayDeadLetter,
-    Reply,
-    ReplyEnvelope,
     RetryDeletion,
     StageListing,
     SyncPool,
-    encode_commands,
 )
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.database.schema import metadata
+from sandbox_broker.declare import declare
+from sandbox_broker.messaging.connection import open_channel
 from sandbox_broker.migrate import migrate
-from sandbox_broker.tables import metadata
 from tests.integration.stack import ROOT, Stack, eventually, running
 
 PASSWORD = "secret"
@@ -321,7 +319,7 @@ async def test_a_user_may_not_publish_where_it_has_nothing_to_say(servers_with_r
 
 
 def test_a_command_of_each_type_is_tried() -> None:
-    assert {type(command) for command in COMMANDS} == set(get_args(get_args(messages.Command)[0]))
+    assert {type(command) for command in COMMANDS} == set(get_args(get_args(commands.Command)[0]))
 
 
 @pytest.mark.parametrize(("user", "exchange"), SENDS.items())

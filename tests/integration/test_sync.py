@@ -1,11 +1,11 @@
-"""How the pool follows CSP's listing."""
+"""Sync of the pool with CSP's listing."""
 
 import asyncio
 
 from tests.integration.stack import Stack, eventually
 
 
-async def test_new_accounts_become_available_and_vanished_ones_stale_and_back(stack: Stack) -> None:
+async def test_new_accounts_become_available_and_missing_ones_stale_until_they_return(stack: Stack) -> None:
     (added,) = (await stack.control("POST", "accounts", {"count": 1, "name_prefix": "late-"}))["accounts"]
     synced = (await stack.sync()).json()
     assert (synced["status"], synced["synced"], synced["marked_stale"], synced["restored"]) == (
@@ -15,17 +15,17 @@ async def test_new_accounts_become_available_and_vanished_ones_stale_and_back(st
         0,
     )
 
-    everyone = (await stack.control("GET", "accounts"))["accounts"]
+    all_accounts = (await stack.control("GET", "accounts"))["accounts"]
     await stack.control("DELETE", f"accounts/{added['id'].rsplit('/', 1)[1]}")
     assert (await stack.sync()).json()["marked_stale"] == 1
     assert (await stack.stats())["stale"] == 1
 
-    await stack.control("PUT", "accounts", {"accounts": everyone})
+    await stack.control("PUT", "accounts", {"accounts": all_accounts})
     assert (await stack.sync()).json()["restored"] == 1
     assert (await stack.stats())["available"] == 51
 
 
-async def test_an_empty_listing_changes_nothing_until_it_is_forced(stack: Stack) -> None:
+async def test_an_empty_listing_is_held_unless_forced(stack: Stack) -> None:
     await stack.control("PUT", "accounts", {"accounts": []})
     held = await stack.sync()
     assert (held.status_code, held.json()["detail"]["code"]) == (409, "SYNC_HELD")
@@ -34,14 +34,14 @@ async def test_an_empty_listing_changes_nothing_until_it_is_forced(stack: Stack)
     assert (await stack.stats())["stale"] == 50
 
 
-async def test_a_listing_that_lacks_a_third_of_the_pool_is_held(stack: Stack) -> None:
+async def test_a_listing_without_a_third_of_the_pool_is_held(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.66})
     held = await stack.sync()
     assert (held.status_code, held.json()["detail"]["code"]) == (409, "SYNC_HELD")
     assert (await stack.stats())["available"] == 50
 
 
-async def test_a_listing_that_fails_changes_nothing(stack: Stack) -> None:
+async def test_a_failed_listing_does_not_change_the_pool(stack: Stack) -> None:
     for fault in ({"listing_cut_short": True}, {"fail_next_listings": 1}):
         await stack.control("PATCH", "behaviour", fault)
         failed = await stack.sync()
@@ -49,7 +49,7 @@ async def test_a_listing_that_fails_changes_nothing(stack: Stack) -> None:
         assert (await stack.stats())["available"] == 50
 
 
-async def test_a_student_keeps_a_sandbox_that_csp_no_longer_lists(stack: Stack) -> None:
+async def test_a_student_keeps_a_sandbox_missing_in_csp(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.control("DELETE", f"accounts/{lease['external_id']}")
     assert (await stack.sync()).json()["marked_stale"] == 0
@@ -58,15 +58,15 @@ async def test_a_student_keeps_a_sandbox_that_csp_no_longer_lists(stack: Stack) 
     assert await stack.database.fetchval(missing, lease["sandbox_id"]) is True
 
 
-async def test_syncs_that_are_asked_for_at_once_share_one_listing(stack: Stack) -> None:
+async def test_concurrent_syncs_share_one_listing(stack: Stack) -> None:
     await stack.control("DELETE", "calls")
     await stack.control("PATCH", "behaviour", {"listing_latency_sec": 1})
-    answers = await asyncio.gather(*(stack.sync() for _ in range(5)))
-    assert {answer.status_code for answer in answers} == {200}
+    responses = await asyncio.gather(*(stack.sync() for _ in range(5)))
+    assert {response.status_code for response in responses} == {200}
     assert len((await stack.control("GET", "calls?method=GET"))["calls"]) == 1
 
 
-async def test_what_a_held_listing_would_change_is_shown_until_a_sync_completes(stack: Stack) -> None:
+async def test_a_held_sync_is_reported_until_a_sync_completes(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
     await stack.sync()
     held = (await stack.admin("GET", "sync")).json()["held"]
@@ -74,26 +74,26 @@ async def test_what_a_held_listing_would_change_is_shown_until_a_sync_completes(
     assert len(held["stale"]["examples"]) == 20
     assert "are missing" in held["reason"]
 
-    async def alarm() -> bool:
+    async def is_held_reported() -> bool:
         port = stack.environment["ALLOCATOR_PORT"]
         metrics = (await stack.client.get(f"http://127.0.0.1:{port}/metrics")).text
         return "broker_sync_held 1.0" in metrics
 
-    await eventually(alarm)
+    await eventually(is_held_reported)
     await stack.control("PATCH", "behaviour", {"listing_fraction": 1})
     assert (await stack.sync()).json()["synced"] == 50
     state = (await stack.admin("GET", "sync")).json()
     assert (state["held"], state["applied"]["synced"]) == (None, 50)
 
 
-async def test_forcing_is_for_once(stack: Stack) -> None:
+async def test_force_applies_to_one_sync(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
     assert (await stack.sync(force="true")).status_code == 200
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.1})
     assert (await stack.sync()).status_code == 409
 
 
-async def test_a_sandbox_whose_record_is_malformed_stays_available(stack: Stack) -> None:
+async def test_a_malformed_record_does_not_make_a_sandbox_stale(stack: Stack) -> None:
     records = (await stack.control("GET", "accounts"))["accounts"]
     for record in records:
         record["name"] = None
@@ -103,7 +103,7 @@ async def test_a_sandbox_whose_record_is_malformed_stays_available(stack: Stack)
     assert (await stack.stats())["available"] == 50
 
 
-async def test_a_released_sandbox_that_is_missing_in_csp_is_deleted_without_asking_csp(stack: Stack) -> None:
+async def test_a_released_sandbox_missing_in_csp_is_deleted_without_a_csp_request(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.control("DELETE", f"accounts/{lease['external_id']}")
     await stack.sync()
@@ -117,22 +117,22 @@ async def test_a_released_sandbox_that_is_missing_in_csp_is_deleted_without_aski
     assert (await stack.admin("GET", "leaks")).json()["leaks"] == []
 
 
-async def test_a_deletion_that_csp_has_confirmed_and_not_done_is_done_again(stack: Stack) -> None:
+async def test_a_deletion_is_repeated_if_csp_still_lists_the_sandbox(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"deleted_stay_listed": None})
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
     await eventually(stack.nothing_pending)
     await stack.sync()
-    assert (await stack.stats())["deleted"] == 1  # it may be that the listing lags behind
+    assert (await stack.stats())["deleted"] == 1  # within the grace period, because the listing may be outdated
 
-    ago = "UPDATE sandboxes SET status_since = now() - interval '10 minutes' WHERE status = 'deleted'"
-    await stack.database.execute(ago)
+    end_grace_period = "UPDATE sandboxes SET status_since = now() - interval '10 minutes' WHERE status = 'deleted'"
+    await stack.database.execute(end_grace_period)
     await stack.control("DELETE", "calls")
     assert (await stack.sync()).status_code == 200
 
-    async def deleted_again() -> bool:
+    async def is_deleted_again() -> bool:
         return len(await stack.deletions()) > 0 and await stack.nothing_pending()
 
-    await eventually(deleted_again)
+    await eventually(is_deleted_again)
     assert (await stack.stats())["deleted"] == 1
     assert (await stack.stats())["available"] == 49

@@ -1,6 +1,7 @@
-"""Csp-syncers and allocators are killed in the middle of syncs: the pool is as before or as after, and then as CSP.
+"""Kill csp-syncers and allocators during syncs.
 
-KILLS=100 makes a long run of it, KILLS_SEED repeats one.
+After a kill, the listing is applied completely or not at all. After the next sync, the pool matches CSP. KILLS sets
+the number of kills (100 for a long run), KILLS_SEED repeats a run.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import pytest
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import Stack, eventually, running
 
-LAUNCHER = str(Path(__file__).with_name("dying.py"))
+LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 COMMANDS = ("BeginListing", "StageListing", "ApplyListing", "RefreshSandboxes")
@@ -29,7 +30,7 @@ POINTS = [
         for when in ("before", "after")
         for command in COMMANDS
     ),
-    "allocator: amid ApplyListing",
+    "allocator: during ApplyListing",
     "allocator: between ApplyListing and its flags",
     "allocator: before the ack",
 ]
@@ -37,10 +38,10 @@ Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-async def dying(
+async def crashing(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
-    settings = {"DIE_AT": str(tmp_path_factory.mktemp("dying") / "point"), "ADMIN_WAIT_SEC": "5"}
+    settings = {"DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"), "ADMIN_WAIT_SEC": "5"}
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
@@ -49,27 +50,27 @@ async def dying(
         yield stack
 
 
-def changed(records: Records, lost: Records, chance: random.Random) -> None:
-    """What may happen to a listing, a little of each."""
-    chance.shuffle(records)
-    back, gone = lost[: chance.randrange(4)], records[: chance.randrange(4)]
-    lost[:] = [record for record in lost if record not in back] + gone
-    records[:] = [record for record in records if record not in gone] + back
-    for record in chance.sample(records, 5):
-        record["name"] = f"renamed-{chance.randrange(10**6)}"
-    one, other = chance.sample(records, 2)
-    one["id"], other["id"] = other["id"], one["id"]
+def change_listing(records: Records, lost: Records, rng: random.Random) -> None:
+    """Remove, restore, rename and add a few records, and swap two account ids."""
+    rng.shuffle(records)
+    restored, removed = lost[: rng.randrange(4)], records[: rng.randrange(4)]
+    lost[:] = [record for record in lost if record not in restored] + removed
+    records[:] = [record for record in records if record not in removed] + restored
+    for record in rng.sample(records, 5):
+        record["name"] = f"renamed-{rng.randrange(10**6)}"
+    first, second = rng.sample(records, 2)
+    first["id"], second["id"] = second["id"], first["id"]
     newest = max(int(record["csp_id"]) for record in (*records, *lost))
-    account = f"identity/accounts/{uuid.UUID(int=chance.getrandbits(128))}"
+    account = f"identity/accounts/{uuid.UUID(int=rng.getrandbits(128))}"
     records.append({**records[0], "csp_id": newest + 1, "id": account, "name": f"new-{newest + 1}"})
 
 
-async def states(stack: Stack) -> dict[str, str]:
+async def read_statuses(stack: Stack) -> dict[str, str]:
     rows = await stack.database.fetch("SELECT sandbox_id, status FROM sandboxes")
     return {row["sandbox_id"]: row["status"] for row in rows}
 
 
-def after(before: dict[str, str], records: Records) -> dict[str, str]:
+def statuses_after_sync(before: dict[str, str], records: Records) -> dict[str, str]:
     listed = {str(record["csp_id"]) for record in records}
     return {
         sandbox_id: "available" if sandbox_id in listed else "stale" for sandbox_id in sorted({*before, *listed})
@@ -77,60 +78,60 @@ def after(before: dict[str, str], records: Records) -> dict[str, str]:
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)
-async def test_whoever_dies_wherever_the_pool_is_as_before_or_as_after_and_ends_like_csp(dying: Stack) -> None:
-    chance = random.Random(SEED)
-    points = [*POINTS, *chance.choices(POINTS, k=KILLS)]
-    chance.shuffle(points)
-    told = Path(dying.environment["DIE_AT"])
-    await dying.fill(40)
+async def test_a_killed_sync_is_applied_completely_or_not_at_all(crashing: Stack) -> None:
+    rng = random.Random(SEED)
+    points = [*POINTS, *rng.choices(POINTS, k=KILLS)]
+    rng.shuffle(points)
+    point_file = Path(crashing.environment["DIE_AT"])
+    await crashing.fill(40)
     records: Records = [
         record
-        for record in (await dying.control("GET", "accounts"))["accounts"]
+        for record in (await crashing.control("GET", "accounts"))["accounts"]
         if (record["account_type"], record["state"]) == ("sandbox", "active")
     ]
     lost: Records = []
     for point in points[:KILLS]:
-        changed(records, lost, chance)
-        await dying.control("PUT", "accounts", {"accounts": records})
-        before = dict(sorted((await states(dying)).items()))
-        expected = after(before, records)
-        told.write_text(point)
+        change_listing(records, lost, rng)
+        await crashing.control("PUT", "accounts", {"accounts": records})
+        before = dict(sorted((await read_statuses(crashing)).items()))
+        expected = statuses_after_sync(before, records)
+        point_file.write_text(point)
         service = point.partition(":")[0]
-        asked = asyncio.create_task(dying.sync(force="true"))
+        request = asyncio.create_task(crashing.sync(force="true"))
 
-        async def dead(service: str = service) -> bool:
-            return not dying.processes[service].running
+        async def is_dead(service: str = service) -> bool:
+            return not crashing.processes[service].running
 
-        await eventually(dead, within_sec=60)
-        assert dict(sorted((await states(dying)).items())) in (before, expected), (SEED, point)
-        await dying.start_service(service)
-        await asyncio.wait([asked])
+        await eventually(is_dead, within_sec=60)
+        assert dict(sorted((await read_statuses(crashing)).items())) in (before, expected), (SEED, point)
+        await crashing.start_service(service)
+        await asyncio.wait([request])
 
-        async def synced() -> bool:
+        async def sync_succeeds() -> bool:
             try:
-                return (await dying.sync(force="true")).status_code == 200
+                return (await crashing.sync(force="true")).status_code == 200
             except httpx.HTTPError:
                 return False
 
-        await eventually(synced, within_sec=60)
-        rows = await dying.database.fetch("SELECT * FROM sandboxes WHERE status = 'available'")
+        await eventually(sync_succeeds, within_sec=60)
+        rows = await crashing.database.fetch("SELECT * FROM sandboxes WHERE status = 'available'")
         assert {row["sandbox_id"]: (row["name"], row["external_id"]) for row in rows} == {
             str(record["csp_id"]): (record["name"], record["id"].rpartition("/")[2]) for record in records
         }, (SEED, point)
-        assert dict(sorted((await states(dying)).items())) == expected, (SEED, point)
-    await dying.assert_sound()
+        assert dict(sorted((await read_statuses(crashing)).items())) == expected, (SEED, point)
+    await crashing.assert_sound()
 
 
-async def test_a_sync_that_takes_longer_than_one_waits_is_a_job_to_ask_after(dying: Stack) -> None:
-    await dying.fill(50)
-    await dying.control("PATCH", "behaviour", {"listing_latency_sec": 6})
-    begun = await dying.sync()
-    assert begun.status_code == 202
-    path = begun.headers["Location"].removeprefix("/v1/admin/")
+async def test_a_long_sync_returns_202_and_continues_as_a_job(crashing: Stack) -> None:
+    await crashing.fill(50)
+    await crashing.control("PATCH", "behaviour", {"listing_latency_sec": 6})
+    accepted = await crashing.sync()
+    assert accepted.status_code == 202
+    path = accepted.headers["Location"].removeprefix("/v1/admin/")
 
-    async def completed() -> bool:
-        return bool((await dying.admin("GET", path)).json()["state"] == "completed")
+    async def is_completed() -> bool:
+        return bool((await crashing.admin("GET", path)).json()["state"] == "completed")
 
-    await eventually(completed)
-    job = (await dying.admin("GET", path)).json()
+    await eventually(is_completed)
+    job = (await crashing.admin("GET", path)).json()
     assert job["progress"]["staged"] == job["result"]["synced"] == 50

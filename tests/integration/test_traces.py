@@ -1,4 +1,4 @@
-"""One trace from HTTP over RabbitMQ to PostgreSQL and CSP, as a collector sees it."""
+"""Traces from HTTP over RabbitMQ to PostgreSQL and CSP, as a collector receives them."""
 
 import asyncio
 import signal
@@ -8,7 +8,7 @@ import pytest
 
 from devstack.ports import free_port
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.collector import Collector, Span, collecting
+from tests.integration.otlp_collector import Collector, Span, run_collector
 from tests.integration.stack import (
     ADMIN,
     ADMIN_TOKEN,
@@ -21,17 +21,19 @@ from tests.integration.stack import (
 )
 
 SERVER, CLIENT, CONSUMER = 2, 3, 5
-"""Kinds, as OTLP numbers them."""
+"""Span kinds of OTLP."""
 
 
 @pytest.fixture(scope="module")
 async def collector() -> AsyncIterator[Collector]:
-    async with collecting() as collector:
+    async with run_collector() as collector:
         yield collector
 
 
 @pytest.fixture(scope="module")
-async def traced(new_database: NewDatabase, new_vhost: NewVhost, collector: Collector) -> AsyncIterator[Stack]:
+async def traced_stack(
+    new_database: NewDatabase, new_vhost: NewVhost, collector: Collector
+) -> AsyncIterator[Stack]:
     settings = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "OTEL_TRACES_SAMPLER_ARG": "1",
@@ -46,24 +48,24 @@ async def traced(new_database: NewDatabase, new_vhost: NewVhost, collector: Coll
 
 
 @pytest.fixture
-async def stack(traced: Stack) -> Stack:
-    await traced.fill(100)
-    return traced
+async def stack(traced_stack: Stack) -> Stack:
+    await traced_stack.fill(100)
+    return traced_stack
 
 
-async def trace(collector: Collector, request_id: str, *names: str) -> dict[str, Span]:
-    """The spans of a request by name, as soon as all these are there."""
+async def wait_for_spans(collector: Collector, request_id: str, *names: str) -> dict[str, Span]:
+    """Wait until the spans `names` of a request have arrived. Returns all its spans by name."""
 
-    async def there() -> bool:
-        return set(names) <= {span.name for span in collector.of_request(request_id)}
+    async def have_all_arrived() -> bool:
+        return set(names) <= {span.name for span in collector.find_request(request_id)}
 
-    await eventually(there)
-    return {span.name: span for span in collector.of_request(request_id)}
+    await eventually(have_all_arrived)
+    return {span.name: span for span in collector.find_request(request_id)}
 
 
 async def test_an_allocation_is_one_trace_from_http_to_the_commit(stack: Stack, collector: Collector) -> None:
     response = await stack.allocate("ada")
-    spans = await trace(
+    spans = await wait_for_spans(
         collector,
         response.headers["X-Request-ID"],
         "POST /v1/allocate",
@@ -86,7 +88,7 @@ async def test_an_allocation_is_one_trace_from_http_to_the_commit(stack: Stack, 
 async def test_a_release_is_one_trace_to_the_deletion_in_csp(stack: Stack, collector: Collector) -> None:
     lease = (await stack.allocate("ada")).json()
     released = await stack.release(lease["sandbox_id"], "ada")
-    spans = await trace(
+    spans = await wait_for_spans(
         collector,
         released.headers["X-Request-ID"],
         "process ReleaseSandbox",
@@ -106,11 +108,9 @@ async def test_a_release_is_one_trace_to_the_deletion_in_csp(stack: Stack, colle
     assert spans["commit RecordDeletion"].parent_id == spans["process RecordDeletion"].span_id
 
 
-async def test_a_sync_is_one_trace_over_the_syncer_to_csp_and_the_commit(
-    stack: Stack, collector: Collector
-) -> None:
+async def test_a_sync_is_one_trace_with_csp_listing_and_commit(stack: Stack, collector: Collector) -> None:
     response = await stack.client.post(f"{stack.url}/v1/admin/sync", headers=ADMIN)
-    spans = await trace(
+    spans = await wait_for_spans(
         collector,
         response.headers["X-Request-ID"],
         "process SyncPool",
@@ -126,47 +126,49 @@ async def test_a_sync_is_one_trace_over_the_syncer_to_csp_and_the_commit(
 async def test_requests_of_one_batch_are_linked(stack: Stack, collector: Collector) -> None:
     number = 0
 
-    async def linked() -> bool:
+    async def has_links() -> bool:
         nonlocal number
         number += 1
-        await asyncio.gather(*(stack.allocate(f"student-{number % 2}-{place}") for place in range(40)))
-        found = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
+        await asyncio.gather(*(stack.allocate(f"student-{number % 2}-{index}") for index in range(40)))
+        linked = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
         known = {span.trace_id for span in collector.spans}
-        return any(set(span.links) <= known - {span.trace_id} for span in found)
+        return any(set(span.links) <= known - {span.trace_id} for span in linked)
 
-    await eventually(linked)
-    together = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
-    assert all(span.attributes["messaging.batch.message_count"] > 1 for span in together)
+    await eventually(has_links)
+    batched = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
+    assert all(span.attributes["messaging.batch.message_count"] > 1 for span in batched)
 
 
-async def test_a_failure_is_seen_where_it_happened(stack: Stack, collector: Collector) -> None:
+async def test_a_failure_is_recorded_in_its_span(stack: Stack, collector: Collector) -> None:
     await stack.control("PATCH", "behaviour", {"fail_next_listings": 1})
     response = await stack.client.post(f"{stack.url}/v1/admin/sync", headers=ADMIN)
     assert response.status_code == 502
-    spans = await trace(collector, response.headers["X-Request-ID"], "CSP list_accounts", "process SyncPool")
+    spans = await wait_for_spans(
+        collector, response.headers["X-Request-ID"], "CSP list_accounts", "process SyncPool"
+    )
     assert spans["CSP list_accounts"].attributes["http.response.status_code"] == 500
     (request,) = (span for span in spans.values() if span.kind == SERVER)
     assert request.failed
     assert request.attributes["error.type"] == "CSP_UNAVAILABLE"
 
 
-async def test_a_client_does_not_decide_what_is_traced(stack: Stack, collector: Collector) -> None:
+async def test_a_traceparent_of_a_client_is_ignored(stack: Stack, collector: Collector) -> None:
     sent = "4bf92f3577b34da6a3ce929d0e0e4736"
     response = await stack.client.post(
         f"{stack.url}/v1/allocate",
         headers={**track("ada"), "traceparent": f"00-{sent}-00f067aa0ba902b7-01"},
     )
-    await trace(collector, response.headers["X-Request-ID"], "POST /v1/allocate")
-    assert collector.of_trace(sent) == []
+    await wait_for_spans(collector, response.headers["X-Request-ID"], "POST /v1/allocate")
+    assert collector.find_trace(sent) == []
 
 
-async def test_no_span_holds_a_token(collector: Collector) -> None:
-    everything = b"".join(collector.raw)
+async def test_no_span_contains_a_token(collector: Collector) -> None:
+    exported = b"".join(collector.raw)
     for secret in (TRACK_TOKEN, ADMIN_TOKEN, CSP_TOKEN):
-        assert secret.encode() not in everything
+        assert secret.encode() not in exported
 
 
-async def test_a_collector_that_is_away_is_nobodys_problem(new_database: NewDatabase, new_vhost: NewVhost) -> None:
+async def test_the_broker_works_without_its_collector(new_database: NewDatabase, new_vhost: NewVhost) -> None:
     settings = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
         "OTEL_TRACES_SAMPLER_ARG": "1",

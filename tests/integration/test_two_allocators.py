@@ -1,4 +1,4 @@
-"""Two allocators at work at once: the single consumer is for order, the database is for safety."""
+"""Two allocators at the same time. Only the order depends on the single consumer; the database ensures safety."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,12 +10,12 @@ import pytest
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.stack import Stack, eventually, running
 
-LAUNCHER = str(Path(__file__).with_name("without_single_consumer.py"))
+LAUNCHER = str(Path(__file__).with_name("parallel_consumers.py"))
 
 
 @pytest.fixture(scope="module")
-async def pair(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
-    """The broker with two allocators that both get commands."""
+async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    """Broker with two allocators that both receive commands."""
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
@@ -25,48 +25,48 @@ async def pair(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[
         yield stack
 
 
-async def persistently(stack: Stack, student: str) -> httpx.Response:
-    """As the script does it: 503 and 504 are asked again."""
+async def allocate_with_retries(stack: Stack, student: str) -> httpx.Response:
+    """Retry 503 and 504, as the Instruqt script does."""
     while True:
         response = await stack.allocate(student)
         if response.status_code < 500:
             return response
 
 
-async def test_both_of_them_consume(pair: Stack) -> None:
-    await pair.fill(1)
+async def test_both_allocators_consume(stack: Stack) -> None:
+    await stack.fill(1)
     consumers = (
         "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'allocator.commands' AND datname = $1"
     )
-    name = await pair.database.fetchval("SELECT current_database()")
+    name = await stack.database.fetchval("SELECT current_database()")
 
-    async def both_have_written() -> bool:
-        await asyncio.gather(*(pair.allocate("somebody") for _ in range(20)))
-        return int(await pair.database.fetchval(consumers, name)) == 2
+    async def have_both_connected() -> bool:
+        await asyncio.gather(*(stack.allocate("ada") for _ in range(20)))
+        return int(await stack.database.fetchval(consumers, name)) == 2
 
-    await eventually(both_have_written)
+    await eventually(have_both_connected)
 
 
-async def test_200_students_get_200_different_sandboxes(pair: Stack) -> None:
-    await pair.fill(200)
-    responses = await asyncio.gather(*(persistently(pair, f"student-{n}") for n in range(200)))
+async def test_200_students_get_200_different_sandboxes(stack: Stack) -> None:
+    await stack.fill(200)
+    responses = await asyncio.gather(*(allocate_with_retries(stack, f"student-{n}") for n in range(200)))
     assert {response.status_code for response in responses} <= {200, 201}
     assert len({response.json()["sandbox_id"] for response in responses}) == 200
-    await pair.assert_sound()
+    await stack.assert_sound()
 
 
-async def test_50_copies_of_one_request_get_one_sandbox(pair: Stack) -> None:
-    await pair.fill(50)
-    responses = await asyncio.gather(*(persistently(pair, "eager") for _ in range(50)))
+async def test_50_copies_of_one_request_get_one_sandbox(stack: Stack) -> None:
+    await stack.fill(50)
+    responses = await asyncio.gather(*(allocate_with_retries(stack, "eager") for _ in range(50)))
     assert len({response.json()["sandbox_id"] for response in responses}) == 1
-    assert (await pair.stats())["allocated"] == 1
-    await pair.assert_sound()
+    assert (await stack.stats())["allocated"] == 1
+    await stack.assert_sound()
 
 
-async def test_of_300_students_200_get_a_sandbox_and_100_are_refused(pair: Stack) -> None:
-    await pair.fill(200)
-    responses = await asyncio.gather(*(persistently(pair, f"student-{n}") for n in range(300)))
+async def test_of_300_students_200_get_a_sandbox_and_100_get_409(stack: Stack) -> None:
+    await stack.fill(200)
+    responses = await asyncio.gather(*(allocate_with_retries(stack, f"student-{n}") for n in range(300)))
     granted = {response.json()["sandbox_id"] for response in responses if response.status_code in (200, 201)}
     assert len(granted) == 200
     assert sum(response.status_code == 409 for response in responses) == 100
-    await pair.assert_sound()
+    await stack.assert_sound()

@@ -1,4 +1,4 @@
-"""Runs a service whose wall clock is an hour ahead: `python wrong_clock.py MODULE`."""
+"""Run a service with a wall clock that is an hour ahead: `python wrong_clock.py MODULE`."""
 
 import datetime
 import runpy
@@ -6,18 +6,18 @@ import sys
 import time
 from typing import Self
 
-WRONG_BY_SEC = 3600
+OFFSET_SEC = 3600
 
-right_time = time.time
+correct_time = time.time
 
 
 class WrongDatetime(datetime.datetime):
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> Self:
-        return cls.fromtimestamp(right_time() + WRONG_BY_SEC, tz)
+        return cls.fromtimestamp(correct_time() + OFFSET_SEC, tz)
 
 
-time.time = lambda: right_time() + WRONG_BY_SEC
+time.time = lambda: correct_time() + OFFSET_SEC
 datetime.datetime = WrongDatetime  # type: ignore[misc]
 
 module = sys.argv.pop(1)

@@ -23,17 +23,16 @@ from allocator.lanes import Handler, Lane
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from allocator.writer import Overtaken, Writer
-from sandbox_broker import db, dead_letters, story
-from sandbox_broker.bus import Publisher, Subscription, answer, decode_delivery, keep_connected
-from sandbox_broker.connection import losses
-from sandbox_broker.messages import (
-    Command,
-    InvalidCommand,
-    InvalidEnvelope,
-    Refused,
-    Reply,
-)
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.database import connections
+from sandbox_broker.messaging import dead_letters
+from sandbox_broker.messaging.connection import keep_connected, losses
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.observability import log_context
+from sandbox_broker.runtime.service import uninterrupted
 
 MAX_TRIES = 5
 LONGEST_REST_SEC = 0.1
@@ -114,7 +113,7 @@ class Consumer:
 
     async def _handle(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
         """In a task of its own, so that the lines of a batch have its id, and no others."""
-        story.bind(batch_id=secrets.token_hex(6), epoch=self._epoch)
+        log_context.bind(batch_id=secrets.token_hex(6), epoch=self._epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
         for delivery in deliveries:
             try:
@@ -159,7 +158,7 @@ class Consumer:
             return [reply for group in groups for reply in await self._replies_together(group)]
         replies: list[Reply] = []
         for entry in entries:
-            with story.bound(request_id=_request_id(entry)):
+            with log_context.bound(request_id=_request_id(entry)):
                 replies += await self._replies_together([entry])
         return replies
 
@@ -185,7 +184,7 @@ class Consumer:
         except (ArithmeticError, ValueError, Overtaken) as error:  # no parameter for SQL; asyncpg's is both
             culprit: Exception = error
         except store.UNAVAILABLE as error:
-            log.error("database.lost", error=db.reason(error))
+            log.error("database.lost", error=connections.reason(error))
             self._drop_connection()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return _unavailable(commands)
@@ -201,7 +200,7 @@ class Consumer:
             self._publisher,
             self._queue,
             commands[0].model_dump_json(),
-            f"{type(culprit).__name__}: {db.reason(culprit)}",
+            f"{type(culprit).__name__}: {connections.reason(culprit)}",
         )
         return [FAILED]
 
@@ -211,11 +210,11 @@ class Consumer:
             try:
                 return await self._timed(handle, await self._writer(), commands)
             except _RACES as error:
-                log.info("allocator.raced", error=db.reason(error))
+                log.info("allocator.raced", error=connections.reason(error))
             except _BROKEN as error:
                 if fresh:
                     raise
-                log.warning("database.reconnecting", error=db.reason(error))
+                log.warning("database.reconnecting", error=connections.reason(error))
                 self._drop_connection()
         return await self._timed(handle, await self._writer(), commands)
 
@@ -234,7 +233,7 @@ class Consumer:
         if self._epoch == 0:
             self._epoch = await store.raise_epoch(self._connection, self._queue)
             metrics.EPOCH.labels(self._queue).set(self._epoch)
-            story.bind(epoch=self._epoch)
+            log_context.bind(epoch=self._epoch)
             log.info("allocator.active", queue=self._queue)
         lab_duration = timedelta(hours=self._settings.lab_duration_hours)
         return Writer(self._connection, self._epoch, lab_duration, self._publisher)
@@ -263,6 +262,6 @@ def _request_id(entry: Command | InvalidCommand) -> str | None:
 
 def _unavailable(commands: Sequence[Command]) -> list[Reply]:
     request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for piece in story.by_line(request_ids):
+    for piece in log_context.by_line(request_ids):
         log.info("commands.refused", code=UNAVAILABLE.code, command=commands[0].type, request_ids=piece)
     return [UNAVAILABLE] * len(commands)

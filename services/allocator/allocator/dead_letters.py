@@ -26,10 +26,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from allocator import store
 from allocator.store import GUARD
-from sandbox_broker import db, tables, topology
-from sandbox_broker.bus import Subscription, keep_connected
-from sandbox_broker.messages import InvalidCommand, InvalidEnvelope, decode_commands
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
+from sandbox_broker.database import connections, schema
+from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.subscription import Subscription
+from sandbox_broker.runtime.service import uninterrupted
 
 PREFETCH = 20
 MAX_KEPT = 100_000
@@ -93,7 +95,7 @@ class Collector:
     async def _session(self, connection: AbstractConnection) -> None:
         # Nothing is taken before it can be written down: from RabbitMQ 4 on it counts how often it takes a message
         # back.
-        while (problem := await db.ping(self._engine)) is not None:
+        while (problem := await connections.ping(self._engine)) is not None:
             log.warning("dead_letters.postponed", error=problem)
             await asyncio.sleep(PAUSE_SEC)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
@@ -108,14 +110,14 @@ class Collector:
         now = asyncio.get_running_loop().time()
         try:
             async with self._engine.begin() as connection:
-                await connection.execute(insert(tables.dead_letters).on_conflict_do_nothing(), letters)
+                await connection.execute(insert(schema.dead_letters).on_conflict_do_nothing(), letters)
                 if now - self._forgot_at >= FORGET_PERIOD_SEC:
                     forgotten = (await connection.execute(text(FORGET), {"kept": MAX_KEPT})).rowcount
                     self._forgot_at = now
                     if forgotten:
                         log.warning("dead_letters.forgotten", count=forgotten)
-        except db.CONNECTION_ERRORS as error:
-            log.warning("dead_letters.postponed", error=db.reason(error))
+        except connections.CONNECTION_ERRORS as error:
+            log.warning("dead_letters.postponed", error=connections.reason(error))
             return False
         for letter in letters:
             shown = {name: letter[name] for name in ("queue", "reason", "commands")}

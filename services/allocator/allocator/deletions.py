@@ -5,7 +5,7 @@ from datetime import timedelta
 import asyncpg
 
 from allocator.store import GUARD, Rows, guarded
-from sandbox_broker.messages import ClaimDeletions
+from sandbox_broker.contract.commands import ClaimDeletions
 
 # One clean-up run at a time. Of two that ask at once the second waits for the row, then sees the first in it. What
 # is locked for a run names the duty, or it could be locked before the duty is looked at.

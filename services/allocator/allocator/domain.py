@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from sandbox_broker.messages import AllocateSandbox, Command, InvalidCommand, Refused
+from sandbox_broker.contract.codec import InvalidCommand
+from sandbox_broker.contract.commands import AllocateSandbox, Command
+from sandbox_broker.contract.replies import Refused
 
 T = TypeVar("T")
 

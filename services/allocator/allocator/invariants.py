@@ -13,8 +13,8 @@ import structlog
 
 from allocator import metrics
 from allocator.store import Rows
-from sandbox_broker import db
-from sandbox_broker.tables import metadata
+from sandbox_broker.database import connections
+from sandbox_broker.database.schema import metadata
 
 STATEMENT_TIMEOUT_SEC = 10
 EVENT_LATE = timedelta(minutes=5)
@@ -127,8 +127,8 @@ async def check(database_url: str, epoch: int) -> None:
     nothing to say: then there is no metric."""
     try:
         found = await _look(database_url, epoch)
-    except (*db.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # also what a damaged index raises
-        log.warning("invariants.not_checked", error=db.reason(error))
+    except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # also what a damaged index raises
+        log.warning("invariants.not_checked", error=connections.reason(error))
         found = None
     if found is None:
         metrics.INVARIANT_VIOLATIONS.clear()
@@ -143,7 +143,7 @@ async def check(database_url: str, epoch: int) -> None:
 async def _look(database_url: str, epoch: int) -> Rows | None:
     if epoch == 0:
         return None
-    connection = await db.connect(
+    connection = await connections.connect(
         database_url, application_name="allocator-invariants", statement_timeout_sec=STATEMENT_TIMEOUT_SEC
     )
     try:

@@ -7,8 +7,8 @@ from typing import Any
 from allocator import store
 from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge, students
 from allocator.writer import Writer
-from sandbox_broker import topology
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
@@ -27,10 +27,10 @@ from sandbox_broker.messages import (
     RefreshSandboxes,
     ReleaseSandbox,
     ReplayDeadLetter,
-    Reply,
     RetryDeletion,
     StageListing,
 )
+from sandbox_broker.contract.replies import Reply
 
 Handler = Callable[[Writer, Sequence[Any]], Awaitable[list[Reply]]]
 

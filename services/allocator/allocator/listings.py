@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import asyncpg
 
 from allocator.store import GUARD, one
-from sandbox_broker.messages import ListedAccount
+from sandbox_broker.contract.commands import ListedAccount
 
 EXAMPLES = 20
 """Sandboxes of each kind that a held plan names."""

@@ -13,9 +13,11 @@ from allocator.forecast import Forecast
 from allocator.lanes import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service, tracing
-from sandbox_broker.bus import Publisher
-from sandbox_broker.settings import load
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 GAUGES_PERIOD_SEC = 5
 
@@ -23,7 +25,7 @@ log = structlog.get_logger()
 
 
 def create_app(settings: Settings) -> Starlette:
-    engine = db.engine(settings.database_url, pool_size=1, max_overflow=1)
+    engine = connections.engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = Relay(settings.database_url, publisher)
     collector = dead_letters.Collector(settings.amqp_url, engine)
@@ -34,7 +36,7 @@ def create_app(settings: Settings) -> Starlette:
         return None if publisher.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await db.ping(engine)
+        return await connections.ping(engine)
 
     async def count_pool() -> None:
         try:
@@ -45,8 +47,8 @@ def create_app(settings: Settings) -> Starlette:
                 sync = (await connection.execute(text(listings.SYNC_STATE))).one()
                 outbox_lag_sec = await connection.scalar(text(store.OUTBOX_LAG))
                 leases = await connection.scalar(text(store.LEASES_EVER))
-        except db.CONNECTION_ERRORS as error:
-            log.warning("pool.not_counted", error=db.reason(error))
+        except connections.CONNECTION_ERRORS as error:
+            log.warning("pool.not_counted", error=connections.reason(error))
             return
         counts = {status: int(number) for status, number in rows}
         metrics.SYNC_HELD.set(sync.held)

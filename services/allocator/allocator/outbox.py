@@ -15,10 +15,12 @@ import asyncpg
 import structlog
 
 from allocator import metrics, store
-from sandbox_broker import db, topology
-from sandbox_broker.bus import Disconnected, Outgoing, Publisher
-from sandbox_broker.messages import EVENT_CONTENT_TYPE, encode_event
-from sandbox_broker.service import uninterrupted
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Outgoing, Publisher
+from sandbox_broker.runtime.service import uninterrupted
 
 PIECE = 100
 """Events that are encoded at a stretch, while students wait."""
@@ -78,7 +80,7 @@ class Relay:
     async def run(self) -> None:
         while True:
             try:
-                connection = await db.connect(
+                connection = await connections.connect(
                     self._database_url,
                     application_name="allocator-outbox",
                     statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
@@ -89,7 +91,7 @@ class Relay:
                 finally:
                     connection.terminate()
             except store.UNAVAILABLE as error:
-                log.warning("outbox.database_lost", error=db.reason(error))
+                log.warning("outbox.database_lost", error=connections.reason(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:

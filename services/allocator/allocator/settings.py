@@ -1,6 +1,6 @@
 from pydantic import Field
 
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings
+from sandbox_broker.runtime.settings import DatabaseUrl, Port, ServiceSettings
 
 
 class Settings(ServiceSettings):

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sandbox_broker import story, tracing
-from sandbox_broker.messages import Command, InvalidCommand
+from sandbox_broker.contract.codec import InvalidCommand
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.observability import log_context, tracing
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -41,7 +42,7 @@ def of_batch(queue: str, entries: Sequence[Command | InvalidCommand]) -> Iterato
                 "messaging.operation.type": "process",
                 "messaging.destination.name": queue,
                 "messaging.batch.message_count": len(entries),
-                "broker.batch_id": str(story.ids().get("batch_id", "")),
+                "broker.batch_id": str(log_context.ids().get("batch_id", "")),
                 "broker.request_id": command.request_id or "",
             },
         )

@@ -20,16 +20,16 @@ from typing import Any
 
 import asyncpg
 
-from sandbox_broker import db
-from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
-from sandbox_broker.tables import prefix_end
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.database import connections
+from sandbox_broker.database.schema import prefix_end
 
 Rows = list[asyncpg.Record]
 
 LOCK_TIMEOUT = "1s"
 
 UNAVAILABLE = (
-    *db.CONNECTION_ERRORS,
+    *connections.CONNECTION_ERRORS,
     asyncpg.LockNotAvailableError,  # an operator's transaction
 )
 """The database cannot do it now; the command is not to blame."""
@@ -338,7 +338,9 @@ LEASES_EVER = "SELECT coalesce(max(lease_id), 0) FROM leases"
 async def connect(database_url: str, queue: str, *, statement_timeout_sec: float, plans: str) -> asyncpg.Connection:
     """A connection for the statements of this file, for the commands of one queue; it bears the queue's name.
     `plans` is LOOK_UPS or SCANS. Raises one of UNAVAILABLE."""
-    connection = await db.connect(database_url, application_name=queue, statement_timeout_sec=statement_timeout_sec)
+    connection = await connections.connect(
+        database_url, application_name=queue, statement_timeout_sec=statement_timeout_sec
+    )
     try:
         await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'; {plans}")
     except BaseException:  # also when cancelled: nobody else would close it

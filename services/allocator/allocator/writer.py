@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import asyncpg
 
-from sandbox_broker.bus import Publisher
+from sandbox_broker.messaging.publisher import Publisher
 
 
 class Overtaken(Exception):

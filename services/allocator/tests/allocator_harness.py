@@ -14,25 +14,27 @@ from allocator import store
 from allocator.handlers import listings, students
 from allocator.lanes import STUDENTS, Lane
 from allocator.writer import Writer
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import encode_commands
+from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
     BeginListing,
     Command,
-    LeaseGranted,
     ListedAccount,
+    RefreshSandboxes,
+    ReleaseSandbox,
+    StageListing,
+)
+from sandbox_broker.contract.replies import (
+    LeaseGranted,
     ListingApplied,
     ListingBegun,
-    RefreshSandboxes,
     Refused,
-    ReleaseSandbox,
     Reply,
     SandboxesRefreshed,
-    StageListing,
-    encode_commands,
 )
+from sandbox_broker.messaging.publisher import Publisher
 
 LAB = timedelta(hours=4)
 RUN = uuid.UUID(int=8)

@@ -17,10 +17,12 @@ from allocator.lanes import MAINTENANCE, STUDENTS
 from allocator.outbox import Relay
 from allocator.settings import Settings
 from devstack.ports import free_port
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher
-from sandbox_broker.messages import Command, Reply, ReplyEnvelope, encode_commands
-from sandbox_broker.service import cancel
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.runtime.service import cancel
 
 from .allocator_harness import until
 

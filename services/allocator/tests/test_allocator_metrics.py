@@ -4,8 +4,8 @@ from prometheus_client import REGISTRY
 
 from allocator.main import create_app
 from allocator.settings import Settings
-from sandbox_broker import topology
-from sandbox_broker.messages import ExpireLeases
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import ExpireLeases
 
 from .allocator_harness import Pool, ask, until
 from .bus_harness import Allocator, Client

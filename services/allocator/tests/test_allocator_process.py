@@ -8,7 +8,7 @@ from pathlib import Path
 
 from devstack.ports import free_port
 from devstack.processes import Process, spawn
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 
 from .allocator_harness import Pool, ask, granted, until
 from .bus_harness import Client
@@ -25,8 +25,8 @@ main()
 
 # RabbitMQ finds out about a frozen process by its heartbeat.
 SHORT_HEARTBEAT = """
-import sandbox_broker.connection
-sandbox_broker.connection.HEARTBEAT_SEC = 1
+import sandbox_broker.messaging.connection
+sandbox_broker.messaging.connection.HEARTBEAT_SEC = 1
 from allocator.main import main
 main()
 """

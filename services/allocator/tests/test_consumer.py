@@ -15,9 +15,8 @@ from pamqp.commands import Basic
 
 from allocator.lanes import STUDENTS
 from devstack.postgres import PrivatePostgres
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Publisher, Subscription
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
@@ -27,10 +26,13 @@ from sandbox_broker.messages import (
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
-    SandboxReleased,
     StageListing,
     SyncPool,
 )
+from sandbox_broker.contract.replies import SandboxReleased
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.migrate import migrate
 
 from . import bus_harness

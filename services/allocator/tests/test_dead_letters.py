@@ -17,22 +17,20 @@ from allocator.handlers.dead_letters import replay_dead_letter
 from allocator.lanes import STUDENTS
 from allocator.writer import Writer
 from devstack.postgres import PrivatePostgres
-from sandbox_broker import db, topology
-from sandbox_broker.messages import (
-    MAX_ENVELOPE,
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import MAX_ENVELOPE, encode_commands
+from sandbox_broker.contract.commands import (
     BeginListing,
     Command,
-    DeadLetterReplayed,
     DropDeadLetter,
     RecordDeletion,
-    Recorded,
     RecordJob,
     ReplayDeadLetter,
-    Reply,
-    encode_commands,
 )
+from sandbox_broker.contract.replies import DeadLetterReplayed, Recorded, Reply
+from sandbox_broker.database import connections
 from sandbox_broker.migrate import migrate
-from sandbox_broker.service import cancel
+from sandbox_broker.runtime.service import cancel
 
 from . import bus_harness
 from .allocator_harness import Pool, ask, done, granted, pool_in, refusal, until
@@ -43,7 +41,7 @@ COMMANDS = topology.ALLOCATOR_COMMANDS.name
 
 @asynccontextmanager
 async def collecting(amqp_url: str, database_url: str) -> AsyncIterator[Collector]:
-    engine = db.engine(database_url, pool_size=1, max_overflow=1)
+    engine = connections.engine(database_url, pool_size=1, max_overflow=1)
     collector = Collector(amqp_url, engine)
     task = asyncio.create_task(collector.run())
     try:
@@ -343,7 +341,7 @@ async def test_a_letter_that_is_delivered_twice_is_kept_once(pool: Pool, clean_q
 
     await asking.publish(b"nonsense")
     async with allocator(clean_queues, pool.url):
-        engine = db.engine(pool.url)
+        engine = connections.engine(pool.url)
         for _ in range(3):
             committed.clear()
             dying = asyncio.create_task(Dies(clean_queues, engine).run())

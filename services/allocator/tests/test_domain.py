@@ -3,7 +3,7 @@
 import random
 
 from allocator.domain import MAX_ROUND, held, rounds, segments
-from sandbox_broker.messages import AllocateSandbox, ExpireLeases
+from sandbox_broker.contract.commands import AllocateSandbox, ExpireLeases
 
 from .allocator_harness import ask, done
 

@@ -3,16 +3,16 @@
 from typing import get_args
 
 from allocator.handlers import deletions, leases
-from sandbox_broker.event_data import EVENT_DATA
-from sandbox_broker.messages import (
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
     EndLease,
-    EventType,
     ExpireLeases,
     RecordDeletion,
     RecordDeletionFailure,
     RetryDeletion,
 )
+from sandbox_broker.contract.event_payloads import EVENT_DATA
+from sandbox_broker.contract.events import EventType
 
 from .allocator_harness import RUN, Pool, account, allocate, ask, done, granted, refusal, release, sync
 

@@ -22,8 +22,9 @@ from allocator.lanes import MAINTENANCE
 from allocator.writer import Writer
 from devstack.ports import free_port
 from devstack.processes import spawn
-from sandbox_broker import topology
-from sandbox_broker.messages import ClaimDeletions, DeletionsClaimed, ExpireLeases, RecordDeletion
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import ClaimDeletions, ExpireLeases, RecordDeletion
+from sandbox_broker.contract.replies import DeletionsClaimed
 
 from .allocator_harness import RUN, Pool, account, allocate, ask, done, granted, release, sync, until
 from .bus_harness import client

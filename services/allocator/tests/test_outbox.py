@@ -10,8 +10,8 @@ import pytest
 
 from allocator import metrics, outbox
 from allocator.outbox import Relay
-from sandbox_broker.bus import Outgoing, Publisher
-from sandbox_broker.messages import Event
+from sandbox_broker.contract.events import Event
+from sandbox_broker.messaging.publisher import Outgoing, Publisher
 
 from .allocator_harness import Pool, until
 from .bus_harness import Line, allocator, events, stop

@@ -8,7 +8,8 @@ from allocator.handlers.deletions import retry_deletion
 from allocator.handlers.leases import end_lease
 from allocator.handlers.students import release_sandbox
 from allocator.writer import Overtaken, Writer
-from sandbox_broker.messages import EndLease, Reply, RetryDeletion, SandboxReleased
+from sandbox_broker.contract.commands import EndLease, RetryDeletion
+from sandbox_broker.contract.replies import Reply, SandboxReleased
 
 from .allocator_harness import Pool, done, refusal
 

@@ -7,7 +7,8 @@ import asyncpg
 import pytest
 
 from allocator.writer import Writer
-from sandbox_broker.messages import AllocateSandbox, Reply
+from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.replies import Reply
 
 from .allocator_harness import Pool, allocate, ask, done, granted, refusal, release
 

@@ -14,17 +14,14 @@ from allocator.handlers.deletions import (
     record_deletion_failure,
 )
 from allocator.writer import Writer
-from sandbox_broker.messages import (
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
-    DeletionsClaimed,
-    DeletionsHurried,
-    DueDeletion,
     EndCleanup,
     HurryDeletions,
     RecordDeletion,
     RecordDeletionFailure,
-    Recorded,
 )
+from sandbox_broker.contract.replies import DeletionsClaimed, DeletionsHurried, DueDeletion, Recorded
 
 from .allocator_harness import RUN, Pool, account, allocate, apply, ask, begin, refusal, stage, sync
 

@@ -11,7 +11,7 @@ import pytest
 from allocator import handlers, listings, store
 from allocator.lanes import MAINTENANCE, STUDENTS
 from allocator.writer import Writer
-from sandbox_broker.messages import (
+from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
@@ -31,7 +31,7 @@ from sandbox_broker.messages import (
     RetryDeletion,
     StageListing,
 )
-from sandbox_broker.tables import PROOF_GRACE
+from sandbox_broker.database.schema import PROOF_GRACE
 
 from .allocator_harness import RUN, Pool, account, allocate, ask, begin, done, granted, release, stage
 

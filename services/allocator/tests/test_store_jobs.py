@@ -8,7 +8,9 @@ import pytest
 
 from allocator.handlers.jobs import record_job
 from allocator.writer import Writer
-from sandbox_broker.messages import JobState, Recorded, RecordJob
+from sandbox_broker.contract.commands import RecordJob
+from sandbox_broker.contract.replies import Recorded
+from sandbox_broker.contract.types import JobState
 
 from .allocator_harness import Pool
 

@@ -11,20 +11,16 @@ from allocator.handlers import deletions, purge
 from allocator.handlers.listings import refresh_sandboxes
 from allocator.lanes import MAINTENANCE
 from allocator.writer import Writer
-from sandbox_broker.messages import (
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
     DeleteStale,
-    DeletionsClaimed,
-    DueDeletion,
     ListedAccount,
-    ListingApplied,
-    Purged,
     PurgeRecords,
     RecordDeletion,
     RefreshSandboxes,
-    Reply,
 )
-from sandbox_broker.tables import PROOF_GRACE
+from sandbox_broker.contract.replies import DeletionsClaimed, DueDeletion, ListingApplied, Purged, Reply
+from sandbox_broker.database.schema import PROOF_GRACE
 
 from .allocator_harness import (
     RUN,

@@ -10,7 +10,8 @@ from allocator import purge as statements
 from allocator.handlers import purge as handlers
 from allocator.lanes import MAINTENANCE
 from allocator.writer import Writer
-from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Purged
 
 from .allocator_harness import Pool
 

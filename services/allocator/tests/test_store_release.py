@@ -8,7 +8,8 @@ import pytest
 
 from allocator.handlers.leases import expire_leases
 from allocator.writer import Overtaken, Writer
-from sandbox_broker.messages import ExpireLeases, LeasesExpired, SandboxReleased
+from sandbox_broker.contract.commands import ExpireLeases
+from sandbox_broker.contract.replies import LeasesExpired, SandboxReleased
 
 from .allocator_harness import Pool, allocate, ask, done, granted, refusal, release
 

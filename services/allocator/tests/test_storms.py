@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 import aio_pika
 import pytest
 
-from sandbox_broker import topology
-from sandbox_broker.messages import AllocateSandbox, Reply
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.replies import Reply
 
 from .allocator_harness import Pool, ask, done, granted
 from .bus_harness import Client, allocator, client

@@ -1,8 +1,11 @@
 """Requests to the allocator, the only service that writes the pool."""
 
-from sandbox_broker import topology
-from sandbox_broker.bus import Disconnected, Requester, Unroutable
-from sandbox_broker.messages import Command, Refused, Reply
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Unroutable
+from sandbox_broker.messaging.rpc_client import Requester
 
 REQUEST_TIMEOUT_SEC = 30.0
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-from sandbox_broker.csp import Account
-from sandbox_broker.messages import ListedAccount, StageListing
+from sandbox_broker.contract.commands import ListedAccount, StageListing
+from sandbox_broker.csp.client import Account
 
 T = TypeVar("T")
 

@@ -10,10 +10,15 @@ from csp_syncer.purge import purge
 from csp_syncer.settings import Settings
 from csp_syncer.syncer import LISTING_TIMEOUT_SEC, Syncer
 from csp_syncer.triggers import CommandConsumer, send_sync_command
-from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
-from sandbox_broker.bus import Publisher, Requester, keep_connected
-from sandbox_broker.csp import CspClient
-from sandbox_broker.settings import load
+from sandbox_broker.contract import topology
+from sandbox_broker.csp.client import CspClient
+from sandbox_broker.messaging import ticks
+from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 PURGE_INTERVAL_SEC = 3600.0
 

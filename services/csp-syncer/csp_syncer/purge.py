@@ -4,8 +4,9 @@ import structlog
 
 from csp_syncer.asking import CommandRefused, request_reply
 from csp_syncer.settings import Settings
-from sandbox_broker.bus import Requester
-from sandbox_broker.messages import DeleteStale, Purged, PurgeRecords
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Purged
+from sandbox_broker.messaging.rpc_client import Requester
 
 STALE_HOURS = 24
 BATCH_SIZE = 500

@@ -1,6 +1,6 @@
 from pydantic import Field
 
-from sandbox_broker.settings import CspSettings, Port
+from sandbox_broker.runtime.settings import CspSettings, Port
 
 
 class Settings(CspSettings):

@@ -11,21 +11,12 @@ from csp_syncer import metrics
 from csp_syncer.asking import CommandRefused, request_reply
 from csp_syncer.chunking import split_listing
 from csp_syncer.settings import Settings
-from sandbox_broker import story
-from sandbox_broker.bus import Requester
-from sandbox_broker.csp import CspClient, CspError, Listing
-from sandbox_broker.messages import (
-    ApplyListing,
-    BeginListing,
-    JobState,
-    ListingApplied,
-    ListingBegun,
-    PoolSynced,
-    RecordJob,
-    RefreshSandboxes,
-    Refused,
-    SandboxesRefreshed,
-)
+from sandbox_broker.contract.commands import ApplyListing, BeginListing, RecordJob, RefreshSandboxes
+from sandbox_broker.contract.replies import ListingApplied, ListingBegun, PoolSynced, Refused, SandboxesRefreshed
+from sandbox_broker.contract.types import JobState
+from sandbox_broker.csp.client import CspClient, CspError, Listing
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import log_context
 
 LISTING_TIMEOUT_SEC = 60.0
 APPLY_TIMEOUT_SEC = 90.0
@@ -44,7 +35,7 @@ log = structlog.get_logger()
 @dataclass(slots=True, eq=False)
 class _RunningSync:
     progress: dict[str, int] = field(default_factory=dict)
-    request_id: str | None = field(default_factory=story.request_id)
+    request_id: str | None = field(default_factory=log_context.request_id)
     """The request that started this sync. Log lines and commands of the sync carry this id."""
     task: asyncio.Task[PoolSynced | Refused] = field(init=False)
 
@@ -112,7 +103,7 @@ class Syncer:
         # Begin before CSP is asked: the allocator then knows which deletions the listing cannot contain yet.
         begun = await request_reply(self._requester, BeginListing())
         assert isinstance(begun, ListingBegun)  # noqa: S101 (the contract of BeginListing)
-        story.bind(listing_id=begun.listing_id)
+        log_context.bind(listing_id=begun.listing_id)
         listing = await self._fetch_listing()
         unreadable = _find_unreadable(listing)
         progress.update(listed=len(listing.accounts) + len(unreadable), staged=0)

@@ -4,10 +4,14 @@ import structlog
 from aio_pika.abc import AbstractConnection
 
 from csp_syncer.syncer import Syncer
-from sandbox_broker import story, topology, tracing
-from sandbox_broker.bus import Disconnected, Publisher, Unroutable
-from sandbox_broker.messages import Command, Reply, SyncPool, encode_commands
-from sandbox_broker.serving import serve
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import encode_commands
+from sandbox_broker.contract.commands import Command, SyncPool
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.observability import log_context, tracing
 
 log = structlog.get_logger()
 
@@ -15,7 +19,7 @@ log = structlog.get_logger()
 async def send_sync_command(publisher: Publisher) -> None:
     """Handle a tick: send SyncPool to this service's own queue. All syncs then run in the one replica that consumes
     the queue, and a tick and an administrator's sync join each other."""
-    command = SyncPool(request_id=story.request_id() or "tick", traceparent=tracing.traceparent())
+    command = SyncPool(request_id=log_context.request_id() or "tick", traceparent=tracing.traceparent())
     body = encode_commands([command])
     # The first tick can come before the connection. Waiting saves a whole period.
     await publisher.wait_connected()

@@ -17,31 +17,32 @@ from csp_simulator.app import create_app as create_simulator
 from csp_simulator.testing import serving
 from csp_syncer.main import create_app
 from csp_syncer.settings import Settings
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher, Requester
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands
+from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     Command,
     DeleteStale,
-    InvalidCommand,
+    PurgeRecords,
+    RecordJob,
+    RefreshSandboxes,
+    StageListing,
+    SyncPool,
+)
+from sandbox_broker.contract.replies import (
     ListingApplied,
     ListingBegun,
     ListingStaged,
     Purged,
-    PurgeRecords,
     Recorded,
-    RecordJob,
-    RefreshSandboxes,
     Refused,
     Reply,
-    ReplyEnvelope,
     SandboxesRefreshed,
-    StageListing,
-    SyncPool,
-    decode_commands,
 )
-from sandbox_broker.service import cancel
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.runtime.service import cancel
 
 M = TypeVar("M", bound=Command)
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from csp_syncer.chunking import BATCH_SIZE, split_listing
-from sandbox_broker.csp import Account
-from sandbox_broker.messages import ListedAccount
+from sandbox_broker.contract.commands import ListedAccount
+from sandbox_broker.csp.client import Account
 
 
 def account(number: int) -> Account:

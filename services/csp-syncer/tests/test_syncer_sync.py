@@ -10,21 +10,19 @@ from structlog.testing import capture_logs
 
 from csp_syncer import asking, chunking, syncer
 from csp_syncer.triggers import CommandConsumer, send_sync_command
-from sandbox_broker import topology
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     Command,
     DeleteStale,
-    JobState,
-    PoolSynced,
     PurgeRecords,
     RefreshSandboxes,
-    RefusalCode,
-    Refused,
     ReleaseSandbox,
     StageListing,
 )
+from sandbox_broker.contract.replies import PoolSynced, RefusalCode, Refused
+from sandbox_broker.contract.types import JobState
 
 from .syncer_harness import Allocator, Caller, Csp, calling, emptied, sample, simulated_csp, syncing, until
 

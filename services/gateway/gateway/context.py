@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
-from gateway.auth import Auth
-from gateway.limits import Limits
-from gateway.outlook import Outlook
-from gateway.replies import Allocator
+from gateway.allocator_client import Allocator
+from gateway.queries.status import Outlook
 from gateway.settings import Settings
-from sandbox_broker.bus import Publisher, Requester
+from gateway.web.auth import Auth
+from gateway.web.rate_limit import Limits
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,32 +15,23 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from gateway import (
-    addresses,
-    admin,
-    auth,
-    cors,
-    dead_letters,
-    docs,
-    errors,
-    inventory,
-    limits,
-    metrics,
-    middleware,
-    routes,
-    syncs,
-    uvicorn_protocol,
-)
-from gateway.connection_limit import ConnectionLimit
+from gateway import metrics
+from gateway.allocator_client import Allocator
+from gateway.api import docs, errors
+from gateway.api.errors import ApiError
 from gateway.context import Context
-from gateway.errors import ApiError
-from gateway.outlook import Outlook
-from gateway.queues import Queues
-from gateway.replies import Allocator
+from gateway.queries.queue_metrics import Queues
+from gateway.queries.status import Outlook
+from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, track
 from gateway.settings import Settings
-from sandbox_broker import db, health, logging, preflight, service, tracing
-from sandbox_broker.bus import Publisher, Requester
-from sandbox_broker.settings import load
+from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
+from gateway.web.connection_limit import ConnectionLimit
+from sandbox_broker.database import connections
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 POOL_TIMEOUT_SEC = 2
 """How long a read waits for one of the database connections."""
@@ -50,10 +41,10 @@ class Gateway(FastAPI):
     """FastAPI, but for the one route that must be fast. That goes straight to its function: routing, solving
     dependencies and the middleware of the framework would cost more than all that the route itself does."""
 
-    _fast = middleware.Envelope(routes.fast_allocate, endpoint=routes.ALLOCATE)
+    _fast = request_middleware.Envelope(track.fast_allocate, endpoint=track.ALLOCATE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == routes.ALLOCATE and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] == track.ALLOCATE and scope["method"] == "POST":
             scope["app"] = self
             await self._fast(scope, receive, send)
         else:
@@ -76,7 +67,7 @@ class CrossOriginGateway(Gateway):
 
 
 def create_app(settings: Settings) -> Gateway:
-    engine = db.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
+    engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
     allocator = Allocator(publisher, requester)
@@ -86,7 +77,7 @@ def create_app(settings: Settings) -> Gateway:
         return None if requester.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await db.ping(engine)
+        return await connections.ping(engine)
 
     tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
 
@@ -112,23 +103,23 @@ def create_app(settings: Settings) -> Gateway:
             RequestValidationError: _invalid_request,
         },
     )
-    limited = limits.build_rate_limits(limits.rate(settings.rate_limit)) if settings.rate_limit else None
-    client_address = addresses.client_address(addresses.networks(settings.trusted_proxies))
+    limited = rate_limit.build_rate_limits(rate_limit.rate(settings.rate_limit)) if settings.rate_limit else None
+    find_client = client_address.build_client_address(client_address.parse_networks(settings.trusted_proxies))
     judge = auth.Auth(
         settings.broker_api_token,
         settings.broker_admin_token,
         limited.failures if limited else None,
-        client_address,
+        find_client,
     )
     outlook = Outlook(publisher, engine)
     app.state.context = Context(
-        settings, judge, limited, client_address, engine, publisher, requester, allocator, outlook
+        settings, judge, limited, find_client, engine, publisher, requester, allocator, outlook
     )
-    app.include_router(routes.router, dependencies=[Depends(auth.require_track_token)])
-    app.include_router(inventory.router, dependencies=[Depends(auth.require_admin_token)])
-    app.include_router(admin.router, dependencies=[Depends(auth.require_admin_token)])
-    app.include_router(syncs.router, dependencies=[Depends(auth.require_admin_token)])
-    app.include_router(dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(
@@ -139,7 +130,7 @@ def create_app(settings: Settings) -> Gateway:
         )
     if settings.docs_enabled:
         docs.add_routes(app)
-    app.add_middleware(middleware.Envelope)
+    app.add_middleware(request_middleware.Envelope)
     return app
 
 
@@ -163,11 +154,11 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> list[str]:
     """All that the path takes. A route knows only its own, and some paths have several routes."""
     asked = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
-    routes = request.app.routes
+    track = request.app.routes
     return [
         method
-        for method in sorted(middleware.METHODS)
-        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in routes)
+        for method in sorted(request_middleware.METHODS)
+        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in track)
     ]
 
 
@@ -190,7 +181,7 @@ def main() -> None:
     tracing.configure(settings, "gateway")
     preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
     connection_limit = ConnectionLimit(
-        settings.max_connections_per_address, addresses.networks(settings.trusted_proxies)
+        settings.max_connections_per_address, client_address.parse_networks(settings.trusted_proxies)
     )
     service.run(
         create_app(settings),

@@ -2,19 +2,19 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from gateway import addresses, cors, limits
-from sandbox_broker.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
+from gateway.web import client_address, cors, rate_limit
+from sandbox_broker.runtime.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
 
 
 def _rate(value: str) -> str:
     if value.strip():
-        limits.rate(value.strip())
+        rate_limit.rate(value.strip())
     return value.strip()
 
 
 def _proxies(value: str) -> str:
     try:
-        addresses.networks(value)
+        client_address.parse_networks(value)
     except ValueError as error:
         raise ValueError(f"must be a comma-separated list of addresses and networks: {error}") from error
     return value

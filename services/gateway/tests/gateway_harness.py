@@ -16,31 +16,31 @@ from starlette.types import ASGIApp
 
 from gateway.main import create_app
 from gateway.settings import Settings
-from sandbox_broker import topology
-from sandbox_broker.messages import (
-    CleanedUp,
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands
+from sandbox_broker.contract.commands import (
     CleanUpNow,
     Command,
-    DeadLetterReplayed,
     DeleteStale,
     DropDeadLetter,
     EndLease,
-    InvalidCommand,
+    PurgeRecords,
+    RecordJob,
+    ReleaseSandbox,
+    ReplayDeadLetter,
+    RetryDeletion,
+    SyncPool,
+)
+from sandbox_broker.contract.replies import (
+    CleanedUp,
+    DeadLetterReplayed,
     LeaseGranted,
     PoolSynced,
     Purged,
-    PurgeRecords,
     Recorded,
-    RecordJob,
     Refused,
-    ReleaseSandbox,
-    ReplayDeadLetter,
     Reply,
-    ReplyEnvelope,
-    RetryDeletion,
     SandboxReleased,
-    SyncPool,
-    decode_commands,
 )
 
 TRACK_TOKEN = "track-token-1"

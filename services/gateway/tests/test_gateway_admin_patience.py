@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sandbox_broker import topology
-from sandbox_broker.messages import CleanUpNow
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import CleanUpNow
 
 from .gateway_harness import ADMIN, FarSide, Gateway, detail, running, say_nothing
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.uvicorn_protocol import CoalescingTransport
+from gateway.web.uvicorn_protocol import CoalescingTransport
 
 from .gateway_harness import until
 

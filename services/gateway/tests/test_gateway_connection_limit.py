@@ -1,7 +1,7 @@
 """How many connections an address may have open."""
 
-from gateway.addresses import networks
-from gateway.connection_limit import ConnectionLimit
+from gateway.web.client_address import parse_networks
+from gateway.web.connection_limit import ConnectionLimit
 
 
 def test_a_closed_connection_makes_room() -> None:
@@ -26,7 +26,7 @@ def test_an_ipv6_network_counts_as_one_address_and_a_mapped_one_as_ipv4() -> Non
 
 
 def test_a_trusted_proxy_is_not_limited() -> None:
-    limit = ConnectionLimit(1, networks("192.0.2.0/24"))
+    limit = ConnectionLimit(1, parse_networks("192.0.2.0/24"))
     assert all(limit.acquire("192.0.2.1") is not None for _ in range(5))
     assert limit.acquire("198.51.100.1") is not None
     assert limit.acquire("198.51.100.1") is None

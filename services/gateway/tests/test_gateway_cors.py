@@ -2,7 +2,8 @@
 
 import pytest
 
-from gateway import cors, routes
+from gateway.routes import track
+from gateway.web import cors
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
 
@@ -71,7 +72,7 @@ async def test_a_page_can_read_that_we_broke(monkeypatch: pytest.MonkeyPatch) ->
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(routes, "_ask", crash)
+    monkeypatch.setattr(track, "_ask", crash)
     async with client(create_app_without_servers(cors_allowed_origins=PAGE)) as http:
         response = await http.post("/v1/allocate", headers={**STUDENT, "Origin": PAGE})
     assert (response.status_code, detail(response)["code"]) == (500, "INTERNAL_ERROR")

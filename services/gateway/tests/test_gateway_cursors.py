@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from gateway import cursors, dead_letters
-from gateway.pages import AllocationFilter, SandboxFilter
+from gateway.queries import cursors
+from gateway.queries.pagination import AllocationFilter, SandboxFilter
+from gateway.routes import admin_dead_letters
 
 from .gateway_harness import ADMIN, Gateway, detail, running
 
@@ -59,7 +60,7 @@ LISTINGS = [
     Listing("stats", "track_name", (str,), (("by", "track_name"),)),
     Listing("stats", "name_prefix", (str,), (("by", "name_prefix"),)),
     Listing("leaks", "leaks", (str,)),
-    Listing("dead-letters", dead_letters.LISTING, (datetime, uuid.UUID)),
+    Listing("dead-letters", admin_dead_letters.LISTING, (datetime, uuid.UUID)),
 ]
 
 

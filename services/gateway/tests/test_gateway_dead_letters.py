@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sandbox_broker.messages import DropDeadLetter, ReplayDeadLetter
+from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
 

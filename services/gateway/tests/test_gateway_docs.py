@@ -14,10 +14,10 @@ from fastapi import FastAPI
 from openapi_schema_validator import OAS31Validator
 
 from devstack.settings import ROOT
-from gateway import docs
-from gateway.error_page import page
-from gateway.errors import KINDS
-from sandbox_broker.messages import MAX_ID_LENGTH
+from gateway.api import docs
+from gateway.api.error_page import page
+from gateway.api.errors import KINDS
+from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
 
@@ -218,7 +218,7 @@ async def test_every_gateway_of_a_version_gives_the_document_the_same_strong_eta
     response = await http.get(DOCUMENT)
     assert re.fullmatch('"[0-9a-f]{32}"', response.headers["ETag"])
     assert response.headers["Cache-Control"] == "no-cache"
-    async with client(create_app_without_servers(rate_limit="1/hour", broker_api_token="other")) as other:
+    async with client(create_app_without_servers(rate_limit="1/hour", broker_api_token="other-tokens")) as other:
         same = await other.get(DOCUMENT)
         assert (same.content, same.headers["ETag"]) == (response.content, response.headers["ETag"])
         refused = await other.get(DOCUMENT)

@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
 
 from .gateway_harness import STUDENT, TRACK, Gateway, client, detail, raw, running
 

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sandbox_broker import topology
-from sandbox_broker.messages import Command, Purged, RecordJob, Reply, SyncPool
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import Command, RecordJob, SyncPool
+from sandbox_broker.contract.replies import Purged, Reply
 
 from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes, until
 

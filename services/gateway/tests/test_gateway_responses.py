@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
-from gateway import routes
+from gateway.routes import track
 
 from .gateway_harness import (
     ADMIN,
@@ -97,7 +97,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError("SELECT secret FROM somewhere")
 
-    monkeypatch.setattr(routes, "_ask", crash)
+    monkeypatch.setattr(track, "_ask", crash)
     return create_app_without_servers()
 
 

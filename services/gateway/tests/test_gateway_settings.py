@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gateway.settings import Settings
-from sandbox_broker.settings import load
+from sandbox_broker.runtime.settings import load
 
 GOOD = {
     "AMQP_URL": "amqp://guest:hidden@localhost/",

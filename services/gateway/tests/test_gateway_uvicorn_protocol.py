@@ -12,9 +12,9 @@ from fastapi import FastAPI
 
 from csp_simulator.testing import serving
 from devstack.wire import GET_HEALTH, connected
-from gateway import replies
-from gateway.connection_limit import ConnectionLimit
-from gateway.uvicorn_protocol import build_protocol
+from gateway import allocator_client
+from gateway.web.connection_limit import ConnectionLimit
+from gateway.web.uvicorn_protocol import build_protocol
 
 from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
 
@@ -203,7 +203,7 @@ async def test_the_largest_body_is_let_through_however_small_its_chunks(size: in
 async def test_clients_that_leave_make_room_at_once(
     amqp_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "MAX_IN_FLIGHT", 5)
+    monkeypatch.setattr(allocator_client, "MAX_IN_FLIGHT", 5)
     gone = sample("broker_allocate_total", outcome="client_gone")
     # Without their leaving they would wait for longer than this test does.
     async with running(amqp_url, database_url=database_url, allocate_timeout_sec=60) as gateway:

@@ -9,10 +9,12 @@ import structlog
 
 from reaper.asking import CommandNotDone, request_reply
 from reaper.deletion import Outcome
-from sandbox_broker import story
-from sandbox_broker.bus import Requester
-from sandbox_broker.messages import CleanedUp, JobState, RecordJob, Refused
-from sandbox_broker.service import every
+from sandbox_broker.contract.commands import RecordJob
+from sandbox_broker.contract.replies import CleanedUp, Refused
+from sandbox_broker.contract.types import JobState
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import log_context
+from sandbox_broker.runtime.service import every
 
 REPORT_PERIOD_SEC = 10.0
 """Period of progress reports. The gateway shows a job without reports for two minutes as failed."""
@@ -79,7 +81,7 @@ class AdminJobs:
             state, result = "failed", reply.model_dump(include={"code", "message"})
         progress = {"deleted": job.deleted, "failed": job.failed}
         command = RecordJob(job_id=job.job_id, kind="cleanup", state=state, progress=progress, result=result)
-        with story.bound(request_id=job.request_id):
+        with log_context.bound(request_id=job.request_id):
             log.info("job.ended", job_id=str(job.job_id), state=state, **progress)
             await self._record(command)
         job.reply.set_result(reply)

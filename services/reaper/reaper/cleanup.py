@@ -17,15 +17,9 @@ from reaper.asking import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
 from reaper.circuit_breaker import State
 from reaper.deletion import Deleter
 from reaper.settings import Settings
-from sandbox_broker.bus import Requester
-from sandbox_broker.messages import (
-    ClaimDeletions,
-    DeletionsClaimed,
-    DeletionsHurried,
-    EndCleanup,
-    HurryDeletions,
-    Refused,
-)
+from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
+from sandbox_broker.contract.replies import DeletionsClaimed, DeletionsHurried, Refused
+from sandbox_broker.messaging.rpc_client import Requester
 
 CLAIM_MARGIN_SEC = 10.0
 EXPEDITE_BATCH_SIZE = 500

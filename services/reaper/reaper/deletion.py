@@ -11,11 +11,12 @@ from reaper.asking import CommandNotDone, request_reply
 from reaper.backoff import compute_retry_delay
 from reaper.circuit_breaker import CircuitBreaker, State
 from reaper.settings import Settings
-from sandbox_broker import story, tracing
-from sandbox_broker.bus import Requester
-from sandbox_broker.csp import CspClient, CspUnauthorized, CspUnavailable
-from sandbox_broker.messages import DueDeletion, RecordDeletion, RecordDeletionFailure
-from sandbox_broker.niosxaas import NiosxaasClient
+from sandbox_broker.contract.commands import RecordDeletion, RecordDeletionFailure
+from sandbox_broker.contract.replies import DueDeletion
+from sandbox_broker.csp.client import CspClient, CspUnauthorized, CspUnavailable
+from sandbox_broker.csp.niosxaas import NiosxaasClient
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import log_context, tracing
 
 CSP_TIMEOUT_SEC = 30.0
 MAX_ERROR_LENGTH = 500
@@ -84,7 +85,7 @@ class Deleter:
         """
         name = "delete sandbox"
         with (
-            story.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
+            log_context.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
             # A deletion is traced if and only if its request is.
             tracing.within(name, parent=deletion.traceparent) if deletion.request_id else tracing.beginning(name),
         ):

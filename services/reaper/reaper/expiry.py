@@ -4,8 +4,9 @@ import structlog
 
 from reaper.asking import CommandNotDone, request_reply
 from reaper.settings import Settings
-from sandbox_broker.bus import Requester
-from sandbox_broker.messages import ExpireLeases, LeasesExpired
+from sandbox_broker.contract.commands import ExpireLeases
+from sandbox_broker.contract.replies import LeasesExpired
+from sandbox_broker.messaging.rpc_client import Requester
 
 BATCH_SIZE = 50
 """Leases that one command ends. Other maintenance commands wait for one such batch at most."""

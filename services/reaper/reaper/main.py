@@ -13,10 +13,15 @@ from reaper.deletion import CSP_TIMEOUT_SEC, Deleter
 from reaper.expiry import expire_overdue
 from reaper.settings import Settings
 from reaper.triggers import Triggers
-from sandbox_broker import health, logging, preflight, service, ticks, topology, tracing
-from sandbox_broker.bus import Publisher, Requester, keep_connected
-from sandbox_broker.csp import CspClient
-from sandbox_broker.settings import load
+from sandbox_broker.contract import topology
+from sandbox_broker.csp.client import CspClient
+from sandbox_broker.messaging import ticks
+from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.observability import health, logging, tracing
+from sandbox_broker.runtime import preflight, service
+from sandbox_broker.runtime.settings import load
 
 
 def create_app(settings: Settings) -> Starlette:

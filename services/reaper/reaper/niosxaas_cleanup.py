@@ -4,9 +4,9 @@ import structlog
 
 from reaper import metrics
 from reaper.settings import Settings
-from sandbox_broker.csp_http import CspError
-from sandbox_broker.messages import DueDeletion
-from sandbox_broker.niosxaas import NiosxaasClient
+from sandbox_broker.contract.replies import DueDeletion
+from sandbox_broker.csp.http import CspError
+from sandbox_broker.csp.niosxaas import NiosxaasClient
 
 TIMEOUT_SEC = 30.0
 """Time limit per account."""

@@ -1,6 +1,6 @@
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
-from sandbox_broker.settings import CspSettings, CspUrl, Port
+from sandbox_broker.runtime.settings import CspSettings, CspUrl, Port
 
 
 class Settings(CspSettings):

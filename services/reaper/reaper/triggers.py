@@ -8,11 +8,13 @@ from aio_pika.abc import AbstractConnection
 
 from reaper.admin_jobs import AdminJobs
 from reaper.cleanup import CleanUp
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher, Subscription
-from sandbox_broker.messages import CleanUpNow, Command, Reply
-from sandbox_broker.metrics import QUEUE_WAIT
-from sandbox_broker.serving import serve
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import CleanUpNow, Command
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.subscription import Subscription
+from sandbox_broker.observability.metrics import QUEUE_WAIT
 
 PREFETCH = 200
 

@@ -18,26 +18,26 @@ from csp_simulator.app import create_app as create_simulator
 from csp_simulator.testing import serving
 from reaper.main import create_app
 from reaper.settings import Settings
-from sandbox_broker import topology
-from sandbox_broker.messages import (
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
     Command,
-    DeletionsClaimed,
-    DeletionsHurried,
-    DueDeletion,
     EndCleanup,
     ExpireLeases,
     HurryDeletions,
-    InvalidCommand,
-    LeasesExpired,
     RecordDeletion,
     RecordDeletionFailure,
-    Recorded,
     RecordJob,
+)
+from sandbox_broker.contract.replies import (
+    DeletionsClaimed,
+    DeletionsHurried,
+    DueDeletion,
+    LeasesExpired,
+    Recorded,
     Refused,
     Reply,
-    ReplyEnvelope,
-    decode_commands,
 )
 
 M = TypeVar("M", bound=Command)

@@ -8,18 +8,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from reaper import admin_jobs
-from sandbox_broker import topology
-from sandbox_broker.bus import Publisher, Requester
-from sandbox_broker.messages import (
-    CleanedUp,
-    CleanUpNow,
-    Command,
-    ExpireLeases,
-    HurryDeletions,
-    RecordJob,
-    Refused,
-    Reply,
-)
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import CleanUpNow, Command, ExpireLeases, HurryDeletions, RecordJob
+from sandbox_broker.contract.replies import CleanedUp, Refused, Reply
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
 
 from .reaper_harness import Allocator, Csp, empty_queues, reaping, simulated_csp, until
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from reaper.circuit_breaker import CircuitBreaker, State
-from sandbox_broker.messages import ClaimDeletions, RecordDeletionFailure
+from sandbox_broker.contract.commands import ClaimDeletions, RecordDeletionFailure
 
 from .reaper_harness import Allocator, Csp, announce, empty_queues, reaping, sample, simulated_csp, until
 

@@ -10,8 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from reaper import asking, cleanup, deletion, main
-from sandbox_broker import topology
-from sandbox_broker.messages import ClaimDeletions, EndCleanup, RecordDeletion, RecordDeletionFailure
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, RecordDeletion, RecordDeletionFailure
 
 from .reaper_harness import (
     Allocator,

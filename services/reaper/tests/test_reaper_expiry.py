@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 
 from reaper import asking
 from reaper.expiry import BATCH_SIZE
-from sandbox_broker.messages import ExpireLeases
+from sandbox_broker.contract.commands import ExpireLeases
 
 from .reaper_harness import Allocator, Csp, empty_queues, reaping, simulated_csp, until
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD
-from sandbox_broker.messages import ClaimDeletions, RecordDeletion, RecordDeletionFailure
+from sandbox_broker.contract.commands import ClaimDeletions, RecordDeletion, RecordDeletionFailure
 
 from .reaper_harness import Allocator, Csp, empty_queues, reaping, settings, simulated_csp, until
 

@@ -19,7 +19,7 @@ from devstack.errors import CannotRun
 from devstack.main import SERVICES, Launcher, admin_token, run
 from devstack.output import Terminal
 from devstack.settings import Settings
-from sandbox_broker.connection import opened
+from sandbox_broker.messaging.connection import opened
 
 SPEED = 100
 ACCOUNTS = 150

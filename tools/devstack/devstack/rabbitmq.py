@@ -16,8 +16,8 @@ from devstack.errors import CannotRun
 from devstack.ports import free_port, is_free
 from devstack.private import account, make_directory, wait_until, write
 from devstack.processes import Process, run, spawn
-from sandbox_broker import topology
-from sandbox_broker.connection import opened
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import opened
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"

@@ -23,7 +23,7 @@ from devstack.errors import CannotRun
 from devstack.infrastructure import Found
 from devstack.output import Terminal
 from devstack.settings import load
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
 _PREFIX = "broker_test"

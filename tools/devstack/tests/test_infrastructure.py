@@ -17,7 +17,7 @@ from devstack.errors import CannotRun
 from devstack.infrastructure import Found, find, take_over
 from devstack.ports import free_port
 from devstack.settings import Settings
-from sandbox_broker import topology
+from sandbox_broker.contract import topology
 
 pytest_plugins = ("devstack.fixtures",)
 

@@ -7,7 +7,7 @@ from dotenv import dotenv_values
 
 from devstack import local_tokens
 from devstack.settings import TOKENS, Settings
-from sandbox_broker.settings import EXAMPLE_TOKENS, MIN_TOKEN_LENGTH
+from sandbox_broker.runtime.settings import EXAMPLE_TOKENS, MIN_TOKEN_LENGTH
 
 pytest_plugins = ("devstack.fixtures",)
 

@@ -18,7 +18,7 @@ from k8s_check.manifests import (
 )
 from k8s_check.programs import Program
 from k8s_check.references import resolve_backend_ports, resolve_port
-from sandbox_broker.health import CHECK_TIMEOUT_SEC
+from sandbox_broker.observability.health import CHECK_TIMEOUT_SEC
 
 STOP_SEC = 30
 """Longest time from SIGTERM to the end of a service."""

@@ -17,7 +17,8 @@ import gateway.main
 import gateway.settings
 import reaper.main
 import reaper.settings
-from sandbox_broker import declare, health, migrate
+from sandbox_broker import declare, migrate
+from sandbox_broker.observability import health
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,11 @@ import structlog
 
 from allocator import dead_letters, domain
 from allocator.writer import Writer
-from sandbox_broker import messages, topology
-from sandbox_broker.bus import Disconnected, Unroutable
-from sandbox_broker.messages import DropDeadLetter, ReplayDeadLetter, Reply
+from sandbox_broker.contract import replies, topology
+from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Unroutable
 
 log = structlog.get_logger()
 
@@ -40,7 +42,7 @@ async def replay_dead_letter(writer: Writer, command: ReplayDeadLetter) -> Reply
         published=body is not None,
         skipped=skipped,
     )
-    return messages.DeadLetterReplayed(
+    return replies.DeadLetterReplayed(
         dead_letter_id=letter.dead_letter_id, queue=letter.queue, published=body is not None, skipped=skipped
     )
 
@@ -49,4 +51,4 @@ async def drop_dead_letter(writer: Writer, command: DropDeadLetter) -> Reply:
     if not await dead_letters.drop(writer.connection, writer.epoch, command.dead_letter_id):
         return domain.no_such_dead_letter(command.dead_letter_id)
     log.info("dead_letter.dropped", request_id=command.request_id, dead_letter_id=str(command.dead_letter_id))
-    return messages.Recorded(changed=True)
+    return replies.Recorded(changed=True)

@@ -6,16 +6,16 @@ import structlog
 
 from allocator import deletions, domain, store
 from allocator.writer import Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import (
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import (
     ClaimDeletions,
     EndCleanup,
     HurryDeletions,
     RecordDeletion,
     RecordDeletionFailure,
-    Reply,
     RetryDeletion,
 )
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
     rows = await deletions.claim_deletions(writer.connection, writer.epoch, command)
     claimed = tuple(
-        messages.DueDeletion(
+        replies.DueDeletion(
             sandbox_id=row["sandbox_id"],
             external_id=row["external_id"],
             name=row["name"],
@@ -36,7 +36,7 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
         if row["sandbox_id"] is not None
     )
     next_in_sec = None if claimed else rows[0]["next_in_sec"]
-    return messages.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
+    return replies.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
 
 
 async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
@@ -48,12 +48,12 @@ async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
         timedelta(seconds=command.claim_sec),
         command.limit,
     )
-    return messages.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
+    return replies.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
 
 
 async def end_cleanup(writer: Writer, command: EndCleanup) -> Reply:
     row = await store.one(writer.connection, deletions.END_CLEANUP, writer.epoch, command.run_id)
-    return messages.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=row["changed"])
 
 
 async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
@@ -62,7 +62,7 @@ async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
     )
     if row["changed"]:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
-    return messages.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=row["changed"])
 
 
 async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure) -> Reply:
@@ -86,7 +86,7 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
             error=command.error,
             retry_in_sec=command.retry_in_sec,
         )
-    return messages.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=row["changed"])
 
 
 async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
@@ -103,7 +103,7 @@ async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
     if not row["changed"]:
         return domain.not_deletion_failed(command.sandbox_id, row["status"])
     log.info("sandbox.deletion_retried", sandbox_id=command.sandbox_id)
-    return messages.SandboxReleased(
+    return replies.SandboxReleased(
         sandbox_id=command.sandbox_id,
         status="pending_deletion",
         deletion_requested_at=row["deletion_requested_at"],

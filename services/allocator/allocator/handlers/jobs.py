@@ -4,8 +4,9 @@ import json
 
 from allocator import jobs, store
 from allocator.writer import Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import RecordJob, Reply
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import RecordJob
+from sandbox_broker.contract.replies import Reply
 
 
 async def record_job(writer: Writer, command: RecordJob) -> Reply:
@@ -19,4 +20,4 @@ async def record_job(writer: Writer, command: RecordJob) -> Reply:
         json.dumps(command.progress),
         None if command.result is None else json.dumps(command.result),
     )
-    return messages.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=row["changed"])

@@ -6,8 +6,9 @@ import structlog
 
 from allocator import domain, metrics, store
 from allocator.writer import Overtaken, Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import EndLease, ExpireLeases, Reply
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import EndLease, ExpireLeases
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
@@ -19,7 +20,7 @@ async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
     for sandbox_id in row["sandbox_ids"]:
         log.info("lease.expired", sandbox_id=sandbox_id)
     metrics.EXPIRED.inc(len(row["sandbox_ids"]))
-    return messages.LeasesExpired(sandbox_ids=tuple(row["sandbox_ids"]))
+    return replies.LeasesExpired(sandbox_ids=tuple(row["sandbox_ids"]))
 
 
 async def end_lease(writer: Writer, command: EndLease) -> Reply:
@@ -40,7 +41,7 @@ async def end_lease(writer: Writer, command: EndLease) -> Reply:
         raise Overtaken
     if row["changed"]:
         log.info("lease.ended", sandbox_id=command.sandbox_id, note=command.note)
-    return messages.SandboxReleased(
+    return replies.SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],

@@ -6,23 +6,24 @@ import structlog
 
 from allocator import domain, listings, metrics, store
 from allocator.writer import Overtaken, Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import ApplyListing, BeginListing, RefreshSandboxes, Reply, StageListing
-from sandbox_broker.tables import PROOF_GRACE
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import ApplyListing, BeginListing, RefreshSandboxes, StageListing
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.database.schema import PROOF_GRACE
 
 log = structlog.get_logger()
 
 
 async def begin_listing(writer: Writer, _: BeginListing) -> Reply:
     row = await store.one(writer.connection, listings.BEGIN_LISTING, writer.epoch)
-    return messages.ListingBegun(listing_id=row["listing_id"])
+    return replies.ListingBegun(listing_id=row["listing_id"])
 
 
 async def stage_listing(writer: Writer, command: StageListing) -> Reply:
     staged = await listings.stage_listing(
         writer.connection, writer.epoch, command.listing_id, command.accounts, command.unreadable
     )
-    return messages.ListingStaged(staged=staged)
+    return replies.ListingStaged(staged=staged)
 
 
 async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
@@ -52,7 +53,7 @@ async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
     flagged = await store.one(writer.connection, listings.FLAG_MISSING, writer.epoch, listing_id, PROOF_GRACE)
     outcome = json.loads(flagged["outcome"])
     log.info("sync.applied", listing_id=listing_id, **outcome)
-    return messages.ListingApplied(**outcome)
+    return replies.ListingApplied(**outcome)
 
 
 async def refresh_sandboxes(writer: Writer, command: RefreshSandboxes) -> Reply:
@@ -64,4 +65,4 @@ async def refresh_sandboxes(writer: Writer, command: RefreshSandboxes) -> Reply:
         command.after or "",
         command.limit,
     )
-    return messages.SandboxesRefreshed(last=row["last"])
+    return replies.SandboxesRefreshed(last=row["last"])

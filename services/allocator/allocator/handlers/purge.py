@@ -6,8 +6,9 @@ import structlog
 
 from allocator import purge, store
 from allocator.writer import Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import DeleteStale, PurgeRecords, Reply
+from sandbox_broker.contract import replies
+from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.replies import Reply
 
 log = structlog.get_logger()
 
@@ -22,7 +23,7 @@ async def delete_stale(writer: Writer, command: DeleteStale) -> Reply:
     )
     if row["count"]:
         log.info("stale.deleted", count=row["count"])
-    return messages.Purged(count=row["count"])
+    return replies.Purged(count=row["count"])
 
 
 async def purge_records(writer: Writer, command: PurgeRecords) -> Reply:
@@ -36,4 +37,4 @@ async def purge_records(writer: Writer, command: PurgeRecords) -> Reply:
     )
     if row["count"]:
         log.info("records.purged", status=command.status, count=row["count"])
-    return messages.Purged(count=row["count"])
+    return replies.Purged(count=row["count"])

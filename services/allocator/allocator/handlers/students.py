@@ -7,8 +7,8 @@ import structlog
 
 from allocator import domain, metrics, store
 from allocator.writer import Overtaken, Writer
-from sandbox_broker import messages
-from sandbox_broker.messages import AllocateSandbox, ReleaseSandbox, Reply
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.contract.replies import LeaseGranted, Refused, Reply, SandboxReleased
 
 log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ def _allocated(command: AllocateSandbox, row: asyncpg.Record) -> Reply:
             holder=command.holder,
             track_name=command.track_name,
         )
-        return messages.LeaseGranted(
+        return LeaseGranted(
             new=outcome == "new",
             sandbox_id=row["sandbox_id"],
             name=row["name"],
@@ -89,7 +89,7 @@ def _share(
     for command in commands:
         key = domain.same_request(command)
         reply = replies[key]
-        if key in answered and isinstance(reply, messages.LeaseGranted):
+        if key in answered and isinstance(reply, LeaseGranted):
             reply = reply.model_copy(update={"new": False})
         answered.add(key)
         shared.append(reply)
@@ -102,7 +102,7 @@ async def release_sandbox(writer: Writer, commands: Sequence[ReleaseSandbox]) ->
 
 
 def _released(command: ReleaseSandbox, row: asyncpg.Record) -> Reply:
-    refusal: messages.Refused | None = None
+    refusal: Refused | None = None
     if not row["exists"]:
         refusal = domain.not_found(command.sandbox_id)
     elif not row["own"]:
@@ -125,7 +125,7 @@ def _released(command: ReleaseSandbox, row: asyncpg.Record) -> Reply:
         holder=command.holder,
         status=row["status"],
     )
-    return messages.SandboxReleased(
+    return SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],

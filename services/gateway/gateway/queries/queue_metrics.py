@@ -1,0 +1,62 @@
+"""Queue metrics: how many messages wait in each queue, for how long, and how many consumers it has.
+
+The gateway measures them because the consumers of a queue may be down. It asks with passive declarations, which
+need no right to the queue and no management API. RabbitMQ does not tell the age of the oldest message, and a queue
+with a single active consumer gives it to no other client. The age is therefore estimated: the oldest message is not
+older than the last time the queue was seen empty.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from gateway import metrics
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.queue_inspector import QueueUnavailable
+from sandbox_broker.runtime.service import every
+
+PERIOD_SEC = 5.0
+ANSWER_TIMEOUT_SEC = 2.0
+"""For the answer about one queue."""
+
+log = structlog.get_logger()
+
+
+class Queues:
+    def __init__(self, publisher: Publisher, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._publisher = publisher
+        self._clock = clock
+        self._empty_at: dict[str, float] = {}
+        self._unavailable: set[str] = set()
+
+    async def watch(self) -> None:
+        await every(PERIOD_SEC, self.look)
+
+    async def look(self) -> None:
+        """Ask about all queues concurrently, so that a queue without an answer delays no other."""
+        await asyncio.gather(*(self._look_at(queue.name) for queue in topology.QUEUES))
+
+    async def _look_at(self, name: str) -> None:
+        """A queue without an answer has no value, because an old value would say that all is well."""
+        try:
+            info = await self._publisher.look(name, timeout_sec=ANSWER_TIMEOUT_SEC)
+        except Disconnected as error:
+            for gauge in (metrics.QUEUE_DEPTH, metrics.QUEUE_AGE, metrics.QUEUE_CONSUMERS):
+                gauge.remove(name)
+            if isinstance(error, QueueUnavailable) and name not in self._unavailable:
+                self._unavailable.add(name)
+                log.warning("queue.unavailable", queue=name, error=str(error))
+            return
+        if name in self._unavailable:
+            self._unavailable.remove(name)
+            log.info("queue.available", queue=name)
+        now = self._clock()
+        if info.messages == 0 or name not in self._empty_at:
+            self._empty_at[name] = now
+        metrics.QUEUE_DEPTH.labels(name).set(info.messages)
+        metrics.QUEUE_AGE.labels(name).set(now - self._empty_at[name])
+        metrics.QUEUE_CONSUMERS.labels(name).set(info.consumers)

@@ -1,0 +1,81 @@
+"""Address of the client of a request, also behind trusted proxies."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+from starlette.types import Scope
+
+Network = IPv4Network | IPv6Network
+
+_IPV6_BITS = 64
+"""Bits of an IPv6 address that identify a household or a server. Its owner chooses the rest freely."""
+
+
+def parse_networks(listed: str) -> list[Network]:
+    """Return the networks of a comma-separated list of addresses and networks. Raises ValueError."""
+    return [ip_network(part.strip(), strict=False) for part in listed.split(",") if part.strip()]
+
+
+def build_address_resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[str, bool] | None]:
+    """Return a function from a written address to the address as it is counted (an IPv6 address as its /64) and
+    whether it is a trusted proxy; None for a text that is no address."""
+
+    @lru_cache(maxsize=10_000)
+    def resolve(written: str) -> tuple[str, bool] | None:
+        address = _parse(written)
+        if address is None:
+            return None
+        counted = (
+            IPv6Network((int(address), _IPV6_BITS), strict=False) if isinstance(address, IPv6Address) else address
+        )
+        return str(counted), any(address in network for network in trusted)
+
+    return resolve
+
+
+def build_client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
+    """Return a function from a request to its client's address.
+
+    The client is the peer, unless that is a trusted proxy. A proxy appends the address of its own peer to
+    X-Forwarded-For, so the function reads that field from the end and stops at the first address that is not a
+    trusted proxy: a client may have made up the addresses before it.
+    """
+    resolve = build_address_resolver(trusted)
+
+    def find_client(scope: Scope) -> str:
+        peer = scope["client"]
+        result = resolve(peer[0]) if peer else None
+        if result is None:
+            return "unknown"
+        counted, is_proxy = result
+        if is_proxy:
+            for hop in reversed(_forwarded(scope)):
+                result = resolve(hop)
+                if result is None:
+                    break
+                counted, is_proxy = result
+                if not is_proxy:
+                    break
+        return counted
+
+    return find_client
+
+
+def _forwarded(scope: Scope) -> list[str]:
+    values = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    return b",".join(values).decode("latin-1").split(",")
+
+
+def _parse(written: str) -> IPv4Address | IPv6Address | None:
+    """Return the address without its port, which some proxies add; None for a text that is no address."""
+    host = written.strip()
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address

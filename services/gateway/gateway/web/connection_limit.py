@@ -1,0 +1,40 @@
+"""Limit of open connections per client address."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from gateway.web.client_address import Network, build_address_resolver
+
+
+class ConnectionLimit:
+    """Counts open connections by the address at their other end.
+
+    Trusted proxies are not limited, because all clients behind a proxy share its address. An IPv6 address counts as
+    its /64.
+    """
+
+    def __init__(self, max_per_address: int, trusted: Sequence[Network]) -> None:
+        self._max = max_per_address
+        self._resolve = build_address_resolver(trusted)
+        self._open: Counter[str] = Counter()
+
+    def acquire(self, host: str) -> Callable[[], None] | None:
+        """Return the function that gives the connection back when it is closed; None when `host` has too many."""
+        resolved = self._resolve(host)
+        address, is_proxy = resolved or (host, False)
+        if is_proxy:
+            return _do_nothing
+        if self._open[address] >= self._max:
+            return None
+        self._open[address] += 1
+        return partial(self._release, address)
+
+    def _release(self, address: str) -> None:
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+
+
+def _do_nothing() -> None:
+    pass

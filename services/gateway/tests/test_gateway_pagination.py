@@ -1,0 +1,413 @@
+"""The admin's pages: what they show, that following them shows each row once, and what they refuse."""
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from gateway.queries import pagination
+
+from .gateway_harness import ADMIN, TRACK, Gateway, detail, running
+
+
+@pytest.fixture(scope="module")
+async def shared_gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def database(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(clean_database)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def gateway(shared_gateway: Gateway, database: asyncpg.Connection) -> Gateway:
+    return shared_gateway
+
+
+async def add(
+    database: asyncpg.Connection,
+    sandbox_id: str,
+    status: str = "available",
+    *,
+    name: str = "",
+    holder: str | None = None,
+    track: str | None = None,
+    at: int = 1_728_054_123,
+) -> None:
+    """A sandbox, and the lease of it where somebody has or had one."""
+    await database.execute(
+        "INSERT INTO sandboxes (sandbox_id, external_id, name, status, track_name) VALUES ($1, $2, $3, $4, $5)",
+        sandbox_id,
+        f"account-{sandbox_id}",
+        name or f"sandbox-{sandbox_id}",
+        status,
+        track,
+    )
+    if holder is not None:
+        over = status != "allocated"
+        await database.execute(
+            "INSERT INTO leases (sandbox_id, holder, track_name, allocated_at, expires_at, ended_at, end_reason) "
+            "VALUES ($1, $2, $3, to_timestamp($4), to_timestamp($4 + 14400), to_timestamp($5), $6)",
+            sandbox_id,
+            holder,
+            track,
+            at,
+            at + 600 if over else None,
+            "student" if over else None,
+        )
+
+
+async def get(gateway: Gateway, path: str, **parameters: Any) -> httpx.Response:
+    return await gateway.client.get(f"/v1/admin/{path}", params=parameters, headers=ADMIN)
+
+
+async def page(gateway: Gateway, path: str, **parameters: Any) -> dict[str, Any]:
+    response = await get(gateway, path, **parameters)
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+async def all_pages(gateway: Gateway, path: str, **parameters: Any) -> list[dict[str, Any]]:
+    """Every row, by following the cursors."""
+    rows: list[dict[str, Any]] = []
+    cursor = ""
+    while True:
+        body = await page(gateway, path, cursor=cursor, **parameters)
+        key = next(name for name in ("groups", "sandboxes", "allocations") if name in body)
+        assert len(body[key]) <= parameters.get("limit", 50)
+        assert body.get("count", len(body[key])) == len(body[key])
+        rows += body[key]
+        if body["cursor"] is None:
+            return rows
+        cursor = body["cursor"]
+
+
+def ids(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["sandbox_id"] for row in rows]
+
+
+async def a_mixed_pool(database: asyncpg.Connection) -> None:
+    """Twelve of each state, names of two kinds, tracks and students in turn."""
+    statuses = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted")
+    used = ("allocated", "pending_deletion", "deletion_failed", "deleted")
+    for number, (status, copy) in enumerate(itertools.product(statuses, range(12))):
+        await add(
+            database,
+            f"{number:03}",
+            status,
+            name=f"{'lab' if number % 2 else 'sandbox'}-{number}",
+            holder=f"student-{number if status == 'allocated' else number % 5}" if status in used else None,
+            track=("dns", "dhcp", None)[number % 3] if status in used else None,
+            at=1_728_054_000 + copy * 60,
+        )
+
+
+FILTERS: list[dict[str, str]] = [
+    dict(combination)
+    for length in range(5)
+    for combination in itertools.combinations(
+        (("status", "deleted"), ("name_prefix", "lab-"), ("track_name", "dns"), ("holder", "student-3")), length
+    )
+] + [
+    {"status": "stale", "name_prefix": "lab-"},
+    {"status": "available"},
+    {"status": "allocated", "track_name": "dns"},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "+".join(filters) or "none")
+@pytest.mark.parametrize("limit", [1, 7, 500])
+async def test_following_the_pages_shows_each_sandbox_of_the_filters_once(
+    gateway: Gateway, database: asyncpg.Connection, filters: dict[str, str], limit: int
+) -> None:
+    await a_mixed_pool(database)
+    rows = await all_pages(gateway, "sandboxes", limit=limit, **filters)
+    expected = await database.fetch(
+        "SELECT s.sandbox_id FROM sandboxes s LEFT JOIN leases l USING (sandbox_id) "
+        "WHERE ($1::text IS NULL OR s.status = $1) AND ($2::text IS NULL OR starts_with(s.name, $2)) "
+        "AND ($3::text IS NULL OR l.track_name = $3) AND ($4::text IS NULL OR l.holder = $4)",
+        *(filters.get(name) for name in ("status", "name_prefix", "track_name", "holder")),
+    )
+    assert sorted(ids(rows)) == sorted(row["sandbox_id"] for row in expected)
+    assert len(expected) > 0
+
+
+@pytest.mark.parametrize("limit", [1, 3, 500])
+async def test_where_a_page_has_looked_long_enough_it_is_short_and_has_a_cursor(
+    gateway: Gateway, database: asyncpg.Connection, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagination, "LOOK", 5)
+    await a_mixed_pool(database)
+    first = await page(gateway, "sandboxes", name_prefix="lab-", status="deleted", limit=limit)
+    assert first["cursor"] is not None
+    rows = await all_pages(gateway, "sandboxes", name_prefix="lab-", status="deleted", limit=limit)
+    assert len(ids(rows)) == len(set(ids(rows))) == 6
+
+
+async def test_a_prefix_has_no_wildcards(gateway: Gateway, database: asyncpg.Connection) -> None:
+    for number, name in enumerate(("a%b", "a_b", "axb", "A%b", "a\\b", "a*b", "a'b")):
+        await add(database, str(number), name=name)
+    for prefix, found in (("a%", ["0"]), ("a_", ["1"]), ("a\\", ["4"]), ("a*", ["5"]), ("a'", ["6"]), ("%", [])):
+        for more in ({}, {"status": "available"}):
+            assert ids(await all_pages(gateway, "sandboxes", name_prefix=prefix, **more)) == found
+
+
+@pytest.mark.parametrize("character", ["x", '"', "\\", "ü", "\U0001f600"])
+async def test_the_pages_of_the_longest_names_can_be_followed(
+    gateway: Gateway, database: asyncpg.Connection, character: str
+) -> None:
+    longest = f"s{character * 254}"
+    for number in range(3):
+        await add(database, str(10**18 + number), name=longest)
+    await add(database, "1", name=f"{longest[:-1]}\U0001f601")
+    assert len(await all_pages(gateway, "sandboxes", name_prefix="s", limit=1)) == 4
+    assert sum(group["total"] for group in await all_pages(gateway, "stats", by="name_prefix", limit=1)) == 4
+
+
+async def test_a_blank_filter_is_none(gateway: Gateway, database: asyncpg.Connection) -> None:
+    await add(database, "7")
+    assert ids(await all_pages(gateway, "sandboxes", name_prefix="", track_name="", holder="")) == ["7"]
+
+
+async def test_what_is_added_or_taken_away_meanwhile_disturbs_nothing_else(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    for number in range(10, 20):
+        await add(database, str(number))
+    first = await page(gateway, "sandboxes", limit=4)
+    await database.execute("DELETE FROM sandboxes WHERE sandbox_id IN ('13', '15')")
+    await add(database, "09")
+    rest = await page(gateway, "sandboxes", limit=50, cursor=first["cursor"])
+    assert ids(first["sandboxes"] + rest["sandboxes"]) == ["10", "11", "12", "13", "14", "16", "17", "18", "19"]
+
+
+async def test_a_page_tells_of_each_sandbox_who_has_it(gateway: Gateway, database: asyncpg.Connection) -> None:
+    await add(database, "7", "allocated", holder="student-1", track="dns")
+    (row,) = (await page(gateway, "sandboxes"))["sandboxes"]
+    assert row.pop("status_since") > 1_728_054_123
+    assert row == {
+        "sandbox_id": "7",
+        "name": "sandbox-7",
+        "external_id": "account-7",
+        "sfdc_account_id": None,
+        "status": "allocated",
+        "missing_since": None,
+        "holder": "student-1",
+        "track_name": "dns",
+        "allocated_at": 1_728_054_123,
+        "expires_at": 1_728_068_523,
+        "deletion_requested_at": None,
+        "deletion_attempts": 0,
+        "deletion_error": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"holder": "student-1"},
+        {"track_name": "dns"},
+        {"holder": "student-1", "track_name": "dns"},
+        {"since": 1_005, "until": 1_015},
+        {"holder": "student-1", "since": 1_005},
+        {"track_name": "dns", "until": 1_015},
+        {"since": 5_000},
+    ],
+    ids=lambda filters: "+".join(filters) or "none",
+)
+@pytest.mark.parametrize("limit", [1, 3, 500])
+async def test_following_the_pages_shows_each_lease_of_the_filters_once_and_the_newest_first(
+    gateway: Gateway, database: asyncpg.Connection, filters: dict[str, Any], limit: int
+) -> None:
+    for number in range(20):
+        holder, track = f"student-{number % 2}", ("dns", None, "dhcp")[number % 3]
+        at = 1_000 + number // 2 * 2  # two at a time
+        await add(database, str(number), "deleted", holder=holder, track=track, at=at)
+    rows = await all_pages(gateway, "allocations", limit=limit, **filters)
+    expected = await database.fetch(
+        "SELECT lease_id FROM leases WHERE ($1::text IS NULL OR holder = $1) "
+        "AND ($2::text IS NULL OR track_name = $2) AND allocated_at >= to_timestamp($3) "
+        "AND allocated_at < to_timestamp($4) ORDER BY allocated_at DESC, lease_id DESC",
+        filters.get("holder"),
+        filters.get("track_name"),
+        filters.get("since", 0),
+        filters.get("until", 10_000),
+    )
+    assert [row["lease_id"] for row in rows] == [row["lease_id"] for row in expected]
+
+
+async def test_a_lease_tells_how_long_it_took_and_how_it_ended_also_when_the_sandbox_is_forgotten(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    await add(database, "7", "deleted", holder="student-1", track="dns")
+    await database.execute("DELETE FROM sandboxes")
+    (row,) = (await page(gateway, "allocations"))["allocations"]
+    assert row.pop("lease_id") > 0
+    assert row == {
+        "sandbox_id": "7",
+        "name": None,
+        "external_id": None,
+        "holder": "student-1",
+        "track_name": "dns",
+        "allocated_at": 1_728_054_123,
+        "expires_at": 1_728_068_523,
+        "ended_at": 1_728_054_723,
+        "duration_sec": 600,
+        "end_reason": "student",
+        "end_note": None,
+    }
+    assert await all_pages(gateway, "sandboxes", holder="student-1") == []
+
+
+async def test_a_lease_that_lasts_has_no_end_and_takes_until_now(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    await add(database, "7", "allocated", holder="student-1")
+    (row,) = (await page(gateway, "allocations"))["allocations"]
+    assert (row["ended_at"], row["end_reason"]) == (None, None)
+    assert row["duration_sec"] > 30_000_000
+
+
+@pytest.mark.parametrize("by", ["track_name", "name_prefix"])
+@pytest.mark.parametrize("limit", [1, 2, 500])
+@pytest.mark.parametrize("added_up", ["none", "all", "some"])
+async def test_the_stats_of_groups_add_up(
+    gateway: Gateway, database: asyncpg.Connection, by: str, limit: int, added_up: str
+) -> None:
+    await a_mixed_pool(database)
+    if added_up != "none":
+        await database.execute(
+            "INSERT INTO pool_counts SELECT 'pool', '', status, sum(number) FROM pool_changes GROUP BY status; "
+            "INSERT INTO pool_counts SELECT 'name_prefix', stem, status, sum(number) FROM pool_changes "
+            "GROUP BY stem, status; "
+            "INSERT INTO pool_counts SELECT 'track_name', track_name, status, sum(number) FROM pool_changes "
+            "WHERE track_name IS NOT NULL GROUP BY track_name, status; "
+            "TRUNCATE pool_changes"
+        )
+    if added_up == "some":
+        await database.execute("UPDATE sandboxes SET status = 'deleted' WHERE status = 'pending_deletion'")
+        await add(database, "999", "allocated", name="new-1", holder="student-new", track="new")
+    groups = await all_pages(gateway, "stats", by=by, limit=limit)
+    value = "track_name" if by == "track_name" else "rtrim(name, '0123456789')"
+    expected = await database.fetch(
+        f"SELECT {value} COLLATE \"C\" AS value, count(*) AS total, count(*) FILTER (WHERE status = 'deleted') AS deleted "  # noqa: E501
+        f"FROM sandboxes WHERE {value} IS NOT NULL GROUP BY 1 ORDER BY 1"
+    )
+    assert [(group["value"], group["total"], group["deleted"]) for group in groups] == [
+        tuple(row) for row in expected
+    ]
+    whole = await page(gateway, "stats", by=by)
+    assert whole["by"] == by
+    assert whole["total"] == await database.fetchval("SELECT count(*) FROM sandboxes")
+    assert "groups" not in await page(gateway, "stats")
+
+
+@pytest.mark.parametrize("path", ["sandboxes", "allocations", "stats?by=track_name"])
+async def test_an_empty_pool_has_an_empty_last_page(gateway: Gateway, path: str) -> None:
+    response = await gateway.client.get(f"/v1/admin/{path}", headers=ADMIN)
+    body = response.json()
+    assert body["cursor"] is None
+    assert body.get("sandboxes", body.get("allocations", body.get("groups"))) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("sandboxes", {"status": "available"}),
+        ("sandboxes", {"name_prefix": "s"}),
+        ("allocations", {}),
+        ("stats", {"by": "name_prefix"}),
+    ],
+)
+async def test_a_cursor_of_another_listing_or_with_other_filters_is_400(
+    gateway: Gateway, database: asyncpg.Connection, path: str, other: dict[str, str]
+) -> None:
+    for number in range(3):
+        await add(database, str(number))
+    cursor = (await page(gateway, "sandboxes", limit=1))["cursor"]
+    response = await get(gateway, path, cursor=cursor, **other)
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
+
+
+async def test_a_forged_cursor_is_400(gateway: Gateway, database: asyncpg.Connection) -> None:
+    for number in range(3):
+        await add(database, str(number))
+    cursor: str = (await page(gateway, "sandboxes", limit=1))["cursor"]
+    swapped = [cursor[:place] + ("A" if cursor[place] != "A" else "B") + cursor[place + 1 :] for place in range(12)]
+    for forged in ("x", "2", "%", "ä", "==", " ", cursor[:-4], cursor + "AAAA", cursor.swapcase(), *swapped):
+        response = await get(gateway, "sandboxes", cursor=forged)
+        assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR"), forged
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "field"),
+    [
+        ("sandboxes", {"limit": 0}, "limit"),
+        ("sandboxes", {"limit": 501}, "limit"),
+        ("sandboxes", {"limit": "many"}, "limit"),
+        ("sandboxes", {"status": "lost"}, "status"),
+        ("sandboxes", {"name_prefix": "a\0"}, "name_prefix"),
+        ("sandboxes", {"holder": "ä"}, "holder"),
+        ("sandboxes", {"track_name": "x" * 129}, "track_name"),
+        ("sandboxes", {"cursor": "x" * 2049}, "cursor"),
+        ("allocations", {"since": -1}, "since"),
+        ("allocations", {"until": 10**15}, "until"),
+        ("allocations", {"since": "yesterday"}, "since"),
+        ("stats", {"by": "colour"}, "by"),
+    ],
+)
+async def test_a_parameter_that_is_wrong_is_named(
+    gateway: Gateway, path: str, parameters: dict[str, Any], field: str
+) -> None:
+    response = await get(gateway, path, **parameters)
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_REQUEST")
+    assert [problem["field"] for problem in detail(response)["fields"]] == [field]
+
+
+@pytest.mark.parametrize("path", ["sandboxes", "sandboxes/7", "allocations", "stats?by=track_name"])
+async def test_a_track_token_sees_none_of_it(gateway: Gateway, path: str) -> None:
+    response = await gateway.client.get(f"/v1/admin/{path}", headers=TRACK)
+    assert (response.status_code, detail(response)["code"]) == (403, "FORBIDDEN")
+
+
+async def test_a_sandbox_has_its_history_published_or_not(gateway: Gateway, database: asyncpg.Connection) -> None:
+    await add(database, "7", "pending_deletion", holder="student-1", track="dns")
+    await database.execute(
+        "UPDATE leases SET end_reason = 'admin', end_note = 'broken'; "
+        "INSERT INTO history VALUES "
+        "('7', -2, 'sandbox.discovered', to_timestamp(1000), '{\"name\": \"sandbox-7\"}'), "
+        '(\'7\', -1, \'sandbox.allocated\', to_timestamp(1001), \'{"holder": "student-1", "track_name": "dns"}\'), '
+        "('8', -3, 'sandbox.discovered', to_timestamp(1000), '{}'); "
+        "INSERT INTO outbox (type, subject, occurred_at, data) VALUES "
+        "('sandbox.deletion_requested', '7', to_timestamp(1002), "
+        '\'{"holder": "student-1", "track_name": "dns", "reason": "admin"}\')'
+    )
+    story = await page(gateway, "sandboxes/7")
+    assert (story["status"], story["holder"], story["end_reason"], story["end_note"]) == (
+        "pending_deletion",
+        "student-1",
+        "admin",
+        "broken",
+    )
+    assert [(entry["at"], entry["status"], entry["by"], entry["reason"]) for entry in story["history"]] == [
+        (1000, "available", "csp", None),
+        (1001, "allocated", "student", None),
+        (1002, "pending_deletion", "administrator", "admin"),
+    ]
+    assert story["history"][1]["holder"] == "student-1"
+
+
+@pytest.mark.parametrize("sandbox_id", ["7", "%00", "a%2Fb", "x" * 300])
+async def test_an_unknown_sandbox_is_404(gateway: Gateway, sandbox_id: str) -> None:
+    response = await get(gateway, f"sandboxes/{sandbox_id}")
+    assert response.status_code == 404
+    assert detail(response)["code"] in ("SANDBOX_NOT_FOUND", "NOT_FOUND")

@@ -1,0 +1,157 @@
+"""`python -m sandbox_broker.contract.asyncapi`: docs/asyncapi.json, made from the topology and the messages.
+
+AsyncAPI 3.0 has a channel for each address. Here that is a queue with its arguments and bindings, or an exchange.
+Whoever wants to know of events binds a queue of their own to theirs.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import orjson
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from sandbox_broker.contract import codec, commands, events, replies, topology
+from sandbox_broker.contract.event_payloads import EVENT_DATA
+
+_JSON = "application/json"
+_SCHEMAS = "#/components/schemas/"
+_COMMANDS: tuple[type[BaseModel], ...] = get_args(get_args(commands.Command)[0])
+_COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
+    topology.COMMANDS: "commands",
+    topology.COMMANDS_FROM_REAPER: "commandsFromReaper",
+    topology.COMMANDS_FROM_SYNCER: "commandsFromCspSyncer",
+}
+_REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(replies.Reply)[0])
+
+
+def document() -> dict[str, Any]:
+    """The whole document, as AsyncAPI has it."""
+    models: list[type[BaseModel]] = [codec.Envelope, codec.ReplyEnvelope, events.Event]
+    models += [*_COMMANDS, *_REPLIES, *EVENT_DATA.values()]
+    unique: dict[type[BaseModel], Literal["validation"]] = dict.fromkeys(models, "validation")
+    _, schemas = models_json_schema(list(unique.items()), ref_template=_SCHEMAS + "{model}")
+    for envelope, entries in (("Envelope", "commands"), ("ReplyEnvelope", "replies")):
+        # OpenAPI's way to tell them apart; here the constant `type` of each does.
+        del schemas["$defs"][envelope]["properties"][entries]["items"]["discriminator"]
+    event_messages: dict[str, Any] = {name: _event(name, data) for name, data in EVENT_DATA.items()}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Sandbox Broker",
+            "version": "1",
+            "description": "Commands, their replies, and events, over RabbitMQ. "
+            "Events come at least once, and in order for each sandbox: drop an `id` that was seen before.",
+        },
+        "defaultContentType": _JSON,
+        "channels": {
+            **{exchange.name: _of_exchange(exchange, event_messages) for exchange in topology.EXCHANGES},
+            **{f"{queue.name}.queue": _of_queue(queue) for queue in topology.QUEUES},
+        },
+        "operations": {
+            "publishEvents": _operation("send", topology.EVENTS.name),
+            "answerCommands": _operation("send", topology.REPLIES.name),
+            **{f"consume-{queue.name}": _operation("receive", f"{queue.name}.queue") for queue in topology.QUEUES},
+        },
+        "components": {
+            "schemas": schemas["$defs"],
+            "messages": {
+                **{name: _commands(exchange) for exchange, name in _COMMAND_MESSAGES.items()},
+                "replies": _message("ReplyEnvelope", "A reply for each command, in the same order"),
+                "tick": {"title": "A timer", "contentType": _JSON, "payload": {"type": "object"}},
+                "deadLetter": {"title": "What could not be processed, as it was", "payload": {}},
+                **event_messages,
+            },
+        },
+    }
+
+
+def _message(schema: str, title: str) -> dict[str, Any]:
+    return {"title": title, "contentType": _JSON, "payload": {"$ref": _SCHEMAS + schema}}
+
+
+def _commands(exchange: topology.Exchange) -> dict[str, Any]:
+    """Envelope with the types of commands that the exchange may carry."""
+    types = sorted(command.__name__ for command in exchange.commands)
+    entry = {"properties": {"type": {"enum": types}}}
+    own = {"properties": {"commands": {"items": entry}}}
+    return {
+        "title": f"Commands that may be sent over {exchange.name}",
+        "contentType": _JSON,
+        "payload": {"allOf": [{"$ref": f"{_SCHEMAS}Envelope"}, own]},
+    }
+
+
+def _event(name: str, data: type[BaseModel]) -> dict[str, Any]:
+    own = {"properties": {"type": {"const": name}, "data": {"$ref": _SCHEMAS + data.__name__}}}
+    return {
+        "title": name,
+        "contentType": events.EVENT_CONTENT_TYPE,
+        "payload": {"allOf": [{"$ref": f"{_SCHEMAS}Event"}, own]},
+    }
+
+
+def _operation(action: str, channel: str) -> dict[str, Any]:
+    return {"action": action, "channel": {"$ref": f"#/channels/{channel}"}}
+
+
+def _messages(*names: str) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/messages/{name}"} for name in names}
+
+
+def _of_exchange(exchange: topology.Exchange, events: Mapping[str, Any]) -> dict[str, Any]:
+    carried = {
+        **{sender: (name,) for sender, name in _COMMAND_MESSAGES.items()},
+        topology.EVENTS: tuple(events),
+        topology.TICKS: ("tick",),
+        topology.DEAD_LETTERS: ("deadLetter",),
+        topology.REPLIES: ("replies",),
+    }[exchange]
+    return {
+        "address": exchange.name,
+        "messages": _messages(*carried),
+        "bindings": {
+            "amqp": {
+                "is": "routingKey",
+                "exchange": {"name": exchange.name, "type": exchange.kind, "durable": True, "autoDelete": False},
+            }
+        },
+    }
+
+
+def _of_queue(queue: topology.Queue) -> dict[str, Any]:
+    bindings = [binding for binding in topology.BINDINGS if binding.queue is queue]
+    carried = [
+        name
+        for binding in bindings
+        for name in (
+            [binding.routing_key]
+            if binding.exchange is topology.EVENTS
+            else _of_exchange(binding.exchange, {})["messages"]
+        )
+    ]
+    return {
+        "address": queue.name,
+        "messages": _messages(*carried),
+        "bindings": {
+            "amqp": {
+                "is": "queue",
+                "queue": {"name": queue.name, "durable": True, "exclusive": False, "autoDelete": False},
+            }
+        },
+        "x-arguments": dict(queue.arguments),
+        "x-bindings": [
+            {
+                "exchange": binding.exchange.name,
+                "routingKey": binding.routing_key,
+                "arguments": dict(binding.arguments),
+            }
+            for binding in bindings
+        ],
+    }
+
+
+if __name__ == "__main__":
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+    sys.stdout.write(orjson.dumps(document(), option=options).decode())

@@ -1,0 +1,56 @@
+"""Events: CloudEvents 1.0, structured JSON. An event reports a committed change, in the past tense."""
+
+import uuid
+from datetime import datetime
+from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict
+
+EventType = Literal[
+    "sandbox.discovered",
+    "sandbox.allocated",
+    "sandbox.deletion_requested",
+    "sandbox.deleted",
+    "sandbox.deletion_failed",
+    "sandbox.stale",
+    "sandbox.restored",
+    "sync.completed",
+    "sync.held",
+    "pool.exhausted",
+]
+
+
+class Event(BaseModel):
+    """A CloudEvent. `id` stays the same when it is published again; `subject` is the sandbox id, if any."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    specversion: Literal["1.0"] = "1.0"
+    id: uuid.UUID
+    source: Literal["/sandbox-broker/allocator"] = "/sandbox-broker/allocator"
+    type: EventType
+    subject: str | None = None
+    time: datetime
+    datacontenttype: Literal["application/json"] = "application/json"
+    data: dict[str, Any]
+
+
+EVENT_CONTENT_TYPE = "application/cloudevents+json"
+
+
+def encode_event(  # as an Event would, in a tenth of the time: there is one for every lease
+    event_id: str, event_type: str, subject: str | None, time: datetime, data: str
+) -> bytes:
+    """The event as JSON; `data` is JSON already."""
+    attributes = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": "/sandbox-broker/allocator",
+        "type": event_type,
+        "time": time,
+        "datacontenttype": "application/json",
+    }
+    if subject is not None:
+        attributes["subject"] = subject
+    return orjson.dumps(attributes | {"data": orjson.Fragment(data)})

@@ -1,0 +1,196 @@
+"""Client of NIOSXaaS: deletes the services inside an account. Its errors are those of csp_http.py.
+
+Before it looks into an account, it proves that the session is there. `GET /v2/current_user` with the JWT of the
+switch must answer `{"result": {"account_id": "identity/accounts/<uuid>"}}` with the uuid of that account. This
+assumes that CSP derives the answer from the JWT, as it derives the account of every other call. Infoblox does not
+document the call; public scripts find the current account by it.
+"""
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+
+from sandbox_broker.csp.http import ACCOUNT_ID, EXTERNAL_ID, Answer, CspError, CspHttp, CspUnavailable
+
+SIGN_IN = "/v2/session/users/sign_in"
+ACCOUNT_SWITCH = "/v2/session/account_switch"
+CURRENT_USER = "/v2/current_user"
+SERVICES = "/api/universalinfra/v1/universalservices"
+
+_SERVICE_ID = re.compile(r"infra/universal_service/([\w-]{1,128})", re.ASCII)
+_JWT = re.compile(r"[!-~]{1,16384}")
+
+
+@dataclass(frozen=True, slots=True)
+class CleanedAccount:
+    deleted: tuple[str, ...]  # the names of the services that are gone
+    would_delete: tuple[str, ...]  # in shadow mode, what would be
+    failed: tuple[str, ...]  # a line for each service that is there still, or that cannot be told apart
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    key: str
+    name: str
+
+
+class NiosxaasClient:
+    """Cleans any number of accounts at once; trying again is the caller's."""
+
+    def __init__(
+        self,
+        base_url: str,
+        email: str,
+        password: str,
+        *,
+        service_name: str = "",
+        shadow_mode: bool = False,
+        timeout_sec: float = 30,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`service_name` is the one that is deleted, empty for all; in `shadow_mode` nothing is.
+
+        `timeout_sec` bounds the cleaning of one account as a whole. Raises ValueError for a blank email
+        or password.
+        """
+        if not email.strip() or not password.strip():
+            raise ValueError("the NIOSXaaS email and password must not be blank")
+        self._user = {"email": email, "password": password}
+        self._service_name = service_name
+        self._shadow_mode = shadow_mode
+        self._timeout_sec = timeout_sec
+        # In an answer it would be written as JSON writes it.
+        secrets = (password, *(json.dumps(password, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)))
+        self._http = CspHttp(base_url, secrets=secrets, timeout_sec=timeout_sec, transport=transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def clean_account(self, external_id: str) -> CleanedAccount:
+        """Delete the services inside one account; doing it again is harmless.
+
+        A service that could not be deleted does not stop the others. Raises CspUnavailable or CspUnauthorized, and
+        deletes nothing, if the session is not proved to be in this account or the services cannot be listed. Raises
+        ValueError if `external_id` is not a uuid.
+        """
+        if not EXTERNAL_ID.fullmatch(external_id):
+            raise ValueError("external_id must be a uuid")
+        deadline = asyncio.get_running_loop().time() + self._timeout_sec
+        # A session of its own for each account: a switch counts for all of a session, and in somebody
+        # else's account the same call would delete somebody else's services.
+        own = await self._jwt("sign-in", SIGN_IN, self._user, None, deadline)
+        account = {"id": f"identity/accounts/{external_id.lower()}"}
+        jwt = await self._jwt("account switch", ACCOUNT_SWITCH, account, own, deadline)
+        await self._require_current_account(account["id"], jwt, deadline)
+        services, failed = await self._services(jwt, deadline)
+        names = tuple(self._http.line(service.name) for service in services)
+        if self._shadow_mode:
+            return CleanedAccount(deleted=(), would_delete=names, failed=failed)
+        deleted: list[str] = []
+        for service, name in zip(services, names, strict=True):
+            try:
+                await self._delete(service, jwt, deadline)
+            except CspError as error:
+                failed += (f"{name}: {error}",)
+            else:
+                deleted.append(name)
+        return CleanedAccount(deleted=tuple(deleted), would_delete=(), failed=failed)
+
+    async def _jwt(self, what: str, path: str, body: dict[str, str], jwt: str | None, deadline: float) -> str:
+        """The JWT in the answer; no such answer is ever quoted, whatever its status."""
+        headers = _bearer(jwt) if jwt is not None else None
+        answer = await self._http.ask(
+            "POST",
+            path,
+            operation=what.replace("-", "_").replace(" ", "_"),
+            what=f"the {what}",
+            json=body,
+            headers=headers,
+            deadline=deadline,
+        )
+        if answer.status not in (200, 201) or answer.is_html:
+            raise self._http.failure(answer, what=f"the {what}", quote=False)
+        found = (_object(answer) or {}).get("jwt")
+        if not isinstance(found, str) or not _JWT.fullmatch(found):
+            raise CspUnavailable(f"CSP answered the {what} without a JWT", answer.status)
+        return found
+
+    async def _require_current_account(self, account_id: str, jwt: str, deadline: float) -> None:
+        """Raise CspUnavailable unless CSP says that `jwt` acts in `account_id` (identity/accounts/<uuid>)."""
+        what = "the current user"
+        answer = await self._http.ask(
+            "GET", CURRENT_USER, operation="current_user", what=what, headers=_bearer(jwt), deadline=deadline
+        )
+        if answer.status != 200 or answer.is_html:
+            raise self._http.failure(answer, what=what, hide=jwt)
+        user = (_object(answer) or {}).get("result")
+        current = user.get("account_id") if isinstance(user, dict) else None
+        if not isinstance(current, str) or ACCOUNT_ID.fullmatch(current) is None:
+            raise CspUnavailable(f"CSP answered {what} without an account. No service was deleted.", answer.status)
+        if current.lower() != account_id:
+            raise CspUnavailable(
+                f"CSP is in {current.lower()} after the switch to {account_id}. No service was deleted.",
+                answer.status,
+            )
+
+    async def _services(self, jwt: str, deadline: float) -> tuple[list[_Service], tuple[str, ...]]:
+        """What is to be deleted, and a line for each record that does not tell whether it is."""
+        what = "the listing of services"
+        answer = await self._http.ask(
+            "GET", SERVICES, operation="list_services", what=what, headers=_bearer(jwt), deadline=deadline
+        )
+        document = _object(answer)
+        # An account without services may well be answered with an empty object.
+        records = document.get("results") or [] if document is not None else None
+        if answer.status != 200 or not isinstance(records, list):
+            raise self._http.failure(answer, what=what, hide=jwt)
+        services: list[_Service] = []
+        unclear: list[str] = []
+        for index, record in enumerate(records):
+            key, name = _key_and_name(record)
+            if name is not None and self._service_name not in ("", name):
+                continue
+            if key is None or name is None:
+                unclear.append(f"record {index}: the id or the name of the service cannot be read")
+            else:
+                services.append(_Service(key, name))
+        return services, tuple(unclear)
+
+    async def _delete(self, service: _Service, jwt: str, deadline: float) -> None:
+        path, what = f"{SERVICES}/{service.key}", "the deletion of a service"
+        answer = await self._http.ask(
+            "DELETE", path, operation="delete_service", what=what, headers=_bearer(jwt), deadline=deadline
+        )
+        if answer.status not in (200, 202, 204, 404) or answer.is_html:
+            raise self._http.failure(answer, what=what, hide=jwt)
+
+
+def _bearer(jwt: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {jwt}"}
+
+
+def _object(answer: Answer) -> dict[str, Any] | None:
+    """The body; None if it is no JSON object."""
+    try:
+        document = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _key_and_name(record: object) -> tuple[str | None, str | None]:
+    if not isinstance(record, dict):
+        return None, None
+    match = _SERVICE_ID.fullmatch(str(record.get("id")))
+    name = record.get("name")
+    return match and match[1], name if isinstance(name, str) else None

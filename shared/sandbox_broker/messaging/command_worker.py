@@ -1,0 +1,91 @@
+"""Commands that take long to carry out: each in a task of its own, so that one which comes meanwhile can join."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.messaging import dead_letters
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.observability import log_context, tracing
+
+MAX_AT_ONCE = 100
+
+log = structlog.get_logger()
+
+FAILED = Refused(
+    code="INTERNAL_ERROR",
+    message="This could not be carried out; it is kept among the dead letters, with the reason.",
+)
+
+Handle = Callable[[Command], Awaitable[Reply | None]]
+"""None: this command is not for us."""
+
+
+async def serve(
+    connection: AbstractConnection, queue: topology.Queue, publisher: Publisher, handle: Handle
+) -> None:
+    """Answers what comes to the queue until the connection is lost. A command is acknowledged after its answer, so
+    one whose process dies is the next consumer's."""
+    subscription = await Subscription.open(connection, queue, prefetch=MAX_AT_ONCE)
+    handling: set[asyncio.Task[None]] = set()
+
+    async def serve_one(delivery: DeliveredMessage) -> None:
+        try:
+            commands = decode_delivery(delivery)
+        except InvalidEnvelope as error:
+            log.error("message.rejected", queue=queue.name, reason=str(error))
+            await subscription.reject(delivery)
+            return
+        replies = [await _reply(publisher, queue, command, handle) for command in commands]
+        await answer(publisher, delivery, replies)
+        await subscription.ack(delivery)
+
+    async with asyncio.TaskGroup() as group:
+        while deliveries := await subscription.batch(MAX_AT_ONCE):
+            for delivery in deliveries:
+                task = group.create_task(serve_one(delivery))
+                handling.add(task)
+                task.add_done_callback(handling.discard)
+        # The connection is gone: the commands come again over the next one, and join what still runs.
+        for task in handling:
+            task.cancel()
+
+
+async def _reply(
+    publisher: Publisher, queue: topology.Queue, command: Command | InvalidCommand, handle: Handle
+) -> Reply:
+    """What cannot be carried out is kept among the dead letters."""
+    if isinstance(command, InvalidCommand):
+        raw, reason = json.dumps(command.raw), str(command)
+    else:
+        raw = command.model_dump_json()
+        try:
+            with (
+                log_context.bound(request_id=command.request_id),
+                tracing.within(f"process {command.type}", "consumer", parent=command.traceparent),
+            ):
+                if (reply := await handle(command)) is not None:
+                    return reply
+        except Exception as error:  # delivered again, it would fail again, and end this process each time
+            log.error(
+                "command.failed",
+                queue=queue.name,
+                command=command.type,
+                request_id=command.request_id,
+                exc_info=error,
+            )
+            await dead_letters.keep(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
+            return FAILED
+        reason = f"{command.type} is not for {queue.name}"
+    log.error("command.rejected", queue=queue.name, reason=reason)
+    await dead_letters.keep(publisher, queue.name, raw, reason)
+    return Refused(code="INVALID_COMMAND", message=f"This command is refused: {reason}")

@@ -1,0 +1,221 @@
+"""Publishing to RabbitMQ: every message confirmed and bounded in time, over a connection that only publishes, since
+a resource alarm blocks whoever publishes."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import ChannelFrame
+from aiormq.channel import Channel
+from aiormq.exceptions import DeliveryError, PublishError
+from pamqp import frame
+from pamqp.body import ContentBody
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+from sandbox_broker.messaging.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
+
+PUBLISH_TIMEOUT_SEC = 5.0
+REFUSED_SEC = 5.0
+"""After so long without a message that RabbitMQ has taken, one that it refuses ends the connection. A channel to a
+quorum queue that was full is refused for ever when the limit is lifted before there is room again
+(RabbitMQ 3.10); a new channel is not."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A durable message for `Publisher.publish_all`; its body is not empty and fits one frame."""
+
+    routing_key: str
+    body: bytes
+    message_id: str
+    content_type: str
+
+    def frames(self, exchange: str, channel: int) -> bytes:
+        properties = Basic.Properties(content_type=self.content_type, delivery_mode=2, message_id=self.message_id)
+        header = ContentHeader(properties=properties, body_size=len(self.body))
+        return (
+            _publish_frame(exchange, self.routing_key, channel)
+            + frame.marshal(header, channel)
+            + frame.marshal(ContentBody(self.body), channel)
+        )
+
+
+@lru_cache(maxsize=64)
+def _publish_frame(exchange: str, routing_key: str, channel: int) -> bytes:
+    return frame.marshal(Basic.Publish(exchange=exchange, routing_key=routing_key), channel)
+
+
+class Unroutable(Exception):
+    """No queue takes messages for this exchange and routing key."""
+
+
+class Publisher:
+    """Publishes with confirms over a connection of its own. `run` keeps it connected."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._name = f"{name}-publish"
+        self._channel: Channel | None = None
+        self._inspector: QueueInspector | None = None
+        self._connected = asyncio.Event()
+        self._limits: set[asyncio.Timeout] = set()
+        self._taken_at = -math.inf
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None
+
+    async def wait_connected(self) -> None:
+        await self._connected.wait()
+
+    async def run(self) -> None:
+        await keep_connected(self._url, self._name, self._session)
+
+    async def _session(self, connection: AbstractConnection) -> None:
+        with losses():
+            channel = await open_channel(connection, confirms=True)
+            # Channels of their own: questions about queues do not delay the messages.
+            inspector = QueueInspector(connection)
+            self._channel, self._inspector = channel, inspector
+            self._taken()
+            self._connected.set()
+            try:
+                await channel.closing
+            finally:
+                self._channel = self._inspector = None
+                inspector.close()
+                self._connected.clear()
+                # Nothing else wakes those that stand in line for a writer that is gone.
+                for limit in self._limits:
+                    if not limit.expired():
+                        limit.reschedule(0)
+
+    async def publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        body: bytes,
+        properties: Basic.Properties | None = None,
+        *,
+        mandatory: bool = True,
+        timeout_sec: float = PUBLISH_TIMEOUT_SEC,
+    ) -> None:
+        """Returns when RabbitMQ has taken the message.
+
+        Raises Disconnected, or Unroutable where `mandatory` and no queue takes it.
+        """
+        if self._channel is None:
+            raise Disconnected("not connected to RabbitMQ")
+        with losses():
+            async with asyncio.timeout(timeout_sec) as limit:
+                self._limits.add(limit)
+                try:
+                    await self._channel.basic_publish(
+                        body,
+                        exchange=exchange,
+                        routing_key=routing_key,
+                        properties=properties or Basic.Properties(delivery_mode=2),
+                        mandatory=mandatory,
+                        wait=False,
+                    )
+                    self._taken()
+                except PublishError as error:
+                    self._taken()
+                    raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
+                except DeliveryError:
+                    await self._refused()
+                    raise
+                finally:
+                    self._limits.discard(limit)
+
+    async def publish_all(
+        self, exchange: str, messages: Sequence[Outgoing], *, timeout_sec: float = PUBLISH_TIMEOUT_SEC
+    ) -> int:
+        """Writes all messages in order and at once, then waits for their confirms. Returns how many of the first
+        were confirmed: all of them, or fewer where the connection was lost or RabbitMQ refused one. Whether a queue
+        takes them is not asked. Raises Disconnected where nothing could be written.
+
+        One by one, each message would take locks, a timer, a task and a system call of its own in the client
+        library.
+        """
+        if self._channel is None:
+            raise Disconnected("not connected to RabbitMQ")
+        channel = self._channel
+        confirms: list[asyncio.Future[object]] = []
+        try:
+            with losses():
+                async with asyncio.timeout(timeout_sec) as limit:
+                    self._limits.add(limit)
+                    try:
+                        confirms = await _write(channel, exchange, messages)
+                        await asyncio.wait(confirms)
+                    finally:
+                        self._limits.discard(limit)
+        except Disconnected:
+            if not confirms:
+                raise
+        confirmed = 0
+        for confirm in confirms:
+            if not confirm.done() or confirm.cancelled() or confirm.exception() is not None:
+                break
+            confirmed += 1
+        for confirm in confirms[confirmed:]:
+            confirm.cancel()
+        if confirmed:
+            self._taken()
+        elif any(_is_refused(confirm) for confirm in confirms):
+            await self._refused()
+        return confirmed
+
+    def _taken(self) -> None:
+        self._taken_at = asyncio.get_running_loop().time()
+
+    async def _refused(self) -> None:
+        if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
+            log.warning("rabbitmq.only_refuses", connection=self._name)
+            with contextlib.suppress(Disconnected), losses():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
+                    await self._channel.close()
+
+    async def consumers(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> int:
+        """Return how many consumers the queue has. Raise what `look` raises."""
+        return (await self.look(queue, timeout_sec=timeout_sec)).consumers
+
+    async def look(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> QueueInfo:
+        """Raise QueueUnavailable if RabbitMQ does not answer about this queue or has none of this name, and
+        Disconnected if there is no connection."""
+        if self._inspector is None:
+            raise Disconnected("not connected to RabbitMQ")
+        return await self._inspector.inspect(queue, timeout_sec=timeout_sec)
+
+
+def _is_refused(confirm: asyncio.Future[object]) -> bool:
+    return confirm.done() and not confirm.cancelled() and isinstance(confirm.exception(), DeliveryError)
+
+
+async def _write(channel: Channel, exchange: str, messages: Sequence[Outgoing]) -> list[asyncio.Future[object]]:
+    """Puts the messages in line for the writer as one piece; returns what will hold their confirms."""
+    written = b"".join(message.frames(exchange, channel.number) for message in messages)
+    async with channel.lock:
+        before = channel.delivery_tag
+        confirms = {before + place: channel.loop.create_future() for place in range(1, len(messages) + 1)}
+        channel.delivery_tag += len(messages)
+        channel.confirmations.update(confirms)
+        try:
+            # It waits while the line is full, as it is when an alarm holds up the writer.
+            await channel.write_queue.put(ChannelFrame(written, should_close=False))
+        except BaseException:  # not sent, whatever the reason: RabbitMQ has not counted them
+            channel.delivery_tag = before
+            for tag in confirms:
+                channel.confirmations.pop(tag, None)
+            raise
+    return list(confirms.values())

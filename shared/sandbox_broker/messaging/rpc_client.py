@@ -1,0 +1,157 @@
+"""RPC client: sends commands and waits for their replies.
+
+Replies arrive on one exclusive queue per process. A request has a deadline on the client's side.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
+from sandbox_broker.messaging.subscription import PUBLISHED_AT
+from sandbox_broker.observability import log_context, tracing
+
+
+class Requester:
+    """Sends commands and hands out their replies. `run` keeps its reply queue open."""
+
+    def __init__(
+        self, url: str, name: str, publisher: Publisher, *, exchange: topology.Exchange = topology.COMMANDS
+    ) -> None:
+        """`exchange` is that of the sender: see topology."""
+        self._url = url
+        self._name = f"{name}-replies"
+        self._publisher = publisher
+        self._exchange = exchange.name
+        self._reply_queue: str | None = None
+        self._connected = asyncio.Event()
+        self._waiting: dict[str, tuple[asyncio.Future[tuple[Reply, ...]], int]] = {}
+
+    @property
+    def connected(self) -> bool:
+        return self._reply_queue is not None and self._publisher.connected
+
+    async def run(self) -> None:
+        await keep_connected(self._url, self._name, self._session)
+
+    async def _session(self, connection: AbstractConnection) -> None:
+        with losses():
+            channel = await open_channel(connection, confirms=False)
+            lost = channel.closing
+
+            def cancelled(_: object) -> None:
+                if not lost.done():
+                    lost.set_exception(Disconnected("the reply queue was deleted"))
+
+            channel.on_consumer_cancel_callbacks.add(cancelled)
+            queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
+            await channel.queue_bind(queue, topology.REPLIES.name, routing_key=queue)
+            await channel.basic_consume(queue, self._answered, no_ack=True)
+            self._reply_queue = queue
+            self._connected.set()
+            try:
+                await lost
+            finally:
+                self._reply_queue = None
+                self._connected.clear()
+                for future, _ in self._waiting.values():
+                    if not future.done():
+                        future.set_exception(Disconnected("the connection was lost while waiting for the reply"))
+                self._waiting.clear()
+
+    async def _answered(self, delivery: DeliveredMessage) -> None:
+        waiting = self._waiting.pop(delivery.header.properties.correlation_id or "", None)
+        if waiting is None or waiting[0].done():
+            return  # its sender has stopped waiting
+        future, expected = waiting
+        try:
+            replies = ReplyEnvelope.model_validate_json(delivery.body).replies
+            if len(replies) != expected:
+                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301 (it ends like what cannot be read)
+            future.set_result(replies)
+        except ValueError as error:
+            future.set_exception(error)
+
+    async def send(
+        self, queue: topology.Queue, commands: Sequence[Command], *, timeout_sec: float
+    ) -> asyncio.Future[tuple[Reply, ...]]:
+        """Publishes one envelope; returns, once RabbitMQ has taken it, what will hold the replies, in order.
+
+        Past `timeout_sec` the future fails with TimeoutError, and RabbitMQ drops the envelope if nobody has
+        begun it. Raises Disconnected or Unroutable; the future may fail with Disconnected too, or with
+        ValueError when the reply cannot be understood.
+        """
+        if self._reply_queue is None:
+            raise Disconnected("not connected to RabbitMQ")
+        correlation_id = uuid.uuid4().hex
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[Reply, ...]] = loop.create_future()
+        self._waiting[correlation_id] = (future, len(commands))
+        timer = loop.call_later(timeout_sec, _expire, future)
+        future.add_done_callback(lambda done: self._forget(correlation_id, timer, done))
+        properties = Basic.Properties(
+            content_type="application/json",
+            delivery_mode=2,
+            correlation_id=correlation_id,
+            reply_to=self._reply_queue,
+            headers={PUBLISHED_AT: round(time.time() * 1000)},
+            expiration=str(max(1, round(timeout_sec * 1000))),
+        )
+        try:
+            await self._publisher.publish(
+                self._exchange,
+                queue.name,
+                encode_commands(commands),
+                properties,
+                timeout_sec=min(timeout_sec, PUBLISH_TIMEOUT_SEC),
+            )
+        except BaseException:  # also when cancelled: nobody waits for a reply to what was not sent
+            future.cancel()
+            raise
+        return future
+
+    def _forget(
+        self, correlation_id: str, timer: asyncio.TimerHandle, done: asyncio.Future[tuple[Reply, ...]]
+    ) -> None:
+        timer.cancel()
+        self._waiting.pop(correlation_id, None)
+        if not done.cancelled():
+            done.exception()  # looked at, or asyncio complains where nobody waits any more
+
+    async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
+        """Send one command, as soon as there is a connection, and return its reply.
+
+        A command without a `request_id` or `traceparent` gets those of the current log context and span. Raises
+        Disconnected, Unroutable or TimeoutError, or ValueError for an unreadable reply.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_sec
+        command = command.model_copy(
+            update={
+                "request_id": command.request_id or log_context.request_id(),
+                "traceparent": command.traceparent or tracing.traceparent(),
+            }
+        )
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._publisher.wait_connected()
+                await self._connected.wait()
+                left = deadline - asyncio.get_running_loop().time()
+                (reply,) = await (await self.send(queue, [command], timeout_sec=left))
+                return reply
+        except TimeoutError:
+            raise TimeoutError(f"no reply in {timeout_sec:g} s") from None
+
+
+def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError("no reply in time"))

@@ -1,0 +1,155 @@
+"""Consumption of a queue in batches.
+
+The delivery callback only stores a delivery. The consumer processes deliveries outside of the callback, in batches,
+and acknowledges them in order. Publishers have connections of their own, because a resource alarm blocks a
+connection that publishes.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Self
+
+import structlog
+from aio_pika.abc import AbstractConnection
+from aiormq.abc import DeliveredMessage
+from aiormq.channel import Channel
+from pamqp.commands import Basic
+
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands, request_ids_in
+from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.replies import Reply
+from sandbox_broker.messaging.connection import Disconnected, losses, open_channel
+from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
+from sandbox_broker.observability import log_context, metrics
+
+SUBSCRIBE_TIMEOUT_SEC = 5.0
+
+ANSWER_PATIENCE_SEC = 3.0
+"""For a reply whose sending failed; then its sender has given up, or soon will."""
+
+ANSWER_PAUSE_SEC = 0.1
+
+PUBLISHED_AT = "published_at"
+"""A header: Unix milliseconds, by the clock of who has published the message."""
+
+log = structlog.get_logger()
+
+
+class Subscription:
+    """What RabbitMQ delivers from one queue, in batches, until the channel closes, the queue is deleted, or
+    `end` is called. What was delivered and not acknowledged then goes back to the queue."""
+
+    def __init__(self, channel: Channel, queue: topology.Queue) -> None:
+        self._channel = channel
+        self._queue = queue.name
+        self._wait = metrics.QUEUE_WAIT.labels(queue.name)
+        self._inbox: asyncio.Queue[tuple[DeliveredMessage, float] | None] = asyncio.Queue()
+        self._ended = False
+
+    @classmethod
+    async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
+        """Raises Disconnected, also where it is the queue alone that does not answer."""
+        with losses():
+            try:
+                async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):
+                    channel = await open_channel(connection, confirms=False)
+                    subscription = cls(channel, queue)
+                    channel.closing.add_done_callback(lambda _: subscription.end())
+                    channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
+                    await channel.basic_qos(prefetch_count=prefetch)
+                    await channel.basic_consume(queue.name, subscription._deliver)
+            except TimeoutError as error:
+                raise Disconnected(f"the queue {queue.name} does not answer") from error
+        return subscription
+
+    async def _deliver(self, delivery: DeliveredMessage) -> None:
+        published_at = (delivery.header.properties.headers or {}).get(PUBLISHED_AT)
+        if isinstance(published_at, int):
+            self._wait.observe(max(0.0, time.time() - published_at / 1000))
+        self._inbox.put_nowait((delivery, asyncio.get_running_loop().time()))
+
+    async def batch(self, limit: int) -> list[DeliveredMessage]:
+        """All that has gathered, up to `limit`, and at least one; empty once the subscription has ended. What has
+        expired in line here is dropped, as RabbitMQ drops what expires in the queue: nobody waits for it."""
+        deliveries: list[DeliveredMessage] = []
+        while not self._ended and len(deliveries) < limit and (not deliveries or not self._inbox.empty()):
+            if (arrived := await self._inbox.get()) is None:
+                continue
+            delivery, since = arrived
+            expiration = delivery.header.properties.expiration
+            if expiration and (asyncio.get_running_loop().time() - since) * 1000 > int(expiration):
+                for request_ids in log_context.by_line(request_ids_in(delivery.body)):
+                    log.info("message.expired", queue=self._queue, request_ids=request_ids)
+                await self.ack(delivery)
+            else:
+                deliveries.append(delivery)
+        return [] if self._ended else deliveries
+
+    async def ack(self, delivery: DeliveredMessage, *, all_before: bool = False) -> None:
+        """Acknowledges this delivery, or with it all before it. Where the channel is gone it does nothing:
+        RabbitMQ delivers them again, and doing them again changes nothing."""
+        await self._settle(self._channel.basic_ack(_tag(delivery), multiple=all_before))
+
+    async def reject(self, delivery: DeliveredMessage) -> None:
+        """Sends this delivery to the dead letters."""
+        metrics.DEAD_LETTERED.labels(self._queue).inc()
+        await self._settle(self._channel.basic_reject(_tag(delivery), requeue=False))
+
+    async def _settle(self, sending: Awaitable[None]) -> None:
+        try:
+            with losses():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
+                    await sending
+        except Disconnected:
+            self.end()
+
+    def end(self) -> None:
+        self._ended = True
+        self._inbox.put_nowait(None)
+
+
+def decode_delivery(delivery: DeliveredMessage) -> list[Command | InvalidCommand]:
+    """Decode the commands of a delivery. A command that its exchange may not carry becomes an InvalidCommand,
+    because its sender has no right to it.
+
+    Raise InvalidEnvelope when there is no list of commands.
+    """
+    exchange = delivery.exchange
+    return [
+        command
+        if isinstance(command, InvalidCommand) or topology.can_carry(exchange, command)
+        else InvalidCommand(
+            command.model_dump(mode="json"), f"{command.type} may not be sent over the exchange '{exchange}'"
+        )
+        for command in decode_commands(delivery.body)
+    ]
+
+
+def _tag(delivery: DeliveredMessage) -> int:
+    tag = delivery.delivery_tag
+    assert tag is not None, "only a basic.get of an empty queue has none"  # noqa: S101 (for the type checker)
+    return tag
+
+
+async def answer(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
+    """Sends the replies to whoever asked; nobody waiting any more is no error. Again until they have arrived: of
+    two answers to one question the second is dropped by who asked."""
+    asked = delivery.header.properties
+    if not asked.reply_to:
+        return None
+    body = ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode()
+    properties = Basic.Properties(content_type="application/json", correlation_id=asked.correlation_id)
+    try:
+        async with asyncio.timeout(ANSWER_PATIENCE_SEC):
+            while True:
+                try:
+                    return await publisher.publish(
+                        topology.REPLIES.name, asked.reply_to, body, properties, mandatory=False
+                    )
+                except Disconnected as error:
+                    log.info("reply.delayed", error=str(error))
+                    await asyncio.sleep(ANSWER_PAUSE_SEC)
+    except TimeoutError:
+        log.warning("reply.lost")  # its sender asks again, and gets the same

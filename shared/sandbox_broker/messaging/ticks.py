@@ -1,0 +1,62 @@
+"""Timers through RabbitMQ: every replica of a service publishes ticks, one replica gets them.
+
+A tick queue holds one message at most and has a single active consumer, so replicas or an outage never pile up
+work, and nothing runs twice at once. A tick that comes before its time, from another replica, is dropped: any
+number of them give one run per period. A tick that is lost costs one period.
+"""
+
+import asyncio
+import math
+import secrets
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aio_pika.abc import AbstractConnection
+
+from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import Disconnected, delete_replaced, keep_connected
+from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.messaging.subscription import Subscription
+from sandbox_broker.observability import log_context, tracing
+from sandbox_broker.runtime.service import every
+
+TOLERANCE = 0.1
+"""Of a period: so much may a tick come early and still be the next one."""
+
+log = structlog.get_logger()
+
+
+async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
+    """Publishes one tick now and then one a period, for ever."""
+
+    async def tick() -> None:
+        try:
+            await publisher.publish(topology.TICKS.name, queue.name, b"{}")
+        except (Disconnected, Unroutable) as error:
+            log.warning("tick.not_sent", queue=queue.name, error=str(error))
+
+    await publisher.wait_connected()
+    await every(period_sec, tick)
+
+
+async def consume(
+    url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
+) -> None:
+    """Do `work` once a period, for ever, as long as ticks come. Delete the queue that `queue` replaces."""
+    loop = asyncio.get_running_loop()
+    not_before = -math.inf
+
+    async def session(connection: AbstractConnection) -> None:
+        nonlocal not_before
+        subscription = await Subscription.open(connection, queue, prefetch=1)
+        moved = False
+        while deliveries := await subscription.batch(1):
+            # Each tick tries again, because services of an earlier version may consume the old queue for a while.
+            moved = moved or await delete_replaced(connection, queue)
+            if loop.time() >= not_before:
+                not_before = loop.time() + (1 - TOLERANCE) * period_sec
+                with log_context.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.beginning(queue.name):
+                    await work()
+            await subscription.ack(deliveries[0])
+
+    await keep_connected(url, queue.name, session)

@@ -1,0 +1,175 @@
+"""Settings come from environment variables or a `.env` file; a wrong one stops the service with one line."""
+
+import ipaddress
+import sys
+from collections.abc import Callable
+from typing import Annotated, Literal, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sandbox_broker.runtime.sockets import parse_addresses
+
+MIN_TOKEN_LENGTH = 12
+
+EXAMPLE_TOKENS = frozenset({"dev-track-token", "dev-admin-token", "dev-csp-token"})
+"""The fixed tokens of `make run` in earlier versions. They are public, so every service refuses them."""
+
+_NEW_TOKEN = "make a new one with `openssl rand -hex 24`"  # noqa: S105 (an advice)
+
+
+def _url(*schemes: str, example: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            valid = parts.scheme in schemes and bool(parts.hostname)
+            _ = parts.port  # raises on a port that is no number
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"must be a URL like {example}")
+        return value
+
+    return check
+
+
+def _driver_neutral(value: str) -> str:
+    """asyncpg knows no SQLAlchemy driver names."""
+    return value.replace("postgresql+asyncpg://", "postgresql://", 1)
+
+
+def none_if_empty(value: object) -> object:
+    """Compose hands on a variable that is set to nothing as an empty one."""
+    return None if value == "" else value
+
+
+def _to_upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def split_tokens(listed: SecretStr) -> list[str]:
+    """Return the tokens of a comma-separated list, without blanks around them."""
+    return [part.strip() for part in listed.get_secret_value().split(",") if part.strip()]
+
+
+def _check_token_list(value: SecretStr) -> SecretStr:
+    tokens = split_tokens(value)
+    if not tokens:
+        raise ValueError("must hold at least one token")
+    if any(len(token) < MIN_TOKEN_LENGTH for token in tokens):
+        raise ValueError(f"holds a token shorter than {MIN_TOKEN_LENGTH} characters; {_NEW_TOKEN}")
+    if not EXAMPLE_TOKENS.isdisjoint(tokens):
+        raise ValueError(f"holds an example token, which is public; {_NEW_TOKEN}")
+    return value
+
+
+def _refuse_example_token(value: SecretStr) -> SecretStr:
+    if value.get_secret_value().strip() in EXAMPLE_TOKENS:
+        raise ValueError("is an example token, which is public; set the token that CSP issued")
+    return value
+
+
+def _normalize_insecure_csp(value: str) -> str:
+    text = value.strip().lower()
+    if text in ("", "false", "0", "no", "off"):
+        return ""
+    if text in ("true", "1", "yes", "on"):
+        return "true"
+    if "/" in text or "," in text:
+        raise ValueError("must be true, false, or one host name")
+    return text
+
+
+def _require_tls(value: str, info: ValidationInfo) -> str:
+    parts = urlsplit(value)
+    host = parts.hostname or ""
+    allowed = info.data.get("allow_insecure_csp", "")
+    if parts.scheme == "https" or _is_loopback(host) or allowed in ("true", host):
+        return value
+    raise ValueError(
+        "must begin with https://, because CSP's credentials would travel unencrypted; "
+        "for a simulator on a trusted network set ALLOW_INSECURE_CSP=true"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _addresses(value: str) -> str:
+    try:
+        parse_addresses(value)
+    except ValueError as error:
+        raise ValueError("must be a comma-separated list of IP addresses like 127.0.0.1,::1, or empty") from error
+    return value
+
+
+DatabaseUrl = Annotated[
+    str,
+    AfterValidator(_driver_neutral),
+    AfterValidator(_url("postgresql", "postgres", example="postgresql://user:password@host:5432/database")),
+]
+AmqpUrl = Annotated[str, AfterValidator(_url("amqp", "amqps", example="amqp://user:password@host:5672/"))]
+HttpUrl = Annotated[str, AfterValidator(_url("http", "https", example="https://host/path"))]
+CspUrl = Annotated[HttpUrl, AfterValidator(_require_tls)]
+"""A URL of CSP. http:// needs a loopback host or `allow_insecure_csp`, a field that must come before this one."""
+CspToken = Annotated[SecretStr, Field(min_length=1), AfterValidator(_refuse_example_token)]
+Tokens = Annotated[SecretStr, AfterValidator(_check_token_list)]
+"""A comma-separated list of tokens, so that a token is rotated without downtime."""
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class ServiceSettings(BaseSettings):
+    """What every service has. The field names are the variables' names in lower case."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    amqp_url: AmqpUrl = Field(repr=False)
+    bind_host: Annotated[str, AfterValidator(_addresses)] = ""
+    """The addresses that the service listens on; empty for all addresses, IPv4 and IPv6."""
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_to_upper)] = "INFO"
+    log_format: Literal["json", "console"] = "json"
+    otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None
+    otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
+
+
+class CspSettings(ServiceSettings):
+    """Settings of a service that calls CSP."""
+
+    allow_insecure_csp: Annotated[str, AfterValidator(_normalize_insecure_csp)] = ""
+    """Empty: https:// only. `true`: http:// to any host. Otherwise the one host that may be called with http://."""
+    csp_base_url: CspUrl = "https://csp.infoblox.com/v2"
+    csp_api_token: CspToken
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load(settings: type[S]) -> S:
+    """The settings from the environment; exits with status 2 and one line that names what is wrong."""
+    try:
+        return settings()
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        stop("; ".join(f"{_variable(problem['loc'])}: {_advice(problem['msg'])}" for problem in problems))
+
+
+def stop(line: str) -> NoReturn:
+    """Ends the process with one line for the person who starts it."""
+    sys.stderr.write(f"cannot start: {line}\n")
+    raise SystemExit(2)
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return str(location[0]).upper() if location else "settings"
+
+
+def _advice(message: str) -> str:
+    return "is not set" if message == "Field required" else message.removeprefix("Value error, ")

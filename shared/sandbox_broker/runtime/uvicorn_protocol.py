@@ -1,0 +1,234 @@
+"""HTTP/1.1 on the server side, for every service: uvicorn's protocol with strict message framing.
+
+A proxy and a server that disagree on where a request ends can be made to mix up the requests of two clients
+(request smuggling). Therefore each message here has exactly one possible end, or the connection closes:
+
+- An offer to upgrade the protocol is ignored. httptools skips the body of a request with such an offer, so uvicorn
+  would take the body for the next request.
+- No Host or two Hosts in HTTP/1.1, any Transfer-Encoding but exactly one `chunked`, CONNECT, and versions other
+  than 1.0 and 1.1 are refused. llhttp, the parser, refuses further forms by itself: two Content-Lengths,
+  Content-Length beside Transfer-Encoding, folded fields, bare CR or LF, spaces before a colon.
+- Trailer fields are dropped, because uvicorn would add them to the header fields of the request.
+- After a request that closes the connection, no further byte is parsed.
+
+This module holds all that the services know of uvicorn's and httptools' internals on the reading side.
+"""
+
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+import structlog
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+MAX_HEAD_BYTES = 16 * 1024
+"""Longest request head: the request line and all header fields."""
+MAX_HEAD_FIELDS = 100
+MAX_LOGGED = 200
+"""Characters of the parser's report, which can quote a whole target."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The answer to a message that is not passed on to the application."""
+
+    status: int
+    code: str
+    message: str
+
+
+MALFORMED = Refusal(
+    400,
+    "MALFORMED_REQUEST",
+    "This is not valid HTTP/1.1, or its end is ambiguous. Check the client, or the proxy before this service.",
+)
+HEAD_TOO_LARGE = Refusal(
+    431,
+    "HEADERS_TOO_LARGE",
+    f"The request line and the header fields may have {MAX_HEAD_BYTES} bytes and {MAX_HEAD_FIELDS} fields. "
+    "Send fewer or shorter header fields.",
+)
+
+
+class _RefusedError(Exception):
+    """Leaves a parser callback. httptools keeps it as the context of the error that it raises itself."""
+
+    def __init__(self, refusal: Refusal, problem: str) -> None:
+        super().__init__(problem)
+        self.refusal = refusal
+
+
+class _DiscardedFields(list[tuple[bytes, bytes]]):
+    """Takes the trailer fields of a chunked body, and keeps none."""
+
+    def append(self, _: tuple[bytes, bytes]) -> None:
+        pass
+
+
+_DISCARDED_FIELDS = _DiscardedFields()
+
+
+class StrictProtocol(HttpToolsProtocol):
+    """One connection. Subclasses may override `render_refusal`."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        # uvicorn's own parser goes on after a request that closes the connection. This one stops.
+        self.parser = httptools.HttpRequestParser(self)
+        self._message_complete = True
+        self._upgrade_offered = False
+        self._stopped = False
+        """Nothing more is read from this connection."""
+        self._running: RequestResponseCycle | None = None
+        """The request that the application works on. Pipelined requests wait in `self.pipeline`."""
+        self._pending_bytes = 0
+        """Bytes of the slices before this one, since the parser last reported a new message or body data."""
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        # In slices, because httptools collects an unfinished header field without a limit.
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            if self._stopped or self.transport.is_closing():
+                return
+            self._feed(data[start : start + MAX_HEAD_BYTES])
+
+    def _feed(self, data: bytes) -> None:
+        """Parse at most MAX_HEAD_BYTES bytes."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                # This parser has skipped the body. A new one gets the same head without the offer.
+                data = self._render_head_without_upgrade() + data[offer.args[0] :]
+                self._upgrade_offered = False
+                self.parser = httptools.HttpRequestParser(self)
+                continue
+            except httptools.HttpParserError as error:
+                cause = error.__context__
+                refusal = cause.refusal if isinstance(cause, _RefusedError) else MALFORMED
+                self.refuse(refusal, str(cause or error))
+                return
+            self._pending_bytes += len(data)
+            if self._pending_bytes > 2 * MAX_HEAD_BYTES:
+                self.refuse(HEAD_TOO_LARGE, "the head or a trailer does not end")
+            return
+
+    def on_message_begin(self) -> None:
+        self._message_complete = False
+        self._pending_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._check_head()
+        if self._upgrade_offered:
+            return
+        super().on_headers_complete()
+        self.headers = _DISCARDED_FIELDS
+
+    def on_body(self, body: bytes) -> None:
+        self._pending_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._upgrade_offered:
+            return
+        self._message_complete = True
+        self._pending_bytes = 0
+        super().on_message_complete()
+        if not self.parser.should_keep_alive():
+            # For most requests that is known already. A trailer `Connection: close` ends the parsing only here, and
+            # the next request on the connection would be refused.
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
+
+    def _check_head(self) -> None:
+        """Raise _RefusedError for a head that is too large, or that leaves the end of its message open."""
+        if len(self.headers) > MAX_HEAD_FIELDS:
+            raise _RefusedError(HEAD_TOO_LARGE, "too many header fields")
+        # Only a head that needed several slices can be too large.
+        if self._pending_bytes and self._count_head_bytes() > MAX_HEAD_BYTES:
+            raise _RefusedError(HEAD_TOO_LARGE, "the head is too long")
+        hosts = encodings = 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding":
+                encodings += 1
+                if value.lower() != b"chunked":
+                    raise _RefusedError(MALFORMED, "Transfer-Encoding is not chunked")
+        version = self.parser.get_http_version()
+        if version == "1.1":
+            if hosts != 1 or encodings > 1:
+                raise _RefusedError(MALFORMED, f"{hosts} Host and {encodings} Transfer-Encoding fields")
+        elif version != "1.0" or hosts > 1 or encodings:
+            # HTTP/1.0 knows no Transfer-Encoding (RFC 9112, 6.1), and its health checks send no Host.
+            raise _RefusedError(MALFORMED, f"HTTP/{version}, {hosts} Host and {encodings} Transfer-Encoding fields")
+        else:
+            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise _RefusedError(MALFORMED, "CONNECT")
+            self._upgrade_offered = True
+
+    def _count_head_bytes(self) -> int:
+        request_line = len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1\r\n")
+        return request_line + sum(len(name) + len(value) + len(": \r\n") for name, value in self.headers) + 2
+
+    def _render_head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def refuse(self, refusal: Refusal, problem: str) -> None:
+        """Stop reading. Answer the message at hand with `refusal`, unless an earlier request still waits for its
+        response: then close the connection after that response, because a client would take the refusal for it."""
+        self._stopped = True
+        if self.transport.is_closing():
+            return
+        rejected = None if self._message_complete else self._cycle_of_message()
+        if rejected is not None and self.pipeline and self.pipeline[0][0] is rejected:
+            self.pipeline.popleft()
+        earlier = self.pipeline[0][0] if self.pipeline else self._running
+        if earlier is not None and earlier is not rejected and not earlier.response_complete:
+            earlier.keep_alive = False
+            return
+        if rejected is not None:
+            answered = rejected.response_started
+            rejected.disconnected = True  # the application's response is dropped
+            rejected.message_event.set()
+            if answered:
+                self.transport.close()
+                return
+        request_id = str(uuid.uuid4())
+        # A warning, because the logs limit how many warnings of one kind they take.
+        log.warning("request.malformed", request_id=request_id, problem=problem[:MAX_LOGGED])
+        self.transport.write(self.render_refusal(refusal, request_id))
+        self.transport.close()
+
+    def _cycle_of_message(self) -> RequestResponseCycle | None:
+        """The request whose body is being read; None while its head is."""
+        return self.cycle if self.cycle is not None and self.cycle.scope is self.scope else None
+
+    def render_refusal(self, refusal: Refusal, request_id: str) -> bytes:
+        """Return the whole response."""
+        detail = {"code": refusal.code, "message": refusal.message, "request_id": request_id}
+        body = json.dumps({"detail": detail}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        return render_response(refusal.status, headers, body)
+
+
+def render_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """Return a response that closes the connection. `headers` include Content-Type and Content-Length."""
+    fields = b"".join(b"%b: %b\r\n" % field for field in headers)
+    return STATUS_LINE[status] + fields + b"connection: close\r\n\r\n" + body

@@ -1,0 +1,295 @@
+"""What crosses RabbitMQ: it comes back as it went out, and nonsense is told from sense."""
+
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from sandbox_broker.contract.codec import (
+    MAX_ENVELOPE,
+    InvalidCommand,
+    InvalidEnvelope,
+    ReplyEnvelope,
+    decode_commands,
+    encode_commands,
+)
+from sandbox_broker.contract.commands import (
+    AllocateSandbox,
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    CleanUpNow,
+    Command,
+    DeleteStale,
+    DropDeadLetter,
+    EndCleanup,
+    EndLease,
+    ExpireLeases,
+    HurryDeletions,
+    ListedAccount,
+    PurgeRecords,
+    RecordDeletion,
+    RecordDeletionFailure,
+    RecordJob,
+    RefreshSandboxes,
+    ReleaseSandbox,
+    ReplayDeadLetter,
+    RetryDeletion,
+    StageListing,
+    SyncPool,
+)
+from sandbox_broker.contract.events import Event, encode_event
+from sandbox_broker.contract.replies import (
+    CleanedUp,
+    DeadLetterReplayed,
+    DeletionsClaimed,
+    DeletionsHurried,
+    DueDeletion,
+    LeaseGranted,
+    LeasesExpired,
+    ListingApplied,
+    ListingBegun,
+    ListingStaged,
+    PoolSynced,
+    Purged,
+    Recorded,
+    Refused,
+    Reply,
+    SandboxesRefreshed,
+    SandboxReleased,
+)
+from sandbox_broker.contract.types import MAX_ID_LENGTH
+
+FULL = ListedAccount(
+    sandbox_id="7",
+    external_id="u-7",
+    name="läb 7",
+    sfdc_account_id="s",
+    created_at=datetime(2025, 3, 27, tzinfo=UTC),
+)
+RUN = uuid.UUID(int=8)
+COMMANDS: list[Command] = [
+    AllocateSandbox(request_id="r", holder="h"),
+    AllocateSandbox(request_id="r", holder="h", track_name="t", name_prefix="p%_*", idempotency_key="k"),
+    ReleaseSandbox(request_id="r", sandbox_id="7", holder="h"),
+    ExpireLeases(grace_sec=1800, limit=200),
+    ClaimDeletions(run_id=RUN, limit=10, claim_sec=120.5),
+    HurryDeletions(run_id=RUN, limit=500, claim_sec=120.5),
+    EndCleanup(run_id=RUN),
+    RecordDeletion(sandbox_id="7"),
+    RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=1, error="500", retry_in_sec=30.5),
+    RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=8, error="500", retry_in_sec=None),
+    EndLease(request_id="r", sandbox_id="7", note="läb over"),
+    RetryDeletion(request_id="r", sandbox_id="7"),
+    ReplayDeadLetter(request_id="r", dead_letter_id=RUN),
+    DropDeadLetter(request_id="r", dead_letter_id=RUN),
+    BeginListing(),
+    StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
+    StageListing(listing_id=3, accounts=(), unreadable=("9",)),
+    ApplyListing(listing_id=3, total=2, max_stale_fraction=0.25, force=True),
+    RefreshSandboxes(listing_id=3, after="7", limit=500),
+    DeleteStale(stale_for_sec=86400, limit=500),
+    PurgeRecords(status="deleted", for_sec=2592000, limit=500),
+    RecordJob(
+        job_id=uuid.UUID(int=7),
+        kind="sync",
+        state="completed",
+        progress={"staged": 500},
+        result={"synced": 7, "message": "done"},
+    ),
+    SyncPool(request_id="r", force=True, job_id=uuid.UUID(int=7)),
+    CleanUpNow(request_id="r", job_id=uuid.UUID(int=7)),
+]
+REPLIES: list[Reply] = [
+    Refused(code="POOL_EXHAUSTED", message="No available sandboxes in pool"),
+    LeaseGranted(
+        new=True,
+        sandbox_id="7",
+        name="n",
+        external_id="u",
+        sfdc_account_id=None,
+        allocated_at=1,
+        expires_at=2,
+    ),
+    SandboxReleased(sandbox_id="7", status="pending_deletion", deletion_requested_at=1),
+    LeasesExpired(sandbox_ids=("7", "8")),
+    DeletionsClaimed(deletions=(DueDeletion(sandbox_id="7", external_id="u", name="n", attempts=0, missing=True),)),
+    DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=12.5),
+    DeletionsHurried(on_duty=True, hurried=3),
+    CleanedUp(deleted=3, failed=1, duration_ms=12),
+    DeadLetterReplayed(dead_letter_id=RUN, queue="allocator.commands", published=True, skipped=1),
+    Recorded(changed=False),
+    SandboxesRefreshed(last="7"),
+    SandboxesRefreshed(last=None),
+    Purged(count=7),
+    ListingBegun(listing_id=3),
+    ListingStaged(staged=2),
+    ListingApplied(synced=2, discovered=1, restored=0, marked_stale=1),
+    PoolSynced(synced=2, marked_stale=1, restored=0, duration_ms=12),
+]
+
+
+def kinds(union: Any) -> set[type]:
+    return set(get_args(get_args(union)[0]))
+
+
+def envelope(*entries: object) -> bytes:
+    return json.dumps({"commands": entries}).encode()
+
+
+def test_the_samples_leave_out_no_message() -> None:
+    assert {type(command) for command in COMMANDS} == kinds(Command)
+    assert {type(reply) for reply in REPLIES} == kinds(Reply)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=repr)
+def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
+    assert decode_commands(encode_commands([command])) == [command]
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=repr)
+def test_a_reply_arrives_as_it_was_sent(reply: Reply) -> None:
+    body = ReplyEnvelope(replies=(reply,)).model_dump_json()
+    assert ReplyEnvelope.model_validate_json(body).replies == (reply,)
+
+
+def test_commands_keep_their_order() -> None:
+    assert decode_commands(encode_commands(COMMANDS)) == COMMANDS
+
+
+@pytest.mark.parametrize("message", [*COMMANDS, *REPLIES, FULL], ids=repr)
+def test_no_message_can_be_changed(message: BaseModel) -> None:
+    field = next(iter(type(message).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(message, field, getattr(message, field))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=repr)
+def test_a_version_that_is_not_known_is_refused(command: Command) -> None:
+    (refused,) = decode_commands(envelope({**command.model_dump(mode="json"), "version": 2}))
+    assert isinstance(refused, InvalidCommand)
+    assert "version" in str(refused)
+
+
+def test_a_reply_of_an_unknown_version_is_refused() -> None:
+    body = json.dumps({"replies": [{**REPLIES[0].model_dump(), "version": 2}]})
+    with pytest.raises(ValidationError, match="version"):
+        ReplyEnvelope.model_validate_json(body)
+
+
+def test_fields_that_a_newer_sender_added_are_ignored() -> None:
+    command = {"type": "RecordDeletion", "sandbox_id": "7", "mood": "good"}
+    assert decode_commands(json.dumps({"commands": [command], "trace": 1}).encode()) == [
+        RecordDeletion(sandbox_id="7")
+    ]
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        None,
+        7,
+        "text",
+        [],
+        {},
+        {"type": "DropTable"},
+        {"type": "RecordDeletion"},
+        {"type": "RecordDeletion", "sandbox_id": ""},
+        {"type": "ExpireLeases", "grace_sec": -1, "limit": 1},
+        {"type": "LeaseGranted"},
+    ],
+    ids=repr,
+)
+def test_a_poisonous_entry_leaves_its_neighbours_intact(poison: object) -> None:
+    good = {"type": "RecordDeletion", "sandbox_id": "7"}
+    before, refused, after = decode_commands(envelope(good, poison, good))
+    assert before == after == RecordDeletion(sandbox_id="7")
+    assert isinstance(refused, InvalidCommand)
+    assert refused.raw == poison
+    assert str(refused)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"commands": {}}',
+        b'{"commands": []}',
+        b'{"commands": ' + b"[" * 100_000,
+    ],
+    ids=lambda body: body[:20],
+)
+def test_what_is_no_envelope_is_said_to_be_none(body: bytes) -> None:
+    with pytest.raises(InvalidEnvelope):
+        decode_commands(body)
+
+
+def test_an_envelope_holds_only_so_many_commands() -> None:
+    full = [BeginListing()] * MAX_ENVELOPE
+    assert decode_commands(encode_commands(full)) == full
+    with pytest.raises(ValidationError):
+        encode_commands([*full, BeginListing()])
+    with pytest.raises(InvalidEnvelope):
+        decode_commands(envelope(*[{"type": "BeginListing"}] * (MAX_ENVELOPE + 1)))
+
+
+@pytest.mark.parametrize("text", ["a\0", "\0", "a\n", "a\nb", "\ta", "a\x7f", "é", "", "x" * (MAX_ID_LENGTH + 1)])
+def test_ids_are_short_printable_ascii(text: str) -> None:
+    for refused in (
+        lambda: AllocateSandbox(request_id="r", holder=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", idempotency_key=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", name_prefix=text),
+        lambda: AllocateSandbox(request_id="r", holder="h", track_name=text),
+        lambda: RecordDeletion(sandbox_id=text),
+        lambda: ListedAccount(sandbox_id=text, external_id="u", name="n"),
+        lambda: ListedAccount(sandbox_id="7", external_id=text, name="n"),
+    ):
+        with pytest.raises(ValidationError):
+            refused()
+
+
+def test_text_that_postgresql_cannot_store_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        ListedAccount(sandbox_id="7", external_id="u", name="a\0b")
+    with pytest.raises(ValidationError):
+        ListedAccount(sandbox_id="7", external_id="u", name="n", sfdc_account_id="a\0b")
+    with pytest.raises(ValidationError):
+        RecordDeletionFailure(run_id=RUN, sandbox_id="7", attempts=1, error="a\0b")
+    assert ListedAccount(sandbox_id="7", external_id="u", name="läb\n7").name == "läb\n7"
+
+
+def test_an_event_is_a_cloud_event() -> None:
+    event = Event.model_validate(
+        {
+            "id": "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11",
+            "type": "sandbox.deleted",
+            "subject": "7",
+            "time": "2025-03-27T16:53:47Z",
+            "data": {"sandbox_id": "7", "reason": None},
+        }
+    )
+    written = json.loads(event.model_dump_json(exclude_none=True))
+    assert written["specversion"] == "1.0"
+    assert written["source"].startswith("/sandbox-broker/")
+    assert written["data"] == {"sandbox_id": "7", "reason": None}
+    assert Event.model_validate(written) == event
+
+
+def test_an_encoded_event_is_what_the_event_itself_would_write() -> None:
+    moment = datetime(2025, 3, 27, 16, 53, 47, 605459, tzinfo=UTC)
+    for subject in ('7"\\', None):
+        event_id, data = "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11", '{"name": "läb", "n": null}'
+        body = encode_event(event_id, "sandbox.deleted", subject, moment, data)
+        event = Event.model_validate_json(body)
+        assert (event.subject, event.time, event.data) == (subject, moment, {"name": "läb", "n": None})
+        assert json.loads(body) == json.loads(event.model_dump_json(exclude_none=True)) | {
+            "time": "2025-03-27T16:53:47.605459+00:00"
+        }

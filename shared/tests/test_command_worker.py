@@ -1,0 +1,125 @@
+"""Commands that take long: each is answered, and what cannot be carried out is kept among the dead letters."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import aio_pika
+import pytest
+from aio_pika.abc import AbstractChannel
+
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.codec import encode_commands
+from sandbox_broker.contract.commands import CleanUpNow, Command, SyncPool
+from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
+from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import Requester
+
+from .shared_harness import PATIENCE_SEC, beside, nothing_stays
+
+QUEUE = topology.SYNCER_COMMANDS
+SYNCED = PoolSynced(synced=1, marked_stale=0, restored=0, duration_ms=1)
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left() -> AsyncIterator[None]:
+    async with nothing_stays():
+        yield
+
+
+async def handle(command: Command) -> Reply | None:
+    """What a csp-syncer does, but that a forced sync runs into a fault of ours."""
+    if not isinstance(command, SyncPool):
+        return None
+    if command.force:
+        raise KeyError("a fault of ours")
+    return SYNCED
+
+
+@pytest.fixture
+async def requester(clean_queues: str) -> AsyncIterator[Requester]:
+    publisher = Publisher(clean_queues, "test")
+    requester = Requester(clean_queues, "test", publisher)
+
+    async def session(connection: aio_pika.abc.AbstractConnection) -> None:
+        await serve(connection, QUEUE, publisher, handle)
+
+    serving = partial(keep_connected, clean_queues, "serving", session)
+    async with beside(publisher.run(), requester.run(), serving()):
+        yield requester
+
+
+@pytest.fixture
+async def channel(clean_queues: str) -> AsyncIterator[AbstractChannel]:
+    async with await aio_pika.connect(clean_queues) as connection, connection.channel() as opened:
+        yield opened
+
+
+async def dead_letter(channel: AbstractChannel) -> tuple[Any, dict[str, Any]]:
+    """What is in it, and its headers."""
+    queue = await channel.get_queue(topology.DEAD_LETTER_QUEUE.name)
+    async with asyncio.timeout(PATIENCE_SEC):
+        while (message := await queue.get(no_ack=True, fail=False)) is None:  # noqa: ASYNC110 (nothing tells us)
+            await asyncio.sleep(0.01)
+    return json.loads(message.body), dict(message.headers)
+
+
+async def ask(requester: Requester, command: Command) -> Reply:
+    return await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
+
+
+async def test_a_handler_that_raises_holds_up_nothing_and_its_command_is_kept(
+    requester: Requester, channel: AbstractChannel
+) -> None:
+    for number in range(2):
+        failing = SyncPool(request_id=f"r-{number}", force=True)
+        reply = await ask(requester, failing)
+        assert isinstance(reply, Refused)
+        assert reply.code == "INTERNAL_ERROR"
+        assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
+        body, headers = await dead_letter(channel)
+        assert body == {"commands": [failing.model_dump()]}
+        assert headers["x-first-death-queue"] == QUEUE.name
+        assert headers["x-reason"] == "KeyError: 'a fault of ours'"
+
+
+async def test_a_command_for_another_service_is_refused_and_kept(
+    requester: Requester, channel: AbstractChannel
+) -> None:
+    command = CleanUpNow(request_id="r", job_id=uuid.UUID(int=7))
+    reply = await ask(requester, command)
+    assert isinstance(reply, Refused)
+    assert reply.code == "INVALID_COMMAND"
+    body, headers = await dead_letter(channel)
+    assert body == {"commands": [command.model_dump(mode="json")]}
+    assert headers["x-reason"] == f"CleanUpNow is not for {QUEUE.name}"
+
+
+async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept(
+    requester: Requester, channel: AbstractChannel
+) -> None:
+    """The default exchange stands for any that may not carry it."""
+    command = SyncPool(request_id="r", force=True)
+    await channel.default_exchange.publish(aio_pika.Message(encode_commands([command])), QUEUE.name)
+    body, headers = await dead_letter(channel)
+    assert body == {"commands": [command.model_dump(mode="json")]}
+    assert headers["x-reason"] == "SyncPool may not be sent over the exchange ''"
+    assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
+
+
+async def test_of_an_envelope_the_poisonous_entry_alone_is_kept(
+    requester: Requester, channel: AbstractChannel
+) -> None:
+    poison = {"type": "SyncPool", "version": 2, "request_id": "r"}
+    commands = [poison, SyncPool(request_id="r").model_dump()]
+    exchange = await channel.get_exchange(topology.COMMANDS.name, ensure=False)
+    await exchange.publish(aio_pika.Message(json.dumps({"commands": commands}).encode()), QUEUE.name)
+    body, headers = await dead_letter(channel)
+    assert body == {"commands": [poison]}
+    assert "version" in headers["x-reason"]
+    assert await ask(requester, SyncPool(request_id="behind")) == SYNCED

@@ -1,0 +1,28 @@
+"""The ids of the work at hand follow it into tasks and no further."""
+
+import asyncio
+
+from sandbox_broker.observability import log_context
+
+
+async def test_ids_hold_within_the_block_and_in_its_tasks() -> None:
+    async def task() -> dict[str, object]:
+        log_context.bind(sandbox_id="7")
+        return dict(log_context.ids())
+
+    with log_context.bound(request_id="r", holder=None):
+        assert await asyncio.create_task(task()) == {"request_id": "r", "sandbox_id": "7"}
+        assert dict(log_context.ids()) == {"request_id": "r"}
+        assert log_context.request_id() == "r"
+        with log_context.bound(request_id="s"):
+            assert log_context.request_id() == "s"
+    assert dict(log_context.ids()) == {}
+    assert log_context.request_id() is None
+
+
+def test_ids_are_cut_into_lines_that_no_log_driver_cuts() -> None:
+    ids = [f"{number:0128}" for number in range(120)]
+    lines = list(log_context.by_line(ids))
+    assert [id_ for line in lines for id_ in line] == ids
+    assert max(len(str(line)) for line in lines) < 8 * 1024
+    assert list(log_context.by_line([])) == [[]]

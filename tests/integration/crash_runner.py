@@ -1,0 +1,81 @@
+"""Run a service that kills or freezes itself at a given point: `python crash_runner.py MODULE`.
+
+The file named by DIE_AT holds the point (see devstack.crashes). The reaper's time-outs are shortened, so that the
+claims of a killed reaper expire soon.
+"""
+
+import asyncio
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from devstack.crashes import Crashes
+from reaper import asking, deletion
+from sandbox_broker.csp import client as csp_client
+from sandbox_broker.messaging import subscription
+
+CRASH_COMMANDS = (
+    "ClaimDeletions",
+    "RecordDeletion",
+    "RecordDeletionFailure",
+    "BeginListing",
+    "StageListing",
+    "ApplyListing",
+    "RefreshSandboxes",
+)
+
+module = sys.argv.pop(1)
+crashes = Crashes(Path(os.environ["DIE_AT"]), module)
+
+asking.REQUEST_TIMEOUT_SEC = 1
+deletion.CSP_TIMEOUT_SEC = 1
+
+from reaper import cleanup  # noqa: E402 (derives constants from the time-outs above)
+
+cleanup.CLAIM_MARGIN_SEC = 0.5
+cleanup.NO_REPLY_PAUSE_SEC = 0.2
+
+if module == "reaper":
+    client, deleter = csp_client.CspClient, deletion.Deleter
+    client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "allocator":
+    from allocator import lanes, listings, store
+
+    handlers = lanes.MAINTENANCE.handlers
+    for command_type, handle in handlers.items():
+        name = command_type.__name__
+        if name in CRASH_COMMANDS:
+            handlers[command_type] = crashes.around(handle, f"before {name}", f"after {name}")  # type: ignore[index]
+    fetch_one = store.one
+
+    async def fetch_one_and_crash(connection: Any, statement: str, *arguments: Any) -> Any:
+        """Run the statement with a crash point inside. PostgreSQL completes it after the death of the allocator."""
+        if statement != listings.APPLY_LISTING:
+            return await fetch_one(connection, statement, *arguments)
+        running = asyncio.create_task(fetch_one(connection, statement, *arguments))
+        await asyncio.wait([running], timeout=0.001)
+        crashes.here("during ApplyListing")
+        result = await running
+        crashes.here("between ApplyListing and its flags")
+        return result
+
+    store.one = fetch_one_and_crash  # type: ignore[assignment]
+    subscription.Subscription.ack = crashes.around(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+if module == "csp_syncer":
+    from csp_syncer import asking as syncer_asking
+    from csp_syncer import chunking, syncer
+
+    chunking.BATCH_SIZE = 10  # a small listing then needs several commands
+    request_reply = syncer_asking.request_reply
+
+    async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
+        name = type(command).__name__
+        return await crashes.around(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
+
+    syncer.request_reply = request_reply_and_crash  # type: ignore[attr-defined]
+
+runpy.run_module(module, run_name="__main__", alter_sys=True)

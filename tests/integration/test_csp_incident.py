@@ -1,0 +1,93 @@
+"""Replay of a real CSP incident of 15 minutes, accelerated: every deletion succeeds in the end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.stack import Stack, eventually, running
+
+POLLING_REAPER = str(Path(__file__).with_name("polling_reaper.py"))
+SPEED = 120
+CLASSES_END_AT_SEC = (0, 250, 400, 650, 850, 1000)
+"""The last class ends after the last failure of the script has begun."""
+CLASS_SIZE = 30
+STUDENTS = len(CLASSES_END_AT_SEC) * CLASS_SIZE
+FAILURES = 56
+"""Number of calls to which the script responds with 500."""
+BATCH_SIZE, BATCH_DELAY_SEC = 10, 2 / SPEED
+
+
+@pytest.fixture
+async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    """Broker with two active reapers. All durations are shortened by the factor SPEED."""
+    settings = {
+        "CLEANUP_INTERVAL_SEC": str(300 / SPEED),
+        "CLEANUP_BATCH_DELAY_SEC": str(BATCH_DELAY_SEC),
+        "DELETION_BACKOFF_BASE_SEC": str(30 / SPEED),
+        "DELETION_BACKOFF_MAX_SEC": str(3600 / SPEED),
+        "CIRCUIT_BREAKER_TIMEOUT_SEC": str(60 / SPEED),
+    }
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        running(database_url, amqp_url, settings=settings) as stack,
+    ):
+        await stack.start_service("reaper", name="second reaper", launcher=(POLLING_REAPER,))
+        yield stack
+
+
+def max_concurrent_calls(calls: list[dict[str, Any]]) -> int:
+    changes = [(call["at"], 1) for call in calls] + [(end_time(call), -1) for call in calls]
+    running, maximum = 0, 0
+    for _, change in sorted(changes):
+        running += change
+        maximum = max(maximum, running)
+    return maximum
+
+
+def largest_batch(calls: list[dict[str, Any]]) -> int:
+    """Return the largest number of calls without a batch delay between them."""
+    largest, size, last_end = 0, 0, 0.0
+    for call in calls:
+        size = 1 if call["at"] >= last_end + 0.9 * BATCH_DELAY_SEC else size + 1
+        largest, last_end = max(largest, size), max(last_end, end_time(call))
+    return largest
+
+
+def end_time(call: dict[str, Any]) -> float:
+    return float(call["at"] + call["duration_ms"] / 1000)
+
+
+async def allocate_and_release(stack: Stack, student: str) -> None:
+    lease = (await stack.allocate(student)).json()
+    assert (await stack.release(lease["sandbox_id"], student)).status_code == 200
+
+
+@pytest.mark.timeout(400)
+async def test_every_account_is_deleted_without_intervention(stack: Stack) -> None:
+    await stack.fill(STUDENTS)
+    await stack.control("PUT", "script", {"name": "bad-day", "speed": SPEED})
+    for number, at_sec in enumerate(CLASSES_END_AT_SEC):
+
+        async def has_class_ended(at_sec: float = at_sec) -> bool:
+            return bool((await stack.control("GET", "script"))["elapsed_sec"] >= at_sec)
+
+        await eventually(has_class_ended)
+        await asyncio.gather(*(allocate_and_release(stack, f"{number}-{student}") for student in range(CLASS_SIZE)))
+
+    script = await stack.control("GET", "script")
+    assert script["steps_done"] == script["steps"]
+    await eventually(stack.nothing_pending, within_sec=240)
+    calls = sorted(await stack.deletions(), key=lambda call: float(call["at"]))
+    stats = await stack.stats()
+    assert (stats["deleted"], stats["deletion_failed"]) == (STUDENTS, 0)
+    accounts = (await stack.control("GET", "accounts"))["accounts"]
+    assert not [a for a in accounts if (a["account_type"], a["state"]) == ("sandbox", "active")]
+    assert sum(call["status"] == 500 for call in calls) == FAILURES
+    assert max_concurrent_calls(calls) <= 2
+    assert largest_batch(calls) <= BATCH_SIZE
+    await stack.assert_sound()
