@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fastapi import Request, Response
 
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
@@ -60,4 +60,4 @@ async def _record(context: Context, command: RecordJob, deadline: float) -> None
     except TimeoutError as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not answer. Try again shortly.") from error
     if not isinstance(reply, Recorded):
-        refuse(reply)
+        raise_for_refusal(reply)

@@ -138,14 +138,14 @@ async def test_nothing_is_allowed_where_no_origin_is_listed() -> None:
 
 def test_origins_are_kept_as_browsers_send_them() -> None:
     listed = "https://Labs.Example.com, http://localhost:3000,,https://a.example:443 , http://[::1]:8080"
-    assert cors.origins(listed) == [
+    assert cors.parse_origins(listed) == [
         "https://labs.example.com",
         "http://localhost:3000",
         "https://a.example",
         "http://[::1]:8080",
     ]
-    assert cors.origins("*") == ["*"]
-    assert cors.origins("") == []
+    assert cors.parse_origins("*") == ["*"]
+    assert cors.parse_origins("") == []
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_origins_are_kept_as_browsers_send_them() -> None:
 )
 def test_what_is_no_origin_is_refused(listed: str) -> None:
     with pytest.raises(ValueError, match=r"origin"):
-        cors.origins(listed)
+        cors.parse_origins(listed)

@@ -16,7 +16,7 @@ from openapi_schema_validator import OAS31Validator
 from devstack.settings import ROOT
 from gateway.api import docs
 from gateway.api.error_page import page
-from gateway.api.errors import KINDS
+from gateway.api.errors import ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
@@ -100,19 +100,19 @@ async def test_the_document_says_of_every_error_what_to_do(document: Any) -> Non
         for status, response in operation["responses"].items():
             content = response.get("content", {}).get("application/json", {})
             for code, example in content.get("examples", {}).items():
-                kind = KINDS[code]
-                assert int(status) == kind.status
-                assert f"`{code}`: {kind.meaning}. {kind.advice}" in response["description"]
+                spec = ERRORS[code]
+                assert int(status) == spec.status
+                assert f"`{code}`: {spec.meaning}. {spec.advice}" in response["description"]
                 detail = example["value"]["detail"]
-                assert (detail["code"], detail.get("retry_after")) == (code, kind.retry_after)
+                assert (detail["code"], detail.get("retry_after")) == (code, spec.retry_after)
                 described.add(code)
-    assert described == KINDS.keys() - NO_ROUTES_OWN
+    assert described == ERRORS.keys() - NO_ROUTES_OWN
 
 
 def test_the_page_of_errors_is_current() -> None:
     assert (ROOT / "docs" / "errors.md").read_text() == page()  # `make docs` renews it
-    for code, kind in KINDS.items():
-        assert f"| {kind.status} | `{code}` | {kind.meaning} | {kind.advice} |" in page()
+    for code, spec in ERRORS.items():
+        assert f"| {spec.status} | `{code}` | {spec.meaning} | {spec.advice} |" in page()
 
 
 async def test_every_error_has_the_one_body_in_the_document(document: Any) -> None:
@@ -268,7 +268,7 @@ async def test_the_docs_can_be_switched_off() -> None:
             for headers in ({}, TRACK):
                 response = await http.get(path, headers={"If-None-Match": "*", **headers})
                 assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
-                assert detail(response)["message"] == f"There is no {path} here. Check the path."
+                assert detail(response)["message"] == f"{path} does not exist. Check the path."
                 assert response.headers["Cache-Control"] == "no-store"
         assert (await http.post("/v1/allocate", headers=STUDENT)).status_code == 503  # no allocator to ask
 

@@ -28,7 +28,7 @@ async def test_each_port_has_its_own_routes_and_404_for_those_of_the_other(origi
                 assert refused.headers["X-Content-Type-Options"] == "nosniff"
             refused = await main.get(path, headers=ADMIN)
             assert (refused.status_code, detail(refused)["code"]) == (404, "NOT_FOUND")
-            assert detail(refused)["message"] == f"There is no {path} on this port. Check the path and the port."
+            assert detail(refused)["message"] == f"{path} does not exist on this port. Check the path and the port."
         for method, path, status in (
             ("POST", "/v1/allocate", 503),
             ("GET", "/v1/sandboxes/%00", 404),

@@ -160,7 +160,7 @@ async def test_each_address_without_a_token_has_a_limit_of_its_own() -> None:
 
 async def test_invented_addresses_and_students_leave_the_counters_of_known_tokens_alone() -> None:
     app = create_app_without_servers(rate_limit="3/hour")
-    limit = app.state.context.limits
+    limit = app.state.context.rate_limits
     limit.addresses._max_counters = limit.failures._max_counters = limit.students._max_counters = 4
     assert await statuses(app, *[STUDENT] * 3) == [404] * 3
     for number in range(20):
@@ -172,7 +172,7 @@ async def test_invented_addresses_and_students_leave_the_counters_of_known_token
 
 async def test_a_known_token_with_invented_students_takes_bounded_memory_and_is_not_kept() -> None:
     app = create_app_without_servers(rate_limit="3/hour")
-    students = app.state.context.limits.students
+    students = app.state.context.rate_limits.students
     students._max_counters = 4
     for number in range(20):
         assert await statuses(app, student(f"{number}" * 5000)) == [400]
@@ -184,11 +184,11 @@ async def test_a_known_token_with_invented_students_takes_bounded_memory_and_is_
 def test_when_there_are_too_many_counters_the_oldest_starts_again() -> None:
     counted = RateLimit(Rate(1, 3600), max_counters=3)
     for key in ("a", "b", "c"):
-        assert not counted.hit(key).over
-    assert counted.hit("a").over
-    assert not counted.hit("d").over  # instead of "a", whose window ends first
-    assert [counted.hit(key).over for key in ("b", "c", "d")] == [True, True, True]
-    assert not counted.hit("a").over
+        assert not counted.hit(key).is_exceeded
+    assert counted.hit("a").is_exceeded
+    assert not counted.hit("d").is_exceeded  # instead of "a", whose window ends first
+    assert [counted.hit(key).is_exceeded for key in ("b", "c", "d")] == [True, True, True]
+    assert not counted.hit("a").is_exceeded
     assert len(counted._windows) == 3
 
 
@@ -199,7 +199,7 @@ def test_windows_that_have_ended_make_room(monkeypatch: pytest.MonkeyPatch) -> N
     for number in range(10):
         counted.hit(f"old-{number}")
     now += 60
-    assert not counted.hit("old-0").over
+    assert not counted.hit("old-0").is_exceeded
     for number in range(5):
         assert counted.hit(f"new-{number}").reset == now + 60
     assert set(counted._windows) == {"old-0", *(f"new-{number}" for number in range(5))}

@@ -126,7 +126,7 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
 async def test_a_wrong_method_is_told_all_that_the_path_takes(gateway: Gateway) -> None:
     response = await gateway.client.delete("/v1/admin/sync", headers=ADMIN)
     assert response.headers["Allow"] == "GET, POST"
-    assert detail(response)["message"] == "/v1/admin/sync takes GET, POST, not DELETE."
+    assert detail(response)["message"] == "/v1/admin/sync does not support DELETE. Use GET, POST."
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/v1/docs", "/v1/openapi.json"])

@@ -109,6 +109,6 @@ def test_an_admin_token_that_is_a_track_token_is_refused_with_the_action(
     with pytest.raises(SystemExit):
         load(Settings)
     assert capsys.readouterr().err == (
-        "cannot start: BROKER_ADMIN_TOKEN: holds a token of BROKER_API_TOKEN, so every track could administer the "
-        "broker; use another token\n"
+        "cannot start: BROKER_ADMIN_TOKEN: contains a token of BROKER_API_TOKEN, so every track could administer "
+        "the broker; use another token\n"
     )

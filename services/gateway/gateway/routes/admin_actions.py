@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -44,7 +44,7 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
     if isinstance(reply, JobRunning):
         return reply
     if not isinstance(reply, CleanedUp):
-        refuse(reply)
+        raise_for_refusal(reply)
     return Cleanup(deleted=reply.deleted, failed=reply.failed, duration_ms=reply.duration_ms)
 
 
@@ -83,7 +83,7 @@ async def _released(request: Request, command: Callable[..., Command]) -> Releas
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
     reply = await maintain(request, asked)
     if not isinstance(reply, SandboxReleased):
-        refuse(reply)
+        raise_for_refusal(reply)
     return Release.model_validate(reply, from_attributes=True)
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from sqlalchemy import func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import (
     DeadLetter,
     DeadLetterDropped,
@@ -74,7 +74,7 @@ async def replay_dead_letter(request: Request, dead_letter_id: str) -> DeadLette
     command = ReplayDeadLetter(request_id=request.state.request_id, dead_letter_id=_uuid(dead_letter_id))
     reply = await maintain(request, command)
     if not isinstance(reply, replies.DeadLetterReplayed):
-        refuse(reply)
+        raise_for_refusal(reply)
     return DeadLetterReplayed.model_validate(reply, from_attributes=True)
 
 
@@ -84,7 +84,7 @@ async def drop_dead_letter(request: Request, dead_letter_id: str) -> DeadLetterD
     command = DropDeadLetter(request_id=request.state.request_id, dead_letter_id=_uuid(dead_letter_id))
     reply = await maintain(request, command)
     if not isinstance(reply, Recorded):
-        refuse(reply)
+        raise_for_refusal(reply)
     return DeadLetterDropped(dead_letter_id=command.dead_letter_id)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -50,7 +50,7 @@ async def sync(request: Request, response: Response, force: bool = False) -> Syn
     if isinstance(reply, JobRunning):
         return reply
     if not isinstance(reply, PoolSynced):
-        refuse(reply)
+        raise_for_refusal(reply)
     return Sync.model_validate(reply, from_attributes=True)
 
 
@@ -84,7 +84,7 @@ async def _all(request: Request, command: DeleteStale | PurgeRecords) -> Purge:
     while True:
         reply = await maintain(request, command)
         if not isinstance(reply, Purged):
-            refuse(reply)
+            raise_for_refusal(reply)
         count += reply.count
         took_sec = loop.time() - started
         if reply.count < command.limit:

@@ -5,7 +5,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.allocator_client import Gone, Unavailable
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import Lease, Release, Sandbox, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -40,8 +40,8 @@ async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _lease(request: Request) -> Response:
     """Leases a sandbox to the student who asks, or gives the one they hold."""
-    given = headers.fields(request.scope)
-    holder, rest = headers.holder(request.scope, given), headers.allocation(given)
+    given = headers.read_fields(request.scope)
+    holder, rest = headers.read_holder(request.scope, given), headers.read_allocation_headers(given)
     ids = request.scope["state"]["ids"] = {"holder": holder}
     if rest.track_name is not None:
         ids["track_name"] = rest.track_name
@@ -57,7 +57,7 @@ async def _lease(request: Request) -> Response:
         try:
             reply = await _ask(request, command, timeout_code="ALLOCATION_TIMEOUT")
             if not isinstance(reply, LeaseGranted):
-                refuse(reply)
+                raise_for_refusal(reply)
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
@@ -115,7 +115,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     try:
         reply = await _ask(request, command, timeout_code="RELEASE_TIMEOUT")
         if not isinstance(reply, SandboxReleased):
-            refuse(reply)
+            raise_for_refusal(reply)
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise

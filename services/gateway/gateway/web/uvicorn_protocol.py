@@ -154,7 +154,7 @@ class BrokerProtocol(StrictProtocol):
     def render_refusal(self, refusal: Refusal, request_id: str) -> bytes:
         retry_after = RETRY_CONNECTION_SEC if refusal is TOO_MANY_CONNECTIONS else None
         error = ApiError(refusal.code, refusal.message, retry_after=retry_after)
-        response = errors.response(error, {"request_id": request_id})
+        response = errors.build_response(error, {"request_id": request_id})
         headers = [
             *response.raw_headers,
             (b"x-request-id", request_id.encode()),
