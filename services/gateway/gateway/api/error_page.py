@@ -26,7 +26,7 @@ Every response without a 2xx status has this body:
 """
 
 
-def page() -> str:
+def render_page() -> str:
     return _HEAD + "".join(
         f"| {spec.status} | `{code}` | {spec.meaning} | {spec.advice} | {spec.retry_after or ''} |\n"
         for code, spec in ERRORS.items()
@@ -34,4 +34,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    sys.stdout.write(render_page())

@@ -375,7 +375,7 @@ class Job(BaseModel):
 
 
 class JobRunning(BaseModel):
-    """Response to a request whose job takes longer than the gateway waits for it."""
+    """Response to a request if its job takes longer than ADMIN_WAIT_SEC."""
 
     status: Literal["running"] = "running"
     job_id: JobId

@@ -135,7 +135,7 @@ class BrokerProtocol(StrictProtocol):
             self._cut("response_unread" if awaited is self.transport else "request_unfinished")
 
     def _find_awaited(self) -> object:
-        """Return an object that identifies what the client has to do next; None when it has to do nothing."""
+        """Return an object that identifies the pending action of the client; None if no action is pending."""
         if self.transport.get_write_buffer_size() > 0:
             return self.transport
         return (self.scope or self) if self.scope is not self._complete_scope else None
