@@ -1,8 +1,8 @@
-"""Timers through RabbitMQ: every replica of a service publishes ticks, one replica gets them.
+"""Timers over RabbitMQ: every replica of a service publishes ticks, and one replica consumes them.
 
-A tick queue holds one message at most and has a single active consumer, so replicas or an outage never pile up
-work, and nothing runs twice at once. A tick that comes before its time, from another replica, is dropped: any
-number of them give one run per period. A tick that is lost costs one period.
+A tick queue holds at most one message and has a single active consumer. Therefore replicas or an outage never pile
+up work, and two runs never overlap. Early ticks from other replicas are dropped, so there is one run per period. A
+lost tick costs one period.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from sandbox_broker.observability import log_context, tracing
 from sandbox_broker.runtime.service import every
 
 TOLERANCE = 0.1
-"""Of a period: so much may a tick come early and still be the next one."""
+"""Fraction of the period by which a tick may arrive early."""
 
 log = structlog.get_logger()
 
 
 async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
-    """Publishes one tick now and then one a period, for ever."""
+    """Publish a tick now and then once per period, until cancelled."""
 
     async def tick() -> None:
         try:
@@ -42,7 +42,7 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
 async def consume(
     url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
 ) -> None:
-    """Do `work` once a period, for ever, as long as ticks come. Delete the queue that `queue` replaces."""
+    """Run `work` once per period while ticks arrive, until cancelled. Delete the queue that `queue` replaces."""
     loop = asyncio.get_running_loop()
     not_before = -math.inf
 
