@@ -18,7 +18,7 @@ from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
 from sandbox_broker.messaging.command_worker import serve
 from sandbox_broker.messaging.connection import keep_connected
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .shared_harness import PATIENCE_SEC, beside, nothing_stays
 
@@ -42,9 +42,9 @@ async def handle(command: Command) -> Reply | None:
 
 
 @pytest.fixture
-async def requester(clean_queues: str) -> AsyncIterator[Requester]:
+async def requester(clean_queues: str) -> AsyncIterator[RpcClient]:
     publisher = Publisher(clean_queues, "test")
-    requester = Requester(clean_queues, "test", publisher)
+    requester = RpcClient(clean_queues, "test", publisher)
 
     async def session(connection: aio_pika.abc.AbstractConnection) -> None:
         await serve(connection, QUEUE, publisher, handle)
@@ -69,12 +69,12 @@ async def dead_letter(channel: AbstractChannel) -> tuple[Any, dict[str, Any]]:
     return json.loads(message.body), dict(message.headers)
 
 
-async def ask(requester: Requester, command: Command) -> Reply:
+async def ask(requester: RpcClient, command: Command) -> Reply:
     return await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
 
 
 async def test_a_handler_that_raises_holds_up_nothing_and_its_command_is_kept(
-    requester: Requester, channel: AbstractChannel
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     for number in range(2):
         failing = SyncPool(request_id=f"r-{number}", force=True)
@@ -89,7 +89,7 @@ async def test_a_handler_that_raises_holds_up_nothing_and_its_command_is_kept(
 
 
 async def test_a_command_for_another_service_is_refused_and_kept(
-    requester: Requester, channel: AbstractChannel
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     command = CleanUpNow(request_id="r", job_id=uuid.UUID(int=7))
     reply = await ask(requester, command)
@@ -101,7 +101,7 @@ async def test_a_command_for_another_service_is_refused_and_kept(
 
 
 async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept(
-    requester: Requester, channel: AbstractChannel
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     """The default exchange stands for any that may not carry it."""
     command = SyncPool(request_id="r", force=True)
@@ -113,7 +113,7 @@ async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept
 
 
 async def test_of_an_envelope_the_poisonous_entry_alone_is_kept(
-    requester: Requester, channel: AbstractChannel
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     poison = {"type": "SyncPool", "version": 2, "request_id": "r"}
     commands = [poison, SyncPool(request_id="r").model_dump()]

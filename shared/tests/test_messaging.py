@@ -25,7 +25,7 @@ from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
 from sandbox_broker.messaging.connection import Disconnected, keep_connected
 from sandbox_broker.messaging.publisher import Outgoing, Publisher, Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.messaging.subscription import Subscription, answer
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import cancel
@@ -56,7 +56,7 @@ class Bus:
     def __init__(self, url: str) -> None:
         self.url = url
         self.publisher = Publisher(url, "test")
-        self.requester = Requester(url, "test", self.publisher)
+        self.requester = RpcClient(url, "test", self.publisher)
 
     def put(self, body: bytes = b"{}", queue: topology.Queue = QUEUE, **options: Any) -> Awaitable[None]:
         return self.publisher.publish("", queue.name, body, **options)

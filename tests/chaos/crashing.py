@@ -19,7 +19,7 @@ if module == "gateway":
     from gateway import allocator_client
     from sandbox_broker.messaging import rpc_client
 
-    rpc_client.Requester.send = crashes.around(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    rpc_client.RpcClient.send = crashes.around(rpc_client.RpcClient.send, "before sending", "after sending")  # type: ignore[method-assign]
     allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer

@@ -15,7 +15,7 @@ from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import keep_connected
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
 from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
@@ -26,7 +26,7 @@ PURGE_INTERVAL_SEC = 3600.0
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "csp-syncer")
-    requester = Requester(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
+    requester = RpcClient(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
     csp = CspClient(
         settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=LISTING_TIMEOUT_SEC
     )

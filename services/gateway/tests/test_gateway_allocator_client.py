@@ -13,7 +13,7 @@ from gateway import allocator_client
 from gateway.api.errors import KINDS
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .gateway_harness import (
     ADMIN,
@@ -164,15 +164,15 @@ async def test_requests_that_come_during_a_publish_leave_in_one_envelope(
 ) -> None:
     gateway.allocator.answer = own_lease
     first_is_publishing, go_on = asyncio.Event(), asyncio.Event()
-    real_send = Requester.send
+    real_send = RpcClient.send
 
-    async def slow_first_send(self: Requester, *args: object, **named: object) -> object:
+    async def slow_first_send(self: RpcClient, *args: object, **named: object) -> object:
         if not first_is_publishing.is_set():
             first_is_publishing.set()
             await go_on.wait()
         return await real_send(self, *args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Requester, "send", slow_first_send)
+    monkeypatch.setattr(RpcClient, "send", slow_first_send)
     first = asyncio.create_task(ask_for(gateway, "first"))
     await first_is_publishing.wait()
     later = [asyncio.create_task(ask_for(gateway, f"s{number}")) for number in range(50)]

@@ -12,7 +12,7 @@ from reaper.deletion import Outcome
 from sandbox_broker.contract.commands import RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused
 from sandbox_broker.contract.types import JobState
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import every
 
@@ -39,7 +39,7 @@ class Job:
 class AdminJobs:
     """Open jobs. One clean-up run works for all of them."""
 
-    def __init__(self, requester: Requester) -> None:
+    def __init__(self, requester: RpcClient) -> None:
         self._requester = requester
         self._jobs: dict[uuid.UUID, Job] = {}
 

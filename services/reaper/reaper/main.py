@@ -18,7 +18,7 @@ from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import keep_connected
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
 from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
@@ -27,7 +27,7 @@ from sandbox_broker.runtime.settings import load
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "reaper")
-    requester = Requester(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
+    requester = RpcClient(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
     niosxaas = niosxaas_cleanup.build_client(settings)
     deleter = Deleter(settings, csp, niosxaas, requester)

@@ -22,7 +22,7 @@ from sandbox_broker.messaging.subscription import PUBLISHED_AT
 from sandbox_broker.observability import log_context, tracing
 
 
-class Requester:
+class RpcClient:
     """RPC client for commands. `run` keeps its reply queue open."""
 
     def __init__(
