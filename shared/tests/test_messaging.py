@@ -26,7 +26,7 @@ from sandbox_broker.messaging import subscription as subscription_module
 from sandbox_broker.messaging.connection import Disconnected, keep_connected
 from sandbox_broker.messaging.publisher import Outgoing, Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
-from sandbox_broker.messaging.subscription import Subscription, answer
+from sandbox_broker.messaging.subscription import Subscription, publish_replies
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import cancel
 
@@ -129,7 +129,7 @@ async def consume(url: str, handle: Handle) -> None:
 def replying(publisher: Publisher, times: int = 1) -> Handle:
     async def handle(delivery: DeliveredMessage, commands: Sequence[Command]) -> None:
         for _ in range(times):
-            await answer(publisher, delivery, [ListingBegun(listing_id=n) for n, _ in enumerate(commands)])
+            await publish_replies(publisher, delivery, [ListingBegun(listing_id=n) for n, _ in enumerate(commands)])
 
     return handle
 
@@ -487,7 +487,7 @@ async def test_a_late_or_repeated_reply_disturbs_nobody(clean_queues: str, wired
             await wired.ask(timeout_sec=0.5)
         await until(lambda: late)
     async with beside(consume(clean_queues, replying(wired.publisher, times=3))):
-        await answer(wired.publisher, late[0], [ListingBegun(listing_id=99)])
+        await publish_replies(wired.publisher, late[0], [ListingBegun(listing_id=99)])
         assert await asyncio.gather(*(wired.ask() for _ in range(20))) == [ListingBegun(listing_id=0)] * 20
     assert wired.requester.connected
 
@@ -502,7 +502,7 @@ async def test_a_reply_that_is_not_valid_fails_only_its_request(clean_queues: st
         nonlocal spoilt
         asked = delivery.header.properties
         if spoilt:
-            await answer(wired.publisher, delivery, [Recorded(changed=True)] * len(commands))
+            await publish_replies(wired.publisher, delivery, [Recorded(changed=True)] * len(commands))
             return
         spoilt = True
         properties = Basic.Properties(correlation_id=asked.correlation_id)
@@ -534,7 +534,7 @@ async def test_a_reply_to_someone_who_has_gone_is_no_error(wired: Bus, consuming
     await wired.put(properties=Basic.Properties(reply_to="gone", correlation_id="1"))
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)
-    await answer(wired.publisher, delivery, [Recorded(changed=True)])
+    await publish_replies(wired.publisher, delivery, [Recorded(changed=True)])
 
 
 async def test_what_expires_in_the_consumers_own_line_is_dropped(
@@ -571,7 +571,7 @@ async def test_a_reply_that_cannot_be_sent_is_given_up(
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)
     with structlog.testing.capture_logs() as logs:
-        await answer(Publisher(wired.url, "never"), delivery, [Recorded(changed=True)])
+        await publish_replies(Publisher(wired.url, "never"), delivery, [Recorded(changed=True)])
     assert "reply.lost" in [line["event"] for line in logs]
 
 

@@ -34,7 +34,7 @@ if module == "allocator":
 
     # Maintenance answers and acknowledges all the time; the promise is to students.
     students = topology.ALLOCATOR_COMMANDS.name
-    answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
+    answer, ack = consumer.publish_replies, subscription.Subscription.ack  # type: ignore[attr-defined]
     answer_crashing = crashes.around(answer, None, "after a student's reply")
     ack_crashing = crashes.around(ack, "before a student's ack", None)
 
@@ -45,7 +45,7 @@ if module == "allocator":
         answered = all_before and subscription._queue == students  # what has expired is acknowledged alone
         await (ack_crashing if answered else ack)(subscription, delivery, all_before=all_before)
 
-    consumer.answer = answer_student  # type: ignore[attr-defined]
+    consumer.publish_replies = answer_student  # type: ignore[attr-defined]
     subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
     from reaper import asking, deletion

@@ -26,7 +26,7 @@ from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.messaging.connection import keep_connected, losses
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import uninterrupted
 
@@ -110,5 +110,5 @@ class Consumer:
             replies = iter(await self._dispatcher.dispatch(entries, batch_spans))
             self._relay.wake()
             answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-            await asyncio.gather(*(answer(self._publisher, *envelope) for envelope in answers))
+            await asyncio.gather(*(publish_replies(self._publisher, *envelope) for envelope in answers))
             await subscription.ack(envelopes[-1][0], all_before=True)

@@ -14,7 +14,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Refused, Reply
 from sandbox_broker.messaging import dead_letters
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context, tracing
 
 MAX_AT_ONCE = 100
@@ -46,7 +46,7 @@ async def serve(
             await subscription.reject(delivery)
             return
         replies = [await _reply(publisher, queue, command, handle) for command in commands]
-        await answer(publisher, delivery, replies)
+        await publish_replies(publisher, delivery, replies)
         await subscription.ack(delivery)
 
     async with asyncio.TaskGroup() as group:

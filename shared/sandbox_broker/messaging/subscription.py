@@ -137,7 +137,7 @@ def _tag(delivery: DeliveredMessage) -> int:
     return tag
 
 
-async def answer(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
+async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
     """Publish the replies; retry for ANSWER_PATIENCE_SEC after a disconnect. A requester that has gone is not an
     error. Requesters drop duplicate replies."""
     request = delivery.header.properties
