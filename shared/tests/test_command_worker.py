@@ -16,7 +16,7 @@ from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import CleanUpNow, Command, SyncPool
 from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
 from sandbox_broker.messaging.command_worker import serve
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 
@@ -49,7 +49,7 @@ async def requester(clean_queues: str) -> AsyncIterator[RpcClient]:
     async def session(connection: aio_pika.abc.AbstractConnection) -> None:
         await serve(connection, QUEUE, publisher, handle)
 
-    serving = partial(keep_connected, clean_queues, "serving", session)
+    serving = partial(run_with_reconnect, clean_queues, "serving", session)
     async with beside(publisher.run(), requester.run(), serving()):
         yield requester
 

@@ -23,7 +23,7 @@ from sandbox_broker.contract.commands import BeginListing, ClaimDeletions, Comma
 from sandbox_broker.contract.replies import ListingBegun, Recorded, Reply
 from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
-from sandbox_broker.messaging.connection import Disconnected, keep_connected
+from sandbox_broker.messaging.connection import Disconnected, run_with_reconnect
 from sandbox_broker.messaging.publisher import Outgoing, Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.messaging.subscription import Subscription, publish_replies
@@ -123,7 +123,7 @@ async def consume(url: str, handle: Handle) -> None:
                 await handle(delivery, decode_commands(delivery.body))
             await subscription.ack(deliveries[-1], all_before=True)
 
-    await keep_connected(url, "test-worker", session)
+    await run_with_reconnect(url, "test-worker", session)
 
 
 def replying(publisher: Publisher, times: int = 1) -> Handle:
@@ -583,7 +583,7 @@ async def test_a_deleted_reply_queue_fails_who_waits_at_once_and_is_made_again(c
         its.append(opened)
         await made.requester._session(opened)
 
-    async with beside(made.publisher.run(), keep_connected(clean_queues, "test", session)):
+    async with beside(made.publisher.run(), run_with_reconnect(clean_queues, "test", session)):
         asking = asyncio.ensure_future(made.ask())
         await until(lambda: made.requester._waiting)
         queue = made.requester._reply_queue
@@ -714,7 +714,7 @@ async def test_a_server_that_is_not_there_is_tried_again_at_growing_intervals(
 
     monkeypatch.setattr(asyncio, "sleep", note)
     try:
-        async with beside(keep_connected("amqp://guest:secret@127.0.0.1:1/", "test", never)):
+        async with beside(run_with_reconnect("amqp://guest:secret@127.0.0.1:1/", "test", never)):
             async with asyncio.timeout(60):
                 while len(pauses) < 200:
                     await sleep(0.01)
@@ -735,7 +735,7 @@ async def test_a_session_that_keeps_ending_is_slowed_down(clean_queues: str) -> 
     async def session(_: AbstractConnection) -> None:
         began.append(loop.time())
 
-    async with beside(keep_connected(clean_queues, "test", session)):
+    async with beside(run_with_reconnect(clean_queues, "test", session)):
         await until(lambda: len(began) == 4)
     assert began[-1] - began[0] > 0.1 + 0.2 + 0.4
 
@@ -765,7 +765,7 @@ async def test_a_mistake_in_a_session_is_not_taken_for_a_lost_connection(
         raise error
 
     with pytest.raises(type(error), match="ours"):
-        await asyncio.wait_for(keep_connected(clean_queues, "test", session), 20)
+        await asyncio.wait_for(run_with_reconnect(clean_queues, "test", session), 20)
 
 
 async def test_connections_tell_the_server_whose_they_are(private: PrivateRabbitMQ, connected: Connected) -> None:

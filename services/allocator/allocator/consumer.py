@@ -24,7 +24,7 @@ from allocator.settings import Settings
 from allocator.write_session import Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.messaging.connection import keep_connected, losses
+from sandbox_broker.messaging.connection import losses, run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context
@@ -63,7 +63,7 @@ class Consumer:
 
     async def run(self) -> None:
         try:
-            await keep_connected(self._amqp_url, self._queue, self._consume)
+            await run_with_reconnect(self._amqp_url, self._queue, self._consume)
         finally:
             self._session.close()
 

@@ -13,7 +13,7 @@ from csp_syncer.triggers import CommandConsumer, send_sync_command
 from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
@@ -39,7 +39,7 @@ def create_app(settings: Settings) -> Starlette:
     tasks = service.lifespan(
         publisher.run,
         requester.run,
-        partial(keep_connected, url, "csp-syncer-commands", commands.consume),
+        partial(run_with_reconnect, url, "csp-syncer-commands", commands.consume),
         partial(
             ticks.consume,
             url,

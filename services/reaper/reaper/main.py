@@ -16,7 +16,7 @@ from reaper.triggers import Triggers
 from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
@@ -45,8 +45,8 @@ def create_app(settings: Settings) -> Starlette:
         requester.run,
         cleanup.run,
         jobs.report,
-        partial(keep_connected, url, "reaper-events", triggers.consume_events),
-        partial(keep_connected, url, "reaper-commands", triggers.consume_commands),
+        partial(run_with_reconnect, url, "reaper-events", triggers.consume_events),
+        partial(run_with_reconnect, url, "reaper-commands", triggers.consume_commands),
         partial(
             ticks.consume,
             url,

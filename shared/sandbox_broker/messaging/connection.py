@@ -52,7 +52,7 @@ def losses() -> Iterator[None]:
         raise
 
 
-async def keep_connected(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
     """Run `session` on a new connection, and again after each end or Disconnected, with a backoff with jitter.
 
     The topology is declared on each connection first, if the user may do so. The function runs until it is

@@ -18,7 +18,7 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from sandbox_broker.messaging.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, losses, open_channel, run_with_reconnect
 from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
 
 PUBLISH_TIMEOUT_SEC = 5.0
@@ -77,7 +77,7 @@ class Publisher:
         await self._connected.wait()
 
     async def run(self) -> None:
-        await keep_connected(self._url, self._name, self._session)
+        await run_with_reconnect(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
         with losses():

@@ -14,7 +14,7 @@ import structlog
 from aio_pika.abc import AbstractConnection
 
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import Disconnected, delete_replaced, keep_connected
+from sandbox_broker.messaging.connection import Disconnected, delete_replaced, run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.observability import log_context, tracing
@@ -59,4 +59,4 @@ async def consume(
                     await work()
             await subscription.ack(deliveries[0])
 
-    await keep_connected(url, queue.name, session)
+    await run_with_reconnect(url, queue.name, session)

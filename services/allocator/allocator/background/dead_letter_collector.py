@@ -24,7 +24,7 @@ from allocator import domain
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
 from sandbox_broker.database import connections, schema
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.runtime.service import uninterrupted
 
@@ -54,7 +54,7 @@ class DeadLetterCollector:
         self._trimmed_at = -math.inf
 
     async def run(self) -> None:
-        await keep_connected(self._amqp_url, "allocator-dead-letters", self._consume)
+        await run_with_reconnect(self._amqp_url, "allocator-dead-letters", self._consume)
 
     async def _consume(self, connection: AbstractConnection) -> None:
         # Subscribe only while the database answers. RabbitMQ 4 counts returned messages against the delivery limit.
