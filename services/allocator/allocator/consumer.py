@@ -24,7 +24,7 @@ from allocator.settings import Settings
 from allocator.write_session import Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.messaging.connection import losses, run_with_reconnect
+from sandbox_broker.messaging.connection import run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context
@@ -78,7 +78,7 @@ class Consumer:
                 await uninterrupted(self._handle_batch(subscription, deliveries))
             except Fenced:
                 log.warning("allocator.fenced", queue=self._queue, epoch=self.epoch)
-                with losses():
+                with translating_errors():
                     await connection.close()  # returns the unacknowledged messages to the queue
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return

@@ -33,7 +33,7 @@ class Disconnected(Exception):
 
 
 @contextmanager
-def losses() -> Iterator[None]:
+def translating_errors() -> Iterator[None]:
     """Translate the errors of the client library for a lost connection into Disconnected.
 
     The library has no common class for them. It raises a bare Exception when the connection closes on our side, and
@@ -97,7 +97,7 @@ async def opened(url: str, *, timeout: float | None = None) -> AsyncIterator[Con
 
 
 async def _connect(connection: Connection) -> None:
-    with losses():
+    with translating_errors():
         await connection.connect(CONNECT_TIMEOUT_SEC)
         async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
             await _declare(connection)
@@ -116,7 +116,7 @@ async def _declare(connection: AbstractConnection) -> None:
 async def _close(connection: Connection) -> None:
     """Close the connection, even if it was never opened or is lost. Otherwise aio-pika closes it in `__del__`,
     which needs an event loop and may run without one."""
-    with suppress(Disconnected), losses():
+    with suppress(Disconnected), translating_errors():
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
                 await connection.close()
@@ -142,7 +142,7 @@ async def delete_replaced(connection: AbstractConnection, queue: topology.Queue)
     if queue.replaces is None:
         return True
     try:
-        with losses():
+        with translating_errors():
             async with asyncio.timeout(DELETE_TIMEOUT_SEC):
                 # On a separate channel, because a refusal closes the channel and a missing answer blocks it.
                 channel = await open_channel(connection, confirms=False)

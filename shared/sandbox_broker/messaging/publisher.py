@@ -18,7 +18,7 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel, run_with_reconnect
+from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
 
 PUBLISH_TIMEOUT_SEC = 5.0
@@ -80,7 +80,7 @@ class Publisher:
         await run_with_reconnect(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        with losses():
+        with translating_errors():
             channel = await open_channel(connection, confirms=True)
             # With separate channels, so that queue inspection does not delay messages.
             inspector = QueueInspector(connection)
@@ -114,7 +114,7 @@ class Publisher:
         """
         if self._channel is None:
             raise Disconnected("not connected to RabbitMQ")
-        with losses():
+        with translating_errors():
             async with asyncio.timeout(timeout_sec) as limit:
                 self._limits.add(limit)
                 try:
@@ -151,7 +151,7 @@ class Publisher:
         channel = self._channel
         confirms: list[asyncio.Future[object]] = []
         try:
-            with losses():
+            with translating_errors():
                 async with asyncio.timeout(timeout_sec) as limit:
                     self._limits.add(limit)
                     try:
@@ -181,7 +181,7 @@ class Publisher:
     async def _refused(self) -> None:
         if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
             log.warning("rabbitmq.only_refuses", connection=self._name)
-            with contextlib.suppress(Disconnected), losses():
+            with contextlib.suppress(Disconnected), translating_errors():
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await self._channel.close()
 

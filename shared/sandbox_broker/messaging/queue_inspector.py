@@ -13,7 +13,7 @@ from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 
 
 class QueueInfo(NamedTuple):
@@ -59,7 +59,7 @@ class QueueInspector:
 
     async def _ask(self, queue: str) -> QueueInfo:
         try:
-            with losses():
+            with translating_errors():
                 channel = self._channels.get(queue)
                 if channel is None or channel.is_closed:
                     channel = self._channels[queue] = await open_channel(self._connection, confirms=False)

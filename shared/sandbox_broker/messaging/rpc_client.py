@@ -16,7 +16,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel, run_with_reconnect
+from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.messaging.subscription import PUBLISHED_AT
 from sandbox_broker.observability import log_context, tracing
@@ -45,7 +45,7 @@ class RpcClient:
         await run_with_reconnect(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        with losses():
+        with translating_errors():
             channel = await open_channel(connection, confirms=False)
             lost = channel.closing
 

@@ -20,7 +20,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands, request_ids_in
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.observability import log_context, metrics
 
@@ -51,7 +51,7 @@ class Subscription:
     @classmethod
     async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
         """Start consuming. Raises Disconnected, also if only this queue does not answer."""
-        with losses():
+        with translating_errors():
             try:
                 async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):
                     channel = await open_channel(connection, confirms=False)
@@ -103,7 +103,7 @@ class Subscription:
 
     async def _settle(self, sending: Awaitable[None]) -> None:
         try:
-            with losses():
+            with translating_errors():
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await sending
         except Disconnected:
