@@ -24,7 +24,7 @@ from sandbox_broker.contract.replies import ListingBegun, Recorded, Reply
 from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
 from sandbox_broker.messaging.connection import Disconnected, run_with_reconnect
-from sandbox_broker.messaging.publisher import Outgoing, Publisher, Unroutable
+from sandbox_broker.messaging.publisher import OutboundMessage, Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.messaging.subscription import Subscription, publish_replies
 from sandbox_broker.observability import log_context
@@ -208,8 +208,10 @@ async def test_a_cut_line_fails_all_that_is_published_at_once_and_comes_back(
     await on_a_line.put()
 
 
-def outgoing(count: int) -> list[Outgoing]:
-    return [Outgoing(QUEUE.name, f"{number}".encode(), f"id-{number}", "text/plain") for number in range(count)]
+def outgoing(count: int) -> list[OutboundMessage]:
+    return [
+        OutboundMessage(QUEUE.name, f"{number}".encode(), f"id-{number}", "text/plain") for number in range(count)
+    ]
 
 
 async def test_what_is_published_together_is_in_the_queue_in_order(
@@ -236,7 +238,7 @@ async def test_those_published_together_wait_for_room_in_the_line_to_the_writer(
 
 
 async def test_nobody_need_take_what_is_published_together(wired: Bus) -> None:
-    nowhere = [Outgoing("nowhere", b"x", f"id-{number}", "text/plain") for number in range(3)]
+    nowhere = [OutboundMessage("nowhere", b"x", f"id-{number}", "text/plain") for number in range(3)]
     assert await wired.publisher.publish_all("", nowhere) == 3
 
 

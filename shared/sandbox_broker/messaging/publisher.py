@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
+class OutboundMessage:
     """A durable message for `Publisher.publish_all`. Its body must not be empty and must fit into one frame."""
 
     routing_key: str
@@ -67,7 +67,7 @@ class Publisher:
         self._inspector: QueueInspector | None = None
         self._connected = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
-        self._taken_at = -math.inf
+        self._confirmed_at = -math.inf
 
     @property
     def connected(self) -> bool:
@@ -85,7 +85,7 @@ class Publisher:
             # With separate channels, so that queue inspection does not delay messages.
             inspector = QueueInspector(connection)
             self._channel, self._inspector = channel, inspector
-            self._taken()
+            self._note_confirm()
             self._connected.set()
             try:
                 await channel.closing
@@ -126,9 +126,9 @@ class Publisher:
                         mandatory=mandatory,
                         wait=False,
                     )
-                    self._taken()
+                    self._note_confirm()
                 except PublishError as error:
-                    self._taken()
+                    self._note_confirm()
                     raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
                 except DeliveryError:
                     await self._refused()
@@ -137,7 +137,7 @@ class Publisher:
                     self._limits.discard(limit)
 
     async def publish_all(
-        self, exchange: str, messages: Sequence[Outgoing], *, timeout_sec: float = PUBLISH_TIMEOUT_SEC
+        self, exchange: str, messages: Sequence[OutboundMessage], *, timeout_sec: float = PUBLISH_TIMEOUT_SEC
     ) -> int:
         """Write all messages in order with one system call, then wait for their confirms.
 
@@ -170,16 +170,16 @@ class Publisher:
         for confirm in confirms[confirmed:]:
             confirm.cancel()
         if confirmed:
-            self._taken()
+            self._note_confirm()
         elif any(_is_refused(confirm) for confirm in confirms):
             await self._refused()
         return confirmed
 
-    def _taken(self) -> None:
-        self._taken_at = asyncio.get_running_loop().time()
+    def _note_confirm(self) -> None:
+        self._confirmed_at = asyncio.get_running_loop().time()
 
     async def _refused(self) -> None:
-        if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
+        if self._channel is not None and asyncio.get_running_loop().time() - self._confirmed_at > REFUSED_SEC:
             log.warning("rabbitmq.only_refuses", connection=self._name)
             with contextlib.suppress(Disconnected), translating_errors():
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
@@ -201,7 +201,9 @@ def _is_refused(confirm: asyncio.Future[object]) -> bool:
     return confirm.done() and not confirm.cancelled() and isinstance(confirm.exception(), DeliveryError)
 
 
-async def _write(channel: Channel, exchange: str, messages: Sequence[Outgoing]) -> list[asyncio.Future[object]]:
+async def _write(
+    channel: Channel, exchange: str, messages: Sequence[OutboundMessage]
+) -> list[asyncio.Future[object]]:
     """Queue the messages for the writer as one chunk. Return the futures of their confirms."""
     written = b"".join(message.frames(exchange, channel.number) for message in messages)
     async with channel.lock:

@@ -21,7 +21,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.publisher import Outgoing, Publisher
+from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
 from sandbox_broker.runtime.service import uninterrupted
 
 BATCH_SIZE = 100
@@ -139,6 +139,6 @@ async def _update_counters(connection: asyncpg.Connection) -> None:
     await connection.execute(DELETE_ZERO_COUNTERS)
 
 
-def _message(row: asyncpg.Record) -> Outgoing:
+def _message(row: asyncpg.Record) -> OutboundMessage:
     body = encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"])
-    return Outgoing(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)
+    return OutboundMessage(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)
