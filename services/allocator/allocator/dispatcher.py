@@ -106,7 +106,7 @@ class Dispatcher:
             ]
         (command,) = commands
         log.error("command.failed", command=command.type, request_id=command.request_id, exc_info=failure)
-        await dead_letters.keep(
+        await dead_letters.publish_dead_letter(
             self._publisher,
             self._queue,
             command.model_dump_json(),
@@ -131,7 +131,7 @@ class Dispatcher:
         else:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
         log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
-        await dead_letters.keep(self._publisher, self._queue, raw, reason)
+        await dead_letters.publish_dead_letter(self._publisher, self._queue, raw, reason)
         return Refused(code="INVALID_COMMAND", message=f"The allocator refuses this command: {reason}")
 
 

@@ -83,9 +83,9 @@ async def _reply(
                 request_id=command.request_id,
                 exc_info=error,
             )
-            await dead_letters.keep(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
+            await dead_letters.publish_dead_letter(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
             return FAILED
         reason = f"{command.type} is not for {queue.name}"
     log.error("command.rejected", queue=queue.name, reason=reason)
-    await dead_letters.keep(publisher, queue.name, raw, reason)
+    await dead_letters.publish_dead_letter(publisher, queue.name, raw, reason)
     return Refused(code="INVALID_COMMAND", message=f"This command is refused: {reason}")

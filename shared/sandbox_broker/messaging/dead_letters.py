@@ -28,7 +28,7 @@ MAX_LOGGED = 2000
 log = structlog.get_logger()
 
 
-async def keep(publisher: Publisher, queue: str, command: str, reason: str) -> None:
+async def publish_dead_letter(publisher: Publisher, queue: str, command: str, reason: str) -> None:
     """Publish one command from `queue`, as JSON, to the dead letters. Retry for PATIENCE_SEC after a disconnect,
     then write the command to the log. The command gets its own envelope, so that it can be replayed unchanged."""
     headers: FieldTable = {
