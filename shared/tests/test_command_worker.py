@@ -15,7 +15,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import CleanUpNow, Command, SyncPool
 from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
-from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.command_worker import serve_commands
 from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
@@ -47,7 +47,7 @@ async def requester(clean_queues: str) -> AsyncIterator[RpcClient]:
     requester = RpcClient(clean_queues, "test", publisher)
 
     async def session(connection: aio_pika.abc.AbstractConnection) -> None:
-        await serve(connection, QUEUE, publisher, handle)
+        await serve_commands(connection, QUEUE, publisher, handle)
 
     serving = partial(run_with_reconnect, clean_queues, "serving", session)
     async with beside(publisher.run(), requester.run(), serving()):

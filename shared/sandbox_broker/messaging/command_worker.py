@@ -30,7 +30,7 @@ Handle = Callable[[Command], Awaitable[Reply | None]]
 """Handler of a command. It returns None if the command is not for this service."""
 
 
-async def serve(
+async def serve_commands(
     connection: AbstractConnection, queue: topology.Queue, publisher: Publisher, handle: Handle
 ) -> None:
     """Carry out the commands of the queue and publish their replies, until the connection is lost. A delivery is
