@@ -24,7 +24,7 @@ class _Window:
     suppressed: int = 0
 
 
-class Storms:
+class LogRateLimit:
     def __init__(
         self,
         report: Callable[[str, int], None],
@@ -42,7 +42,7 @@ class Storms:
         self._windows: dict[str, _Window] = {}
         self._lock = threading.Lock()
 
-    def lets_through(self, kind: str) -> bool:
+    def allow(self, kind: str) -> bool:
         now = self._clock()
         with self._lock:
             if kind not in self._windows and len(self._windows) >= MAX_KINDS:

@@ -14,7 +14,7 @@ import orjson
 import structlog
 
 from sandbox_broker.observability import log_context, metrics
-from sandbox_broker.observability.log_rate_limit import Storms
+from sandbox_broker.observability.log_rate_limit import LogRateLimit
 from sandbox_broker.observability.redaction import Redaction, secrets_of
 from sandbox_broker.runtime.settings import ServiceSettings
 
@@ -51,11 +51,11 @@ def configure(settings: ServiceSettings, service: str) -> None:
         )
         factory = structlog.WriteLoggerFactory(sys.stdout)
     level = logging.getLevelNamesMapping()[settings.log_level]
-    log_limit = Storms(_report_suppressed)
+    log_limit = LogRateLimit(_report_suppressed)
     atexit.register(log_limit.flush)
 
     def limit_rate(_: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        if method not in ("info", "debug") and not log_limit.lets_through(event["event"]):
+        if method not in ("info", "debug") and not log_limit.allow(event["event"]):
             raise structlog.DropEvent
         return event
 
@@ -70,7 +70,7 @@ def configure(settings: ServiceSettings, service: str) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(lambda record: record.levelno < logging.WARNING or log_limit.lets_through(record.name))
+    handler.addFilter(lambda record: record.levelno < logging.WARNING or log_limit.allow(record.name))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, add_service],
