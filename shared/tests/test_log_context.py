@@ -22,7 +22,7 @@ async def test_ids_hold_within_the_block_and_in_its_tasks() -> None:
 
 def test_ids_are_cut_into_lines_that_no_log_driver_cuts() -> None:
     ids = [f"{number:0128}" for number in range(120)]
-    lines = list(log_context.by_line(ids))
+    lines = list(log_context.split_by_line(ids))
     assert [id_ for line in lines for id_ in line] == ids
     assert max(len(str(line)) for line in lines) < 8 * 1024
-    assert list(log_context.by_line([])) == [[]]
+    assert list(log_context.split_by_line([])) == [[]]

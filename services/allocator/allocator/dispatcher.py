@@ -144,6 +144,6 @@ def _request_id(entry: Command | InvalidCommand) -> str | None:
 
 def _refuse_all(commands: Sequence[Command]) -> list[Reply]:
     request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for batch in log_context.by_line(request_ids):
+    for batch in log_context.split_by_line(request_ids):
         log.info("commands.refused", code=DATABASE_UNAVAILABLE.code, command=commands[0].type, request_ids=batch)
     return [DATABASE_UNAVAILABLE] * len(commands)

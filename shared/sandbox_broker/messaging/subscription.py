@@ -84,7 +84,7 @@ class Subscription:
             delivery, since = arrived
             expiration = delivery.header.properties.expiration
             if expiration and (asyncio.get_running_loop().time() - since) * 1000 > int(expiration):
-                for request_ids in log_context.by_line(request_ids_in(delivery.body)):
+                for request_ids in log_context.split_by_line(request_ids_in(delivery.body)):
                     log.info("message.expired", queue=self._queue, request_ids=request_ids)
                 await self.ack(delivery)
             else:

@@ -43,7 +43,7 @@ def bound(**ids: object) -> Iterator[None]:
         _ids.reset(token)
 
 
-def by_line(request_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+def split_by_line(request_ids: Sequence[str]) -> Iterator[Sequence[str]]:
     """Split ids into batches of MAX_IDS, one for each log line. Without ids, yield one empty batch."""
     for start in range(0, max(1, len(request_ids)), MAX_IDS):
         yield request_ids[start : start + MAX_IDS]
