@@ -15,21 +15,21 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OfSandbox(_Data):
+class SandboxEvent(_Data):
     sandbox_id: str
     external_id: str
     """UUID of the account in CSP."""
     name: str
 
 
-class Allocated(OfSandbox):
+class Allocated(SandboxEvent):
     holder: str
     track_name: str | None
     expires_at: int
     """Unix seconds."""
 
 
-class DeletionRequested(OfSandbox):
+class DeletionRequested(SandboxEvent):
     """Deletion of a sandbox was requested. `holder` and `track_name` are set if this ended a lease."""
 
     reason: DeletionReason
@@ -41,7 +41,7 @@ class DeletionRequested(OfSandbox):
     """The sandbox was recorded as deleted before, but CSP still lists the account."""
 
 
-class DeletionFailed(OfSandbox):
+class DeletionFailed(SandboxEvent):
     """Deletion failed for good. An administrator has to retry or purge the sandbox."""
 
     attempts: int
@@ -69,13 +69,13 @@ class PoolExhausted(_Data):
 
 
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
-    "sandbox.discovered": OfSandbox,
+    "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
     "sandbox.deletion_requested": DeletionRequested,
-    "sandbox.deleted": OfSandbox,
+    "sandbox.deleted": SandboxEvent,
     "sandbox.deletion_failed": DeletionFailed,
-    "sandbox.stale": OfSandbox,
-    "sandbox.restored": OfSandbox,
+    "sandbox.stale": SandboxEvent,
+    "sandbox.restored": SandboxEvent,
     "sync.completed": SyncCompleted,
     "sync.held": SyncHeld,
     "pool.exhausted": PoolExhausted,
