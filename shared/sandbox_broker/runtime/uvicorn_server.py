@@ -45,11 +45,11 @@ class Server(uvicorn.Server):
             return False
         if self._drained_at is None:
             self._drained_at = time.monotonic() + self._drain_sec
-            self._take_leave()
+            self._start_draining()
         failed = getattr(self._state, "failed", False)
         return self._skip_drain or failed or time.monotonic() >= self._drained_at
 
-    def _take_leave(self) -> None:
+    def _start_draining(self) -> None:
         log.info("service.stopping", drain_sec=self._drain_sec)
         self._state.stopping = True
         close = (b"connection", b"close")
