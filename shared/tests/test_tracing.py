@@ -18,9 +18,9 @@ from sandbox_broker.observability import tracing
 from sandbox_broker.runtime.settings import ServiceSettings
 
 tracing.configure(ServiceSettings(_env_file=None, amqp_url="amqp://h/"), "gateway")
-assert not any(tracing.begin() for _ in range(1000))
+assert not any(tracing.should_sample() for _ in range(1000))
 assert tracing.start("work", "server") is None
-with tracing.beginning("tick") as span, tracing.within("part", parent="00-1-2-01") as part:
+with tracing.root_span("tick") as span, tracing.child_span("part", parent="00-1-2-01") as part:
     assert (span, part, tracing.traceparent()) == (None, None, None)
 tracing.shutdown()
 print(*[name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "google"))])
@@ -52,10 +52,10 @@ def test_without_an_endpoint_nothing_is_traced_and_no_library_loaded(module: str
 @pytest.mark.usefixtures("traced")
 def test_work_within_work_is_below_it() -> None:
     assert tracing.traceparent() is None
-    with tracing.beginning("tick"):
+    with tracing.root_span("tick"):
         above = tracing.traceparent()
         assert above is not None
-        with tracing.within("part"):
+        with tracing.child_span("part"):
             below = tracing.traceparent()
         assert tracing.traceparent() == above
     assert tracing.traceparent() is None
@@ -66,7 +66,7 @@ def test_work_within_work_is_below_it() -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_a_traceparent_from_elsewhere_goes_on() -> None:
-    with tracing.within("part", parent=PARENT):
+    with tracing.child_span("part", parent=PARENT):
         here = tracing.traceparent()
     assert here is not None
     assert here.split("-")[1] == PARENT.split("-")[1]
@@ -74,14 +74,14 @@ def test_a_traceparent_from_elsewhere_goes_on() -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_work_for_nothing_traced_is_not_traced() -> None:
-    with tracing.within("part") as span:
+    with tracing.child_span("part") as span:
         assert span is None
 
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("parent", ["", "nonsense", "00-0-0-01", PARENT + "0", PARENT.upper(), PARENT[:-2] + "00"])
 def test_a_traceparent_that_cannot_be_read_stops_nothing(parent: str) -> None:
-    with tracing.within("part", parent=parent) as span:
+    with tracing.child_span("part", parent=parent) as span:
         assert span is None
     begun = tracing.start("work", "server", links=[parent])
     assert begun is not None

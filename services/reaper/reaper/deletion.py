@@ -87,7 +87,9 @@ class Deleter:
         with (
             log_context.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
             # A deletion is traced if and only if its request is.
-            tracing.within(name, parent=deletion.traceparent) if deletion.request_id else tracing.beginning(name),
+            tracing.child_span(name, parent=deletion.traceparent)
+            if deletion.request_id
+            else tracing.root_span(name),
         ):
             return await self._delete(run_id, deletion, begin_by)
 

@@ -153,7 +153,9 @@ class CspHttp:
             raise CspUnavailable(f"no time was left for {what}")
         began, outcome = time.monotonic(), "other"
         try:
-            with tracing.within(f"CSP {operation}", "client", attributes={"http.request.method": method}) as span:
+            with tracing.child_span(
+                f"CSP {operation}", "client", attributes={"http.request.method": method}
+            ) as span:
                 # httpx limits each read only, so an answer that arrives byte by byte would never end.
                 async with (
                     asyncio.timeout_at(deadline),

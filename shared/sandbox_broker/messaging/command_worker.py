@@ -71,7 +71,7 @@ async def _reply(
         try:
             with (
                 log_context.bound(request_id=command.request_id),
-                tracing.within(f"process {command.type}", "consumer", parent=command.traceparent),
+                tracing.child_span(f"process {command.type}", "consumer", parent=command.traceparent),
             ):
                 if (reply := await handle(command)) is not None:
                     return reply

@@ -55,7 +55,7 @@ async def consume(
             moved = moved or await delete_replaced(connection, queue)
             if loop.time() >= not_before:
                 not_before = loop.time() + (1 - TOLERANCE) * period_sec
-                with log_context.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.beginning(queue.name):
+                with log_context.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.root_span(queue.name):
                     await work()
             await subscription.ack(deliveries[0])
 

@@ -48,7 +48,7 @@ def shutdown() -> None:
         tracer.shutdown()
 
 
-def begin() -> bool:
+def should_sample() -> bool:
     """Return whether to start a trace here, by chance. Call it for work without a trace."""
     return random.random() < _ratio  # noqa: S311 (sampling, not a secret)
 
@@ -84,7 +84,7 @@ def failed(span: "Span", code: str) -> None:
 
 
 @contextmanager
-def using(span: "Span | None") -> Iterator[None]:
+def use_span(span: "Span | None") -> Iterator[None]:
     """Make `span` the current span of the block and of tasks started in it."""
     if span is None:
         yield
@@ -97,31 +97,31 @@ def using(span: "Span | None") -> Iterator[None]:
 
 
 @contextmanager
-def within(
+def child_span(
     name: str, kind: Kind = "internal", *, parent: str | None = None, attributes: Attributes | None = None
 ) -> Iterator["Span | None"]:
     """Run the block in a child span of the traceparent `parent`, or of the current span. Yield None without a
     parent."""
     parent_span = parent or _current.get()
     span = None if parent_span is None else start(name, kind, parent=parent_span, attributes=attributes)
-    with _around(span):
+    with _ended_span(span):
         yield span
 
 
 @contextmanager
-def beginning(name: str) -> Iterator["Span | None"]:
+def root_span(name: str) -> Iterator["Span | None"]:
     """Run the block in the root span of a new trace, if it is sampled. Otherwise yield None."""
-    span = start(name, "internal") if begin() else None
-    with _around(span):
+    span = start(name, "internal") if should_sample() else None
+    with _ended_span(span):
         yield span
 
 
 @contextmanager
-def _around(span: "Span | None") -> Iterator[None]:
+def _ended_span(span: "Span | None") -> Iterator[None]:
     if span is None:
         yield
         return
-    with using(span):
+    with use_span(span):
         try:
             yield
         except BaseException as error:

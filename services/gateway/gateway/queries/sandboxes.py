@@ -230,7 +230,7 @@ def seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
 @asynccontextmanager
 async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:
-        with tracing.within("read", "client", attributes={"db.system.name": "postgresql"}):
+        with tracing.child_span("read", "client", attributes={"db.system.name": "postgresql"}):
             async with engine.connect() as connection:
                 yield connection
     except connections.CONNECTION_ERRORS as error:

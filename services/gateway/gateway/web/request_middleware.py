@@ -78,7 +78,7 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif tracing.begin() and scope["path"].startswith("/v1"):
+        elif tracing.should_sample() and scope["path"].startswith("/v1"):
             await self._trace(scope, receive, send)
         else:
             await self._handle(scope, receive, send)
@@ -86,7 +86,7 @@ class Envelope:
     async def _trace(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
         span = tracing.start(scope["method"], "server")
-        with tracing.using(span):
+        with tracing.use_span(span):
             try:
                 await self._handle(scope, receive, send)
             finally:
