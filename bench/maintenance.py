@@ -17,7 +17,7 @@ from sandbox_broker.contract.replies import Purged
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 _PURGE_BATCH_SIZE = 500
 """Batch size of the csp-syncer."""
@@ -86,7 +86,7 @@ async def connect_requester(servers: Servers) -> AsyncIterator[RpcClient]:
         yield requester
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
 
 
 async def purge_deleted(requester: RpcClient, *, deleted_for_sec: float) -> int:

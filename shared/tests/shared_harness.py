@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 from aio_pika import Connection
 
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 PATIENCE_SEC = 60.0
 
@@ -23,7 +23,7 @@ async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         yield
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
     for task in tasks:
         assert task.cancelled(), task.exception()
 

@@ -28,7 +28,7 @@ from sandbox_broker.messaging.publisher import OutboundMessage, Publisher, Unrou
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.messaging.subscription import Subscription, publish_replies
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 from .shared_harness import PATIENCE_SEC, Line, beside, line_to, nothing_stays, until
 
@@ -278,7 +278,7 @@ async def test_closing_fails_all_that_is_published_at_once(clean_queues: str) ->
     async with asyncio.timeout(AT_ONCE_SEC * 2):
         results = await asyncio.gather(*publishing, return_exceptions=True)
     assert {type(result) for result in results} <= {Disconnected, type(None)}
-    await cancel(running)
+    await cancel_and_wait(running)
 
 
 async def test_who_stops_waiting_for_a_confirm_is_cancelled_and_nobody_else(wired: Bus) -> None:
@@ -801,7 +801,7 @@ async def test_cancelling_while_it_connects_leaves_nothing(amqp_line: Line) -> N
         made = Publisher(amqp_line.url, "test")
         running = asyncio.create_task(made.run())
         await asyncio.sleep(delay)
-        await cancel(running)
+        await cancel_and_wait(running)
         assert running.cancelled()
 
 

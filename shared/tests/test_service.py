@@ -17,7 +17,7 @@ import structlog
 from starlette.applications import Starlette
 
 from devstack.ports import free_port
-from sandbox_broker.runtime.service import every, lifespan, uninterrupted
+from sandbox_broker.runtime.service import lifespan, run_periodically, run_uninterrupted
 from sandbox_broker.runtime.sockets import open_listeners
 
 PATIENCE_SEC = 60.0
@@ -294,7 +294,7 @@ async def test_uninterrupted_work_is_finished_before_the_cancellation() -> None:
         return "result"
 
     async def outer() -> None:
-        await uninterrupted(work())
+        await run_uninterrupted(work())
         done.append("not reached")
 
     task = asyncio.create_task(outer())
@@ -316,9 +316,9 @@ async def test_uninterrupted_work_gives_its_result_or_its_error() -> None:
     async def fail() -> int:
         raise ValueError("boom")
 
-    assert await uninterrupted(succeed()) == 7
+    assert await run_uninterrupted(succeed()) == 7
     with pytest.raises(ValueError, match="boom"):
-        await uninterrupted(fail())
+        await run_uninterrupted(fail())
 
 
 async def test_work_that_fails_after_a_cancellation_is_told() -> None:
@@ -329,7 +329,7 @@ async def test_work_that_fails_after_a_cancellation_is_told() -> None:
         raise ValueError("boom")
 
     with structlog.testing.capture_logs() as logged:
-        task = asyncio.create_task(uninterrupted(fail()))
+        task = asyncio.create_task(run_uninterrupted(fail()))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.sleep(0)
@@ -349,7 +349,7 @@ async def test_periodic_work_begins_at_once_and_goes_on() -> None:
         if times == 3:
             enough.set()
 
-    task = asyncio.create_task(every(0.001, work))
+    task = asyncio.create_task(run_periodically(0.001, work))
     await asyncio.sleep(0)
     assert times == 1
     async with asyncio.timeout(PATIENCE_SEC):

@@ -28,7 +28,7 @@ from sandbox_broker.messaging.connection import run_with_reconnect, translating_
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.runtime.service import run_uninterrupted
 
 MAX_PAUSE_SEC = 0.1
 """Longest pause after a batch of a lane with low priority."""
@@ -75,7 +75,7 @@ class Consumer:
         while deliveries := await subscription.batch(limit):
             started = asyncio.get_running_loop().time()
             try:
-                await uninterrupted(self._handle_batch(subscription, deliveries))
+                await run_uninterrupted(self._handle_batch(subscription, deliveries))
             except Fenced:
                 log.warning("allocator.fenced", queue=self._queue, epoch=self.epoch)
                 with translating_errors():

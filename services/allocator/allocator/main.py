@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> Starlette:
             await engine.dispose()
 
     async def check_invariants_periodically() -> None:
-        await service.every(
+        await service.run_periodically(
             settings.invariant_check_sec, lambda: check_invariants(settings.database_url, maintenance.epoch)
         )
 

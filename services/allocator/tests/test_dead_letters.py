@@ -30,7 +30,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.replies import DeadLetterReplayed, Recorded, Reply
 from sandbox_broker.database import connections
 from sandbox_broker.migrate import migrate
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 from . import bus_harness
 from .allocator_harness import (
@@ -55,7 +55,7 @@ async def run_collector(amqp_url: str, database_url: str) -> AsyncIterator[DeadL
     try:
         yield collector
     finally:
-        await cancel(task)
+        await cancel_and_wait(task)
         await engine.dispose()
     assert task.cancelled(), task.exception()
 
@@ -359,7 +359,7 @@ async def test_a_dead_letter_delivered_twice_is_stored_once(pool: Pool, clean_qu
             committed.clear()
             dying = asyncio.create_task(DyingCollector(clean_queues, engine).run())
             await committed.wait()
-            await cancel(dying)
+            await cancel_and_wait(dying)
             await wait_for_letters(pool, 1)
         await engine.dispose()
         async with run_collector(clean_queues, pool.url):

@@ -42,7 +42,7 @@ from sandbox_broker.contract.replies import (
 )
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 M = TypeVar("M", bound=Command)
 
@@ -172,7 +172,7 @@ async def calling(amqp_url: str) -> AsyncIterator[Caller]:
         yield Caller(requester)
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
 
 
 def settings(**changes: Any) -> Settings:

@@ -14,7 +14,7 @@ from sandbox_broker.contract.replies import CleanedUp, Refused
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 REPORT_PERIOD_SEC = 10.0
 """Period of progress reports. The gateway shows a job without reports for two minutes as failed."""
@@ -94,7 +94,7 @@ class AdminJobs:
                 progress = {"deleted": job.deleted, "failed": job.failed}
                 await self._record(RecordJob(job_id=job.job_id, kind="cleanup", progress=progress))
 
-        await every(REPORT_PERIOD_SEC, report_all)
+        await run_periodically(REPORT_PERIOD_SEC, report_all)
 
     async def _record(self, command: RecordJob) -> None:
         try:

@@ -18,7 +18,7 @@ from sandbox_broker.messaging.connection import Disconnected, delete_replaced, r
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.observability import log_context, tracing
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 TOLERANCE = 0.1
 """Fraction of the period by which a tick may arrive early."""
@@ -36,7 +36,7 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
             log.warning("tick.not_sent", queue=queue.name, error=str(error))
 
     await publisher.wait_connected()
-    await every(period_sec, tick)
+    await run_periodically(period_sec, tick)
 
 
 async def consume(

@@ -53,14 +53,14 @@ def lifespan(
         finally:
             for task in reversed(running):
                 task.remove_done_callback(ended)
-                await cancel(task)
+                await cancel_and_wait(task)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("service.task_failed", task=task.get_name(), exc_info=error)
 
     return run_tasks
 
 
-async def cancel(task: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
     """Cancel the task and wait until it has ended. Repeat the cancellation, because wait_for of Python 3.11 in the
     client library can lose one that arrives when its wait ends."""
     while not task.done():
@@ -68,7 +68,7 @@ async def cancel(task: asyncio.Task[Any]) -> None:
         await asyncio.wait([task], timeout=1)
 
 
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+async def run_uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` until it ends, even if the caller is cancelled. Then raise the cancellation."""
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
@@ -84,7 +84,7 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     raise cancelled
 
 
-async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
+async def run_periodically(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
     """Run `work` now and then after each pause of `period_sec`, until cancelled."""
     while True:
         await work()

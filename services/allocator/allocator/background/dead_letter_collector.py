@@ -26,7 +26,7 @@ from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decod
 from sandbox_broker.database import connections, schema
 from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.subscription import Subscription
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.runtime.service import run_uninterrupted
 
 PREFETCH = 20
 MAX_STORED = 100_000
@@ -63,7 +63,7 @@ class DeadLetterCollector:
             await asyncio.sleep(PAUSE_SEC)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
-            if not await uninterrupted(self._store(deliveries)):
+            if not await run_uninterrupted(self._store(deliveries)):
                 return
             await subscription.ack(deliveries[-1], all_before=True)
 

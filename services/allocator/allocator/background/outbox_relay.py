@@ -22,7 +22,7 @@ from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.runtime.service import run_uninterrupted
 
 BATCH_SIZE = 100
 """Events per batch. Encoding a batch blocks the event loop, and with it the requests of students."""
@@ -103,10 +103,10 @@ class OutboxRelay:
         while True:
             now = asyncio.get_running_loop().time()
             if now - counted_at >= COUNTER_PERIOD_SEC:
-                await uninterrupted(_update_counters(connection))
+                await run_uninterrupted(_update_counters(connection))
                 counted_at = now
             self._wake.clear()
-            if await uninterrupted(self._publish_batch(connection)) < BATCH_SIZE:
+            if await run_uninterrupted(self._publish_batch(connection)) < BATCH_SIZE:
                 try:
                     async with asyncio.timeout(POLL_SEC):
                         await self._wake.wait()

@@ -59,7 +59,7 @@ class PoolMetrics:
         self._forecast = DepletionForecast()
 
     async def run(self) -> None:
-        await service.every(PERIOD_SEC, self._update)
+        await service.run_periodically(PERIOD_SEC, self._update)
 
     async def _update(self) -> None:
         try:

@@ -17,7 +17,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 PERIOD_SEC = 5.0
 ANSWER_TIMEOUT_SEC = 2.0
@@ -34,7 +34,7 @@ class Queues:
         self._unavailable: set[str] = set()
 
     async def watch(self) -> None:
-        await every(PERIOD_SEC, self.look)
+        await run_periodically(PERIOD_SEC, self.look)
 
     async def look(self) -> None:
         """Ask about all queues concurrently, so that a queue without an answer delays no other."""
