@@ -28,7 +28,7 @@ class Settings(BaseSettings):
 
 async def migrate(database_url: str) -> None:
     """Migrate the database. Raises the errors of asyncpg if the database does not answer."""
-    engine = connections.engine(database_url, statement_timeout_sec=0)
+    engine = connections.create_engine(database_url, statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         asyncio.run(migrate(url))
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-        stop(f"DATABASE_URL: {connections.reason(error)}")
+        stop(f"DATABASE_URL: {connections.describe_error(error)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ async def database_line(clean_database: str) -> AsyncIterator[Line]:
 
 @pytest.fixture
 async def engine(database_line: Line) -> AsyncIterator[AsyncEngine]:
-    created = connections.engine(
+    created = connections.create_engine(
         database_line.url, statement_timeout_sec=1, pool_size=1, max_overflow=0, pool_timeout=0.2
     )
     yield created
@@ -80,12 +80,12 @@ async def test_whatever_the_server_says_to_who_connects_is_a_lost_connection(cle
     refused = f"{clean_database}?no_such_setting=1"
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
         await connections.connect(refused, application_name="test", statement_timeout_sec=1)
-    engine = connections.engine(refused)
+    engine = connections.create_engine(refused)
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
         await engine.connect()
-    assert "no_such_setting" in (await connections.ping(engine) or "")
+    assert "no_such_setting" in (await connections.check_connection(engine) or "")
     await engine.dispose()
-    assert "no_such_setting" in (await connections.preflight(refused, patience_sec=60) or "")
+    assert "no_such_setting" in (await connections.find_problem(refused, patience_sec=60) or "")
 
 
 async def test_a_line_that_is_cut_is_a_lost_connection(
@@ -130,9 +130,9 @@ async def test_the_engine_replaces_connections_that_were_lost(
     engine: AsyncEngine, database_line: Line, admin: asyncpg.Connection
 ) -> None:
     for _ in range(3):
-        assert await connections.ping(engine) is None
+        assert await connections.check_connection(engine) is None
         database_line.cut()
-        assert await connections.ping(engine) is None
+        assert await connections.check_connection(engine) is None
         await admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -148,16 +148,16 @@ async def test_a_pool_with_no_connection_left_does_not_answer(engine: AsyncEngin
 
 
 async def test_an_option_in_the_url_is_asyncpgs_business(clean_database: str) -> None:
-    engine = connections.engine(f"{clean_database}?sslmode=prefer")
+    engine = connections.create_engine(f"{clean_database}?sslmode=prefer")
     try:
-        assert await connections.ping(engine) is None
+        assert await connections.check_connection(engine) is None
     finally:
         await engine.dispose()
 
 
 async def test_a_server_that_is_not_there_is_told_by_ping() -> None:
-    engine = connections.engine("postgresql://anna:hunter2@127.0.0.1:1/x")
-    problem = await connections.ping(engine)
+    engine = connections.create_engine("postgresql://anna:hunter2@127.0.0.1:1/x")
+    problem = await connections.check_connection(engine)
     assert problem is not None
     assert "hunter2" not in problem
     await engine.dispose()

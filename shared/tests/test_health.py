@@ -97,10 +97,10 @@ async def test_metrics_are_for_prometheus() -> None:
 async def test_a_database_that_falls_silent_is_told_in_time_and_well_again_when_it_is_back(
     database_line: Line,
 ) -> None:
-    engine = connections.engine(database_line.url, pool_size=1, max_overflow=0)
+    engine = connections.create_engine(database_line.url, pool_size=1, max_overflow=0)
 
     async def database() -> str | None:
-        return await connections.ping(engine)
+        return await connections.check_connection(engine)
 
     try:
         assert (await get("/readyz", database=database)).status_code == 200

@@ -88,7 +88,7 @@ async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
 
 
 async def test_the_tables_are_described_as_they_are(empty: str, database_url: str) -> None:
-    engine = connections.engine(empty)
+    engine = connections.create_engine(empty)
     async with engine.begin() as opened:
         await opened.run_sync(schema.metadata.create_all)
     await engine.dispose()
@@ -100,7 +100,7 @@ async def test_alembic_finds_no_difference(database_url: str) -> None:
         context = MigrationContext.configure(opened, opts={"compare_type": True, "compare_server_default": True})
         return list(compare_metadata(context, schema.metadata))
 
-    engine = connections.engine(database_url)
+    engine = connections.create_engine(database_url)
     async with engine.connect() as opened:
         assert await opened.run_sync(differences) == []
     await engine.dispose()
@@ -109,7 +109,7 @@ async def test_alembic_finds_no_difference(database_url: str) -> None:
 async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)
-    engine = connections.engine(empty)
+    engine = connections.create_engine(empty)
     async with engine.connect() as opened:
         await opened.run_sync(lambda plain: command.downgrade(config(plain), "base"))
     await engine.dispose()

@@ -90,7 +90,7 @@ class Dispatcher:
             # Before UNAVAILABLE, because asyncpg's error for an invalid parameter belongs to both.
             failure: Exception = error
         except UNAVAILABLE as error:
-            log.error("database.lost", error=connections.reason(error))
+            log.error("database.lost", error=connections.describe_error(error))
             self._session.close()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return _refuse_all(commands)
@@ -110,7 +110,7 @@ class Dispatcher:
             self._publisher,
             self._queue,
             command.model_dump_json(),
-            f"{type(failure).__name__}: {connections.reason(failure)}",
+            f"{type(failure).__name__}: {connections.describe_error(failure)}",
         )
         return [COMMAND_FAILED]
 

@@ -67,7 +67,9 @@ class CrossOriginGateway(Gateway):
 
 
 def create_app(settings: Settings) -> Gateway:
-    engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
+    engine = connections.create_engine(
+        settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC
+    )
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = RpcClient(settings.amqp_url, "gateway", publisher)
     allocator = Allocator(publisher, requester)
@@ -77,7 +79,7 @@ def create_app(settings: Settings) -> Gateway:
         return None if requester.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await connections.ping(engine)
+        return await connections.check_connection(engine)
 
     tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
 

@@ -29,7 +29,7 @@ CONNECTION_ERRORS = (
 """Errors of the connection, not of the statement: the database is down, shuts down, or did not answer in time."""
 
 
-def engine(database_url: str, *, statement_timeout_sec: float = 10, **options: object) -> AsyncEngine:
+def create_engine(database_url: str, *, statement_timeout_sec: float = 10, **options: object) -> AsyncEngine:
     """Create an engine with a connection pool that tests connections before use. `statement_timeout_sec` 0 means no
     limit. The engine raises the errors of asyncpg, so that callers can catch CONNECTION_ERRORS."""
 
@@ -68,20 +68,20 @@ async def connect(database_url: str, *, application_name: str, statement_timeout
     except CONNECTION_ERRORS:
         raise
     except asyncpg.PostgresError as error:
-        raise asyncpg.ConnectionFailureError(reason(error)) from error
+        raise asyncpg.ConnectionFailureError(describe_error(error)) from error
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the error text of a connection in one line, without the password."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def address(database_url: str) -> str:
+def format_address(database_url: str) -> str:
     parts = urlsplit(database_url)
     return f"{parts.hostname}:{parts.port or 5432}{parts.path}"
 
 
-async def preflight(database_url: str, *, patience_sec: float) -> str | None:
+async def find_problem(database_url: str, *, patience_sec: float) -> str | None:
     """Return None if the database answers and has the schema, otherwise the problem. Retry for `patience_sec` while
     the server refuses connections. A wrong password or database name is returned at once."""
     deadline = asyncio.get_running_loop().time() + patience_sec
@@ -91,27 +91,27 @@ async def preflight(database_url: str, *, patience_sec: float) -> str | None:
                 return await _problem(database_url)
         except (OSError, TimeoutError, asyncpg.CannotConnectNowError) as error:
             if asyncio.get_running_loop().time() + RETRY_SEC > deadline:
-                return f"no PostgreSQL answers at {address(database_url)} ({reason(error)})"
+                return f"no PostgreSQL answers at {format_address(database_url)} ({describe_error(error)})"
             await asyncio.sleep(RETRY_SEC)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-            return f"{address(database_url)}: {reason(error)}"
+            return f"{format_address(database_url)}: {describe_error(error)}"
 
 
 async def _problem(database_url: str) -> str | None:
     connection = await connect(database_url, application_name="preflight", statement_timeout_sec=3)
     try:
         if await connection.fetchval("SELECT to_regclass('allocator_epoch')") is None:
-            return f"{address(database_url)} has no tables yet: run python -m sandbox_broker.migrate"
+            return f"{format_address(database_url)} has no tables yet: run python -m sandbox_broker.migrate"
         return None
     finally:
         connection.terminate()
 
 
-async def ping(engine: AsyncEngine) -> str | None:
+async def check_connection(engine: AsyncEngine) -> str | None:
     """Return None if the database answers, otherwise the error. This is a readiness check."""
     try:
         async with engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
     except CONNECTION_ERRORS as error:
-        return reason(error)
+        return describe_error(error)
     return None

@@ -24,7 +24,7 @@ async def _problems(amqp_url: str, database_url: str | None) -> list[str]:
     if database_url is not None:
         from sandbox_broker.database import connections  # noqa: PLC0415 (saves a third of the start time of services without a database)
 
-        checks["DATABASE_URL"] = connections.preflight(database_url, patience_sec=PATIENCE_SEC)
+        checks["DATABASE_URL"] = connections.find_problem(database_url, patience_sec=PATIENCE_SEC)
     problems = await asyncio.gather(*checks.values())
     return [f"{name}: {problem}" for name, problem in zip(checks, problems, strict=True) if problem]
 

@@ -58,7 +58,7 @@ class DeadLetterCollector:
 
     async def _consume(self, connection: AbstractConnection) -> None:
         # Subscribe only while the database answers. RabbitMQ 4 counts returned messages against the delivery limit.
-        while (problem := await connections.ping(self._engine)) is not None:
+        while (problem := await connections.check_connection(self._engine)) is not None:
             log.warning("dead_letters.postponed", error=problem)
             await asyncio.sleep(PAUSE_SEC)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
@@ -80,7 +80,7 @@ class DeadLetterCollector:
                     if deleted:
                         log.warning("dead_letters.forgotten", count=deleted)
         except connections.CONNECTION_ERRORS as error:
-            log.warning("dead_letters.postponed", error=connections.reason(error))
+            log.warning("dead_letters.postponed", error=connections.describe_error(error))
             return False
         for letter in letters:
             fields = {name: letter[name] for name in ("queue", "reason", "commands")}

@@ -93,7 +93,7 @@ class OutboxRelay:
                 finally:
                     connection.terminate()
             except UNAVAILABLE as error:
-                log.warning("outbox.database_lost", error=connections.reason(error))
+                log.warning("outbox.database_lost", error=connections.describe_error(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:

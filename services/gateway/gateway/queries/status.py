@@ -56,7 +56,7 @@ class Look(Generic[T]):
         try:
             return self._looking.result()
         except ApiError as error:
-            return error.message if error.__cause__ is None else connections.reason(error.__cause__)
+            return error.message if error.__cause__ is None else connections.describe_error(error.__cause__)
 
     async def _run(self) -> T:
         return await self._look()
