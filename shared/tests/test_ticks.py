@@ -71,8 +71,8 @@ async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
 ) -> None:
     work = Work()
     async with beside(
-        *(ticks.consume(clean_queues, QUEUE, AT_ONCE, work) for _ in range(3)),
-        *(ticks.publish(publisher, QUEUE, 0.005) for _ in range(3)),
+        *(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work) for _ in range(3)),
+        *(ticks.publish_ticks(publisher, QUEUE, 0.005) for _ in range(3)),
     ):
         await until(lambda: work.begun == 1)
         sent = 0
@@ -96,7 +96,7 @@ async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
 async def test_a_storm_of_ticks_is_one_run(clean_queues: str, publisher: Publisher) -> None:
     work = Work()
     work.go.release()
-    async with beside(*(ticks.consume(clean_queues, QUEUE, 3600, work) for _ in range(2))):
+    async with beside(*(ticks.consume_ticks(clean_queues, QUEUE, 3600, work) for _ in range(2))):
         await asyncio.gather(*(publisher.publish(topology.TICKS.name, QUEUE.name, b"{}") for _ in range(1000)))
         await until(lambda: work.begun == 1)
         async with asyncio.timeout(20):
@@ -113,8 +113,8 @@ async def test_any_number_of_replicas_give_one_run_a_period(clean_queues: str, p
         begun.append(asyncio.get_running_loop().time())
 
     async with beside(
-        *(ticks.consume(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
-        *(ticks.publish(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
+        *(ticks.consume_ticks(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
+        *(ticks.publish_ticks(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
     ):
         await until(lambda: len(begun) == 5)
     # The first may have been noted a while after its tick came, so of four periods three are certain.
@@ -126,7 +126,7 @@ async def test_after_an_outage_missed_periods_are_caught_up_once(clean_queues: s
         await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
     work = Work()
     work.go.release()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
+    async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)):
         await until(lambda: work.begun == 1 and work.at_work == 0)
         assert await waiting(clean_queues) == 0
     assert work.begun == 1
@@ -134,30 +134,32 @@ async def test_after_an_outage_missed_periods_are_caught_up_once(clean_queues: s
 
 async def test_a_tick_whose_worker_goes_is_another_ones(clean_queues: str, publisher: Publisher) -> None:
     first, second = Work(), Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, second)):
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
+    async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, second)):
+        async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, first)):
             await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
             await until(lambda: first.begun + second.begun == 1)
         if first.begun:
             await until(lambda: second.begun == 1)
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
+    async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, first)):
         await until(lambda: first.begun)
 
 
 async def test_publishing_goes_on_while_the_queue_is_away(clean_queues: str, publisher: Publisher) -> None:
     done = Work()
-    async with beside(ticks.publish(publisher, QUEUE, 0.005)):
+    async with beside(ticks.publish_ticks(publisher, QUEUE, 0.005)):
         async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
             await channel.queue_delete(QUEUE.name)
             with pytest.raises(Exception, match="no queue"):
                 await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, done)):  # which declares it
+        async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, done)):  # which declares it
             await until(lambda: done.begun == 1)
 
 
 async def test_the_first_tick_waits_for_the_connection(clean_queues: str) -> None:
     made, work = Publisher(clean_queues, "late"), Work()
-    async with beside(ticks.publish(made, QUEUE, 3600), ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
+    async with beside(
+        ticks.publish_ticks(made, QUEUE, 3600), ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)
+    ):
         await asyncio.sleep(0)
         assert not made.connected
         async with beside(made.run()):
@@ -172,9 +174,9 @@ async def test_work_that_fails_ends_the_consumer_and_leaves_the_tick(
 
     await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
     with pytest.raises(TimeoutError, match="a mistake"):
-        await asyncio.wait_for(ticks.consume(clean_queues, QUEUE, AT_ONCE, fail), 20)
+        await asyncio.wait_for(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, fail), 20)
     work = Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
+    async with beside(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)):
         await until(lambda: work.begun == 1)
 
 
@@ -200,7 +202,9 @@ async def test_the_queue_of_an_earlier_version_goes_when_its_last_consumer_has_g
         )
         await queue.bind(topology.TICKS.name, old)
         await queue.consume(old_ticks.put, no_ack=True)
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work), ticks.publish(publisher, QUEUE, 0.01)):
+        async with beside(
+            ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work), ticks.publish_ticks(publisher, QUEUE, 0.01)
+        ):
             await until(lambda: ran >= 3)
             await publisher.publish(topology.TICKS.name, old, b"{}")
             await old_ticks.get()

@@ -41,15 +41,17 @@ def create_app(settings: Settings) -> Starlette:
         requester.run,
         partial(run_with_reconnect, url, "csp-syncer-commands", commands.consume),
         partial(
-            ticks.consume,
+            ticks.consume_ticks,
             url,
             topology.SYNC_TICKS,
             settings.sync_interval_sec,
             partial(send_sync_command, publisher),
         ),
-        partial(ticks.publish, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
-        partial(ticks.consume, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)),
-        partial(ticks.publish, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
+        partial(ticks.publish_ticks, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
+        partial(
+            ticks.consume_ticks, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)
+        ),
+        partial(ticks.publish_ticks, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
     )
 
     @asynccontextmanager

@@ -48,15 +48,15 @@ def create_app(settings: Settings) -> Starlette:
         partial(run_with_reconnect, url, "reaper-events", triggers.consume_events),
         partial(run_with_reconnect, url, "reaper-commands", triggers.consume_commands),
         partial(
-            ticks.consume,
+            ticks.consume_ticks,
             url,
             topology.CLEANUP_TICKS,
             settings.cleanup_interval_sec,
             triggers.handle_tick,
         ),
-        partial(ticks.consume, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
-        partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
-        partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
+        partial(ticks.consume_ticks, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
+        partial(ticks.publish_ticks, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
+        partial(ticks.publish_ticks, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
     )
 
     @asynccontextmanager

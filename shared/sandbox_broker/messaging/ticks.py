@@ -26,7 +26,7 @@ TOLERANCE = 0.1
 log = structlog.get_logger()
 
 
-async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
+async def publish_ticks(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
     """Publish a tick now and then once per period, until cancelled."""
 
     async def tick() -> None:
@@ -39,7 +39,7 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
     await run_periodically(period_sec, tick)
 
 
-async def consume(
+async def consume_ticks(
     url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
 ) -> None:
     """Run `work` once per period while ticks arrive, until cancelled. Delete the queue that `queue` replaces."""
