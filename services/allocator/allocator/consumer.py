@@ -87,7 +87,7 @@ class Consumer:
                 await asyncio.sleep(min(2 * duration, MAX_PAUSE_SEC))
 
     async def _handle_batch(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
-        """Handle one batch. `uninterrupted` runs it as a task of its own, so the log context of the batch ends with
+        """Handle one batch. `run_uninterrupted` runs it in its own task, so the log context of the batch ends with
         it."""
         log_context.bind(batch_id=secrets.token_hex(6), epoch=self.epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
