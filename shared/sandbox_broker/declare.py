@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import delete_replaced, opened
+from sandbox_broker.messaging.connection import delete_replaced, open_connection
 from sandbox_broker.runtime.settings import AmqpUrl, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
 async def declare(amqp_url: str) -> None:
     """Declare the topology and delete replaced queues. Raises AMQPError, OSError or TimeoutError if RabbitMQ does
     not answer or refuses. A replaced queue that cannot be deleted is not an error."""
-    async with asyncio.timeout(TIMEOUT_SEC), opened(amqp_url) as connection:
+    async with asyncio.timeout(TIMEOUT_SEC), open_connection(amqp_url) as connection:
         async with connection.channel() as channel:
             await topology.declare(channel)
         await asyncio.gather(*(delete_replaced(connection, queue) for queue in topology.QUEUES))

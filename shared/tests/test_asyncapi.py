@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from sandbox_broker.contract import commands, events, replies, topology
-from sandbox_broker.contract.asyncapi import document
+from sandbox_broker.contract.asyncapi import build_document
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 
 
@@ -20,7 +20,7 @@ def references(part: Any) -> Iterator[str]:
 
 
 def test_all_references_resolve() -> None:
-    root = document()
+    root = build_document()
     targets = set(references(root))
     assert targets
     for reference in targets:
@@ -30,7 +30,7 @@ def test_all_references_resolve() -> None:
 
 
 def test_every_queue_exchange_and_binding_is_listed() -> None:
-    channels = document()["channels"]
+    channels = build_document()["channels"]
     assert {exchange.name for exchange in topology.EXCHANGES} <= channels.keys()
     listed = [
         (channel["address"], binding["exchange"], binding["routingKey"], binding["arguments"])
@@ -49,7 +49,7 @@ def test_every_queue_exchange_and_binding_is_listed() -> None:
 
 
 def test_each_exchange_lists_its_commands() -> None:
-    made = document()
+    made = build_document()
     shown = {}
     for exchange in topology.EXCHANGES:
         for reference in made["channels"][exchange.name]["messages"].values():
@@ -65,7 +65,7 @@ def test_each_exchange_lists_its_commands() -> None:
 
 
 def test_every_command_reply_and_event_has_a_schema() -> None:
-    components = document()["components"]
+    components = build_document()["components"]
     for union in (commands.Command, replies.Reply):
         for message in get_args(get_args(union)[0]):
             assert message.__name__ in components["schemas"]

@@ -26,7 +26,7 @@ _COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
 _REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(replies.Reply)[0])
 
 
-def document() -> dict[str, Any]:
+def build_document() -> dict[str, Any]:
     """Return the AsyncAPI document."""
     models: list[type[BaseModel]] = [codec.Envelope, codec.ReplyEnvelope, events.Event]
     models += [*_COMMANDS, *_REPLIES, *EVENT_DATA.values()]
@@ -42,7 +42,7 @@ def document() -> dict[str, Any]:
             "title": "Sandbox Broker",
             "version": "1",
             "description": "Commands, their replies, and events, over RabbitMQ. "
-            "Events arrive at least once, and in order for each sandbox. Drop an `id` that you have processed.",
+            "Events arrive at least once, and in order for each sandbox. Drop an `id` seen before.",
         },
         "defaultContentType": _JSON,
         "channels": {
@@ -61,7 +61,7 @@ def document() -> dict[str, Any]:
                 "replies": _message("ReplyEnvelope", "A reply for each command, in the same order"),
                 "tick": {"title": "Tick of a timer", "contentType": _JSON, "payload": {"type": "object"}},
                 "deadLetter": {
-                    "title": "Dead letter: a message that could not be processed, unchanged",
+                    "title": "Dead letter: the unchanged message",
                     "payload": {},
                 },
                 **event_messages,
@@ -157,4 +157,4 @@ def _of_queue(queue: topology.Queue) -> dict[str, Any]:
 
 if __name__ == "__main__":
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
-    sys.stdout.write(orjson.dumps(document(), option=options).decode())
+    sys.stdout.write(orjson.dumps(build_document(), option=options).decode())

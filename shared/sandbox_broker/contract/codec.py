@@ -41,7 +41,7 @@ class InvalidEnvelope(ValueError):
 
 
 class InvalidCommand(ValueError):
-    """One entry of an envelope that cannot be decoded. The other entries are not affected."""
+    """An undecodable entry of an envelope. The other entries are not affected."""
 
     def __init__(self, raw: Any, reason: str) -> None:
         super().__init__(reason)
@@ -53,7 +53,7 @@ def encode_commands(commands: Sequence[Command]) -> bytes:
 
 
 def request_ids_in(body: bytes) -> list[str]:
-    """Return the `request_id` of each command in an envelope. Entries that cannot be decoded are left out."""
+    """Return the `request_id` of each command in an envelope. Undecodable entries are left out."""
     try:
         envelope = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -66,7 +66,7 @@ def request_ids_in(body: bytes) -> list[str]:
 
 
 def decode_commands(body: bytes) -> list[Command | InvalidCommand]:
-    """Return the commands of an envelope, in order, with an InvalidCommand for each entry that cannot be decoded.
+    """Return the commands of an envelope, in order, with an InvalidCommand for each undecodable entry.
 
     Raises InvalidEnvelope if the body has no list of commands.
     """

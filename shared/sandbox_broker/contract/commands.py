@@ -61,8 +61,8 @@ class ExpireLeases(_Command):
 
 class ClaimDeletions(_Command):
     """Claim at most `limit` due deletions for `claim_sec` seconds, and renew the leader lease of the run for the
-    same time. Other clean-up runs get no claim meanwhile. A claim without a result ends after that time. →
-    DeletionsClaimed."""
+    same time. Other clean-up runs get no claim meanwhile. A claim without a result ends after that time.
+    → DeletionsClaimed."""
 
     type: Literal["ClaimDeletions"] = "ClaimDeletions"
     run_id: uuid.UUID
@@ -146,7 +146,7 @@ class ListedAccount(BaseModel):
 
 class StageListing(_Command):
     """Stage a batch of a listing until the listing is complete. `unreadable` are sandboxes whose CSP records lack
-    required fields; they count as present, and nothing else is read from them. → ListingStaged."""
+    required fields; they count as present, and no other data is read from them. → ListingStaged."""
 
     type: Literal["StageListing"] = "StageListing"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)
@@ -186,7 +186,7 @@ class DeleteStale(_Command):
 
 class PurgeRecords(_Command):
     """Purge the records of at most `limit` sandboxes that have had this status for `for_sec` seconds. Their leases
-    stay. Nothing is deleted in CSP. → Purged."""
+    stay. CSP accounts are not deleted. → Purged."""
 
     type: Literal["PurgeRecords"] = "PurgeRecords"
     status: Literal["stale", "deletion_failed", "deleted"]
@@ -230,7 +230,7 @@ class SyncPool(_Command):
     request_id: str
     force: bool = False
     job_id: uuid.UUID | None = None
-    """Job that records the progress and the end of the sync."""
+    """Job for the progress and the end of the sync."""
 
 
 class CleanUpNow(_Command):

@@ -136,7 +136,7 @@ class DeadLetterReplayed(Message):
     published: bool
     """False if all commands of the dead letter were skipped."""
     skipped: int
-    """Number of allocations that were skipped, because the student has received a sandbox since the request."""
+    """Number of skipped allocations, because the student has received a sandbox since the request."""
 
 
 class CleanedUp(Message):

@@ -21,7 +21,7 @@ class Exchange:
     name: str
     kind: Literal["direct", "topic", "headers"]
     commands: frozenset[type[BaseModel]] = frozenset()
-    """Command types that the exchange may carry."""
+    """Command types allowed on the exchange."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Queue:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     replaces: str | None = None
-    """Queue of earlier versions that this queue replaces. `connection.delete_replaced` deletes it."""
+    """Queue of earlier versions, replaced by this queue. `connection.delete_replaced` deletes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ _JWT = re.compile(r"[!-~]{1,16384}")
 @dataclass(frozen=True, slots=True)
 class CleanedAccount:
     deleted: tuple[str, ...]  # names of the deleted services
-    would_delete: tuple[str, ...]  # names of the services that shadow mode has kept
-    failed: tuple[str, ...]  # a line for each service that was not deleted or could not be read
+    would_delete: tuple[str, ...]  # names of the services kept by shadow mode
+    failed: tuple[str, ...]  # a line for each failed or unreadable service
 
 
 @dataclass(frozen=True, slots=True)

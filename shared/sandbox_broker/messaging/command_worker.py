@@ -63,7 +63,7 @@ async def serve_commands(
 async def _reply(
     publisher: Publisher, queue: topology.Queue, command: Command | InvalidCommand, handle: Handle
 ) -> Reply:
-    """Return the reply to one command. A command that cannot be carried out goes to the dead letters."""
+    """Return the reply to one command. Failed and refused commands go to the dead letters."""
     if isinstance(command, InvalidCommand):
         raw, reason = json.dumps(command.raw), str(command)
     else:

@@ -86,7 +86,7 @@ async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractCon
 
 
 @asynccontextmanager
-async def opened(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
+async def open_connection(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
     """Open a connection for the block. Raises AMQPError, OSError or TimeoutError if it cannot be opened."""
     connection = Connection(make_url(url))
     try:

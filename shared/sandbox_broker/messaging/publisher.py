@@ -1,5 +1,5 @@
 """Publisher for RabbitMQ. Each message is confirmed within a time limit. The connection only publishes, because a
-resource alarm blocks connections that publish."""
+resource alarm blocks publishing connections."""
 
 import asyncio
 import contextlib
@@ -93,7 +93,7 @@ class Publisher:
                 self._channel = self._inspector = None
                 inspector.close()
                 self._connected.clear()
-                # Wake the callers that wait for the writer, because the library does not.
+                # Wake the callers waiting for the writer, because the library does not.
                 for limit in self._limits:
                     if not limit.expired():
                         limit.reschedule(0)
@@ -141,7 +141,7 @@ class Publisher:
     ) -> int:
         """Write all messages in order with one system call, then wait for their confirms.
 
-        Return the number of leading messages that were confirmed. It is less than all if the connection was lost or
+        Return the number of confirmed leading messages. It is less than all if the connection was lost or
         RabbitMQ refused a message. The messages are not mandatory. Raises Disconnected if no message was written.
 
         `publish` would use locks, a timer, a task and a system call for each message in the client library.

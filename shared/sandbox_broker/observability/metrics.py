@@ -10,7 +10,7 @@ QUEUE_WAIT = Histogram(
 )
 DEAD_LETTERED = Counter(
     "broker_dead_lettered_total",
-    "Messages and single commands that this service has sent to the dead letters, by their queue",
+    "Messages and single commands sent to the dead letters by this service, by their queue",
     ["queue"],
 )
 CONNECTED = Gauge(
@@ -18,11 +18,11 @@ CONNECTED = Gauge(
 )
 DISCONNECTS = Counter(
     "broker_rabbitmq_disconnects_total",
-    "Connections to RabbitMQ that were lost or could not be opened",
+    "Lost connections to RabbitMQ and failed attempts to connect",
     ["connection"],
 )
 SUPPRESSED = Counter(
     "broker_log_lines_suppressed_total",
-    "Warnings and errors that the log rate limit suppressed, by event name",
+    "Warnings and errors suppressed by the log rate limit, by event name",
     ["event"],
 )

@@ -60,7 +60,7 @@ class Tracer:
             start_time=start_ns,
         )
 
-    def failed(self, span: Span, code: str) -> None:
+    def mark_failed(self, span: Span, code: str) -> None:
         span.set_attribute("error.type", code)
         span.set_status(StatusCode.ERROR, code)
 

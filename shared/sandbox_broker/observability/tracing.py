@@ -71,16 +71,16 @@ def start(
     attributes: Attributes | None = None,
     start_ns: int | None = None,
 ) -> "Span | None":
-    """Start a span that the caller ends. Return None if tracing is off. `parent` is a span or a traceparent;
+    """Start a span. The caller ends it. Return None if tracing is off. `parent` is a span or a traceparent;
     without one, a new trace starts. `links` are traceparents."""
     if _tracer is None:
         return None
     return _tracer.start(name, kind, parent=parent, links=links, attributes=attributes, start_ns=start_ns)
 
 
-def failed(span: "Span", code: str) -> None:
+def mark_failed(span: "Span", code: str) -> None:
     if _tracer is not None:
-        _tracer.failed(span, code)
+        _tracer.mark_failed(span, code)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _ended_span(span: "Span | None") -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            failed(span, type(error).__name__)
+            mark_failed(span, type(error).__name__)
             raise
         finally:
             span.end()

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
-from sandbox_broker.messaging.connection import opened
+from sandbox_broker.messaging.connection import open_connection
 from sandbox_broker.runtime.settings import stop
 
 PATIENCE_SEC = 5.0
@@ -36,7 +36,7 @@ async def _amqp_problem(amqp_url: str) -> str | None:
     while True:
         try:
             left = deadline - asyncio.get_running_loop().time()
-            async with opened(amqp_url, timeout=max(left, 0.1)):
+            async with open_connection(amqp_url, timeout=max(left, 0.1)):
                 return None
         except (AuthenticationError, ProbableAuthenticationError):
             return f"RabbitMQ at {address} refuses this user and password"

@@ -133,7 +133,7 @@ class ServiceSettings(BaseSettings):
 
     amqp_url: AmqpUrl = Field(repr=False)
     bind_host: Annotated[str, AfterValidator(_addresses)] = ""
-    """Addresses that the service listens on. Empty for all addresses, IPv4 and IPv6."""
+    """Listening addresses of the service. Empty for all addresses, IPv4 and IPv6."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_to_upper)] = "INFO"
     log_format: Literal["json", "console"] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None

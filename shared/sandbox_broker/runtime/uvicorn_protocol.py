@@ -36,7 +36,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Response to a message that the application does not see."""
+    """Response to a message refused before the application."""
 
     status: int
     code: str

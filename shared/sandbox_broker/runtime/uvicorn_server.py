@@ -1,4 +1,4 @@
-"""uvicorn server that drains before it stops."""
+"""uvicorn server with a drain before its stop."""
 
 import signal
 import time
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class Server(uvicorn.Server):
-    """uvicorn server that drains for `drain_sec` after SIGTERM, with `app.state.stopping` set.
+    """uvicorn server with a drain of `drain_sec` after SIGTERM, with `app.state.stopping` set.
 
     During the drain /readyz answers 503, so that proxies send new requests to other replicas. Each response closes
     its connection, so that clients connect to another replica. Afterwards uvicorn stops listening and closes idle

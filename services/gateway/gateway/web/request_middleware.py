@@ -183,7 +183,7 @@ def _describe(span: "Span", state: Mapping[str, Any]) -> None:
         }
     )
     if status >= 500:
-        tracing.failed(span, state.get("code", str(status)))
+        tracing.mark_failed(span, state.get("code", str(status)))
 
 
 def _told(state: Mapping[str, Any]) -> dict[str, Any]:
