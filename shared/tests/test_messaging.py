@@ -609,7 +609,7 @@ async def test_a_killed_server_fails_who_waits_at_once_and_all_works_when_it_is_
         asking = [asyncio.ensure_future(made.ask()) for _ in range(50)]
         await until(lambda: len(made.requester._waiting) == 50)
         await until(lambda: not made.publisher._limits)
-        await private.settle()
+        await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
         async with asyncio.timeout(AT_ONCE_SEC):
@@ -635,11 +635,11 @@ async def test_a_queue_that_does_not_answer_is_named_and_asked_again(
         return [entry["error"] for entry in logged if entry["event"] == "rabbitmq.disconnected"]
 
     async with connected(private.url) as made:
-        await private.ctl("eval", f"sys:suspend({server}).")
+        await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
         async with beside(consume(private.url, replying(made.publisher))):
             await until(told)
             assert set(told()) == {f"the queue {QUEUE.name} does not answer"}
-            await private.ctl("eval", f"sys:resume({server}).")
+            await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
@@ -653,7 +653,7 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
     async with connected(private.url) as made, connected(private.url) as other:
         for command in sent:
             await made.put(encode_commands([command]))
-        await private.ctl("set_vm_memory_high_watermark", "0.00001")
+        await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
         try:
             for publisher in (made.publisher, other.publisher):
                 with pytest.raises(Disconnected):
@@ -661,7 +661,7 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
             async with beside(consume(private.url, handle)):
                 await until(lambda: set(sent) <= set(received))
         finally:
-            await private.ctl("set_vm_memory_high_watermark", "0.4")
+            await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.4")
         await made.put(queue=FILLED, timeout_sec=15)
         await other.put(queue=FILLED, timeout_sec=15)
 
@@ -674,7 +674,7 @@ async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
     monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
     policy = '{"max-length": 1, "overflow": "reject-publish"}'
     async with connected(private.url) as made:
-        await private.ctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
+        await private.run_rabbitmqctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
         try:
 
             async def refused() -> bool:
@@ -689,11 +689,11 @@ async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
                 while not await refused():
                     pass
         finally:
-            await private.ctl("clear_policy", "limit")
+            await private.run_rabbitmqctl("clear_policy", "limit")
         async with asyncio.timeout(20):
             while await refused():  # noqa: ASYNC110 (what it looks at knows no events)
                 await asyncio.sleep(0.05)
-        await private.ctl("purge_queue", QUEUE.name)
+        await private.run_rabbitmqctl("purge_queue", QUEUE.name)
 
 
 # Keeping connected
@@ -770,7 +770,7 @@ async def test_a_mistake_in_a_session_is_not_taken_for_a_lost_connection(
 
 async def test_connections_tell_the_server_whose_they_are(private: PrivateRabbitMQ, connected: Connected) -> None:
     async with connected(private.url):
-        listed = await private.ctl("list_connections", "timeout", "client_properties")
+        listed = await private.run_rabbitmqctl("list_connections", "timeout", "client_properties")
     assert "test-publish" in listed
     assert "test-replies" in listed
 

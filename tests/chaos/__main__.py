@@ -48,26 +48,28 @@ def main() -> int:
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if not matrix.short(random.Random(arguments.seed), arguments.only):
         raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
-    clocks = await faketime.library(terminal)
+    clocks = await faketime.find_library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
-    terminal.say(f"SEED={arguments.seed}; logs in {directory}")
+    terminal.print_line(f"SEED={arguments.seed}; logs in {directory}")
     async with chaos(directory, clocks) as broker:
-        terminal.note("PostgreSQL, RabbitMQ, all services twice: ready")
+        terminal.print_step("PostgreSQL, RabbitMQ, all services twice: ready")
         steps = _steps(arguments.seed, arguments.only, arguments.minutes)
-        round_ = await rounds.run(broker, steps, arguments.seed, terminal.note, every_sec=arguments.every)
+        round_ = await rounds.run(broker, steps, arguments.seed, terminal.print_step, every_sec=arguments.every)
     report.keep(round_, directory)
     for line in report.tables(round_):
-        terminal.say(line)
+        terminal.print_line(line)
     violations = checker.check(round_.evidence)
     violations += [report.told(script) for script in report.failed(round_)]
     for violation in violations:
-        terminal.complain(violation)
+        terminal.print_error(violation)
     if violations:
-        terminal.say(f"{len(violations)} violations; SEED={arguments.seed} repeats the round; logs in {directory}")
+        terminal.print_line(
+            f"{len(violations)} violations; SEED={arguments.seed} repeats the round; logs in {directory}"
+        )
         return 1
     if not arguments.keep:
         shutil.rmtree(directory)
-    terminal.say("no violations")
+    terminal.print_line("no violations")
     return 0
 
 

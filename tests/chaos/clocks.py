@@ -34,7 +34,7 @@ def wrong_clock(module: str, wrong_by_sec: int) -> Fault:
 def _tell(chaos: Chaos, module: str, wrong_by_sec: int) -> None:
     for name, of in SERVICES.items():
         if of == module:
-            faketime.tell(chaos.clock(name), wrong_by_sec)
+            faketime.set_offset(chaos.clock(name), wrong_by_sec)
 
 
 def faults() -> list[Fault]:

@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from devstack.crashes import Crashes
+from devstack.crashes import CrashPoints
 
 module = sys.argv.pop(1)
-crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
+crashes = CrashPoints(Path(os.environ["CRASH_AT"]), module)
 
 if module == "gateway":
     from gateway import allocator_client
     from sandbox_broker.messaging import rpc_client
 
-    rpc_client.Requester.send = crashes.around(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
-    allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
+    rpc_client.Requester.send = crashes.wrap(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    allocator_client.Allocator.ask = crashes.wrap(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer, store
     from sandbox_broker.contract import topology
@@ -28,14 +28,14 @@ if module == "allocator":
 
     # Each is one statement, and its end is the commit.
     commit = ("before a student's commit", "after a student's commit")
-    store.allocate = crashes.around(store.allocate, *commit)
-    store.release = crashes.around(store.release, *commit)
+    store.allocate = crashes.wrap(store.allocate, *commit)
+    store.release = crashes.wrap(store.release, *commit)
 
     # Maintenance answers and acknowledges all the time; the promise is to students.
     students = topology.ALLOCATOR_COMMANDS.name
     answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
-    answer_crashing = crashes.around(answer, None, "after a student's reply")
-    ack_crashing = crashes.around(ack, "before a student's ack", None)
+    answer_crashing = crashes.wrap(answer, None, "after a student's reply")
+    ack_crashing = crashes.wrap(ack, "before a student's ack", None)
 
     async def answer_student(publisher: Any, delivery: Any, replies: Any) -> None:
         await (answer_crashing if delivery.routing_key == students else answer)(publisher, delivery, replies)
@@ -57,9 +57,9 @@ if module == "reaper":
 
     cleanup.CLAIM_MARGIN_SEC = 2
     client, deleter = csp_client.CspClient, deletion.Deleter
-    client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
-    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
-    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+    client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import syncer
@@ -68,7 +68,7 @@ if module == "csp_syncer":
 
     async def request_crashing(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.wrap(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
     syncer.request_reply = request_crashing  # type: ignore[attr-defined]
 

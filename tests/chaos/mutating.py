@@ -17,7 +17,7 @@ from typing import Any
 import asyncpg
 
 from allocator import consumer, dead_letters, deletions, jobs, lanes, listings, purge, store
-from devstack.crashes import Crashes
+from devstack.crashes import CrashPoints
 from sandbox_broker.messaging import publisher, subscription
 
 PATIENCE_SEC = 30
@@ -139,16 +139,16 @@ BUGS = {
 
 if __name__ == "__main__":
     module = sys.argv.pop(1)
-    crashes = Crashes(Path(os.environ["STOP_AT"]), module)
+    crashes = CrashPoints(Path(os.environ["STOP_AT"]), module)
     store.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
     lanes.STUDENTS = dataclasses.replace(lanes.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
-    store.allocate = crashes.around(store.allocate, "before commit", "after commit")
+    store.allocate = crashes.wrap(store.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         if is_of_student(delivery):
-            crashes.here("after reply")
+            crashes.reach("after reply")
 
     consumer.answer = answer_and_stop  # type: ignore[attr-defined]
     for name in filter(None, os.environ["PLANTED"].split(",")):

@@ -99,7 +99,7 @@ def _for_others() -> list[tuple[str, topology.Queue, bytes]]:
 
 
 async def _poison_all(chaos: Chaos) -> None:
-    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await chaos.rabbitmq.ctl("eval", NAMES))
+    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await chaos.rabbitmq.run_rabbitmqctl("eval", NAMES))
     queues = [queue for queue in topology.QUEUES if queue is not topology.DEAD_LETTER_QUEUE]
     properties = itertools.cycle(
         (
@@ -119,7 +119,7 @@ async def _poison_all(chaos: Chaos) -> None:
 
 
 async def _delete_reply_queues(chaos: Chaos) -> None:
-    await chaos.rabbitmq.ctl("eval", DELETE_REPLY_QUEUES)
+    await chaos.rabbitmq.run_rabbitmqctl("eval", DELETE_REPLY_QUEUES)
 
 
 def _overflow(how: str, behaviour: str) -> Fault:
@@ -128,7 +128,7 @@ def _overflow(how: str, behaviour: str) -> Fault:
 
     async def inject(chaos: Chaos) -> None:
         policy = json.dumps({"max-length": MAX_LENGTH, "overflow": behaviour})
-        await chaos.rabbitmq.ctl("set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy)
+        await chaos.rabbitmq.run_rabbitmqctl("set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy)
         flooding.append(asyncio.create_task(_flood(chaos, queue)))
 
     async def heal(chaos: Chaos) -> None:
@@ -136,7 +136,7 @@ def _overflow(how: str, behaviour: str) -> Fault:
             task.cancel()
         await asyncio.gather(*flooding, return_exceptions=True)
         flooding.clear()
-        await chaos.rabbitmq.ctl("clear_policy", "overflow")
+        await chaos.rabbitmq.run_rabbitmqctl("clear_policy", "overflow")
 
     name = f"overflow of the commands, {how}"
     return Fault(

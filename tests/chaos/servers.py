@@ -39,11 +39,11 @@ async def _start_postgres(chaos: Chaos) -> None:
 
 
 async def _raise_alarm(chaos: Chaos) -> None:
-    await chaos.rabbitmq.ctl("set_vm_memory_high_watermark", "0")
+    await chaos.rabbitmq.run_rabbitmqctl("set_vm_memory_high_watermark", "0")
 
 
 async def _end_alarm(chaos: Chaos) -> None:
-    await chaos.rabbitmq.ctl("set_vm_memory_high_watermark", WATERMARK)
+    await chaos.rabbitmq.run_rabbitmqctl("set_vm_memory_high_watermark", WATERMARK)
 
 
 async def _fill_disk(chaos: Chaos) -> None:

@@ -154,7 +154,7 @@ async def chaos(
 ) -> AsyncIterator[Chaos]:
     """Everything, with an empty pool. Each process's log goes to a file of `directory`; `clocks` is libfaketime."""
     async with AsyncExitStack() as everything:
-        everything.callback(faketime.sweep)
+        everything.callback(faketime.remove_shared_memory)
         disk = await _disk(everything)
         postgres, rabbitmq = PrivatePostgres(within=None if disk is None else disk.path), PrivateRabbitMQ()
         await everything.enter_async_context(postgres)
@@ -167,12 +167,12 @@ async def chaos(
             for server, port in _servers(module, postgres.port, rabbitmq.port, simulator_port).items()
         }
         for name in SERVICES:
-            faketime.tell(_clock(directory, name), 0)
+            faketime.set_offset(_clock(directory, name), 0)
         settings_of = {
             name: {
                 **_settings(name, links, postgres, rabbitmq),
                 "CRASH_AT": str(_crash_at(directory, module)),
-                **faketime.environment(clocks, _clock(directory, name)),
+                **faketime.build_environment(clocks, _clock(directory, name)),
             }
             for name, module in SERVICES.items()
         }

@@ -14,7 +14,7 @@ import aio_pika
 import asyncpg
 import pytest
 
-from devstack.temporary import truncate
+from devstack.temporary import truncate_tables
 from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker.contract import topology
 from tests.chaos import checker
@@ -124,7 +124,7 @@ async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
-    await truncate(stack.database, "TRUNCATE outbox")
+    await truncate_tables(stack.database, "TRUNCATE outbox")
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
@@ -156,7 +156,7 @@ async def without_index(database: asyncpg.Pool, name: str | None) -> AsyncIterat
     try:
         yield
     finally:
-        await truncate(database, "TRUNCATE leases")  # nothing of it may be left that the index forbids
+        await truncate_tables(database, "TRUNCATE leases")  # nothing of it may be left that the index forbids
         await database.execute(definition)
 
 

@@ -163,4 +163,4 @@ async def _program() -> tuple[str, ...]:
     """Docker's own Compose; where that is not installed, the older one, which Debian has."""
     if (await run(["docker", "compose", "version"]))[0] == 0:
         return "docker", "compose"
-    return (await packages.program(["docker-compose"], "docker-compose", Terminal()),)
+    return (await packages.find_or_install(["docker-compose"], "docker-compose", Terminal()),)

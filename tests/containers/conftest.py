@@ -10,7 +10,7 @@ from tests.containers.compose import Compose, build_images, running
 
 @pytest.fixture(scope="session", autouse=True)
 async def engine() -> None:
-    reason = await docker.refusal()
+    reason = await docker.unavailable_reason()
     if reason is not None:
         pytest.exit(f"these tests need a Docker engine: {reason}", returncode=2)
 

@@ -12,7 +12,7 @@ import pytest
 
 from devstack import containers, infrastructure, postgres, rabbitmq
 from devstack.errors import CannotRun
-from devstack.infrastructure import find
+from devstack.infrastructure import find_servers
 from devstack.ports import free_port
 from devstack.processes import run
 from devstack.settings import Settings
@@ -54,15 +54,15 @@ async def test_those_of_a_test_run_are_shared_by_its_workers_and_go_with_it(tmp_
     assert set(seen) == ({"gw0", "gw1"} if workers else {"master"})
     ((database, broker),) = {tuple(urls) for urls in seen.values()}
     assert "broker:" in database, "not in a container"
-    assert await postgres.refusal(f"{database}/postgres") is not None
-    assert await rabbitmq.refusal(broker) is not None
+    assert await postgres.unavailable_reason(f"{database}/postgres") is not None
+    assert await rabbitmq.unavailable_reason(broker) is not None
 
 
 async def test_what_a_variable_names_is_not_put_in_a_container(settings_from: SettingsFrom) -> None:
     url = "amqp://guest:guest@broker.example/"
-    async with containers.running(settings_from(AMQP_URL=url)) as had:
+    async with containers.start_containers(settings_from(AMQP_URL=url)) as had:
         assert had.amqp_url is None
-        assert await postgres.refusal(f"{had.postgres_url}/postgres") is None
+        assert await postgres.unavailable_reason(f"{had.postgres_url}/postgres") is None
 
 
 async def test_an_image_that_cannot_be_had_is_named_with_the_variable_that_says_another(
@@ -73,7 +73,7 @@ async def test_an_image_that_cannot_be_had_is_named_with_the_variable_that_says_
     with pytest.raises(
         CannotRun, match=r"cannot run sandbox-broker\.invalid/nothing:0: .* set TEST_POSTGRES_IMAGE"
     ):
-        async with containers.running(settings_from()):
+        async with containers.start_containers(settings_from()):
             pass
 
 
@@ -85,10 +85,10 @@ async def test_make_run_puts_what_is_missing_in_containers_and_removes_them_in_t
     settings = settings_from(**nothing_local, **IMAGES)
 
     async with AsyncExitStack() as stack:
-        database, broker = await find(settings, terminal, stack)
+        database, broker = await find_servers(settings, terminal, stack)
 
-        assert await postgres.refusal(f"{database.url}/postgres") is None
-        assert await rabbitmq.refusal(broker.url) is None
+        assert await postgres.unavailable_reason(f"{database.url}/postgres") is None
+        assert await rabbitmq.unavailable_reason(broker.url) is None
 
     names = await docker("ps", "--all", "--format", "{{.Names}}")
     assert infrastructure._container_prefix(settings) not in names

@@ -26,7 +26,7 @@ from tests.integration.stack import PORTS, Stack
 @pytest.fixture
 async def promtool() -> str:
     try:
-        return await prometheus.promtool(Terminal())
+        return await prometheus.find_promtool(Terminal())
     except CannotRun as reason:
         pytest.fail(f"this test needs Prometheus: {reason}")
 

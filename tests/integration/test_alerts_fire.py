@@ -19,7 +19,7 @@ import yaml
 
 from devstack import prometheus
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-async def proxies(servers: tuple[Found, Found]) -> AsyncIterator[dict[str, Proxy]]:
+async def proxies(servers: tuple[Server, Server]) -> AsyncIterator[dict[str, Proxy]]:
     """Proxies to PostgreSQL and RabbitMQ, to cut the connections."""
     database, rabbitmq = (urlsplit(found.url) for found in servers)
     async with Proxy(database.port or 5432) as to_database, Proxy(rabbitmq.port or 5672) as to_rabbitmq:
@@ -86,7 +86,7 @@ async def watch(broker: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     rules = directory / "rules.yml"
     rules.write_text(shorten_rules(ALERTS))
     try:
-        async with prometheus.watching(
+        async with prometheus.start_prometheus(
             ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPE_INTERVAL_SEC
         ) as running:
             yield running

@@ -55,7 +55,7 @@ async def whole() -> AsyncIterator[Broker]:
         PrivateRabbitMQ() as rabbitmq,
         running(postgres.url, rabbitmq.url, settings={"CIRCUIT_BREAKER_THRESHOLD": "1000"}) as stack,
     ):
-        await rabbitmq.settle()
+        await rabbitmq.sync_queue_metadata()
         yield Broker(stack, postgres, rabbitmq)
 
 

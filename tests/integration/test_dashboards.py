@@ -32,7 +32,7 @@ async def watched(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
     always = {"alert": "BrokerTest", "expr": "vector(1)"}
     rules.write_text(json.dumps({"groups": [{"name": "test", "rules": [always]}]}))
     try:
-        async with prometheus.watching(
+        async with prometheus.start_prometheus(
             ports, tmp_path, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
         ) as running:
             yield running

@@ -105,7 +105,7 @@ async def test_an_open_request_is_completed_and_an_idle_connection_is_closed(sta
             await idle.send(GET_HEALTH)
             assert (await idle.response())[0] == 200
             process.send(signal.SIGTERM)
-            assert await idle.cut_off() == b""
+            assert await idle.read_to_end() == b""
 
             async def is_closed() -> bool:
                 return await refuses_connections(url)
@@ -136,7 +136,7 @@ async def test_no_client_can_delay_the_stop(stack: Stack) -> None:
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"{url}/healthz")).status_code == 200
         process.send(signal.SIGTERM)
-        assert await silent.cut_off() == await partial_head.cut_off() == b""
+        assert await silent.read_to_end() == await partial_head.read_to_end() == b""
         assert await asyncio.wait_for(process.wait(), 60) == 0
         status, body = await partial_body.response()
         assert (status, body["detail"]["code"]) == (503, "STOPPING")

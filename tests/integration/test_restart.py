@@ -22,7 +22,7 @@ async def rabbitmq() -> AsyncIterator[PrivateRabbitMQ]:
 @pytest.fixture(scope="module")
 async def stack(new_database: NewDatabase, rabbitmq: PrivateRabbitMQ) -> AsyncIterator[Stack]:
     async with new_database() as database_url, running(database_url, rabbitmq.url) as stack:
-        await rabbitmq.settle()
+        await rabbitmq.sync_queue_metadata()
         yield stack
 
 

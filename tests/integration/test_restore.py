@@ -61,7 +61,7 @@ async def stack(server: PrivatePostgres, new_vhost: NewVhost, logs: Logs) -> Asy
 
 
 async def run_postgres_program(program: str, *arguments: str | Path) -> str:
-    binaries = postgres.binaries()
+    binaries = postgres.find_binaries()
     assert binaries is not None
     code, output = await run([binaries / program, *arguments])
     assert code == 0, output

@@ -18,7 +18,7 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from devstack.postgres import PrivatePostgres
-from devstack.private import account, make_directory, write
+from devstack.private import make_directory, service_account, write
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import commands, topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
@@ -174,16 +174,16 @@ async def _make_roles(postgres: PrivatePostgres, servers: Servers) -> None:
 
 async def _make_users(rabbitmq: PrivateRabbitMQ) -> None:
     # The server's account may not be able to read where this clone is.
-    user = account("rabbitmq")
+    user = service_account("rabbitmq")
     directory = make_directory("definitions", user)
     try:
         definitions = directory / "definitions.json"
         write(definitions, (ROOT / "deploy" / "rabbitmq" / "definitions.json").read_text(), user)
-        await rabbitmq.ctl("import_definitions", str(definitions))
+        await rabbitmq.run_rabbitmqctl("import_definitions", str(definitions))
     finally:
         shutil.rmtree(directory)
     for name in ("migration", *CONSUMES):
-        await rabbitmq.ctl("change_password", name, PASSWORD)
+        await rabbitmq.run_rabbitmqctl("change_password", name, PASSWORD)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ async def stack(new_database: NewDatabase, new_vhost: NewVhost, ports: dict[str,
 @pytest.fixture
 async def proxy(stack: Stack, ports: dict[str, int]) -> AsyncIterator[Proxy]:
     try:
-        async with haproxy.before(ports, Terminal()) as proxy:
+        async with haproxy.start_haproxy(ports, Terminal()) as proxy:
             yield proxy
     except CannotRun as reason:
         pytest.fail(f"this test needs HAProxy: {reason}")
@@ -112,7 +112,7 @@ async def test_gateways_are_replaced_and_no_request_fails(
         for name in GATEWAYS:
 
             async def is_back(name: str = name) -> bool:
-                return await proxy.up(name)
+                return await proxy.is_up(name)
 
             students.period += 1
             stack.processes[name].send(signal.SIGTERM)
@@ -130,6 +130,6 @@ async def test_gateways_are_replaced_and_no_request_fails(
     rows = await stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
     assert {row["holder"]: row["sandbox_id"] for row in rows} == students.leases
     await stack.assert_sound()
-    states = await proxy.states()
+    states = await proxy.read_server_states()
     assert all(int(states[name]["stot"]) > CONNECTIONS for name in GATEWAYS)
     assert [(states[name]["wretr"], states[name]["wredis"]) for name in GATEWAYS] == [("0", "0")] * len(GATEWAYS)

@@ -71,8 +71,8 @@ async def servers() -> AsyncIterator[tuple[PrivatePostgres, PrivateRabbitMQ]]:
         administrator = await asyncpg.connect(postgres.url)
         await administrator.execute(f"CREATE ROLE broker SUPERUSER LOGIN PASSWORD '{DATABASE_PASSWORD}'")
         await administrator.close()
-        await rabbitmq.ctl("add_user", "broker", QUEUE_PASSWORD)
-        await rabbitmq.ctl("set_permissions", "broker", ".*", ".*", ".*")
+        await rabbitmq.run_rabbitmqctl("add_user", "broker", QUEUE_PASSWORD)
+        await rabbitmq.run_rabbitmqctl("set_permissions", "broker", ".*", ".*", ".*")
         yield postgres, rabbitmq
 
 
@@ -149,7 +149,7 @@ async def _provoke(stack: Stack, postgres: PrivatePostgres, rabbitmq: PrivateRab
 
     await eventually(csp_was_asked)
 
-    # Crashes of ours, with all of the traceback.
+    # CrashPoints of ours, with all of the traceback.
     await stack.database.execute(
         "ALTER TABLE jobs RENAME TO hidden_jobs; ALTER TABLE leases RENAME TO hidden_leases"
     )
@@ -162,13 +162,13 @@ async def _provoke(stack: Stack, postgres: PrivatePostgres, rabbitmq: PrivateRab
     )
 
     # Servers that go, refuse the password, and come back.
-    await rabbitmq.ctl("change_password", "broker", "changed")
-    await rabbitmq.ctl("close_all_connections", "the test")
+    await rabbitmq.run_rabbitmqctl("change_password", "broker", "changed")
+    await rabbitmq.run_rabbitmqctl("close_all_connections", "the test")
     await until_told("rabbitmq.disconnected", 8)
     await rabbitmq.kill()
     await until_told("rabbitmq.disconnected", 16)
     await rabbitmq.start()
-    await rabbitmq.ctl("change_password", "broker", QUEUE_PASSWORD)
+    await rabbitmq.run_rabbitmqctl("change_password", "broker", QUEUE_PASSWORD)
     await eventually(works)
     await postgres.kill()
     await ask("POST", "/v1/allocate", TRACK)

@@ -46,6 +46,6 @@ async def test_who_is_slow_harms_nobody_and_is_cut_off(stack: Stack, what: str) 
 
             await eventually(all_are_cut_off)
             if "reads nothing" not in what:
-                assert await asyncio.gather(*(client.cut_off() for client in slow)) == [b""] * EACH
+                assert await asyncio.gather(*(client.read_to_end() for client in slow)) == [b""] * EACH
     finally:
         await gateway.stop()

@@ -58,7 +58,7 @@ async def front(
 ) -> AsyncIterator[Front]:
     folder = tmp_path_factory.mktemp("haproxy")
     certificate = await make_certificate(folder)
-    program = await packages.program(["haproxy"], "haproxy", Terminal())
+    program = await packages.find_or_install(["haproxy"], "haproxy", Terminal())
     settings = {"TRUSTED_PROXIES": "127.0.0.1", "RATE_LIMIT": "200/minute"}
     async with (
         new_database() as database_url,
@@ -111,7 +111,7 @@ def adapted(changes: Mapping[str, str]) -> str:
 
 async def make_certificate(folder: Path) -> Path:
     """Return a file with a certificate for localhost and its key."""
-    openssl = await packages.program(["openssl"], "openssl", Terminal())
+    openssl = await packages.find_or_install(["openssl"], "openssl", Terminal())
     options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     options += ["-addext", "subjectAltName=DNS:localhost"]
     options += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")]

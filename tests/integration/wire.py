@@ -42,7 +42,7 @@ async def send(url: str, sent: bytes) -> Answer:
     """Sends the bytes as they are, and reads until the server closes."""
     async with asyncio.timeout(60), connected(url) as client:
         client.writer.write(sent)
-        head, _, body = (await client.cut_off()).partition(b"\r\n\r\n")
+        head, _, body = (await client.read_to_end()).partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
     version, status, *_ = status_line.split(" ")
     assert version == "HTTP/1.1"

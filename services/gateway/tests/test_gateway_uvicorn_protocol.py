@@ -54,7 +54,7 @@ async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
     before = sample("broker_slow_clients_total", reason="request_unfinished")
     async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
         slow.writer.write(sent)
-        answer = await slow.cut_off()
+        answer = await slow.read_to_end()
         async with connected(url) as other:
             other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
@@ -72,7 +72,7 @@ async def test_a_request_that_comes_in_drops_without_an_end_is_cut_off_too() -> 
                 await asyncio.sleep(SHORT_SEC / 20)
 
         dripping = asyncio.create_task(drip())
-        assert await slow.cut_off() == b""
+        assert await slow.read_to_end() == b""
         slow.writer.transport.abort()
         await dripping
 
@@ -94,7 +94,7 @@ async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() 
         await asked.wait()
         for _ in range(3):  # each has been cut off after as long a time
             async with connected(url) as silent:
-                await silent.cut_off()
+                await silent.read_to_end()
         go_on.set()
         assert await waiting.response() == (200, {})
         idle.writer.write(GET_HEALTH)
@@ -109,7 +109,7 @@ async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is
         client.writer.write(b"{}")
         for _ in range(3):
             async with connected(url) as silent:
-                await silent.cut_off()
+                await silent.read_to_end()
         client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
 
@@ -124,7 +124,7 @@ async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_f
         client.writer.write(b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
         assert (await client.response())[0] == 401
         client.writer.write(b"{}")
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> None:
@@ -149,7 +149,7 @@ async def test_a_head_without_an_end_is_refused_by_its_size() -> None:
         assert (status, body["detail"]["code"]) == (431, "HEADERS_TOO_LARGE")
         assert b"x-content-type-options: nosniff" in client.head
         assert body["detail"]["request_id"].encode() in client.head
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 async def test_a_body_without_an_end_is_cut_by_its_size() -> None:
@@ -180,7 +180,7 @@ async def test_connections_of_one_address_are_limited() -> None:
             status, body = await fourth.response()
             assert (status, body["detail"]["code"]) == (429, "RATE_LIMITED")
             assert b"retry-after: 5" in fourth.head
-            assert await fourth.cut_off() == b""
+            assert await fourth.read_to_end() == b""
         assert sample("broker_slow_clients_total", reason="too_many_connections") == before + 1
         first.writer.transport.abort()
         while True:  # the server notices the end of the first connection a moment later

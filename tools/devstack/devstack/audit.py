@@ -24,10 +24,10 @@ _PROBE = {"package": {"name": "pip", "ecosystem": "PyPI"}, "version": "23.0"}
 
 
 def main(root: Path = ROOT) -> int:
-    return audit(sorted((root / "requirements").glob("*.txt")), os.environ.get("AUDIT_URL") or DATABASE_URL)
+    return audit_locks(sorted((root / "requirements").glob("*.txt")), os.environ.get("AUDIT_URL") or DATABASE_URL)
 
 
-def audit(locks: Sequence[Path], database_url: str) -> int:
+def audit_locks(locks: Sequence[Path], database_url: str) -> int:
     """Return the exit status: 1 for a known vulnerability, or for requirements that pip-audit cannot read."""
     obstacle = _probe(database_url)
     if obstacle is not None:

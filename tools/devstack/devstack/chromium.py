@@ -6,6 +6,6 @@ from devstack.output import Terminal
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
-async def find(terminal: Terminal) -> str:
+async def find_chromium(terminal: Terminal) -> str:
     """The path of the program: the one on this machine, else that of Debian's package. Raises CannotRun."""
-    return await packages.program(_PROGRAMS, "chromium", terminal)
+    return await packages.find_or_install(_PROGRAMS, "chromium", terminal)

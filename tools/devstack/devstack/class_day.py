@@ -4,13 +4,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BEGINS_MIN, ENDS_MIN = 8 * 60, 18 * 60
+DAY_START_MIN, DAY_END_MIN = 8 * 60, 18 * 60
 """Minutes since midnight."""
-ARRIVING_MIN = 6
+ARRIVAL_MIN = 6
 """In which a class comes."""
-LEAVES_BEHIND = 0.12
+ABANDON_SHARE = 0.12
 """So many close the browser and give nothing back."""
-ASKS_AGAIN = 0.2
+REPEAT_SHARE = 0.2
 """So many start their lab once more, and are to get the sandbox they have."""
 
 
@@ -36,9 +36,9 @@ class Student:
     name: str
     track: str
     at_min: float
-    stays_min: float
-    gives_back: bool
-    asks_again: bool
+    stay_min: float
+    releases: bool
+    repeats_allocation: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +46,34 @@ class Incident:
     """`what` is a method of the player's."""
 
     at_min: float
-    what: str
-    told: str
+    method: str
+    text: str
 
 
 INCIDENTS = (
-    Incident(11 * 60 + 45, "fail_for_a_quarter", "CSP has a bad quarter of an hour"),
-    Incident(13 * 60 + 30, "supply", "new accounts are made in CSP"),
-    Incident(14 * 60, "send_nonsense", "a message comes that nobody can read"),
+    Incident(11 * 60 + 45, "fail_for_15_minutes", "CSP has a bad quarter of an hour"),
+    Incident(13 * 60 + 30, "add_accounts", "new accounts are made in CSP"),
+    Incident(14 * 60, "send_unreadable_message", "a message comes that nobody can read"),
     Incident(16 * 60, "list_half", "CSP lists half of its accounts"),
     Incident(16 * 60 + 40, "list_all", "CSP lists all of them again"),
     Incident(17 * 60, "refuse_token", "CSP refuses our token"),
-    Incident(17 * 60 + 20, "take_token", "CSP takes our token again"),
-    Incident(17 * 60 + 30, "use_old_token", "a track uses a token that was taken back"),
+    Incident(17 * 60 + 20, "accept_token", "CSP takes our token again"),
+    Incident(17 * 60 + 30, "use_revoked_token", "a track uses a token that was taken back"),
 )
 
 
-def students(day: int, chance: random.Random) -> Iterator[Student]:
+def generate_students(day: int, chance: random.Random) -> Iterator[Student]:
     for number, lesson in enumerate(LESSONS, 1):
         for seat in range(1, lesson.students + 1):
             yield Student(
                 name=f"day{day}-class{number}-student{seat}",
                 track=lesson.track,
-                at_min=lesson.at_min + ARRIVING_MIN * chance.random() ** 2,  # most come at the beginning
-                stays_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
-                gives_back=chance.random() >= LEAVES_BEHIND,
-                asks_again=chance.random() < ASKS_AGAIN,
+                at_min=lesson.at_min + ARRIVAL_MIN * chance.random() ** 2,  # most come at the beginning
+                stay_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
+                releases=chance.random() >= ABANDON_SHARE,
+                repeats_allocation=chance.random() < REPEAT_SHARE,
             )
 
 
-def clock(minute: float) -> str:
+def format_time(minute: float) -> str:
     return f"{int(minute) // 60:02}:{int(minute) % 60:02}"

@@ -18,7 +18,7 @@ from testcontainers.core.exceptions import ContainerConnectException
 
 from devstack import docker, postgres, rabbitmq
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.private import READY_SEC
 from devstack.settings import POSTGRES_IMAGE, RABBITMQ_IMAGE, Settings
 
@@ -35,22 +35,22 @@ class Containers:
     management_url: str | None = None
 
     @property
-    def database(self) -> Found | None:
-        return None if self.postgres_url is None else Found(self.postgres_url)
+    def database(self) -> Server | None:
+        return None if self.postgres_url is None else Server(self.postgres_url)
 
     @property
-    def broker(self) -> Found | None:
-        return None if self.amqp_url is None else Found(self.amqp_url, management=self.management_url)
+    def broker(self) -> Server | None:
+        return None if self.amqp_url is None else Server(self.amqp_url, management_url=self.management_url)
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Containers]:
+async def start_containers(settings: Settings) -> AsyncIterator[Containers]:
     """Until the end of the block, those of the two that no variable names; none where no engine answers.
 
     Raises CannotRun when an engine answers and one of them cannot be had from it.
     """
     all_named = settings.database_url is not None and settings.amqp_url is not None
-    if all_named or await docker.refusal() is not None:
+    if all_named or await docker.unavailable_reason() is not None:
         yield Containers()
         return
     password = secrets.token_urlsafe(12)
@@ -60,20 +60,20 @@ async def running(settings: Settings) -> AsyncIterator[Containers]:
         if settings.database_url is None:
             environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
             database = await stack.enter_async_context(
-                _started("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
+                _start_container("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
             )
         if settings.amqp_url is None:
             environment = {"RABBITMQ_DEFAULT_USER": _USER, "RABBITMQ_DEFAULT_PASS": password}
             broker = await stack.enter_async_context(
-                _started("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
+                _start_container("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
             )
-        postgres_url = None if database is None else await _postgres(database, password)
-        amqp_url, management_url = (None, None) if broker is None else await _rabbitmq(broker, password)
+        postgres_url = None if database is None else await _wait_for_postgres(database, password)
+        amqp_url, management_url = (None, None) if broker is None else await _wait_for_rabbitmq(broker, password)
         yield Containers(postgres_url, amqp_url, management_url)
 
 
 @asynccontextmanager
-async def _started(
+async def _start_container(
     variable: str, default: str, ports: list[int], environment: Mapping[str, str]
 ) -> AsyncIterator[DockerContainer]:
     image = os.environ.get(variable) or default
@@ -93,20 +93,22 @@ async def _started(
         await asyncio.to_thread(container.stop)
 
 
-async def _postgres(container: DockerContainer, password: str) -> str:
+async def _wait_for_postgres(container: DockerContainer, password: str) -> str:
     server = f"postgresql://{_USER}:{password}@{await _address(container, 5432)}"
-    await _until_it_answers(container, lambda: postgres.refusal(f"{server}/postgres"))
+    await _wait_until_available(container, lambda: postgres.unavailable_reason(f"{server}/postgres"))
     return server
 
 
-async def _rabbitmq(container: DockerContainer, password: str) -> tuple[str, str]:
+async def _wait_for_rabbitmq(container: DockerContainer, password: str) -> tuple[str, str]:
     url = f"amqp://{_USER}:{password}@{await _address(container, 5672)}/"
     management = f"http://{_USER}:{password}@{await _address(container, 15672)}"
 
     async def answers() -> str | None:
-        return await rabbitmq.refusal(url) or await _http_refusal(f"{management}/api/overview")
+        return await rabbitmq.unavailable_reason(url) or await _http_unavailable_reason(
+            f"{management}/api/overview"
+        )
 
-    await _until_it_answers(container, answers)
+    await _wait_until_available(container, answers)
     return url, management
 
 
@@ -115,7 +117,7 @@ async def _address(container: DockerContainer, port: int) -> str:
     return f"{host}:{await asyncio.to_thread(container.get_exposed_port, port)}"
 
 
-async def _http_refusal(url: str) -> str | None:
+async def _http_unavailable_reason(url: str) -> str | None:
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             (await client.get(url)).raise_for_status()
@@ -124,15 +126,15 @@ async def _http_refusal(url: str) -> str | None:
     return None
 
 
-async def _until_it_answers(container: DockerContainer, answers: Callable[[], Awaitable[str | None]]) -> None:
+async def _wait_until_available(container: DockerContainer, answers: Callable[[], Awaitable[str | None]]) -> None:
     reason: str | None = None
     try:
         async with asyncio.timeout(READY_SEC):
             while (reason := await answers()) is not None:
                 await asyncio.to_thread(container.reload)
                 if container.status == "exited":
-                    said = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")
-                    raise CannotRun(f"{container.image} ended: {' / '.join(said.splitlines()[-3:])}", status=1)
+                    output = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")
+                    raise CannotRun(f"{container.image} ended: {' / '.join(output.splitlines()[-3:])}", status=1)
                 await asyncio.sleep(_BETWEEN_TRIES_SEC)
     except TimeoutError:
         raise CannotRun(f"{container.image} did not answer within {READY_SEC:.0f} s: {reason}", status=1) from None

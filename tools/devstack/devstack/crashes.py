@@ -1,4 +1,4 @@
-"""Lets a process kill or freeze itself at a named point, once told to: for tests that start a service with some of
+"""Lets a process kill or freeze itself at a named point, once file to: for tests that start a service with some of
 its functions wrapped.
 
 A file says where, as in `allocator: after commit` or `allocator: after commit, frozen`. Of several processes the
@@ -14,34 +14,34 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Crashes:
+class CrashPoints:
     """Those of one process."""
 
-    told: Path
+    file: Path
     module: str
 
-    def here(self, point: str) -> None:
+    def reach(self, point: str) -> None:
         """Stops the process if this is the point."""
         try:
-            where, _, how = self.told.read_text().partition(", ")
+            where, _, how = self.file.read_text().partition(", ")
             if where != f"{self.module}: {point}":
                 return
-            self.told.unlink()
+            self.file.unlink()
         except FileNotFoundError:
             return
         os.kill(os.getpid(), signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
 
-    def around(
+    def wrap(
         self, work: Callable[..., Awaitable[Any]], before: str | None, after: str | None
     ) -> Callable[..., Any]:
         """The function, with a point before it and one after it."""
 
         async def wrapped(*arguments: Any, **named: Any) -> Any:
             if before:
-                self.here(before)
+                self.reach(before)
             result = await work(*arguments, **named)
             if after:
-                self.here(after)
+                self.reach(after)
             return result
 
         return wrapped

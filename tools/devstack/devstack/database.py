@@ -11,14 +11,14 @@ from pathlib import Path
 import asyncpg
 
 from devstack import postgres
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.settings import Settings, digest
 
 
-async def prepare(settings: Settings, found: Found) -> str:
+async def prepare_database(settings: Settings, found: Server) -> str:
     """The URL of a database that exists. One that the user named is never created or replaced."""
     settings.state_directory.mkdir(parents=True, exist_ok=True)
-    if found.given:
+    if found.user_supplied:
         return found.url
     connection = await asyncpg.connect(f"{found.url}/postgres", timeout=10)
     try:

@@ -14,17 +14,17 @@ from devstack.processes import Process, run, spawn
 _PULL_SEC = 1800.0
 
 
-async def refusal() -> str | None:
+async def unavailable_reason() -> str | None:
     """Why Docker cannot be used, in one line; None when it can."""
     if shutil.which("docker") is None:
         return "not installed"
     try:
-        code, said = await run(["docker", "info", "--format", "{{.ServerVersion}}"], timeout=15)
+        code, output = await run(["docker", "info", "--format", "{{.ServerVersion}}"], timeout=15)
     except TimeoutError:
         return "does not answer"
     if code == 0:
         return None
-    return said.splitlines()[-1] if said else f"docker info ended with exit code {code}"
+    return output.splitlines()[-1] if output else f"docker info ended with exit code {code}"
 
 
 class Container:
@@ -63,10 +63,10 @@ class Container:
         code, _ = await run(["docker", "image", "inspect", self.image])
         if code == 0:
             return
-        self._terminal.note(f"Docker: pulling {self.image}")
-        code, said = await run(["docker", "pull", "--quiet", self.image], timeout=_PULL_SEC)
+        self._terminal.print_step(f"Docker: pulling {self.image}")
+        code, output = await run(["docker", "pull", "--quiet", self.image], timeout=_PULL_SEC)
         if code != 0:
-            reason = said.splitlines()[-1] if said else f"exit code {code}"
+            reason = output.splitlines()[-1] if output else f"exit code {code}"
             raise CannotRun(f"Docker cannot pull {self.image}: {reason}", status=1)
 
     async def _start(self) -> None:
@@ -77,12 +77,12 @@ class Container:
             self.name,
             ["docker", "run", "--rm", "--name", self.name, "--publish", publish, *names, self.image],
             env={**os.environ, **self._env},
-            dies_with_us=signal.SIGTERM,
+            parent_death_signal=signal.SIGTERM,
         )
         while self.published == 0:
-            code, said = await run(["docker", "port", self.name, f"{self._port}/tcp"])
-            if code == 0 and said:
-                self.published = int(said.splitlines()[0].rpartition(":")[2])
+            code, output = await run(["docker", "port", self.name, f"{self._port}/tcp"])
+            if code == 0 and output:
+                self.published = int(output.splitlines()[0].rpartition(":")[2])
             elif not self.process.running:
                 await self.process.wait()
                 raise CannotRun(

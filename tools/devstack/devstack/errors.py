@@ -1,4 +1,4 @@
-"""What can stand in the way, said so that the reader knows what to do."""
+"""What can stand in the way, output so that the reader knows what to do."""
 
 
 class CannotRun(Exception):

@@ -12,7 +12,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _DIRECTORIES = (Path("/usr/lib"), Path("/usr/local/lib"))
 
 
-async def library(terminal: Terminal) -> Path:
+async def find_library(terminal: Terminal) -> Path:
     """The one on this machine, else that of Debian's package. Raises CannotRun."""
     found = _find()
     if found is None and packages.can_install():
@@ -23,26 +23,26 @@ async def library(terminal: Terminal) -> Path:
     return found
 
 
-def environment(library: Path, told: Path) -> Mapping[str, str]:
+def build_environment(library: Path, offset_file: Path) -> Mapping[str, str]:
     """For a process whose clock goes as the file tells; it looks once a second. The monotonic clock stays right, as
     it does when somebody sets a clock. Python's time.sleep fails in such a process; asyncio's does not."""
     return {
         "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(told),
+        "FAKETIME_TIMESTAMP_FILE": str(offset_file),
         "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "NO_FAKE_STAT": "1",
     }
 
 
-def tell(told: Path, wrong_by_sec: int) -> None:
+def set_offset(offset_file: Path, offset_sec: int) -> None:
     """From now on the clock is ahead by so much, or behind."""
-    new = told.with_suffix(".new")
-    new.write_text(f"{wrong_by_sec:+d}\n")
-    new.replace(told)  # nobody reads half of it
+    new = offset_file.with_suffix(".new")
+    new.write_text(f"{offset_sec:+d}\n")
+    new.replace(offset_file)  # nobody reads half of it
 
 
-def sweep() -> None:
+def remove_shared_memory() -> None:
     """Removes the shared memory that killed processes have left."""
     for left in _SHARED_MEMORY.glob("*faketime_s*_*"):
         if not Path("/proc", left.name.rpartition("_")[2]).exists():

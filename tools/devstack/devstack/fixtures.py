@@ -48,12 +48,12 @@ def settings_from(tmp_path: Path) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="session")
 def postgres_binaries() -> None:
-    _require("PostgreSQL", "postgresql", postgres.binaries)
+    _require("PostgreSQL", "postgresql", postgres.find_binaries)
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_binaries() -> None:
-    _require("RabbitMQ", "rabbitmq-server", rabbitmq.binaries)
+    _require("RabbitMQ", "rabbitmq-server", rabbitmq.find_binaries)
 
 
 @pytest.fixture(scope="session")

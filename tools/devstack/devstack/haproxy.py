@@ -47,7 +47,7 @@ class Proxy:
     url: str
     _states: str
 
-    async def states(self) -> Mapping[str, Mapping[str, str]]:
+    async def read_server_states(self) -> Mapping[str, Mapping[str, str]]:
         """What HAProxy tells of each server, by the names of its CSV: `status`, `stot` (requests), `wretr` (tried
         again), and many more."""
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
@@ -56,14 +56,14 @@ class Proxy:
         rows = csv.DictReader(answer.text.removeprefix("# ").splitlines())
         return {row["svname"]: row for row in rows if row["pxname"] == "servers"}
 
-    async def up(self, name: str) -> bool:
-        return (await self.states())[name]["status"] == "UP"
+    async def is_up(self, name: str) -> bool:
+        return (await self.read_server_states())[name]["status"] == "UP"
 
 
 @asynccontextmanager
-async def before(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[Proxy]:
+async def start_haproxy(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[Proxy]:
     """HAProxy before servers on this machine, by name. Raises CannotRun where it cannot be had."""
-    program = await packages.program(["haproxy"], "haproxy", terminal)
+    program = await packages.find_or_install(["haproxy"], "haproxy", terminal)
     port, states_port = free_port(), free_port()
     servers = "\n".join(f"    server {name} 127.0.0.1:{server}" for name, server in ports.items())
     proxy = Proxy(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{states_port}")
@@ -74,7 +74,7 @@ async def before(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[
 
         async def answers() -> str | None:
             try:
-                return None if await proxy.states() else "it knows no servers"
+                return None if await proxy.read_server_states() else "it knows no servers"
             except httpx.HTTPError as error:
                 return f"{type(error).__name__} {error}"
 

@@ -11,7 +11,7 @@ from dotenv import dotenv_values
 from devstack.settings import TOKENS, Settings
 
 
-def complete(settings: Settings) -> Settings:
+def add_generated_tokens(settings: Settings) -> Settings:
     """Return the settings with a generated token for each that the user did not set."""
     if not settings.generated_tokens:
         return settings

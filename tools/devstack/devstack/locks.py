@@ -20,7 +20,7 @@ _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.MULTIL
 
 
 def main() -> int:
-    found = list(problems(ROOT))
+    found = list(find_problems(ROOT))
     for problem in found:
         print(problem, file=sys.stderr)
     if found:
@@ -28,7 +28,7 @@ def main() -> int:
     return 1 if found else 0
 
 
-def problems(root: Path) -> Iterator[str]:
+def find_problems(root: Path) -> Iterator[str]:
     """A line for each requirement that is missing or pinned to a version it excludes."""
     ours = {str(_project(path)["project"]["name"]): path for path in _packages(root)}
     for lock, path in _locks(root).items():

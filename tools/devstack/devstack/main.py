@@ -16,7 +16,7 @@ from devstack import database, infrastructure, local_tokens, pool, ports, proces
 from devstack import settings as environment
 from devstack.errors import CannotRun
 from devstack.output import Terminal
-from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
+from devstack.processes import Process, ProcessDied, run_unless_process_dies, spawn
 from devstack.settings import Settings
 
 SERVICES = {
@@ -30,31 +30,37 @@ SERVICES = {
 ACCOUNTS = 50
 _MIGRATE_SEC = 120.0
 
-Then = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
+FollowUp = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
 """What is done once everything runs, for as long as it takes."""
 
 
 def main(root: Path = environment.ROOT) -> int:
-    return run("make run", lambda: environment.load(root=root))
+    return run_stack("make run", lambda: environment.load(root=root))
 
 
-def run(name: str, load: Callable[[], Settings], *, then: Then | None = None, accounts: int = ACCOUNTS) -> int:
+def run_stack(
+    name: str, load: Callable[[], Settings], *, follow_up: FollowUp | None = None, accounts: int = ACCOUNTS
+) -> int:
     """The exit status: 0 stopped by its user, 1 something failed, 2 something has to be set or installed."""
     # Tries that find nobody are ours to report, not the client library's.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     terminal = Terminal()
     try:
-        return asyncio.run(_run_until_stopped(local_tokens.complete(load()), terminal, then, accounts))
+        return asyncio.run(
+            _run_until_stopped(local_tokens.add_generated_tokens(load()), terminal, follow_up, accounts)
+        )
     except CannotRun as reason:
         sys.stdout.flush()
         print(f"{name}: {reason}", file=sys.stderr)
         return reason.status
 
 
-async def _run_until_stopped(settings: Settings, terminal: Terminal, then: Then | None, accounts: int) -> int:
+async def _run_until_stopped(
+    settings: Settings, terminal: Terminal, follow_up: FollowUp | None, accounts: int
+) -> int:
     async with AsyncExitStack() as stack:
-        work = asyncio.create_task(_work(settings, terminal, stack, then, accounts))
+        work = asyncio.create_task(_run_until_lost(settings, terminal, stack, follow_up, accounts))
         interruption = Interruption(work, terminal)
         interruption.listen()
         # Signals cancel the work, never the stack that takes everything down again.
@@ -64,51 +70,53 @@ async def _run_until_stopped(settings: Settings, terminal: Terminal, then: Then 
             if not interruption.requested:
                 raise
         except ProcessDied as death:
-            _report(death.process, terminal)
+            _print_death(death.process, terminal)
             return 1
         finally:
             interruption.requested = True
-    terminal.say("Everything that was started has stopped.")
+    terminal.print_line("Everything that was started has stopped.")
     return 0
 
 
-async def _work(
-    settings: Settings, terminal: Terminal, stack: AsyncExitStack, then: Then | None, accounts: int
+async def _run_until_lost(
+    settings: Settings, terminal: Terminal, stack: AsyncExitStack, follow_up: FollowUp | None, accounts: int
 ) -> None:
     began = time.monotonic()
     _check_ports(settings)
     settings.state_directory.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(_only_run(settings))
+    stack.enter_context(_exclusive_run(settings))
     local_tokens.write_brokerctl_file(settings)
-    found_database, found_broker = await infrastructure.find(settings, terminal, stack)
-    await infrastructure.take_over(found_broker, terminal)
+    found_database, found_broker = await infrastructure.find_servers(settings, terminal, stack)
+    await infrastructure.claim_vhost(found_broker, terminal)
     dependencies_ready = time.monotonic()
     started = [*found_database.processes, *found_broker.processes]
-    database_url = await unless_one_dies(database.prepare(settings, found_database), started)
+    database_url = await run_unless_process_dies(database.prepare_database(settings, found_database), started)
     launcher = Launcher(settings, database_url, found_broker.url, terminal)
 
     if settings.csp_base_url is None:
-        started.append(await launcher.simulator(accounts))
+        started.append(await launcher.start_simulator(accounts))
         stack.push_async_callback(processes.stop_all, started[-1:])
-    await unless_one_dies(launcher.migrate(), started)
-    services = [await launcher.service(name) for name in SERVICES]
+    await run_unless_process_dies(launcher.migrate(), started)
+    services = [await launcher.start_service(name) for name in SERVICES]
     stack.push_async_callback(processes.stop_all, services)
     started += services
-    await unless_one_dies(pool.wait_until_ready(_ready_urls(settings)), started)
+    await run_unless_process_dies(pool.wait_until_ready(_ready_urls(settings)), started)
 
-    obstacle = await unless_one_dies(
-        pool.fill(settings.gateway_url, admin_token(settings), force=settings.csp_base_url is None), started
+    obstacle = await run_unless_process_dies(
+        pool.fill_pool(settings.gateway_url, admin_token(settings), force=settings.csp_base_url is None), started
     )
     if obstacle is not None:
-        terminal.complain(f"The pool could not be filled: {obstacle}")
-    counts = await pool.stats(settings.gateway_url, admin_token(settings))
+        terminal.print_error(f"The pool could not be filled: {obstacle}")
+    counts = await pool.fetch_counts(settings.gateway_url, admin_token(settings))
     now = time.monotonic()
-    for line in summary.lines(settings, counts, seconds=now - began, set_up=dependencies_ready - began):
-        terminal.say(line)
-    await unless_one_dies(_until_lost(terminal, None if then is None else then(launcher, stack)), started)
+    for line in summary.summary_lines(settings, counts, seconds=now - began, set_up=dependencies_ready - began):
+        terminal.print_line(line)
+    await run_unless_process_dies(
+        _wait_until_lost(terminal, None if follow_up is None else follow_up(launcher, stack)), started
+    )
 
 
-async def _until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
+async def _wait_until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
     """Until the terminal is gone; raises what `work` raises meanwhile."""
     tasks = [asyncio.create_task(terminal.lost.wait()), *([asyncio.create_task(work)] if work else [])]
     try:
@@ -131,18 +139,18 @@ class Launcher:
 
     async def migrate(self) -> None:
         """Raises CannotRun when the database could not be brought up to date."""
-        code, said = await processes.run(
+        code, output = await processes.run(
             [sys.executable, "-m", "sandbox_broker.migrate"],
             env=self._environment(),
             cwd=self.settings.root,
             timeout=_MIGRATE_SEC,
-            on_line=lambda line: self.terminal.line("migrate", line),
+            on_line=lambda line: self.terminal.print_log_line("migrate", line),
         )
         if code != 0:
-            reason = said.splitlines()[-1] if said else f"exit code {code}"
+            reason = output.splitlines()[-1] if output else f"exit code {code}"
             raise CannotRun(f"the database could not be migrated: {reason}", status=1)
 
-    async def simulator(self, accounts: int) -> Process:
+    async def start_simulator(self, accounts: int) -> Process:
         port = self.settings.ports["CSP_SIMULATOR_PORT"]
         options = {
             "--host": "127.0.0.1",
@@ -154,7 +162,7 @@ class Launcher:
         arguments = [part for option in options.items() for part in option]
         return await self._start("csp-simulator", "csp_simulator", arguments)
 
-    async def service(self, name: str) -> Process:
+    async def start_service(self, name: str) -> Process:
         module, _ = SERVICES[name]
         return await self._start(name, module)
 
@@ -164,7 +172,7 @@ class Launcher:
             [sys.executable, "-m", module, *arguments],
             env=self._environment(),
             cwd=self.settings.root,
-            on_line=lambda line: self.terminal.line(name, line),
+            on_line=lambda line: self.terminal.print_log_line(name, line),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -196,8 +204,8 @@ class Interruption:
     def _on_signal(self, number: signal.Signals) -> None:
         if not self.requested:
             self.requested = True
-            self._terminal.say()
-            self._terminal.say("Stopping. Ctrl-C once more ends everything at once.")
+            self._terminal.print_line()
+            self._terminal.print_line("Stopping. Ctrl-C once more ends everything at once.")
             self._work.cancel()
         elif number is signal.SIGINT:
             # Only the keyboard: `make` and whoever ended it may both hand on the same SIGTERM.
@@ -205,7 +213,7 @@ class Interruption:
 
 
 @contextmanager
-def _only_run(settings: Settings) -> Iterator[None]:
+def _exclusive_run(settings: Settings) -> Iterator[None]:
     """Holds a lock on the accounts file, which two simulators would overwrite for each other."""
     path = Path(f"{database.accounts_file(settings)}.lock")
     with path.open("w") as lock:
@@ -242,9 +250,9 @@ def admin_token(settings: Settings) -> str:
     return settings.tokens["BROKER_ADMIN_TOKEN"].split(",")[0].strip()
 
 
-def _report(process: Process, terminal: Terminal) -> None:
-    terminal.say()
-    terminal.complain(f"{process.name} {process.ending}. Its last lines:")
+def _print_death(process: Process, terminal: Terminal) -> None:
+    terminal.print_line()
+    terminal.print_error(f"{process.name} {process.ending}. Its last lines:")
     for line in list(process.tail)[-10:]:
-        terminal.say(f"    {line}")
-    terminal.complain("Stopping the rest.")
+        terminal.print_line(f"    {line}")
+    terminal.print_error("Stopping the rest.")

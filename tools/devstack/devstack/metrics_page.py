@@ -39,7 +39,7 @@ print(json.dumps([
 """
 
 
-def page() -> str:
+def render_page() -> str:
     found: dict[str, tuple[Any, list[str]]] = {}
     for service, module in MODULES.items():
         listed = subprocess.run([sys.executable, "-c", _LIST, module], check=True, capture_output=True, text=True)
@@ -56,4 +56,4 @@ def _row(metric: tuple[str, str, list[str], str], services: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    sys.stdout.write(render_page())

@@ -20,19 +20,19 @@ class Terminal:
         self.lost = asyncio.Event()
         """The reader is gone (a closed terminal or pipe); whatever is still written goes nowhere."""
 
-    def line(self, tag: str, text: str) -> None:
+    def print_log_line(self, tag: str, text: str) -> None:
         """One line of a service's log."""
         self._write(f"{self._paint(f'{tag:<{self._width}}│', _colour(tag))} {text}")
 
-    def say(self, text: str = "") -> None:
+    def print_line(self, text: str = "") -> None:
         """A line of our own."""
         self._write(text)
 
-    def note(self, text: str) -> None:
+    def print_step(self, text: str) -> None:
         """A step on the way, for whoever wants to follow."""
         self._write(self._paint(f"• {text}", _DIM))
 
-    def complain(self, text: str) -> None:
+    def print_error(self, text: str) -> None:
         self._write(self._paint(text, _RED))
 
     def _paint(self, text: str, colour: int) -> str:

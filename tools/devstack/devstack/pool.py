@@ -38,7 +38,7 @@ async def wait_until_ready(urls: Mapping[str, str]) -> None:
         raise CannotRun(f"not ready within {READY_SEC:.0f} s: {late}", status=1) from None
 
 
-async def fill(gateway: str, admin_token: str, *, force: bool) -> str | None:
+async def fill_pool(gateway: str, admin_token: str, *, force: bool) -> str | None:
     """Runs a sync. None when it was done, else what stood in its way."""
     async with _client(admin_token, timeout=_SYNC_SEC) as client:
         try:
@@ -48,7 +48,7 @@ async def fill(gateway: str, admin_token: str, *, force: bool) -> str | None:
     return None if response.is_success else f"{response.status_code} {response.text[:300]}"
 
 
-async def stats(gateway: str, admin_token: str) -> dict[str, Any] | None:
+async def fetch_counts(gateway: str, admin_token: str) -> dict[str, Any] | None:
     """The counts per state; None when they cannot be had."""
     async with _client(admin_token) as client:
         try:

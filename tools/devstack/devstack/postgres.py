@@ -13,7 +13,7 @@ import asyncpg
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port
-from devstack.private import account, make_directory, wait_until, write
+from devstack.private import make_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -21,7 +21,7 @@ _HOST = "127.0.0.1"
 _SUPERUSER = "postgres"
 
 
-async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
+async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
     """Why the database does not answer, in one line; None when it does."""
     try:
         if not urlsplit(url).hostname:
@@ -41,13 +41,13 @@ def driver_neutral(url: str) -> str:
     return url.replace("postgresql+asyncpg://", "postgresql://", 1)
 
 
-def place(url: str) -> str:
+def location(url: str) -> str:
     """Host, port and database, without the password."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 5432}{parts.path}".removesuffix("/")
 
 
-def binaries() -> Path | None:
+def find_binaries() -> Path | None:
     """The directory of `initdb` and `postgres`: the newest of Debian's, else the one on PATH."""
     versions = [
         path for path in _DEBIAN.glob("*/bin") if (path / "initdb").exists() and (path / "postgres").exists()
@@ -73,7 +73,7 @@ class PrivatePostgres:
         self.process: Process | None = None
         self._within = within
         self._password = secrets.token_urlsafe(12)
-        self._user = account("postgres")
+        self._user = service_account("postgres")
         self._directory: Path | None = None
 
     @property
@@ -96,7 +96,7 @@ class PrivatePostgres:
 
     async def start(self) -> None:
         """Starts it, on the data it had if it ran before; returns when it answers SQL."""
-        binary = binaries()
+        binary = find_binaries()
         if binary is None:
             raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
         if self._directory is None:
@@ -108,9 +108,9 @@ class PrivatePostgres:
             env=_environment(),
             cwd=self._directory,
             user=self._user,
-            dies_with_us=signal.SIGINT,
+            parent_death_signal=signal.SIGINT,
         )
-        await wait_until(lambda: refusal(self.url), self.process, "the private PostgreSQL")
+        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private PostgreSQL")
 
     async def stop(self, *, immediately: bool = False) -> None:
         """Ends it in order, without waiting for its clients; the data stays. `immediately` leaves out what the next
@@ -142,7 +142,7 @@ class PrivatePostgres:
         write(password_file, self._password, self._user)
         # --no-locale: the C locale is the one that every machine has.
         options = ["--no-sync", "--no-instructions", "--no-locale", "-E", "UTF8", "-U", _SUPERUSER]
-        code, said = await run(
+        code, output = await run(
             [
                 binary / "initdb",
                 "-D",
@@ -157,7 +157,7 @@ class PrivatePostgres:
             user=self._user,
         )
         if code != 0:
-            raise CannotRun(f"initdb ended with exit code {code}: {said.replace(chr(10), ' / ')}", status=1)
+            raise CannotRun(f"initdb ended with exit code {code}: {output.replace(chr(10), ' / ')}", status=1)
 
     def _options(self) -> list[str]:
         settings = {

@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from devstack.errors import CannotRun
-from devstack.processes import Process, ProcessDied, unless_one_dies
+from devstack.processes import Process, ProcessDied, run_unless_process_dies
 
 READY_SEC = 180.0
 _BETWEEN_TRIES_SEC = 0.05
 
 
-def account(preferred: str) -> str | None:
+def service_account(preferred: str) -> str | None:
     """The account a server is to run as when we are root, as its package has made it; None means our own."""
     if os.geteuid() != 0:
         return None
@@ -29,7 +29,7 @@ def account(preferred: str) -> str | None:
 
 def make_directory(name: str, user: str | None, *, within: Path | None = None) -> Path:
     """A new directory for one server, which its account can reach and nobody else can read."""
-    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=within or _reachable()))
+    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=within or _reachable_directory()))
     if user is not None:
         shutil.chown(path, user)
     return path
@@ -57,24 +57,24 @@ async def wait_until(answers: Callable[[], Awaitable[str | None]], process: Proc
             await asyncio.sleep(_BETWEEN_TRIES_SEC)
 
     try:
-        await asyncio.wait_for(unless_one_dies(ask(), [process]), READY_SEC)
+        await asyncio.wait_for(run_unless_process_dies(ask(), [process]), READY_SEC)
     except ProcessDied as death:
-        said = " / ".join(list(process.tail)[-5:])
-        raise CannotRun(f"{what} {death.process.ending}: {said}", status=1) from None
+        output = " / ".join(list(process.tail)[-5:])
+        raise CannotRun(f"{what} {death.process.ending}: {output}", status=1) from None
     except TimeoutError:
         raise CannotRun(f"{what} did not answer within {READY_SEC:.0f} s: {reason}", status=1) from None
 
 
-def _reachable() -> Path:
+def _reachable_directory() -> Path:
     """A directory for temporary files that every account can walk into."""
     candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/tmp")]
     for candidate in candidates:
-        if all(_walkable(part) for part in [candidate, *candidate.parents]):
+        if all(_is_walkable(part) for part in [candidate, *candidate.parents]):
             return candidate
     return candidates[0]
 
 
-def _walkable(path: Path) -> bool:
+def _is_walkable(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & stat.S_IXOTH)
     except OSError:

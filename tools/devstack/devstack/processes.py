@@ -134,15 +134,15 @@ async def spawn(
     cwd: Path | None = None,
     user: str | None = None,
     on_line: Callable[[str], None] | None = None,
-    dies_with_us: signal.Signals = signal.SIGKILL,
+    parent_death_signal: signal.Signals = signal.SIGKILL,
 ) -> Process:
-    """Starts a command. `user` needs root; `dies_with_us` is what the kernel sends it should we be killed.
+    """Starts a command. `user` needs root; `parent_death_signal` is what the kernel sends it should we be killed.
 
     Raises OSError when the command cannot be run.
     """
     account = _account(user)
     child = await asyncio.create_subprocess_exec(
-        *_tether(dies_with_us),
+        *_parent_death_prefix(parent_death_signal),
         *(str(part) for part in command),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -187,7 +187,7 @@ async def run(
     return code, "\n".join(lines)
 
 
-async def unless_one_dies(work: Awaitable[T], processes: Iterable[Process]) -> T:
+async def run_unless_process_dies(work: Awaitable[T], processes: Iterable[Process]) -> T:
     """The result of `work`; raises ProcessDied as soon as one of the processes ends before it is there."""
     watched = {asyncio.ensure_future(process.wait()): process for process in processes}
     working = asyncio.ensure_future(work)
@@ -224,7 +224,7 @@ def _setpriv() -> str | None:
     return path if probe.returncode == 0 else None
 
 
-def _tether(number: signal.Signals) -> list[str]:
+def _parent_death_prefix(number: signal.Signals) -> list[str]:
     """A prefix that makes the kernel signal the command when we are gone, so that SIGKILL leaves no orphans.
 
     Linux only. setpriv sets this and becomes the command, keeping the process id; a function run between fork

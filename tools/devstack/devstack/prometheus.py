@@ -35,7 +35,7 @@ class Prometheus:
         """The alerts that fire now, each with `labels` and `annotations`."""
         return [alert for alert in (await self._get("alerts"))["alerts"] if alert["state"] == "firing"]
 
-    async def refusal(self) -> str | None:
+    async def unavailable_reason(self) -> str | None:
         """Why it does not answer; None when it does."""
         try:
             await self._get("status/config")
@@ -49,17 +49,17 @@ class Prometheus:
         return answer.json()["data"]
 
 
-async def promtool(terminal: Terminal) -> str:
+async def find_promtool(terminal: Terminal) -> str:
     """The path of the program that checks and tests rules. Raises CannotRun where it cannot be had."""
-    return await packages.program(["promtool"], _PACKAGE, terminal)
+    return await packages.find_or_install(["promtool"], _PACKAGE, terminal)
 
 
-def installed() -> bool:
-    return packages.find(["prometheus"]) is not None
+def is_installed() -> bool:
+    return packages.find_program(["prometheus"]) is not None
 
 
 @asynccontextmanager
-async def watching(
+async def start_prometheus(
     ports: Mapping[str, int],
     directory: Path,
     port: int,
@@ -70,7 +70,7 @@ async def watching(
 ) -> AsyncIterator[Prometheus]:
     """Prometheus on this port, which looks at each service by name, its files in this directory. Raises CannotRun
     where it cannot be had."""
-    program = await packages.program(["prometheus"], _PACKAGE, terminal)
+    program = await packages.find_or_install(["prometheus"], _PACKAGE, terminal)
     configuration = _configure(directory, ports, rules, interval_sec)
     process = await spawn(
         "prometheus",
@@ -85,7 +85,7 @@ async def watching(
     try:
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             prometheus = Prometheus(f"http://127.0.0.1:{port}", client)
-            await wait_until(prometheus.refusal, process, "Prometheus")
+            await wait_until(prometheus.unavailable_reason, process, "Prometheus")
             yield prometheus
     finally:
         await process.stop()

@@ -14,7 +14,7 @@ from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPrecond
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port, is_free
-from devstack.private import account, make_directory, wait_until, write
+from devstack.private import make_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import opened
@@ -26,13 +26,13 @@ _CTL_SEC = 150.0
 """It starts a virtual machine of its own: two seconds, or a minute where many others want the processors."""
 
 
-async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
+async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
     """Why the broker does not answer, in one line; None when it does."""
     try:
         if urlsplit(url).scheme not in {"amqp", "amqps"} or not urlsplit(url).hostname:
             return "it is not like amqp://user:password@host:5672/"
         async with asyncio.timeout(timeout):
-            await _knock(url)
+            await _connect_tcp(url)
             async with opened(url):
                 pass
     except TimeoutError:
@@ -73,13 +73,13 @@ async def delete_outdated(url: str) -> list[str]:
     return outdated
 
 
-def place(url: str) -> str:
+def location(url: str) -> str:
     """Host, port and virtual host, without the password."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 5672}{parts.path}".removesuffix("/")
 
 
-def binaries() -> Path | None:
+def find_binaries() -> Path | None:
     """The directory of `rabbitmq-server` and `rabbitmqctl`.
 
     Debian's own scripts on PATH insist on root and fixed directories; they wrap the ones looked for first.
@@ -107,7 +107,7 @@ class PrivateRabbitMQ:
         self._distribution_port = free_port()
         self._mapper_port = free_port()
         self._mapper: Process | None = None
-        self._user = account("rabbitmq")
+        self._user = service_account("rabbitmq")
         self._directory: Path | None = None
 
     @property
@@ -142,22 +142,22 @@ class PrivateRabbitMQ:
             env=self._environment(self._directory),
             cwd=self._directory,
             user=self._user,
-            dies_with_us=signal.SIGTERM,
+            parent_death_signal=signal.SIGTERM,
         )
-        await wait_until(lambda: refusal(self.url), self.process, "the private RabbitMQ")
+        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private RabbitMQ")
 
     async def stop(self) -> None:
         """Ends it in order; queues and messages that are durable stay."""
         if self.process is not None:
             await self.process.stop(_STOP_SEC)
 
-    async def settle(self) -> None:
+    async def sync_queue_metadata(self) -> None:
         """Has it write down at once what it would within a second or two: where its quorum queues have their files.
         Killed before, RabbitMQ 3.10 starts with a queue that answers nobody until it is deleted."""
-        await self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+        await self.run_rabbitmqctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
     async def kill(self) -> None:
-        """Ends it as a crash would; what it has confirmed stays, in queues that are `settle`d."""
+        """Ends it as a crash would; what it has confirmed stays, in queues after `sync_queue_metadata`."""
         if self.process is not None:
             self.process.kill()
             await self.process.wait()
@@ -166,11 +166,11 @@ class PrivateRabbitMQ:
         await self.stop()
         await self.start()
 
-    async def ctl(self, *arguments: str) -> str:
-        """What rabbitmqctl answers; raises RuntimeError, with what it said, when it fails."""
+    async def run_rabbitmqctl(self, *arguments: str) -> str:
+        """What rabbitmqctl answers; raises RuntimeError, with what it output, when it fails."""
         if self._directory is None:
             raise RuntimeError("this RabbitMQ was not started")
-        code, said = await run(
+        code, output = await run(
             [_required_binaries() / "rabbitmqctl", "--quiet", "--node", self.node, *arguments],
             env=self._environment(self._directory),
             cwd=self._directory,
@@ -178,8 +178,8 @@ class PrivateRabbitMQ:
             timeout=_CTL_SEC,
         )
         if code != 0:
-            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {said}")
-        return said
+            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {output}")
+        return output
 
     async def close(self) -> None:
         """Ends it and its port mapper, and removes its files."""
@@ -248,7 +248,7 @@ class PrivateRabbitMQ:
         }
 
 
-async def _knock(url: str) -> None:
+async def _connect_tcp(url: str) -> None:
     """Raises OSError when nobody listens: aio-pika would log that as an error, on each try."""
     parts = urlsplit(url)
     _, writer = await asyncio.open_connection(parts.hostname, parts.port or 5672)
@@ -257,7 +257,7 @@ async def _knock(url: str) -> None:
 
 
 def _required_binaries() -> Path:
-    binary = binaries()
+    binary = find_binaries()
     if binary is None:
         raise CannotRun("rabbitmq-server and Erlang are not installed on this machine")
     return binary

@@ -50,7 +50,7 @@ class Settings:
     """None: the simulator is ours."""
     ports: Mapping[str, int]
     tokens: Mapping[str, str]
-    """By variable. `local_tokens.complete` adds those that the user did not set."""
+    """By variable. `local_tokens.add_generated_tokens` adds those that the user did not set."""
     generated_tokens: frozenset[str]
     """Variables of the tokens that the user did not set."""
     postgres_servers: tuple[str, ...]

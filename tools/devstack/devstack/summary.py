@@ -15,7 +15,9 @@ _METRICS = {
 }
 
 
-def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: float, set_up: float) -> Iterator[str]:
+def summary_lines(
+    settings: Settings, counts: Mapping[str, Any] | None, *, seconds: float, set_up: float
+) -> Iterator[str]:
     """The summary, line by line; `set_up` is the part of `seconds` that went into the infrastructure."""
     gateway = settings.gateway_url
     track_token = _token(settings, "BROKER_API_TOKEN")

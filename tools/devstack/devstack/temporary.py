@@ -11,14 +11,14 @@ import asyncpg
 import httpx
 
 from devstack import rabbitmq
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.processes import run
 
 
 @asynccontextmanager
-async def database(found: Found, prefix: str) -> AsyncIterator[str]:
+async def create_database(found: Server, prefix: str) -> AsyncIterator[str]:
     """The URL of a database with nothing in it, which goes at the end of the block."""
-    server = found.url.rsplit("/", 1)[0] if found.given else found.url
+    server = found.url.rsplit("/", 1)[0] if found.user_supplied else found.url
     name = f"{prefix}_{secrets.token_hex(4)}"
     admin = await asyncpg.connect(f"{server}/postgres")
     try:
@@ -31,7 +31,7 @@ async def database(found: Found, prefix: str) -> AsyncIterator[str]:
         await admin.close()
 
 
-async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
+async def truncate_tables(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
     """Empties tables, whoever is looking at them: services at work lock the same ones in another order, and must
     not wait for us as long as we wait for them."""
     while True:
@@ -41,7 +41,7 @@ async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) 
 
 
 @asynccontextmanager
-async def vhost(found: Found, prefix: str) -> AsyncIterator[str]:
+async def create_vhost(found: Server, prefix: str) -> AsyncIterator[str]:
     """The URL of a virtual host with nothing in it, which goes at the end of the block. Where the server that was
     found cannot be given one (`make run` has it in a container, or this account may not administer it), it is the
     one of a private server."""
@@ -49,8 +49,8 @@ async def vhost(found: Found, prefix: str) -> AsyncIterator[str]:
     url = f"{found.url.rstrip('/')}/{name}"
     user = urlsplit(found.url).username or "guest"
     local = urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and not found.processes
-    if found.management is not None:
-        async with _managed_vhost(found.management, name, user):
+    if found.management_url is not None:
+        async with _managed_vhost(found.management_url, name, user):
             yield url
     elif local and await _add_vhost(name, user):
         try:

@@ -20,7 +20,7 @@ from aio_pika import connect
 from devstack import containers, infrastructure, temporary
 from devstack.containers import Containers
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.settings import load
 from sandbox_broker.contract import topology
@@ -43,30 +43,32 @@ def pytest_configure_node(node: Any) -> None:
         stack = AsyncExitStack()
         config.add_cleanup(lambda: runner.run(stack.aclose()))
         try:
-            config.stash[_shared] = runner.run(stack.enter_async_context(containers.running(load())))
+            config.stash[_shared] = runner.run(stack.enter_async_context(containers.start_containers(load())))
         except CannotRun as reason:
-            _give_up(reason)
+            _exit_without_servers(reason)
     node.workerinput["containers"] = asdict(config.stash[_shared])
 
 
 @pytest.fixture(scope="session")
-async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Found, Found]]:
+async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Server, Server]]:
     """PostgreSQL and RabbitMQ."""
     async with AsyncExitStack() as stack:
         try:
             settings = load()
             shared = getattr(request.config, "workerinput", {}).get("containers")
-            had: Containers = (
+            shared_servers: Containers = (
                 Containers(**shared)
                 if shared is not None
-                else await stack.enter_async_context(containers.running(settings))
+                else await stack.enter_async_context(containers.start_containers(settings))
             )
-            yield await infrastructure.find(settings, Terminal(), stack, database=had.database, broker=had.broker)
+            yield await infrastructure.find_servers(
+                settings, Terminal(), stack, database=shared_servers.database, broker=shared_servers.broker
+            )
         except CannotRun as reason:
-            _give_up(reason)
+            _exit_without_servers(reason)
 
 
-def _give_up(reason: CannotRun) -> NoReturn:
+def _exit_without_servers(reason: CannotRun) -> NoReturn:
     pytest.exit(f"the tests need real servers: {reason}", returncode=2)
 
 
@@ -74,10 +76,10 @@ NewDatabase = Callable[[], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def new_database(servers: tuple[Found, Found]) -> NewDatabase:
+def new_database(servers: tuple[Server, Server]) -> NewDatabase:
     """`async with new_database() as url`: a database with nothing in it, which goes at the end of the block."""
     found, _ = servers
-    return partial(temporary.database, found, _PREFIX)
+    return partial(temporary.create_database, found, _PREFIX)
 
 
 @pytest.fixture(scope="session")
@@ -127,17 +129,17 @@ UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'
 
 async def empty(database: asyncpg.Connection | asyncpg.Pool) -> None:
     """Removes everything from our tables, whoever is looking at them."""
-    await temporary.truncate(database, _EMPTY)
+    await temporary.truncate_tables(database, _EMPTY)
 
 
 NewVhost = Callable[[], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def new_vhost(servers: tuple[Found, Found]) -> NewVhost:
+def new_vhost(servers: tuple[Server, Server]) -> NewVhost:
     """`async with new_vhost() as url`: a virtual host of one's own, which goes at the end of the block."""
     _, found = servers
-    return partial(temporary.vhost, found, _PREFIX)
+    return partial(temporary.create_vhost, found, _PREFIX)
 
 
 @pytest.fixture(scope="session")

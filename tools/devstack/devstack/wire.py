@@ -33,7 +33,7 @@ class Client:
         assert length
         return int(self.head.split()[1]), json.loads(await self.reader.readexactly(int(length[1])))
 
-    async def cut_off(self) -> bytes:
+    async def read_to_end(self) -> bytes:
         """What comes until the server has ended the connection."""
         received = bytearray()
         with contextlib.suppress(ConnectionResetError):

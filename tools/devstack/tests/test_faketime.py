@@ -21,13 +21,13 @@ HOUR_SEC = 3600
 async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs(
     tmp_path: Path, terminal: Terminal
 ) -> None:
-    told = tmp_path / "clock"
-    faketime.tell(told, 0)
+    offset_file = tmp_path / "clock"
+    faketime.set_offset(offset_file, 0)
     lines: asyncio.Queue[str] = asyncio.Queue()
     clock = await spawn(
         "clock",
         [sys.executable, "-c", CLOCK],
-        env=faketime.environment(await faketime.library(terminal), told),
+        env=faketime.build_environment(await faketime.find_library(terminal), offset_file),
         on_line=lines.put_nowait,
     )
 
@@ -41,11 +41,11 @@ async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs
 
     try:
         await is_wrong_by(0)
-        for wrong_by_sec in (HOUR_SEC, -HOUR_SEC, 0):
-            faketime.tell(told, wrong_by_sec)
-            await is_wrong_by(wrong_by_sec)
+        for offset_sec in (HOUR_SEC, -HOUR_SEC, 0):
+            faketime.set_offset(offset_file, offset_sec)
+            await is_wrong_by(offset_sec)
     finally:
         clock.kill()
         await clock.wait()
-    faketime.sweep()
+    faketime.remove_shared_memory()
     assert not list(Path("/dev/shm").glob(f"*faketime*_{clock.pid}"))

@@ -14,7 +14,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from devstack import containers, infrastructure, packages, postgres, rabbitmq
 from devstack.containers import Containers
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found, find, take_over
+from devstack.infrastructure import Server, claim_vhost, find_servers
 from devstack.ports import free_port
 from devstack.settings import Settings
 from sandbox_broker.contract import topology
@@ -63,10 +63,10 @@ async def test_variables_come_first(
         RABBITMQ_NODE_PORT=str(free_port()),
     )
 
-    database, broker = await find(settings, terminal, stack)
+    database, broker = await find_servers(settings, terminal, stack)
 
-    assert (database.url, database.given) == (own_postgres_url, True)
-    assert (broker.url, broker.given) == (own_amqp_url, True)
+    assert (database.url, database.user_supplied) == (own_postgres_url, True)
+    assert (broker.url, broker.user_supplied) == (own_amqp_url, True)
     assert "password" not in "".join(terminal.lines)
     assert any(line.startswith("• PostgreSQL: DATABASE_URL, 127.0.0.1:") for line in terminal.lines)
 
@@ -74,11 +74,11 @@ async def test_variables_come_first(
 async def test_then_what_answers_on_this_machine(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
 ) -> None:
-    database, broker = await find(settings_from(**local(own_postgres_url, own_amqp_url)), terminal, stack)
+    database, broker = await find_servers(settings_from(**local(own_postgres_url, own_amqp_url)), terminal, stack)
 
     assert f"{database.url}/postgres" == own_postgres_url
     assert broker.url == own_amqp_url
-    assert not database.given
+    assert not database.user_supplied
     assert database.processes == broker.processes == ()
 
 
@@ -87,10 +87,10 @@ async def test_each_of_the_two_is_looked_for_on_its_own(
 ) -> None:
     settings = settings_from(DATABASE_URL=own_postgres_url, RABBITMQ_NODE_PORT=str(urlsplit(own_amqp_url).port))
 
-    database, broker = await find(settings, terminal, stack)
+    database, broker = await find_servers(settings, terminal, stack)
 
-    assert database.given
-    assert not broker.given
+    assert database.user_supplied
+    assert not broker.user_supplied
 
 
 async def test_a_variable_that_leads_nowhere_ends_the_search_and_is_named(
@@ -100,7 +100,7 @@ async def test_a_variable_that_leads_nowhere_ends_the_search_and_is_named(
     around = local(own_postgres_url, own_amqp_url)
 
     with pytest.raises(CannotRun, match=r"^DATABASE_URL does not lead to a database") as caught:
-        await find(
+        await find_servers(
             settings_from(**around, DATABASE_URL=f"postgresql://me:secret@127.0.0.1:{nowhere}/x"), terminal, stack
         )
     assert caught.value.status == 2
@@ -108,7 +108,9 @@ async def test_a_variable_that_leads_nowhere_ends_the_search_and_is_named(
     assert "\n" not in str(caught.value)
 
     with pytest.raises(CannotRun, match=r"^AMQP_URL does not lead to a RabbitMQ"):
-        await find(settings_from(**around, AMQP_URL=f"amqp://me:secret@127.0.0.1:{nowhere}/"), terminal, stack)
+        await find_servers(
+            settings_from(**around, AMQP_URL=f"amqp://me:secret@127.0.0.1:{nowhere}/"), terminal, stack
+        )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ async def test_a_database_url_that_is_none_is_refused_in_one_line(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, url: str
 ) -> None:
     with pytest.raises(CannotRun, match=r"^DATABASE_URL") as caught:
-        await find(settings_from(DATABASE_URL=url, PGPORT=str(free_port())), terminal, stack)
+        await find_servers(settings_from(DATABASE_URL=url, PGPORT=str(free_port())), terminal, stack)
 
     assert "\n" not in str(caught.value)
 
@@ -128,7 +130,7 @@ async def test_an_amqp_url_that_is_none_is_refused_in_one_line(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, url: str
 ) -> None:
     with pytest.raises(CannotRun, match=r"^AMQP_URL") as caught:
-        await find(settings_from(DATABASE_URL=own_postgres_url, AMQP_URL=url), terminal, stack)
+        await find_servers(settings_from(DATABASE_URL=own_postgres_url, AMQP_URL=url), terminal, stack)
 
     assert "\n" not in str(caught.value)
 
@@ -160,9 +162,9 @@ async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_w
         await queue.consume(ignore)
 
         with pytest.raises(CannotRun, match=r"another Sandbox Broker already uses RabbitMQ .* set AMQP_URL"):
-            await take_over(Found(own_amqp_url), terminal)
+            await claim_vhost(Server(own_amqp_url), terminal)
 
-        await take_over(Found(own_amqp_url, given=True), terminal)
+        await claim_vhost(Server(own_amqp_url, user_supplied=True), terminal)
 
 
 async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: str, terminal: Any) -> None:
@@ -172,7 +174,7 @@ async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: 
         await channel.queue_delete(topology.REAPER_EVENTS.name)
         await channel.declare_queue(topology.REAPER_EVENTS.name, durable=True, arguments={"x-queue-type": "quorum"})
 
-        await take_over(Found(own_amqp_url), terminal)
+        await claim_vhost(Server(own_amqp_url), terminal)
 
         assert terminal.lines == ["• RabbitMQ: queue reaper.events was of another version, and is made anew"]
         await topology.declare(channel)
@@ -185,10 +187,10 @@ async def test_without_docker_private_servers_are_made_of_the_packages(
     settings_from: SettingsFrom, terminal: Any, nothing_local: Mapping[str, str]
 ) -> None:
     async with AsyncExitStack() as stack:
-        database, broker = await find(settings_from(**nothing_local), terminal, stack)
+        database, broker = await find_servers(settings_from(**nothing_local), terminal, stack)
 
-        assert await postgres.refusal(f"{database.url}/postgres") is None
-        assert await rabbitmq.refusal(broker.url) is None
+        assert await postgres.unavailable_reason(f"{database.url}/postgres") is None
+        assert await rabbitmq.unavailable_reason(broker.url) is None
         assert len(database.processes) == len(broker.processes) == 1
 
     assert not any(process.running for process in (*database.processes, *broker.processes))
@@ -202,17 +204,17 @@ async def test_with_nothing_to_start_one_line_says_what_to_do(
     nothing_local: Mapping[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(postgres, "binaries", lambda: None)
-    monkeypatch.setattr(rabbitmq, "binaries", lambda: None)
+    monkeypatch.setattr(postgres, "find_binaries", lambda: None)
+    monkeypatch.setattr(rabbitmq, "find_binaries", lambda: None)
     monkeypatch.setattr(packages, "can_install", lambda: False)
 
     with pytest.raises(CannotRun, match="set DATABASE_URL and AMQP_URL, or install and start") as caught:
-        await find(settings_from(**nothing_local), terminal, stack)
+        await find_servers(settings_from(**nothing_local), terminal, stack)
 
     assert caught.value.status == 2
 
 
 @pytest.mark.usefixtures("no_docker")
 async def test_without_docker_tests_have_no_containers(settings_from: SettingsFrom) -> None:
-    async with containers.running(settings_from()) as had:
+    async with containers.start_containers(settings_from()) as had:
         assert had == Containers()

@@ -21,25 +21,25 @@ def mode(path: Path) -> int:
 def test_tokens_are_random_differ_and_are_accepted_by_the_services(
     settings_from: SettingsFrom, tmp_path: Path
 ) -> None:
-    tokens = local_tokens.complete(settings_from()).tokens
+    tokens = local_tokens.add_generated_tokens(settings_from()).tokens
     assert set(tokens) == set(TOKENS)
     assert len(set(tokens.values())) == len(TOKENS)
     assert all(len(token) >= MIN_TOKEN_LENGTH for token in tokens.values())
     assert EXAMPLE_TOKENS.isdisjoint(tokens.values())
     (tmp_path / ".devstack" / "tokens.env").unlink()
-    assert set(local_tokens.complete(settings_from()).tokens.values()).isdisjoint(tokens.values())
+    assert set(local_tokens.add_generated_tokens(settings_from()).tokens.values()).isdisjoint(tokens.values())
 
 
 def test_tokens_are_kept_for_the_next_run_readable_by_the_owner_only(
     settings_from: SettingsFrom, tmp_path: Path
 ) -> None:
-    first = local_tokens.complete(settings_from())
+    first = local_tokens.add_generated_tokens(settings_from())
     assert mode(tmp_path / ".devstack" / "tokens.env") == 0o600
-    assert local_tokens.complete(settings_from()).tokens == first.tokens
+    assert local_tokens.add_generated_tokens(settings_from()).tokens == first.tokens
 
 
 def test_a_token_of_the_user_is_used_and_not_written_to_disk(settings_from: SettingsFrom, tmp_path: Path) -> None:
-    settings = local_tokens.complete(settings_from(BROKER_API_TOKEN="a-token-of-the-user"))
+    settings = local_tokens.add_generated_tokens(settings_from(BROKER_API_TOKEN="a-token-of-the-user"))
     assert settings.tokens["BROKER_API_TOKEN"] == "a-token-of-the-user"
     assert "a-token-of-the-user" not in (tmp_path / ".devstack" / "tokens.env").read_text()
 
@@ -49,14 +49,14 @@ def test_a_token_that_the_file_lacks_is_added_and_the_others_stay(
 ) -> None:
     (tmp_path / ".devstack").mkdir()
     (tmp_path / ".devstack" / "tokens.env").write_text("BROKER_API_TOKEN=kept-from-before\nCSP_API_TOKEN=\n")
-    tokens = local_tokens.complete(settings_from()).tokens
+    tokens = local_tokens.add_generated_tokens(settings_from()).tokens
     assert tokens["BROKER_API_TOKEN"] == "kept-from-before"
     assert tokens["CSP_API_TOKEN"]
-    assert local_tokens.complete(settings_from()).tokens == tokens
+    assert local_tokens.add_generated_tokens(settings_from()).tokens == tokens
 
 
 def test_brokerctl_gets_the_address_and_the_generated_token(settings_from: SettingsFrom, tmp_path: Path) -> None:
-    settings = local_tokens.complete(settings_from(GATEWAY_PORT="8091"))
+    settings = local_tokens.add_generated_tokens(settings_from(GATEWAY_PORT="8091"))
     local_tokens.write_brokerctl_file(settings)
     path = tmp_path / ".devstack" / "brokerctl.env"
     assert mode(path) == 0o600
@@ -71,6 +71,8 @@ def test_brokerctl_does_not_find_a_token_that_the_user_set(
     settings_from: SettingsFrom, tmp_path: Path, before: bool
 ) -> None:
     if before:
-        local_tokens.write_brokerctl_file(local_tokens.complete(settings_from()))
-    local_tokens.write_brokerctl_file(local_tokens.complete(settings_from(BROKER_ADMIN_TOKEN="of the user")))
+        local_tokens.write_brokerctl_file(local_tokens.add_generated_tokens(settings_from()))
+    local_tokens.write_brokerctl_file(
+        local_tokens.add_generated_tokens(settings_from(BROKER_ADMIN_TOKEN="of the user"))
+    )
     assert not (tmp_path / ".devstack" / "brokerctl.env").exists()

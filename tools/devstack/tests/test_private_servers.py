@@ -43,7 +43,7 @@ async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_an
         await connection.close()
 
         await server.stop()
-        assert await postgres.refusal(server.url) is not None
+        assert await postgres.unavailable_reason(server.url) is not None
         await server.start()
         await server.kill()
         await server.start()
@@ -65,7 +65,7 @@ async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_an
 @pytest.mark.usefixtures("postgres_binaries")
 async def test_a_private_postgresql_asks_for_its_password() -> None:
     async with PrivatePostgres() as server:
-        reason = await postgres.refusal(f"postgresql://postgres:guess@127.0.0.1:{server.port}/postgres")
+        reason = await postgres.unavailable_reason(f"postgresql://postgres:guess@127.0.0.1:{server.port}/postgres")
 
     assert reason is not None
     assert "password" in reason
@@ -85,7 +85,7 @@ async def test_a_private_rabbitmq_keeps_what_is_durable_over_a_restart_and_a_cra
             )
 
         await server.stop()
-        assert await rabbitmq.refusal(server.url) is not None
+        assert await rabbitmq.unavailable_reason(server.url) is not None
         await server.start()
         await server.kill()
         await server.start()
@@ -94,9 +94,9 @@ async def test_a_private_rabbitmq_keeps_what_is_durable_over_a_restart_and_a_cra
             channel = await connection.channel()
             message = await (await channel.get_queue("kept")).get(timeout=10)
             assert message.body == b"a"
-        assert "sandbox-broker" in await server.ctl("eval", "node().")
+        assert "sandbox-broker" in await server.run_rabbitmqctl("eval", "node().")
         with pytest.raises(RuntimeError, match="rabbitmqctl nonsense"):
-            await server.ctl("nonsense")
+            await server.run_rabbitmqctl("nonsense")
 
     assert not directory.exists()
     assert processes_below(directory) == []

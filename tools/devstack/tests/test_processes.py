@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from devstack import processes
-from devstack.processes import Process, ProcessDied, run, spawn, unless_one_dies
+from devstack.processes import Process, ProcessDied, run, run_unless_process_dies, spawn
 
 READS_SIGTERM = """
 import signal, sys, time
@@ -111,7 +111,7 @@ async def test_the_end_of_one_process_interrupts_the_work() -> None:
     steady, failing = await python(READS_SIGTERM), await python("print('no luck'); raise SystemExit(3)")
 
     with pytest.raises(ProcessDied, match="child ended with exit code 3") as caught:
-        await unless_one_dies(asyncio.Event().wait(), [steady, failing])
+        await run_unless_process_dies(asyncio.Event().wait(), [steady, failing])
 
     assert caught.value.process is failing
     assert list(failing.tail) == ["no luck"]
@@ -122,7 +122,7 @@ async def test_the_end_of_one_process_interrupts_the_work() -> None:
 async def test_work_that_ends_first_gives_its_result() -> None:
     steady = await python(READS_SIGTERM)
 
-    assert await unless_one_dies(asyncio.sleep(0, "done"), [steady]) == "done"
+    assert await run_unless_process_dies(asyncio.sleep(0, "done"), [steady]) == "done"
 
     await steady.stop()
 
