@@ -20,7 +20,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import opened
 from tests.chaos.disk import CannotMount, Disk
 from tests.chaos.proxy import Proxy
-from tests.integration.stack import ADMIN, PORTS, Stack, running
+from tests.integration.stack import ADMIN, PORTS, Stack, run_stack
 
 SERVICES = {
     "gateway": "gateway",
@@ -180,7 +180,7 @@ async def chaos(
             name: everything.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
         }
         stack = await everything.enter_async_context(
-            running(
+            run_stack(
                 postgres.url,
                 rabbitmq.url,
                 launcher=(str(LAUNCHER),),

@@ -24,7 +24,7 @@ from tests.chaos.evidence import Evidence
 from tests.chaos.mutants import ALLOCATORS, MUTANTS, PATIENCE_SEC, Mutant, Trial
 from tests.chaos.proxy import HOST, Proxy
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 LAUNCHER = Path(__file__).with_name("mutating.py")
 SANDBOXES = 20
@@ -74,7 +74,7 @@ async def broker(
         }
         stop_at = tmp_path_factory.mktemp("mutants") / "stop-at"
         stack = await everything.enter_async_context(
-            running(
+            run_stack(
                 database_url,
                 amqp_url,
                 settings={**SETTINGS, "STOP_AT": str(stop_at)},

@@ -26,7 +26,7 @@ from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.chaos.proxy import Proxy
 from tests.integration.monitoring_files import ALERTS
-from tests.integration.stack import PORTS, Stack, eventually, running
+from tests.integration.stack import PORTS, Stack, eventually, run_stack
 
 WINDOW = "10s"
 SHORTENED_THRESHOLDS = {
@@ -64,7 +64,7 @@ async def broker(new_database: NewDatabase, new_vhost: NewVhost, proxies: dict[s
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(
+        run_stack(
             route_through(proxies["postgresql"], database_url),
             route_through(proxies["rabbitmq"], amqp_url),
             settings=SETTINGS,

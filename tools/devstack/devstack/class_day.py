@@ -1,4 +1,4 @@
-"""A day with four classes, as a plan: who comes when, who leaves without giving back, what goes wrong."""
+"""Schedule of a demo day: four classes, the behaviour of each student, and incidents."""
 
 import random
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 DAY_START_MIN, DAY_END_MIN = 8 * 60, 18 * 60
 """Minutes since midnight."""
 ARRIVAL_MIN = 6
-"""In which a class comes."""
+"""All students of a class arrive within this time."""
 ABANDON_SHARE = 0.12
-"""So many close the browser and give nothing back."""
+"""Share of students who close the browser without a release."""
 REPEAT_SHARE = 0.2
-"""So many start their lab once more, and are to get the sandbox they have."""
+"""Share of students who start the lab a second time. The broker must return the same sandbox."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +43,22 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """`what` is a method of the player's."""
-
     at_min: float
     method: str
+    """Name of a method of `Player`."""
     text: str
+    """Line for the terminal."""
 
 
 INCIDENTS = (
-    Incident(11 * 60 + 45, "fail_for_15_minutes", "CSP has a bad quarter of an hour"),
-    Incident(13 * 60 + 30, "add_accounts", "new accounts are made in CSP"),
-    Incident(14 * 60, "send_unreadable_message", "a message comes that nobody can read"),
-    Incident(16 * 60, "list_half", "CSP lists half of its accounts"),
-    Incident(16 * 60 + 40, "list_all", "CSP lists all of them again"),
-    Incident(17 * 60, "refuse_token", "CSP refuses our token"),
-    Incident(17 * 60 + 20, "accept_token", "CSP takes our token again"),
-    Incident(17 * 60 + 30, "use_revoked_token", "a track uses a token that was taken back"),
+    Incident(11 * 60 + 45, "fail_for_15_minutes", "CSP fails often for 15 minutes"),
+    Incident(13 * 60 + 30, "add_accounts", "an administrator creates accounts in CSP"),
+    Incident(14 * 60, "send_unreadable_message", "an unreadable message arrives"),
+    Incident(16 * 60, "list_half", "CSP lists only half of its accounts"),
+    Incident(16 * 60 + 40, "list_all", "CSP lists all accounts again"),
+    Incident(17 * 60, "refuse_token", "CSP rejects the token of the broker"),
+    Incident(17 * 60 + 20, "accept_token", "CSP accepts the token again"),
+    Incident(17 * 60 + 30, "use_revoked_token", "a track uses a revoked token"),
 )
 
 
@@ -68,7 +68,7 @@ def generate_students(day: int, chance: random.Random) -> Iterator[Student]:
             yield Student(
                 name=f"day{day}-class{number}-student{seat}",
                 track=lesson.track,
-                at_min=lesson.at_min + ARRIVAL_MIN * chance.random() ** 2,  # most come at the beginning
+                at_min=lesson.at_min + ARRIVAL_MIN * chance.random() ** 2,  # most students arrive early
                 stay_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
                 releases=chance.random() >= ABANDON_SHARE,
                 repeats_allocation=chance.random() < REPEAT_SHARE,

@@ -1,7 +1,7 @@
-"""PostgreSQL and RabbitMQ in containers, for the tests.
+"""PostgreSQL and RabbitMQ in containers, for tests.
 
-Apart from docker.py, which runs those of `make run` by Docker's own program in the foreground: here a library knows
-where an engine's ports are reached, and removes what a killed run has left.
+Uses testcontainers, which finds the address of the engine and removes the containers of a killed test run. `make
+run` uses docker.py instead, because its containers stay in the foreground.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _USER = "broker"
 
 @dataclass(frozen=True, slots=True)
 class Containers:
-    """What runs in one, as plain text that goes to another process; None for what does not."""
+    """URLs of the servers in containers, None for other servers. Plain text, for transfer between processes."""
 
     postgres_url: str | None = None
     amqp_url: str | None = None
@@ -45,9 +45,9 @@ class Containers:
 
 @asynccontextmanager
 async def start_containers(settings: Settings) -> AsyncIterator[Containers]:
-    """Until the end of the block, those of the two that no variable names; none where no engine answers.
+    """Run a container for each server not named by a variable. Without a Docker engine, start none.
 
-    Raises CannotRun when an engine answers and one of them cannot be had from it.
+    Raises CannotRun if the engine cannot start a container.
     """
     all_named = settings.database_url is not None and settings.amqp_url is not None
     if all_named or await docker.unavailable_reason() is not None:
@@ -55,7 +55,7 @@ async def start_containers(settings: Settings) -> AsyncIterator[Containers]:
         return
     password = secrets.token_urlsafe(12)
     async with AsyncExitStack() as stack:
-        # Both are started before one is waited for.
+        # Start both containers first, because they become ready in parallel.
         database = broker = None
         if settings.database_url is None:
             environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
@@ -84,7 +84,7 @@ async def _start_container(
         await asyncio.to_thread(container.stop)
         reason = str(getattr(error, "explanation", None) or error).splitlines()[0]
         raise CannotRun(
-            f"Docker answers, but cannot run {image}: {reason}; set {variable} to an image that it has, "
+            f"Docker answers, but cannot run {image}: {reason}; set {variable} to an available image, "
             "or DATABASE_URL and AMQP_URL to servers"
         ) from None
     try:
@@ -103,12 +103,12 @@ async def _wait_for_rabbitmq(container: DockerContainer, password: str) -> tuple
     url = f"amqp://{_USER}:{password}@{await _address(container, 5672)}/"
     management = f"http://{_USER}:{password}@{await _address(container, 15672)}"
 
-    async def answers() -> str | None:
+    async def check() -> str | None:
         return await rabbitmq.unavailable_reason(url) or await _http_unavailable_reason(
             f"{management}/api/overview"
         )
 
-    await _wait_until_available(container, answers)
+    await _wait_until_available(container, check)
     return url, management
 
 
@@ -126,11 +126,11 @@ async def _http_unavailable_reason(url: str) -> str | None:
     return None
 
 
-async def _wait_until_available(container: DockerContainer, answers: Callable[[], Awaitable[str | None]]) -> None:
+async def _wait_until_available(container: DockerContainer, check: Callable[[], Awaitable[str | None]]) -> None:
     reason: str | None = None
     try:
         async with asyncio.timeout(READY_SEC):
-            while (reason := await answers()) is not None:
+            while (reason := await check()) is not None:
                 await asyncio.to_thread(container.reload)
                 if container.status == "exited":
                     output = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")

@@ -1,8 +1,8 @@
-"""Lets a process kill or freeze itself at a named point, once file to: for tests that start a service with some of
-its functions wrapped.
+"""Crash points: a process kills or freezes itself at a named point.
 
-A file says where, as in `allocator: after commit` or `allocator: after commit, frozen`. Of several processes the
-first to reach the point removes the file and stops, as by `kill -9` or `kill -STOP`.
+Tests start a service with wrapped functions and write the point to a file, as in `allocator: after commit` or
+`allocator: after commit, frozen`. The first process to reach the point removes the file and sends itself SIGKILL or
+SIGSTOP.
 """
 
 import os
@@ -15,13 +15,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CrashPoints:
-    """Those of one process."""
+    """Crash points of one process."""
 
     file: Path
     module: str
 
     def reach(self, point: str) -> None:
-        """Stops the process if this is the point."""
+        """Kill or freeze the process if the file names this point."""
         try:
             where, _, how = self.file.read_text().partition(", ")
             if where != f"{self.module}: {point}":
@@ -34,7 +34,7 @@ class CrashPoints:
     def wrap(
         self, work: Callable[..., Awaitable[Any]], before: str | None, after: str | None
     ) -> Callable[..., Any]:
-        """The function, with a point before it and one after it."""
+        """Return `work` with a crash point before and after it."""
 
         async def wrapped(*arguments: Any, **named: Any) -> Any:
             if before:

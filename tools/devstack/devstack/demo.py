@@ -1,4 +1,4 @@
-"""`make demo`: `make run`, with class days at a hundred times their speed: something to look at."""
+"""`make demo`: `make run` with simulated class days at 100 times their speed."""
 
 import asyncio
 import random
@@ -28,10 +28,10 @@ SCRAPE_SEC = 2.0
 _MINUTE_SEC = 60 / SPEED
 _ASK_AGAIN_SEC = 30 / SPEED
 _PATIENCE_MIN = 60
-"""How long a student whom nobody serves keeps trying; the script for a track gives up after two minutes."""
+"""A student retries for this time. The Instruqt script gives up after two minutes."""
 _REVOKED_TOKEN_REQUESTS = 40
 
-# Every duration of the services is as much shorter as the day is.
+# Durations of the services are divided by SPEED, like the day.
 DEFAULTS = {
     "LOG_LEVEL": "ERROR",
     "RATE_LIMIT": "",  # all students come from one address
@@ -55,12 +55,12 @@ def main(root: Path = environment.ROOT) -> int:
 def load(environ: Mapping[str, str] | None = None, root: Path = environment.ROOT) -> Settings:
     settings = environment.load(environ, root, defaults=DEFAULTS, demo=True)
     if settings.csp_base_url is not None:
-        raise CannotRun("the demo is played on the CSP simulator; unset CSP_BASE_URL")
+        raise CannotRun("the demo needs the CSP simulator; unset CSP_BASE_URL")
     return settings
 
 
 async def play_days(launcher: Launcher, stack: AsyncExitStack) -> None:
-    """One day after the other, for ever."""
+    """Play one day after another until the task is cancelled."""
     settings, terminal = launcher.settings, launcher.terminal
     for line in await _monitoring_lines(settings, stack, terminal):
         terminal.print_line(line)
@@ -73,7 +73,7 @@ async def play_days(launcher: Launcher, stack: AsyncExitStack) -> None:
 
 
 class Player:
-    """The students, CSP's moods, and whoever fills the pool overnight."""
+    """Plays the students, the incidents, and the administrator of the accounts in CSP."""
 
     def __init__(self, launcher: Launcher, client: httpx.AsyncClient, chance: random.Random) -> None:
         settings = launcher.settings
@@ -104,7 +104,7 @@ class Player:
             tasks.create_task(self._print_summary())
 
     async def add_accounts(self) -> None:
-        """As many accounts in CSP as the pool lacks."""
+        """Create accounts in CSP until the pool has ACCOUNTS available sandboxes."""
         counts = await pool.fetch_counts(self._gateway, self._admin_token)
         if counts is not None and counts["available"] < ACCOUNTS:
             await self._control_csp("POST", "accounts", {"count": ACCOUNTS - counts["available"]})
@@ -131,11 +131,11 @@ class Player:
 
     async def use_revoked_token(self) -> None:
         for _ in range(_REVOKED_TOKEN_REQUESTS):
-            await self._post("allocate", "somebody", token="taken-back")
+            await self._post("allocate", "student-of-an-old-track", token="revoked-token")
 
     async def _announce(self, lesson: Lesson) -> None:
         await self._sleep_until(lesson.at_min)
-        self._print(lesson.at_min, f"{lesson.students} students come to {lesson.track}")
+        self._print(lesson.at_min, f"{lesson.students} students start {lesson.track}")
 
     async def _play_incident(self, incident: Incident) -> None:
         await self._sleep_until(incident.at_min)
@@ -144,7 +144,7 @@ class Player:
         try:
             await play()
         except (httpx.HTTPError, OSError, AMQPError) as error:
-            self._terminal.print_error(f"The demo could not go on as planned: {type(error).__name__} {error}")
+            self._terminal.print_error(f"The demo skipped an incident: {type(error).__name__} {error}")
 
     async def _attend(self, student: Student) -> None:
         await self._sleep_until(student.at_min)
@@ -160,8 +160,8 @@ class Player:
             await self._post(f"sandboxes/{lease['sandbox_id']}/mark-for-deletion", student.name)
 
     async def _allocate(self, student: Student) -> dict[str, Any] | None:
-        gives_up = time.monotonic() + _PATIENCE_MIN * _MINUTE_SEC
-        while time.monotonic() < gives_up:
+        deadline = time.monotonic() + _PATIENCE_MIN * _MINUTE_SEC
+        while time.monotonic() < deadline:
             response = await self._post("allocate", student.name, track=student.track)
             if response is not None and response.is_success:
                 lease: dict[str, Any] = response.json()
@@ -190,22 +190,22 @@ class Player:
 
     async def _print_summary(self) -> None:
         await self._sleep_until(DAY_END_MIN)
-        self._print(DAY_END_MIN, f"{self._served} students had a sandbox, {self._unserved} had none")
+        self._print(DAY_END_MIN, f"{self._served} students got a sandbox, {self._unserved} got none")
 
     def _print(self, minute: float, text: str) -> None:
         self._terminal.print_log_line("class day", f"{format_time(minute)}  {text}")
 
 
 async def _monitoring_lines(settings: Settings, stack: AsyncExitStack, terminal: Terminal) -> list[str]:
-    """Starts Prometheus where it is installed."""
+    """Start Prometheus if it is installed. Return lines with the addresses of Prometheus and Grafana."""
     day_sec = (DAY_END_MIN - DAY_START_MIN) * _MINUTE_SEC
-    lines = [f"Class days go by at {SPEED} times their speed, {day_sec / 60:.0f} minutes each, until Ctrl-C."]
+    lines = [f"Class days run at {SPEED} times their speed, {day_sec / 60:.0f} minutes each, until Ctrl-C."]
     port = int(settings.environment.get("PROMETHEUS_PORT") or PROMETHEUS_PORT)
     services = {name: settings.ports[variable] for name, (_, variable) in SERVICES.items()}
     if not prometheus.is_installed():
-        return [*lines, "  Prometheus     is not installed: `apt install prometheus`, and again", ""]
+        return [*lines, "  Prometheus     not installed; run `apt install prometheus`, then `make demo` again", ""]
     if not ports.is_free(port):
-        raise CannotRun(f"port {port} is taken by another program; set PROMETHEUS_PORT to a free one")
+        raise CannotRun(f"port {port} is in use by another program; set PROMETHEUS_PORT to a free port")
     running = await stack.enter_async_context(
         prometheus.start_prometheus(
             services, settings.state_directory / "prometheus", port, terminal, interval_sec=SCRAPE_SEC
@@ -215,14 +215,14 @@ async def _monitoring_lines(settings: Settings, stack: AsyncExitStack, terminal:
     if await docker.unavailable_reason() is None:
         grafana = settings.root / "deploy" / "grafana"
         lines += [
-            "  Grafana        http://127.0.0.1:3000/dashboards (admin, admin), after this in another terminal:",
+            "  Grafana        http://127.0.0.1:3000/dashboards (admin, admin), started by this command:",
             "",
             "  docker run --rm --network host --add-host prometheus:127.0.0.1 \\"
             f"    -v {grafana}/datasources:/etc/grafana/provisioning/datasources:ro \\"
             f"    -v {grafana}/dashboards:/etc/grafana/provisioning/dashboards:ro grafana/grafana:12.2.0",
         ]
     else:
-        lines.append("  Grafana        needs Docker, which does not answer; deploy/grafana has the dashboards")
+        lines.append("  Grafana        needs Docker, which is not available; the dashboards are in deploy/grafana")
     return [*lines, ""]
 
 

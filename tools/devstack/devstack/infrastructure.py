@@ -1,7 +1,6 @@
-"""Find PostgreSQL and RabbitMQ, each on its own, in the order that the README promises.
+"""Find or start PostgreSQL and RabbitMQ, independently of each other, in the order given in the README.
 
-The variable if it is set; else what answers on this machine; else Docker; else Debian's packages; else a line
-that says what to do.
+The order: the variable, a server on this machine, Docker, Debian's packages. Otherwise an error names the remedies.
 """
 
 import asyncio
@@ -19,22 +18,22 @@ from devstack.private import wait_until
 from devstack.processes import Process
 from devstack.settings import Settings, digest
 
-# The queue that every running broker consumes from.
+# Every running broker consumes from this queue.
 _COMMANDS_QUEUE = "allocator.commands"
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Something that answers."""
+    """A running PostgreSQL or RabbitMQ server."""
 
     url: str
-    """For PostgreSQL without a database, unless it is the one of DATABASE_URL."""
+    """For PostgreSQL without a database name, except for DATABASE_URL."""
     user_supplied: bool = False
-    """It was named by a variable, so that its content is not ours to replace."""
+    """Named by a variable, so devstack must not replace its content."""
     processes: tuple[Process, ...] = ()
-    """What we have started for it."""
+    """Processes started for this server."""
     management_url: str | None = None
-    """RabbitMQ's HTTP API with user and password, where we know of it."""
+    """RabbitMQ's HTTP API with user and password; None if unknown."""
 
 
 async def find_servers(
@@ -45,11 +44,12 @@ async def find_servers(
     database: Server | None = None,
     broker: Server | None = None,
 ) -> tuple[Server, Server]:
-    """PostgreSQL and RabbitMQ, unless they are given; what had to be started for them ends with the stack.
+    """Return PostgreSQL and RabbitMQ. Servers started here end with `stack`.
 
-    Raises CannotRun when there is no way to have one of them.
+    `database` and `broker` are used instead of a search if given. Raises CannotRun if a server cannot be found or
+    started.
     """
-    # Looking comes before starting: a wrong variable is not to be found out after minutes of set-up.
+    # Check both servers before starting one, so that a wrong variable fails at once and not after a long set-up.
     database = database or await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
     broker = broker or await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
     if database is not None and broker is not None:
@@ -85,10 +85,10 @@ async def find_servers(
 
 
 async def claim_vhost(broker: Server, terminal: Terminal) -> None:
-    """Makes a virtual host that we have merely come across fit for us; one that AMQP_URL names is left alone.
+    """Prepare the virtual host for this run: delete outdated queues.
 
-    Raises CannotRun when another broker runs there: the two would take each other's commands. (Whoever sets
-    AMQP_URL may want just that: further replicas.)
+    A virtual host named by AMQP_URL stays unchanged, because the user may want to add replicas to a running broker.
+    Raises CannotRun if another broker uses the virtual host, because the two would consume each other's commands.
     """
     if broker.user_supplied:
         return
@@ -98,7 +98,7 @@ async def claim_vhost(broker: Server, terminal: Terminal) -> None:
             "stop it, or set AMQP_URL to another virtual host"
         )
     for name in await rabbitmq.delete_outdated(broker.url):
-        terminal.print_step(f"RabbitMQ: queue {name} was of another version, and is made anew")
+        terminal.print_step(f"RabbitMQ: deleted queue {name}, declared by another version")
 
 
 async def _named_database(settings: Settings, terminal: Terminal) -> Server | None:
@@ -106,7 +106,7 @@ async def _named_database(settings: Settings, terminal: Terminal) -> Server | No
         return None
     reason = await postgres.unavailable_reason(settings.database_url)
     if reason is not None:
-        raise CannotRun(f"DATABASE_URL does not lead to a database that answers: {reason}")
+        raise CannotRun(f"cannot connect to DATABASE_URL: {reason}")
     terminal.print_step(f"PostgreSQL: DATABASE_URL, {postgres.location(settings.database_url)}")
     return Server(settings.database_url, user_supplied=True)
 
@@ -116,7 +116,7 @@ async def _named_broker(settings: Settings, terminal: Terminal) -> Server | None
         return None
     reason = await rabbitmq.unavailable_reason(settings.amqp_url)
     if reason is not None:
-        raise CannotRun(f"AMQP_URL does not lead to a RabbitMQ that answers: {reason}")
+        raise CannotRun(f"cannot connect to AMQP_URL: {reason}")
     terminal.print_step(f"RabbitMQ: AMQP_URL, {rabbitmq.location(settings.amqp_url)}")
     return Server(settings.amqp_url, user_supplied=True)
 
@@ -130,9 +130,7 @@ async def _local_postgres(settings: Settings, terminal: Terminal) -> Server | No
         if reason is None:
             terminal.print_step(f"PostgreSQL: found on {postgres.location(server)}")
             return Server(server)
-    terminal.print_step(
-        f"PostgreSQL: none on {postgres.location(settings.postgres_servers[-1])} that lets us in ({reason})"
-    )
+    terminal.print_step(f"PostgreSQL: no access on {postgres.location(settings.postgres_servers[-1])} ({reason})")
     return None
 
 
@@ -144,16 +142,16 @@ async def _missing_privilege(url: str) -> str | None:
         )
     finally:
         await connection.close(timeout=5)
-    return None if allowed else "the role may not create databases"
+    return None if allowed else "the role has no CREATEDB privilege"
 
 
 async def _local_rabbitmq(settings: Settings, terminal: Terminal) -> Server | None:
-    where = rabbitmq.location(settings.rabbitmq_server)
+    location = rabbitmq.location(settings.rabbitmq_server)
     reason = await rabbitmq.unavailable_reason(settings.rabbitmq_server)
     if reason is not None:
-        terminal.print_step(f"RabbitMQ: none on {where} that lets guest in ({reason})")
+        terminal.print_step(f"RabbitMQ: no access as guest on {location} ({reason})")
         return None
-    terminal.print_step(f"RabbitMQ: found on {where}")
+    terminal.print_step(f"RabbitMQ: found on {location}")
     return Server(settings.rabbitmq_server)
 
 
@@ -197,19 +195,19 @@ async def _docker_rabbitmq(settings: Settings, terminal: Terminal, stack: AsyncE
 async def _private_postgres(terminal: Terminal, stack: AsyncExitStack) -> Server:
     server = await stack.enter_async_context(postgres.PrivatePostgres())
     assert server.process is not None
-    terminal.print_step(f"PostgreSQL: a private one from {postgres.find_binaries()}, 127.0.0.1:{server.port}")
+    terminal.print_step(f"PostgreSQL: private server from {postgres.find_binaries()}, 127.0.0.1:{server.port}")
     return Server(server.url.removesuffix("/postgres"), processes=(server.process,))
 
 
 async def _private_rabbitmq(terminal: Terminal, stack: AsyncExitStack) -> Server:
     server = await stack.enter_async_context(rabbitmq.PrivateRabbitMQ())
     assert server.process is not None
-    terminal.print_step(f"RabbitMQ: a private one from {rabbitmq.find_binaries()}, 127.0.0.1:{server.port}")
+    terminal.print_step(f"RabbitMQ: private server from {rabbitmq.find_binaries()}, 127.0.0.1:{server.port}")
     return Server(server.url, processes=(server.process,))
 
 
 async def _install_missing(missing: Sequence[str], terminal: Terminal) -> None:
-    """Installs what is not there; raises CannotRun where that is not ours to do."""
+    """Install the missing servers from Debian's packages. Raises CannotRun without the permission to install."""
     finders = {"PostgreSQL": postgres.find_binaries, "RabbitMQ": rabbitmq.find_binaries}
     absent = [name for name in missing if finders[name]() is None]
     if absent and not packages.can_install():
@@ -221,11 +219,11 @@ async def _install_missing(missing: Sequence[str], terminal: Terminal) -> None:
     for name in absent:
         await packages.install({"PostgreSQL": "postgresql", "RabbitMQ": "rabbitmq-server"}[name], terminal)
         if finders[name]() is None:
-            raise CannotRun(f"{name}: its package is installed, but its programs are not where they were expected")
+            raise CannotRun(f"{name}: the package is installed, but its programs were not found")
 
 
 async def _enter_two_stacks(stack: AsyncExitStack) -> tuple[AsyncExitStack, AsyncExitStack]:
-    """A stack for each of two tasks that start things at the same time."""
+    """Return a nested stack for each of two concurrent tasks, because one stack is not safe for both."""
     return await stack.enter_async_context(AsyncExitStack()), await stack.enter_async_context(AsyncExitStack())
 
 

@@ -1,4 +1,4 @@
-"""Start everything in order, tell where it is, watch it, and stop it in order."""
+"""Run the broker: start all processes in order, print a summary, supervise them, stop them in order."""
 
 import asyncio
 import fcntl
@@ -25,13 +25,13 @@ SERVICES = {
     "reaper": ("reaper", "REAPER_PORT"),
     "csp-syncer": ("csp_syncer", "CSP_SYNCER_PORT"),
 }
-"""Name, module, and the variable of its port."""
+"""Service name -> module and variable of the port."""
 
 ACCOUNTS = 50
 _MIGRATE_SEC = 120.0
 
 FollowUp = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
-"""What is done once everything runs, for as long as it takes."""
+"""Work that begins after the start and continues until the run stops."""
 
 
 def main(root: Path = environment.ROOT) -> int:
@@ -41,8 +41,11 @@ def main(root: Path = environment.ROOT) -> int:
 def run_stack(
     name: str, load: Callable[[], Settings], *, follow_up: FollowUp | None = None, accounts: int = ACCOUNTS
 ) -> int:
-    """The exit status: 0 stopped by its user, 1 something failed, 2 something has to be set or installed."""
-    # Tries that find nobody are ours to report, not the client library's.
+    """Run until Ctrl-C.
+
+    Return the exit status: 0 stopped by the user, 1 a component failed, 2 the user must set or install something.
+    """
+    # The probes of this package report failed connections, so the client library must not log them too.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     terminal = Terminal()
@@ -63,7 +66,7 @@ async def _run_until_stopped(
         work = asyncio.create_task(_run_until_lost(settings, terminal, stack, follow_up, accounts))
         interruption = Interruption(work, terminal)
         interruption.listen()
-        # Signals cancel the work, never the stack that takes everything down again.
+        # Signals cancel the work and never the stack, because the stack stops all processes.
         try:
             await work
         except asyncio.CancelledError:
@@ -74,24 +77,24 @@ async def _run_until_stopped(
             return 1
         finally:
             interruption.requested = True
-    terminal.print_line("Everything that was started has stopped.")
+    terminal.print_line("All processes have stopped.")
     return 0
 
 
 async def _run_until_lost(
     settings: Settings, terminal: Terminal, stack: AsyncExitStack, follow_up: FollowUp | None, accounts: int
 ) -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
     _check_ports(settings)
     settings.state_directory.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_exclusive_run(settings))
     local_tokens.write_brokerctl_file(settings)
-    found_database, found_broker = await infrastructure.find_servers(settings, terminal, stack)
-    await infrastructure.claim_vhost(found_broker, terminal)
+    database_server, rabbitmq_server = await infrastructure.find_servers(settings, terminal, stack)
+    await infrastructure.claim_vhost(rabbitmq_server, terminal)
     dependencies_ready = time.monotonic()
-    started = [*found_database.processes, *found_broker.processes]
-    database_url = await run_unless_process_dies(database.prepare_database(settings, found_database), started)
-    launcher = Launcher(settings, database_url, found_broker.url, terminal)
+    started = [*database_server.processes, *rabbitmq_server.processes]
+    database_url = await run_unless_process_dies(database.prepare_database(settings, database_server), started)
+    launcher = Launcher(settings, database_url, rabbitmq_server.url, terminal)
 
     if settings.csp_base_url is None:
         started.append(await launcher.start_simulator(accounts))
@@ -109,7 +112,9 @@ async def _run_until_lost(
         terminal.print_error(f"The pool could not be filled: {obstacle}")
     counts = await pool.fetch_counts(settings.gateway_url, admin_token(settings))
     now = time.monotonic()
-    for line in summary.summary_lines(settings, counts, seconds=now - began, set_up=dependencies_ready - began):
+    for line in summary.summary_lines(
+        settings, counts, seconds=now - started_at, set_up=dependencies_ready - started_at
+    ):
         terminal.print_line(line)
     await run_unless_process_dies(
         _wait_until_lost(terminal, None if follow_up is None else follow_up(launcher, stack)), started
@@ -117,7 +122,7 @@ async def _run_until_lost(
 
 
 async def _wait_until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
-    """Until the terminal is gone; raises what `work` raises meanwhile."""
+    """Wait until the terminal is closed. Runs `work` meanwhile and raises its exceptions."""
     tasks = [asyncio.create_task(terminal.lost.wait()), *([asyncio.create_task(work)] if work else [])]
     try:
         for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
@@ -130,7 +135,7 @@ async def _wait_until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] |
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """Starts our own programs, each with the settings of this run."""
+    """Starts the services, the simulator and the migration with the settings of this run."""
 
     settings: Settings
     database_url: str
@@ -138,7 +143,7 @@ class Launcher:
     terminal: Terminal
 
     async def migrate(self) -> None:
-        """Raises CannotRun when the database could not be brought up to date."""
+        """Migrate the database to the newest schema. Raises CannotRun if that fails."""
         code, output = await processes.run(
             [sys.executable, "-m", "sandbox_broker.migrate"],
             env=self._environment(),
@@ -148,7 +153,7 @@ class Launcher:
         )
         if code != 0:
             reason = output.splitlines()[-1] if output else f"exit code {code}"
-            raise CannotRun(f"the database could not be migrated: {reason}", status=1)
+            raise CannotRun(f"the migration of the database failed: {reason}", status=1)
 
     async def start_simulator(self, accounts: int) -> Process:
         port = self.settings.ports["CSP_SIMULATOR_PORT"]
@@ -183,13 +188,13 @@ class Launcher:
             "DATABASE_URL": self.database_url,
             "AMQP_URL": self.amqp_url,
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
-            # On one machine the gateway's port is enough. An OPS_PORT in .env is for containers.
+            # One gateway port is enough on one machine. OPS_PORT in .env is for containers.
             "OPS_PORT": "",
         }
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM: the first one stops everything in order, a further Ctrl-C ends it at once."""
+    """Signal handling: the first signal stops all processes in order, a second Ctrl-C kills them."""
 
     def __init__(self, work: "asyncio.Task[Any]", terminal: Terminal) -> None:
         self.requested = False
@@ -205,23 +210,23 @@ class Interruption:
         if not self.requested:
             self.requested = True
             self._terminal.print_line()
-            self._terminal.print_line("Stopping. Ctrl-C once more ends everything at once.")
+            self._terminal.print_line("Stopping. Press Ctrl-C again to kill all processes at once.")
             self._work.cancel()
         elif number is signal.SIGINT:
-            # Only the keyboard: `make` and whoever ended it may both hand on the same SIGTERM.
+            # Only for Ctrl-C, because one SIGTERM can arrive twice: directly and passed on by `make`.
             processes.kill_all()
 
 
 @contextmanager
 def _exclusive_run(settings: Settings) -> Iterator[None]:
-    """Holds a lock on the accounts file, which two simulators would overwrite for each other."""
+    """Hold a lock on the accounts file, because two simulators would overwrite each other's accounts."""
     path = Path(f"{database.accounts_file(settings)}.lock")
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CannotRun(
-                "`make run` is running in this clone already; another one needs a DATABASE_URL of its own"
+                "`make run` is already running in this clone; set DATABASE_URL to another database for a second run"
             ) from None
         yield
 
@@ -234,7 +239,7 @@ def _check_ports(settings: Settings) -> None:
         if port in wanted:
             raise CannotRun(f"{wanted[port]} and {name} are both {port}; set one of them to another port")
         if not all(ports.is_free(port, host=host) for host in settings.bind_hosts):
-            raise CannotRun(f"port {port} is taken by another program; set {name} to a free one")
+            raise CannotRun(f"port {port} is in use by another program; set {name} to a free port")
         wanted[port] = name
 
 
@@ -246,7 +251,7 @@ def _ready_urls(settings: Settings) -> dict[str, str]:
 
 
 def admin_token(settings: Settings) -> str:
-    """The first of those that may be listed."""
+    """Return the first admin token of the list."""
     return settings.tokens["BROKER_ADMIN_TOKEN"].split(",")[0].strip()
 
 
@@ -255,4 +260,4 @@ def _print_death(process: Process, terminal: Terminal) -> None:
     terminal.print_error(f"{process.name} {process.ending}. Its last lines:")
     for line in list(process.tail)[-10:]:
         terminal.print_line(f"    {line}")
-    terminal.print_error("Stopping the rest.")
+    terminal.print_error("Stopping the other processes.")

@@ -1,4 +1,4 @@
-"""Packages of Debian and Ubuntu, installed when their programs are missing."""
+"""Installation of missing programs from packages of Debian and Ubuntu."""
 
 import asyncio
 import contextlib
@@ -15,34 +15,33 @@ from devstack.processes import run
 _INSTALL_SEC = 900.0
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _DATABASE = Path("/var/lib/dpkg")
-"""Of packages; who installs holds a lock on this directory."""
+"""dpkg's package database. An installation locks this directory."""
 
 
 async def find_or_install(names: Sequence[str], package: str, terminal: Terminal) -> str:
-    """The path of the first of them that is on this machine; else the package is installed. Raises CannotRun."""
+    """Return the path of the first program found. Installs `package` if none is found. Raises CannotRun."""
     found = find_program(names)
     if found is None and can_install():
         await install(package, terminal)
         found = find_program(names)
     if found is None:
-        raise CannotRun(f"no {', '.join(names)} found: install one of them")
+        raise CannotRun(f"{' or '.join(names)} not found: install it")
     return found
 
 
 def find_program(names: Sequence[str]) -> str | None:
-    """The path of the first of them that is on this machine, also where only root looks for programs."""
+    """Return the path of the first program found in PATH or in the directories for root."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     return next((found for name in names if (found := shutil.which(name, path=path)) is not None), None)
 
 
 def can_install() -> bool:
-    """Whether this is Debian, or made of it, and we are root."""
+    """Return True for root on Debian or a derivative."""
     return os.geteuid() == 0 and Path("/etc/debian_version").exists() and shutil.which("apt-get") is not None
 
 
 async def install(package: str, terminal: Terminal) -> None:
-    """Installs a package without starting what it brings along, after whoever else installs one. Raises CannotRun
-    when apt-get fails."""
+    """Install a package without starting its services. Raises CannotRun if apt-get fails."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     async with _exclusive_install():
         for command in (["update"], ["install", "-y", "--no-install-recommends", package]):
@@ -59,8 +58,10 @@ async def install(package: str, terminal: Terminal) -> None:
 
 @contextlib.asynccontextmanager
 async def _exclusive_install() -> AsyncIterator[None]:
-    """One of our processes at a time: apt-get itself waits for no other that updates its lists, and the policy
-    must stay until the last is done."""
+    """Serialize installations of several processes.
+
+    Two concurrent runs of `apt-get update` fail, and the policy file must exist until the last installation ends.
+    """
     directory = os.open(_DATABASE, os.O_RDONLY)
     try:
         while True:
@@ -77,7 +78,7 @@ async def _exclusive_install() -> AsyncIterator[None]:
 
 @contextlib.contextmanager
 def _services_kept_stopped() -> Iterator[None]:
-    """Debian asks this script before it starts a service; 101 means no. One that is there already stays."""
+    """Write Debian's policy script, whose exit code 101 forbids the start of services. Keeps an existing one."""
     if _POLICY.exists():
         yield
         return

@@ -18,9 +18,7 @@ while True:
 HOUR_SEC = 3600
 
 
-async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs(
-    tmp_path: Path, terminal: Terminal
-) -> None:
+async def test_the_clock_of_a_running_process_is_changed_and_restored(tmp_path: Path, terminal: Terminal) -> None:
     offset_file = tmp_path / "clock"
     faketime.set_offset(offset_file, 0)
     lines: asyncio.Queue[str] = asyncio.Queue()
@@ -31,7 +29,7 @@ async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs
         on_line=lines.put_nowait,
     )
 
-    async def is_wrong_by(expected_sec: int) -> None:
+    async def wait_for_offset(expected_sec: int) -> None:
         async with asyncio.timeout(60):
             while True:
                 wall, monotonic = map(float, (await lines.get()).split())
@@ -40,10 +38,10 @@ async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs
                     return
 
     try:
-        await is_wrong_by(0)
+        await wait_for_offset(0)
         for offset_sec in (HOUR_SEC, -HOUR_SEC, 0):
             faketime.set_offset(offset_file, offset_sec)
-            await is_wrong_by(offset_sec)
+            await wait_for_offset(offset_sec)
     finally:
         clock.kill()
         await clock.wait()
