@@ -1,4 +1,4 @@
-"""Least privilege: each service works with its PostgreSQL role and RabbitMQ user of deploy/, without further rights."""
+"""Least privilege: each service works with its PostgreSQL role and RabbitMQ user, and has no further rights."""
 
 import asyncio
 import shutil

@@ -17,6 +17,7 @@ from tests.integration.stack import (
     Stack,
     eventually,
     run_stack,
+    track_headers,
 )
 
 SERVER, CLIENT, CONSUMER = 2, 3, 5
