@@ -2,9 +2,9 @@
 .PHONY: help setup run demo test test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
-# Each of the many processes would compile all of our code anew.
+# Without bytecode files, each of the many processes would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
-# More words for the command behind a target: make test ARGS="-k lease -x"
+# Additional arguments of the command behind a target: make test ARGS="-k lease -x"
 ARGS :=
 
 SERVICES := gateway allocator reaper csp-syncer
@@ -12,28 +12,28 @@ OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack k8s
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock"
 
-help: ## This list
+help: ## List all targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: setup ## Everything on this machine, in the foreground, until Ctrl-C
+run: setup ## Run the whole broker on this machine, in the foreground, until Ctrl-C
 	@$(PYTHON) -m devstack
 
-demo: setup ## The same, with class days at 100 times their speed: something to see for every command and dashboard
+demo: setup ## Like run, with simulated class days at 100 times their speed, for brokerctl and the dashboards
 	@$(PYTHON) -m devstack.demo
 
-test: setup ## Every test, on real PostgreSQL and RabbitMQ; ARGS="-k lease" for some of them
+test: setup ## Run all tests with real PostgreSQL and RabbitMQ; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-containers: setup ## The images, docker-compose.yml and what else needs a Docker engine; images by PYTHON_IMAGE and the like
+test-containers: setup ## Run the tests with a Docker engine: images and docker-compose.yml; PYTHON_IMAGE etc. select base images
 	@$(PYTHON) -m pytest tests/containers $(ARGS)
 
-bench: setup ## How fast it is, beside what one would write instead; ARGS="ours baseline" for some scenarios
+bench: setup ## Run the benchmarks against a baseline implementation; ARGS="ours baseline" selects scenarios
 	@$(PYTHON) -m bench $(ARGS)
 
-chaos: setup ## Every kind of fault on a broker of its own, and a judge; SEED=… repeats a round, LONG=1 is an hour
+chaos: setup ## Inject faults into a separate broker and check its guarantees; SEED=… repeats a round, LONG=1 runs an hour
 	@$(PYTHON) -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(LONG),--minutes 60) $(ARGS)
 
-check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, known vulnerabilities, and whether locked requirements and generated pages are current
+check: setup ## Check style, types, import rules, manifests, Dockerfile, vulnerabilities, lock files and generated pages
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
@@ -46,20 +46,20 @@ check: setup ## Lint, format, types, import rules, manifests, the Dockerfile, kn
 	@$(PYTHON) -m k8s_check
 	@if [ -x .venv/bin/hadolint ]; then .venv/bin/hadolint Dockerfile; fi
 
-k8s-check: setup ## Whether the Kubernetes manifests are valid, safe, and say what the code says; ARGS="--crds FILE" for operators
+k8s-check: setup ## Check the Kubernetes manifests: schema, security, consistency with the code; ARGS="--crds FILE" adds CRDs
 	@$(PYTHON) -m k8s_check $(ARGS)
 
-fmt: setup ## Format, and repair what the linter can
+fmt: setup ## Format the code and apply fixes of the linter
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
-docs: setup ## Renew the pages that are made from the code, and Kubernetes' copy of the alerts
+docs: setup ## Regenerate the pages generated from the code, and the alerts for Kubernetes
 	@$(PYTHON) -m gateway.api.error_page >docs/errors.md
 	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
 	@$(PYTHON) -m sandbox_broker.contract.asyncapi >docs/asyncapi.json
 	@$(PYTHON) -m k8s_check.monitoring <deploy/prometheus/alerts.yml >deploy/k8s/components/prometheus-operator/rules.yaml
 
-lock: setup ## Renew requirements/*.txt from the pyproject files; ARGS=--upgrade takes newer versions
+lock: setup ## Regenerate requirements/*.txt from the pyproject files; ARGS=--upgrade allows newer versions
 	@for service in $(SERVICES); do \
 		$(COMPILE) $(ARGS) --no-emit-package sandbox-broker \
 			-o requirements/$$service.txt services/$$service/pyproject.toml || exit 1; \
@@ -70,6 +70,6 @@ clean: ## Remove the virtual environment, caches, and the local accounts and tok
 	@rm -rf .venv .devstack .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Part of every other target. Does nothing while the requirements are the ones that were installed.
+# Prerequisite of the other targets. Does nothing if the requirements have not changed since the last installation.
 setup:
 	@sh tools/devstack/setup.sh

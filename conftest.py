@@ -1,4 +1,4 @@
-"""Fixtures for every test, and the order in which files are begun."""
+"""Fixtures for all tests, and the order of the test files."""
 
 import pytest
 
@@ -7,15 +7,17 @@ pytest_plugins = ["devstack.testing"]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files that may take long are begun first, then those that start a whole broker, so that no processor waits
-    for the last of them; else by chance."""
-    longest: dict[object, float] = {}
+    """Start files with long time-outs first, then those with a whole broker, then the others in random order.
+
+    All processors then stay busy until the end of the run.
+    """
+    timeouts: dict[object, float] = {}
     for item in items:
-        longest[item.path] = max(longest.get(item.path, 0), _may_take_sec(item))
-    whole = config.rootpath / "tests"
-    items.sort(key=lambda item: (-longest[item.path], not item.path.is_relative_to(whole)))
+        timeouts[item.path] = max(timeouts.get(item.path, 0), _timeout_sec(item))
+    integration_tests = config.rootpath / "tests"
+    items.sort(key=lambda item: (-timeouts[item.path], not item.path.is_relative_to(integration_tests)))
 
 
-def _may_take_sec(item: pytest.Item) -> float:
+def _timeout_sec(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     return float(marker.args[0]) if marker is not None else 0

@@ -26,7 +26,7 @@ from bench.sizes import Sizes
 from devstack.errors import CannotRun
 from devstack.main import Interruption
 from devstack.output import Terminal
-from devstack.processes import unless_one_dies
+from devstack.processes import run_unless_process_dies
 
 _RESULTS_DIRECTORY = Path(__file__).parent / "results"
 _EXIT_INTERRUPTED = 130
@@ -94,7 +94,7 @@ async def _run_benchmark(arguments: argparse.Namespace, terminal: Terminal) -> i
     async with servers.start_servers(terminal, trace_ratio=arguments.traced) as running:
         machine = await _describe_machine(running)
         measuring = _run_scenarios(selected, arguments.repeats, running, sizes, terminal)
-        runs = await unless_one_dies(measuring, running.processes)
+        runs = await run_unless_process_dies(measuring, running.processes)
     return _report_results(arguments, machine, runs, terminal)
 
 
@@ -111,9 +111,9 @@ async def _run_scenarios(
             run = await scenario.run(running, sizes)
             runs[scenario.name].append(run)
             p99 = "" if run.load.p99 is None else f", p99 {run.load.p99:.1f} ms"
-            terminal.note(f"{repeat}/{repeats} {scenario.name}: {run.throughput:,.0f}/s{p99}")
+            terminal.print_step(f"{repeat}/{repeats} {scenario.name}: {run.throughput:,.0f}/s{p99}")
             for problem in run.problems:
-                terminal.complain(f"    {problem}")
+                terminal.print_error(f"    {problem}")
     return runs
 
 
@@ -123,7 +123,7 @@ def _report_results(
     """Print the tables and write the JSON file. Returns the exit status."""
     results = {name: aggregate.aggregate_runs(scenario_runs) for name, scenario_runs in runs.items()}
     goal_results = goals.evaluate_goals(results)
-    terminal.say()
+    terminal.print_line()
     tables = (
         report.format_results(results),
         report.format_scenario_figures(results),
@@ -131,11 +131,11 @@ def _report_results(
     )
     for table in tables:
         for line in (*table, ""):
-            terminal.say(line)
+            terminal.print_line(line)
     path = arguments.json or _RESULTS_DIRECTORY / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}.json"
     options = {name: value for name, value in vars(arguments).items() if name != "json"}
     report.write_json(path, machine=machine, options=options, results=results, goals=goal_results, runs=runs)
-    terminal.say(f"All figures are in {path}")
+    terminal.print_line(f"All figures are in {path}")
     problems = [
         f"{name}: {problem}"
         for name, scenario_runs in runs.items()
@@ -143,7 +143,7 @@ def _report_results(
         for problem in run.problems
     ]
     for problem in problems:
-        terminal.complain(problem)
+        terminal.print_error(problem)
     return 1 if problems else 0
 
 

@@ -20,7 +20,7 @@ async def run_script(database_url: str, script: str, *, clients: int, seconds: i
 
     Raises CannotRun if pgbench fails.
     """
-    binaries = postgres.binaries()
+    binaries = postgres.find_binaries()
     program = "pgbench" if binaries is None else binaries / "pgbench"
     with process_stats.measure_children_cpu() as cpu_time:
         code, output = await run(

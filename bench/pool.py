@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import asyncpg
 
+from devstack import temporary
 from devstack.errors import CannotRun
-from devstack.temporary import truncate
 
 _IDLE_TIMEOUT_SEC = 120.0
 _POLL_INTERVAL_SEC = 0.05
@@ -95,7 +95,7 @@ async def truncate_tables(database: asyncpg.Connection) -> str:
     """Truncate the pool's tables. Returns their names, separated by commas."""
     has_events = await database.fetchval("SELECT to_regclass('outbox') IS NOT NULL")
     tables = "sandboxes, outbox, history, pool_changes, pool_counts" if has_events else "sandboxes"
-    await truncate(database, f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
+    await temporary.truncate_tables(database, f"TRUNCATE {tables}; TRUNCATE leases RESTART IDENTITY")
     return f"{tables}, leases"
 
 

@@ -17,11 +17,11 @@ import asyncpg
 from bench import baseline, process_stats
 from devstack import infrastructure, temporary
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.pool import wait_until_ready
 from devstack.ports import free_port
-from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
+from devstack.processes import Process, ProcessDied, run_unless_process_dies, spawn
 from devstack.settings import ROOT, load
 from sandbox_broker.migrate import migrate
 
@@ -95,8 +95,8 @@ async def start_servers(terminal: Terminal, *, trace_ratio: float | None = None)
     """
     async with AsyncExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory(prefix="sandbox-broker-bench-")))
-        postgres, rabbitmq = await infrastructure.find(load(), terminal, stack)
-        amqp_url = await stack.enter_async_context(temporary.vhost(rabbitmq, _NAME_PREFIX))
+        postgres, rabbitmq = await infrastructure.find_servers(load(), terminal, stack)
+        amqp_url = await stack.enter_async_context(temporary.create_vhost(rabbitmq, _NAME_PREFIX))
         launcher = _Launcher(stack, logs, postgres)
         try:
             csp_url = await launcher.start_csp_simulator()
@@ -107,7 +107,7 @@ async def start_servers(terminal: Terminal, *, trace_ratio: float | None = None)
                 await launcher.start_floor(),
                 await launcher.create_database_only(),
             )
-            await unless_one_dies(wait_until_ready(launcher.probe_urls), launcher.processes)
+            await run_unless_process_dies(wait_until_ready(launcher.probe_urls), launcher.processes)
             yield Servers(broker, baseline, floor, database_only, amqp_url, csp_url, logs, launcher.processes)
         except ProcessDied as death:
             tail = (logs / death.process.name).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
@@ -120,7 +120,7 @@ class _Launcher:
 
     stack: AsyncExitStack
     logs: Path
-    postgres: Found
+    postgres: Server
     processes: list[Process] = field(default_factory=list)
     probe_urls: dict[str, str] = field(default_factory=dict)
     """URL by program name that answers 200 when the program is ready."""
@@ -192,7 +192,7 @@ class _Launcher:
 
     async def _create_database(self) -> tuple[str, asyncpg.Connection]:
         """Create a database. Returns its URL and a connection to it."""
-        url = await self.stack.enter_async_context(temporary.database(self.postgres, _NAME_PREFIX))
+        url = await self.stack.enter_async_context(temporary.create_database(self.postgres, _NAME_PREFIX))
         database = await _connect(url)
         self.stack.push_async_callback(database.close)
         return url, database

@@ -9,7 +9,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.processes import run, spawn
 from devstack.settings import ROOT
 
@@ -18,7 +18,7 @@ SMALLEST = ["--seconds", "1", "--warm-up", "1", "--repeats", "1", "--students", 
 
 @pytest.mark.timeout(400)
 async def test_a_run_of_each_kind_of_scenario_succeeds_and_writes_its_figures(
-    servers: tuple[Found, Found], tmp_path: Path
+    servers: tuple[Server, Server], tmp_path: Path
 ) -> None:
     path = tmp_path / "figures.json"
     names = ["ours-1", "baseline-1", "class-start", "repeat", "prefix-20", "beside", "slow", "long"]
@@ -39,9 +39,9 @@ async def test_a_run_of_each_kind_of_scenario_succeeds_and_writes_its_figures(
     assert results["long"]["more"]["cycles"] >= 2_000
 
 
-async def test_an_interrupted_benchmark_drops_its_databases(servers: tuple[Found, Found]) -> None:
+async def test_an_interrupted_benchmark_drops_its_databases(servers: tuple[Server, Server]) -> None:
     postgres, _ = servers
-    url = postgres.url if postgres.given else f"{postgres.url}/postgres"
+    url = postgres.url if postgres.user_supplied else f"{postgres.url}/postgres"
     process = await spawn(
         "bench",
         [sys.executable, "-m", "bench", "ours-1", *SMALLEST],

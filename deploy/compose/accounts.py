@@ -1,5 +1,5 @@
 """Create the services' accounts in PostgreSQL and RabbitMQ, for docker-compose.yml. Permissions come from roles.sql
-and definitions.json, passwords from the environment. May be repeated at any time."""
+and definitions.json, passwords from the environment. Idempotent."""
 
 import asyncio
 import base64
@@ -23,32 +23,32 @@ USER = "sandbox_broker"
 """Administrator of both servers, created by their images."""
 ROLES = ("gateway", "allocator")
 USERS = ("migration", "gateway", "allocator", "reaper", "csp-syncer")
-PATIENCE_SEC = 60
+API_TIMEOUT_SEC = 60
 """Wait for the management API, which starts later than RabbitMQ itself."""
 
 
-async def make_roles() -> None:
+async def create_roles() -> None:
     connection = await asyncpg.connect(POSTGRES, password=os.environ["POSTGRES_PASSWORD"])
     try:
         async with connection.transaction():
             await connection.execute((DEPLOY / "postgres" / "roles.sql").read_text())
             for name in ROLES:
-                # ALTER ROLE takes no parameters.
+                # ALTER ROLE does not support parameters.
                 statement = await connection.fetchval(
                     "SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)",
                     f"sandbox_broker_{name}",
-                    _password(name, "POSTGRES"),
+                    _read_password(name, "POSTGRES"),
                 )
                 await connection.execute(statement)
     finally:
         await connection.close()
 
 
-def make_users() -> None:
+def create_users() -> None:
     definitions: dict[str, Any] = json.loads((DEPLOY / "rabbitmq" / "definitions.json").read_text())
     for user in definitions["users"]:
         if user["name"] in USERS:
-            user["password_hash"] = _hash(_password(user["name"], "RABBITMQ"))
+            user["password_hash"] = _hash_password(_read_password(user["name"], "RABBITMQ"))
             user["hashing_algorithm"] = "rabbit_password_hashing_sha256"
     token = base64.b64encode(f"{USER}:{os.environ['RABBITMQ_PASSWORD']}".encode()).decode()
     request = urllib.request.Request(
@@ -56,10 +56,10 @@ def make_users() -> None:
         data=json.dumps(definitions).encode(),
         headers={"Authorization": f"Basic {token}", "Content-Type": "application/json"},
     )
-    deadline = time.monotonic() + PATIENCE_SEC
+    deadline = time.monotonic() + API_TIMEOUT_SEC
     while True:
         try:
-            urllib.request.urlopen(request, timeout=PATIENCE_SEC).close()  # noqa: S310 (our own address)
+            urllib.request.urlopen(request, timeout=API_TIMEOUT_SEC).close()  # noqa: S310 (a constant address)
         except URLError as error:
             if time.monotonic() > deadline:
                 raise
@@ -69,16 +69,16 @@ def make_users() -> None:
             return
 
 
-def _password(name: str, server: str) -> str:
+def _read_password(name: str, server: str) -> str:
     return os.environ[f"{name.upper().replace('-', '_')}_{server}_PASSWORD"]
 
 
-def _hash(password: str) -> str:
+def _hash_password(password: str) -> str:
     """Return the password hash in RabbitMQ's format: a salt of four bytes, then the digest of salt and password."""
     salt = secrets.token_bytes(4)
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 
 
 if __name__ == "__main__":
-    asyncio.run(make_roles())
-    make_users()
+    asyncio.run(create_roles())
+    create_users()

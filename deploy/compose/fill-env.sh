@@ -1,6 +1,6 @@
 #!/bin/sh
-# Writes a random value for each empty token and password of a .env file, and keeps all other lines. May be repeated.
-# With CSP_BASE_URL in the file CSP_API_TOKEN stays as it is, because only CSP can issue a token.
+# Writes a random value for each empty token and password of a .env file and keeps all other lines. Idempotent. If the
+# file sets CSP_BASE_URL, CSP_API_TOKEN stays empty, because only CSP can issue a token.
 #
 #   sh deploy/compose/fill-env.sh [FILE]      FILE is .env by default
 set -eu
@@ -12,12 +12,12 @@ random() {
 
 file=${1:-.env}
 if [ ! -f "$file" ]; then
-    echo "There is no $file. Copy .env.example to it first." >&2
+    echo "$file does not exist. Copy .env.example to $file first." >&2
     exit 1
 fi
 
 real_csp=$(grep -c '^CSP_BASE_URL=.' "$file") || true
-# Not readable by other users, from the beginning.
+# Created without read access for other users.
 umask 077
 new=$(mktemp "$file.XXXXXX")
 trap 'rm -f "$new"' EXIT
@@ -34,4 +34,4 @@ while IFS= read -r line || [ -n "$line" ]; do
     printf '%s\n' "$line" >&3
 done <"$file" 3>"$new"
 mv "$new" "$file"
-echo "$file has a value for each token and password"
+echo "Every token and password in $file is set."

@@ -609,7 +609,7 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
         asking = [asyncio.ensure_future(made.ask()) for _ in range(50)]
         await wait_until(lambda: len(made.requester._waiting) == 50)
         await wait_until(lambda: not made.publisher._limits)
-        await private.settle()
+        await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
         async with asyncio.timeout(AT_ONCE_SEC):
@@ -635,11 +635,11 @@ async def test_an_unresponsive_queue_is_named_and_retried(
         return [entry["error"] for entry in logged if entry["event"] == "rabbitmq.disconnected"]
 
     async with connected(private.url) as made:
-        await private.ctl("eval", f"sys:suspend({server}).")
+        await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
         async with background_tasks(consume(private.url, replying(made.publisher))):
             await wait_until(errors)
             assert set(errors()) == {f"the queue {QUEUE.name} does not answer"}
-            await private.ctl("eval", f"sys:resume({server}).")
+            await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
@@ -653,7 +653,7 @@ async def test_an_alarm_blocks_publishers_but_not_consumers(private: PrivateRabb
     async with connected(private.url) as made, connected(private.url) as other:
         for command in sent:
             await made.put(encode_commands([command]))
-        await private.ctl("set_vm_memory_high_watermark", "0.00001")
+        await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
         try:
             for publisher in (made.publisher, other.publisher):
                 with pytest.raises(Disconnected):
@@ -661,7 +661,7 @@ async def test_an_alarm_blocks_publishers_but_not_consumers(private: PrivateRabb
             async with background_tasks(consume(private.url, handle)):
                 await wait_until(lambda: set(sent) <= set(received))
         finally:
-            await private.ctl("set_vm_memory_high_watermark", "0.4")
+            await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.4")
         await made.put(queue=FILLED, timeout_sec=15)
         await other.put(queue=FILLED, timeout_sec=15)
 
@@ -674,7 +674,7 @@ async def test_a_channel_that_only_nacks_is_replaced(
     monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
     policy = '{"max-length": 1, "overflow": "reject-publish"}'
     async with connected(private.url) as made:
-        await private.ctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
+        await private.run_rabbitmqctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
         try:
 
             async def refused() -> bool:
@@ -689,11 +689,11 @@ async def test_a_channel_that_only_nacks_is_replaced(
                 while not await refused():
                     pass
         finally:
-            await private.ctl("clear_policy", "limit")
+            await private.run_rabbitmqctl("clear_policy", "limit")
         async with asyncio.timeout(20):
             while await refused():  # noqa: ASYNC110 (no event exists)
                 await asyncio.sleep(0.05)
-        await private.ctl("purge_queue", QUEUE.name)
+        await private.run_rabbitmqctl("purge_queue", QUEUE.name)
 
 
 # Reconnection
@@ -768,7 +768,7 @@ async def test_an_error_of_the_session_is_raised(clean_queues: str, error: Excep
 
 async def test_connections_have_names_on_the_server(private: PrivateRabbitMQ, connected: Connected) -> None:
     async with connected(private.url):
-        listed = await private.ctl("list_connections", "timeout", "client_properties")
+        listed = await private.run_rabbitmqctl("list_connections", "timeout", "client_properties")
     assert "test-publish" in listed
     assert "test-replies" in listed
 

@@ -84,7 +84,7 @@ async def test_an_upgrade_offer_is_ignored_and_its_body_is_not_a_request(
         assert await client.response() == (200, {"path": "/a"})
         await client.send(NEXT)
         assert await client.response() == (200, {"path": "/next"})
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
     assert app.requests == [("POST", "/a", smuggled), ("GET", "/next", b"")]
     assert all(name != b"upgrade" for name, _ in app.headers[0])
 
@@ -137,7 +137,7 @@ async def test_ambiguous_framing_is_400_and_closes(sent: bytes) -> None:
         status, body = await client.response()
         assert (status, body["detail"]["code"]) == (400, "MALFORMED_REQUEST")
         assert b"connection: close" in client.head
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
     assert app.requests == []
 
 
@@ -146,7 +146,7 @@ async def test_a_health_check_over_http_1_0_needs_no_host() -> None:
     async with served(app) as client:
         await client.send(b"OPTIONS /a HTTP/1.0\r\n\r\n")
         assert await client.response() == (200, {"path": "/a"})
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 @pytest.mark.parametrize("closing", [b"HTTP/1.1\r\nConnection: close\r\n", b"HTTP/1.0\r\n"])
@@ -155,7 +155,7 @@ async def test_requests_after_a_closing_request_are_not_executed(closing: bytes)
     async with served(app) as client:
         await client.send(b"GET /a " + closing + HOST + b"\r\n" + NEXT)
         assert await client.response() == (200, {"path": "/a"})
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
     assert app.requests == [("GET", "/a", b"")]
 
 
@@ -166,7 +166,7 @@ async def test_a_malformed_body_is_refused_once_and_its_request_gets_no_second_a
         await client.send(b"5\r\nhello\r\nno size\r\n")
         status, _ = await client.response()
         assert status == 400
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
     assert app.requests == []
 
 
@@ -175,7 +175,7 @@ async def test_a_malformed_body_after_the_answer_only_closes() -> None:
         await client.send(post(b"Transfer-Encoding: chunked"))
         assert await client.response() == (200, {"path": "/a"})
         await client.send(b"no size\r\n")
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ async def test_a_malformed_request_never_answers_an_earlier_one(malformed: bytes
             await asyncio.sleep(0.005)
         app.may_answer.set()
         assert await client.response() == (200, {"path": "/a"})
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
     assert app.requests == [("POST", "/a", b"")]
 
 
@@ -219,7 +219,7 @@ async def test_a_head_over_16_kib_is_431(size: int, status: int, segment: int) -
             await client.send(part)
         assert (await client.response())[0] == status
         if status == 431:
-            assert await client.cut_off() == b""
+            assert await client.read_to_end() == b""
     assert len(app.requests) == (status == 200)
 
 
@@ -238,7 +238,7 @@ async def test_a_trailer_or_a_chunk_extension_without_an_end_is_refused(endless:
         await client.send(post(b"Transfer-Encoding: chunked"))
         assert (await client.response())[0] == 200
         await client.send(endless + filling * (4 * MAX_HEAD_BYTES))
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 async def test_a_large_body_needs_no_large_head() -> None:
@@ -268,12 +268,12 @@ async def test_a_trailer_connection_close_closes_after_the_response() -> None:
             await client.send(b"1\r\nx\r\n0\r\nConnection: close\r\n\r\n")
             assert (await client.response())[0] == 200
             client.writer.write(NEXT)
-            assert await client.cut_off() == b""
+            assert await client.read_to_end() == b""
 
 
 async def test_an_expectation_of_an_http_1_0_client_is_ignored() -> None:
     async with served(RecordingApp()) as client:
         await client.send(post(b"Expect: 100-continue", b"Content-Length: 1", version=b"HTTP/1.0"))
         await client.send(b"x")
-        answer = await client.cut_off()
+        answer = await client.read_to_end()
     assert answer.startswith(b"HTTP/1.1 200 ")

@@ -55,26 +55,30 @@ def main() -> int:
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if not matrix.plan_short_round(random.Random(arguments.seed), arguments.only):
         raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
-    libfaketime = await faketime.library(terminal)
+    libfaketime = await faketime.find_library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
-    terminal.say(f"SEED={arguments.seed}; logs in {directory}")
+    terminal.print_line(f"SEED={arguments.seed}; logs in {directory}")
     async with start_broker(directory, libfaketime) as broker:
-        terminal.note("PostgreSQL, RabbitMQ and two of each service are ready")
+        terminal.print_step("PostgreSQL, RabbitMQ and two of each service are ready")
         steps = _plan_steps(arguments.seed, arguments.only, arguments.minutes)
-        round_ = await rounds.run_round(broker, steps, arguments.seed, terminal.note, every_sec=arguments.every)
+        round_ = await rounds.run_round(
+            broker, steps, arguments.seed, terminal.print_step, every_sec=arguments.every
+        )
     report.save_records(round_, directory)
     for line in report.format_tables(round_):
-        terminal.say(line)
+        terminal.print_line(line)
     violations = checker.check(round_.evidence)
     violations += [report.describe_failed_run(run) for run in report.list_failed_runs(round_)]
     for violation in violations:
-        terminal.complain(violation)
+        terminal.print_error(violation)
     if violations:
-        terminal.say(f"{len(violations)} violations; SEED={arguments.seed} repeats the round; logs in {directory}")
+        terminal.print_line(
+            f"{len(violations)} violations; SEED={arguments.seed} repeats the round; logs in {directory}"
+        )
         return 1
     if not arguments.keep:
         shutil.rmtree(directory)
-    terminal.say("no violations")
+    terminal.print_line("no violations")
     return 0
 
 

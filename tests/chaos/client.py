@@ -16,7 +16,7 @@ import httpx
 
 from instruqt.instruqt_broker_allocation import BACKOFF_SEC, DEFAULT_BUDGET_SEC, REQUEST_TIMEOUT_SEC
 from tests.chaos.evidence import Operation, OperationKind, Outcome
-from tests.integration.stack import track
+from tests.integration.stack import track_headers
 
 PAUSE_SEC = (0.2, 1.5)
 """Pause between two requests of a student."""
@@ -126,7 +126,7 @@ class Students:
     ) -> Operation:
         """Send one request to a random gateway, as a load balancer would, and record it."""
         path = "allocate" if kind == "allocate" else f"sandboxes/{sandbox_id}/mark-for-deletion"
-        headers = track(student)
+        headers = track_headers(student)
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         number, invoked_at = self._history.next_number(), time.time()

@@ -35,7 +35,7 @@ def build_clock_fault(module: str, offset_sec: int) -> Fault:
 def _set_clock_offset(broker: ChaosBroker, module: str, offset_sec: int) -> None:
     for name, process_module in SERVICES.items():
         if process_module == module:
-            faketime.tell(broker.clock_file(name), offset_sec)
+            faketime.set_offset(broker.clock_file(name), offset_sec)
 
 
 def list_faults() -> list[Fault]:

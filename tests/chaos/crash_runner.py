@@ -10,18 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from devstack.crashes import Crashes
+from devstack.crashes import CrashPoints
 
 module = sys.argv.pop(1)
-crashes = Crashes(Path(os.environ["CRASH_AT"]), module)
+crashes = CrashPoints(Path(os.environ["CRASH_AT"]), module)
 
 if module == "gateway":
     from gateway import allocator_client
     from sandbox_broker.messaging import rpc_client
 
-    rpc_client.RpcClient.send = crashes.around(rpc_client.RpcClient.send, "before sending", "after sending")  # type: ignore[method-assign]
+    rpc_client.RpcClient.send = crashes.wrap(rpc_client.RpcClient.send, "before sending", "after sending")  # type: ignore[method-assign]
     rpc = allocator_client.AllocatorClient
-    rpc.request = crashes.around(rpc.request, None, "before answering")  # type: ignore[method-assign]
+    rpc.request = crashes.wrap(rpc.request, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer
     from allocator.sql import leases
@@ -30,14 +30,14 @@ if module == "allocator":
 
     # Each function runs one statement, which commits at its end.
     commit = ("before a student's commit", "after a student's commit")
-    leases.allocate = crashes.around(leases.allocate, *commit)
-    leases.release = crashes.around(leases.release, *commit)
+    leases.allocate = crashes.wrap(leases.allocate, *commit)
+    leases.release = crashes.wrap(leases.release, *commit)
 
     # Crash only at messages of students, because maintenance replies and acknowledges continuously.
     students = topology.ALLOCATOR_COMMANDS.name
     answer, ack = consumer.publish_replies, subscription.Subscription.ack  # type: ignore[attr-defined]
-    crashing_answer = crashes.around(answer, None, "after a student's reply")
-    crashing_ack = crashes.around(ack, "before a student's ack", None)
+    crashing_answer = crashes.wrap(answer, None, "after a student's reply")
+    crashing_ack = crashes.wrap(ack, "before a student's ack", None)
 
     async def answer_student(publisher: Any, delivery: Any, replies: Any) -> None:
         await (crashing_answer if delivery.routing_key == students else answer)(publisher, delivery, replies)
@@ -60,9 +60,9 @@ if module == "reaper":
 
     cleanup.CLAIM_MARGIN_SEC = 2
     client, deleter = csp_client.CspClient, deletion.Deleter
-    client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
-    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
-    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+    client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import syncer
@@ -71,7 +71,7 @@ if module == "csp_syncer":
 
     async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
-        return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
+        return await crashes.wrap(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
     syncer.request_reply = crashing_request_reply  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ import asyncpg
 
 from allocator import consumer, routing, write_session
 from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
-from devstack.crashes import Crashes
+from devstack.crashes import CrashPoints
 from sandbox_broker.messaging import publisher, subscription
 
 STATEMENT_TIMEOUT_SEC = 30
@@ -140,16 +140,16 @@ BUGS = {
 
 if __name__ == "__main__":
     module = sys.argv.pop(1)
-    crashes = Crashes(Path(os.environ["STOP_AT"]), module)
+    crashes = CrashPoints(Path(os.environ["STOP_AT"]), module)
     write_session.LOCK_TIMEOUT = f"{STATEMENT_TIMEOUT_SEC}s"
     routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
-    leases.allocate = crashes.around(leases.allocate, "before commit", "after commit")
+    leases.allocate = crashes.wrap(leases.allocate, "before commit", "after commit")
     answer = consumer.publish_replies  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         if is_of_student(delivery):
-            crashes.here("after reply")
+            crashes.reach("after reply")
 
     consumer.publish_replies = answer_and_stop  # type: ignore[attr-defined]
     for name in filter(None, os.environ["PLANTED"].split(",")):

@@ -98,7 +98,7 @@ def _build_misrouted_commands() -> list[tuple[str, topology.Queue, bytes]]:
 
 
 async def _publish_poison(broker: ChaosBroker) -> None:
-    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await broker.rabbitmq.ctl("eval", LIST_QUEUE_NAMES))
+    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await broker.rabbitmq.run_rabbitmqctl("eval", LIST_QUEUE_NAMES))
     queues = [queue for queue in topology.QUEUES if queue is not topology.DEAD_LETTER_QUEUE]
     properties = itertools.cycle(
         (
@@ -118,7 +118,7 @@ async def _publish_poison(broker: ChaosBroker) -> None:
 
 
 async def _delete_reply_queues(broker: ChaosBroker) -> None:
-    await broker.rabbitmq.ctl("eval", DELETE_REPLY_QUEUES)
+    await broker.rabbitmq.run_rabbitmqctl("eval", DELETE_REPLY_QUEUES)
 
 
 def _build_overflow_fault(effect: str, overflow_policy: str) -> Fault:
@@ -127,7 +127,9 @@ def _build_overflow_fault(effect: str, overflow_policy: str) -> Fault:
 
     async def inject(broker: ChaosBroker) -> None:
         policy = json.dumps({"max-length": MAX_LENGTH, "overflow": overflow_policy})
-        await broker.rabbitmq.ctl("set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy)
+        await broker.rabbitmq.run_rabbitmqctl(
+            "set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy
+        )
         flood_tasks.append(asyncio.create_task(_flood(broker, queue)))
 
     async def heal(broker: ChaosBroker) -> None:
@@ -135,7 +137,7 @@ def _build_overflow_fault(effect: str, overflow_policy: str) -> Fault:
             task.cancel()
         await asyncio.gather(*flood_tasks, return_exceptions=True)
         flood_tasks.clear()
-        await broker.rabbitmq.ctl("clear_policy", "overflow")
+        await broker.rabbitmq.run_rabbitmqctl("clear_policy", "overflow")
 
     name = f"overflow of the commands, {effect}"
     return Fault(

@@ -39,11 +39,11 @@ async def _start_postgres(broker: ChaosBroker) -> None:
 
 
 async def _raise_alarm(broker: ChaosBroker) -> None:
-    await broker.rabbitmq.ctl("set_vm_memory_high_watermark", "0")
+    await broker.rabbitmq.run_rabbitmqctl("set_vm_memory_high_watermark", "0")
 
 
 async def _end_alarm(broker: ChaosBroker) -> None:
-    await broker.rabbitmq.ctl("set_vm_memory_high_watermark", WATERMARK)
+    await broker.rabbitmq.run_rabbitmqctl("set_vm_memory_high_watermark", WATERMARK)
 
 
 async def _fill_disk(broker: ChaosBroker) -> None:

@@ -22,7 +22,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.disk import Disk, MountError
 from tests.chaos.proxy import Proxy
-from tests.integration.stack import ADMIN, PORTS, Stack, running
+from tests.integration.stack import ADMIN, PORTS, Stack, run_stack
 
 SERVICES = {
     "gateway": "gateway",
@@ -164,7 +164,7 @@ async def start_broker(
     Each process logs to a file in `directory`. `clocks` is the path of libfaketime.
     """
     async with AsyncExitStack() as resources:
-        resources.callback(faketime.sweep)
+        resources.callback(faketime.remove_shared_memory)
         disk = await _mount_disk(resources)
         postgres, rabbitmq = PrivatePostgres(within=None if disk is None else disk.path), PrivateRabbitMQ()
         await resources.enter_async_context(postgres)
@@ -177,12 +177,12 @@ async def start_broker(
             for server, port in _list_proxied_servers(module, postgres.port, rabbitmq.port, simulator_port).items()
         }
         for name in SERVICES:
-            faketime.tell(_get_clock_file(directory, name), 0)
+            faketime.set_offset(_get_clock_file(directory, name), 0)
         settings_of = {
             name: {
                 **_build_settings(name, links, postgres, rabbitmq),
                 "CRASH_AT": str(_get_crash_file(directory, module)),
-                **faketime.environment(clocks, _get_clock_file(directory, name)),
+                **faketime.build_environment(clocks, _get_clock_file(directory, name)),
             }
             for name, module in SERVICES.items()
         }
@@ -190,7 +190,7 @@ async def start_broker(
             name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
         }
         stack = await resources.enter_async_context(
-            running(
+            run_stack(
                 postgres.url,
                 rabbitmq.url,
                 launcher=(str(LAUNCHER),),

@@ -13,7 +13,7 @@ import aio_pika
 import asyncpg
 import pytest
 
-from devstack.temporary import truncate
+from devstack.temporary import truncate_tables
 from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker.contract import topology
 from tests.chaos import checker
@@ -23,7 +23,7 @@ from tests.chaos.evidence_collector import collect_stack_evidence
 from tests.chaos.mutants import ALLOCATE_TIMEOUT_SEC, ALLOCATORS, MUTANTS, Mutant, Trial
 from tests.chaos.proxy import HOST, Proxy
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 LAUNCHER = Path(__file__).with_name("mutating.py")
 SANDBOXES = 20
@@ -73,7 +73,7 @@ async def broker(
         }
         stop_at = tmp_path_factory.mktemp("mutants") / "stop-at"
         stack = await resources.enter_async_context(
-            running(
+            run_stack(
                 database_url,
                 amqp_url,
                 settings={**SETTINGS, "STOP_AT": str(stop_at)},
@@ -122,7 +122,7 @@ async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
-    await truncate(stack.database, "TRUNCATE outbox")
+    await truncate_tables(stack.database, "TRUNCATE outbox")
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
@@ -154,7 +154,7 @@ async def without_index(database: asyncpg.Pool, name: str | None) -> AsyncIterat
     try:
         yield
     finally:
-        await truncate(database, "TRUNCATE leases")  # remove rows that violate the index
+        await truncate_tables(database, "TRUNCATE leases")  # remove rows that violate the index
         await database.execute(definition)
 
 

@@ -1,4 +1,4 @@
-"""The broker in containers, as docker-compose.yml describes it."""
+"""Broker in containers, started from docker-compose.yml."""
 
 import asyncio
 import json
@@ -21,21 +21,21 @@ from devstack.processes import run
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_TOKEN, eventually
 
 FILE = ROOT / "docker-compose.yml"
-DESCRIBED: Mapping[str, Any] = yaml.safe_load(FILE.read_text())["services"]
-BUILT = {name: service["build"]["args"] for name, service in DESCRIBED.items() if "build" in service}
+SERVICES: Mapping[str, Any] = yaml.safe_load(FILE.read_text())["services"]
+BUILT = {name: service["build"]["args"] for name, service in SERVICES.items() if "build" in service}
 OURS = ("gateway", "allocator", "reaper", "csp-syncer")
 SERVERS = ("postgres", "rabbitmq", "csp-simulator")
 BASE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
 PORTS = ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")
 ACCOUNTS = 3000
-"""More than the students of all tests take."""
+"""More accounts than all tests use."""
 BUILD_SEC = 900.0
 UP_SEC = 600.0
 
 
 @dataclass(frozen=True)
 class Compose:
-    """One project."""
+    """Compose project of a running broker."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -49,23 +49,23 @@ class Compose:
         return await _call(*self.command, *arguments, environment=self.environment, timeout=timeout)
 
     async def container(self, service: str) -> str:
-        """The id of its one container, which may have ended."""
+        """Return the id of the container of a service, running or not."""
         return (await self.call("ps", "--all", "--quiet", service)).strip()
 
     async def inspect(self, service: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(await docker("inspect", await self.container(service)))[0]
-        return found
+        details: dict[str, Any] = json.loads(await run_docker("inspect", await self.container(service)))[0]
+        return details
 
     async def python(self, service: str, program: str) -> str:
-        """What a Python program writes inside the service's container."""
-        return await docker("exec", await self.container(service), "python", "-c", program)
+        """Run a Python program in the container of a service. Return its output."""
+        return await run_docker("exec", await self.container(service), "python", "-c", program)
 
-    async def until_all_are_healthy(self) -> None:
-        async def healthy() -> bool:
+    async def wait_until_healthy(self) -> None:
+        async def are_all_healthy() -> bool:
             states = [(await self.inspect(service))["State"] for service in (*SERVERS, *OURS)]
             return all(state["Running"] and state["Health"]["Status"] == "healthy" for state in states)
 
-        await eventually(healthy, within_sec=UP_SEC)
+        await eventually(are_all_healthy, within_sec=UP_SEC)
 
     async def admin(self, method: str, path: str, **parameters: str) -> Any:
         response = await self.client.request(
@@ -75,15 +75,15 @@ class Compose:
         return response.json()
 
     async def leases(self) -> list[dict[str, Any]]:
-        """All there have been."""
+        """Return all leases, open and ended."""
         leases: list[dict[str, Any]] = []
         page: dict[str, str] = {}
         while True:
-            answer = await self.admin("GET", "allocations", limit="500", **page)
-            leases += answer["allocations"]
-            if answer["cursor"] is None:
+            response = await self.admin("GET", "allocations", limit="500", **page)
+            leases += response["allocations"]
+            if response["cursor"] is None:
                 return leases
-            page = {"cursor": answer["cursor"]}
+            page = {"cursor": response["cursor"]}
 
 
 async def build_images() -> dict[str, str]:
@@ -95,21 +95,31 @@ async def build_images() -> dict[str, str]:
         images[service] = f"sandbox-broker-built/{service}"
         build = {**arguments, "PYTHON_IMAGE": BASE}
         options = [part for name, value in build.items() for part in ("--build-arg", f"{name}={value}")]
-        # The host's network, since some machines reach a package index by no other.
-        await docker("build", "--network=host", *options, "--tag", images[service], str(ROOT), timeout=BUILD_SEC)
+        # The network of the host, because some machines reach the package index only through it.
+        await run_docker(
+            "build", "--network=host", *options, "--tag", images[service], str(ROOT), timeout=BUILD_SEC
+        )
     return images
 
 
 @asynccontextmanager
-async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
+async def run_compose(images: Mapping[str, str]) -> AsyncIterator[Compose]:
     with tempfile.TemporaryDirectory() as directory:
-        # In place of a .env in the clone, made as the documentation says.
+        # Replaces .env of the clone. Created by the command in the documentation.
         settings = Path(directory) / ".env"
         settings.write_text((ROOT / ".env.example").read_text())
-        code, said = await run(["sh", ROOT / "deploy" / "compose" / "fill-env.sh", settings])
-        assert code == 0, said
+        code, output = await run(["sh", ROOT / "deploy" / "compose" / "fill-env.sh", settings])
+        assert code == 0, output
         project = f"sandbox-broker-test-{secrets.token_hex(4)}"
-        command = (*await _program(), "--project-name", project, "--file", str(FILE), "--env-file", str(settings))
+        command = (
+            *await _compose_command(),
+            "--project-name",
+            project,
+            "--file",
+            str(FILE),
+            "--env-file",
+            str(settings),
+        )
         environment = {
             **os.environ,
             **{f"{service.upper().replace('-', '_')}_IMAGE": image for service, image in images.items()},
@@ -132,19 +142,19 @@ async def running(images: Mapping[str, str]) -> AsyncIterator[Compose]:
             compose = Compose(command, environment, client)
             try:
                 await compose.call("up", "--detach", "--no-build")
-                await compose.until_all_are_healthy()
+                await compose.wait_until_healthy()
                 assert (await compose.admin("POST", "sync"))["synced"] == ACCOUNTS
                 yield compose
             finally:
                 await compose.call("down", "--volumes", "--timeout", "5")
 
 
-async def docker(*arguments: str, timeout: float = 60) -> str:
+async def run_docker(*arguments: str, timeout: float = 60) -> str:
     return await _call("docker", *arguments, environment=os.environ, timeout=timeout)
 
 
 async def _call(*command: str, environment: Mapping[str, str], timeout: float) -> str:
-    """What it wrote; fails with that when its exit code is not 0."""
+    """Run a command and return its output. Fails with the output for an exit code other than 0."""
     child = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -154,13 +164,13 @@ async def _call(*command: str, environment: Mapping[str, str], timeout: float) -
         cwd=ROOT,
     )
     async with asyncio.timeout(timeout):
-        written, complained = await child.communicate()
-    assert child.returncode == 0, f"{' '.join(command)}:\n{(written + complained).decode()[-4000:]}"
-    return written.decode()
+        output, errors = await child.communicate()
+    assert child.returncode == 0, f"{' '.join(command)}:\n{(output + errors).decode()[-4000:]}"
+    return output.decode()
 
 
-async def _program() -> tuple[str, ...]:
-    """Docker's own Compose; where that is not installed, the older one, which Debian has."""
+async def _compose_command() -> tuple[str, ...]:
+    """Return the command of Docker's Compose plugin, or of Debian's docker-compose if the plugin is missing."""
     if (await run(["docker", "compose", "version"]))[0] == 0:
         return "docker", "compose"
-    return (await packages.program(["docker-compose"], "docker-compose", Terminal()),)
+    return (await packages.find_or_install(["docker-compose"], "docker-compose", Terminal()),)

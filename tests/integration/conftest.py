@@ -4,7 +4,7 @@ import pytest
 
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 
 def pytest_report_header() -> str | None:
@@ -14,14 +14,13 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture(scope="package")
 async def whole_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
-    async with new_database() as database_url, new_vhost() as amqp_url, running(database_url, amqp_url) as stack:
+    async with new_database() as database_url, new_vhost() as amqp_url, run_stack(database_url, amqp_url) as stack:
         yield stack
 
 
 @pytest.fixture
 async def stack(whole_stack: Stack) -> AsyncIterator[Stack]:
-    """The whole broker with 50 sandboxes, all of them available; afterwards it must still be sound, and all
-    that was released must be deleted."""
+    """Running broker with 50 available sandboxes. Then checks the invariants and waits for deletions."""
     await whole_stack.fill(50)
     yield whole_stack
     await whole_stack.assert_sound()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from devstack.crashes import Crashes
+from devstack.crashes import CrashPoints
 from reaper import asking, deletion
 from sandbox_broker.csp import client as csp_client
 from sandbox_broker.messaging import subscription
@@ -27,7 +27,7 @@ CRASH_COMMANDS = (
 )
 
 module = sys.argv.pop(1)
-crashes = Crashes(Path(os.environ["DIE_AT"]), module)
+crashes = CrashPoints(Path(os.environ["DIE_AT"]), module)
 
 asking.REQUEST_TIMEOUT_SEC = 1
 deletion.CSP_TIMEOUT_SEC = 1
@@ -39,9 +39,9 @@ cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
     client, deleter = csp_client.CspClient, deletion.Deleter
-    client.delete_account = crashes.around(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
-    deleter._record = crashes.around(deleter._record, None, "after the record")  # type: ignore[method-assign]
-    cleanup.CleanUp._claim = crashes.around(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+    client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import routing
     from allocator.sql import listings
@@ -50,20 +50,20 @@ if module == "allocator":
     for command_type, handle in handlers.items():
         name = command_type.__name__
         if name in CRASH_COMMANDS:
-            handlers[command_type] = crashes.around(handle, f"before {name}", f"after {name}")  # type: ignore[index]
+            handlers[command_type] = crashes.wrap(handle, f"before {name}", f"after {name}")  # type: ignore[index]
     apply_listing = listings.apply_listing
 
     async def apply_listing_and_crash(*arguments: Any, **named: Any) -> Any:
         """Run the statement with a crash point inside. PostgreSQL completes it after the death of the allocator."""
         running = asyncio.create_task(apply_listing(*arguments, **named))
         await asyncio.wait([running], timeout=0.001)
-        crashes.here("during ApplyListing")
+        crashes.reach("during ApplyListing")
         result = await running
-        crashes.here("between ApplyListing and its flags")
+        crashes.reach("between ApplyListing and its flags")
         return result
 
     listings.apply_listing = apply_listing_and_crash
-    subscription.Subscription.ack = crashes.around(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
+    subscription.Subscription.ack = crashes.wrap(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking
     from csp_syncer import chunking, syncer
@@ -73,7 +73,7 @@ if module == "csp_syncer":
 
     async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
         name = type(command).__name__
-        return await crashes.around(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
+        return await crashes.wrap(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
 
     syncer.request_reply = request_reply_and_crash  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Run brokerctl as an operator or a script does."""
+"""Run brokerctl as a subprocess."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ PATIENCE_SEC = 120.0
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     status: int
     out: str
     err: str
@@ -36,7 +36,7 @@ class Said:
         return detail
 
 
-async def start(url: str, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
+async def start_brokerctl(url: str, *arguments: str, **settings: str) -> asyncio.subprocess.Process:
     """Start brokerctl in an isolated environment, so that settings of the caller have no effect."""
     return await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("brokerctl"),
@@ -55,25 +55,25 @@ async def start(url: str, *arguments: str, **settings: str) -> asyncio.subproces
     )
 
 
-async def eventually_said(
-    stack: Stack, condition: Callable[[Said], object], *arguments: str, within_sec: float = PATIENCE_SEC
-) -> Said:
-    """Run `status` until the output meets the condition. On a busy machine a component may seem down at first."""
-    said: Said | None = None
+async def wait_for_status(
+    stack: Stack, condition: Callable[[CommandResult], object], *arguments: str, within_sec: float = PATIENCE_SEC
+) -> CommandResult:
+    """Run `status` until the output meets the condition. On a busy machine a component can seem down at first."""
+    result: CommandResult | None = None
 
     async def is_met() -> bool:
-        nonlocal said
-        said = await ctl(stack, "status", *arguments)
-        return bool(condition(said))
+        nonlocal result
+        result = await run_brokerctl(stack, "status", *arguments)
+        return bool(condition(result))
 
     await eventually(is_met, within_sec=within_sec)
-    assert said is not None
-    return said
+    assert result is not None
+    return result
 
 
-async def ctl(stack: Stack, *arguments: str, url: str | None = None, **settings: str) -> Said:
-    process = await start(url or f"{stack.url}/v1", *arguments, **settings)
+async def run_brokerctl(stack: Stack, *arguments: str, url: str | None = None, **settings: str) -> CommandResult:
+    process = await start_brokerctl(url or f"{stack.url}/v1", *arguments, **settings)
     out, err = await process.communicate()
     assert process.returncode is not None
     assert "Traceback" not in err.decode()
-    return Said(process.returncode, out.decode(), err.decode())
+    return CommandResult(process.returncode, out.decode(), err.decode())

@@ -15,25 +15,25 @@ DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 RUNBOOK = ROOT / "docs" / "runbook.md"
 
 
-def alerts() -> list[dict[str, Any]]:
+def read_alerts() -> list[dict[str, Any]]:
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
 
-def panels(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def list_queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the panel title and the expression of every query."""
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
 
 
-def expressions() -> list[str]:
+def read_expressions() -> list[str]:
     """Return the expressions of all alerts and dashboards."""
-    dashboard_queries = [query for file in DASHBOARDS for _, query in panels(json.loads(file.read_text()))]
-    return [alert["expr"] for alert in alerts()] + dashboard_queries
+    dashboard_queries = [query for file in DASHBOARDS for _, query in list_queries(json.loads(file.read_text()))]
+    return [alert["expr"] for alert in read_alerts()] + dashboard_queries
 
 
-def metrics(expression: str) -> set[str]:
+def find_metrics(expression: str) -> set[str]:
     """Return the broker's metrics in an expression. A histogram's series are reduced to its name."""
     names = re.findall(r"\bbroker_[a-z_]+", expression)
     return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}

@@ -130,7 +130,7 @@ class SegmentingRelay:
 @asynccontextmanager
 async def run_nginx(upstream: int, headers: str) -> AsyncIterator[int]:
     """Run nginx before the server on port `upstream` and yield its port. Raises CannotRun without nginx."""
-    program = await packages.program(["nginx"], "nginx", Terminal())
+    program = await packages.find_or_install(["nginx"], "nginx", Terminal())
 
     def command(directory: Path, port: int) -> list[str]:
         file = directory / "nginx.conf"
@@ -144,7 +144,7 @@ async def run_nginx(upstream: int, headers: str) -> AsyncIterator[int]:
 @asynccontextmanager
 async def run_haproxy(upstream: int) -> AsyncIterator[int]:
     """Run HAProxy before the server on port `upstream` and yield its port. Raises CannotRun without HAProxy."""
-    program = await packages.program(["haproxy"], "haproxy", Terminal())
+    program = await packages.find_or_install(["haproxy"], "haproxy", Terminal())
 
     def command(directory: Path, port: int) -> list[str]:
         file = directory / "haproxy.cfg"

@@ -1,4 +1,4 @@
-"""The whole broker as processes, for tests that look at it from outside."""
+"""The whole broker as processes, for tests over its public interfaces."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ import httpx
 
 from devstack.ports import free_port
 from devstack.processes import Process, spawn, stop_all
-from devstack.testing import empty
+from devstack.testing import clear_tables
 from sandbox_broker.migrate import migrate
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ PORTS = {
 
 @dataclass
 class Stack:
-    """Every service once, on ports of its own; `start_service` starts more of them."""
+    """Running broker: one process per service. `start_service` adds processes."""
 
     environment: dict[str, str]
     client: httpx.AsyncClient
@@ -42,9 +42,9 @@ class Stack:
     simulator: str
     launcher: tuple[str, ...] = ("-m",)
     settings_of: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By module, or by the process's name: where it has other settings than all."""
+    """Additional settings, by module or by process name."""
     on_line: Callable[[str, str], None] | None = None
-    """Is given each line that a service writes, after the name of its process."""
+    """Called with the process name and each line of its output."""
     processes: dict[str, Process] = field(default_factory=dict)
 
     @property
@@ -59,7 +59,7 @@ class Stack:
         launcher: tuple[str, ...] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> Process:
-        """Starts a service and waits until it is ready; a second one of its kind gets a port of its own."""
+        """Start a service and wait until it is ready. A process with a `name` gets its own port."""
         process, url = await self.launch(module, name=name, launcher=launcher, settings=settings)
         await self.until_ready(f"{url}/readyz", process)
         return process
@@ -72,7 +72,7 @@ class Stack:
         launcher: tuple[str, ...] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> tuple[Process, str]:
-        """Starts a service; returns it and its address, at which it does not answer yet."""
+        """Start a service. Return the process and its URL without waiting until it is ready."""
         environment = {**self.environment, **self.settings_of.get(module, {})}
         if name is not None:
             environment |= {PORTS[module]: str(free_port()), **self.settings_of.get(name, {})}
@@ -114,12 +114,12 @@ class Stack:
     async def allocate(self, student: str, **headers: str) -> httpx.Response:
         return await self.client.post(
             f"{self.url}/v1/allocate",
-            headers={**track(student), **{k.replace("_", "-"): v for k, v in headers.items()}},
+            headers={**track_headers(student), **{k.replace("_", "-"): v for k, v in headers.items()}},
         )
 
     async def release(self, sandbox_id: str, student: str) -> httpx.Response:
         return await self.client.post(
-            f"{self.url}/v1/sandboxes/{sandbox_id}/mark-for-deletion", headers=track(student)
+            f"{self.url}/v1/sandboxes/{sandbox_id}/mark-for-deletion", headers=track_headers(student)
         )
 
     async def stats(self) -> dict[str, int]:
@@ -135,21 +135,21 @@ class Stack:
         return await self.client.request(method, f"{self.url}/v1/admin/{path}", headers=ADMIN, params=parameters)
 
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
-        """Everything anew: as many accounts in CSP, all of them available, nobody holds one."""
-        await empty(self.database)
+        """Reset the broker and CSP to this number of accounts, all available."""
+        await clear_tables(self.database)
         await self.control("POST", "reset", {"accounts": accounts, "name_prefix": name_prefix})
 
         async def synced() -> bool:
             return (await self.sync(force="true")).status_code == 200
 
         await eventually(synced)
-        # The gateway looks twice a second whether an allocator is there.
-        await eventually(self._answers)
+        # The gateway detects a new allocator only every half second.
+        await eventually(self._serves_requests)
         stats = await self.stats()
         assert stats["available"] == accounts, stats
 
-    async def _answers(self) -> bool:
-        return (await self.release("0", "nobody")).status_code == 404
+    async def _serves_requests(self) -> bool:
+        return (await self.release("0", "student")).status_code == 404
 
     async def nothing_pending(self) -> bool:
         return (await self.stats())["pending_deletion"] == 0
@@ -160,36 +160,39 @@ class Stack:
         return response.json() if response.content else None
 
     async def deletions(self) -> list[dict[str, Any]]:
-        """The deletions that CSP was asked for, in order."""
+        """Return the deletion requests received by CSP, in order."""
         calls: list[dict[str, Any]] = (await self.control("GET", "calls?method=DELETE"))["calls"]
         return calls
 
     async def assert_sound(self) -> None:
-        """What must be true at every instant, whatever happened."""
-        twice = """
+        """Check the invariants of the database, which hold at any time.
+
+        A sandbox has at most one lease, a holder at most one open lease. Open leases match allocated sandboxes.
+        """
+        duplicates = """
             SELECT count(*) FROM (
                 SELECT sandbox_id FROM leases GROUP BY sandbox_id HAVING count(*) > 1
                 UNION ALL
                 SELECT holder FROM leases WHERE ended_at IS NULL GROUP BY holder HAVING count(*) > 1
             ) t
         """
-        assert await self.database.fetchval(twice) == 0
-        apart = """
+        assert await self.database.fetchval(duplicates) == 0
+        mismatches = """
             SELECT count(*) FROM leases FULL JOIN sandboxes USING (sandbox_id)
             WHERE (ended_at IS NULL AND lease_id IS NOT NULL) <> coalesce(status = 'allocated', false)
         """
-        assert await self.database.fetchval(apart) == 0
+        assert await self.database.fetchval(mismatches) == 0
 
 
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 
 
-def track(student: str) -> dict[str, str]:
+def track_headers(student: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {TRACK_TOKEN}", "X-Instruqt-Sandbox-ID": student}
 
 
 @asynccontextmanager
-async def running(
+async def run_stack(
     database_url: str,
     amqp_url: str,
     *,
@@ -239,7 +242,7 @@ async def running(
 async def eventually(
     condition: Callable[[], Awaitable[bool]], *, within_sec: float = 120, every_sec: float = 0.05
 ) -> None:
-    """Waits until the condition holds; fails when it does not within the time."""
+    """Wait until the condition holds. Fails after `within_sec`."""
     deadline = time.monotonic() + within_sec
     while not await condition():
         assert time.monotonic() < deadline, f"not true within {within_sec} s: {condition.__qualname__}"

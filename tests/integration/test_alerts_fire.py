@@ -19,14 +19,14 @@ import yaml
 
 from devstack import prometheus
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.chaos.proxy import Proxy
 from tests.integration.monitoring_files import ALERTS
-from tests.integration.stack import PORTS, Stack, eventually, running
+from tests.integration.stack import PORTS, Stack, eventually, run_stack
 
 WINDOW = "10s"
 SHORTENED_THRESHOLDS = {
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-async def proxies(servers: tuple[Found, Found]) -> AsyncIterator[dict[str, Proxy]]:
+async def proxies(servers: tuple[Server, Server]) -> AsyncIterator[dict[str, Proxy]]:
     """Proxies to PostgreSQL and RabbitMQ, to cut the connections."""
     database, rabbitmq = (urlsplit(found.url) for found in servers)
     async with Proxy(database.port or 5432) as to_database, Proxy(rabbitmq.port or 5672) as to_rabbitmq:
@@ -64,7 +64,7 @@ async def broker(new_database: NewDatabase, new_vhost: NewVhost, proxies: dict[s
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(
+        run_stack(
             route_through(proxies["postgresql"], database_url),
             route_through(proxies["rabbitmq"], amqp_url),
             settings=SETTINGS,
@@ -86,7 +86,7 @@ async def watch(broker: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
     rules = directory / "rules.yml"
     rules.write_text(shorten_rules(ALERTS))
     try:
-        async with prometheus.watching(
+        async with prometheus.start_prometheus(
             ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPE_INTERVAL_SEC
         ) as running:
             yield running

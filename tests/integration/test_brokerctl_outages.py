@@ -1,4 +1,4 @@
-"""`brokerctl status` with each part of the broker down, and with all: it answers, and says which."""
+"""`brokerctl status` during an outage of each component, and of all: it names the failed components."""
 
 import os
 import signal
@@ -15,11 +15,11 @@ from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from gateway.queries.status import PROBE_TIMEOUT_SEC
-from tests.integration.ctl import Said, ctl, eventually_said
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.ctl import CommandResult, run_brokerctl, wait_for_status
+from tests.integration.stack import Stack, eventually, run_stack
 
 SERVICES = {"allocator": "allocator", "reaper": "reaper", "csp_syncer": "csp-syncer"}
-"""The module, and the name."""
+"""Module -> name in the status."""
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Broker:
     rabbitmq: PrivateRabbitMQ
 
     def process(self, part: str) -> Process:
-        found = {"postgres": self.postgres.process, "rabbitmq": self.rabbitmq.process}.get(part)
-        return found or self.stack.processes[part]
+        server = {"postgres": self.postgres.process, "rabbitmq": self.rabbitmq.process}.get(part)
+        return server or self.stack.processes[part]
 
-    async def frozen_with(self, part: str) -> list[int]:
-        """The process, and what it has started to answer in its place."""
+    async def process_ids(self, part: str) -> list[int]:
+        """Return the id of the process. For PostgreSQL, add its backends, which serve the connections."""
         pids = [self.process(part).pid]
         if part == "postgres":
             connection = await asyncpg.connect(self.postgres.url)
@@ -49,42 +49,42 @@ class Broker:
 
 
 @pytest.fixture(scope="module")
-async def whole() -> AsyncIterator[Broker]:
+async def running_broker() -> AsyncIterator[Broker]:
     async with (
         PrivatePostgres() as postgres,
         PrivateRabbitMQ() as rabbitmq,
-        running(postgres.url, rabbitmq.url, settings={"CIRCUIT_BREAKER_THRESHOLD": "1000"}) as stack,
+        run_stack(postgres.url, rabbitmq.url, settings={"CIRCUIT_BREAKER_THRESHOLD": "1000"}) as stack,
     ):
-        await rabbitmq.settle()
+        await rabbitmq.sync_queue_metadata()
         yield Broker(stack, postgres, rabbitmq)
 
 
 @pytest.fixture
-async def broker(whole: Broker) -> Broker:
-    """All of it up, with 20 sandboxes."""
-    await whole.stack.fill(20)
-    await seen(whole, well)
-    return whole
+async def broker(running_broker: Broker) -> Broker:
+    """Healthy broker with 20 sandboxes."""
+    await running_broker.stack.fill(20)
+    await wait_for_result(running_broker, is_healthy)
+    return running_broker
 
 
-async def seen(broker: Broker, condition: Callable[[Said], object]) -> Said:
-    return await eventually_said(broker.stack, condition, "--json", "--within", "60")
+async def wait_for_result(broker: Broker, condition: Callable[[CommandResult], object]) -> CommandResult:
+    return await wait_for_status(broker.stack, condition, "--json", "--within", "60")
 
 
-def well(said: Said) -> bool:
-    return said.status == 0
+def is_healthy(result: CommandResult) -> bool:
+    return result.status == 0
 
 
-def named(said: Said) -> set[str]:
-    """The parts that need attention."""
-    return {entry["part"] for entry in said.json["attention"]}
+def failed_components(result: CommandResult) -> set[str]:
+    """Return the components that need attention."""
+    return {entry["part"] for entry in result.json["attention"]}
 
 
-def states(found: dict[str, Any]) -> dict[str, str]:
-    return {entry["service"]: entry["state"] for entry in found["services"]}
+def service_states(status: dict[str, Any]) -> dict[str, str]:
+    return {entry["service"]: entry["state"] for entry in status["services"]}
 
 
-async def start_again(broker: Broker, part: str) -> None:
+async def restart(broker: Broker, part: str) -> None:
     if part == "postgres":
         await broker.postgres.start()
     elif part == "rabbitmq":
@@ -96,7 +96,7 @@ async def start_again(broker: Broker, part: str) -> None:
 
 
 @asynccontextmanager
-async def without(broker: Broker, *parts: str) -> AsyncIterator[None]:
+async def component_stopped(broker: Broker, *parts: str) -> AsyncIterator[None]:
     for part in parts:
         process = broker.process(part)
         process.kill()
@@ -105,12 +105,12 @@ async def without(broker: Broker, *parts: str) -> AsyncIterator[None]:
         yield
     finally:
         for part in parts:
-            await start_again(broker, part)
+            await restart(broker, part)
 
 
 @asynccontextmanager
-async def freezing(broker: Broker, part: str) -> AsyncIterator[None]:
-    pids = await broker.frozen_with(part)
+async def component_frozen(broker: Broker, part: str) -> AsyncIterator[None]:
+    pids = await broker.process_ids(part)
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -120,88 +120,97 @@ async def freezing(broker: Broker, part: str) -> AsyncIterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def test_the_deadlines_fit_into_a_second() -> None:
+def test_the_timeouts_are_nested_within_a_second() -> None:
     assert PROBE_TIMEOUT_SEC < STATUS_TIMEOUT_SEC < 1
 
 
 @pytest.mark.parametrize("module", SERVICES)
-async def test_a_service_that_is_down_is_named(broker: Broker, module: str) -> None:
+async def test_a_service_outage_is_reported(broker: Broker, module: str) -> None:
     name = SERVICES[module]
-    async with without(broker, module):
+    async with component_stopped(broker, module):
         one_down = {other: "down" if other == name else "up" for other in SERVICES.values()}
-        said = await seen(broker, lambda said: states(said.json) == one_down and said.json["pool"])
-        assert (said.status, said.json["pool"]["available"]) == (4, 20)
-        assert name in named(said)
-        await eventually_said(broker.stack, lambda said: f"{name} down" in said.out)
-    await seen(broker, well)
-
-
-async def test_rabbitmq_that_is_down_is_named(broker: Broker) -> None:
-    async with without(broker, "rabbitmq"):
-        said = await seen(broker, lambda said: "RabbitMQ" in named(said) and said.json["pool"])
-        assert (said.status, said.json["pool"]["available"]) == (4, 20)
-        assert set(states(said.json).values()) == {"unknown"}
-    await seen(broker, well)
-
-
-async def test_postgresql_that_is_down_is_named(broker: Broker) -> None:
-    async with without(broker, "postgres"):
-        said = await seen(
-            broker, lambda said: "PostgreSQL" in named(said) and said.json["rabbitmq"]["state"] == "up"
+        result = await wait_for_result(
+            broker, lambda result: service_states(result.json) == one_down and result.json["pool"]
         )
-        assert (said.status, said.json["pool"]) == (4, None)
-        await eventually_said(broker.stack, lambda said: "PostgreSQL down" in said.out)
-    await seen(broker, well)
+        assert (result.status, result.json["pool"]["available"]) == (4, 20)
+        assert name in failed_components(result)
+        await wait_for_status(broker.stack, lambda result: f"{name} down" in result.out)
+    await wait_for_result(broker, is_healthy)
 
 
-async def test_a_gateway_that_is_down_is_named(broker: Broker) -> None:
-    async with without(broker, "gateway"):
-        said = await ctl(broker.stack, "status", "--json")
-        assert (said.status, named(said)) == (4, {"gateway"})
-        shown = (await ctl(broker.stack, "status")).out
+async def test_a_rabbitmq_outage_is_reported(broker: Broker) -> None:
+    async with component_stopped(broker, "rabbitmq"):
+        result = await wait_for_result(
+            broker, lambda result: "RabbitMQ" in failed_components(result) and result.json["pool"]
+        )
+        assert (result.status, result.json["pool"]["available"]) == (4, 20)
+        assert set(service_states(result.json).values()) == {"unknown"}
+    await wait_for_result(broker, is_healthy)
+
+
+async def test_a_postgresql_outage_is_reported(broker: Broker) -> None:
+    async with component_stopped(broker, "postgres"):
+        result = await wait_for_result(
+            broker,
+            lambda result: "PostgreSQL" in failed_components(result) and result.json["rabbitmq"]["state"] == "up",
+        )
+        assert (result.status, result.json["pool"]) == (4, None)
+        await wait_for_status(broker.stack, lambda result: "PostgreSQL down" in result.out)
+    await wait_for_result(broker, is_healthy)
+
+
+async def test_a_gateway_outage_is_reported(broker: Broker) -> None:
+    async with component_stopped(broker, "gateway"):
+        result = await run_brokerctl(broker.stack, "status", "--json")
+        assert (result.status, failed_components(result)) == (4, {"gateway"})
+        shown = (await run_brokerctl(broker.stack, "status")).out
         assert "gateway down" in shown
         assert broker.stack.url in shown
-    await seen(broker, well)
+    await wait_for_result(broker, is_healthy)
 
 
-async def test_csp_that_is_down_is_named_once_something_was_asked_of_it(broker: Broker) -> None:
+async def test_a_csp_outage_is_reported_after_a_failed_request(broker: Broker) -> None:
     lease = (await broker.stack.allocate("ada")).json()
-    async with without(broker, "simulator"):
+    async with component_stopped(broker, "simulator"):
         await broker.stack.release(lease["sandbox_id"], "ada")
-        said = await seen(broker, lambda said: "CSP" in named(said))
-        assert said.status == 4
-        assert said.json["csp"]["failing"] == 1
-        await eventually_said(broker.stack, lambda said: "pending deletions have failed" in said.out)
+        result = await wait_for_result(broker, lambda result: "CSP" in failed_components(result))
+        assert result.status == 4
+        assert result.json["csp"]["failing"] == 1
+        await wait_for_status(broker.stack, lambda result: "pending deletions have failed" in result.out)
     await eventually(broker.stack.nothing_pending)
-    await seen(broker, well)
+    await wait_for_result(broker, is_healthy)
 
 
-async def test_with_all_of_it_down_it_answers(broker: Broker) -> None:
-    async with without(broker, "simulator", "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer", "gateway"):
-        said = await ctl(broker.stack, "status")
-        assert said.status == 4
-        assert "gateway down" in said.out
-        assert "cannot be seen from here" in said.out
+async def test_an_outage_of_all_components_is_reported(broker: Broker) -> None:
+    async with component_stopped(
+        broker, "simulator", "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer", "gateway"
+    ):
+        result = await run_brokerctl(broker.stack, "status")
+        assert result.status == 4
+        assert "gateway down" in result.out
+        assert "cannot be seen from here" in result.out
 
 
-async def test_with_all_but_the_gateway_down_it_names_both_servers(broker: Broker) -> None:
-    async with without(broker, "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer"):
-        said = await seen(broker, lambda said: {"RabbitMQ", "PostgreSQL"} <= named(said))
-        assert said.status == 4
-    await seen(broker, well)
+async def test_an_outage_of_all_components_behind_the_gateway_is_reported(broker: Broker) -> None:
+    async with component_stopped(broker, "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer"):
+        result = await wait_for_result(
+            broker, lambda result: {"RabbitMQ", "PostgreSQL"} <= failed_components(result)
+        )
+        assert result.status == 4
+    await wait_for_result(broker, is_healthy)
 
 
-async def test_a_gateway_that_hangs_is_not_waited_for(broker: Broker) -> None:
-    async with freezing(broker, "gateway"):
-        said = await ctl(broker.stack, "status", "--json")
-        assert (said.status, named(said)) == (4, {"gateway"})
-        assert f"no answer in {STATUS_TIMEOUT_SEC:g} s" in said.json["gateway"]["problem"]
-    await seen(broker, well)
+async def test_a_hanging_gateway_is_reported_after_the_timeout(broker: Broker) -> None:
+    async with component_frozen(broker, "gateway"):
+        result = await run_brokerctl(broker.stack, "status", "--json")
+        assert (result.status, failed_components(result)) == (4, {"gateway"})
+        assert f"no answer in {STATUS_TIMEOUT_SEC:g} s" in result.json["gateway"]["problem"]
+    await wait_for_result(broker, is_healthy)
 
 
 @pytest.mark.parametrize(("part", "name"), [("rabbitmq", "RabbitMQ"), ("postgres", "PostgreSQL")])
-async def test_a_part_that_hangs_is_not_waited_for_and_named(broker: Broker, part: str, name: str) -> None:
-    async with freezing(broker, part):
-        said = await seen(broker, lambda said: name in named(said))
-        assert said.status == 4
-    await seen(broker, well)
+async def test_a_hanging_server_is_reported_after_the_timeout(broker: Broker, part: str, name: str) -> None:
+    async with component_frozen(broker, part):
+        result = await wait_for_result(broker, lambda result: name in failed_components(result))
+        assert result.status == 4
+    await wait_for_result(broker, is_healthy)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 POLLING_REAPER = str(Path(__file__).with_name("polling_reaper.py"))
 SPEED = 120
@@ -34,7 +34,7 @@ async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=settings) as stack,
+        run_stack(database_url, amqp_url, settings=settings) as stack,
     ):
         await stack.start_service("reaper", name="second reaper", launcher=(POLLING_REAPER,))
         yield stack

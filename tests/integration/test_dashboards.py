@@ -1,4 +1,4 @@
-"""Every query of the dashboards has an answer in a real Prometheus that watches the running services."""
+"""Dashboards: every query returns data from a real Prometheus that scrapes the running services."""
 
 import json
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
-from tests.integration.monitoring_files import DASHBOARDS, panels
+from tests.integration.monitoring_files import DASHBOARDS, list_queries
 from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, eventually
 
 pytestmark = pytest.mark.timeout(400)
@@ -26,13 +26,13 @@ SCRAPED_SEC = 1
 
 
 @pytest.fixture
-async def watched(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
+async def scraping_prometheus(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
     ports = {name: int(stack.environment[variable]) for name, variable in PORTS.items()}
     rules = tmp_path / "rules.yml"
-    always = {"alert": "BrokerTest", "expr": "vector(1)"}
-    rules.write_text(json.dumps({"groups": [{"name": "test", "rules": [always]}]}))
+    firing_rule = {"alert": "BrokerTest", "expr": "vector(1)"}
+    rules.write_text(json.dumps({"groups": [{"name": "test", "rules": [firing_rule]}]}))
     try:
-        async with prometheus.watching(
+        async with prometheus.start_prometheus(
             ports, tmp_path, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
         ) as running:
             yield running
@@ -40,11 +40,11 @@ async def watched(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
         pytest.fail(f"this test needs Prometheus: {reason}")
 
 
-async def live_a_little(stack: Stack, number: int) -> None:
-    """Something of everything that the dashboards show."""
-    lease = (await stack.allocate(f"ada-{number}")).json()
-    await stack.allocate(f"ada-{number}")
-    await stack.release(lease["sandbox_id"], f"ada-{number}")
+async def cause_activity(stack: Stack, attempt: int) -> None:
+    """Cause events for every panel of the dashboards."""
+    lease = (await stack.allocate(f"ada-{attempt}")).json()
+    await stack.allocate(f"ada-{attempt}")
+    await stack.release(lease["sandbox_id"], f"ada-{attempt}")
     await stack.client.post(f"{stack.url}/v1/allocate", headers={"Authorization": f"Bearer not-{TRACK_TOKEN}"})
     await stack.sync()
     await publish(stack, "allocator.maintenance", b"no envelope")
@@ -56,59 +56,59 @@ async def publish(stack: Stack, queue: str, body: bytes) -> None:
         await channel.default_exchange.publish(aio_pika.Message(body), queue)
 
 
-async def test_every_query_has_an_answer(stack: Stack, watched: Prometheus) -> None:
-    await stack.fill(1000)  # one for each time
-    number = 0
-    unanswered = {
+async def test_every_query_returns_data(stack: Stack, scraping_prometheus: Prometheus) -> None:
+    await stack.fill(1000)  # one for each repetition
+    attempt = 0
+    without_data = {
         (file.name, title, expression)
         for file in DASHBOARDS
-        for title, expression in panels(json.loads(file.read_text()))
+        for title, expression in list_queries(json.loads(file.read_text()))
     }
 
-    async def all_answered() -> bool:
-        nonlocal number
-        number += 1
-        await live_a_little(stack, number)
-        for file, title, expression in sorted(unanswered):
-            if await watched.query(expression.replace("$__rate_interval", RATE_INTERVAL)):
-                unanswered.remove((file, title, expression))
-        return not unanswered
+    async def have_all_returned_data() -> bool:
+        nonlocal attempt
+        attempt += 1
+        await cause_activity(stack, attempt)
+        for file, title, expression in sorted(without_data):
+            if await scraping_prometheus.query(expression.replace("$__rate_interval", RATE_INTERVAL)):
+                without_data.remove((file, title, expression))
+        return not without_data
 
     try:
-        await eventually(all_answered, every_sec=SCRAPED_SEC)
+        await eventually(have_all_returned_data, every_sec=SCRAPED_SEC)
     except AssertionError:
-        pytest.fail(f"no answer to {sorted(unanswered)}")
+        pytest.fail(f"no data for {sorted(without_data)}")
 
 
 @pytest.mark.parametrize("file", DASHBOARDS, ids=lambda file: file.stem)
-def test_a_dashboard_is_whole(file: Path) -> None:
-    """What Grafana would refuse or show badly: there is none here to ask."""
+def test_a_dashboard_is_valid(file: Path) -> None:
+    """Check rules of Grafana, because the tests run without Grafana."""
     dashboard: dict[str, Any] = json.loads(file.read_text())
     assert dashboard["uid"] == f"broker-{file.stem}"
     for key in ("id", "title"):
         values = [panel[key] for panel in dashboard["panels"]]
         assert len(set(values)) == len(values)
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in dashboard["panels"]:
-        place = panel["gridPos"]
+        position = panel["gridPos"]
         cells = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(position["x"], position["x"] + position["w"])
+            for y in range(position["y"], position["y"] + position["h"])
         }
         assert max(x for x, _ in cells) < WIDTH
-        assert not cells & taken
-        taken |= cells
+        assert not cells & occupied
+        occupied |= cells
         assert panel["type"] in ("stat", "timeseries", "table")
-        assert panel["datasource"]["uid"] == source()["uid"]
+        assert panel["datasource"]["uid"] == read_data_source()["uid"]
 
 
-def source() -> dict[str, Any]:
-    [found] = yaml.safe_load((GRAFANA / "datasources" / "prometheus.yml").read_text())["datasources"]
-    return dict(found)
+def read_data_source() -> dict[str, Any]:
+    [source] = yaml.safe_load((GRAFANA / "datasources" / "prometheus.yml").read_text())["datasources"]
+    return dict(source)
 
 
-def test_what_compose_mounts_is_where_grafana_looks_for_it() -> None:
+def test_compose_mounts_the_dashboards_at_the_path_read_by_grafana() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     mounted = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
     [provider] = yaml.safe_load((GRAFANA / "dashboards" / "provider.yml").read_text())["providers"]

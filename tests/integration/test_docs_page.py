@@ -41,7 +41,7 @@ class ObservedPage:
 @pytest.fixture(scope="module")
 async def browser_path() -> str:
     try:
-        return await chromium.find(Terminal())
+        return await chromium.find_chromium(Terminal())
     except CannotRun as reason:
         pytest.fail(f"this test needs a real browser: {reason}")
 

@@ -13,7 +13,7 @@ import pytest
 from devstack.processes import run
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
-from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, running
+from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_stack
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
 RANDOM_CASES_PER_ROUTE = 10
@@ -31,7 +31,7 @@ async def own_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIter
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=SETTINGS) as stack,
+        run_stack(database_url, amqp_url, settings=SETTINGS) as stack,
     ):
         await stack.fill(200)
         yield stack

@@ -10,13 +10,13 @@ import httpx
 from devstack.ports import free_port
 from devstack.processes import Process
 from devstack.wire import GET_HEALTH, connected
-from tests.integration.stack import Stack, eventually, track
+from tests.integration.stack import Stack, eventually, track_headers
 
 GET_BUNDLE = b"GET /v1/docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def build_allocate_request(student: str, extra_headers: str = "") -> bytes:
-    headers = "".join(f"{name}: {value}\r\n" for name, value in track(student).items())
+    headers = "".join(f"{name}: {value}\r\n" for name, value in track_headers(student).items())
     return f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n{headers}{extra_headers}\r\n".encode()
 
 
@@ -44,7 +44,7 @@ async def refuses_connections(url: str) -> bool:
 async def test_a_draining_gateway_is_not_ready_but_still_serves(stack: Stack) -> None:
     # DRAIN_SEC exceeds the duration of the test. SIGINT ends the drain.
     async with start_gateway(stack, {"DRAIN_SEC": "20"}) as (process, url):
-        before = await stack.client.post(f"{url}/v1/allocate", headers=track("ada"))
+        before = await stack.client.post(f"{url}/v1/allocate", headers=track_headers("ada"))
         assert before.status_code == 201
         assert "Connection" not in before.headers
         process.send(signal.SIGTERM)
@@ -55,7 +55,7 @@ async def test_a_draining_gateway_is_not_ready_but_still_serves(stack: Stack) ->
         await eventually(is_not_ready)
         detail = (await stack.client.get(f"{url}/readyz")).json()["detail"]
         assert (detail["code"], "stopping" in detail["message"]) == ("NOT_READY", True)
-        during = await stack.client.post(f"{url}/v1/allocate", headers=track("ben"))
+        during = await stack.client.post(f"{url}/v1/allocate", headers=track_headers("ben"))
         assert (during.status_code, during.headers["Connection"]) == (201, "close")
         assert (await stack.client.get(f"{url}/healthz")).status_code == 200
         process.send(signal.SIGINT)
@@ -70,7 +70,7 @@ async def test_the_api_port_and_the_ops_port_drain_together(stack: Stack) -> Non
     try:
         await stack.until_ready(f"{ops}/readyz", gateway)
         assert (await stack.client.get(f"{url}/readyz")).status_code == 404
-        assert (await stack.client.post(f"{ops}/v1/allocate", headers=track("ada"))).status_code == 404
+        assert (await stack.client.post(f"{ops}/v1/allocate", headers=track_headers("ada"))).status_code == 404
         assert "broker_request_latency_seconds" in (await stack.client.get(f"{ops}/metrics")).text
         gateway.send(signal.SIGTERM)
 
@@ -78,7 +78,7 @@ async def test_the_api_port_and_the_ops_port_drain_together(stack: Stack) -> Non
             return (await stack.client.get(f"{ops}/readyz")).status_code == 503
 
         await eventually(is_not_ready)
-        during = await stack.client.post(f"{url}/v1/allocate", headers=track("ada"))
+        during = await stack.client.post(f"{url}/v1/allocate", headers=track_headers("ada"))
         assert (during.status_code, during.headers["Connection"]) == (201, "close")
         response = await stack.client.get(f"{ops}/healthz")
         assert (response.status_code, response.headers["Connection"]) == (200, "close")
@@ -105,7 +105,7 @@ async def test_an_open_request_is_completed_and_an_idle_connection_is_closed(sta
             await idle.send(GET_HEALTH)
             assert (await idle.response())[0] == 200
             process.send(signal.SIGTERM)
-            assert await idle.cut_off() == b""
+            assert await idle.read_to_end() == b""
 
             async def is_closed() -> bool:
                 return await refuses_connections(url)
@@ -136,7 +136,7 @@ async def test_no_client_can_delay_the_stop(stack: Stack) -> None:
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"{url}/healthz")).status_code == 200
         process.send(signal.SIGTERM)
-        assert await silent.cut_off() == await partial_head.cut_off() == b""
+        assert await silent.read_to_end() == await partial_head.read_to_end() == b""
         assert await asyncio.wait_for(process.wait(), 60) == 0
         status, body = await partial_body.response()
         assert (status, body["detail"]["code"]) == (503, "STOPPING")

@@ -1,4 +1,4 @@
-"""What the images and docker-compose.yml say, without a Docker."""
+"""Scripts of the images and docker-compose.yml, tested without Docker."""
 
 import io
 import os
@@ -33,7 +33,7 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 
-def ask(service: str, port: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def run_health_check(service: str, port: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     variable = f"{service.upper().replace('-', '_')}_PORT"
     return subprocess.run(
         [sys.executable, SCRIPTS / "healthy.py", *arguments],
@@ -45,36 +45,36 @@ def ask(service: str, port: str, *arguments: str, **settings: str) -> subprocess
     )
 
 
-def test_the_health_check_tells_a_service_that_answers_from_one_that_does_not(stack: Stack) -> None:
+def test_the_health_check_detects_whether_a_service_responds(stack: Stack) -> None:
     port = stack.environment["CSP_SYNCER_PORT"]
 
-    assert ask("csp-syncer", port).returncode == 0
-    ready = ask("csp-syncer", port, "/readyz")
+    assert run_health_check("csp-syncer", port).returncode == 0
+    ready = run_health_check("csp-syncer", port, "/readyz")
     assert (ready.returncode, "ready" in ready.stdout) == (0, True)
-    assert ask("csp-syncer", port, "/nothing").returncode == 1
-    refused = ask("gateway", "1")
+    assert run_health_check("csp-syncer", port, "/nothing").returncode == 1
+    refused = run_health_check("gateway", "1")
     assert (refused.returncode, "refused" in refused.stdout, refused.stderr) == (1, True, "")
 
 
-async def test_the_health_check_asks_where_the_service_listens(stack: Stack) -> None:
+async def test_the_health_check_uses_the_listen_address_of_the_service(stack: Stack) -> None:
     main, ops = str(free_port()), str(free_port())
     settings = {"GATEWAY_PORT": main, "OPS_PORT": ops, "BIND_HOST": "::1,127.0.0.2"}
-    gateway, _ = await stack.launch("gateway", name="gateway elsewhere", settings=settings)
+    gateway, _ = await stack.launch("gateway", name="gateway on other addresses", settings=settings)
     try:
         await stack.until_ready(f"http://[::1]:{ops}/readyz", gateway)
-        ready = ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.2, ::1")
+        ready = run_health_check("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.2, ::1")
         assert (ready.returncode, "ready" in ready.stdout) == (0, True)
-        assert ask("gateway", main, "/readyz", OPS_PORT=ops).returncode == 0  # IPv6 after IPv4
-        assert ask("gateway", main, "/readyz").returncode == 1
-        assert ask("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.1").returncode == 1
-        # Other services have no OPS_PORT: one that is set for all of them says nothing of theirs.
-        assert ask("csp-syncer", stack.environment["CSP_SYNCER_PORT"], OPS_PORT=ops).returncode == 0
+        assert run_health_check("gateway", main, "/readyz", OPS_PORT=ops).returncode == 0  # IPv6 after IPv4
+        assert run_health_check("gateway", main, "/readyz").returncode == 1
+        assert run_health_check("gateway", main, "/readyz", OPS_PORT=ops, BIND_HOST="127.0.0.1").returncode == 1
+        # Other services have no OPS_PORT and ignore the variable.
+        assert run_health_check("csp-syncer", stack.environment["CSP_SYNCER_PORT"], OPS_PORT=ops).returncode == 0
     finally:
         await gateway.stop()
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_an_image_starts_the_service_it_was_built_for(service: str, tmp_path: Path) -> None:
+def test_an_image_starts_its_service(service: str, tmp_path: Path) -> None:
     started = subprocess.run(
         [sys.executable, SCRIPTS / "serve.py"],
         env={"SERVICE": service, "PATH": os.environ["PATH"]},
@@ -85,11 +85,11 @@ def test_an_image_starts_the_service_it_was_built_for(service: str, tmp_path: Pa
         check=False,
     )
 
-    missing = "; ".join(f"{name.upper()}: is not set" for name in _in_order(SERVICES[service]))
+    missing = "; ".join(f"{name.upper()}: is not set" for name in _required_settings(SERVICES[service]))
     assert (started.returncode, started.stderr) == (2, f"cannot start: {missing}\n")
 
 
-def test_a_stop_that_comes_before_the_service_is_up_is_obeyed(tmp_path: Path) -> None:
+def test_a_stop_during_the_start_is_obeyed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -103,29 +103,29 @@ def test_a_stop_that_comes_before_the_service_is_up_is_obeyed(tmp_path: Path) ->
             },
             cwd=tmp_path,
         )
-        connection, _ = silent.accept()  # it asks whether the servers answer
+        connection, _ = silent.accept()  # the preflight check connects to the servers
         with connection:
             starting.send_signal(signal.SIGTERM)
 
             assert starting.wait(timeout=60) == 0
 
 
-def _in_order(program: Program) -> list[str]:
+def _required_settings(program: Program) -> list[str]:
     return [name for name, field in program.settings.model_fields.items() if field.is_required()]
 
 
 @pytest.mark.parametrize("service", PROGRAMS)
-def test_in_compose_every_setting_reaches_the_service_that_reads_it_and_no_other(service: str) -> None:
+def test_in_compose_each_service_gets_exactly_its_settings(service: str) -> None:
     program = PROGRAMS[service]
-    # The ports are those of the image, whatever is published. A container listens on all of its addresses: on those
-    # that BIND_HOST in .env names for make run, the published port would not reach it.
+    # The port is fixed in the image. BIND_HOST is not passed on, because a published port needs the container to
+    # listen on all of its addresses.
     settings = program.fields - {program.port, "bind_host"}
 
     assert {name.lower() for name in COMPOSE[service]["environment"]} == settings
 
 
 @pytest.mark.parametrize("service", [*PROGRAMS, "accounts", "csp-simulator"])
-def test_in_compose_services_write_nothing_and_may_nothing(service: str) -> None:
+def test_in_compose_services_are_read_only_and_unprivileged(service: str) -> None:
     described = COMPOSE[service]
 
     assert described["read_only"] is True
@@ -133,7 +133,7 @@ def test_in_compose_services_write_nothing_and_may_nothing(service: str) -> None
     assert described["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_in_compose_each_service_is_an_image_of_its_own_from_its_own_lock() -> None:
+def test_in_compose_each_service_has_its_own_image_and_lock_file() -> None:
     built = {
         name: described["build"]["args"]["SERVICE"]
         for name, described in COMPOSE.items()
@@ -153,7 +153,7 @@ def test_the_ports_of_the_images_are_the_defaults_of_the_settings() -> None:
         assert f"{program.port.upper()}={default}" in dockerfile
 
 
-def test_prometheus_asks_every_service_where_its_image_answers() -> None:
+def test_prometheus_scrapes_the_port_of_every_image() -> None:
     configured = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in configured["scrape_configs"]}
 
@@ -168,16 +168,16 @@ def test_prometheus_asks_every_service_where_its_image_answers() -> None:
 
 
 REQUIRED = re.compile(r"\$\{(\w+):\?")
-"""A variable of docker-compose.yml without which Compose does not start."""
+"""Matches a required variable of docker-compose.yml."""
 
 
-def variables(text: str) -> dict[str, str]:
+def parse_variables(text: str) -> dict[str, str]:
     return {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text)).items()}
 
 
 def fill_env(path: Path) -> dict[str, str]:
     subprocess.run(["sh", FILL_ENV, path], check=True, capture_output=True)
-    return variables(path.read_text())
+    return parse_variables(path.read_text())
 
 
 def test_in_compose_no_password_and_no_token_has_a_default() -> None:
@@ -188,40 +188,40 @@ def test_in_compose_no_password_and_no_token_has_a_default() -> None:
     assert used <= set(REQUIRED.findall(text))
 
 
-def test_one_command_sets_whatever_compose_requires(tmp_path: Path) -> None:
+def test_fill_env_sets_every_required_secret(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text((ROOT / ".env.example").read_text())
     path.chmod(0o644)
 
-    found = fill_env(path)
+    values = fill_env(path)
 
-    secrets = {name: found[name] for name in REQUIRED.findall(COMPOSE_FILE.read_text())}
+    secrets = {name: values[name] for name in REQUIRED.findall(COMPOSE_FILE.read_text())}
     assert all(re.fullmatch(r"[0-9a-f]{48}", value) for value in secrets.values())
     assert len(set(secrets.values())) == len(secrets)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert fill_env(path) == found
+    assert fill_env(path) == values
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_command_keeps_what_is_set(tmp_path: Path) -> None:
+def test_fill_env_keeps_existing_values(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text("# PASSWORD=\nPOSTGRES_PASSWORD=mine\nRABBITMQ_PASSWORD=\nLOG_LEVEL=\nNIOSXAAS_EMAIL=a b")
 
-    found = fill_env(path)
+    values = fill_env(path)
 
-    assert found.pop("RABBITMQ_PASSWORD")
-    assert found == {"POSTGRES_PASSWORD": "mine", "LOG_LEVEL": "", "NIOSXAAS_EMAIL": "a b"}
+    assert values.pop("RABBITMQ_PASSWORD")
+    assert values == {"POSTGRES_PASSWORD": "mine", "LOG_LEVEL": "", "NIOSXAAS_EMAIL": "a b"}
     assert path.read_text().startswith("# PASSWORD=\n")
 
 
-def test_the_command_invents_no_token_of_a_real_csp(tmp_path: Path) -> None:
+def test_fill_env_generates_no_token_of_a_real_csp(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     path.write_text("CSP_API_TOKEN=\nBROKER_API_TOKEN=\nCSP_BASE_URL=https://csp.example/v2\n")
 
-    found = fill_env(path)
+    values = fill_env(path)
 
-    assert found["CSP_API_TOKEN"] == ""
-    assert found["BROKER_API_TOKEN"]
+    assert values["CSP_API_TOKEN"] == ""
+    assert values["BROKER_API_TOKEN"]
 
 
 def test_in_compose_every_port_is_published_on_loopback_by_default() -> None:
@@ -243,7 +243,7 @@ def test_in_compose_only_services_with_a_port_or_calls_to_csp_are_on_the_outer_n
 
 
 @pytest.mark.parametrize("service", ["reaper", "csp-syncer"])
-def test_in_compose_http_is_allowed_for_the_simulator_and_for_no_other_csp(service: str) -> None:
+def test_in_compose_http_is_allowed_only_for_the_simulator(service: str) -> None:
     environment = COMPOSE[service]["environment"]
     url, allowed = (
         re.fullmatch(rf"\$\{{{name}:-(.*)\}}", environment[name]) for name in ("CSP_BASE_URL", "ALLOW_INSECURE_CSP")
@@ -265,8 +265,8 @@ def test_in_compose_http_is_allowed_for_the_simulator_and_for_no_other_csp(servi
         settings("http://csp.example/v2")
 
 
-def test_no_image_floats_over_minor_versions() -> None:
-    """The rule is in docs/deployment.md. Our own images have the version of the release."""
+def test_every_image_has_a_minor_version() -> None:
+    """The rule is in docs/deployment.md. The images of this project have the version of the release."""
     texts = {path: path.read_text() for path in (COMPOSE_FILE, ROOT / "Dockerfile", ROOT / ".env.example")}
     texts |= {path: path.read_text() for path in (ROOT / "deploy" / "k8s").rglob("*.yaml")}
     images = {
@@ -275,7 +275,7 @@ def test_no_image_floats_over_minor_versions() -> None:
         for image in re.findall(
             r"(?<![\w/.])(?:[\w.-]+/)*(?:postgres|postgresql|rabbitmq|python|prometheus|grafana):[\w.-]+", text
         )
-        if not re.fullmatch(r"\w+:\d{4,5}", image)  # a host and its port
+        if not re.fullmatch(r"\w+:\d{4,5}", image)  # host and port
     }
     assert {image.partition(":")[0].rpartition("/")[2] for image in images} == {
         "postgres",

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from tests.integration import wire
-from tests.integration.stack import ADMIN, TRACK_TOKEN, Stack, track
+from tests.integration.stack import ADMIN, TRACK_TOKEN, Stack, track_headers
 
 TOKEN = {"Authorization": f"Bearer {TRACK_TOKEN}"}
 ALLOCATE = ("POST", "/v1/allocate")
@@ -19,12 +19,12 @@ UNKNOWN_SANDBOX = "/v1/sandboxes/no-such-sandbox"
         (ALLOCATE, {"Authorization": "Basic d3Jvbmc="}, 401, "UNAUTHORIZED"),
         (ALLOCATE, {"X-Instruqt-Sandbox-ID": "x" * 500}, 401, "UNAUTHORIZED"),
         (ALLOCATE, TOKEN, 400, "MISSING_SANDBOX_ID"),
-        (ALLOCATE, track(""), 400, "MISSING_SANDBOX_ID"),
-        (ALLOCATE, track("x" * 500), 400, "INVALID_HEADER"),
-        (ALLOCATE, {**track("ada"), "X-Sandbox-Name-Prefix": "x" * 129}, 400, "INVALID_HEADER"),
-        (("POST", f"{UNKNOWN_SANDBOX}/mark-for-deletion"), track("ada"), 404, "SANDBOX_NOT_FOUND"),
-        (("GET", UNKNOWN_SANDBOX), track("ada"), 404, "SANDBOX_NOT_FOUND"),
-        (("GET", "/v1/allocate"), track("ada"), 405, "METHOD_NOT_ALLOWED"),
+        (ALLOCATE, track_headers(""), 400, "MISSING_SANDBOX_ID"),
+        (ALLOCATE, track_headers("x" * 500), 400, "INVALID_HEADER"),
+        (ALLOCATE, {**track_headers("ada"), "X-Sandbox-Name-Prefix": "x" * 129}, 400, "INVALID_HEADER"),
+        (("POST", f"{UNKNOWN_SANDBOX}/mark-for-deletion"), track_headers("ada"), 404, "SANDBOX_NOT_FOUND"),
+        (("GET", UNKNOWN_SANDBOX), track_headers("ada"), 404, "SANDBOX_NOT_FOUND"),
+        (("GET", "/v1/allocate"), track_headers("ada"), 405, "METHOD_NOT_ALLOWED"),
         (("DELETE", "/v1/admin/stats"), ADMIN, 405, "METHOD_NOT_ALLOWED"),
         (("GET", "/v1/nothing-here"), ADMIN, 404, "NOT_FOUND"),
         (("GET", "/"), {}, 404, "NOT_FOUND"),
@@ -60,7 +60,7 @@ async def test_an_invalid_request_gets_its_error_code(
     ],
 )
 async def test_malformed_http_gets_the_same_error_body(stack: Stack, sent: bytes) -> None:
-    response = await wire.send(stack.url, sent)
+    response = await wire.send_request(stack.url, sent)
     assert response.error == (400, "MALFORMED_REQUEST")
     detail = response.json["detail"]
     assert detail["request_id"] == response.headers["X-Request-ID"]
@@ -93,7 +93,9 @@ async def test_a_prefix_has_no_wildcards(stack: Stack, prefix: str) -> None:
 
 
 async def test_a_large_body_is_refused(stack: Stack) -> None:
-    response = await stack.client.post(f"{stack.url}/v1/allocate", headers=track("ada"), content=b"x" * 70_000)
+    response = await stack.client.post(
+        f"{stack.url}/v1/allocate", headers=track_headers("ada"), content=b"x" * 70_000
+    )
     assert (response.status_code, response.json()["detail"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
 
 

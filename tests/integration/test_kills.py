@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
@@ -49,7 +49,7 @@ async def crashing(
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
+        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
     ):
         yield stack
 

@@ -5,7 +5,7 @@ import re
 import uuid
 
 from sandbox_broker.contract import topology
-from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track
+from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track_headers
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)
 SERVICES = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
@@ -62,7 +62,7 @@ async def test_clients_cannot_add_label_values(stack: Stack) -> None:
     async def send_random_values(number: int) -> None:
         random_value = uuid.uuid4().hex
         student = {
-            **track(random_value),
+            **track_headers(random_value),
             "X-Instruqt-Track-ID": random_value,
             "X-Sandbox-Name-Prefix": random_value,
         }

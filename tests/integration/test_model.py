@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
 from tests.integration.model import CspState, Lease, Model, Refused
-from tests.integration.stack import Stack, eventually, running, track
+from tests.integration.stack import Stack, eventually, run_stack, track_headers
 
 SEQUENCES, STEPS = 12, 40
 
@@ -80,7 +80,7 @@ async def own_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIter
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=SETTINGS) as stack,
+        run_stack(database_url, amqp_url, settings=SETTINGS) as stack,
     ):
         yield stack
 
@@ -161,7 +161,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _read_sandbox(self, student: str, sandbox_id: str) -> None:
         url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}"
-        response = self._run(self.stack.client.get(url, headers=track(student)))
+        response = self._run(self.stack.client.get(url, headers=track_headers(student)))
         try:
             sandbox, lease = self.model.read_sandbox(student, sandbox_id)
         except Refused as refused:

@@ -3,7 +3,7 @@
 import asyncio
 
 from devstack.ports import free_port
-from tests.integration.stack import ADMIN, Stack, track
+from tests.integration.stack import ADMIN, Stack, track_headers
 
 LIMIT = 40
 
@@ -28,14 +28,21 @@ async def test_a_class_is_served_while_its_address_is_refused_without_a_token(st
         assert (await stack.client.get(f"{url}/v1/docs")).status_code == 429
 
         leased = await asyncio.gather(
-            *(stack.client.post(f"{url}/v1/allocate", headers=track(f"student-{n}")) for n in range(2 * LIMIT))
+            *(
+                stack.client.post(f"{url}/v1/allocate", headers=track_headers(f"student-{n}"))
+                for n in range(2 * LIMIT)
+            )
         )
         assert [response.status_code for response in leased] == [201] * (2 * LIMIT)
         assert {response.headers["X-RateLimit-Remaining"] for response in leased} == {str(LIMIT - 1)}
         assert (await stack.client.get(f"{url}/v1/admin/stats", headers=ADMIN)).status_code == 200
 
-        repeated = [await stack.client.post(f"{url}/v1/allocate", headers=track("student-0")) for _ in range(LIMIT)]
+        repeated = [
+            await stack.client.post(f"{url}/v1/allocate", headers=track_headers("student-0")) for _ in range(LIMIT)
+        ]
         assert [response.status_code for response in repeated] == [200] * (LIMIT - 1) + [429]
-        assert (await stack.client.post(f"{url}/v1/allocate", headers=track("student-1"))).status_code == 200
+        assert (
+            await stack.client.post(f"{url}/v1/allocate", headers=track_headers("student-1"))
+        ).status_code == 200
     finally:
         await gateway.stop()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import ADMIN, Stack, eventually, running, track
+from tests.integration.stack import ADMIN, Stack, eventually, run_stack, track_headers
 
 Line = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ async def logged_stack(new_database: NewDatabase, new_vhost: NewVhost, logs: Log
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, on_line=logs) as stack,
+        run_stack(database_url, amqp_url, on_line=logs) as stack,
     ):
         yield stack
 
@@ -91,7 +91,7 @@ async def test_a_release_is_logged_until_the_deletion(stack: Stack, logs: Logs) 
     lease = (await stack.allocate("ada")).json()
     released = await stack.client.post(
         f"{stack.url}/v1/sandboxes/{lease['sandbox_id']}/mark-for-deletion",
-        headers={**track("ada"), "X-Request-ID": "the-release-of-ada"},
+        headers={**track_headers("ada"), "X-Request-ID": "the-release-of-ada"},
     )
     assert released.status_code == 200
     await eventually(stack.nothing_pending)

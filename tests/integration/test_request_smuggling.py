@@ -17,7 +17,7 @@ from devstack.errors import CannotRun
 from devstack.request_fuzz import VICTIM, generate_pair
 from sandbox_broker.runtime.uvicorn_protocol import StrictProtocol
 from tests.integration.reverse_proxies import PROXIES, SEGMENT_GAP_SEC, SegmentingRelay
-from tests.integration.stack import ADMIN_TOKEN, PORTS, Stack, track
+from tests.integration.stack import ADMIN_TOKEN, PORTS, Stack, track_headers
 
 FUZZED_PAIRS = 80
 SEED = 20261129
@@ -41,7 +41,7 @@ def attack(sandbox_id: str, student: str, offer: bytes, framing: str) -> tuple[b
         body = b"%x\r\n" % len(smuggled) + smuggled + b"\r\n0\r\n\r\n"
     else:
         field, body = b"Content-Length: %d\r\n" % len(smuggled), smuggled
-    fields = "".join(f"{name}: {value}\r\n" for name, value in track(student).items()).encode()
+    fields = "".join(f"{name}: {value}\r\n" for name, value in track_headers(student).items()).encode()
     return b"POST /v1/allocate HTTP/1.1\r\nHost: broker\r\n" + fields + offer + field + b"\r\n", body
 
 

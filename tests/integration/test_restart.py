@@ -1,4 +1,4 @@
-"""RabbitMQ goes away and comes back under a broker at work."""
+"""Restart and kill of RabbitMQ under load."""
 
 import asyncio
 import statistics
@@ -10,7 +10,7 @@ import pytest
 
 from devstack.rabbitmq import PrivateRabbitMQ
 from devstack.testing import NewDatabase
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 
 @pytest.fixture(scope="module")
@@ -21,76 +21,78 @@ async def rabbitmq() -> AsyncIterator[PrivateRabbitMQ]:
 
 @pytest.fixture(scope="module")
 async def stack(new_database: NewDatabase, rabbitmq: PrivateRabbitMQ) -> AsyncIterator[Stack]:
-    async with new_database() as database_url, running(database_url, rabbitmq.url) as stack:
-        await rabbitmq.settle()
+    async with new_database() as database_url, run_stack(database_url, rabbitmq.url) as stack:
+        await rabbitmq.sync_queue_metadata()
         yield stack
 
 
-@pytest.mark.parametrize("how", ["restart", "kill"])
-async def test_everything_reconnects_and_nothing_is_lost(stack: Stack, rabbitmq: PrivateRabbitMQ, how: str) -> None:
+@pytest.mark.parametrize("action", ["restart", "kill"])
+async def test_all_services_reconnect_and_no_lease_is_lost(
+    stack: Stack, rabbitmq: PrivateRabbitMQ, action: str
+) -> None:
     await stack.fill(400)
-    answers: Counter[int] = Counter()
+    statuses: Counter[int] = Counter()
     refusals_sec: list[float] = []
-    granted: dict[str, str] = {}
+    leased: dict[str, str] = {}
     stop = asyncio.Event()
 
-    async def students(worker: int) -> None:
+    async def run_students(worker: int) -> None:
         number = 0
         while not stop.is_set():
             student = f"{worker}-{number}"
             started = time.monotonic()
             response = await stack.allocate(student)
-            answers[response.status_code] += 1
+            statuses[response.status_code] += 1
             if response.status_code in (200, 201):
-                granted[student] = response.json()["sandbox_id"]
+                leased[student] = response.json()["sandbox_id"]
                 number += 1
             else:
                 refusals_sec.append(time.monotonic() - started)
-            await asyncio.sleep(0.1)  # the pace of a student, not a wait
+            await asyncio.sleep(0.1)  # pace of the load, not a wait for a condition
 
-    workers = [asyncio.create_task(students(worker)) for worker in range(5)]
+    workers = [asyncio.create_task(run_students(worker)) for worker in range(5)]
 
-    async def somebody_was_served() -> bool:
-        return len(granted) >= 10
+    async def are_some_served() -> bool:
+        return len(leased) >= 10
 
-    async def somebody_was_refused() -> bool:
-        return answers[503] > 0
+    async def is_one_refused() -> bool:
+        return statuses[503] > 0
 
-    await eventually(somebody_was_served)
-    if how == "kill":
+    await eventually(are_some_served)
+    if action == "kill":
         await rabbitmq.kill()
     else:
         await rabbitmq.stop()
-    await eventually(somebody_was_refused)
+    await eventually(is_one_refused)
     await rabbitmq.start()
-    back = time.monotonic()
-    served = len(granted)
+    restarted_at = time.monotonic()
+    leases_before = len(leased)
 
-    async def all_are_served_again() -> bool:
-        return len(granted) >= served + 10
+    async def are_students_served_again() -> bool:
+        return len(leased) >= leases_before + 10
 
-    await eventually(all_are_served_again, within_sec=10)
+    await eventually(are_students_served_again, within_sec=10)
     for service in ("ALLOCATOR", "REAPER", "CSP_SYNCER", "GATEWAY"):
         port = stack.environment[f"{service}_PORT"]
 
-        async def ready(port: str = port) -> bool:
+        async def is_ready(port: str = port) -> bool:
             return (await stack.client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200
 
-        await eventually(ready, within_sec=max(0.1, 10 - (time.monotonic() - back)))
+        await eventually(is_ready, within_sec=max(0.1, 10 - (time.monotonic() - restarted_at)))
     stop.set()
     await asyncio.gather(*workers)
 
-    assert set(answers) <= {200, 201, 503}
-    assert statistics.median(refusals_sec) < 1  # the slowest would measure the machine
+    assert set(statuses) <= {200, 201, 503}
+    assert statistics.median(refusals_sec) < 1  # the median, because the maximum depends on the load of the machine
     rows = await stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
     leases = {row["holder"]: row["sandbox_id"] for row in rows}
-    assert {student: leases.get(student) for student in granted} == granted
+    assert {student: leases.get(student) for student in leased} == leased
     await stack.assert_sound()
 
-    student, sandbox_id = next(iter(granted.items()))
+    student, sandbox_id = next(iter(leased.items()))
     assert (await stack.release(sandbox_id, student)).status_code == 200
 
-    async def deleted() -> bool:
+    async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await eventually(is_deleted)

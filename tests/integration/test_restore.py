@@ -12,7 +12,7 @@ from devstack import postgres
 from devstack.postgres import PrivatePostgres
 from devstack.processes import run
 from devstack.testing import NewVhost
-from tests.integration.stack import ROOT, Stack, eventually, running
+from tests.integration.stack import ROOT, Stack, eventually, run_stack
 
 pytest_plugins = ("devstack.fixtures",)
 
@@ -54,14 +54,14 @@ async def stack(server: PrivatePostgres, new_vhost: NewVhost, logs: Logs) -> Asy
     settings = {"LOG_FORMAT": "json", "LOG_LEVEL": "INFO"}
     async with (
         new_vhost() as amqp_url,
-        running(server.url, amqp_url, settings=settings, on_line=logs.take) as stack,
+        run_stack(server.url, amqp_url, settings=settings, on_line=logs.take) as stack,
     ):
         await stack.fill(20)
         yield stack
 
 
 async def run_postgres_program(program: str, *arguments: str | Path) -> str:
-    binaries = postgres.binaries()
+    binaries = postgres.find_binaries()
     assert binaries is not None
     code, output = await run([binaries / program, *arguments])
     assert code == 0, output

@@ -1,5 +1,4 @@
-"""Each service with the PostgreSQL role and the RabbitMQ user that deploy/ gives it: it does its work, and is
-refused what is not its own."""
+"""Least privilege: each service works with its PostgreSQL role and RabbitMQ user, and has no further rights."""
 
 import asyncio
 import shutil
@@ -18,7 +17,7 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from devstack.postgres import PrivatePostgres
-from devstack.private import account, make_directory, write
+from devstack.private import make_directory, service_account, write
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import commands, topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
@@ -52,7 +51,7 @@ from sandbox_broker.database.schema import metadata
 from sandbox_broker.declare import declare
 from sandbox_broker.messaging.connection import open_channel
 from sandbox_broker.migrate import migrate
-from tests.integration.stack import ROOT, Stack, eventually, running
+from tests.integration.stack import ROOT, Stack, eventually, run_stack
 
 PASSWORD = "secret"
 DATABASE = "sandbox_broker"
@@ -71,12 +70,12 @@ CONSUMES: Mapping[str, tuple[topology.Queue, ...]] = {
     "csp-syncer": (topology.SYNCER_COMMANDS, topology.SYNC_TICKS, topology.PURGE_TICKS),
     "keda": (),
 }
-ASKS = ("gateway", "reaper", "csp-syncer")
-"""Have a queue of their own for replies."""
+RECEIVES_REPLIES = ("gateway", "reaper", "csp-syncer")
+"""Users with a reply queue."""
 DEFAULT = ""
-"""The exchange that leads to every queue by its name: for nobody."""
+"""The default exchange, which routes to every queue by name. Denied to all users."""
 PUBLISHES: Mapping[str, set[str]] = {
-    "gateway": {topology.COMMANDS.name},  # and no exchange of replies: it cannot answer what another service asks
+    "gateway": {topology.COMMANDS.name},  # not the exchange for replies, so the gateway cannot forge a reply
     "allocator": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.EVENTS.name, topology.REPLIES.name},
     "reaper": {
         topology.COMMANDS_FROM_REAPER.name,
@@ -99,7 +98,7 @@ SENDS: Mapping[str, topology.Exchange] = {
     "reaper": topology.COMMANDS_FROM_REAPER,
     "csp-syncer": topology.COMMANDS_FROM_SYNCER,
 }
-"""The exchange over which each service sends its commands."""
+"""User -> exchange for its commands."""
 ID = uuid.UUID(int=7)
 FORGED = ListedAccount(sandbox_id="999", external_id="of-a-customer", name="sandbox-999")
 COMMANDS: tuple[Command, ...] = (
@@ -125,26 +124,26 @@ COMMANDS: tuple[Command, ...] = (
     SyncPool(request_id="r", force=True),
     CleanUpNow(request_id="r", job_id=ID),
 )
-"""One of each type."""
+"""One command of each type."""
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Ours alone: roles and users are those of a whole server."""
+    """Private servers, because roles and users belong to a whole server."""
 
     postgres: str
-    """The superuser's URL of the broker's database."""
+    """URL of the broker's database for the superuser."""
     rabbitmq: str
-    """The administrator's."""
+    """URL for the administrator."""
 
     def database_url(self, role: str) -> str:
-        return _as(self.postgres, role)
+        return _with_user(self.postgres, role)
 
     def amqp_url(self, user: str) -> str:
-        return _as(self.rabbitmq, user)
+        return _with_user(self.rabbitmq, user)
 
 
-def _as(url: str, user: str) -> str:
+def _with_user(url: str, user: str) -> str:
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=f"{user}:{PASSWORD}@{parts.hostname}:{parts.port}"))
 
@@ -153,37 +152,37 @@ def _as(url: str, user: str) -> str:
 async def servers_with_roles() -> AsyncIterator[Servers]:
     async with PrivatePostgres() as postgres, PrivateRabbitMQ() as rabbitmq:
         servers = Servers(postgres.url.removesuffix("/postgres") + f"/{DATABASE}", rabbitmq.url)
-        await _make_roles(postgres, servers)
-        await _make_users(rabbitmq)
+        await _create_roles(postgres, servers)
+        await _create_users(rabbitmq)
         await migrate(servers.database_url(OWNER))
         await declare(servers.amqp_url("migration"))
         yield servers
 
 
-async def _make_roles(postgres: PrivatePostgres, servers: Servers) -> None:
+async def _create_roles(postgres: PrivatePostgres, servers: Servers) -> None:
     administrator = await asyncpg.connect(postgres.url)
     await administrator.execute(f"CREATE DATABASE {DATABASE}")
     await administrator.close()
     connection = await asyncpg.connect(servers.postgres)
-    for _ in range(2):  # repeating it is harmless
+    for _ in range(2):  # the script is idempotent
         await connection.execute((ROOT / "deploy" / "postgres" / "roles.sql").read_text())
     for role in (OWNER, GATEWAY, ALLOCATOR):
         await connection.execute(f"ALTER ROLE {role} PASSWORD '{PASSWORD}'")
     await connection.close()
 
 
-async def _make_users(rabbitmq: PrivateRabbitMQ) -> None:
-    # The server's account may not be able to read where this clone is.
-    user = account("rabbitmq")
+async def _create_users(rabbitmq: PrivateRabbitMQ) -> None:
+    # A copy of the file, because the account of RabbitMQ may have no access to the clone.
+    user = service_account("rabbitmq")
     directory = make_directory("definitions", user)
     try:
         definitions = directory / "definitions.json"
         write(definitions, (ROOT / "deploy" / "rabbitmq" / "definitions.json").read_text(), user)
-        await rabbitmq.ctl("import_definitions", str(definitions))
+        await rabbitmq.run_rabbitmqctl("import_definitions", str(definitions))
     finally:
         shutil.rmtree(directory)
     for name in ("migration", *CONSUMES):
-        await rabbitmq.ctl("change_password", name, PASSWORD)
+        await rabbitmq.run_rabbitmqctl("change_password", name, PASSWORD)
 
 
 @pytest.fixture(scope="module")
@@ -201,28 +200,28 @@ async def stack_with_roles(servers_with_roles: Servers) -> AsyncIterator[Stack]:
         "reaper": {"AMQP_URL": servers.amqp_url("reaper")},
         "csp_syncer": {"AMQP_URL": servers.amqp_url("csp-syncer")},
     }
-    async with running(servers.postgres, servers.rabbitmq, settings_of=own) as stack:
+    async with run_stack(servers.postgres, servers.rabbitmq, settings_of=own) as stack:
         yield stack
 
 
-async def test_with_roles_of_their_own_the_services_do_all_their_work(stack_with_roles: Stack) -> None:
+async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -> None:
     stack = stack_with_roles
-    await stack.fill(10)  # an administrator's sync
+    await stack.fill(10)  # includes a sync by an administrator
 
     leases = [(await stack.allocate(f"student-{number}")).json() for number in range(3)]
     assert len({lease["sandbox_id"] for lease in leases}) == 3
     assert (await stack.release(leases[0]["sandbox_id"], "student-0")).status_code == 200
     await eventually(stack.nothing_pending)
-    # One ends by its time, found by the reaper's ticks.
+    # One lease expires and is found by a tick of the reaper.
     await stack.database.execute(
         "UPDATE leases SET allocated_at = allocated_at - interval '1 day', expires_at = expires_at - "
         "interval '1 day' WHERE holder = 'student-1'"
     )
 
-    async def two_are_deleted() -> bool:
+    async def are_two_deleted() -> bool:
         return (await stack.stats())["deleted"] == 2
 
-    await eventually(two_are_deleted)
+    await eventually(are_two_deleted)
     released = await stack.admin("POST", f"sandboxes/{leases[2]['sandbox_id']}/release", reason="class ended")
     assert released.status_code == 200, released.text
     cleaned = await stack.admin("POST", "cleanup")
@@ -234,18 +233,18 @@ async def test_with_roles_of_their_own_the_services_do_all_their_work(stack_with
     assert purged.status_code == 200, purged.text
     await stack.assert_sound()
 
-    # A second allocator waits beside the first one and takes over, without a right to more.
+    # A standby allocator takes over with the same rights.
     await stack.start_service("allocator", name="second allocator")
     stack.processes["allocator"].kill()
     await stack.processes["allocator"].wait()
 
-    async def answered() -> bool:
+    async def can_allocate() -> bool:
         return (await stack.allocate("student-9")).status_code in (200, 201)
 
-    await eventually(answered)
+    await eventually(can_allocate)
 
 
-async def test_the_gateway_may_read_every_table(servers_with_roles: Servers) -> None:
+async def test_the_gateway_can_read_every_table(servers_with_roles: Servers) -> None:
     connection = await asyncpg.connect(servers_with_roles.database_url(GATEWAY))
     for table in TABLES:
         await connection.execute(f"SELECT FROM {table}")
@@ -253,7 +252,7 @@ async def test_the_gateway_may_read_every_table(servers_with_roles: Servers) -> 
 
 
 @pytest.mark.parametrize("table", TABLES)
-async def test_the_gateway_may_write_no_table(servers_with_roles: Servers, table: str) -> None:
+async def test_the_gateway_cannot_write_any_table(servers_with_roles: Servers, table: str) -> None:
     column = next(iter(metadata.tables[table].columns)).name
     statements = [
         f"INSERT INTO {table} DEFAULT VALUES",
@@ -262,12 +261,12 @@ async def test_the_gateway_may_write_no_table(servers_with_roles: Servers, table
         f"TRUNCATE {table}",
         f"SELECT FROM {table} FOR UPDATE",
     ]
-    await _refused(servers_with_roles.database_url(GATEWAY), statements)
+    await _assert_refused(servers_with_roles.database_url(GATEWAY), statements)
 
 
 @pytest.mark.parametrize("role", [GATEWAY, ALLOCATOR])
-async def test_no_service_may_change_the_schema(servers_with_roles: Servers, role: str) -> None:
-    await _refused(
+async def test_no_service_can_change_the_schema(servers_with_roles: Servers, role: str) -> None:
+    await _assert_refused(
         servers_with_roles.database_url(role),
         [
             "CREATE TABLE mine (id int)",
@@ -283,7 +282,7 @@ async def test_no_service_may_change_the_schema(servers_with_roles: Servers, rol
     )
 
 
-async def _refused(url: str, statements: list[str]) -> None:
+async def _assert_refused(url: str, statements: list[str]) -> None:
     connection = await asyncpg.connect(url)
     try:
         for statement in statements:
@@ -294,7 +293,7 @@ async def _refused(url: str, statements: list[str]) -> None:
 
 
 @pytest.mark.parametrize("user", CONSUMES)
-async def test_a_user_may_not_consume_what_is_for_another(servers_with_roles: Servers, user: str) -> None:
+async def test_a_user_cannot_consume_from_queues_of_others(servers_with_roles: Servers, user: str) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
         for queue in topology.QUEUES:
@@ -308,7 +307,7 @@ async def test_a_user_may_not_consume_what_is_for_another(servers_with_roles: Se
 
 
 @pytest.mark.parametrize("user", PUBLISHES)
-async def test_a_user_may_not_publish_where_it_has_nothing_to_say(servers_with_roles: Servers, user: str) -> None:
+async def test_a_user_cannot_publish_to_other_exchanges(servers_with_roles: Servers, user: str) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
         for exchange in [*(exchange.name for exchange in topology.EXCHANGES), DEFAULT]:
@@ -318,15 +317,15 @@ async def test_a_user_may_not_publish_where_it_has_nothing_to_say(servers_with_r
                     await channel.basic_publish(b"{}", exchange=exchange, properties=Basic.Properties())
 
 
-def test_a_command_of_each_type_is_tried() -> None:
+def test_the_commands_include_each_type() -> None:
     assert {type(command) for command in COMMANDS} == set(get_args(get_args(commands.Command)[0]))
 
 
 @pytest.mark.parametrize(("user", "exchange"), SENDS.items())
-async def test_a_command_is_refused_when_its_sender_has_no_right_to_it(
+async def test_a_command_is_refused_without_the_right_of_its_sender(
     stack_with_roles: Stack, servers_with_roles: Servers, user: str, exchange: topology.Exchange
 ) -> None:
-    """In each queue that the user can reach, and although the headers name the exchange of another sender."""
+    """Covers each queue reachable for the user. The message headers name the exchange of another sender."""
     stack = stack_with_roles
     await stack.fill(3)
     before = await stack.stats()
@@ -336,50 +335,50 @@ async def test_a_command_is_refused_when_its_sender_has_no_right_to_it(
     async with await aio_pika.connect(servers_with_roles.amqp_url(user)) as connection:
         for queue in queues:
             allowed = RecordJob(job_id=uuid.uuid4(), kind="sync")
-            *replies, last = await _ask(connection, exchange, queue, [*forged, allowed])
+            *replies, last = await _send_commands(connection, exchange, queue, [*forged, allowed])
             for command, reply in zip(forged, replies, strict=True):
                 assert isinstance(reply, Refused), (command, reply)
                 assert reply.code == "INVALID_COMMAND"
                 assert f"{command.type} may not be sent over the exchange '{exchange.name}'" in reply.message
             assert (last.type == "Recorded") == (queue == topology.ALLOCATOR_MAINTENANCE.name)
 
-    async def all_are_kept() -> bool:
-        kept = await stack.database.fetch("SELECT DISTINCT unnest(commands) AS type FROM dead_letters")
-        return {row["type"] for row in kept} >= {command.type for command in forged}
+    async def are_all_dead_letters() -> bool:
+        rows = await stack.database.fetch("SELECT DISTINCT unnest(commands) AS type FROM dead_letters")
+        return {row["type"] for row in rows} >= {command.type for command in forged}
 
-    await eventually(all_are_kept)
+    await eventually(are_all_dead_letters)
     assert await stack.stats() == before
     await stack.assert_sound()
 
 
-async def test_a_forged_command_gains_no_right_when_an_administrator_replays_it(
+async def test_a_replay_by_an_administrator_gives_a_forged_command_no_rights(
     stack_with_roles: Stack, servers_with_roles: Servers
 ) -> None:
     stack = stack_with_roles
     await stack.fill(1)
     async with await aio_pika.connect(servers_with_roles.amqp_url("gateway")) as connection:
-        (reply,) = await _ask(
+        (reply,) = await _send_commands(
             connection, topology.COMMANDS, topology.ALLOCATOR_MAINTENANCE.name, [RecordDeletion(sandbox_id="1")]
         )
     assert isinstance(reply, Refused)
 
-    async def is_kept() -> bool:
+    async def is_dead_letter() -> bool:
         return bool(await stack.database.fetchval("SELECT count(*) = 1 FROM dead_letters"))
 
-    await eventually(is_kept)
+    await eventually(is_dead_letter)
     dead_letter_id = await stack.database.fetchval("SELECT dead_letter_id FROM dead_letters")
     replayed = await stack.admin("POST", f"dead-letters/{dead_letter_id}/replay")
     assert (replayed.status_code, replayed.json()["detail"]["code"]) == (409, "NOT_REPLAYABLE")
     assert (await stack.admin("DELETE", f"dead-letters/{dead_letter_id}")).status_code == 200
 
 
-async def _ask(
+async def _send_commands(
     connection: aio_pika.abc.AbstractConnection,
     exchange: topology.Exchange,
     queue: str,
     commands: Sequence[Command],
 ) -> Sequence[Reply]:
-    """The replies to one envelope. Its headers are those of a message that RabbitMQ moved from another exchange."""
+    """Send an envelope and return its replies. Its headers imitate dead-lettering from another exchange."""
     others = [sender.name for sender in SENDS.values() if sender is not exchange]
     headers: FieldTable = {
         "x-death": [
@@ -390,13 +389,13 @@ async def _ask(
     }
     replies: asyncio.Future[AbstractIncomingMessage] = asyncio.get_running_loop().create_future()
 
-    async def answered(message: AbstractIncomingMessage) -> None:
+    async def store_reply(message: AbstractIncomingMessage) -> None:
         replies.set_result(message)
 
     async with connection.channel() as channel, asyncio.timeout(60):
         own = await channel.declare_queue(exclusive=True)
         await own.bind(topology.REPLIES.name, own.name)
-        await own.consume(answered, no_ack=True)
+        await own.consume(store_reply, no_ack=True)
         sender = await channel.get_exchange(exchange.name, ensure=False)
         envelope = aio_pika.Message(encode_commands(commands), reply_to=own.name, headers=headers)
         await sender.publish(envelope, queue)
@@ -404,14 +403,14 @@ async def _ask(
 
 
 @pytest.mark.parametrize("user", SENDS)
-async def test_a_user_reaches_no_other_exchange_by_a_detour(servers_with_roles: Servers, user: str) -> None:
+async def test_a_user_cannot_reach_other_exchanges_indirectly(servers_with_roles: Servers, user: str) -> None:
     url = servers_with_roles.amqp_url(user)
     connection = await aio_pika.connect(url)
     async with connection:
         for name in [*(exchange.name for exchange in topology.EXCHANGES), DEFAULT]:
             if name in PUBLISHES[user]:
                 continue
-            # What its own queue drops or rejects would go on to that exchange.
+            # Dead-lettering from its own queue to the exchange.
             channel = await open_channel(connection, confirms=False)
             with pytest.raises(ChannelAccessRefused):
                 await channel.queue_declare(
@@ -421,15 +420,15 @@ async def test_a_user_reaches_no_other_exchange_by_a_detour(servers_with_roles: 
                         "x-dead-letter-routing-key": topology.ALLOCATOR_MAINTENANCE.name,
                     },
                 )
-            # What comes to an exchange that it may read would go on to that exchange.
+            # A binding from an exchange with read permission to the exchange.
             channel = await open_channel(connection, confirms=False)
             with pytest.raises(ChannelAccessRefused):
                 await channel.exchange_bind(name, topology.REPLIES.name, routing_key="key")
-            # What no queue takes would go on to that exchange.
+            # The exchange as the alternate exchange for unroutable messages.
             channel = await open_channel(connection, confirms=False)
             with pytest.raises(ChannelAccessRefused):
                 await channel.exchange_declare("amq.gen-mine", arguments={"alternate-exchange": name})
-        # Nor may it pass for another user.
+        # Another user id in the message properties.
         channel = await open_channel(connection, confirms=True)
         with pytest.raises(ChannelPreconditionFailed):
             await channel.basic_publish(
@@ -438,7 +437,7 @@ async def test_a_user_reaches_no_other_exchange_by_a_detour(servers_with_roles: 
 
 
 @pytest.mark.parametrize("user", CONSUMES)
-async def test_a_user_may_not_change_the_topology(servers_with_roles: Servers, user: str) -> None:
+async def test_a_user_cannot_change_the_topology(servers_with_roles: Servers, user: str) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
         for queue in topology.QUEUES:
@@ -457,8 +456,8 @@ async def test_a_user_may_not_change_the_topology(servers_with_roles: Servers, u
             await channel.queue_declare("mine", durable=True)
 
 
-@pytest.mark.parametrize("user", ASKS)
-async def test_a_user_may_listen_to_nothing_but_replies(servers_with_roles: Servers, user: str) -> None:
+@pytest.mark.parametrize("user", RECEIVES_REPLIES)
+async def test_a_user_can_bind_its_queue_to_replies_only(servers_with_roles: Servers, user: str) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
         channel = await open_channel(connection, confirms=False)
@@ -471,7 +470,7 @@ async def test_a_user_may_listen_to_nothing_but_replies(servers_with_roles: Serv
                     await channel.queue_bind(own, exchange.name, "#")
 
 
-async def test_the_autoscaler_may_ask_how_long_a_queue_is(servers_with_roles: Servers) -> None:
+async def test_the_autoscaler_can_read_the_length_of_a_queue(servers_with_roles: Servers) -> None:
     connection = await aio_pika.connect(servers_with_roles.amqp_url("keda"))
     async with connection:
         channel = await open_channel(connection, confirms=False)

@@ -1,4 +1,4 @@
-"""Gateways are replaced one by one under load: no request fails, though nobody tries one again."""
+"""Rolling restart of the gateways under load: no request fails, without any retries."""
 
 import asyncio
 import random
@@ -15,15 +15,15 @@ from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.testing import NewDatabase, NewVhost
 from devstack.wire import connected
-from tests.integration.stack import Stack, eventually, running, track
+from tests.integration.stack import Stack, eventually, run_stack, track_headers
 
 GATEWAYS = ("gateway-1", "gateway-2")
 CONNECTIONS = 200
 PERIODS = 1 + 2 * len(GATEWAYS)
-"""Before, and for each gateway while it is away and after it has come back. In each everybody is somebody new."""
+"""One period before the restarts, and two per gateway: during its stop and after its return."""
 PAUSE_SEC = 2.0
 DRAIN_SEC = 10
-"""HAProxy looks ten times a second; the rest is for a crowded machine."""
+"""Time for HAProxy, which polls every 100 ms, to notice the stop on a busy machine."""
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ async def stack(new_database: NewDatabase, new_vhost: NewVhost, ports: dict[str,
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings={"ALLOCATE_TIMEOUT_SEC": "60"}) as stack,
+        run_stack(database_url, amqp_url, settings={"ALLOCATE_TIMEOUT_SEC": "60"}) as stack,
     ):
         for name in GATEWAYS:
-            await start(stack, name, ports)
+            await start_gateway(stack, name, ports)
         yield stack
         for name in GATEWAYS:
             await stack.processes[name].stop(with_signal=signal.SIGINT)
@@ -48,45 +48,49 @@ async def stack(new_database: NewDatabase, new_vhost: NewVhost, ports: dict[str,
 @pytest.fixture
 async def proxy(stack: Stack, ports: dict[str, int]) -> AsyncIterator[Proxy]:
     try:
-        async with haproxy.before(ports, Terminal()) as proxy:
+        async with haproxy.start_haproxy(ports, Terminal()) as proxy:
             yield proxy
     except CannotRun as reason:
         pytest.fail(f"this test needs HAProxy: {reason}")
 
 
-async def start(stack: Stack, name: str, ports: dict[str, int]) -> None:
+async def start_gateway(stack: Stack, name: str, ports: dict[str, int]) -> None:
     settings = {"GATEWAY_PORT": str(ports[name]), "DRAIN_SEC": str(DRAIN_SEC)}
     await stack.start_service("gateway", name=name, settings=settings)
 
 
-class Class:
-    """Students on so many connections, who ask for their sandbox again and again."""
+class Clients:
+    """CONNECTIONS clients that allocate a sandbox again and again, as a new student in each period."""
 
     def __init__(self, url: str) -> None:
         self.period = 0
-        self.over = False
+        self.stopped = False
         self.leases: dict[str, str] = {}
         self.served: Counter[tuple[int, int]] = Counter()
-        """How often each connection was, in each period."""
+        """Number of responses by connection and period."""
         self.failures: list[str] = []
         self._url = url
 
-    async def attend(self) -> None:
+    async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(CONNECTIONS):
-                group.create_task(self._sit(number))
+                group.create_task(self._run_client(number))
 
-    async def _sit(self, number: int) -> None:
+    async def _run_client(self, number: int) -> None:
         async with connected(self._url) as client:
-            while not self.over:
+            while not self.stopped:
                 await asyncio.sleep(random.uniform(0, 2 * PAUSE_SEC))
                 period = self.period
                 student = f"student-{number}-{period}"
-                headers = "".join(f"{name}: {value}\r\n" for name, value in track(student).items())
+                headers = "".join(f"{name}: {value}\r\n" for name, value in track_headers(student).items())
                 try:
                     await client.send(f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
                     status, body = await client.response()
-                except (OSError, asyncio.IncompleteReadError, ValueError) as error:  # or the proxy's own answer
+                except (
+                    OSError,
+                    asyncio.IncompleteReadError,
+                    ValueError,
+                ) as error:  # ValueError: a response of the proxy
                     self.failures.append(f"{student}: {error!r}")
                     return
                 if status not in (200, 201):
@@ -95,41 +99,39 @@ class Class:
                     self.failures.append(f"{student} has two sandboxes")
                 self.served[number, period] += 1
 
-    async def everybody_was_served(self) -> bool:
+    async def are_all_served(self) -> bool:
         assert self.failures == []
         return all(self.served[number, self.period] for number in range(CONNECTIONS))
 
 
 @pytest.mark.timeout(400)
-async def test_gateways_are_replaced_and_no_request_fails(
-    stack: Stack, proxy: Proxy, ports: dict[str, int]
-) -> None:
+async def test_no_request_fails_during_a_rolling_restart(stack: Stack, proxy: Proxy, ports: dict[str, int]) -> None:
     await stack.fill(PERIODS * CONNECTIONS)
-    students = Class(proxy.url)
-    attending = asyncio.create_task(students.attend())
+    clients = Clients(proxy.url)
+    running = asyncio.create_task(clients.run())
     try:
-        await eventually(students.everybody_was_served)
+        await eventually(clients.are_all_served)
         for name in GATEWAYS:
 
-            async def is_back(name: str = name) -> bool:
-                return await proxy.up(name)
+            async def is_available(name: str = name) -> bool:
+                return await proxy.is_up(name)
 
-            students.period += 1
+            clients.period += 1
             stack.processes[name].send(signal.SIGTERM)
             assert await stack.processes[name].wait() == 0
-            await eventually(students.everybody_was_served)
-            students.period += 1
-            await start(stack, name, ports)
-            await eventually(is_back)
-            await eventually(students.everybody_was_served)
+            await eventually(clients.are_all_served)
+            clients.period += 1
+            await start_gateway(stack, name, ports)
+            await eventually(is_available)
+            await eventually(clients.are_all_served)
     finally:
-        students.over = True
-        await attending
+        clients.stopped = True
+        await running
 
-    assert students.failures == []
+    assert clients.failures == []
     rows = await stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
-    assert {row["holder"]: row["sandbox_id"] for row in rows} == students.leases
+    assert {row["holder"]: row["sandbox_id"] for row in rows} == clients.leases
     await stack.assert_sound()
-    states = await proxy.states()
+    states = await proxy.read_server_states()
     assert all(int(states[name]["stot"]) > CONNECTIONS for name in GATEWAYS)
     assert [(states[name]["wretr"], states[name]["wredis"]) for name in GATEWAYS] == [("0", "0")] * len(GATEWAYS)

@@ -6,7 +6,7 @@ import signal
 import httpx
 
 from devstack.ports import free_port
-from tests.integration.stack import Stack, eventually, track
+from tests.integration.stack import Stack, eventually, track_headers
 
 STUDENTS = [f"student-{number}" for number in range(5)]
 
@@ -23,7 +23,7 @@ async def test_a_504_leaves_no_partial_lease_and_a_retry_returns_the_lease(stack
     async def allocate(student: str) -> httpx.Response:
         return await stack.client.post(
             f"http://127.0.0.1:{port}/v1/allocate",
-            headers={**track(student), "Idempotency-Key": f"key-of-{student}"},
+            headers={**track_headers(student), "Idempotency-Key": f"key-of-{student}"},
         )
 
     try:

@@ -1,4 +1,4 @@
-"""A service that cannot work says so in one line, and what to set."""
+"""Invalid settings: the service exits with one line that names the variable."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ CSP = ["reaper", "csp_syncer"]
     [
         (DATABASE, "DATABASE_URL", None),
         (DATABASE, "DATABASE_URL", "nonsense"),
-        (DATABASE, "DATABASE_URL", "postgresql://nobody:secret@127.0.0.1:1/none"),
+        (DATABASE, "DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/none"),
         ([*DATABASE, *CSP], "AMQP_URL", None),
         ([*DATABASE, *CSP], "AMQP_URL", "http://127.0.0.1"),
         ([*DATABASE, *CSP], "AMQP_URL", "amqp://guest:secret@127.0.0.1:1/"),
@@ -36,7 +36,7 @@ CSP = ["reaper", "csp_syncer"]
         (["reaper"], "CLEANUP_CONCURRENCY", "many"),
     ],
 )
-async def test_a_wrong_setting_stops_the_service_with_one_line_that_names_it(
+async def test_an_invalid_setting_is_reported_in_one_line(
     database_url: str, amqp_url: str, modules: list[str], variable: str, value: str | None
 ) -> None:
     environment = {
@@ -56,8 +56,8 @@ async def test_a_wrong_setting_stops_the_service_with_one_line_that_names_it(
         settings = {**environment, PORTS[module]: str(free_port())}
         return await run([sys.executable, "-m", module], env=settings, cwd=ROOT / "tests")
 
-    for code, said in await asyncio.gather(*(start(module) for module in modules)):
+    for code, output in await asyncio.gather(*(start(module) for module in modules)):
         assert code == 2
-        assert len(said.splitlines()) == 1, said
-        assert variable in said
-        assert "secret" not in said
+        assert len(output.splitlines()) == 1, output
+        assert variable in output
+        assert "secret" not in output

@@ -16,7 +16,7 @@ from devstack.ports import free_port
 from devstack.private import wait_until
 from devstack.processes import run, spawn
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import ADMIN, ROOT, running, track
+from tests.integration.stack import ADMIN, ROOT, run_stack, track_headers
 
 CONFIGURATION = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
 OPERATOR = "127.0.0.4"
@@ -58,12 +58,12 @@ async def front(
 ) -> AsyncIterator[Front]:
     folder = tmp_path_factory.mktemp("haproxy")
     certificate = await make_certificate(folder)
-    program = await packages.program(["haproxy"], "haproxy", Terminal())
+    program = await packages.find_or_install(["haproxy"], "haproxy", Terminal())
     settings = {"TRUSTED_PROXIES": "127.0.0.1", "RATE_LIMIT": "200/minute"}
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=settings) as stack,
+        run_stack(database_url, amqp_url, settings=settings) as stack,
     ):
         await stack.fill(10)
         port, states_port = free_port(), free_port()
@@ -111,7 +111,7 @@ def adapted(changes: Mapping[str, str]) -> str:
 
 async def make_certificate(folder: Path) -> Path:
     """Return a file with a certificate for localhost and its key."""
-    openssl = await packages.program(["openssl"], "openssl", Terminal())
+    openssl = await packages.find_or_install(["openssl"], "openssl", Terminal())
     options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     options += ["-addext", "subjectAltName=DNS:localhost"]
     options += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")]
@@ -124,13 +124,13 @@ async def make_certificate(folder: Path) -> Path:
 
 async def test_a_student_is_served_over_tls(front: Front) -> None:
     async with front.client(STUDENT) as client:
-        lease = await client.post("/v1/allocate", headers=track("ada"))
+        lease = await client.post("/v1/allocate", headers=track_headers("ada"))
         assert lease.status_code == 201, lease.text
         assert lease.headers["Strict-Transport-Security"] == "max-age=31536000"
-        sandbox = await client.get(f"/v1/sandboxes/{lease.json()['sandbox_id']}", headers=track("ada"))
+        sandbox = await client.get(f"/v1/sandboxes/{lease.json()['sandbox_id']}", headers=track_headers("ada"))
         assert sandbox.status_code == 200
         released = await client.post(
-            f"/v1/sandboxes/{lease.json()['sandbox_id']}/mark-for-deletion", headers=track("ada")
+            f"/v1/sandboxes/{lease.json()['sandbox_id']}/mark-for-deletion", headers=track_headers("ada")
         )
         assert released.status_code == 200
 
@@ -178,7 +178,9 @@ async def test_connections_to_the_gateway_are_used_again_for_other_clients(front
     before = await front.counts()
     for number in range(20):
         async with front.client(STUDENT) as client:
-            assert (await client.get("/v1/sandboxes/0", headers=track(f"student-{number}"))).status_code == 404
+            assert (
+                await client.get("/v1/sandboxes/0", headers=track_headers(f"student-{number}"))
+            ).status_code == 404
     after = await front.counts()
     opened = int(after["connect"]) - int(before["connect"])
     reused = int(after["reuse"]) - int(before["reuse"])

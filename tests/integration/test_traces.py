@@ -16,8 +16,8 @@ from tests.integration.stack import (
     TRACK_TOKEN,
     Stack,
     eventually,
-    running,
-    track,
+    run_stack,
+    track_headers,
 )
 
 SERVER, CLIENT, CONSUMER = 2, 3, 5
@@ -42,7 +42,7 @@ async def traced_stack(
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=settings) as stack,
+        run_stack(database_url, amqp_url, settings=settings) as stack,
     ):
         yield stack
 
@@ -156,7 +156,7 @@ async def test_a_traceparent_of_a_client_is_ignored(stack: Stack, collector: Col
     sent = "4bf92f3577b34da6a3ce929d0e0e4736"
     response = await stack.client.post(
         f"{stack.url}/v1/allocate",
-        headers={**track("ada"), "traceparent": f"00-{sent}-00f067aa0ba902b7-01"},
+        headers={**track_headers("ada"), "traceparent": f"00-{sent}-00f067aa0ba902b7-01"},
     )
     await wait_for_spans(collector, response.headers["X-Request-ID"], "POST /v1/allocate")
     assert collector.find_trace(sent) == []
@@ -176,7 +176,7 @@ async def test_the_broker_works_without_its_collector(new_database: NewDatabase,
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, settings=settings) as stack,
+        run_stack(database_url, amqp_url, settings=settings) as stack,
     ):
         await stack.fill(3)
         lease = (await stack.allocate("ada")).json()

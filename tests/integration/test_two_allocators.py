@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, running
+from tests.integration.stack import Stack, eventually, run_stack
 
 LAUNCHER = str(Path(__file__).with_name("parallel_consumers.py"))
 
@@ -19,7 +19,7 @@ async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator
     async with (
         new_database() as database_url,
         new_vhost() as amqp_url,
-        running(database_url, amqp_url, launcher=(LAUNCHER,)) as stack,
+        run_stack(database_url, amqp_url, launcher=(LAUNCHER,)) as stack,
     ):
         await stack.start_service("allocator", name="second allocator")
         yield stack

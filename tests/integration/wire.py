@@ -1,4 +1,4 @@
-"""HTTP byte for byte, for what clients refuse to send."""
+"""Raw HTTP requests, which HTTP clients would refuse to send."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     status: int
     headers: httpx.Headers
     body: bytes
@@ -25,12 +25,12 @@ class Answer:
 
     @property
     def error(self) -> tuple[int, str | None]:
-        """The status, and the code of what was refused."""
+        """Status and error code; the code is None for a success."""
         return self.status, None if self.status < 300 else self.json["detail"]["code"]
 
 
-def request(method: str, path: str, headers: Headers | Mapping[str, str]) -> bytes:
-    """A request after which the server closes the connection."""
+def build_request(method: str, path: str, headers: Headers | Mapping[str, str]) -> bytes:
+    """Build a request without a body. The server closes the connection after it."""
     if isinstance(headers, Mapping):
         headers = [(name.encode(), value.encode()) for name, value in headers.items()]
     fields = [(b"Host", b"gateway"), (b"Connection", b"close"), *headers]
@@ -38,15 +38,15 @@ def request(method: str, path: str, headers: Headers | Mapping[str, str]) -> byt
     return f"{method} {path} HTTP/1.1\r\n".encode() + head + b"\r\n"
 
 
-async def send(url: str, sent: bytes) -> Answer:
-    """Sends the bytes as they are, and reads until the server closes."""
+async def send_request(url: str, request: bytes) -> Response:
+    """Send the bytes unchanged and read until the server closes the connection."""
     async with asyncio.timeout(60), connected(url) as client:
-        client.writer.write(sent)
-        head, _, body = (await client.cut_off()).partition(b"\r\n\r\n")
+        client.writer.write(request)
+        head, _, body = (await client.read_to_end()).partition(b"\r\n\r\n")
     status_line, *lines = head.decode("latin-1").split("\r\n")
     version, status, *_ = status_line.split(" ")
     assert version == "HTTP/1.1"
     pairs = [line.partition(": ") for line in lines]
-    answer = Answer(int(status), httpx.Headers([(name, value) for name, _, value in pairs]), body)
-    assert int(answer.headers["Content-Length"]) == len(body)
-    return answer
+    response = Response(int(status), httpx.Headers([(name, value) for name, _, value in pairs]), body)
+    assert int(response.headers["Content-Length"]) == len(body)
+    return response

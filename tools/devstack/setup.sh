@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv with everything the project needs: the locked requirements, then our own packages, editable.
-# Does nothing when that was done before with the same requirements. Run from the repository's root.
+# Creates .venv with the locked requirements and the packages of this repository in editable mode. Does nothing if the
+# requirements have not changed since the last run. Run it in the root of the repository.
 set -eu
 
 venv=.venv
@@ -13,17 +13,17 @@ inputs() {
     echo tools/devstack/setup.sh
 }
 
-# Whether the interpreter is new enough and can make a virtual environment. It is run to find out: a version
-# manager's stand-in exists and still fails, and Debian takes ensurepip out of python3.
-suits() {
+# Succeeds for an interpreter that is new enough and can create a virtual environment. Executes it, because the shim of
+# a version manager can exist and fail, and Debian ships python3 without ensurepip.
+is_suitable() {
     "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# The distribution's first: a version manager has often built its own without the optimisations that make the tests
-# need a fifth less time.
+# Prefers the distribution's Python: version managers often build Python without optimisations, and the tests then take
+# 25 % longer.
 find_python() {
     for candidate in /usr/bin/python3 python3.13 python3.12 python3.11 python3 python3.14; do
-        if suits "$candidate"; then
+        if is_suitable "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -43,22 +43,22 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && "
 fi
 
 rm -f "$stamp"
-# A virtual environment that was moved, or whose interpreter is gone, cannot be repaired.
+# A virtual environment that was moved or has lost its interpreter must be created again.
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || { install_python && python=$(find_python); } || {
-        echo "setup: needs Python 3.11 or newer with venv (Debian, Ubuntu: apt-get install python3 python3-venv)" >&2
+        echo "setup: Python 3.11 or newer with venv is required (Debian, Ubuntu: apt-get install python3 python3-venv)" >&2
         exit 2
     }
-    echo "setup: making $venv with $("$python" --version)"
+    echo "setup: creating $venv with $("$python" --version)"
     rm -rf "$venv"
     "$python" -m venv "$venv"
 fi
 
-# By uv, which takes a fifth of the time; by pip where only pip knows an index. Compiled at once, like by pip: else
-# many processes that begin together would each compile the same.
+# Uses uv, which is five times faster, and falls back to pip, because an index may be configured for pip only. Compiles
+# the modules at once, because parallel test processes would otherwise each compile them.
 install() {
     UV_COMPILE_BYTECODE=1 "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@" && return
-    echo "setup: uv could not; once more with pip" >&2
+    echo "setup: uv failed; retrying with pip" >&2
     $pip install --quiet "$@"
 }
 
@@ -71,6 +71,6 @@ editable=
 for package in $ours; do editable="$editable -e ./$package"; done
 install --no-deps --no-build-isolation $editable
 
-# Last, and in one step: an interrupted set-up is taken up again.
+# Written last and atomically, so that an interrupted set-up runs again.
 echo "$want" >"$stamp.new"
 mv "$stamp.new" "$stamp"

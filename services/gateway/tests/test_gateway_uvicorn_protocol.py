@@ -54,7 +54,7 @@ async def test_an_unfinished_request_is_closed(sent: bytes) -> None:
     before = sample("broker_slow_clients_total", reason="request_unfinished")
     async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
         slow.writer.write(sent)
-        answer = await slow.cut_off()
+        answer = await slow.read_to_end()
         async with connected(url) as other:
             other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
@@ -72,7 +72,7 @@ async def test_a_slowly_sent_endless_request_is_closed() -> None:
                 await asyncio.sleep(SHORT_SEC / 20)
 
         dripping = asyncio.create_task(drip())
-        assert await slow.cut_off() == b""
+        assert await slow.read_to_end() == b""
         slow.writer.transport.abort()
         await dripping
 
@@ -94,7 +94,7 @@ async def test_waiting_and_idle_connections_stay_open() -> None:
         await called.wait()
         for _ in range(3):  # each closes after one client time-out
             async with connected(url) as silent:
-                await silent.cut_off()
+                await silent.read_to_end()
         go_on.set()
         assert await waiting.response() == (200, {})
         idle.writer.write(GET_HEALTH)
@@ -109,7 +109,7 @@ async def test_a_body_after_its_response_keeps_the_connection_open() -> None:
         client.writer.write(b"{}")
         for _ in range(3):
             async with connected(url) as silent:
-                await silent.cut_off()
+                await silent.read_to_end()
         client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
 
@@ -124,7 +124,7 @@ async def test_the_keep_alive_time_out_applies_after_a_late_body() -> None:
         client.writer.write(b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
         assert (await client.response())[0] == 401
         client.writer.write(b"{}")
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 async def test_a_client_that_does_not_read_is_closed() -> None:
@@ -149,7 +149,7 @@ async def test_an_endless_head_is_431() -> None:
         assert (status, body["detail"]["code"]) == (431, "HEADERS_TOO_LARGE")
         assert b"x-content-type-options: nosniff" in client.head
         assert body["detail"]["request_id"].encode() in client.head
-        assert await client.cut_off() == b""
+        assert await client.read_to_end() == b""
 
 
 async def test_an_endless_body_closes_the_connection() -> None:
@@ -180,7 +180,7 @@ async def test_connections_per_address_are_limited() -> None:
             status, body = await fourth.response()
             assert (status, body["detail"]["code"]) == (429, "RATE_LIMITED")
             assert b"retry-after: 5" in fourth.head
-            assert await fourth.cut_off() == b""
+            assert await fourth.read_to_end() == b""
         assert sample("broker_slow_clients_total", reason="too_many_connections") == before + 1
         first.writer.transport.abort()
         while True:  # the server closes the first connection a moment later

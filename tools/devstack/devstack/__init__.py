@@ -1,5 +1,4 @@
-"""`make run`: the whole broker on this machine, in the foreground.
+"""Development stack: `make run` starts the whole broker on this machine, in the foreground.
 
-The parts that start private servers (`PrivatePostgres`, `PrivateRabbitMQ`) and services (`spawn`) are used by
-the integration tests as well.
+Tests and benchmarks use the same private servers (`PrivatePostgres`, `PrivateRabbitMQ`) and processes (`spawn`).
 """

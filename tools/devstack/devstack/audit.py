@@ -1,7 +1,7 @@
-"""`python -m devstack.audit`: pip-audit over the locked requirements, where its vulnerability database answers.
+"""`python -m devstack.audit`: run pip-audit on the locked requirements.
 
-AUDIT_URL names another server with the query API of OSV, such as a mirror. A database that does not answer is one
-line and no failure, because `make check` must work without internet. A known vulnerability is a failure.
+A known vulnerability is a failure. An unreachable vulnerability database is not, because `make check` must work
+without internet. AUDIT_URL names another server with the query API of OSV, such as a mirror.
 """
 
 import json
@@ -24,11 +24,11 @@ _PROBE = {"package": {"name": "pip", "ecosystem": "PyPI"}, "version": "23.0"}
 
 
 def main(root: Path = ROOT) -> int:
-    return audit(sorted((root / "requirements").glob("*.txt")), os.environ.get("AUDIT_URL") or DATABASE_URL)
+    return audit_locks(sorted((root / "requirements").glob("*.txt")), os.environ.get("AUDIT_URL") or DATABASE_URL)
 
 
-def audit(locks: Sequence[Path], database_url: str) -> int:
-    """Return the exit status: 1 for a known vulnerability, or for requirements that pip-audit cannot read."""
+def audit_locks(locks: Sequence[Path], database_url: str) -> int:
+    """Return the exit status: 1 for a known vulnerability or for requirements unreadable to pip-audit."""
     obstacle = _probe(database_url)
     if obstacle is not None:
         return _report_unreachable(database_url, obstacle)
@@ -36,9 +36,9 @@ def audit(locks: Sequence[Path], database_url: str) -> int:
     failed = False
     for lock in locks:
         done = _run_pip_audit(lock, database_url)
-        found = _vulnerable_packages(done.stdout)
-        vulnerable.update(found)
-        if done.returncode != 0 and not found:
+        report = _vulnerable_packages(done.stdout)
+        vulnerable.update(report)
+        if done.returncode != 0 and not report:
             # The database may have become unreachable between two queries.
             obstacle = _probe(database_url)
             if obstacle is not None and not vulnerable:

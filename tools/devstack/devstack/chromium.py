@@ -1,4 +1,4 @@
-"""A Chromium, for the tests that look at a page as people do."""
+"""Chromium, for tests of a page in a real browser."""
 
 from devstack import packages
 from devstack.output import Terminal
@@ -6,6 +6,6 @@ from devstack.output import Terminal
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
-async def find(terminal: Terminal) -> str:
-    """The path of the program: the one on this machine, else that of Debian's package. Raises CannotRun."""
-    return await packages.program(_PROGRAMS, "chromium", terminal)
+async def find_chromium(terminal: Terminal) -> str:
+    """Return the path of Chromium. Installs Debian's package if it is missing. Raises CannotRun."""
+    return await packages.find_or_install(_PROGRAMS, "chromium", terminal)

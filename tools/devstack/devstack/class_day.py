@@ -1,17 +1,17 @@
-"""A day with four classes, as a plan: who comes when, who leaves without giving back, what goes wrong."""
+"""Schedule of a demo day: four classes, the behaviour of each student, and incidents."""
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BEGINS_MIN, ENDS_MIN = 8 * 60, 18 * 60
+DAY_START_MIN, DAY_END_MIN = 8 * 60, 18 * 60
 """Minutes since midnight."""
-ARRIVING_MIN = 6
-"""In which a class comes."""
-LEAVES_BEHIND = 0.12
-"""So many close the browser and give nothing back."""
-ASKS_AGAIN = 0.2
-"""So many start their lab once more, and are to get the sandbox they have."""
+ARRIVAL_MIN = 6
+"""All students of a class arrive within this time."""
+ABANDON_SHARE = 0.12
+"""Share of students who close the browser without a release."""
+REPEAT_SHARE = 0.2
+"""Share of students who start the lab a second time. The broker must return the same sandbox."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +36,44 @@ class Student:
     name: str
     track: str
     at_min: float
-    stays_min: float
-    gives_back: bool
-    asks_again: bool
+    stay_min: float
+    releases: bool
+    repeats_allocation: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """`what` is a method of the player's."""
-
     at_min: float
-    what: str
-    told: str
+    method: str
+    """Name of a method of `Player`."""
+    text: str
+    """Line for the terminal."""
 
 
 INCIDENTS = (
-    Incident(11 * 60 + 45, "fail_for_a_quarter", "CSP has a bad quarter of an hour"),
-    Incident(13 * 60 + 30, "supply", "new accounts are made in CSP"),
-    Incident(14 * 60, "send_nonsense", "a message comes that nobody can read"),
-    Incident(16 * 60, "list_half", "CSP lists half of its accounts"),
-    Incident(16 * 60 + 40, "list_all", "CSP lists all of them again"),
-    Incident(17 * 60, "refuse_token", "CSP refuses our token"),
-    Incident(17 * 60 + 20, "take_token", "CSP takes our token again"),
-    Incident(17 * 60 + 30, "use_old_token", "a track uses a token that was taken back"),
+    Incident(11 * 60 + 45, "fail_for_15_minutes", "CSP fails often for 15 minutes"),
+    Incident(13 * 60 + 30, "add_accounts", "an administrator creates accounts in CSP"),
+    Incident(14 * 60, "send_unreadable_message", "an unreadable message arrives"),
+    Incident(16 * 60, "list_half", "CSP lists only half of its accounts"),
+    Incident(16 * 60 + 40, "list_all", "CSP lists all accounts again"),
+    Incident(17 * 60, "refuse_token", "CSP rejects the token of the broker"),
+    Incident(17 * 60 + 20, "accept_token", "CSP accepts the token again"),
+    Incident(17 * 60 + 30, "use_revoked_token", "a track uses a revoked token"),
 )
 
 
-def students(day: int, chance: random.Random) -> Iterator[Student]:
+def generate_students(day: int, chance: random.Random) -> Iterator[Student]:
     for number, lesson in enumerate(LESSONS, 1):
         for seat in range(1, lesson.students + 1):
             yield Student(
                 name=f"day{day}-class{number}-student{seat}",
                 track=lesson.track,
-                at_min=lesson.at_min + ARRIVING_MIN * chance.random() ** 2,  # most come at the beginning
-                stays_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
-                gives_back=chance.random() >= LEAVES_BEHIND,
-                asks_again=chance.random() < ASKS_AGAIN,
+                at_min=lesson.at_min + ARRIVAL_MIN * chance.random() ** 2,  # most students arrive early
+                stay_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
+                releases=chance.random() >= ABANDON_SHARE,
+                repeats_allocation=chance.random() < REPEAT_SHARE,
             )
 
 
-def clock(minute: float) -> str:
+def format_time(minute: float) -> str:
     return f"{int(minute) // 60:02}:{int(minute) % 60:02}"

@@ -1,7 +1,7 @@
-"""PostgreSQL and RabbitMQ in containers, for the tests.
+"""PostgreSQL and RabbitMQ in containers, for tests.
 
-Apart from docker.py, which runs those of `make run` by Docker's own program in the foreground: here a library knows
-where an engine's ports are reached, and removes what a killed run has left.
+Uses testcontainers, which finds the address of the engine and removes the containers of a killed test run. `make
+run` uses docker.py instead, because its containers stay in the foreground.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from testcontainers.core.exceptions import ContainerConnectException
 
 from devstack import docker, postgres, rabbitmq
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.private import READY_SEC
 from devstack.settings import POSTGRES_IMAGE, RABBITMQ_IMAGE, Settings
 
@@ -28,52 +28,52 @@ _USER = "broker"
 
 @dataclass(frozen=True, slots=True)
 class Containers:
-    """What runs in one, as plain text that goes to another process; None for what does not."""
+    """URLs of the servers in containers, None for other servers. Plain text, for transfer between processes."""
 
     postgres_url: str | None = None
     amqp_url: str | None = None
     management_url: str | None = None
 
     @property
-    def database(self) -> Found | None:
-        return None if self.postgres_url is None else Found(self.postgres_url)
+    def database(self) -> Server | None:
+        return None if self.postgres_url is None else Server(self.postgres_url)
 
     @property
-    def broker(self) -> Found | None:
-        return None if self.amqp_url is None else Found(self.amqp_url, management=self.management_url)
+    def broker(self) -> Server | None:
+        return None if self.amqp_url is None else Server(self.amqp_url, management_url=self.management_url)
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Containers]:
-    """Until the end of the block, those of the two that no variable names; none where no engine answers.
+async def start_containers(settings: Settings) -> AsyncIterator[Containers]:
+    """Run a container for each server not named by a variable. Without a Docker engine, start none.
 
-    Raises CannotRun when an engine answers and one of them cannot be had from it.
+    Raises CannotRun if the engine cannot start a container.
     """
     all_named = settings.database_url is not None and settings.amqp_url is not None
-    if all_named or await docker.refusal() is not None:
+    if all_named or await docker.unavailable_reason() is not None:
         yield Containers()
         return
     password = secrets.token_urlsafe(12)
     async with AsyncExitStack() as stack:
-        # Both are started before one is waited for.
+        # Start both containers first, because they become ready in parallel.
         database = broker = None
         if settings.database_url is None:
             environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
             database = await stack.enter_async_context(
-                _started("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
+                _start_container("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
             )
         if settings.amqp_url is None:
             environment = {"RABBITMQ_DEFAULT_USER": _USER, "RABBITMQ_DEFAULT_PASS": password}
             broker = await stack.enter_async_context(
-                _started("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
+                _start_container("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
             )
-        postgres_url = None if database is None else await _postgres(database, password)
-        amqp_url, management_url = (None, None) if broker is None else await _rabbitmq(broker, password)
+        postgres_url = None if database is None else await _wait_for_postgres(database, password)
+        amqp_url, management_url = (None, None) if broker is None else await _wait_for_rabbitmq(broker, password)
         yield Containers(postgres_url, amqp_url, management_url)
 
 
 @asynccontextmanager
-async def _started(
+async def _start_container(
     variable: str, default: str, ports: list[int], environment: Mapping[str, str]
 ) -> AsyncIterator[DockerContainer]:
     image = os.environ.get(variable) or default
@@ -84,7 +84,7 @@ async def _started(
         await asyncio.to_thread(container.stop)
         reason = str(getattr(error, "explanation", None) or error).splitlines()[0]
         raise CannotRun(
-            f"Docker answers, but cannot run {image}: {reason}; set {variable} to an image that it has, "
+            f"Docker answers, but cannot run {image}: {reason}; set {variable} to an available image, "
             "or DATABASE_URL and AMQP_URL to servers"
         ) from None
     try:
@@ -93,20 +93,22 @@ async def _started(
         await asyncio.to_thread(container.stop)
 
 
-async def _postgres(container: DockerContainer, password: str) -> str:
+async def _wait_for_postgres(container: DockerContainer, password: str) -> str:
     server = f"postgresql://{_USER}:{password}@{await _address(container, 5432)}"
-    await _until_it_answers(container, lambda: postgres.refusal(f"{server}/postgres"))
+    await _wait_until_available(container, lambda: postgres.unavailable_reason(f"{server}/postgres"))
     return server
 
 
-async def _rabbitmq(container: DockerContainer, password: str) -> tuple[str, str]:
+async def _wait_for_rabbitmq(container: DockerContainer, password: str) -> tuple[str, str]:
     url = f"amqp://{_USER}:{password}@{await _address(container, 5672)}/"
     management = f"http://{_USER}:{password}@{await _address(container, 15672)}"
 
-    async def answers() -> str | None:
-        return await rabbitmq.refusal(url) or await _http_refusal(f"{management}/api/overview")
+    async def check() -> str | None:
+        return await rabbitmq.unavailable_reason(url) or await _http_unavailable_reason(
+            f"{management}/api/overview"
+        )
 
-    await _until_it_answers(container, answers)
+    await _wait_until_available(container, check)
     return url, management
 
 
@@ -115,7 +117,7 @@ async def _address(container: DockerContainer, port: int) -> str:
     return f"{host}:{await asyncio.to_thread(container.get_exposed_port, port)}"
 
 
-async def _http_refusal(url: str) -> str | None:
+async def _http_unavailable_reason(url: str) -> str | None:
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             (await client.get(url)).raise_for_status()
@@ -124,15 +126,15 @@ async def _http_refusal(url: str) -> str | None:
     return None
 
 
-async def _until_it_answers(container: DockerContainer, answers: Callable[[], Awaitable[str | None]]) -> None:
+async def _wait_until_available(container: DockerContainer, check: Callable[[], Awaitable[str | None]]) -> None:
     reason: str | None = None
     try:
         async with asyncio.timeout(READY_SEC):
-            while (reason := await answers()) is not None:
+            while (reason := await check()) is not None:
                 await asyncio.to_thread(container.reload)
                 if container.status == "exited":
-                    said = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")
-                    raise CannotRun(f"{container.image} ended: {' / '.join(said.splitlines()[-3:])}", status=1)
+                    output = b"".join(await asyncio.to_thread(container.get_logs)).decode(errors="replace")
+                    raise CannotRun(f"{container.image} ended: {' / '.join(output.splitlines()[-3:])}", status=1)
                 await asyncio.sleep(_BETWEEN_TRIES_SEC)
     except TimeoutError:
         raise CannotRun(f"{container.image} did not answer within {READY_SEC:.0f} s: {reason}", status=1) from None

@@ -1,8 +1,8 @@
-"""Lets a process kill or freeze itself at a named point, once told to: for tests that start a service with some of
-its functions wrapped.
+"""Crash points: a process kills or freezes itself at a named point.
 
-A file says where, as in `allocator: after commit` or `allocator: after commit, frozen`. Of several processes the
-first to reach the point removes the file and stops, as by `kill -9` or `kill -STOP`.
+Tests start a service with wrapped functions and write the point to a file, as in `allocator: after commit` or
+`allocator: after commit, frozen`. The first process to reach the point removes the file and sends itself SIGKILL or
+SIGSTOP.
 """
 
 import os
@@ -14,34 +14,34 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Crashes:
-    """Those of one process."""
+class CrashPoints:
+    """Crash points of one process."""
 
-    told: Path
+    file: Path
     module: str
 
-    def here(self, point: str) -> None:
-        """Stops the process if this is the point."""
+    def reach(self, point: str) -> None:
+        """Kill or freeze the process if the file names this point."""
         try:
-            where, _, how = self.told.read_text().partition(", ")
+            where, _, how = self.file.read_text().partition(", ")
             if where != f"{self.module}: {point}":
                 return
-            self.told.unlink()
+            self.file.unlink()
         except FileNotFoundError:
             return
         os.kill(os.getpid(), signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
 
-    def around(
+    def wrap(
         self, work: Callable[..., Awaitable[Any]], before: str | None, after: str | None
     ) -> Callable[..., Any]:
-        """The function, with a point before it and one after it."""
+        """Return `work` with a crash point before and after it."""
 
         async def wrapped(*arguments: Any, **named: Any) -> Any:
             if before:
-                self.here(before)
+                self.reach(before)
             result = await work(*arguments, **named)
             if after:
-                self.here(after)
+                self.reach(after)
             return result
 
         return wrapped

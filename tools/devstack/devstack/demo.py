@@ -1,4 +1,4 @@
-"""`make demo`: `make run`, with class days at a hundred times their speed: something to look at."""
+"""`make demo`: `make run` with simulated class days at 100 times their speed."""
 
 import asyncio
 import random
@@ -14,9 +14,9 @@ from aio_pika.exceptions import AMQPError
 
 from devstack import class_day, docker, pool, ports, prometheus
 from devstack import settings as environment
-from devstack.class_day import BEGINS_MIN, ENDS_MIN, Incident, Lesson, Student, clock
+from devstack.class_day import DAY_END_MIN, DAY_START_MIN, Incident, Lesson, Student, format_time
 from devstack.errors import CannotRun
-from devstack.main import SERVICES, Launcher, admin_token, run
+from devstack.main import SERVICES, Launcher, admin_token, run_stack
 from devstack.output import Terminal
 from devstack.settings import Settings
 from sandbox_broker.messaging.connection import open_connection
@@ -28,10 +28,10 @@ SCRAPE_SEC = 2.0
 _MINUTE_SEC = 60 / SPEED
 _ASK_AGAIN_SEC = 30 / SPEED
 _PATIENCE_MIN = 60
-"""How long a student whom nobody serves keeps trying; the script for a track gives up after two minutes."""
-_OLD_TOKEN_TRIES = 40
+"""A student retries for this time. The Instruqt script gives up after two minutes."""
+_REVOKED_TOKEN_REQUESTS = 40
 
-# Every duration of the services is as much shorter as the day is.
+# Durations of the services are divided by SPEED, like the day.
 DEFAULTS = {
     "LOG_LEVEL": "ERROR",
     "RATE_LIMIT": "",  # all students come from one address
@@ -49,31 +49,31 @@ DEFAULTS = {
 
 
 def main(root: Path = environment.ROOT) -> int:
-    return run("make demo", lambda: load(root=root), then=play, accounts=ACCOUNTS)
+    return run_stack("make demo", lambda: load(root=root), follow_up=play_days, accounts=ACCOUNTS)
 
 
 def load(environ: Mapping[str, str] | None = None, root: Path = environment.ROOT) -> Settings:
     settings = environment.load(environ, root, defaults=DEFAULTS, demo=True)
     if settings.csp_base_url is not None:
-        raise CannotRun("the demo is played on the CSP simulator; unset CSP_BASE_URL")
+        raise CannotRun("the demo needs the CSP simulator; unset CSP_BASE_URL")
     return settings
 
 
-async def play(launcher: Launcher, stack: AsyncExitStack) -> None:
-    """One day after the other, for ever."""
+async def play_days(launcher: Launcher, stack: AsyncExitStack) -> None:
+    """Play one day after another until the task is cancelled."""
     settings, terminal = launcher.settings, launcher.terminal
-    for line in await _where_to_look(settings, stack, terminal):
-        terminal.say(line)
+    for line in await _monitoring_lines(settings, stack, terminal):
+        terminal.print_line(line)
     async with httpx.AsyncClient(timeout=30, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
         player = Player(launcher, client, random.Random())
         day = 1
         while True:
-            await player.day(day)
+            await player.play_day(day)
             day += 1
 
 
 class Player:
-    """The students, CSP's moods, and whoever fills the pool overnight."""
+    """Plays the students, the incidents, and the administrator of the accounts in CSP."""
 
     def __init__(self, launcher: Launcher, client: httpx.AsyncClient, chance: random.Random) -> None:
         settings = launcher.settings
@@ -85,32 +85,32 @@ class Player:
         self._control = f"{settings.simulator_url}/_control"
         self._track_token = settings.tokens["BROKER_API_TOKEN"].split(",")[0].strip()
         self._admin_token = admin_token(settings)
-        self._began = 0.0
+        self._started_at = 0.0
         self._served = 0
-        self._turned_away = 0
+        self._unserved = 0
 
-    async def day(self, number: int) -> None:
-        self._began = time.monotonic()
-        self._served = self._turned_away = 0
-        self._tell(BEGINS_MIN, f"day {number} begins")
-        await self.supply()
+    async def play_day(self, number: int) -> None:
+        self._started_at = time.monotonic()
+        self._served = self._unserved = 0
+        self._print(DAY_START_MIN, f"day {number} begins")
+        await self.add_accounts()
         async with asyncio.TaskGroup() as tasks:
-            for student in class_day.students(number, self._chance):
+            for student in class_day.generate_students(number, self._chance):
                 tasks.create_task(self._attend(student))
             for lesson in class_day.LESSONS:
                 tasks.create_task(self._announce(lesson))
             for incident in class_day.INCIDENTS:
-                tasks.create_task(self._let_happen(incident))
-            tasks.create_task(self._sum_up())
+                tasks.create_task(self._play_incident(incident))
+            tasks.create_task(self._print_summary())
 
-    async def supply(self) -> None:
-        """As many accounts in CSP as the pool lacks."""
-        counts = await pool.stats(self._gateway, self._admin_token)
+    async def add_accounts(self) -> None:
+        """Create accounts in CSP until the pool has ACCOUNTS available sandboxes."""
+        counts = await pool.fetch_counts(self._gateway, self._admin_token)
         if counts is not None and counts["available"] < ACCOUNTS:
-            await self._csp("POST", "accounts", {"count": ACCOUNTS - counts["available"]})
+            await self._control_csp("POST", "accounts", {"count": ACCOUNTS - counts["available"]})
 
-    async def fail_for_a_quarter(self) -> None:
-        await self._csp("PUT", "script", {"name": "bad-day", "speed": SPEED})
+    async def fail_for_15_minutes(self) -> None:
+        await self._control_csp("PUT", "script", {"name": "bad-day", "speed": SPEED})
 
     async def send_nonsense(self) -> None:
         async with open_connection(self._amqp_url) as connection, connection.channel() as channel:
@@ -118,58 +118,58 @@ class Player:
             await channel.default_exchange.publish(message, "allocator.maintenance")
 
     async def list_half(self) -> None:
-        await self._csp("PATCH", "behaviour", {"listing_fraction": 0.5})
+        await self._control_csp("PATCH", "behaviour", {"listing_fraction": 0.5})
 
     async def list_all(self) -> None:
-        await self._csp("PATCH", "behaviour", {"listing_fraction": 1.0})
+        await self._control_csp("PATCH", "behaviour", {"listing_fraction": 1.0})
 
     async def refuse_token(self) -> None:
-        await self._csp("PATCH", "behaviour", {"reject_tokens": True})
+        await self._control_csp("PATCH", "behaviour", {"reject_tokens": True})
 
-    async def take_token(self) -> None:
-        await self._csp("PATCH", "behaviour", {"reject_tokens": False})
+    async def accept_token(self) -> None:
+        await self._control_csp("PATCH", "behaviour", {"reject_tokens": False})
 
-    async def use_old_token(self) -> None:
-        for _ in range(_OLD_TOKEN_TRIES):
-            await self._ask("allocate", "somebody", token="taken-back")
+    async def use_revoked_token(self) -> None:
+        for _ in range(_REVOKED_TOKEN_REQUESTS):
+            await self._post("allocate", "student-of-an-old-track", token="revoked-token")
 
     async def _announce(self, lesson: Lesson) -> None:
-        await self._until(lesson.at_min)
-        self._tell(lesson.at_min, f"{lesson.students} students come to {lesson.track}")
+        await self._sleep_until(lesson.at_min)
+        self._print(lesson.at_min, f"{lesson.students} students start {lesson.track}")
 
-    async def _let_happen(self, incident: Incident) -> None:
-        await self._until(incident.at_min)
-        self._tell(incident.at_min, incident.told)
-        happens: Callable[[], Awaitable[None]] = getattr(self, incident.what)
+    async def _play_incident(self, incident: Incident) -> None:
+        await self._sleep_until(incident.at_min)
+        self._print(incident.at_min, incident.text)
+        play: Callable[[], Awaitable[None]] = getattr(self, incident.method)
         try:
-            await happens()
+            await play()
         except (httpx.HTTPError, OSError, AMQPError) as error:
-            self._terminal.complain(f"The demo could not go on as planned: {type(error).__name__} {error}")
+            self._terminal.print_error(f"The demo skipped an incident: {type(error).__name__} {error}")
 
     async def _attend(self, student: Student) -> None:
-        await self._until(student.at_min)
+        await self._sleep_until(student.at_min)
         lease = await self._allocate(student)
         if lease is None:
-            self._turned_away += 1
+            self._unserved += 1
             return
         self._served += 1
-        if student.asks_again:
-            await self._ask("allocate", student.name, track=student.track)
-        await asyncio.sleep(student.stays_min * _MINUTE_SEC)
-        if student.gives_back:
-            await self._ask(f"sandboxes/{lease['sandbox_id']}/mark-for-deletion", student.name)
+        if student.repeats_allocation:
+            await self._post("allocate", student.name, track=student.track)
+        await asyncio.sleep(student.stay_min * _MINUTE_SEC)
+        if student.releases:
+            await self._post(f"sandboxes/{lease['sandbox_id']}/mark-for-deletion", student.name)
 
     async def _allocate(self, student: Student) -> dict[str, Any] | None:
-        gives_up = time.monotonic() + _PATIENCE_MIN * _MINUTE_SEC
-        while time.monotonic() < gives_up:
-            response = await self._ask("allocate", student.name, track=student.track)
+        deadline = time.monotonic() + _PATIENCE_MIN * _MINUTE_SEC
+        while time.monotonic() < deadline:
+            response = await self._post("allocate", student.name, track=student.track)
             if response is not None and response.is_success:
                 lease: dict[str, Any] = response.json()
                 return lease
             await asyncio.sleep(_ASK_AGAIN_SEC)
         return None
 
-    async def _ask(
+    async def _post(
         self, path: str, name: str, *, track: str | None = None, token: str | None = None
     ) -> httpx.Response | None:
         headers = {
@@ -182,48 +182,48 @@ class Player:
         except httpx.TransportError:
             return None
 
-    async def _csp(self, method: str, path: str, body: Any) -> None:
+    async def _control_csp(self, method: str, path: str, body: Any) -> None:
         (await self._client.request(method, f"{self._control}/{path}", json=body)).raise_for_status()
 
-    async def _until(self, minute: float) -> None:
-        await asyncio.sleep(self._began + (minute - BEGINS_MIN) * _MINUTE_SEC - time.monotonic())
+    async def _sleep_until(self, minute: float) -> None:
+        await asyncio.sleep(self._started_at + (minute - DAY_START_MIN) * _MINUTE_SEC - time.monotonic())
 
-    async def _sum_up(self) -> None:
-        await self._until(ENDS_MIN)
-        self._tell(ENDS_MIN, f"{self._served} students had a sandbox, {self._turned_away} had none")
+    async def _print_summary(self) -> None:
+        await self._sleep_until(DAY_END_MIN)
+        self._print(DAY_END_MIN, f"{self._served} students got a sandbox, {self._unserved} got none")
 
-    def _tell(self, minute: float, text: str) -> None:
-        self._terminal.line("class day", f"{clock(minute)}  {text}")
+    def _print(self, minute: float, text: str) -> None:
+        self._terminal.print_log_line("class day", f"{format_time(minute)}  {text}")
 
 
-async def _where_to_look(settings: Settings, stack: AsyncExitStack, terminal: Terminal) -> list[str]:
-    """Starts Prometheus where it is installed."""
-    day_sec = (ENDS_MIN - BEGINS_MIN) * _MINUTE_SEC
-    said = [f"Class days go by at {SPEED} times their speed, {day_sec / 60:.0f} minutes each, until Ctrl-C."]
+async def _monitoring_lines(settings: Settings, stack: AsyncExitStack, terminal: Terminal) -> list[str]:
+    """Start Prometheus if it is installed. Return lines with the addresses of Prometheus and Grafana."""
+    day_sec = (DAY_END_MIN - DAY_START_MIN) * _MINUTE_SEC
+    lines = [f"Class days run at {SPEED} times their speed, {day_sec / 60:.0f} minutes each, until Ctrl-C."]
     port = int(settings.environment.get("PROMETHEUS_PORT") or PROMETHEUS_PORT)
     services = {name: settings.ports[variable] for name, (_, variable) in SERVICES.items()}
-    if not prometheus.installed():
-        return [*said, "  Prometheus     is not installed: `apt install prometheus`, and again", ""]
+    if not prometheus.is_installed():
+        return [*lines, "  Prometheus     not installed; run `apt install prometheus`, then `make demo` again", ""]
     if not ports.is_free(port):
-        raise CannotRun(f"port {port} is taken by another program; set PROMETHEUS_PORT to a free one")
+        raise CannotRun(f"port {port} is in use by another program; set PROMETHEUS_PORT to a free port")
     running = await stack.enter_async_context(
-        prometheus.watching(
+        prometheus.start_prometheus(
             services, settings.state_directory / "prometheus", port, terminal, interval_sec=SCRAPE_SEC
         )
     )
-    said += [f"  Prometheus     {running.url}/graph", f"  alerts         {running.url}/alerts"]
-    if await docker.refusal() is None:
+    lines += [f"  Prometheus     {running.url}/graph", f"  alerts         {running.url}/alerts"]
+    if await docker.unavailable_reason() is None:
         grafana = settings.root / "deploy" / "grafana"
-        said += [
-            "  Grafana        http://127.0.0.1:3000/dashboards (admin, admin), after this in another terminal:",
+        lines += [
+            "  Grafana        http://127.0.0.1:3000/dashboards (admin, admin), started by this command:",
             "",
             "  docker run --rm --network host --add-host prometheus:127.0.0.1 \\"
             f"    -v {grafana}/datasources:/etc/grafana/provisioning/datasources:ro \\"
             f"    -v {grafana}/dashboards:/etc/grafana/provisioning/dashboards:ro grafana/grafana:12.2.0",
         ]
     else:
-        said.append("  Grafana        needs Docker, which does not answer; deploy/grafana has the dashboards")
-    return [*said, ""]
+        lines.append("  Grafana        needs Docker, which is not available; the dashboards are in deploy/grafana")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

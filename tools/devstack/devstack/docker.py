@@ -1,4 +1,4 @@
-"""Containers that live as long as we do."""
+"""Docker containers that end together with this process."""
 
 import os
 import shutil
@@ -14,24 +14,24 @@ from devstack.processes import Process, run, spawn
 _PULL_SEC = 1800.0
 
 
-async def refusal() -> str | None:
-    """Why Docker cannot be used, in one line; None when it can."""
+async def unavailable_reason() -> str | None:
+    """Return one line with the reason why Docker is not usable, or None if it is."""
     if shutil.which("docker") is None:
         return "not installed"
     try:
-        code, said = await run(["docker", "info", "--format", "{{.ServerVersion}}"], timeout=15)
+        code, output = await run(["docker", "info", "--format", "{{.ServerVersion}}"], timeout=15)
     except TimeoutError:
         return "does not answer"
     if code == 0:
         return None
-    return said.splitlines()[-1] if said else f"docker info ended with exit code {code}"
+    return output.splitlines()[-1] if output else f"docker info ended with exit code {code}"
 
 
 class Container:
-    """One container, its port published on a free port of 127.0.0.1, removed with its data on exit.
+    """Container with its port published on a free port of 127.0.0.1, removed with its data on exit.
 
-    The `docker run` that is its process stays in the foreground, so that a container that ends is noticed
-    like any other process, and so that it ends with us.
+    `docker run` stays in the foreground as a child process. The end of the container is therefore the end of a
+    process, and the container ends together with this process.
     """
 
     def __init__(self, name: str, image: str, *, port: int, env: Mapping[str, str], terminal: Terminal) -> None:
@@ -39,14 +39,14 @@ class Container:
         self.image = image
         self.process: Process | None = None
         self.published = 0
-        """The port on 127.0.0.1, once it has started."""
+        """Port on 127.0.0.1; 0 before the start."""
         self._port = port
         self._env = env
         self._terminal = terminal
 
     async def __aenter__(self) -> Self:
         await self._pull()
-        await self._remove()  # one that an earlier run could not remove
+        await self._remove()  # left by a killed run
         try:
             await self._start()
         except BaseException:
@@ -63,26 +63,26 @@ class Container:
         code, _ = await run(["docker", "image", "inspect", self.image])
         if code == 0:
             return
-        self._terminal.note(f"Docker: pulling {self.image}")
-        code, said = await run(["docker", "pull", "--quiet", self.image], timeout=_PULL_SEC)
+        self._terminal.print_step(f"Docker: pulling {self.image}")
+        code, output = await run(["docker", "pull", "--quiet", self.image], timeout=_PULL_SEC)
         if code != 0:
-            reason = said.splitlines()[-1] if said else f"exit code {code}"
+            reason = output.splitlines()[-1] if output else f"exit code {code}"
             raise CannotRun(f"Docker cannot pull {self.image}: {reason}", status=1)
 
     async def _start(self) -> None:
-        # Names without values: Docker takes them from its environment, where no list of processes shows them.
+        # Names only. Docker reads the values from its environment, because arguments are visible in process lists.
         names = [part for variable in self._env for part in ("--env", variable)]
         publish = f"127.0.0.1::{self._port}"
         self.process = await spawn(
             self.name,
             ["docker", "run", "--rm", "--name", self.name, "--publish", publish, *names, self.image],
             env={**os.environ, **self._env},
-            dies_with_us=signal.SIGTERM,
+            parent_death_signal=signal.SIGTERM,
         )
         while self.published == 0:
-            code, said = await run(["docker", "port", self.name, f"{self._port}/tcp"])
-            if code == 0 and said:
-                self.published = int(said.splitlines()[0].rpartition(":")[2])
+            code, output = await run(["docker", "port", self.name, f"{self._port}/tcp"])
+            if code == 0 and output:
+                self.published = int(output.splitlines()[0].rpartition(":")[2])
             elif not self.process.running:
                 await self.process.wait()
                 raise CannotRun(

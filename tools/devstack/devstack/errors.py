@@ -1,10 +1,10 @@
-"""What can stand in the way, said so that the reader knows what to do."""
+"""Errors of devstack for its user."""
 
 
 class CannotRun(Exception):
-    """One line for the person at the terminal; the exit status says whose move it is.
+    """`make run` cannot start or continue. The message is one line and names the remedy.
 
-    Status 2: something has to be set or installed first. Status 1: something that ran has failed.
+    Exit status 2: the user must set or install something. Exit status 1: a started component has failed.
     """
 
     def __init__(self, line: str, *, status: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""libfaketime, for tests that set the clock of a process wrong while it runs."""
+"""libfaketime, for tests that change the clock of a running process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 _DIRECTORIES = (Path("/usr/lib"), Path("/usr/local/lib"))
 
 
-async def library(terminal: Terminal) -> Path:
-    """The one on this machine, else that of Debian's package. Raises CannotRun."""
+async def find_library(terminal: Terminal) -> Path:
+    """Return the path of the library. Installs Debian's package if it is missing. Raises CannotRun."""
     found = _find()
     if found is None and packages.can_install():
         await packages.install("libfaketime", terminal)
@@ -23,32 +23,37 @@ async def library(terminal: Terminal) -> Path:
     return found
 
 
-def environment(library: Path, told: Path) -> Mapping[str, str]:
-    """For a process whose clock goes as the file tells; it looks once a second. The monotonic clock stays right, as
-    it does when somebody sets a clock. Python's time.sleep fails in such a process; asyncio's does not."""
+def build_environment(library: Path, offset_file: Path) -> Mapping[str, str]:
+    """Return the variables for a process whose clock has the offset in `offset_file`, read once per second.
+
+    The monotonic clock stays correct, as after a real change of the clock. Python's time.sleep fails in such a
+    process; asyncio.sleep works.
+    """
     return {
         "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(told),
+        "FAKETIME_TIMESTAMP_FILE": str(offset_file),
         "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "NO_FAKE_STAT": "1",
     }
 
 
-def tell(told: Path, wrong_by_sec: int) -> None:
-    """From now on the clock is ahead by so much, or behind."""
-    new = told.with_suffix(".new")
-    new.write_text(f"{wrong_by_sec:+d}\n")
-    new.replace(told)  # nobody reads half of it
+def set_offset(offset_file: Path, offset_sec: int) -> None:
+    """Set the offset of the clock in seconds: positive is ahead, negative is behind."""
+    new = offset_file.with_suffix(".new")
+    new.write_text(f"{offset_sec:+d}\n")
+    new.replace(offset_file)  # atomic, so a reader never sees a partial file
 
 
-def sweep() -> None:
-    """Removes the shared memory that killed processes have left."""
-    for left in _SHARED_MEMORY.glob("*faketime_s*_*"):
-        if not Path("/proc", left.name.rpartition("_")[2]).exists():
-            left.unlink(missing_ok=True)
+def remove_shared_memory() -> None:
+    """Remove the shared memory left by killed processes."""
+    for segment in _SHARED_MEMORY.glob("*faketime_s*_*"):
+        if not Path("/proc", segment.name.rpartition("_")[2]).exists():
+            segment.unlink(missing_ok=True)
 
 
 def _find() -> Path | None:
     patterns = (_LIBRARY, f"*/{_LIBRARY}")
-    return next((path for where in _DIRECTORIES for one in patterns for path in where.glob(one)), None)
+    return next(
+        (path for directory in _DIRECTORIES for pattern in patterns for path in directory.glob(pattern)), None
+    )

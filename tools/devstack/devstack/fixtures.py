@@ -1,6 +1,6 @@
-"""Fixtures for the tests of devstack itself: private servers, and settings that look at nothing else.
+"""Fixtures for the tests of devstack: private servers and isolated settings.
 
-A module of the package and no conftest.py, so that the type checker can tell it from other packages' fixtures.
+A module instead of a conftest.py, because mypy would confuse it with the conftest.py of other packages.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 
 class RecordingTerminal(Terminal):
-    """Keeps what is written instead of showing it."""
+    """Stores the lines instead of printing them."""
 
     def __init__(self) -> None:
         super().__init__(colours=False)
@@ -38,7 +38,7 @@ def terminal() -> RecordingTerminal:
 
 @pytest.fixture
 def settings_from(tmp_path: Path) -> Callable[..., Settings]:
-    """Settings of a clone in a temporary directory, with no more in the environment than is given."""
+    """Build settings of a clone in a temporary directory. The environment has only the given variables."""
 
     def make(**environ: str) -> Settings:
         return load(environ, root=tmp_path)
@@ -48,30 +48,30 @@ def settings_from(tmp_path: Path) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="session")
 def postgres_binaries() -> None:
-    _require("PostgreSQL", "postgresql", postgres.binaries)
+    _require("PostgreSQL", "postgresql", postgres.find_binaries)
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_binaries() -> None:
-    _require("RabbitMQ", "rabbitmq-server", rabbitmq.binaries)
+    _require("RabbitMQ", "rabbitmq-server", rabbitmq.find_binaries)
 
 
 @pytest.fixture(scope="session")
-def own_postgres_url(postgres_binaries: None) -> Iterator[str]:  # noqa: ARG001 - has them installed
-    """The superuser's URL of a private server that runs as long as the tests do."""
+def own_postgres_url(postgres_binaries: None) -> Iterator[str]:  # noqa: ARG001 - installs PostgreSQL or RabbitMQ
+    """URL of the superuser on a private server for the whole test session."""
     with _running(PrivatePostgres()) as server:
         yield server.url
 
 
 @pytest.fixture(scope="session")
-def own_amqp_url(rabbitmq_binaries: None) -> Iterator[str]:  # noqa: ARG001 - has them installed
+def own_amqp_url(rabbitmq_binaries: None) -> Iterator[str]:  # noqa: ARG001 - installs PostgreSQL or RabbitMQ
     with _running(PrivateRabbitMQ()) as server:
         yield server.url
 
 
 @contextmanager
 def _running(server: AbstractAsyncContextManager[S]) -> Iterator[S]:
-    # A loop of its own: the tests' loops end with each test.
+    # A separate event loop, because the loop of a test ends with the test.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         started = runner.run(server.__aenter__())
         try:

@@ -1,4 +1,4 @@
-"""HAProxy before several gateways, for the test that replaces them one by one."""
+"""HAProxy in front of several gateways, for the test of a rolling restart."""
 
 import csv
 import tempfile
@@ -15,8 +15,8 @@ from devstack.ports import free_port
 from devstack.private import wait_until
 from devstack.processes import spawn
 
-# It sends a request once and tells what came of it: nothing is tried again, here or on another server. It asks the
-# servers itself whether they are ready, and waits for answers as long as a crowded machine may take.
+# HAProxy sends each request once, without a retry on the same or another server. It probes /readyz of each gateway.
+# The time-outs allow for a busy machine.
 _CONFIGURATION = """
 global
     maxconn 2000
@@ -47,39 +47,41 @@ class Proxy:
     url: str
     _states: str
 
-    async def states(self) -> Mapping[str, Mapping[str, str]]:
-        """What HAProxy tells of each server, by the names of its CSV: `status`, `stot` (requests), `wretr` (tried
-        again), and many more."""
+    async def read_server_states(self) -> Mapping[str, Mapping[str, str]]:
+        """Return HAProxy's statistics of each server, by the names of its CSV columns.
+
+        Examples: `status`, `stot` (requests), `wretr` (retries).
+        """
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
-            answer = await client.get(f"{self._states}/;csv")
-        answer.raise_for_status()
-        rows = csv.DictReader(answer.text.removeprefix("# ").splitlines())
+            response = await client.get(f"{self._states}/;csv")
+        response.raise_for_status()
+        rows = csv.DictReader(response.text.removeprefix("# ").splitlines())
         return {row["svname"]: row for row in rows if row["pxname"] == "servers"}
 
-    async def up(self, name: str) -> bool:
-        return (await self.states())[name]["status"] == "UP"
+    async def is_up(self, name: str) -> bool:
+        return (await self.read_server_states())[name]["status"] == "UP"
 
 
 @asynccontextmanager
-async def before(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[Proxy]:
-    """HAProxy before servers on this machine, by name. Raises CannotRun where it cannot be had."""
-    program = await packages.program(["haproxy"], "haproxy", terminal)
+async def start_haproxy(ports: Mapping[str, int], terminal: Terminal) -> AsyncIterator[Proxy]:
+    """Run HAProxy in front of servers on this machine; `ports` is by server name. Raises CannotRun."""
+    program = await packages.find_or_install(["haproxy"], "haproxy", terminal)
     port, states_port = free_port(), free_port()
-    servers = "\n".join(f"    server {name} 127.0.0.1:{server}" for name, server in ports.items())
+    servers = "\n".join(f"    server {name} 127.0.0.1:{server_port}" for name, server_port in ports.items())
     proxy = Proxy(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{states_port}")
     with tempfile.TemporaryDirectory(prefix="sandbox-broker-haproxy-") as directory:
         file = Path(directory) / "haproxy.cfg"
         file.write_text(_CONFIGURATION.format(port=port, servers=servers, states_port=states_port))
         process = await spawn("haproxy", [program, "-db", "-f", file])
 
-        async def answers() -> str | None:
+        async def check() -> str | None:
             try:
-                return None if await proxy.states() else "it knows no servers"
+                return None if await proxy.read_server_states() else "it has no servers"
             except httpx.HTTPError as error:
                 return f"{type(error).__name__} {error}"
 
         try:
-            await wait_until(answers, process, "HAProxy")
+            await wait_until(check, process, "HAProxy")
             yield proxy
         finally:
             await process.stop()

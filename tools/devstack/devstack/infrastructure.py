@@ -1,7 +1,6 @@
-"""Find PostgreSQL and RabbitMQ, each on its own, in the order that the README promises.
+"""Find or start PostgreSQL and RabbitMQ, independently of each other, in the order given in the README.
 
-The variable if it is set; else what answers on this machine; else Docker; else Debian's packages; else a line
-that says what to do.
+The order: the variable, a server on this machine, Docker, Debian's packages. Otherwise an error names the remedies.
 """
 
 import asyncio
@@ -19,56 +18,57 @@ from devstack.private import wait_until
 from devstack.processes import Process
 from devstack.settings import Settings, digest
 
-# The queue that every running broker consumes from.
+# Every running broker consumes from this queue.
 _COMMANDS_QUEUE = "allocator.commands"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Something that answers."""
+class Server:
+    """A running PostgreSQL or RabbitMQ server."""
 
     url: str
-    """For PostgreSQL without a database, unless it is the one of DATABASE_URL."""
-    given: bool = False
-    """It was named by a variable, so that its content is not ours to replace."""
+    """For PostgreSQL without a database name, except for DATABASE_URL."""
+    user_supplied: bool = False
+    """Named by a variable, so devstack must not replace its content."""
     processes: tuple[Process, ...] = ()
-    """What we have started for it."""
-    management: str | None = None
-    """RabbitMQ's HTTP API with user and password, where we know of it."""
+    """Processes started for this server."""
+    management_url: str | None = None
+    """RabbitMQ's HTTP API with user and password; None if unknown."""
 
 
-async def find(
+async def find_servers(
     settings: Settings,
     terminal: Terminal,
     stack: AsyncExitStack,
     *,
-    database: Found | None = None,
-    broker: Found | None = None,
-) -> tuple[Found, Found]:
-    """PostgreSQL and RabbitMQ, unless they are given; what had to be started for them ends with the stack.
+    database: Server | None = None,
+    broker: Server | None = None,
+) -> tuple[Server, Server]:
+    """Return PostgreSQL and RabbitMQ. Servers started here end with `stack`.
 
-    Raises CannotRun when there is no way to have one of them.
+    `database` and `broker` are used instead of a search if given. Raises CannotRun if a server cannot be found or
+    started.
     """
-    # Looking comes before starting: a wrong variable is not to be found out after minutes of set-up.
+    # Check both servers before starting one, so that a wrong variable fails at once and not after a long set-up.
     database = database or await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
     broker = broker or await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
     if database is not None and broker is not None:
         return database, broker
-    no_docker = await docker.refusal()
+    no_docker = await docker.unavailable_reason()
     if no_docker is not None:
-        terminal.note(f"Docker: {no_docker}")
+        terminal.print_step(f"Docker: {no_docker}")
         missing = (["PostgreSQL"] if database is None else []) + (["RabbitMQ"] if broker is None else [])
-        await _have_binaries(missing, terminal)
-    database_stack, broker_stack = await _two_inside(stack)
+        await _install_missing(missing, terminal)
+    database_stack, broker_stack = await _enter_two_stacks(stack)
 
-    async def start_database() -> Found:
+    async def start_database() -> Server:
         if database is not None:
             return database
         if no_docker is None:
             return await _docker_postgres(settings, terminal, database_stack)
         return await _private_postgres(terminal, database_stack)
 
-    async def start_broker() -> Found:
+    async def start_broker() -> Server:
         if broker is not None:
             return broker
         if no_docker is None:
@@ -84,55 +84,57 @@ async def find(
     return database_task.result(), broker_task.result()
 
 
-async def take_over(broker: Found, terminal: Terminal) -> None:
-    """Makes a virtual host that we have merely come across fit for us; one that AMQP_URL names is left alone.
+async def claim_vhost(broker: Server, terminal: Terminal) -> None:
+    """Prepare the virtual host for this run: delete outdated queues.
 
-    Raises CannotRun when another broker runs there: the two would take each other's commands. (Whoever sets
-    AMQP_URL may want just that: further replicas.)
+    A virtual host named by AMQP_URL stays unchanged, because the user may want to add replicas to a running broker.
+    Raises CannotRun if another broker uses the virtual host, because the two would consume each other's commands.
     """
-    if broker.given:
+    if broker.user_supplied:
         return
     if await rabbitmq.has_consumers(broker.url, _COMMANDS_QUEUE):
         raise CannotRun(
-            f"another Sandbox Broker already uses RabbitMQ on {rabbitmq.place(broker.url)}; "
+            f"another Sandbox Broker already uses RabbitMQ on {rabbitmq.location(broker.url)}; "
             "stop it, or set AMQP_URL to another virtual host"
         )
     for name in await rabbitmq.delete_outdated(broker.url):
-        terminal.note(f"RabbitMQ: queue {name} was of another version, and is made anew")
+        terminal.print_step(f"RabbitMQ: deleted queue {name}, declared by another version")
 
 
-async def _named_database(settings: Settings, terminal: Terminal) -> Found | None:
+async def _named_database(settings: Settings, terminal: Terminal) -> Server | None:
     if settings.database_url is None:
         return None
-    reason = await postgres.refusal(settings.database_url)
+    reason = await postgres.unavailable_reason(settings.database_url)
     if reason is not None:
-        raise CannotRun(f"DATABASE_URL does not lead to a database that answers: {reason}")
-    terminal.note(f"PostgreSQL: DATABASE_URL, {postgres.place(settings.database_url)}")
-    return Found(settings.database_url, given=True)
+        raise CannotRun(f"cannot connect to DATABASE_URL: {reason}")
+    terminal.print_step(f"PostgreSQL: DATABASE_URL, {postgres.location(settings.database_url)}")
+    return Server(settings.database_url, user_supplied=True)
 
 
-async def _named_broker(settings: Settings, terminal: Terminal) -> Found | None:
+async def _named_broker(settings: Settings, terminal: Terminal) -> Server | None:
     if settings.amqp_url is None:
         return None
-    reason = await rabbitmq.refusal(settings.amqp_url)
+    reason = await rabbitmq.unavailable_reason(settings.amqp_url)
     if reason is not None:
-        raise CannotRun(f"AMQP_URL does not lead to a RabbitMQ that answers: {reason}")
-    terminal.note(f"RabbitMQ: AMQP_URL, {rabbitmq.place(settings.amqp_url)}")
-    return Found(settings.amqp_url, given=True)
+        raise CannotRun(f"cannot connect to AMQP_URL: {reason}")
+    terminal.print_step(f"RabbitMQ: AMQP_URL, {rabbitmq.location(settings.amqp_url)}")
+    return Server(settings.amqp_url, user_supplied=True)
 
 
-async def _local_postgres(settings: Settings, terminal: Terminal) -> Found | None:
+async def _local_postgres(settings: Settings, terminal: Terminal) -> Server | None:
     reason: str | None = None
     for server in settings.postgres_servers:
-        reason = await postgres.refusal(f"{server}/postgres") or await _cannot_create(f"{server}/postgres")
+        reason = await postgres.unavailable_reason(f"{server}/postgres") or await _missing_privilege(
+            f"{server}/postgres"
+        )
         if reason is None:
-            terminal.note(f"PostgreSQL: found on {postgres.place(server)}")
-            return Found(server)
-    terminal.note(f"PostgreSQL: none on {postgres.place(settings.postgres_servers[-1])} that lets us in ({reason})")
+            terminal.print_step(f"PostgreSQL: found on {postgres.location(server)}")
+            return Server(server)
+    terminal.print_step(f"PostgreSQL: no access on {postgres.location(settings.postgres_servers[-1])} ({reason})")
     return None
 
 
-async def _cannot_create(url: str) -> str | None:
+async def _missing_privilege(url: str) -> str | None:
     connection = await asyncpg.connect(url, timeout=5)
     try:
         allowed = await connection.fetchval(
@@ -140,20 +142,20 @@ async def _cannot_create(url: str) -> str | None:
         )
     finally:
         await connection.close(timeout=5)
-    return None if allowed else "the role may not create databases"
+    return None if allowed else "the role has no CREATEDB privilege"
 
 
-async def _local_rabbitmq(settings: Settings, terminal: Terminal) -> Found | None:
-    where = rabbitmq.place(settings.rabbitmq_server)
-    reason = await rabbitmq.refusal(settings.rabbitmq_server)
+async def _local_rabbitmq(settings: Settings, terminal: Terminal) -> Server | None:
+    location = rabbitmq.location(settings.rabbitmq_server)
+    reason = await rabbitmq.unavailable_reason(settings.rabbitmq_server)
     if reason is not None:
-        terminal.note(f"RabbitMQ: none on {where} that lets guest in ({reason})")
+        terminal.print_step(f"RabbitMQ: no access as guest on {location} ({reason})")
         return None
-    terminal.note(f"RabbitMQ: found on {where}")
-    return Found(settings.rabbitmq_server)
+    terminal.print_step(f"RabbitMQ: found on {location}")
+    return Server(settings.rabbitmq_server)
 
 
-async def _docker_postgres(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Found:
+async def _docker_postgres(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Server:
     password = secrets.token_urlsafe(12)
     container = await stack.enter_async_context(
         docker.Container(
@@ -166,12 +168,14 @@ async def _docker_postgres(settings: Settings, terminal: Terminal, stack: AsyncE
     )
     server = f"postgresql://postgres:{password}@127.0.0.1:{container.published}"
     assert container.process is not None
-    await wait_until(lambda: postgres.refusal(f"{server}/postgres"), container.process, settings.postgres_image)
-    terminal.note(f"PostgreSQL: {settings.postgres_image} in Docker, 127.0.0.1:{container.published}")
-    return Found(server, processes=(container.process,))
+    await wait_until(
+        lambda: postgres.unavailable_reason(f"{server}/postgres"), container.process, settings.postgres_image
+    )
+    terminal.print_step(f"PostgreSQL: {settings.postgres_image} in Docker, 127.0.0.1:{container.published}")
+    return Server(server, processes=(container.process,))
 
 
-async def _docker_rabbitmq(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Found:
+async def _docker_rabbitmq(settings: Settings, terminal: Terminal, stack: AsyncExitStack) -> Server:
     container = await stack.enter_async_context(
         docker.Container(
             f"{_container_prefix(settings)}-rabbitmq",
@@ -183,29 +187,29 @@ async def _docker_rabbitmq(settings: Settings, terminal: Terminal, stack: AsyncE
     )
     url = f"amqp://broker:broker@127.0.0.1:{container.published}/"
     assert container.process is not None
-    await wait_until(lambda: rabbitmq.refusal(url), container.process, settings.rabbitmq_image)
-    terminal.note(f"RabbitMQ: {settings.rabbitmq_image} in Docker, 127.0.0.1:{container.published}")
-    return Found(url, processes=(container.process,))
+    await wait_until(lambda: rabbitmq.unavailable_reason(url), container.process, settings.rabbitmq_image)
+    terminal.print_step(f"RabbitMQ: {settings.rabbitmq_image} in Docker, 127.0.0.1:{container.published}")
+    return Server(url, processes=(container.process,))
 
 
-async def _private_postgres(terminal: Terminal, stack: AsyncExitStack) -> Found:
+async def _private_postgres(terminal: Terminal, stack: AsyncExitStack) -> Server:
     server = await stack.enter_async_context(postgres.PrivatePostgres())
     assert server.process is not None
-    terminal.note(f"PostgreSQL: a private one from {postgres.binaries()}, 127.0.0.1:{server.port}")
-    return Found(server.url.removesuffix("/postgres"), processes=(server.process,))
+    terminal.print_step(f"PostgreSQL: private server from {postgres.find_binaries()}, 127.0.0.1:{server.port}")
+    return Server(server.url.removesuffix("/postgres"), processes=(server.process,))
 
 
-async def _private_rabbitmq(terminal: Terminal, stack: AsyncExitStack) -> Found:
+async def _private_rabbitmq(terminal: Terminal, stack: AsyncExitStack) -> Server:
     server = await stack.enter_async_context(rabbitmq.PrivateRabbitMQ())
     assert server.process is not None
-    terminal.note(f"RabbitMQ: a private one from {rabbitmq.binaries()}, 127.0.0.1:{server.port}")
-    return Found(server.url, processes=(server.process,))
+    terminal.print_step(f"RabbitMQ: private server from {rabbitmq.find_binaries()}, 127.0.0.1:{server.port}")
+    return Server(server.url, processes=(server.process,))
 
 
-async def _have_binaries(missing: Sequence[str], terminal: Terminal) -> None:
-    """Installs what is not there; raises CannotRun where that is not ours to do."""
-    look = {"PostgreSQL": postgres.binaries, "RabbitMQ": rabbitmq.binaries}
-    absent = [name for name in missing if look[name]() is None]
+async def _install_missing(missing: Sequence[str], terminal: Terminal) -> None:
+    """Install the missing servers from Debian's packages. Raises CannotRun without the permission to install."""
+    finders = {"PostgreSQL": postgres.find_binaries, "RabbitMQ": rabbitmq.find_binaries}
+    absent = [name for name in missing if finders[name]() is None]
     if absent and not packages.can_install():
         variables = {"PostgreSQL": "DATABASE_URL", "RabbitMQ": "AMQP_URL"}
         raise CannotRun(
@@ -214,12 +218,12 @@ async def _have_binaries(missing: Sequence[str], terminal: Terminal) -> None:
         )
     for name in absent:
         await packages.install({"PostgreSQL": "postgresql", "RabbitMQ": "rabbitmq-server"}[name], terminal)
-        if look[name]() is None:
-            raise CannotRun(f"{name}: its package is installed, but its programs are not where they were expected")
+        if finders[name]() is None:
+            raise CannotRun(f"{name}: the package is installed, but its programs were not found")
 
 
-async def _two_inside(stack: AsyncExitStack) -> tuple[AsyncExitStack, AsyncExitStack]:
-    """A stack for each of two tasks that start things at the same time."""
+async def _enter_two_stacks(stack: AsyncExitStack) -> tuple[AsyncExitStack, AsyncExitStack]:
+    """Return a nested stack for each of two concurrent tasks, because one stack is not safe for both."""
     return await stack.enter_async_context(AsyncExitStack()), await stack.enter_async_context(AsyncExitStack())
 
 

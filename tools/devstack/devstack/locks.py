@@ -1,6 +1,6 @@
-"""`python -m devstack.locks`: is every requirement of the pyproject files pinned where it is locked?
+"""`python -m devstack.locks`: check that the lock files pin every requirement of the pyproject files.
 
-It needs no network, so it says nothing about requirements of requirements; `make lock` settles those.
+The check works offline and ignores indirect requirements. `make lock` resolves those.
 """
 
 import re
@@ -20,16 +20,16 @@ _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.MULTIL
 
 
 def main() -> int:
-    found = list(problems(ROOT))
-    for problem in found:
+    problems = list(find_problems(ROOT))
+    for problem in problems:
         print(problem, file=sys.stderr)
-    if found:
+    if problems:
         print("`make lock` renews the locked requirements", file=sys.stderr)
-    return 1 if found else 0
+    return 1 if problems else 0
 
 
-def problems(root: Path) -> Iterator[str]:
-    """A line for each requirement that is missing or pinned to a version it excludes."""
+def find_problems(root: Path) -> Iterator[str]:
+    """Yield a line for each requirement without a pin or with a pin outside its range."""
     ours = {str(_project(path)["project"]["name"]): path for path in _packages(root)}
     for lock, path in _locks(root).items():
         pins = {canonicalize_name(name): version for name, version in _PINNED.findall(lock.read_text())}
@@ -38,11 +38,11 @@ def problems(root: Path) -> Iterator[str]:
             if pinned is None:
                 yield f"{lock.relative_to(root)} lacks {requirement}"
             elif pinned not in requirement.specifier:
-                yield f"{lock.relative_to(root)} pins {requirement.name} {pinned}, wanted is {requirement}"
+                yield f"{lock.relative_to(root)} pins {requirement.name} {pinned}, but {requirement} is required"
 
 
 def _locks(root: Path) -> dict[Path, Path]:
-    """Each locked file, and the pyproject file it is made from."""
+    """Return each lock file with its pyproject file."""
     services = {
         root / "requirements" / f"{name}.txt": root / "services" / name / "pyproject.toml" for name in SERVICES
     }
@@ -55,7 +55,7 @@ def _packages(root: Path) -> Iterator[Path]:
 
 
 def _requirements(path: Path, ours: dict[str, Path]) -> Iterator[Requirement]:
-    """Those of the project and of our own packages it uses, and its development group."""
+    """Yield the requirements of a project, of its development group and of the workspace packages it uses."""
     project = _project(path)
     declared = [
         *project["project"].get("dependencies", []),

@@ -1,4 +1,4 @@
-"""Start everything in order, tell where it is, watch it, and stop it in order."""
+"""Run the broker: start all processes in order, print a summary, supervise them, stop them in order."""
 
 import asyncio
 import fcntl
@@ -16,7 +16,7 @@ from devstack import database, infrastructure, local_tokens, pool, ports, proces
 from devstack import settings as environment
 from devstack.errors import CannotRun
 from devstack.output import Terminal
-from devstack.processes import Process, ProcessDied, spawn, unless_one_dies
+from devstack.processes import Process, ProcessDied, run_unless_process_dies, spawn
 from devstack.settings import Settings
 
 SERVICES = {
@@ -25,91 +25,104 @@ SERVICES = {
     "reaper": ("reaper", "REAPER_PORT"),
     "csp-syncer": ("csp_syncer", "CSP_SYNCER_PORT"),
 }
-"""Name, module, and the variable of its port."""
+"""Service name -> module and variable of the port."""
 
 ACCOUNTS = 50
 _MIGRATE_SEC = 120.0
 
-Then = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
-"""What is done once everything runs, for as long as it takes."""
+FollowUp = Callable[["Launcher", AsyncExitStack], Coroutine[Any, Any, None]]
+"""Work that begins after the start and continues until the run stops."""
 
 
 def main(root: Path = environment.ROOT) -> int:
-    return run("make run", lambda: environment.load(root=root))
+    return run_stack("make run", lambda: environment.load(root=root))
 
 
-def run(name: str, load: Callable[[], Settings], *, then: Then | None = None, accounts: int = ACCOUNTS) -> int:
-    """The exit status: 0 stopped by its user, 1 something failed, 2 something has to be set or installed."""
-    # Tries that find nobody are ours to report, not the client library's.
+def run_stack(
+    name: str, load: Callable[[], Settings], *, follow_up: FollowUp | None = None, accounts: int = ACCOUNTS
+) -> int:
+    """Run until Ctrl-C.
+
+    Return the exit status: 0 stopped by the user, 1 a component failed, 2 the user must set or install something.
+    """
+    # The probes of this package report failed connections, so the client library must not log them too.
     logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
     logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     terminal = Terminal()
     try:
-        return asyncio.run(_run_until_stopped(local_tokens.complete(load()), terminal, then, accounts))
+        return asyncio.run(
+            _run_until_stopped(local_tokens.add_generated_tokens(load()), terminal, follow_up, accounts)
+        )
     except CannotRun as reason:
         sys.stdout.flush()
         print(f"{name}: {reason}", file=sys.stderr)
         return reason.status
 
 
-async def _run_until_stopped(settings: Settings, terminal: Terminal, then: Then | None, accounts: int) -> int:
+async def _run_until_stopped(
+    settings: Settings, terminal: Terminal, follow_up: FollowUp | None, accounts: int
+) -> int:
     async with AsyncExitStack() as stack:
-        work = asyncio.create_task(_work(settings, terminal, stack, then, accounts))
+        work = asyncio.create_task(_run_until_lost(settings, terminal, stack, follow_up, accounts))
         interruption = Interruption(work, terminal)
         interruption.listen()
-        # Signals cancel the work, never the stack that takes everything down again.
+        # Signals cancel the work and never the stack, because the stack stops all processes.
         try:
             await work
         except asyncio.CancelledError:
             if not interruption.requested:
                 raise
         except ProcessDied as death:
-            _report(death.process, terminal)
+            _print_death(death.process, terminal)
             return 1
         finally:
             interruption.requested = True
-    terminal.say("Everything that was started has stopped.")
+    terminal.print_line("All processes have stopped.")
     return 0
 
 
-async def _work(
-    settings: Settings, terminal: Terminal, stack: AsyncExitStack, then: Then | None, accounts: int
+async def _run_until_lost(
+    settings: Settings, terminal: Terminal, stack: AsyncExitStack, follow_up: FollowUp | None, accounts: int
 ) -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
     _check_ports(settings)
     settings.state_directory.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(_only_run(settings))
+    stack.enter_context(_exclusive_run(settings))
     local_tokens.write_brokerctl_file(settings)
-    found_database, found_broker = await infrastructure.find(settings, terminal, stack)
-    await infrastructure.take_over(found_broker, terminal)
+    database_server, rabbitmq_server = await infrastructure.find_servers(settings, terminal, stack)
+    await infrastructure.claim_vhost(rabbitmq_server, terminal)
     dependencies_ready = time.monotonic()
-    started = [*found_database.processes, *found_broker.processes]
-    database_url = await unless_one_dies(database.prepare(settings, found_database), started)
-    launcher = Launcher(settings, database_url, found_broker.url, terminal)
+    started = [*database_server.processes, *rabbitmq_server.processes]
+    database_url = await run_unless_process_dies(database.prepare_database(settings, database_server), started)
+    launcher = Launcher(settings, database_url, rabbitmq_server.url, terminal)
 
     if settings.csp_base_url is None:
-        started.append(await launcher.simulator(accounts))
+        started.append(await launcher.start_simulator(accounts))
         stack.push_async_callback(processes.stop_all, started[-1:])
-    await unless_one_dies(launcher.migrate(), started)
-    services = [await launcher.service(name) for name in SERVICES]
+    await run_unless_process_dies(launcher.migrate(), started)
+    services = [await launcher.start_service(name) for name in SERVICES]
     stack.push_async_callback(processes.stop_all, services)
     started += services
-    await unless_one_dies(pool.wait_until_ready(_ready_urls(settings)), started)
+    await run_unless_process_dies(pool.wait_until_ready(_ready_urls(settings)), started)
 
-    obstacle = await unless_one_dies(
-        pool.fill(settings.gateway_url, admin_token(settings), force=settings.csp_base_url is None), started
+    obstacle = await run_unless_process_dies(
+        pool.fill_pool(settings.gateway_url, admin_token(settings), force=settings.csp_base_url is None), started
     )
     if obstacle is not None:
-        terminal.complain(f"The pool could not be filled: {obstacle}")
-    counts = await pool.stats(settings.gateway_url, admin_token(settings))
+        terminal.print_error(f"The pool could not be filled: {obstacle}")
+    counts = await pool.fetch_counts(settings.gateway_url, admin_token(settings))
     now = time.monotonic()
-    for line in summary.lines(settings, counts, seconds=now - began, set_up=dependencies_ready - began):
-        terminal.say(line)
-    await unless_one_dies(_until_lost(terminal, None if then is None else then(launcher, stack)), started)
+    for line in summary.summary_lines(
+        settings, counts, seconds=now - started_at, set_up=dependencies_ready - started_at
+    ):
+        terminal.print_line(line)
+    await run_unless_process_dies(
+        _wait_until_lost(terminal, None if follow_up is None else follow_up(launcher, stack)), started
+    )
 
 
-async def _until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
-    """Until the terminal is gone; raises what `work` raises meanwhile."""
+async def _wait_until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
+    """Wait until the terminal is closed. Runs `work` meanwhile and raises its exceptions."""
     tasks = [asyncio.create_task(terminal.lost.wait()), *([asyncio.create_task(work)] if work else [])]
     try:
         for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
@@ -122,7 +135,7 @@ async def _until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """Starts our own programs, each with the settings of this run."""
+    """Starts the services, the simulator and the migration with the settings of this run."""
 
     settings: Settings
     database_url: str
@@ -130,19 +143,19 @@ class Launcher:
     terminal: Terminal
 
     async def migrate(self) -> None:
-        """Raises CannotRun when the database could not be brought up to date."""
-        code, said = await processes.run(
+        """Migrate the database to the newest schema. Raises CannotRun if that fails."""
+        code, output = await processes.run(
             [sys.executable, "-m", "sandbox_broker.migrate"],
             env=self._environment(),
             cwd=self.settings.root,
             timeout=_MIGRATE_SEC,
-            on_line=lambda line: self.terminal.line("migrate", line),
+            on_line=lambda line: self.terminal.print_log_line("migrate", line),
         )
         if code != 0:
-            reason = said.splitlines()[-1] if said else f"exit code {code}"
-            raise CannotRun(f"the database could not be migrated: {reason}", status=1)
+            reason = output.splitlines()[-1] if output else f"exit code {code}"
+            raise CannotRun(f"the migration of the database failed: {reason}", status=1)
 
-    async def simulator(self, accounts: int) -> Process:
+    async def start_simulator(self, accounts: int) -> Process:
         port = self.settings.ports["CSP_SIMULATOR_PORT"]
         options = {
             "--host": "127.0.0.1",
@@ -154,7 +167,7 @@ class Launcher:
         arguments = [part for option in options.items() for part in option]
         return await self._start("csp-simulator", "csp_simulator", arguments)
 
-    async def service(self, name: str) -> Process:
+    async def start_service(self, name: str) -> Process:
         module, _ = SERVICES[name]
         return await self._start(name, module)
 
@@ -164,7 +177,7 @@ class Launcher:
             [sys.executable, "-m", module, *arguments],
             env=self._environment(),
             cwd=self.settings.root,
-            on_line=lambda line: self.terminal.line(name, line),
+            on_line=lambda line: self.terminal.print_log_line(name, line),
         )
 
     def _environment(self) -> dict[str, str]:
@@ -175,13 +188,13 @@ class Launcher:
             "DATABASE_URL": self.database_url,
             "AMQP_URL": self.amqp_url,
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
-            # On one machine the gateway's port is enough. An OPS_PORT in .env is for containers.
+            # One gateway port is enough on one machine. OPS_PORT in .env is for containers.
             "OPS_PORT": "",
         }
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM: the first one stops everything in order, a further Ctrl-C ends it at once."""
+    """Signal handling: the first signal stops all processes in order, a second Ctrl-C kills them."""
 
     def __init__(self, work: "asyncio.Task[Any]", terminal: Terminal) -> None:
         self.requested = False
@@ -196,24 +209,24 @@ class Interruption:
     def _on_signal(self, number: signal.Signals) -> None:
         if not self.requested:
             self.requested = True
-            self._terminal.say()
-            self._terminal.say("Stopping. Ctrl-C once more ends everything at once.")
+            self._terminal.print_line()
+            self._terminal.print_line("Stopping. Press Ctrl-C again to kill all processes at once.")
             self._work.cancel()
         elif number is signal.SIGINT:
-            # Only the keyboard: `make` and whoever ended it may both hand on the same SIGTERM.
+            # Only for Ctrl-C, because one SIGTERM can arrive twice: directly and passed on by `make`.
             processes.kill_all()
 
 
 @contextmanager
-def _only_run(settings: Settings) -> Iterator[None]:
-    """Holds a lock on the accounts file, which two simulators would overwrite for each other."""
+def _exclusive_run(settings: Settings) -> Iterator[None]:
+    """Hold a lock on the accounts file, because two simulators would overwrite each other's accounts."""
     path = Path(f"{database.accounts_file(settings)}.lock")
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CannotRun(
-                "`make run` is running in this clone already; another one needs a DATABASE_URL of its own"
+                "`make run` is already running in this clone; set DATABASE_URL to another database for a second run"
             ) from None
         yield
 
@@ -226,7 +239,7 @@ def _check_ports(settings: Settings) -> None:
         if port in wanted:
             raise CannotRun(f"{wanted[port]} and {name} are both {port}; set one of them to another port")
         if not all(ports.is_free(port, host=host) for host in settings.bind_hosts):
-            raise CannotRun(f"port {port} is taken by another program; set {name} to a free one")
+            raise CannotRun(f"port {port} is in use by another program; set {name} to a free port")
         wanted[port] = name
 
 
@@ -238,13 +251,13 @@ def _ready_urls(settings: Settings) -> dict[str, str]:
 
 
 def admin_token(settings: Settings) -> str:
-    """The first of those that may be listed."""
+    """Return the first admin token of the list."""
     return settings.tokens["BROKER_ADMIN_TOKEN"].split(",")[0].strip()
 
 
-def _report(process: Process, terminal: Terminal) -> None:
-    terminal.say()
-    terminal.complain(f"{process.name} {process.ending}. Its last lines:")
+def _print_death(process: Process, terminal: Terminal) -> None:
+    terminal.print_line()
+    terminal.print_error(f"{process.name} {process.ending}. Its last lines:")
     for line in list(process.tail)[-10:]:
-        terminal.say(f"    {line}")
-    terminal.complain("Stopping the rest.")
+        terminal.print_line(f"    {line}")
+    terminal.print_error("Stopping the other processes.")

@@ -1,4 +1,4 @@
-"""`python -m devstack.metrics_page`: docs/metrics.md, made from the metrics that each service registers."""
+"""`python -m devstack.metrics_page`: print docs/metrics.md, generated from the metrics of each service."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 MODULES = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
-"""Of each service."""
+"""Service name -> module."""
 
 _HEAD = """\
 <!-- Made by `make docs` from the metrics that the services register. -->
@@ -26,7 +26,7 @@ them is not: take `max` over the instances. What a service counts or measures of
 | --- | --- | --- | --- | --- |
 """
 
-# In a process of its own for each service: all of them in one would share what they register.
+# Runs in a separate process for each service, because prometheus_client has one registry per process.
 _LIST = """
 import importlib, json, sys
 from prometheus_client import REGISTRY
@@ -39,13 +39,13 @@ print(json.dumps([
 """
 
 
-def page() -> str:
-    found: dict[str, tuple[Any, list[str]]] = {}
+def render_page() -> str:
+    metrics: dict[str, tuple[Any, list[str]]] = {}
     for service, module in MODULES.items():
         listed = subprocess.run([sys.executable, "-c", _LIST, module], check=True, capture_output=True, text=True)
         for metric in json.loads(listed.stdout):
-            found.setdefault(metric[0], (metric, []))[1].append(service)
-    return _HEAD + "".join(_row(*found[name]) for name in sorted(found))
+            metrics.setdefault(metric[0], (metric, []))[1].append(service)
+    return _HEAD + "".join(_row(*metrics[name]) for name in sorted(metrics))
 
 
 def _row(metric: tuple[str, str, list[str], str], services: list[str]) -> str:
@@ -56,4 +56,4 @@ def _row(metric: tuple[str, str, list[str], str], services: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    sys.stdout.write(render_page())

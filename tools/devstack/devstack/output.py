@@ -1,4 +1,4 @@
-"""One terminal for many processes: whole lines, each tagged with who wrote it."""
+"""Terminal output of many processes: complete lines, each tagged with the name of its process."""
 
 import asyncio
 import os
@@ -11,28 +11,28 @@ _DIM, _RED = 2, 31
 
 
 class Terminal:
-    """Writes lines to one stream. It is called from one thread, so that lines never mix."""
+    """Writes lines to one stream. All calls come from one thread, so lines never mix."""
 
     def __init__(self, stream: BinaryIO | None = None, *, colours: bool | None = None, width: int = 13) -> None:
         self._stream = sys.stdout.buffer if stream is None else stream
         self._colours = _wants_colours(self._stream) if colours is None else colours
         self._width = width
         self.lost = asyncio.Event()
-        """The reader is gone (a closed terminal or pipe); whatever is still written goes nowhere."""
+        """Set after the terminal or pipe is closed. Further output is discarded."""
 
-    def line(self, tag: str, text: str) -> None:
-        """One line of a service's log."""
+    def print_log_line(self, tag: str, text: str) -> None:
+        """Print a log line of a process."""
         self._write(f"{self._paint(f'{tag:<{self._width}}│', _colour(tag))} {text}")
 
-    def say(self, text: str = "") -> None:
-        """A line of our own."""
+    def print_line(self, text: str = "") -> None:
+        """Print a line of devstack."""
         self._write(text)
 
-    def note(self, text: str) -> None:
-        """A step on the way, for whoever wants to follow."""
+    def print_step(self, text: str) -> None:
+        """Print a progress line in dim colour."""
         self._write(self._paint(f"• {text}", _DIM))
 
-    def complain(self, text: str) -> None:
+    def print_error(self, text: str) -> None:
         self._write(self._paint(text, _RED))
 
     def _paint(self, text: str, colour: int) -> str:

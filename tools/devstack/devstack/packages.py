@@ -1,4 +1,4 @@
-"""Packages of Debian and Ubuntu, installed when their programs are missing."""
+"""Installation of missing programs from packages of Debian and Ubuntu."""
 
 import asyncio
 import contextlib
@@ -15,52 +15,53 @@ from devstack.processes import run
 _INSTALL_SEC = 900.0
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _DATABASE = Path("/var/lib/dpkg")
-"""Of packages; who installs holds a lock on this directory."""
+"""dpkg's package database. An installation locks this directory."""
 
 
-async def program(names: Sequence[str], package: str, terminal: Terminal) -> str:
-    """The path of the first of them that is on this machine; else the package is installed. Raises CannotRun."""
-    found = find(names)
+async def find_or_install(names: Sequence[str], package: str, terminal: Terminal) -> str:
+    """Return the path of the first program found. Installs `package` if none is found. Raises CannotRun."""
+    found = find_program(names)
     if found is None and can_install():
         await install(package, terminal)
-        found = find(names)
+        found = find_program(names)
     if found is None:
-        raise CannotRun(f"no {', '.join(names)} found: install one of them")
+        raise CannotRun(f"{' or '.join(names)} not found: install it")
     return found
 
 
-def find(names: Sequence[str]) -> str | None:
-    """The path of the first of them that is on this machine, also where only root looks for programs."""
+def find_program(names: Sequence[str]) -> str | None:
+    """Return the path of the first program found in PATH or in the directories for root."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     return next((found for name in names if (found := shutil.which(name, path=path)) is not None), None)
 
 
 def can_install() -> bool:
-    """Whether this is Debian, or made of it, and we are root."""
+    """Return True for root on Debian or a derivative."""
     return os.geteuid() == 0 and Path("/etc/debian_version").exists() and shutil.which("apt-get") is not None
 
 
 async def install(package: str, terminal: Terminal) -> None:
-    """Installs a package without starting what it brings along, after whoever else installs one. Raises CannotRun
-    when apt-get fails."""
+    """Install a package without starting its services. Raises CannotRun if apt-get fails."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    async with _alone():
+    async with _exclusive_install():
         for command in (["update"], ["install", "-y", "--no-install-recommends", package]):
-            code, said = await run(
+            code, output = await run(
                 ["apt-get", "-q", "-o", f"DPkg::Lock::Timeout={_INSTALL_SEC:.0f}", *command],
                 env=environment,
                 timeout=_INSTALL_SEC,
-                on_line=lambda line: terminal.line("apt-get", line),
+                on_line=lambda line: terminal.print_log_line("apt-get", line),
             )
             if code != 0:
-                reason = said.splitlines()[-1] if said else f"exit code {code}"
+                reason = output.splitlines()[-1] if output else f"exit code {code}"
                 raise CannotRun(f"apt-get {command[0]} for {package} failed: {reason}", status=1)
 
 
 @contextlib.asynccontextmanager
-async def _alone() -> AsyncIterator[None]:
-    """One of our processes at a time: apt-get itself waits for no other that updates its lists, and the policy
-    must stay until the last is done."""
+async def _exclusive_install() -> AsyncIterator[None]:
+    """Serialize installations of several processes.
+
+    Two concurrent runs of `apt-get update` fail, and the policy file must exist until the last installation ends.
+    """
     directory = os.open(_DATABASE, os.O_RDONLY)
     try:
         while True:
@@ -69,15 +70,15 @@ async def _alone() -> AsyncIterator[None]:
                 break
             except BlockingIOError:
                 await asyncio.sleep(0.2)
-        with _nothing_started():
+        with _services_kept_stopped():
             yield
     finally:
         os.close(directory)
 
 
 @contextlib.contextmanager
-def _nothing_started() -> Iterator[None]:
-    """Debian asks this script before it starts a service; 101 means no. One that is there already stays."""
+def _services_kept_stopped() -> Iterator[None]:
+    """Write Debian's policy script, whose exit code 101 forbids the start of services. Keeps an existing one."""
     if _POLICY.exists():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a running broker is asked over HTTP: is it ready, fill the pool, what is in it."""
+"""HTTP requests to a running broker: readiness, sync of the pool, counts of the pool."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,32 +14,32 @@ _SYNC_SEC = 120.0
 
 
 async def wait_until_ready(urls: Mapping[str, str]) -> None:
-    """Returns when every URL has answered 200; raises CannotRun with the answers of those that did not."""
-    answers = dict.fromkeys(urls, "nothing yet")
+    """Wait until every URL responds with 200. Raises CannotRun with the last response of each other URL."""
+    last_responses = dict.fromkeys(urls, "no response yet")
 
-    async def ask(client: httpx.AsyncClient, name: str, url: str) -> None:
+    async def poll(client: httpx.AsyncClient, name: str, url: str) -> None:
         while True:
             try:
                 response = await client.get(url)
             except httpx.HTTPError as error:
-                answers[name] = f"{type(error).__name__} {error}".strip()
+                last_responses[name] = f"{type(error).__name__} {error}".strip()
             else:
                 if response.status_code == 200:
-                    del answers[name]
+                    del last_responses[name]
                     return
-                answers[name] = f"{response.status_code} {response.text[:300]}".strip()
+                last_responses[name] = f"{response.status_code} {response.text[:300]}".strip()
             await asyncio.sleep(_BETWEEN_TRIES_SEC)
 
     try:
         async with asyncio.timeout(READY_SEC), _client() as client:
-            await asyncio.gather(*(ask(client, name, url) for name, url in urls.items()))
+            await asyncio.gather(*(poll(client, name, url) for name, url in urls.items()))
     except TimeoutError:
-        late = "; ".join(f"{name} answers: {answer}" for name, answer in answers.items())
-        raise CannotRun(f"not ready within {READY_SEC:.0f} s: {late}", status=1) from None
+        failures = "; ".join(f"{name} responds: {response}" for name, response in last_responses.items())
+        raise CannotRun(f"not ready within {READY_SEC:.0f} s: {failures}", status=1) from None
 
 
-async def fill(gateway: str, admin_token: str, *, force: bool) -> str | None:
-    """Runs a sync. None when it was done, else what stood in its way."""
+async def fill_pool(gateway: str, admin_token: str, *, force: bool) -> str | None:
+    """Fill the pool by a sync. Return None, or the reason of a failure."""
     async with _client(admin_token, timeout=_SYNC_SEC) as client:
         try:
             response = await client.post(f"{gateway}/v1/admin/sync", params={"force": "true"} if force else None)
@@ -48,8 +48,8 @@ async def fill(gateway: str, admin_token: str, *, force: bool) -> str | None:
     return None if response.is_success else f"{response.status_code} {response.text[:300]}"
 
 
-async def stats(gateway: str, admin_token: str) -> dict[str, Any] | None:
-    """The counts per state; None when they cannot be had."""
+async def fetch_counts(gateway: str, admin_token: str) -> dict[str, Any] | None:
+    """Return the number of sandboxes by state, or None if the request fails."""
     async with _client(admin_token) as client:
         try:
             response = await client.get(f"{gateway}/v1/admin/stats")
@@ -62,5 +62,5 @@ async def stats(gateway: str, admin_token: str) -> dict[str, Any] | None:
 
 def _client(token: str | None = None, *, timeout: float = 5.0) -> httpx.AsyncClient:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    # A proxy in the environment is for the world outside, not for this machine.
+    # No proxy of the environment, because all requests stay on this machine.
     return httpx.AsyncClient(headers=headers, timeout=timeout, trust_env=False)

@@ -1,4 +1,4 @@
-"""Which TCP ports are free."""
+"""Free TCP ports."""
 
 import random
 import socket
@@ -6,34 +6,33 @@ from pathlib import Path
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 20_000
-_given: set[int] = set()
-# Not the shared generator: a test run that seeds it would give the same ports as the run beside it.
+_used: set[int] = set()
+# A separate generator, because two test runs that seed the shared one would choose the same ports.
 _random = random.SystemRandom()
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on, never the same one twice in this process.
+    """Return a port of 127.0.0.1 without a listener, each port only once per process.
 
-    It lies below the range from which the kernel takes the ports of outgoing connections, so that it is still
-    free after a server that had it was stopped and is to come back on it.
+    The port is below the kernel's range for outgoing connections, so it stays free while a server restarts.
     """
     highest = _lowest_ephemeral_port() - 1
     while True:
         port = _random.randint(_LOWEST, highest)
-        if port not in _given and is_free(port, host="127.0.0.1"):
-            _given.add(port)
+        if port not in _used and is_free(port, host="127.0.0.1"):
+            _used.add(port)
             return port
 
 
 def is_free(port: int, *, host: str = "") -> bool:
-    """Return whether a server could listen on the port now, on every IPv4 address or on `host`.
+    """Return True if a server could listen on the port now, on every IPv4 address or on `host`.
 
-    An IPv6 address that this machine does not have counts as free.
+    On a machine without IPv6, an IPv6 address counts as free.
     """
     if ":" in host and not _has_ipv6():
         return True
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do: connections that are winding down do not count, a listener does.
+        # Servers set this option too. It ignores closing connections, but not listeners.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

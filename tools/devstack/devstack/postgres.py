@@ -1,4 +1,4 @@
-"""PostgreSQL: does one answer, and a private one from the binaries on this machine."""
+"""PostgreSQL: connection check and private servers."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ import asyncpg
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port
-from devstack.private import account, make_directory, wait_until, write
+from devstack.private import make_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -21,15 +21,15 @@ _HOST = "127.0.0.1"
 _SUPERUSER = "postgres"
 
 
-async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
-    """Why the database does not answer, in one line; None when it does."""
+async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
+    """Return one line with the reason why a connection fails, or None if it succeeds."""
     try:
         if not urlsplit(url).hostname:
-            # asyncpg would look for one of its own choice.
-            return "it is not like postgresql://user:password@host:5432/database"
+            # Without a host, asyncpg would choose one itself.
+            return "the format is postgresql://user:password@host:5432/database"
         connection = await asyncpg.connect(driver_neutral(url), timeout=timeout)
     except TimeoutError:
-        return f"no answer within {timeout:.0f} s"
+        return f"no response within {timeout:.0f} s"
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     await connection.close(timeout=timeout)
@@ -37,18 +37,18 @@ async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
 
 
 def driver_neutral(url: str) -> str:
-    """The URL without SQLAlchemy's driver name, which asyncpg itself does not know."""
+    """Remove SQLAlchemy's driver name, because asyncpg does not accept it."""
     return url.replace("postgresql+asyncpg://", "postgresql://", 1)
 
 
-def place(url: str) -> str:
-    """Host, port and database, without the password."""
+def location(url: str) -> str:
+    """Return host, port and database of a URL, without the password."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 5432}{parts.path}".removesuffix("/")
 
 
-def binaries() -> Path | None:
-    """The directory of `initdb` and `postgres`: the newest of Debian's, else the one on PATH."""
+def find_binaries() -> Path | None:
+    """Return the directory of `initdb` and `postgres`: Debian's newest version, or the one in PATH."""
     versions = [
         path for path in _DEBIAN.glob("*/bin") if (path / "initdb").exists() and (path / "postgres").exists()
     ]
@@ -61,11 +61,10 @@ def binaries() -> Path | None:
 
 
 class PrivatePostgres:
-    """A PostgreSQL server of our own, on its own port, its files in a temporary directory, `within` another one if
-    that is named.
+    """Private PostgreSQL server with its own port and a temporary data directory, created in `within` if given.
 
-    As a context manager it starts on entry, and on exit ends and leaves nothing. It does not force its writes
-    to disk: they survive a kill, not the machine's end.
+    The context manager starts it and, on exit, stops it and removes all files. Writes are not synced to disk, so
+    they survive a kill of the server but not a crash of the machine.
     """
 
     def __init__(self, *, within: Path | None = None) -> None:
@@ -73,12 +72,12 @@ class PrivatePostgres:
         self.process: Process | None = None
         self._within = within
         self._password = secrets.token_urlsafe(12)
-        self._user = account("postgres")
+        self._user = service_account("postgres")
         self._directory: Path | None = None
 
     @property
     def url(self) -> str:
-        """Of the database `postgres`, as superuser."""
+        """URL of the database `postgres` for the superuser."""
         return f"postgresql://{_SUPERUSER}:{self._password}@{_HOST}:{self.port}/postgres"
 
     async def __aenter__(self) -> Self:
@@ -95,8 +94,8 @@ class PrivatePostgres:
         await self.close()
 
     async def start(self) -> None:
-        """Starts it, on the data it had if it ran before; returns when it answers SQL."""
-        binary = binaries()
+        """Start the server, after a stop with the same data. Returns after the first successful connection."""
+        binary = find_binaries()
         if binary is None:
             raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
         if self._directory is None:
@@ -108,18 +107,20 @@ class PrivatePostgres:
             env=_environment(),
             cwd=self._directory,
             user=self._user,
-            dies_with_us=signal.SIGINT,
+            parent_death_signal=signal.SIGINT,
         )
-        await wait_until(lambda: refusal(self.url), self.process, "the private PostgreSQL")
+        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private PostgreSQL")
 
     async def stop(self, *, immediately: bool = False) -> None:
-        """Ends it in order, without waiting for its clients; the data stays. `immediately` leaves out what the next
-        start can do as well."""
+        """Stop the server without waiting for clients and keep the data.
+
+        `immediately` skips the shutdown checkpoint; the next start then recovers from the log.
+        """
         if self.process is not None:
             await self.process.stop(with_signal=signal.SIGQUIT if immediately else signal.SIGINT)
 
     async def kill(self) -> None:
-        """Ends it as a crash would; the data stays."""
+        """Kill the server and keep the data."""
         if self.process is not None:
             self.process.kill()
             await self.process.wait()
@@ -129,7 +130,7 @@ class PrivatePostgres:
         await self.start()
 
     async def close(self) -> None:
-        """Ends it and removes its files."""
+        """Stop the server and remove its files."""
         await self.stop()
         if self._directory is None:
             return
@@ -140,9 +141,9 @@ class PrivatePostgres:
     async def _initialise(self, binary: Path, directory: Path) -> None:
         password_file = directory / "password"
         write(password_file, self._password, self._user)
-        # --no-locale: the C locale is the one that every machine has.
+        # --no-locale, because only the C locale exists on every machine.
         options = ["--no-sync", "--no-instructions", "--no-locale", "-E", "UTF8", "-U", _SUPERUSER]
-        code, said = await run(
+        code, output = await run(
             [
                 binary / "initdb",
                 "-D",
@@ -157,7 +158,7 @@ class PrivatePostgres:
             user=self._user,
         )
         if code != 0:
-            raise CannotRun(f"initdb ended with exit code {code}: {said.replace(chr(10), ' / ')}", status=1)
+            raise CannotRun(f"initdb ended with exit code {code}: {output.replace(chr(10), ' / ')}", status=1)
 
     def _options(self) -> list[str]:
         settings = {
@@ -165,22 +166,22 @@ class PrivatePostgres:
             "port": str(self.port),
             "unix_socket_directories": "",
             "fsync": "off",
-            # Into files: a pipe that a busy test does not read would fill and stop the server.
+            # Log to files, because a pipe not read by a busy test would fill up and block the server.
             "logging_collector": "on",
-            # In files of the data directory, so that a killed server leaves nothing in /dev/shm.
+            # Memory-mapped files in the data directory, so that a killed server leaves no files in /dev/shm.
             "dynamic_shared_memory_type": "mmap",
         }
         return [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
 
     async def _remove_shared_memory(self, pid_file: Path) -> None:
-        """A killed server leaves a System V segment, and the pid file with its number."""
+        """Remove the System V segment left by a killed server. Its number is in the pid file."""
         segment = _segment(pid_file)
         if segment is not None and shutil.which("ipcrm") is not None:
             await run(["ipcrm", "-m", segment], cwd=Path("/"), user=self._user)
 
 
 def _segment(pid_file: Path) -> str | None:
-    """The last word of the line with the segment's key and number, if there is one."""
+    """Return the number of the shared memory segment from the pid file, or None."""
     try:
         return pid_file.read_text().splitlines()[6].split()[1]
     except (OSError, IndexError):
@@ -188,5 +189,5 @@ def _segment(pid_file: Path) -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without PG*: a server must not take a client's settings for its own."""
+    """Return the environment without PG* variables, because a server would use settings meant for clients."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}

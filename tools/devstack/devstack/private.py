@@ -1,4 +1,4 @@
-"""What private servers have in common: a place for their files, the account they run as, waiting for them."""
+"""Helpers for private servers: account, directory, files, waiting for readiness."""
 
 import asyncio
 import os
@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from devstack.errors import CannotRun
-from devstack.processes import Process, ProcessDied, unless_one_dies
+from devstack.processes import Process, ProcessDied, run_unless_process_dies
 
 READY_SEC = 180.0
 _BETWEEN_TRIES_SEC = 0.05
 
 
-def account(preferred: str) -> str | None:
-    """The account a server is to run as when we are root, as its package has made it; None means our own."""
+def service_account(preferred: str) -> str | None:
+    """Return the account of the server's package if this process is root, else None for the current account."""
     if os.geteuid() != 0:
         return None
     try:
@@ -28,15 +28,15 @@ def account(preferred: str) -> str | None:
 
 
 def make_directory(name: str, user: str | None, *, within: Path | None = None) -> Path:
-    """A new directory for one server, which its account can reach and nobody else can read."""
-    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=within or _reachable()))
+    """Create a directory that only `user` can read."""
+    path = Path(tempfile.mkdtemp(prefix=f"sandbox-broker-{name}-", dir=within or _reachable_directory()))
     if user is not None:
         shutil.chown(path, user)
     return path
 
 
 def write(path: Path, text: str, user: str | None, *, mode: int = 0o600) -> None:
-    """Writes a file that belongs to the server's account."""
+    """Write a file and make `user` its owner."""
     path.touch(mode=0o600)
     path.write_text(text)
     path.chmod(mode)
@@ -44,37 +44,37 @@ def write(path: Path, text: str, user: str | None, *, mode: int = 0o600) -> None
         shutil.chown(path, user)
 
 
-async def wait_until(answers: Callable[[], Awaitable[str | None]], process: Process, what: str) -> None:
-    """Waits until `answers` gives None instead of a reason.
+async def wait_until(check: Callable[[], Awaitable[str | None]], process: Process, what: str) -> None:
+    """Wait until `check` returns None instead of a reason. `what` names the server in errors.
 
-    Raises CannotRun when the process ends first, or after READY_SEC.
+    Raises CannotRun if the process ends first, or after READY_SEC.
     """
-    reason: str | None = "it was not asked yet"
+    reason: str | None = "not checked yet"
 
-    async def ask() -> None:
+    async def poll() -> None:
         nonlocal reason
-        while (reason := await answers()) is not None:  # noqa: ASYNC110 - nothing tells us
+        while (reason := await check()) is not None:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(_BETWEEN_TRIES_SEC)
 
     try:
-        await asyncio.wait_for(unless_one_dies(ask(), [process]), READY_SEC)
+        await asyncio.wait_for(run_unless_process_dies(poll(), [process]), READY_SEC)
     except ProcessDied as death:
-        said = " / ".join(list(process.tail)[-5:])
-        raise CannotRun(f"{what} {death.process.ending}: {said}", status=1) from None
+        output = " / ".join(list(process.tail)[-5:])
+        raise CannotRun(f"{what} {death.process.ending}: {output}", status=1) from None
     except TimeoutError:
-        raise CannotRun(f"{what} did not answer within {READY_SEC:.0f} s: {reason}", status=1) from None
+        raise CannotRun(f"{what} was not ready within {READY_SEC:.0f} s: {reason}", status=1) from None
 
 
-def _reachable() -> Path:
-    """A directory for temporary files that every account can walk into."""
+def _reachable_directory() -> Path:
+    """Return a directory for temporary files that every account can enter."""
     candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/tmp")]
     for candidate in candidates:
-        if all(_walkable(part) for part in [candidate, *candidate.parents]):
+        if all(_is_walkable(part) for part in [candidate, *candidate.parents]):
             return candidate
     return candidates[0]
 
 
-def _walkable(path: Path) -> bool:
+def _is_walkable(path: Path) -> bool:
     try:
         return bool(path.stat().st_mode & stat.S_IXOTH)
     except OSError:

@@ -1,4 +1,4 @@
-"""Start a process, follow its lines, notice its end, stop it."""
+"""Child processes: start, output by line, end, stop."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ _alive: set["Process"] = set()
 
 
 class ProcessDied(Exception):
-    """A process that was to keep running has ended."""
+    """A process has ended unexpectedly."""
 
     def __init__(self, process: "Process") -> None:
         super().__init__(f"{process.name} {process.ending}")
@@ -31,17 +31,17 @@ class ProcessDied(Exception):
 
 
 class Process:
-    """A child in a session of its own, its standard output and error merged and read line by line.
+    """Child process in its own session, with merged standard output and error, read line by line.
 
-    Made by `spawn`. The session keeps a Ctrl-C in the terminal away from it: whoever started it decides in
-    which order things stop.
+    Created by `spawn`. The session shields it from Ctrl-C in the terminal, so this process determines the order of
+    the stop.
     """
 
     def __init__(self, name: str, child: asyncio.subprocess.Process, on_line: Callable[[str], None] | None) -> None:
         self.name = name
         self.pid = child.pid
         self.tail: deque[str] = deque(maxlen=30)
-        """The last lines it wrote."""
+        """Last lines of its output."""
         self._child = child
         self._on_line = on_line
         self._reading = asyncio.create_task(self._read())
@@ -54,12 +54,12 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, or the negative number of the signal that ended it; None while it runs."""
+        """Exit code, negative number of the signal that ended it, or None while it runs."""
         return self._child.returncode
 
     @property
     def ending(self) -> str:
-        """How it ended, in words."""
+        """Description of its end for messages."""
         code = self.returncode
         if code is None:
             return "is running"
@@ -68,25 +68,24 @@ class Process:
         return f"ended with exit code {code}"
 
     async def wait(self) -> int:
-        """Its exit code, once it has ended and all that it wrote has been passed on."""
+        """Wait for its end and for all of its output. Return the exit code."""
         return await asyncio.shield(self._ended)
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the process; nothing happens if it has ended."""
-        # Not send_signal of the child, which looks whether it has ended and so may take its exit code away from
-        # asyncio, which then says 255.
+        """Send a signal to the process. Has no effect after its end."""
+        # Not send_signal of the child, because its poll can consume the exit code, and asyncio then reports 255.
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Ends it and every process it has started in its session, at once."""
+        """Kill the process and all processes of its session."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     async def stop(self, grace: float = GRACE_SEC, *, with_signal: signal.Signals = signal.SIGTERM) -> int:
-        """Asks it to end, and ends it when it has not done so within `grace` seconds."""
+        """Send a signal, and kill the process if it still runs after `grace` seconds."""
         self.send(with_signal)
         try:
             return await asyncio.wait_for(self.wait(), grace)
@@ -97,7 +96,7 @@ class Process:
     async def _end(self) -> int:
         code = await self._child.wait()
         _alive.discard(self)
-        # A grandchild may hold the pipe open for ever; what the process itself wrote is there already.
+        # A grandchild can hold the pipe open. The output of the process itself has already arrived.
         await asyncio.wait([self._reading], timeout=_DRAIN_SEC)
         self._reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -134,15 +133,15 @@ async def spawn(
     cwd: Path | None = None,
     user: str | None = None,
     on_line: Callable[[str], None] | None = None,
-    dies_with_us: signal.Signals = signal.SIGKILL,
+    parent_death_signal: signal.Signals = signal.SIGKILL,
 ) -> Process:
-    """Starts a command. `user` needs root; `dies_with_us` is what the kernel sends it should we be killed.
+    """Start a command. `user` requires root. The kernel sends `parent_death_signal` if this process is killed.
 
-    Raises OSError when the command cannot be run.
+    Raises OSError if the command cannot be started.
     """
     account = _account(user)
     child = await asyncio.create_subprocess_exec(
-        *_tether(dies_with_us),
+        *_parent_death_prefix(parent_death_signal),
         *(str(part) for part in command),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -166,9 +165,9 @@ async def run(
     timeout: float = 60,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[int, str]:
-    """Runs a command to its end: the exit code and what it wrote. A cancelled or late one is killed.
+    """Run a command to its end. Return the exit code and the output. Kills it on cancellation or time-out.
 
-    Raises TimeoutError, and OSError when the command cannot be run.
+    Raises TimeoutError, and OSError if the command cannot be started.
     """
     lines: list[str] = []
 
@@ -187,8 +186,8 @@ async def run(
     return code, "\n".join(lines)
 
 
-async def unless_one_dies(work: Awaitable[T], processes: Iterable[Process]) -> T:
-    """The result of `work`; raises ProcessDied as soon as one of the processes ends before it is there."""
+async def run_unless_process_dies(work: Awaitable[T], processes: Iterable[Process]) -> T:
+    """Return the result of `work`. Raises ProcessDied if one of the processes ends first."""
     watched = {asyncio.ensure_future(process.wait()): process for process in processes}
     working = asyncio.ensure_future(work)
     try:
@@ -205,12 +204,12 @@ async def unless_one_dies(work: Awaitable[T], processes: Iterable[Process]) -> T
 
 
 async def stop_all(processes: Iterable[Process], grace: float = GRACE_SEC) -> None:
-    """Stops them at the same time."""
+    """Stop the processes concurrently."""
     await asyncio.gather(*(process.stop(grace) for process in processes))
 
 
 def kill_all() -> None:
-    """Ends everything that this process has started, at once and in no order."""
+    """Kill all running child processes."""
     for process in list(_alive):
         process.kill()
 
@@ -224,18 +223,18 @@ def _setpriv() -> str | None:
     return path if probe.returncode == 0 else None
 
 
-def _tether(number: signal.Signals) -> list[str]:
-    """A prefix that makes the kernel signal the command when we are gone, so that SIGKILL leaves no orphans.
+def _parent_death_prefix(number: signal.Signals) -> list[str]:
+    """Return a command prefix. The kernel then signals the command after a SIGKILL of this process.
 
-    Linux only. setpriv sets this and becomes the command, keeping the process id; a function run between fork
-    and exec would do the same, but is unsafe once there are threads.
+    Linux only. setpriv sets the signal and executes the command under the same process id. A function between fork
+    and exec could do the same, but is unsafe with threads.
     """
     setpriv = _setpriv()
     return [] if setpriv is None else [setpriv, "--pdeathsig", number.name.removeprefix("SIG"), "--"]
 
 
 def _account(user: str | None) -> tuple[int | None, int | None, list[int] | None]:
-    """User id, group id and further groups; nothing changes without a user."""
+    """Return user id, group id and supplementary groups, or None for each without a user."""
     if user is None:
         return None, None, None
     entry = pwd.getpwnam(user)

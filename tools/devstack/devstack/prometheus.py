@@ -1,4 +1,4 @@
-"""A Prometheus that watches services on this machine by the alerts of deploy/prometheus, for tests and the demo."""
+"""Prometheus with the alerts of deploy/prometheus, for services on this machine in tests and in the demo."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -26,17 +26,19 @@ class Prometheus:
     _client: httpx.AsyncClient
 
     async def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples that it has now, each with `metric` and `value`. Raises httpx.HTTPStatusError for an
-        expression that is none."""
-        found: list[dict[str, Any]] = (await self._get("query", query=expression))["result"]
-        return found
+        """Return the current samples of an expression, each with `metric` and `value`.
+
+        Raises httpx.HTTPStatusError for an invalid expression.
+        """
+        samples: list[dict[str, Any]] = (await self._get("query", query=expression))["result"]
+        return samples
 
     async def firing(self) -> list[dict[str, Any]]:
-        """The alerts that fire now, each with `labels` and `annotations`."""
+        """Return the firing alerts, each with `labels` and `annotations`."""
         return [alert for alert in (await self._get("alerts"))["alerts"] if alert["state"] == "firing"]
 
-    async def refusal(self) -> str | None:
-        """Why it does not answer; None when it does."""
+    async def unavailable_reason(self) -> str | None:
+        """Return the reason why a request fails, or None if it succeeds."""
         try:
             await self._get("status/config")
         except httpx.HTTPError as error:
@@ -44,22 +46,22 @@ class Prometheus:
         return None
 
     async def _get(self, path: str, **parameters: str) -> Any:
-        answer = await self._client.get(f"{self.url}/api/v1/{path}", params=parameters)
-        answer.raise_for_status()
-        return answer.json()["data"]
+        response = await self._client.get(f"{self.url}/api/v1/{path}", params=parameters)
+        response.raise_for_status()
+        return response.json()["data"]
 
 
-async def promtool(terminal: Terminal) -> str:
-    """The path of the program that checks and tests rules. Raises CannotRun where it cannot be had."""
-    return await packages.program(["promtool"], _PACKAGE, terminal)
+async def find_promtool(terminal: Terminal) -> str:
+    """Return the path of promtool, which checks and tests rules. Raises CannotRun."""
+    return await packages.find_or_install(["promtool"], _PACKAGE, terminal)
 
 
-def installed() -> bool:
-    return packages.find(["prometheus"]) is not None
+def is_installed() -> bool:
+    return packages.find_program(["prometheus"]) is not None
 
 
 @asynccontextmanager
-async def watching(
+async def start_prometheus(
     ports: Mapping[str, int],
     directory: Path,
     port: int,
@@ -68,9 +70,8 @@ async def watching(
     rules: Path = RULES,
     interval_sec: float = 1,
 ) -> AsyncIterator[Prometheus]:
-    """Prometheus on this port, which looks at each service by name, its files in this directory. Raises CannotRun
-    where it cannot be had."""
-    program = await packages.program(["prometheus"], _PACKAGE, terminal)
+    """Run Prometheus on `port` with its files in `directory`. `ports` is by service name. Raises CannotRun."""
+    program = await packages.find_or_install(["prometheus"], _PACKAGE, terminal)
     configuration = _configure(directory, ports, rules, interval_sec)
     process = await spawn(
         "prometheus",
@@ -85,14 +86,14 @@ async def watching(
     try:
         async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
             prometheus = Prometheus(f"http://127.0.0.1:{port}", client)
-            await wait_until(prometheus.refusal, process, "Prometheus")
+            await wait_until(prometheus.unavailable_reason, process, "Prometheus")
             yield prometheus
     finally:
         await process.stop()
 
 
 def _configure(directory: Path, ports: Mapping[str, int], rules: Path, interval_sec: float) -> Path:
-    """Writes the configuration; as JSON, which is YAML too. A target is shown by the service's name."""
+    """Write the configuration as JSON, a subset of YAML. The instance label contains the service name."""
     interval = f"{round(interval_sec * 1000)}ms"
     targets = [
         {"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{name}:{port}"}} for name, port in ports.items()

@@ -1,4 +1,4 @@
-"""RabbitMQ: does one answer, and a private one from the binaries on this machine."""
+"""RabbitMQ: connection check, clean-up of a virtual host, private servers."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPrecond
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port, is_free
-from devstack.private import account, make_directory, wait_until, write
+from devstack.private import make_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import open_connection
@@ -23,20 +23,20 @@ _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"
 _STOP_SEC = 30.0
 _CTL_SEC = 150.0
-"""It starts a virtual machine of its own: two seconds, or a minute where many others want the processors."""
+"""rabbitmqctl starts an Erlang virtual machine. That takes 2 s, and up to a minute on a busy machine."""
 
 
-async def refusal(url: str, *, timeout: float = 5.0) -> str | None:
-    """Why the broker does not answer, in one line; None when it does."""
+async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
+    """Return one line with the reason why a connection fails, or None if it succeeds."""
     try:
         if urlsplit(url).scheme not in {"amqp", "amqps"} or not urlsplit(url).hostname:
-            return "it is not like amqp://user:password@host:5672/"
+            return "the format is amqp://user:password@host:5672/"
         async with asyncio.timeout(timeout):
-            await _knock(url)
+            await _connect_tcp(url)
             async with open_connection(url):
                 pass
     except TimeoutError:
-        return f"no answer within {timeout:.0f} s"
+        return f"no response within {timeout:.0f} s"
     except (AMQPError, OSError, ValueError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
@@ -54,9 +54,11 @@ async def has_consumers(url: str, queue: str) -> bool:
 
 
 async def delete_outdated(url: str) -> list[str]:
-    """Deletes the broker's queues that another version has left with other arguments, which the services could
-    not declare; returns their names. What they held was only there to wake somebody: the database has the work.
-    A queue that somebody uses stays."""
+    """Delete queues that another version declared with other arguments. Return their names.
+
+    The services could not declare such a queue. No work is lost, because its messages only wake a service and the
+    database contains the work. A queue with a consumer is kept.
+    """
     outdated: list[str] = []
     async with open_connection(url, timeout=5) as connection:
         for queue in topology.QUEUES:
@@ -65,24 +67,24 @@ async def delete_outdated(url: str) -> list[str]:
                 await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
             except ChannelPreconditionFailed:
                 channel = await connection.channel()
-                there = await channel.declare_queue(queue.name, passive=True)
-                if not there.declaration_result.consumer_count:  # quorum queues know no if_unused
-                    await there.delete(if_unused=False, if_empty=False)
+                existing = await channel.declare_queue(queue.name, passive=True)
+                if not existing.declaration_result.consumer_count:  # quorum queues do not support if_unused
+                    await existing.delete(if_unused=False, if_empty=False)
                     outdated.append(queue.name)
             await channel.close()
     return outdated
 
 
-def place(url: str) -> str:
-    """Host, port and virtual host, without the password."""
+def location(url: str) -> str:
+    """Return host, port and virtual host of a URL, without the password."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or 5672}{parts.path}".removesuffix("/")
 
 
-def binaries() -> Path | None:
-    """The directory of `rabbitmq-server` and `rabbitmqctl`.
+def find_binaries() -> Path | None:
+    """Return the directory of `rabbitmq-server` and `rabbitmqctl`.
 
-    Debian's own scripts on PATH insist on root and fixed directories; they wrap the ones looked for first.
+    Debian's wrappers in PATH require root and fixed directories. The wrapped programs are therefore searched first.
     """
     candidates = [_DEBIAN]
     if (found := shutil.which("rabbitmq-server")) is not None:
@@ -94,10 +96,10 @@ def binaries() -> Path | None:
 
 
 class PrivateRabbitMQ:
-    """A RabbitMQ node of our own: its own name, ports, port mapper (epmd), cookie and files, and no plugins.
+    """Private RabbitMQ node with its own name, ports, port mapper (epmd), cookie and files, without plugins.
 
-    As a context manager it starts on entry, and on exit ends and leaves nothing. User guest, password guest,
-    reachable from this machine only.
+    The context manager starts it and, on exit, stops it and removes all files. The user is guest with password
+    guest. The node accepts connections from this machine only.
     """
 
     def __init__(self) -> None:
@@ -107,12 +109,12 @@ class PrivateRabbitMQ:
         self._distribution_port = free_port()
         self._mapper_port = free_port()
         self._mapper: Process | None = None
-        self._user = account("rabbitmq")
+        self._user = service_account("rabbitmq")
         self._directory: Path | None = None
 
     @property
     def url(self) -> str:
-        """Of the virtual host `/`."""
+        """URL of the virtual host `/`."""
         return f"amqp://guest:guest@{_HOST}:{self.port}/"
 
     async def __aenter__(self) -> Self:
@@ -129,7 +131,7 @@ class PrivateRabbitMQ:
         await self.close()
 
     async def start(self) -> None:
-        """Starts it, on the data it had if it ran before; returns when it answers AMQP."""
+        """Start the node, after a stop with the same data. Returns after the first successful connection."""
         binary = _required_binaries()
         if self._directory is None:
             self._directory = make_directory("rabbitmq", self._user)
@@ -142,22 +144,24 @@ class PrivateRabbitMQ:
             env=self._environment(self._directory),
             cwd=self._directory,
             user=self._user,
-            dies_with_us=signal.SIGTERM,
+            parent_death_signal=signal.SIGTERM,
         )
-        await wait_until(lambda: refusal(self.url), self.process, "the private RabbitMQ")
+        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private RabbitMQ")
 
     async def stop(self) -> None:
-        """Ends it in order; queues and messages that are durable stay."""
+        """Stop the node and keep durable queues and messages."""
         if self.process is not None:
             await self.process.stop(_STOP_SEC)
 
-    async def settle(self) -> None:
-        """Has it write down at once what it would within a second or two: where its quorum queues have their files.
-        Killed before, RabbitMQ 3.10 starts with a queue that answers nobody until it is deleted."""
-        await self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+    async def sync_queue_metadata(self) -> None:
+        """Write the file names of quorum queues to disk now instead of within two seconds.
+
+        After a kill before that write, a queue of RabbitMQ 3.10 does not respond until it is deleted.
+        """
+        await self.run_rabbitmqctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
     async def kill(self) -> None:
-        """Ends it as a crash would; what it has confirmed stays, in queues that are `settle`d."""
+        """Kill the node. After `sync_queue_metadata`, confirmed messages are kept."""
         if self.process is not None:
             self.process.kill()
             await self.process.wait()
@@ -166,11 +170,11 @@ class PrivateRabbitMQ:
         await self.stop()
         await self.start()
 
-    async def ctl(self, *arguments: str) -> str:
-        """What rabbitmqctl answers; raises RuntimeError, with what it said, when it fails."""
+    async def run_rabbitmqctl(self, *arguments: str) -> str:
+        """Return the output of rabbitmqctl. Raises RuntimeError with the output if it fails."""
         if self._directory is None:
-            raise RuntimeError("this RabbitMQ was not started")
-        code, said = await run(
+            raise RuntimeError("the private RabbitMQ has not been started")
+        code, output = await run(
             [_required_binaries() / "rabbitmqctl", "--quiet", "--node", self.node, *arguments],
             env=self._environment(self._directory),
             cwd=self._directory,
@@ -178,14 +182,14 @@ class PrivateRabbitMQ:
             timeout=_CTL_SEC,
         )
         if code != 0:
-            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {said}")
-        return said
+            raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {output}")
+        return output
 
     async def close(self) -> None:
-        """Ends it and its port mapper, and removes its files."""
+        """Stop the node and its port mapper, and remove its files."""
         await self.stop()
         if self._mapper is not None:
-            # It knows no order to keep: without a node it has nothing to remember.
+            # epmd needs no graceful stop, because it stores only the ports of running nodes.
             self._mapper.kill()
             await self._mapper.wait()
         if self._directory is not None:
@@ -193,7 +197,7 @@ class PrivateRabbitMQ:
             self._directory = None
 
     async def _start_mapper(self, directory: Path) -> None:
-        """Erlang would start a shared epmd that stays for ever; a node that finds one does not."""
+        """Start a private epmd, because Erlang would start a shared one that never ends."""
         epmd = shutil.which("epmd")
         if epmd is None:
             raise CannotRun("Erlang's epmd is not installed on this machine")
@@ -205,10 +209,10 @@ class PrivateRabbitMQ:
             user=self._user,
         )
 
-        async def listening() -> str | None:
+        async def check() -> str | None:
             return "it does not listen" if is_free(self._mapper_port, host=_HOST) else None
 
-        await wait_until(listening, self._mapper, "the private epmd")
+        await wait_until(check, self._mapper, "the private epmd")
 
     def _write_files(self, directory: Path) -> None:
         write(directory / ".erlang.cookie", secrets.token_hex(16), self._user, mode=0o400)
@@ -223,12 +227,12 @@ class PrivateRabbitMQ:
         write(directory / "rabbitmq.conf", "".join(f"{line}\n" for line in lines), self._user)
 
     def _environment(self, directory: Path) -> dict[str, str]:
-        ours = {
+        environment = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(("RABBITMQ_", "ERL_")) and name != "NOTIFY_SOCKET"
         }
-        return ours | {
+        return environment | {
             "HOME": str(directory),
             "ERL_EPMD_ADDRESS": _HOST,
             "ERL_EPMD_PORT": str(self._mapper_port),
@@ -240,16 +244,16 @@ class PrivateRabbitMQ:
             "RABBITMQ_MNESIA_BASE": str(directory / "data"),
             "RABBITMQ_LOG_BASE": str(directory / "log"),
             "RABBITMQ_PID_FILE": str(directory / "pid"),
-            # Without these the script stays as a parent that hands signals on to the node, and that a SIGKILL
-            # would separate from it; with them it becomes the node.
+            # With these variables the start script executes the node. Otherwise it stays as a parent, and a SIGKILL
+            # of the script would leave the node running.
             "RABBITMQ_ALLOW_INPUT": "1",
             "RABBITMQ_SERVER_START_ARGS": "-noinput",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
 
 
-async def _knock(url: str) -> None:
-    """Raises OSError when nobody listens: aio-pika would log that as an error, on each try."""
+async def _connect_tcp(url: str) -> None:
+    """Raise OSError without a listener. aio-pika would log each failed attempt as an error."""
     parts = urlsplit(url)
     _, writer = await asyncio.open_connection(parts.hostname, parts.port or 5672)
     writer.close()
@@ -257,7 +261,7 @@ async def _knock(url: str) -> None:
 
 
 def _required_binaries() -> Path:
-    binary = binaries()
+    binary = find_binaries()
     if binary is None:
         raise CannotRun("rabbitmq-server and Erlang are not installed on this machine")
     return binary

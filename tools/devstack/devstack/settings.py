@@ -1,4 +1,4 @@
-"""What devstack decides on, from the environment, then the clone's `.env` file, then development defaults."""
+"""Settings of devstack: from the environment, the clone's `.env` file, and development defaults, in this order."""
 
 import getpass
 import hashlib
@@ -21,7 +21,7 @@ PORTS = {
     "CSP_SYNCER_PORT": 9103,
     "CSP_SIMULATOR_PORT": 9200,
 }
-"""Variable and default of every port that `make run` listens on."""
+"""Variable -> default of every port used by `make run`."""
 
 TOKENS = ("BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN", "CSP_API_TOKEN")
 
@@ -29,8 +29,8 @@ POSTGRES_IMAGE = "postgres:17.11"
 RABBITMQ_IMAGE = "rabbitmq:4.3-management"
 
 _DEFAULTS = {
-    "BIND_HOST": "127.0.0.1,::1",  # a development broker is reached from this machine only
-    "DRAIN_SEC": "0",  # no proxy has to notice that the gateway stops
+    "BIND_HOST": "127.0.0.1,::1",  # a development broker accepts connections from this machine only
+    "DRAIN_SEC": "0",  # no proxy needs time to notice the stop
     "LOG_FORMAT": "console",
     "LOG_LEVEL": "INFO",
     "PYTHONUNBUFFERED": "1",
@@ -39,27 +39,27 @@ _DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """An empty variable counts as not set."""
+    """Settings of one run. An empty variable counts as unset."""
 
     root: Path
     environment: Mapping[str, str]
-    """Everything the services are to find in their environment, apart from what devstack finds out."""
+    """Environment of the services, without the addresses and tokens added by devstack."""
     database_url: str | None
     amqp_url: str | None
     csp_base_url: str | None
-    """None: the simulator is ours."""
+    """None for the simulator."""
     ports: Mapping[str, int]
     tokens: Mapping[str, str]
-    """By variable. `local_tokens.complete` adds those that the user did not set."""
+    """Variable -> token. `local_tokens.add_generated_tokens` adds the missing ones."""
     generated_tokens: frozenset[str]
-    """Variables of the tokens that the user did not set."""
+    """Variables of tokens not set by the user."""
     postgres_servers: tuple[str, ...]
-    """URLs to try on this machine, without a database."""
+    """Candidate URLs on this machine, without a database name."""
     rabbitmq_server: str
     postgres_image: str
     rabbitmq_image: str
     demo: bool = False
-    """Whether it is `make demo`, whose accounts and database are others than those of `make run`."""
+    """True for `make demo`, which has its own accounts and database."""
 
     @property
     def state_directory(self) -> Path:
@@ -68,13 +68,13 @@ class Settings:
 
     @property
     def database_name(self) -> str:
-        """One database per clone, and one more for the demo and each CSP that is not the simulator."""
+        """Name of the database: separate for each clone, for the demo, and for each real CSP."""
         kind = "demo" if self.demo else "dev"
         return f"sandbox_broker_{kind}_{digest(str(self.root) + (self.csp_base_url or ''))}"
 
     @property
     def bind_hosts(self) -> tuple[str, ...]:
-        """Addresses that the services listen on; one empty text for all addresses."""
+        """Listen addresses of the services; one empty string for all addresses."""
         return tuple(part.strip() for part in self.environment["BIND_HOST"].split(","))
 
     @property
@@ -93,8 +93,10 @@ def load(
     defaults: Mapping[str, str] | None = None,
     demo: bool = False,
 ) -> Settings:
-    """`defaults` are for what neither the environment nor the file sets. Raises CannotRun, with one line that names
-    the variable, when one makes no sense."""
+    """Load the settings. `defaults` apply to variables set neither in the environment nor in `.env`.
+
+    Raises CannotRun with the name of the variable for an invalid value.
+    """
     real = dict(os.environ if environ is None else environ)
     from_file = {name: value for name, value in dotenv_values(root / ".env").items() if value is not None}
     merged = {**_DEFAULTS, **(defaults or {}), **from_file, **real}
@@ -104,11 +106,11 @@ def load(
 
     csp_base_url = value("CSP_BASE_URL")
     if csp_base_url is not None and value("CSP_API_TOKEN") is None:
-        raise CannotRun("CSP_API_TOKEN is not set; the CSP at CSP_BASE_URL wants one")
+        raise CannotRun("CSP_API_TOKEN is not set; the CSP at CSP_BASE_URL requires a token")
     bind_hosts = {part.strip() for part in merged["BIND_HOST"].split(",")}
     if bind_hosts.isdisjoint({"", "127.0.0.1", "0.0.0.0"}):
         raise CannotRun(
-            "BIND_HOST must be empty or hold 127.0.0.1, where `make run` asks the services if they are ready"
+            "BIND_HOST must be empty or contain 127.0.0.1, because `make run` probes the services there"
         )
     rabbitmq_port = _port("RABBITMQ_NODE_PORT", value("RABBITMQ_NODE_PORT"), 5672)
     return Settings(
@@ -129,18 +131,18 @@ def load(
 
 
 def digest(text: str) -> str:
-    """Eight hexadecimal digits that tell texts apart."""
+    """Return eight hexadecimal digits of the text's hash, for unique names."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _postgres_servers(value: Callable[[str], str | None]) -> tuple[str, ...]:
-    """PG* variables say where and who, as for libpq's clients, but never a socket's directory."""
+    """Return candidate URLs from libpq's PG* variables. A socket directory in PGHOST is ignored."""
     host = value("PGHOST") or "127.0.0.1"
     if host.startswith("/"):
         host = "127.0.0.1"
     port = _port("PGPORT", value("PGPORT"), 5432)
-    named = value("PGUSER")
-    users = [named] if named else list(dict.fromkeys(["postgres", getpass.getuser()]))
+    user_setting = value("PGUSER")
+    users = [user_setting] if user_setting else list(dict.fromkeys(["postgres", getpass.getuser()]))
     password = value("PGPASSWORD")
     secret = f":{quote(password, safe='')}" if password else ""
     return tuple(f"postgresql://{quote(user, safe='')}{secret}@{host}:{port}" for user in users)

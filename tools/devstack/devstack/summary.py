@@ -1,4 +1,4 @@
-"""What the person at the terminal wants to know once everything runs."""
+"""Summary printed by `make run` after the start: addresses, tokens and example commands."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,16 @@ _METRICS = {
 }
 
 
-def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: float, set_up: float) -> Iterator[str]:
-    """The summary, line by line; `set_up` is the part of `seconds` that went into the infrastructure."""
+def summary_lines(
+    settings: Settings, counts: Mapping[str, Any] | None, *, seconds: float, set_up: float
+) -> Iterator[str]:
+    """Yield the summary line by line. `set_up` is the part of `seconds` spent on PostgreSQL and RabbitMQ."""
     gateway = settings.gateway_url
     track_token = _token(settings, "BROKER_API_TOKEN")
     script = settings.root / "instruqt" / "instruqt_broker_allocation.py"
     brokerctl = Path(sys.executable).with_name("brokerctl")
     yield ""
-    yield f"Ready after {seconds:.1f} s ({set_up:.1f} s of it for PostgreSQL and RabbitMQ). {_pool(counts)}"
+    yield f"Ready after {seconds:.1f} s ({set_up:.1f} s of it for PostgreSQL and RabbitMQ). {_pool_line(counts)}"
     yield ""
     yield f"  API            {gateway}/v1"
     yield f"  docs           {gateway}/v1/docs"
@@ -36,9 +38,9 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     yield f"  track token    {track_token}"
     yield f"  admin token    {_token(settings, 'BROKER_ADMIN_TOKEN')}"
     if settings.generated_tokens & {"BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN"}:
-        yield "                 (random, kept in .devstack/tokens.env; `make clean` removes them)"
+        yield "                 (random, stored in .devstack/tokens.env; `make clean` removes them)"
     yield ""
-    yield "Lease a sandbox as a track does, from any folder:"
+    yield "Lease a sandbox with the Instruqt script, from any folder:"
     yield ""
     yield f"  BROKER_API_URL={gateway}/v1 BROKER_API_TOKEN={track_token} INSTRUQT_PARTICIPANT_ID=student-1 \\"
     yield f"    python3 {script}"
@@ -48,13 +50,13 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
     yield f"  curl -X POST {gateway}/v1/allocate -H 'X-Instruqt-Sandbox-ID: student-1' \\"
     yield f'    -H "Authorization: Bearer {track_token}"'
     yield ""
-    yield "See how it is, as an operator does (docs/brokerctl.md):"
+    yield "Show the status of the broker (docs/brokerctl.md):"
     yield ""
     yield f"  BROKER_API_URL={gateway}/v1 BROKER_ADMIN_TOKEN={_token(settings, 'BROKER_ADMIN_TOKEN')} \\"
     yield f"    {brokerctl} status"
     if "BROKER_ADMIN_TOKEN" in settings.generated_tokens:
         yield ""
-        yield "or, with the address and the token from .devstack/brokerctl.env:"
+        yield "or, because brokerctl reads address and token from .devstack/brokerctl.env:"
         yield ""
         yield f"  {brokerctl} status"
     yield ""
@@ -63,13 +65,13 @@ def lines(settings: Settings, counts: Mapping[str, Any] | None, *, seconds: floa
 
 
 def _token(settings: Settings, name: str) -> str:
-    """Return a generated token in full; a token that the user set is named only."""
+    """Return a generated token, or the variable name of a token set by the user."""
     return settings.tokens[name] if name in settings.generated_tokens else f"${name}"
 
 
-def _pool(counts: Mapping[str, Any] | None) -> str:
+def _pool_line(counts: Mapping[str, Any] | None) -> str:
     if counts is None:
-        return "The pool's numbers could not be read."
+        return "The state of the pool could not be read."
     states = {name: number for name, number in counts.items() if isinstance(number, int) and name != "total"}
     shown = ", ".join(f"{number} {name}" for name, number in states.items() if number or name == "available")
-    return f"The pool: {shown}."
+    return f"Pool: {shown}."

@@ -1,5 +1,4 @@
-"""A database and a virtual host of one's own on the servers that were found, for tests and benchmarks: what runs
-beside each other there does not meet."""
+"""Temporary databases and virtual hosts, which isolate concurrent tests and benchmarks on the same servers."""
 
 import contextlib
 import secrets
@@ -11,29 +10,31 @@ import asyncpg
 import httpx
 
 from devstack import rabbitmq
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.processes import run
 
 
 @asynccontextmanager
-async def database(found: Found, prefix: str) -> AsyncIterator[str]:
-    """The URL of a database with nothing in it, which goes at the end of the block."""
-    server = found.url.rsplit("/", 1)[0] if found.given else found.url
+async def create_database(server: Server, prefix: str) -> AsyncIterator[str]:
+    """Create an empty database and yield its URL. Drops it on exit."""
+    base_url = server.url.rsplit("/", 1)[0] if server.user_supplied else server.url
     name = f"{prefix}_{secrets.token_hex(4)}"
-    admin = await asyncpg.connect(f"{server}/postgres")
+    admin = await asyncpg.connect(f"{base_url}/postgres")
     try:
         await admin.execute(f"CREATE DATABASE {name}")
         try:
-            yield f"{server}/{name}"
+            yield f"{base_url}/{name}"
         finally:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
         await admin.close()
 
 
-async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
-    """Empties tables, whoever is looking at them: services at work lock the same ones in another order, and must
-    not wait for us as long as we wait for them."""
+async def truncate_tables(database: asyncpg.Connection | asyncpg.Pool, statement: str) -> None:
+    """Truncate tables, with retries after a deadlock or lock time-out.
+
+    Running services lock the same tables in another order. The short lock time-out lets them proceed.
+    """
     while True:
         with contextlib.suppress(asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError):
             await database.execute(f"SET LOCAL lock_timeout = '100ms'; {statement}")
@@ -41,16 +42,18 @@ async def truncate(database: asyncpg.Connection | asyncpg.Pool, statement: str) 
 
 
 @asynccontextmanager
-async def vhost(found: Found, prefix: str) -> AsyncIterator[str]:
-    """The URL of a virtual host with nothing in it, which goes at the end of the block. Where the server that was
-    found cannot be given one (`make run` has it in a container, or this account may not administer it), it is the
-    one of a private server."""
+async def create_vhost(server: Server, prefix: str) -> AsyncIterator[str]:
+    """Create an empty virtual host and yield its URL. Deletes it on exit.
+
+    Starts a private server instead if this account cannot administer the server, or if the server runs in a
+    container of `make run`.
+    """
     name = f"{prefix}_{secrets.token_hex(4)}"
-    url = f"{found.url.rstrip('/')}/{name}"
-    user = urlsplit(found.url).username or "guest"
-    local = urlsplit(found.url).hostname in ("127.0.0.1", "localhost") and not found.processes
-    if found.management is not None:
-        async with _managed_vhost(found.management, name, user):
+    url = f"{server.url.rstrip('/')}/{name}"
+    user = urlsplit(server.url).username or "guest"
+    local = urlsplit(server.url).hostname in ("127.0.0.1", "localhost") and not server.processes
+    if server.management_url is not None:
+        async with _managed_vhost(server.management_url, name, user):
             yield url
     elif local and await _add_vhost(name, user):
         try:
@@ -75,7 +78,7 @@ async def _managed_vhost(management: str, name: str, user: str) -> AsyncIterator
 
 
 async def _add_vhost(name: str, user: str) -> bool:
-    """False where this account may not administer the RabbitMQ that answers."""
+    """Return False without the right to administer RabbitMQ."""
     for command in (["add_vhost", name], ["set_permissions", "-p", name, user, ".*", ".*", ".*"]):
         try:
             code, _ = await run(["rabbitmqctl", "-q", *command])

@@ -1,9 +1,9 @@
-"""Fixtures for every test that needs PostgreSQL or RabbitMQ: real ones, those that DATABASE_URL and AMQP_URL name,
-or in containers where a Docker engine answers, or else found in the order of `make run`.
+"""Fixtures for tests with real PostgreSQL and RabbitMQ servers.
 
-Each test session has a database and a virtual host of its own, which go when it ends, so that sessions run
-beside each other and beside `make run`. Containers are those of the whole run: where several processes work on it,
-the one that controls them starts and removes what they share.
+The servers are those of DATABASE_URL and AMQP_URL. Otherwise they run in containers if a Docker engine is
+available, or are found in the order of `make run`. Each test session has its own database and virtual host, so
+sessions can run in parallel and beside `make run`. With pytest-xdist, the controller starts and removes the
+containers shared by all workers.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from aio_pika import connect
 from devstack import containers, infrastructure, temporary
 from devstack.containers import Containers
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found
+from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.settings import load
 from sandbox_broker.contract import topology
@@ -34,39 +34,41 @@ _shared = pytest.StashKey[Containers]()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Before each worker, in the process that controls them."""
+    """Start the shared containers in the controller before the first worker, and pass their URLs to each worker."""
     config: pytest.Config = node.config
     if _shared not in config.stash:
-        # A loop that outlives this call: what has been started is stopped at the very end.
+        # This event loop outlives the call, because the containers stop at the end of the test run.
         runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         config.add_cleanup(runner.close)
         stack = AsyncExitStack()
         config.add_cleanup(lambda: runner.run(stack.aclose()))
         try:
-            config.stash[_shared] = runner.run(stack.enter_async_context(containers.running(load())))
+            config.stash[_shared] = runner.run(stack.enter_async_context(containers.start_containers(load())))
         except CannotRun as reason:
-            _give_up(reason)
+            _exit_without_servers(reason)
     node.workerinput["containers"] = asdict(config.stash[_shared])
 
 
 @pytest.fixture(scope="session")
-async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Found, Found]]:
-    """PostgreSQL and RabbitMQ."""
+async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Server, Server]]:
+    """Return the PostgreSQL server and the RabbitMQ server."""
     async with AsyncExitStack() as stack:
         try:
             settings = load()
             shared = getattr(request.config, "workerinput", {}).get("containers")
-            had: Containers = (
+            shared_servers: Containers = (
                 Containers(**shared)
                 if shared is not None
-                else await stack.enter_async_context(containers.running(settings))
+                else await stack.enter_async_context(containers.start_containers(settings))
             )
-            yield await infrastructure.find(settings, Terminal(), stack, database=had.database, broker=had.broker)
+            yield await infrastructure.find_servers(
+                settings, Terminal(), stack, database=shared_servers.database, broker=shared_servers.broker
+            )
         except CannotRun as reason:
-            _give_up(reason)
+            _exit_without_servers(reason)
 
 
-def _give_up(reason: CannotRun) -> NoReturn:
+def _exit_without_servers(reason: CannotRun) -> NoReturn:
     pytest.exit(f"the tests need real servers: {reason}", returncode=2)
 
 
@@ -74,31 +76,31 @@ NewDatabase = Callable[[], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def new_database(servers: tuple[Found, Found]) -> NewDatabase:
-    """`async with new_database() as url`: a database with nothing in it, which goes at the end of the block."""
-    found, _ = servers
-    return partial(temporary.database, found, _PREFIX)
+def new_database(servers: tuple[Server, Server]) -> NewDatabase:
+    """Factory of temporary databases: `async with new_database() as url`."""
+    server, _ = servers
+    return partial(temporary.create_database, server, _PREFIX)
 
 
 @pytest.fixture(scope="session")
 async def empty_database_url(new_database: NewDatabase) -> AsyncIterator[str]:
-    """A database with nothing in it."""
+    """URL of an empty database."""
     async with new_database() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 async def database_url(empty_database_url: str) -> str:
-    """A database with our tables. Ask for `clean_database` to have them empty."""
+    """URL of a database with the broker's tables. Use `clean_database` for empty tables."""
     await migrate(empty_database_url)
     return empty_database_url
 
 
 @pytest.fixture
 async def clean_database(database_url: str) -> str:
-    """The database with our tables, all of them empty."""
+    """URL of the database with empty tables."""
     connection = await asyncpg.connect(database_url)
-    await empty(connection)
+    await clear_tables(connection)
     await connection.close()
     return database_url
 
@@ -106,8 +108,8 @@ async def clean_database(database_url: str) -> str:
 _TABLES = (
     "sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts, dead_letters"
 )
-# A table that was never written to has no pages, and to truncate it takes as long as any other. Locked before it is
-# looked at: a relay at work moves the counts from one table to another.
+# Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the
+# check, because a running relay moves counts between tables.
 _EMPTY = f"""
 DO $$
 DECLARE
@@ -125,31 +127,31 @@ UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'
 """
 
 
-async def empty(database: asyncpg.Connection | asyncpg.Pool) -> None:
-    """Removes everything from our tables, whoever is looking at them."""
-    await temporary.truncate(database, _EMPTY)
+async def clear_tables(database: asyncpg.Connection | asyncpg.Pool) -> None:
+    """Delete all rows of the broker's tables, also while services use them."""
+    await temporary.truncate_tables(database, _EMPTY)
 
 
 NewVhost = Callable[[], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def new_vhost(servers: tuple[Found, Found]) -> NewVhost:
-    """`async with new_vhost() as url`: a virtual host of one's own, which goes at the end of the block."""
-    _, found = servers
-    return partial(temporary.vhost, found, _PREFIX)
+def new_vhost(servers: tuple[Server, Server]) -> NewVhost:
+    """Factory of temporary virtual hosts: `async with new_vhost() as url`."""
+    _, server = servers
+    return partial(temporary.create_vhost, server, _PREFIX)
 
 
 @pytest.fixture(scope="session")
 async def amqp_url(new_vhost: NewVhost) -> AsyncIterator[str]:
-    """A virtual host for tests that leave no consumer behind. Ask for `clean_queues` to have it empty."""
+    """URL of a virtual host for tests that leave no consumer behind. Use `clean_queues` for empty queues."""
     async with new_vhost() as url:
         yield url
 
 
 @pytest.fixture
 async def clean_queues(amqp_url: str) -> str:
-    """The virtual host with the topology declared anew and every queue empty."""
+    """URL of the virtual host with a newly declared topology and empty queues."""
     connection = await connect(amqp_url)
     async with connection, connection.channel() as channel:
         for queue in topology.QUEUES:

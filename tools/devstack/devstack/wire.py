@@ -1,4 +1,4 @@
-"""HTTP byte by byte, for tests and benchmarks whose clients do not behave."""
+"""Raw HTTP connections for tests and benchmarks with misbehaving clients."""
 
 import asyncio
 import contextlib
@@ -13,28 +13,28 @@ GET_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Client:
-    """One connection."""
+    """One HTTP connection. Sends bytes as they are."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
         self.head = b""
-        """Of the last response."""
+        """Head of the last response."""
 
-    async def send(self, sent: bytes) -> None:
-        """Returns when the kernel has all of it, if it is not much."""
-        self.writer.write(sent)
+    async def send(self, data: bytes) -> None:
+        """Send bytes. Returns after the kernel has accepted them; large data stays in a buffer."""
+        self.writer.write(data)
         await self.writer.drain()
 
     async def response(self) -> tuple[int, dict[str, Any]]:
-        """The next one: its status, and its JSON."""
+        """Read the next response. Return its status and its JSON body."""
         self.head = await self.reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", self.head, re.IGNORECASE)
         assert length
         return int(self.head.split()[1]), json.loads(await self.reader.readexactly(int(length[1])))
 
-    async def cut_off(self) -> bytes:
-        """What comes until the server has ended the connection."""
+    async def read_to_end(self) -> bytes:
+        """Read until the server closes the connection."""
         received = bytearray()
         with contextlib.suppress(ConnectionResetError):
             while chunk := await self.reader.read(1 << 16):

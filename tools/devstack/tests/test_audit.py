@@ -1,4 +1,4 @@
-"""pip-audit on a local stand-in for the vulnerability database."""
+"""pip-audit with a local stand-in for the vulnerability database."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from devstack.audit import audit, main
+from devstack.audit import audit_locks, main
 from devstack.ports import free_port
 
 HASH = "0" * 64
@@ -70,11 +70,11 @@ def test_a_known_vulnerability_fails_and_names_the_package_and_the_fix(
         return 200, {"vulns": [VULNERABILITY]} if query["package"]["name"] == "six" else {}
 
     with database(answer) as url:
-        assert audit([lock, lock], url) == 1
+        assert audit_locks([lock, lock], url) == 1
     assert capsys.readouterr().err == "six 1.16.0 has PYSEC-2026-1, fixed in 1.17.0\n"
 
 
-def test_without_a_vulnerability_each_package_was_queried(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_package_is_queried(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queried = []
 
     def answer(query: dict[str, Any]) -> tuple[int, Any]:
@@ -82,12 +82,12 @@ def test_without_a_vulnerability_each_package_was_queried(lock: Path, capsys: py
         return 200, {}
 
     with database(answer) as url:
-        assert audit([lock], url) == 0
+        assert audit_locks([lock], url) == 0
     assert {("six", "1.16.0"), ("idna", "3.10")} <= set(queried)
     assert capsys.readouterr().out == "no known vulnerability in 1 locked requirements files\n"
 
 
-def test_a_database_that_is_not_reached_is_one_line_and_no_failure(
+def test_an_unreachable_database_is_reported_without_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1/query"
@@ -100,7 +100,7 @@ def test_a_database_that_is_not_reached_is_one_line_and_no_failure(
     assert (output.out.count("\n"), output.err) == (1, "")
 
 
-def test_a_database_that_stops_answering_is_no_failure_either(
+def test_a_database_that_stops_responding_is_reported_without_failure(
     lock: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queried: list[str] = []
@@ -110,7 +110,7 @@ def test_a_database_that_stops_answering_is_no_failure_either(
         return (200 if len(queried) == 1 else 503), {}
 
     with database(answer) as url:
-        assert audit([lock], url) == 0
+        assert audit_locks([lock], url) == 0
     assert len(queried) > 2
     assert "not audited: " in capsys.readouterr().out
 
@@ -119,11 +119,11 @@ def test_requirements_without_hashes_fail(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "service.txt"
     path.write_text("six==1.16.0\n")
     with database(lambda _: (200, {})) as url:
-        assert audit([path], url) == 1
+        assert audit_locks([path], url) == 1
     assert "pip-audit failed for service.txt: " in capsys.readouterr().err
 
 
-def test_our_own_locked_requirements_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_locked_requirements_of_the_project_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
     queried: set[str] = set()
 
     def answer(query: dict[str, Any]) -> tuple[int, Any]:

@@ -1,29 +1,31 @@
-"""The plan of the demo's day."""
+"""Schedule of the demo day."""
 
 import random
 
 from devstack import class_day
-from devstack.class_day import BEGINS_MIN, ENDS_MIN, INCIDENTS, LESSONS
+from devstack.class_day import DAY_END_MIN, DAY_START_MIN, INCIDENTS, LESSONS
 from devstack.demo import ACCOUNTS, Player
 
 
-def test_everybody_comes_and_goes_within_the_day() -> None:
-    students = list(class_day.students(1, random.Random(1)))
+def test_every_student_arrives_and_leaves_within_the_day() -> None:
+    students = list(class_day.generate_students(1, random.Random(1)))
 
     assert len({student.name for student in students}) == sum(lesson.students for lesson in LESSONS)
-    assert all(BEGINS_MIN < student.at_min < student.at_min + student.stays_min < ENDS_MIN for student in students)
+    assert all(
+        DAY_START_MIN < student.at_min < student.at_min + student.stay_min < DAY_END_MIN for student in students
+    )
 
 
-def test_some_leave_without_giving_back() -> None:
-    students = list(class_day.students(1, random.Random(1)))
+def test_some_students_leave_without_a_release() -> None:
+    students = list(class_day.generate_students(1, random.Random(1)))
 
-    assert 0 < sum(not student.gives_back for student in students) < len(students) / 2
+    assert 0 < sum(not student.releases for student in students) < len(students) / 2
 
 
 def test_the_pool_is_too_small_for_the_day() -> None:
     assert sum(lesson.students for lesson in LESSONS[:3]) > ACCOUNTS
 
 
-def test_whatever_happens_is_something_that_the_player_does() -> None:
-    assert all(callable(getattr(Player, incident.what)) for incident in INCIDENTS)
-    assert all(BEGINS_MIN < incident.at_min < ENDS_MIN for incident in INCIDENTS)
+def test_every_incident_is_a_method_of_the_player() -> None:
+    assert all(callable(getattr(Player, incident.method)) for incident in INCIDENTS)
+    assert all(DAY_START_MIN < incident.at_min < DAY_END_MIN for incident in INCIDENTS)

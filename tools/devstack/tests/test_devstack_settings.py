@@ -11,7 +11,7 @@ pytest_plugins = ("devstack.fixtures",)
 SettingsFrom = Callable[..., Settings]
 
 
-def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(
+def test_the_environment_overrides_the_file_and_the_file_overrides_the_defaults(
     settings_from: SettingsFrom, tmp_path: Path
 ) -> None:
     (tmp_path / ".env").write_text(
@@ -27,7 +27,7 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(
     assert settings.environment["LOG_FORMAT"] == "json"
 
 
-def test_an_empty_variable_counts_as_not_set_but_reaches_the_services(settings_from: SettingsFrom) -> None:
+def test_an_empty_variable_counts_as_unset_but_is_passed_to_the_services(settings_from: SettingsFrom) -> None:
     settings = settings_from(DATABASE_URL="", GATEWAY_PORT="", RATE_LIMIT="")
 
     assert settings.database_url is None
@@ -35,34 +35,34 @@ def test_an_empty_variable_counts_as_not_set_but_reaches_the_services(settings_f
     assert settings.environment["RATE_LIMIT"] == ""
 
 
-def test_only_tokens_that_the_user_did_not_set_are_generated(settings_from: SettingsFrom) -> None:
+def test_only_missing_tokens_are_generated(settings_from: SettingsFrom) -> None:
     settings = settings_from(BROKER_ADMIN_TOKEN="mine")
 
     assert settings.generated_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN"}
     assert settings.tokens == {"BROKER_ADMIN_TOKEN": "mine"}
 
 
-def test_services_listen_on_loopback_unless_the_user_says_otherwise(settings_from: SettingsFrom) -> None:
+def test_services_listen_on_loopback_by_default(settings_from: SettingsFrom) -> None:
     assert settings_from().environment["BIND_HOST"] == "127.0.0.1,::1"
     assert settings_from().bind_hosts == ("127.0.0.1", "::1")
     assert settings_from(BIND_HOST="").bind_hosts == ("",)
     assert settings_from(BIND_HOST="127.0.0.1, 192.0.2.1").bind_hosts == ("127.0.0.1", "192.0.2.1")
-    with pytest.raises(CannotRun, match="BIND_HOST must be empty or hold 127"):
+    with pytest.raises(CannotRun, match="BIND_HOST must be empty or contain 127"):
         settings_from(BIND_HOST="192.0.2.1")
 
 
-def test_a_csp_of_the_user_needs_its_token(settings_from: SettingsFrom) -> None:
+def test_a_real_csp_requires_a_token(settings_from: SettingsFrom) -> None:
     with pytest.raises(CannotRun, match="CSP_API_TOKEN is not set"):
         settings_from(CSP_BASE_URL="https://csp.example/v2")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "8080.0"])
-def test_a_port_that_is_none_is_named_with_its_variable(settings_from: SettingsFrom, port: str) -> None:
+def test_an_invalid_port_is_reported_with_its_variable(settings_from: SettingsFrom, port: str) -> None:
     with pytest.raises(CannotRun, match="GATEWAY_PORT must be a port"):
         settings_from(GATEWAY_PORT=port)
 
 
-def test_the_simulator_and_each_other_csp_have_databases_of_their_own(settings_from: SettingsFrom) -> None:
+def test_the_simulator_and_each_real_csp_have_separate_databases(settings_from: SettingsFrom) -> None:
     simulated = settings_from().database_name
     real = settings_from(CSP_BASE_URL="https://csp.example/v2", CSP_API_TOKEN="t").database_name
 
@@ -70,11 +70,11 @@ def test_the_simulator_and_each_other_csp_have_databases_of_their_own(settings_f
     assert settings_from().database_name == simulated
 
 
-def test_clients_variables_say_where_postgresql_is_and_who_we_are(settings_from: SettingsFrom) -> None:
+def test_libpq_variables_set_the_address_and_user_of_postgresql(settings_from: SettingsFrom) -> None:
     settings = settings_from(PGHOST="db.example", PGPORT="5433", PGUSER="me", PGPASSWORD="p@ss/word")
 
     assert settings.postgres_servers == ("postgresql://me:p%40ss%2Fword@db.example:5433",)
 
 
-def test_without_a_user_the_usual_superuser_is_tried_first(settings_from: SettingsFrom) -> None:
+def test_the_default_superuser_is_tried_first(settings_from: SettingsFrom) -> None:
     assert settings_from().postgres_servers[0] == "postgresql://postgres@127.0.0.1:5432"

@@ -18,20 +18,18 @@ while True:
 HOUR_SEC = 3600
 
 
-async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs(
-    tmp_path: Path, terminal: Terminal
-) -> None:
-    told = tmp_path / "clock"
-    faketime.tell(told, 0)
+async def test_the_clock_of_a_running_process_is_changed_and_restored(tmp_path: Path, terminal: Terminal) -> None:
+    offset_file = tmp_path / "clock"
+    faketime.set_offset(offset_file, 0)
     lines: asyncio.Queue[str] = asyncio.Queue()
     clock = await spawn(
         "clock",
         [sys.executable, "-c", CLOCK],
-        env=faketime.environment(await faketime.library(terminal), told),
+        env=faketime.build_environment(await faketime.find_library(terminal), offset_file),
         on_line=lines.put_nowait,
     )
 
-    async def is_wrong_by(expected_sec: int) -> None:
+    async def wait_for_offset(expected_sec: int) -> None:
         async with asyncio.timeout(60):
             while True:
                 wall, monotonic = map(float, (await lines.get()).split())
@@ -40,12 +38,12 @@ async def test_the_clock_of_a_process_is_set_wrong_and_right_again_while_it_runs
                     return
 
     try:
-        await is_wrong_by(0)
-        for wrong_by_sec in (HOUR_SEC, -HOUR_SEC, 0):
-            faketime.tell(told, wrong_by_sec)
-            await is_wrong_by(wrong_by_sec)
+        await wait_for_offset(0)
+        for offset_sec in (HOUR_SEC, -HOUR_SEC, 0):
+            faketime.set_offset(offset_file, offset_sec)
+            await wait_for_offset(offset_sec)
     finally:
         clock.kill()
         await clock.wait()
-    faketime.sweep()
+    faketime.remove_shared_memory()
     assert not list(Path("/dev/shm").glob(f"*faketime*_{clock.pid}"))

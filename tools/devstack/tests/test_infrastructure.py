@@ -1,5 +1,7 @@
-"""Where PostgreSQL and RabbitMQ come from: the variables, this machine, Docker, packages, in that order. (With a
-Docker: tests/containers.)"""
+"""Search for PostgreSQL and RabbitMQ: variables, this machine, Docker, packages, in this order.
+
+The tests with Docker are in tests/containers.
+"""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -14,7 +16,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from devstack import containers, infrastructure, packages, postgres, rabbitmq
 from devstack.containers import Containers
 from devstack.errors import CannotRun
-from devstack.infrastructure import Found, find, take_over
+from devstack.infrastructure import Server, claim_vhost, find_servers
 from devstack.ports import free_port
 from devstack.settings import Settings
 from sandbox_broker.contract import topology
@@ -31,19 +33,19 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 @pytest.fixture
-def nothing_local() -> Mapping[str, str]:
-    """Variables that make the looked-at ports of this machine ones where nobody listens."""
+def unused_ports() -> Mapping[str, str]:
+    """Variables that direct the search on this machine to ports without a listener."""
     return {"PGPORT": str(free_port()), "RABBITMQ_NODE_PORT": str(free_port())}
 
 
 @pytest.fixture
 def no_docker(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The path is what is asked for, so that a machine with Docker tests it, too.
+    # An unreachable address has the same effect on machines with and without Docker.
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
 
 
-def local(own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
-    """Variables that make the private servers the ones that are looked for on this machine."""
+def local_variables(own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
+    """Return variables that direct the search on this machine to the private servers."""
     database, broker = urlsplit(own_postgres_url), urlsplit(own_amqp_url)
     return {
         "PGPORT": str(database.port),
@@ -53,7 +55,7 @@ def local(own_postgres_url: str, own_amqp_url: str) -> dict[str, str]:
     }
 
 
-async def test_variables_come_first(
+async def test_variables_have_priority(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
 ) -> None:
     settings = settings_from(
@@ -63,93 +65,99 @@ async def test_variables_come_first(
         RABBITMQ_NODE_PORT=str(free_port()),
     )
 
-    database, broker = await find(settings, terminal, stack)
+    database, broker = await find_servers(settings, terminal, stack)
 
-    assert (database.url, database.given) == (own_postgres_url, True)
-    assert (broker.url, broker.given) == (own_amqp_url, True)
+    assert (database.url, database.user_supplied) == (own_postgres_url, True)
+    assert (broker.url, broker.user_supplied) == (own_amqp_url, True)
     assert "password" not in "".join(terminal.lines)
     assert any(line.startswith("• PostgreSQL: DATABASE_URL, 127.0.0.1:") for line in terminal.lines)
 
 
-async def test_then_what_answers_on_this_machine(
+async def test_servers_on_this_machine_are_found(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
 ) -> None:
-    database, broker = await find(settings_from(**local(own_postgres_url, own_amqp_url)), terminal, stack)
+    database, broker = await find_servers(
+        settings_from(**local_variables(own_postgres_url, own_amqp_url)), terminal, stack
+    )
 
     assert f"{database.url}/postgres" == own_postgres_url
     assert broker.url == own_amqp_url
-    assert not database.given
+    assert not database.user_supplied
     assert database.processes == broker.processes == ()
 
 
-async def test_each_of_the_two_is_looked_for_on_its_own(
+async def test_the_two_servers_are_found_independently(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
 ) -> None:
     settings = settings_from(DATABASE_URL=own_postgres_url, RABBITMQ_NODE_PORT=str(urlsplit(own_amqp_url).port))
 
-    database, broker = await find(settings, terminal, stack)
+    database, broker = await find_servers(settings, terminal, stack)
 
-    assert database.given
-    assert not broker.given
+    assert database.user_supplied
+    assert not broker.user_supplied
 
 
-async def test_a_variable_that_leads_nowhere_ends_the_search_and_is_named(
+async def test_an_unreachable_server_in_a_variable_is_an_error_with_its_name(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, own_amqp_url: str
 ) -> None:
-    nowhere = free_port()
-    around = local(own_postgres_url, own_amqp_url)
+    unused_port = free_port()
+    variables = local_variables(own_postgres_url, own_amqp_url)
 
-    with pytest.raises(CannotRun, match=r"^DATABASE_URL does not lead to a database") as caught:
-        await find(
-            settings_from(**around, DATABASE_URL=f"postgresql://me:secret@127.0.0.1:{nowhere}/x"), terminal, stack
+    with pytest.raises(CannotRun, match=r"^cannot connect to DATABASE_URL") as caught:
+        await find_servers(
+            settings_from(**variables, DATABASE_URL=f"postgresql://me:secret@127.0.0.1:{unused_port}/x"),
+            terminal,
+            stack,
         )
     assert caught.value.status == 2
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
-    with pytest.raises(CannotRun, match=r"^AMQP_URL does not lead to a RabbitMQ"):
-        await find(settings_from(**around, AMQP_URL=f"amqp://me:secret@127.0.0.1:{nowhere}/"), terminal, stack)
+    with pytest.raises(CannotRun, match=r"^cannot connect to AMQP_URL"):
+        await find_servers(
+            settings_from(**variables, AMQP_URL=f"amqp://me:secret@127.0.0.1:{unused_port}/"), terminal, stack
+        )
 
 
 @pytest.mark.parametrize(
     "url", ["not a url", "postgresql://127.0.0.1:port/x", "mysql://127.0.0.1/x", "postgresql://"]
 )
-async def test_a_database_url_that_is_none_is_refused_in_one_line(
+async def test_an_invalid_database_url_is_reported_in_one_line(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, url: str
 ) -> None:
-    with pytest.raises(CannotRun, match=r"^DATABASE_URL") as caught:
-        await find(settings_from(DATABASE_URL=url, PGPORT=str(free_port())), terminal, stack)
+    with pytest.raises(CannotRun, match=r"^cannot connect to DATABASE_URL") as caught:
+        await find_servers(settings_from(DATABASE_URL=url, PGPORT=str(free_port())), terminal, stack)
 
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["not a url", "amqp://127.0.0.1:port/", "http://127.0.0.1/", "amqp://"])
-async def test_an_amqp_url_that_is_none_is_refused_in_one_line(
+async def test_an_invalid_amqp_url_is_reported_in_one_line(
     settings_from: SettingsFrom, terminal: Any, stack: AsyncExitStack, own_postgres_url: str, url: str
 ) -> None:
-    with pytest.raises(CannotRun, match=r"^AMQP_URL") as caught:
-        await find(settings_from(DATABASE_URL=own_postgres_url, AMQP_URL=url), terminal, stack)
+    with pytest.raises(CannotRun, match=r"^cannot connect to AMQP_URL") as caught:
+        await find_servers(settings_from(DATABASE_URL=own_postgres_url, AMQP_URL=url), terminal, stack)
 
     assert "\n" not in str(caught.value)
 
 
-async def test_a_role_that_may_not_create_databases_is_not_enough(
+async def test_a_role_without_createdb_is_not_used(
     settings_from: SettingsFrom, terminal: Any, own_postgres_url: str
 ) -> None:
     connection = await asyncpg.connect(own_postgres_url)
     try:
-        await connection.execute("CREATE ROLE lodger LOGIN PASSWORD 'p'")
-        settings = settings_from(PGPORT=str(urlsplit(own_postgres_url).port), PGUSER="lodger", PGPASSWORD="p")
+        await connection.execute("CREATE ROLE restricted LOGIN PASSWORD 'p'")
+        settings = settings_from(PGPORT=str(urlsplit(own_postgres_url).port), PGUSER="restricted", PGPASSWORD="p")
 
         assert await infrastructure._local_postgres(settings, terminal) is None
     finally:
-        await connection.execute("DROP ROLE lodger")
+        await connection.execute("DROP ROLE restricted")
         await connection.close()
 
-    assert "the role may not create databases" in terminal.lines[-1]
+    assert "the role has no CREATEDB privilege" in terminal.lines[-1]
 
 
-async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_was_named(
+async def test_a_virtual_host_of_another_broker_is_refused_unless_named_by_the_user(
     own_amqp_url: str, terminal: Any
 ) -> None:
     async def ignore(_: AbstractIncomingMessage) -> None: ...
@@ -160,59 +168,59 @@ async def test_a_virtual_host_that_another_broker_uses_is_left_alone_unless_it_w
         await queue.consume(ignore)
 
         with pytest.raises(CannotRun, match=r"another Sandbox Broker already uses RabbitMQ .* set AMQP_URL"):
-            await take_over(Found(own_amqp_url), terminal)
+            await claim_vhost(Server(own_amqp_url), terminal)
 
-        await take_over(Found(own_amqp_url, given=True), terminal)
+        await claim_vhost(Server(own_amqp_url, user_supplied=True), terminal)
 
 
-async def test_queues_that_another_version_has_left_are_made_anew(own_amqp_url: str, terminal: Any) -> None:
+async def test_queues_of_another_version_are_deleted(own_amqp_url: str, terminal: Any) -> None:
     async with await aio_pika.connect(own_amqp_url) as connection:
         channel = await connection.channel()
         await topology.declare(channel)
         await channel.queue_delete(topology.REAPER_EVENTS.name)
         await channel.declare_queue(topology.REAPER_EVENTS.name, durable=True, arguments={"x-queue-type": "quorum"})
 
-        await take_over(Found(own_amqp_url), terminal)
+        await claim_vhost(Server(own_amqp_url), terminal)
 
-        assert terminal.lines == ["• RabbitMQ: queue reaper.events was of another version, and is made anew"]
+        assert terminal.lines == ["• RabbitMQ: deleted queue reaper.events, declared by another version"]
         await topology.declare(channel)
         for queue in topology.QUEUES:
             await channel.queue_delete(queue.name)
 
 
 @pytest.mark.usefixtures("no_docker", "postgres_binaries", "rabbitmq_binaries")
-async def test_without_docker_private_servers_are_made_of_the_packages(
-    settings_from: SettingsFrom, terminal: Any, nothing_local: Mapping[str, str]
+async def test_without_docker_private_servers_are_started(
+    settings_from: SettingsFrom, terminal: Any, unused_ports: Mapping[str, str]
 ) -> None:
     async with AsyncExitStack() as stack:
-        database, broker = await find(settings_from(**nothing_local), terminal, stack)
+        database, broker = await find_servers(settings_from(**unused_ports), terminal, stack)
 
-        assert await postgres.refusal(f"{database.url}/postgres") is None
-        assert await rabbitmq.refusal(broker.url) is None
+        assert await postgres.unavailable_reason(f"{database.url}/postgres") is None
+        assert await rabbitmq.unavailable_reason(broker.url) is None
         assert len(database.processes) == len(broker.processes) == 1
 
     assert not any(process.running for process in (*database.processes, *broker.processes))
 
 
 @pytest.mark.usefixtures("no_docker")
-async def test_with_nothing_to_start_one_line_says_what_to_do(
+async def test_without_any_server_the_error_names_the_remedies(
     settings_from: SettingsFrom,
     terminal: Any,
     stack: AsyncExitStack,
-    nothing_local: Mapping[str, str],
+    unused_ports: Mapping[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(postgres, "binaries", lambda: None)
-    monkeypatch.setattr(rabbitmq, "binaries", lambda: None)
+    monkeypatch.setattr(postgres, "find_binaries", lambda: None)
+    monkeypatch.setattr(rabbitmq, "find_binaries", lambda: None)
     monkeypatch.setattr(packages, "can_install", lambda: False)
 
     with pytest.raises(CannotRun, match="set DATABASE_URL and AMQP_URL, or install and start") as caught:
-        await find(settings_from(**nothing_local), terminal, stack)
+        await find_servers(settings_from(**unused_ports), terminal, stack)
 
     assert caught.value.status == 2
 
 
 @pytest.mark.usefixtures("no_docker")
-async def test_without_docker_tests_have_no_containers(settings_from: SettingsFrom) -> None:
-    async with containers.running(settings_from()) as had:
-        assert had == Containers()
+async def test_without_docker_no_container_is_started(settings_from: SettingsFrom) -> None:
+    async with containers.start_containers(settings_from()) as started:
+        assert started == Containers()

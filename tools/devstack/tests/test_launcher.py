@@ -7,7 +7,7 @@ from devstack.settings import Settings
 pytest_plugins = ("devstack.fixtures",)
 
 
-def test_the_gateway_has_one_port_although_env_names_another_for_containers(
+def test_the_gateway_ignores_the_ops_port_for_containers(
     settings_from: Callable[..., Settings],
 ) -> None:
     launcher = Launcher(settings_from(OPS_PORT="9100"), "postgresql://x/y", "amqp://x/", Terminal())

@@ -1,4 +1,4 @@
-"""`make run` from outside: a process with its terminal, and stand-ins for the four services."""
+"""`make run` as a process, with stand-ins for the services and the simulator."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ pytest_plugins = ("devstack.fixtures",)
 STAND_IN = """
 import http.server, os, signal, sys, threading
 
-class Answers(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = b'{"total": 50, "available": 50, "allocated": 0}'
         self.send_response(200)
@@ -34,7 +34,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         if self.path == "/die":
-            print("something is wrong", flush=True)
+            print("internal error", flush=True)
             os._exit(7)
         print("POST", self.path, self.headers["Authorization"], flush=True)
         self.do_GET()
@@ -48,12 +48,12 @@ def stop(*_):
 
 def serve(variable):
     signal.signal(signal.SIGTERM, stop)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ[variable])), Answers)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ[variable])), Handler)
     print("pid", os.getpid(), "log format", os.environ["LOG_FORMAT"], flush=True)
     print("bind host", os.environ["BIND_HOST"], flush=True)
     server.serve_forever()
 """
-# The stand-ins are for what it starts, not for what it imports.
+# The child processes import the stand-ins, `make run` itself does not.
 ENTRY = """
 import os, sys
 from pathlib import Path
@@ -76,7 +76,7 @@ MakeRun = Callable[..., Awaitable[Process]]
 
 @pytest.fixture
 def environ(tmp_path: Path, own_postgres_url: str, amqp_url: str) -> dict[str, str]:
-    """The variables of a run whose infrastructure is there and whose services are stand-ins."""
+    """Variables of a run with real servers and stand-ins for the services."""
     modules = tmp_path / "modules"
     modules.mkdir()
     (modules / "stand_in.py").write_text(STAND_IN)
@@ -110,8 +110,8 @@ async def make_run(tmp_path: Path, environ: dict[str, str]) -> AsyncIterator[Mak
         await run.wait()
 
 
-async def until_line(run: Process, text: str) -> str:
-    """The first line that contains the text."""
+async def wait_for_line(run: Process, text: str) -> str:
+    """Wait for a line with the text. Return the first one."""
     async with asyncio.timeout(60):
         while True:
             for line in run.tail:
@@ -121,33 +121,33 @@ async def until_line(run: Process, text: str) -> str:
             await asyncio.sleep(0.01)
 
 
-def replace(environ: dict[str, str], module: str, code: str) -> None:
-    """Other code for one of the stand-ins."""
+def replace_module(environ: dict[str, str], module: str, code: str) -> None:
+    """Replace the code of a stand-in."""
     Path(environ["PYTHONPATH"], module).write_text(code)
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie that its new parent has not collected yet has ended."""
+    """Return False for a process that has ended, also for a zombie."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
 
 
-def pids(run: Process) -> list[int]:
-    """Of the stand-ins, as they have told."""
+def stand_in_pids(run: Process) -> list[int]:
+    """Return the process ids printed by the stand-ins."""
     return [int(line.split(" pid ")[1].split()[0]) for line in run.tail if " pid " in line]
 
 
-async def test_it_starts_everything_fills_the_pool_and_says_where_it_is(
+async def test_all_processes_start_the_pool_is_filled_and_the_addresses_are_printed(
     make_run: MakeRun, environ: dict[str, str], tmp_path: Path
 ) -> None:
     run = await make_run()
-    ready = await until_line(run, "Ready after")
-    await until_line(run, "Ctrl-C stops everything")
+    ready = await wait_for_line(run, "Ready after")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     text = "\n".join(run.tail)
-    assert "The pool: 50 available." in ready
+    assert "Pool: 50 available." in ready
     for tag in ("migrate      │ up to date", "gateway      │ pid", "csp-simulator│ pid", "csp-syncer   │ pid"):
         assert tag in text
     assert f"http://127.0.0.1:{environ['GATEWAY_PORT']}/v1/docs" in text
@@ -163,9 +163,9 @@ async def test_it_starts_everything_fills_the_pool_and_says_where_it_is(
     await run.wait()
 
 
-async def test_ctrl_c_stops_services_first_then_the_simulator_and_is_no_failure(make_run: MakeRun) -> None:
+async def test_ctrl_c_stops_the_services_then_the_simulator_with_exit_status_0(make_run: MakeRun) -> None:
     run = await make_run()
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     run.send(signal.SIGINT)
 
@@ -173,12 +173,12 @@ async def test_ctrl_c_stops_services_first_then_the_simulator_and_is_no_failure(
     last = [line.split("│")[0].strip() for line in run.tail if "finishing" in line]
     assert sorted(last[:4]) == ["allocator", "csp-syncer", "gateway", "reaper"]
     assert last[4:] == ["csp-simulator"]
-    assert not any(is_alive(pid) for pid in pids(run))
+    assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
-async def test_sigterm_may_come_twice(make_run: MakeRun) -> None:
+async def test_a_second_sigterm_has_no_effect(make_run: MakeRun) -> None:
     run = await make_run()
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     run.send(signal.SIGTERM)
     run.send(signal.SIGTERM)
@@ -187,37 +187,37 @@ async def test_sigterm_may_come_twice(make_run: MakeRun) -> None:
     assert sum("finishing" in line for line in run.tail) == 5
 
 
-async def test_ctrl_c_while_it_starts_stops_what_has_started(make_run: MakeRun, environ: dict[str, str]) -> None:
-    replace(environ, "reaper.py", "import time; print('slow', flush=True); time.sleep(60)")
+async def test_ctrl_c_during_the_start_stops_all_processes(make_run: MakeRun, environ: dict[str, str]) -> None:
+    replace_module(environ, "reaper.py", "import time; print('slow', flush=True); time.sleep(60)")
     run = await make_run()
-    await until_line(run, "reaper       │ slow")
+    await wait_for_line(run, "reaper       │ slow")
 
     run.send(signal.SIGINT)
 
     assert await run.wait() == 0
-    assert not any(is_alive(pid) for pid in pids(run))
+    assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
-async def test_a_second_ctrl_c_ends_what_does_not_want_to_stop(make_run: MakeRun, environ: dict[str, str]) -> None:
-    unwilling = "stand_in.stop = lambda *_: print('not yet', flush=True)"
-    replace(environ, "reaper.py", f"import stand_in\n{unwilling}\nstand_in.serve('REAPER_PORT')\n")
+async def test_a_second_ctrl_c_kills_all_processes(make_run: MakeRun, environ: dict[str, str]) -> None:
+    ignore_stop = "stand_in.stop = lambda *_: print('not yet', flush=True)"
+    replace_module(environ, "reaper.py", f"import stand_in\n{ignore_stop}\nstand_in.serve('REAPER_PORT')\n")
     run = await make_run()
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
     run.send(signal.SIGINT)
-    await until_line(run, "not yet")
+    await wait_for_line(run, "not yet")
 
     run.send(signal.SIGINT)
 
     async with asyncio.timeout(30):
         assert await run.wait() == 0
-    assert not any(is_alive(pid) for pid in pids(run))
+    assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
-async def test_a_service_that_dies_is_named_and_the_rest_is_stopped(
+async def test_a_dead_service_is_reported_and_the_others_are_stopped(
     make_run: MakeRun, environ: dict[str, str]
 ) -> None:
     run = await make_run()
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     async with httpx.AsyncClient(trust_env=False) as client:
         with pytest.raises(httpx.HTTPError):
@@ -225,13 +225,13 @@ async def test_a_service_that_dies_is_named_and_the_rest_is_stopped(
 
     assert await run.wait() == 1
     lines = list(run.tail)
-    told = lines.index("reaper ended with exit code 7. Its last lines:")
-    assert "    something is wrong" in lines[told:]
-    assert sum("finishing" in line for line in lines[told:]) == 4
-    assert not any(is_alive(pid) for pid in pids(run))
+    start = lines.index("reaper ended with exit code 7. Its last lines:")
+    assert "    internal error" in lines[start:]
+    assert sum("finishing" in line for line in lines[start:]) == 4
+    assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
-async def test_a_service_that_dies_while_starting_is_named(make_run: MakeRun, environ: dict[str, str]) -> None:
+async def test_a_service_that_dies_during_its_start_is_reported(make_run: MakeRun, environ: dict[str, str]) -> None:
     Path(environ["PYTHONPATH"], "reaper.py").write_text(
         "raise SystemExit('cannot start: CSP_API_TOKEN is not set')"
     )
@@ -240,96 +240,96 @@ async def test_a_service_that_dies_while_starting_is_named(make_run: MakeRun, en
 
     assert await run.wait() == 1
     assert "reaper ended with exit code 1. Its last lines:" in run.tail
-    assert not any(is_alive(pid) for pid in pids(run))
+    assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
-async def test_a_migration_that_fails_stops_the_start(make_run: MakeRun, environ: dict[str, str]) -> None:
-    replace(environ, "sandbox_broker/migrate.py", "raise SystemExit('revision 7 is unknown')")
+async def test_a_failed_migration_stops_the_start(make_run: MakeRun, environ: dict[str, str]) -> None:
+    replace_module(environ, "sandbox_broker/migrate.py", "raise SystemExit('revision 7 is unknown')")
 
     run = await make_run()
 
     assert await run.wait() == 1
-    assert run.tail[-1] == "make run: the database could not be migrated: revision 7 is unknown"
+    assert run.tail[-1] == "make run: the migration of the database failed: revision 7 is unknown"
 
 
-async def test_killed_it_leaves_no_orphans(make_run: MakeRun) -> None:
+async def test_no_orphans_remain_after_a_kill(make_run: MakeRun) -> None:
     run = await make_run()
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     run.send(signal.SIGKILL)
     await run.wait()
 
     async with asyncio.timeout(30):
-        while any(is_alive(pid) for pid in pids(run)):  # noqa: ASYNC110 - processes tell no event
+        while any(is_alive(pid) for pid in stand_in_pids(run)):  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
-    assert len(pids(run)) == 5
+    assert len(stand_in_pids(run)) == 5
 
 
-async def test_a_taken_port_is_named_with_the_variable_that_changes_it(
-    make_run: MakeRun, environ: dict[str, str]
-) -> None:
+async def test_a_port_in_use_is_reported_with_its_variable(make_run: MakeRun, environ: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", int(environ["REAPER_PORT"]))):
         run = await make_run()
 
         assert await run.wait() == 2
 
     assert list(run.tail) == [
-        f"make run: port {environ['REAPER_PORT']} is taken by another program; set REAPER_PORT to a free one"
+        f"make run: port {environ['REAPER_PORT']} is in use by another program; set REAPER_PORT to a free port"
     ]
 
 
-async def test_one_port_cannot_serve_two(make_run: MakeRun, environ: dict[str, str]) -> None:
+async def test_two_services_cannot_share_a_port(make_run: MakeRun, environ: dict[str, str]) -> None:
     run = await make_run(REAPER_PORT=environ["ALLOCATOR_PORT"])
 
     assert await run.wait() == 2
     assert "ALLOCATOR_PORT and REAPER_PORT are both" in run.tail[-1]
 
 
-async def test_a_wrong_database_url_is_one_line(make_run: MakeRun) -> None:
-    run = await make_run(DATABASE_URL=f"postgresql://me@127.0.0.1:{free_port()}/nowhere")
+async def test_an_unreachable_database_is_reported_in_one_line(make_run: MakeRun) -> None:
+    run = await make_run(DATABASE_URL=f"postgresql://me@127.0.0.1:{free_port()}/unused")
 
     assert await run.wait() == 2
     assert len(run.tail) == 1
-    assert run.tail[0].startswith("make run: DATABASE_URL does not lead to a database that answers")
+    assert run.tail[0].startswith("make run: cannot connect to DATABASE_URL")
 
 
-async def test_two_runs_on_one_database_are_one_too_many(make_run: MakeRun) -> None:
+async def test_a_second_run_on_the_same_database_is_refused(make_run: MakeRun) -> None:
     first = await make_run()
-    await until_line(first, "Ready after")
+    await wait_for_line(first, "Ready after")
 
     second = await make_run(**{name: str(free_port()) for name in PORTS})
 
     assert await second.wait() == 2
-    assert "is running in this clone already" in second.tail[-1]
+    assert "is already running in this clone" in second.tail[-1]
 
 
-async def test_a_csp_of_the_user_needs_no_simulator_and_is_never_forced(make_run: MakeRun) -> None:
+async def test_with_a_real_csp_no_simulator_runs_and_the_sync_is_not_forced(make_run: MakeRun) -> None:
     run = await make_run(
-        CSP_BASE_URL="https://csp.example/v2", CSP_API_TOKEN="theirs", BROKER_ADMIN_TOKEN="new, old"
+        CSP_BASE_URL="https://csp.example/v2", CSP_API_TOKEN="csp-token-of-the-user", BROKER_ADMIN_TOKEN="new, old"
     )
-    await until_line(run, "Ctrl-C stops everything")
+    await wait_for_line(run, "Ctrl-C stops everything")
 
     text = "\n".join(run.tail)
     assert "POST /v1/admin/sync Bearer new" in text
     assert "csp-simulator" not in text
-    assert "theirs" not in text
+    assert "csp-token-of-the-user" not in text
     assert "admin token    $BROKER_ADMIN_TOKEN" in text
 
 
-async def test_a_service_that_never_becomes_ready_is_named_with_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_is_not_ready_is_reported_with_its_response(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pool, "READY_SEC", 3)
 
-    async def unwell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):  # who asks may give up
+    async def respond_503(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):  # the client may give up
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nno queue")
             await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(unwell, "127.0.0.1", 0)
+    server = await asyncio.start_server(respond_503, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(CannotRun, match="reaper answers: 503 no queue") as caught:
+        with pytest.raises(CannotRun, match="reaper responds: 503 no queue") as caught:
             await pool.wait_until_ready({"reaper": f"http://127.0.0.1:{port}/readyz"})
 
     assert caught.value.status == 1

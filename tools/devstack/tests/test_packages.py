@@ -8,7 +8,7 @@ from devstack.output import Terminal
 
 pytest_plugins = ("devstack.fixtures",)
 
-# As apt-get is: it fails where another is at work.
+# Like apt-get, it fails while another instance runs.
 APT_GET = """#!/bin/sh
 mkdir "$BUSY" || exit 100
 sleep 0.1
@@ -17,7 +17,7 @@ rmdir "$BUSY"
 """
 
 
-async def test_who_installs_at_the_same_time_takes_turns(
+async def test_concurrent_installations_run_one_at_a_time(
     tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "apt-get").write_text(APT_GET)

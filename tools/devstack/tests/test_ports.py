@@ -3,11 +3,11 @@ import socket
 from devstack.ports import free_port, is_free
 
 
-def test_a_port_is_given_once_and_nobody_listens_on_it() -> None:
-    given = [free_port() for _ in range(50)]
+def test_free_ports_are_distinct_and_have_no_listener() -> None:
+    returned = [free_port() for _ in range(50)]
 
-    assert len(set(given)) == 50
-    assert all(is_free(port, host="127.0.0.1") for port in given)
+    assert len(set(returned)) == 50
+    assert all(is_free(port, host="127.0.0.1") for port in returned)
 
 
 def test_a_port_with_a_listener_on_one_address_is_not_free() -> None:
@@ -15,23 +15,23 @@ def test_a_port_with_a_listener_on_one_address_is_not_free() -> None:
         assert not is_free(listener.getsockname()[1])
 
 
-def test_a_port_with_a_listener_on_another_address_is_free_on_the_one_that_is_named() -> None:
+def test_a_listener_on_another_address_does_not_count() -> None:
     with socket.create_server(("127.0.0.2", 0)) as listener:
         port = listener.getsockname()[1]
         assert is_free(port, host="127.0.0.1")
         assert not is_free(port, host="127.0.0.2")
 
 
-def test_a_port_with_an_ipv6_listener_is_not_free_there() -> None:
+def test_a_port_with_an_ipv6_listener_is_not_free_on_ipv6() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
         assert not is_free(listener.getsockname()[1], host="::1")
 
 
-def test_a_port_whose_connections_are_winding_down_is_free() -> None:
+def test_a_port_with_only_closing_connections_is_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):
             served, _ = listener.accept()
-            served.close()  # the side that closes first keeps the address for a while
+            served.close()  # the side that closes first keeps the address in TIME_WAIT
 
     assert is_free(port)

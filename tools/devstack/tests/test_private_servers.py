@@ -1,4 +1,4 @@
-"""PostgreSQL and RabbitMQ of our own, as `make run` and the integration tests start them."""
+"""Private PostgreSQL and RabbitMQ servers."""
 
 import asyncio
 from pathlib import Path
@@ -15,17 +15,17 @@ from devstack.rabbitmq import PrivateRabbitMQ
 pytest_plugins = ("devstack.fixtures",)
 
 
-def processes_below(directory: Path) -> list[str]:
-    """Command lines of processes that name the directory."""
-    found = []
+def find_processes(directory: Path) -> list[str]:
+    """Return the command lines that contain the directory."""
+    commands = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if str(directory) in command:
-            found.append(command)
-    return found
+            commands.append(command)
+    return commands
 
 
 def shared_memory_segments() -> set[str]:
@@ -34,7 +34,7 @@ def shared_memory_segments() -> set[str]:
 
 
 @pytest.mark.usefixtures("postgres_binaries")
-async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_and_leaves_nothing() -> None:
+async def test_a_private_postgresql_keeps_its_data_across_restarts_and_is_removed() -> None:
     async with PrivatePostgres() as server:
         directory = server._directory
         assert directory is not None
@@ -43,7 +43,7 @@ async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_an
         await connection.close()
 
         await server.stop()
-        assert await postgres.refusal(server.url) is not None
+        assert await postgres.unavailable_reason(server.url) is not None
         await server.start()
         await server.kill()
         await server.start()
@@ -56,23 +56,23 @@ async def test_a_private_postgresql_keeps_its_data_over_a_restart_and_a_crash_an
         assert segment is not None
 
     assert not directory.exists()
-    assert processes_below(directory) == []
-    async with asyncio.timeout(30):  # its orphans notice by themselves, and hold on to it until then
-        while segment in shared_memory_segments():  # noqa: ASYNC110 - the kernel tells no event
+    assert find_processes(directory) == []
+    async with asyncio.timeout(30):  # the segment exists until the orphaned processes have ended
+        while segment in shared_memory_segments():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.usefixtures("postgres_binaries")
-async def test_a_private_postgresql_asks_for_its_password() -> None:
+async def test_a_private_postgresql_requires_its_password() -> None:
     async with PrivatePostgres() as server:
-        reason = await postgres.refusal(f"postgresql://postgres:guess@127.0.0.1:{server.port}/postgres")
+        reason = await postgres.unavailable_reason(f"postgresql://postgres:guess@127.0.0.1:{server.port}/postgres")
 
     assert reason is not None
     assert "password" in reason
 
 
 @pytest.mark.usefixtures("rabbitmq_binaries")
-async def test_a_private_rabbitmq_keeps_what_is_durable_over_a_restart_and_a_crash_and_leaves_nothing() -> None:
+async def test_a_private_rabbitmq_keeps_durable_queues_across_restarts_and_is_removed() -> None:
     async with PrivateRabbitMQ() as server:
         directory, mapper = server._directory, server._mapper
         assert directory is not None
@@ -85,7 +85,7 @@ async def test_a_private_rabbitmq_keeps_what_is_durable_over_a_restart_and_a_cra
             )
 
         await server.stop()
-        assert await rabbitmq.refusal(server.url) is not None
+        assert await rabbitmq.unavailable_reason(server.url) is not None
         await server.start()
         await server.kill()
         await server.start()
@@ -94,24 +94,24 @@ async def test_a_private_rabbitmq_keeps_what_is_durable_over_a_restart_and_a_cra
             channel = await connection.channel()
             message = await (await channel.get_queue("kept")).get(timeout=10)
             assert message.body == b"a"
-        assert "sandbox-broker" in await server.ctl("eval", "node().")
+        assert "sandbox-broker" in await server.run_rabbitmqctl("eval", "node().")
         with pytest.raises(RuntimeError, match="rabbitmqctl nonsense"):
-            await server.ctl("nonsense")
+            await server.run_rabbitmqctl("nonsense")
 
     assert not directory.exists()
-    assert processes_below(directory) == []
+    assert find_processes(directory) == []
     assert not mapper.running
 
 
 async def ignore(_: AbstractIncomingMessage) -> None:
-    """A consumer that leaves every message unacknowledged."""
+    """Consume a message without acknowledgement."""
 
 
-async def test_a_queue_shows_whether_somebody_consumes_from_it(amqp_url: str) -> None:
-    assert not await rabbitmq.has_consumers(amqp_url, "looked-at")
+async def test_a_consumer_of_a_queue_is_detected(amqp_url: str) -> None:
+    assert not await rabbitmq.has_consumers(amqp_url, "observed")
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
-        queue = await channel.declare_queue("looked-at", exclusive=False, auto_delete=True)
-        assert not await rabbitmq.has_consumers(amqp_url, "looked-at")
+        queue = await channel.declare_queue("observed", exclusive=False, auto_delete=True)
+        assert not await rabbitmq.has_consumers(amqp_url, "observed")
         await queue.consume(ignore)
-        assert await rabbitmq.has_consumers(amqp_url, "looked-at")
+        assert await rabbitmq.has_consumers(amqp_url, "observed")

@@ -1,4 +1,4 @@
-"""The reference reader of request framing: each kind of unsafe server is found."""
+"""Reference reader of request framing: it detects each kind of unsafe server."""
 
 import pytest
 
@@ -30,7 +30,7 @@ EARLY = Request(b"POST", b"/early", ((b"host", b"x"), (b"transfer-encoding", b"c
         (b"GET /a HTTP/1.1\r\n" + HOST + b"Content-Length: 0\r\n" * 2 + b"\r\n", [Verdict.REFUSE], Ending.CLOSED),
     ],
 )
-def test_it_finds_the_requests_of_a_stream(stream: bytes, verdicts: list[Verdict], ending: Ending) -> None:
+def test_the_requests_of_a_stream_are_read(stream: bytes, verdicts: list[Verdict], ending: Ending) -> None:
     reading = read_requests(stream)
     assert [read.verdict for read in reading.requests] == verdicts
     assert reading.ending is ending
@@ -53,12 +53,12 @@ def test_it_finds_the_requests_of_a_stream(stream: bytes, verdicts: list[Verdict
         (b"CONNECT x:1 HTTP/1.1\r\n" + HOST + b"\r\n", [], [Response(400, None)], True, None),
     ],
 )
-def test_it_finds_what_a_server_does_wrong(
+def test_violations_of_a_server_are_found(
     stream: bytes, executed: list[Request], responses: list[Response], closed: bool, violation: str | None
 ) -> None:
-    found = find_violation(read_requests(stream), responses, executed, continues=0, closed=closed)
-    assert (found is None) == (violation is None), found
-    assert violation is None or violation in str(found)
+    result = find_violation(read_requests(stream), responses, executed, continues=0, closed=closed)
+    assert (result is None) == (violation is None), result
+    assert violation is None or violation in str(result)
 
 
 def test_an_interim_response_needs_an_expectation() -> None:

@@ -1,46 +1,46 @@
-"""Between two tests everything is removed, whatever services at work are doing."""
+"""Clearing of the tables between tests, while services use the database."""
 
 import asyncio
 from functools import partial
 
 import asyncpg
 
-from devstack.testing import empty
+from devstack.testing import clear_tables
 
 
-async def until_blocked(who: asyncpg.Connection, by: asyncpg.Connection) -> None:
-    blocked = partial(by.fetchval, "SELECT cardinality(pg_blocking_pids($1)) > 0", who.get_server_pid())
-    while not await blocked():  # noqa: ASYNC110 (nothing tells us)
+async def wait_until_blocked(waiting: asyncpg.Connection, holding: asyncpg.Connection) -> None:
+    blocked = partial(holding.fetchval, "SELECT cardinality(pg_blocking_pids($1)) > 0", waiting.get_server_pid())
+    while not await blocked():  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.01)
 
 
-async def test_what_a_service_writes_while_it_holds_us_up_is_removed(clean_database: str) -> None:
-    at_work = await asyncpg.connect(clean_database)
+async def test_rows_inserted_while_the_clearing_waits_are_deleted(clean_database: str) -> None:
+    service = await asyncpg.connect(clean_database)
     testing = await asyncpg.connect(clean_database)
-    async with at_work.transaction():
-        await at_work.execute(
+    async with service.transaction():
+        await service.execute(
             "INSERT INTO pool_changes (status, stem, number) VALUES ('available', 'sandbox-', 50)"
         )
-    async with at_work.transaction():
-        await at_work.execute("DELETE FROM pool_changes")
-        emptying = asyncio.create_task(empty(testing))
-        await until_blocked(testing, at_work)
-        await at_work.execute("INSERT INTO pool_counts VALUES ('pool', '', 'available', 50)")
-    await emptying
+    async with service.transaction():
+        await service.execute("DELETE FROM pool_changes")
+        clearing = asyncio.create_task(clear_tables(testing))
+        await wait_until_blocked(testing, service)
+        await service.execute("INSERT INTO pool_counts VALUES ('pool', '', 'available', 50)")
+    await clearing
     assert await testing.fetchval("SELECT count(*) FROM pool_counts") == 0
-    await at_work.close()
+    await service.close()
     await testing.close()
 
 
-async def test_a_service_that_holds_us_up_gets_what_we_have_locked(clean_database: str) -> None:
-    at_work = await asyncpg.connect(clean_database)
+async def test_a_blocking_service_can_lock_further_tables(clean_database: str) -> None:
+    service = await asyncpg.connect(clean_database)
     testing = await asyncpg.connect(clean_database)
-    async with at_work.transaction():
-        await at_work.execute("SET LOCAL lock_timeout = '900ms'; SELECT FROM dead_letters")
-        emptying = asyncio.create_task(empty(testing))
-        await until_blocked(testing, at_work)
-        await at_work.execute("SELECT FROM sandboxes")
-        assert not emptying.done()
-    await emptying
-    await at_work.close()
+    async with service.transaction():
+        await service.execute("SET LOCAL lock_timeout = '900ms'; SELECT FROM dead_letters")
+        clearing = asyncio.create_task(clear_tables(testing))
+        await wait_until_blocked(testing, service)
+        await service.execute("SELECT FROM sandboxes")
+        assert not clearing.done()
+    await clearing
+    await service.close()
     await testing.close()
