@@ -22,14 +22,15 @@ if module == "gateway":
     rpc_client.Requester.send = crashes.around(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
     allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
-    from allocator import consumer, store
+    from allocator import consumer
+    from allocator.sql import leases
     from sandbox_broker.contract import topology
     from sandbox_broker.messaging import subscription
 
     # Each is one statement, and its end is the commit.
     commit = ("before a student's commit", "after a student's commit")
-    store.allocate = crashes.around(store.allocate, *commit)
-    store.release = crashes.around(store.release, *commit)
+    leases.allocate = crashes.around(leases.allocate, *commit)
+    leases.release = crashes.around(leases.release, *commit)
 
     # Maintenance answers and acknowledges all the time; the promise is to students.
     students = topology.ALLOCATOR_COMMANDS.name

@@ -16,7 +16,8 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, dead_letters, deletions, jobs, lanes, listings, purge, store
+from allocator import consumer, routing, write_session
+from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
 from devstack.crashes import Crashes
 from sandbox_broker.messaging import publisher, subscription
 
@@ -31,30 +32,30 @@ def replaced(text: str, old: str, new: str) -> str:
 
 def is_of_student(delivery: Any) -> bool:
     """Not maintenance, which goes on all the time."""
-    # Of what a chaos round sends again, the routing key only ends so: deliveries.AGAIN.
-    return str(delivery.routing_key).endswith(lanes.STUDENTS.queue.name)
+    # The routing key of a message that a chaos round sends again only ends with the queue: deliveries.AGAIN.
+    return str(delivery.routing_key).endswith(routing.STUDENTS.queue.name)
 
 
 def no_skip_locked() -> None:
-    store.ALLOCATE_ANY = replaced(store.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
+    leases.ALLOCATE_ANY = replaced(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
 
 
 def no_lock_and_no_look() -> None:
     """What was read as available is claimed, whatever has become of it."""
-    unlocked = replaced(store.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
-    store.ALLOCATE_ANY = replaced(unlocked, " AND s.status || '' = 'available'", "")
+    unlocked = replaced(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
+    leases.ALLOCATE_ANY = replaced(unlocked, " AND s.status || '' = 'available'", "")
 
 
 def no_epoch_guard() -> None:
-    modules: Sequence[ModuleType] = (store, dead_letters, deletions, jobs, listings, purge)
+    modules: Sequence[ModuleType] = (leases, dead_letters, deletions, jobs, listings, purge)
     for module in modules:
         for name, text in list(vars(module).items()):
-            if isinstance(text, str) and store.GUARD in text and text != store.GUARD:
-                setattr(module, name, text.replace(store.GUARD, "guard AS (SELECT $1::bigint AS epoch)"))
+            if isinstance(text, str) and write_session.GUARD in text and text != write_session.GUARD:
+                setattr(module, name, text.replace(write_session.GUARD, "guard AS (SELECT $1::bigint AS epoch)"))
 
 
 def ack_before_commit() -> None:
-    handle, ack = consumer.Consumer._handle, subscription.Subscription.ack
+    handle, ack = consumer.Consumer._handle_batch, subscription.Subscription.ack
 
     async def ack_and_handle(self: Any, subscription: subscription.Subscription, deliveries: Sequence[Any]) -> None:
         await ack(subscription, deliveries[-1], all_before=True)
@@ -64,44 +65,44 @@ def ack_before_commit() -> None:
     async def nothing(*_: object, **__: object) -> None:
         pass
 
-    consumer.Consumer._handle = ack_and_handle  # type: ignore[method-assign]
+    consumer.Consumer._handle_batch = ack_and_handle  # type: ignore[method-assign]
     subscription.Subscription.ack = nothing  # type: ignore[method-assign]
 
 
 def reply_before_commit() -> None:
-    allocate, answer = store.allocate, consumer.answer  # type: ignore[attr-defined]
+    allocate, answer = leases.allocate, consumer.answer  # type: ignore[attr-defined]
     begun: list[asyncpg.Connection] = []
 
-    async def begin(connection: asyncpg.Connection, *arguments: Any) -> store.Rows:
-        await connection.execute("BEGIN")
-        begun.append(connection)
-        return await allocate(connection, *arguments)
+    async def begin(session: write_session.WriteSession, commands: Sequence[Any]) -> list[leases.AllocationRow]:
+        await session.connection.execute("BEGIN")
+        begun.append(session.connection)
+        return await allocate(session, commands)
 
     async def answer_and_commit(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         while begun and is_of_student(delivery):
             await begun.pop().execute("COMMIT")
 
-    store.allocate = begin  # type: ignore[assignment]
+    leases.allocate = begin
     consumer.answer = answer_and_commit  # type: ignore[attr-defined]
 
 
 def outbox_apart() -> None:
     """The event is written when the lease is committed, by a statement of its own."""
-    store.ALLOCATE_ANY = replaced(
-        store.ALLOCATE_ANY,
+    leases.ALLOCATE_ANY = replaced(
+        leases.ALLOCATE_ANY,
         "INSERT INTO outbox (type, subject, data)\n    SELECT 'sandbox.allocated'",
         "SELECT 'sandbox.allocated'",
     )
-    allocate = store.allocate
+    allocate = leases.allocate
 
     async def allocate_and_announce(
-        connection: asyncpg.Connection, epoch: int, commands: Sequence[Any], lab_duration: Any
-    ) -> store.Rows:
-        rows = await allocate(connection, epoch, commands, lab_duration)
+        session: write_session.WriteSession, commands: Sequence[Any]
+    ) -> list[leases.AllocationRow]:
+        rows = await allocate(session, commands)
         for command, row in zip(commands, rows, strict=True):
             if row["outcome"] == "new":
-                await connection.execute(
+                await session.connection.execute(
                     "INSERT INTO outbox (type, subject, data) "
                     "VALUES ('sandbox.allocated', $1, jsonb_build_object('holder', $2::text))",
                     row["sandbox_id"],
@@ -109,7 +110,7 @@ def outbox_apart() -> None:
                 )
         return rows
 
-    store.allocate = allocate_and_announce
+    leases.allocate = allocate_and_announce
 
 
 def no_tombstones() -> None:
@@ -140,9 +141,9 @@ BUGS = {
 if __name__ == "__main__":
     module = sys.argv.pop(1)
     crashes = Crashes(Path(os.environ["STOP_AT"]), module)
-    store.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
-    lanes.STUDENTS = dataclasses.replace(lanes.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
-    store.allocate = crashes.around(store.allocate, "before commit", "after commit")
+    write_session.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
+    routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
+    leases.allocate = crashes.around(leases.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:

@@ -1,5 +1,7 @@
-"""The plans of the statements that students wait for, made once and kept (generic), must be look-ups along the same
-indexes whatever the tables held, and whatever the statistics said, when they were made."""
+"""Generic plans of the statements for students.
+
+The plans must be look-ups along the same indexes, whatever rows and statistics the tables had at planning time.
+"""
 
 import json
 from collections.abc import Awaitable, Callable, Iterator
@@ -7,28 +9,28 @@ from typing import Any
 
 import pytest
 
-from allocator import store
+from allocator.sql import leases
 
 from .allocator_harness import Pool
 
 _ARRAYS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text]"
 STATEMENTS = {
-    "any": (store.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
-    "by prefix": (store.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
-    "release": (store.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
-    "ended lately": (store.ENDED_LATELY, "1, ARRAY['holder']"),
+    "any": (leases.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
+    "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
+    "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
+    "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
 }
-_KNOWN = {
+_COMMON_LOOKUPS = {
     "allocator_epoch": "allocator_epoch_once: epoch",
-    "held": "leases_one_per_holder: holder",
-    "its": "sandboxes_pkey: sandbox_id",
+    "active": "leases_one_per_holder: holder",
+    "leased_sandbox": "sandboxes_pkey: sandbox_id",
     "keyed": "leases_one_per_idempotency_key: idempotency_key",
     "s": "sandboxes_pkey: sandbox_id",
 }
 PLANS = {
-    "any": {**_KNOWN, "oldest": "sandboxes_available: available_since"},
+    "any": {**_COMMON_LOOKUPS, "oldest": "sandboxes_available: available_since"},
     "by prefix": {
-        **_KNOWN,
+        **_COMMON_LOOKUPS,
         "first": "sandboxes_available_by_stem: available_stem",
         "next": "sandboxes_available_by_stem: available_stem",
         "of_stem": "sandboxes_available_by_stem: available_stem",
@@ -41,10 +43,10 @@ PLANS = {
         "l": "leases_pkey: lease_id",
         "s": "sandboxes_pkey: sandbox_id",
     },
-    "ended lately": {
+    "ended lease": {
         "allocator_epoch": "allocator_epoch_once: epoch",
         "ended": "leases_by_holder: ''::text",
-        "held": "leases_one_per_holder: holder",
+        "active": "leases_one_per_holder: holder",
     },
 }
 
@@ -54,7 +56,7 @@ async def _new(pool: Pool) -> None:
 
 
 async def _emptied(pool: Pool) -> None:
-    """As after a restored backup of an empty pool: the statistics say that nothing is there."""
+    """Tables with the statistics of empty tables, as after the restore of an empty pool."""
     await pool.execute("VACUUM ANALYZE")
 
 
@@ -64,7 +66,7 @@ async def _full(pool: Pool) -> None:
 
 
 async def _grown(pool: Pool) -> None:
-    """Statistics of an empty pool, for one that is not."""
+    """Full tables with the statistics of empty ones."""
     await pool.execute("VACUUM ANALYZE")
     await pool.fill(1_000)
 
@@ -87,23 +89,23 @@ async def _every_name_a_stem(pool: Pool) -> None:
 
 @pytest.mark.parametrize("statement", STATEMENTS)
 @pytest.mark.parametrize("fill", [_new, _emptied, _full, _grown, _leased, _large, _every_name_a_stem])
-async def test_a_kept_plan_only_looks_up(
+async def test_a_generic_plan_uses_only_index_lookups(
     pool: Pool, fill: Callable[[Pool], Awaitable[None]], statement: str
 ) -> None:
     await fill(pool)
     sql, arguments = STATEMENTS[statement]
-    connection = (await pool.writer()).connection
+    connection = (await pool.write_session()).connection
     await connection.execute(f"PREPARE kept AS {sql}")
     plan = json.loads(await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept ({arguments})"))
-    assert dict(_ways(plan[0]["Plan"])) == PLANS[statement]
+    assert dict(_access_paths(plan[0]["Plan"])) == PLANS[statement]
 
 
-def _ways(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """For each table that is read its name in the statement, and the way to its rows: index and column."""
+def _access_paths(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the alias and the access path (index and column) of each table in the plan."""
     if "Relation Name" in node and node["Node Type"] != "ModifyTable":
-        way = node.get("Index Name", node["Node Type"])
+        path = node.get("Index Name", node["Node Type"])
         if condition := node.get("Index Cond"):
-            way += ": " + condition.replace("(", "").split()[0].rpartition(".")[2]
-        yield node["Alias"], way
+            path += ": " + condition.replace("(", "").split()[0].rpartition(".")[2]
+        yield node["Alias"], path
     for inner in node.get("Plans", ()):
-        yield from _ways(inner)
+        yield from _access_paths(inner)

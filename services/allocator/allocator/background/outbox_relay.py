@@ -1,11 +1,12 @@
-"""Brings the events from the outbox to RabbitMQ: at least once, and in order for each sandbox.
+"""Outbox relay: publishes the events of the outbox to RabbitMQ, at least once and in order for each sandbox.
 
-A row is written in the same statement as the change it tells of, and moved to the history of its sandbox when
-RabbitMQ has confirmed the event. The rows of one sandbox are numbered in the order of its changes, because each
-change waits for the row lock of the one before; the advisory lock lets one relay work at a time, so that nobody
-overtakes. A relay that freezes with the lock in its hands loses its connection.
+Each change of a sandbox and its event row are one statement. When RabbitMQ has confirmed the event, the relay
+moves the row to the history of the sandbox. Concurrent changes of one sandbox wait for its row lock, so the row
+numbers follow the order of the changes. An advisory lock admits one relay at a time, so no relay overtakes another.
+PostgreSQL closes the connection of a relay frozen with the lock.
 
-Being the only one of its kind, the relay also adds up what the triggers on sandboxes have logged for the counters.
+Only one relay runs at a time, so the relay also adds the changes logged by the triggers on `sandboxes` to the
+pool counters.
 """
 
 import asyncio
@@ -14,7 +15,8 @@ import math
 import asyncpg
 import structlog
 
-from allocator import metrics, store
+from allocator import metrics
+from allocator.write_session import UNAVAILABLE
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.database import connections
@@ -22,29 +24,29 @@ from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Outgoing, Publisher
 from sandbox_broker.runtime.service import uninterrupted
 
-PIECE = 100
-"""Events that are encoded at a stretch, while students wait."""
+BATCH_SIZE = 100
+"""Events per batch. Encoding a batch blocks the event loop, and with it the requests of students."""
 POLL_SEC = 1.0
 GATHER_SEC = 0.01
-"""From a wake to the look at the outbox: under load one look serves many changes, and none of them competes with
-the answer to the student who has made it."""
-COUNT_PERIOD_SEC = 1.0
+"""Delay between a wake-up and the next read of the outbox. Under load one read then serves many changes, and the
+replies to the students go out first."""
+COUNTER_PERIOD_SEC = 1.0
 STATEMENT_TIMEOUT_SEC = 10
 
-TAKE = """
+SELECT_EVENTS = """
 SELECT outbox_id, event_id::text, type, subject, occurred_at, data::text AS data,
     extract(epoch FROM now() - occurred_at)::float AS age
 FROM outbox ORDER BY outbox_id LIMIT $1
 """
-MOVE = """
+MOVE_TO_HISTORY = """
 WITH published AS (
     DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[]) RETURNING subject, outbox_id, type, occurred_at, data
 )
 INSERT INTO history (sandbox_id, outbox_id, type, occurred_at, data)
 SELECT subject, outbox_id, type, occurred_at, data FROM published WHERE subject IS NOT NULL
 """
-# Each logged change is added once, since it is deleted with that.
-COUNT = """
+# One statement deletes the logged changes and adds them, so each change counts once.
+UPDATE_COUNTERS = """
 WITH taken AS (
     DELETE FROM pool_changes RETURNING status, stem, track_name, number
 )
@@ -57,17 +59,17 @@ WHERE value IS NOT NULL
 GROUP BY kind, value, status HAVING sum(number) <> 0
 ON CONFLICT (kind, value, status) DO UPDATE SET number = counted.number + excluded.number
 """
-DROP_ZEROS = "DELETE FROM pool_counts WHERE number = 0"
-SETTINGS = "SET idle_session_timeout = '20s'"
-"""Well above the time that RabbitMQ has for its confirms; a relay that lives asks once a second."""
-ONE_RELAY_AT_A_TIME = "SELECT pg_try_advisory_lock(5914033)"
+DELETE_ZERO_COUNTERS = "DELETE FROM pool_counts WHERE number = 0"
+SESSION_SETTINGS = "SET idle_session_timeout = '20s'"
+"""Longer than the timeout of publisher confirms. A working relay queries once per second."""
+TRY_LOCK = "SELECT pg_try_advisory_lock(5914033)"
 
 log = structlog.get_logger()
 
 
-class Relay:
-    """Publishes what is in the outbox. `wake` says that there is something new; it looks once a second anyway,
-    so a wake that is lost costs a second."""
+class OutboxRelay:
+    """Publisher of outbox events. It reads the outbox after each `wake` and at least once per second, so a lost
+    wake-up delays an event by at most one second."""
 
     def __init__(self, database_url: str, publisher: Publisher) -> None:
         self._database_url = database_url
@@ -86,25 +88,25 @@ class Relay:
                     statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
                 )
                 try:
-                    await connection.execute(SETTINGS)
+                    await connection.execute(SESSION_SETTINGS)
                     await self._relay(connection)
                 finally:
                     connection.terminate()
-            except store.UNAVAILABLE as error:
+            except UNAVAILABLE as error:
                 log.warning("outbox.database_lost", error=connections.reason(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:
-        while not await connection.fetchval(ONE_RELAY_AT_A_TIME):  # noqa: ASYNC110 (nothing tells us)
+        while not await connection.fetchval(TRY_LOCK):  # noqa: ASYNC110 (PostgreSQL sends no notification)
             await asyncio.sleep(POLL_SEC)
         counted_at = -math.inf
         while True:
             now = asyncio.get_running_loop().time()
-            if now - counted_at >= COUNT_PERIOD_SEC:
-                await uninterrupted(_count(connection))
+            if now - counted_at >= COUNTER_PERIOD_SEC:
+                await uninterrupted(_update_counters(connection))
                 counted_at = now
             self._wake.clear()
-            if await uninterrupted(self._publish_piece(connection)) < PIECE:
+            if await uninterrupted(self._publish_batch(connection)) < BATCH_SIZE:
                 try:
                     async with asyncio.timeout(POLL_SEC):
                         await self._wake.wait()
@@ -112,10 +114,12 @@ class Relay:
                     continue
                 await asyncio.sleep(GATHER_SEC)
 
-    async def _publish_piece(self, connection: asyncpg.Connection) -> int:
-        """Returns how many rows it has published and moved. What comes after one that was not confirmed is
-        published again, behind it."""
-        rows = await connection.fetch(TAKE, PIECE)
+    async def _publish_batch(self, connection: asyncpg.Connection) -> int:
+        """Publish one batch, move the confirmed rows to the history, and return their number.
+
+        The first unconfirmed event and all events behind it stay. This keeps the order on a retry.
+        """
+        rows = await connection.fetch(SELECT_EVENTS, BATCH_SIZE)
         metrics.OUTBOX_LAG.set(rows[0]["age"] if rows else 0)
         if not rows:
             return 0
@@ -126,13 +130,13 @@ class Relay:
         if confirmed < len(rows):
             log.warning("outbox.not_confirmed", events=len(rows) - confirmed)
         if confirmed:
-            await connection.execute(MOVE, [row["outbox_id"] for row in rows[:confirmed]])
+            await connection.execute(MOVE_TO_HISTORY, [row["outbox_id"] for row in rows[:confirmed]])
         return confirmed
 
 
-async def _count(connection: asyncpg.Connection) -> None:
-    await connection.execute(COUNT)
-    await connection.execute(DROP_ZEROS)
+async def _update_counters(connection: asyncpg.Connection) -> None:
+    await connection.execute(UPDATE_COUNTERS)
+    await connection.execute(DELETE_ZERO_COUNTERS)
 
 
 def _message(row: asyncpg.Record) -> Outgoing:

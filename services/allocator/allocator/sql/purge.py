@@ -1,10 +1,13 @@
-"""The SQL that ends what is over: stale sandboxes, and records that nobody needs any more. It keeps the rules of
-store.py, and takes a few hundred rows at a time, by their keys: joined to what is old, the planner might compare
-each with each."""
+"""Purge: delete stale sandboxes and remove expired records, a few hundred rows at a time.
 
-from allocator.store import GUARD
+The statements look rows up by key, because for a join with the old rows the planner might compare all pairs.
+"""
 
-# From stale to deleted without CSP: it is not there, and nobody ever had it.
+from datetime import timedelta
+
+from allocator.write_session import GUARD, WriteSession
+
+# Stale sandboxes no longer exist in CSP and were never leased, so they need no deletion in CSP.
 DELETE_STALE = f"""
 WITH {GUARD},
 old AS MATERIALIZED (
@@ -26,7 +29,7 @@ announced AS (
 SELECT epoch, (SELECT count(*) FROM moved) AS count FROM guard
 """
 
-# Leases stay: who had what is kept, and what was leased once is never inserted again.
+# Leases remain as the record of past holders. They also keep a listing from inserting a used sandbox again.
 PURGE_RECORDS = f"""
 WITH {GUARD},
 old AS MATERIALIZED (
@@ -40,8 +43,20 @@ purged AS (
     WHERE s.sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM old)) AND s.status = $2
     RETURNING s.sandbox_id
 ),
-forgotten AS (
+purged_history AS (
     DELETE FROM history WHERE sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM purged))
 )
 SELECT epoch, (SELECT count(*) FROM purged) AS count FROM guard
 """
+
+
+async def delete_stale(session: WriteSession, *, stale_for: timedelta, limit: int) -> int:
+    """Mark sandboxes as deleted after `stale_for` in status stale; return their number."""
+    count: int = (await session.fetch_one(DELETE_STALE, stale_for, limit))["count"]
+    return count
+
+
+async def purge_records(session: WriteSession, *, status: str, for_at_least: timedelta, limit: int) -> int:
+    """Remove sandboxes after `for_at_least` in `status`, with their history; return their number."""
+    count: int = (await session.fetch_one(PURGE_RECORDS, status, for_at_least, limit))["count"]
+    return count

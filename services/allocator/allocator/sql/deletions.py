@@ -1,15 +1,15 @@
-"""The SQL of deletions: whose turn it is, what is due, and what came of it. It keeps the rules of store.py."""
+"""Deletions: claim the due ones, record their results, retry failed ones."""
 
+import uuid
 from datetime import timedelta
+from typing import TypedDict
 
-import asyncpg
+from allocator.write_session import GUARD, WriteSession
 
-from allocator.store import GUARD, Rows, guarded
-from sandbox_broker.contract.commands import ClaimDeletions
-
-# One clean-up run at a time. Of two that ask at once the second waits for the row, then sees the first in it. What
-# is locked for a run names the duty, or it could be locked before the duty is looked at.
-_DUTY = """
+# Leader lease: one clean-up run at a time. A concurrent run blocks on the row and then sees the new owner.
+# Statements that lock sandboxes for a run must refer to this CTE, or they could lock them before it has been
+# checked.
+_LEADER_LEASE = """
 duty AS (
     UPDATE cleanup_duty SET run_id = $2, until = now() + $3::interval
     FROM guard
@@ -20,7 +20,7 @@ duty AS (
 
 CLAIM_DELETIONS = f"""
 WITH {GUARD},
-{_DUTY},
+{_LEADER_LEASE},
 due AS MATERIALIZED (
     SELECT s.sandbox_id
     FROM duty CROSS JOIN LATERAL (
@@ -47,10 +47,10 @@ SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
 FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
 """
 
-# Not what this run has in hand: made due, it would be deleted a second time beside the first.
+# Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice.
 HURRY_DELETIONS = f"""
 WITH {GUARD},
-{_DUTY},
+{_LEADER_LEASE},
 postponed AS MATERIALIZED (
     SELECT s.sandbox_id
     FROM duty CROSS JOIN LATERAL (
@@ -93,8 +93,8 @@ announced AS (
 SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
 """
 
-# The claim and its count of attempts are the condition: of a message that comes twice the second finds them
-# changed, and one that comes when another run has taken over says nothing about that one's attempt.
+# The claim and its number of attempts are the condition. A duplicate message finds them changed, and so does a late
+# message of a replaced run.
 RECORD_DELETION_FAILURE = f"""
 WITH {GUARD},
 moved AS (
@@ -143,7 +143,85 @@ FROM guard LEFT JOIN sandboxes s ON s.sandbox_id = $2
 """
 
 
-async def claim_deletions(connection: asyncpg.Connection, epoch: int, command: ClaimDeletions) -> Rows:
-    """A row for each deletion, or one without a sandbox_id; all have on_duty and next_in_sec."""
-    claim = timedelta(seconds=command.claim_sec)
-    return guarded(await connection.fetch(CLAIM_DELETIONS, epoch, command.run_id, claim, command.limit))
+class ClaimRow(TypedDict):
+    """Claimed deletion. `on_duty` and `next_in_sec` are the same in all rows; without claimed deletions there is
+    one row with None in the other columns."""
+
+    on_duty: bool
+    """Whether the run holds the leader lease."""
+    next_in_sec: float | None
+    """Seconds until the next deletion is due or, without the leader lease, until its expiry."""
+    sandbox_id: str | None
+    external_id: str
+    name: str
+    deletion_attempts: int
+    deletion_request_id: str | None
+    deletion_traceparent: str | None
+    missing: bool
+
+
+class HurryRow(TypedDict):
+    on_duty: bool
+    hurried: int
+
+
+class RetryRow(TypedDict):
+    changed: bool
+    status: str | None
+    """Status before the retry; None: the sandbox does not exist."""
+    deletion_requested_at: int
+
+
+async def claim_deletions(
+    session: WriteSession, *, run_id: uuid.UUID, claim: timedelta, limit: int
+) -> list[ClaimRow]:
+    """Take or extend the leader lease, and claim up to `limit` due deletions, both for the duration `claim`."""
+    return await session.fetch(CLAIM_DELETIONS, run_id, claim, limit)
+
+
+async def hurry_deletions(session: WriteSession, *, run_id: uuid.UUID, claim: timedelta, limit: int) -> HurryRow:
+    """Make up to `limit` postponed deletions due now."""
+    row: HurryRow = await session.fetch_one(HURRY_DELETIONS, run_id, claim, limit)
+    return row
+
+
+async def end_cleanup(session: WriteSession, *, run_id: uuid.UUID) -> bool:
+    """End the leader lease of the run; return whether the run held it."""
+    changed: bool = (await session.fetch_one(END_CLEANUP, run_id))["changed"]
+    return changed
+
+
+async def record_deletion(session: WriteSession, *, sandbox_id: str, services_error: str | None) -> bool:
+    """Mark a pending sandbox as deleted; return whether it was pending."""
+    changed: bool = (await session.fetch_one(RECORD_DELETION, sandbox_id, services_error))["changed"]
+    return changed
+
+
+async def record_deletion_failure(
+    session: WriteSession,
+    *,
+    sandbox_id: str,
+    attempts: int,
+    error: str,
+    retry_in: timedelta | None,
+    run_id: uuid.UUID,
+    services_error: str | None,
+) -> bool:
+    """Postpone a claimed deletion by `retry_in`, or give it up if `retry_in` is None; return whether the claim was
+    valid.
+
+    `attempts` is the number of attempts before the failed one.
+    """
+    row = await session.fetch_one(
+        RECORD_DELETION_FAILURE, sandbox_id, attempts, error, retry_in, run_id, services_error
+    )
+    changed: bool = row["changed"]
+    return changed
+
+
+async def retry_deletion(
+    session: WriteSession, *, sandbox_id: str, request_id: str | None, traceparent: str | None
+) -> RetryRow:
+    """Make a failed deletion pending and due again."""
+    row: RetryRow = await session.fetch_one(RETRY_DELETION, sandbox_id, request_id, traceparent)
+    return row

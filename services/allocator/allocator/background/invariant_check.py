@@ -1,9 +1,9 @@
-"""Looks now and then whether the pool keeps its rules, and says which it does not.
+"""Invariant check: compares the pool with its rules and reports every violation.
 
-Most of them the database enforces. They are looked at all the same, along other indexes than those that enforce
-them: an index can be lost in a repair or damaged by a disk, and a person may write what no statement of ours would.
-Nothing here writes, and nobody waits for it. Its cost grows with the leases that are active, and with the number of
-sandboxes only as counting the entries of an index does.
+The database enforces most rules. The check verifies them all the same, along other indexes than the enforcing
+ones, because a repair can lose an index, a disk can damage one, and a person can write anything. The check only
+reads, and no command waits for it. Its cost grows with the number of active leases. The number of sandboxes matters
+only for counting index entries.
 """
 
 from datetime import timedelta
@@ -12,17 +12,16 @@ import asyncpg
 import structlog
 
 from allocator import metrics
-from allocator.store import Rows
 from sandbox_broker.database import connections
 from sandbox_broker.database.schema import metadata
 
 STATEMENT_TIMEOUT_SEC = 10
-EVENT_LATE = timedelta(minutes=5)
-LEASE_LATE = timedelta(days=1)
-"""After its end; far more than any grace period."""
-NEXT_IN_LINE = 1000
-"""So many of the available sandboxes are looked at, those to be handed out next."""
-EXAMPLES = 10
+MAX_EVENT_AGE = timedelta(minutes=5)
+MAX_LEASE_OVERDUE = timedelta(days=1)
+"""Time after the end of the lease; much longer than any grace period."""
+CHECKED_AVAILABLE = 1000
+"""Number of available sandboxes to check, beginning with the next to be allocated."""
+MAX_IDS = 10
 
 RULES = (
     "one_lease_per_sandbox",
@@ -41,10 +40,10 @@ UNIQUE_INDEXES = sorted(
     str(index.name) for table in metadata.tables.values() for index in table.indexes if index.unique
 )
 
-PARAMETERS = (EVENT_LATE, LEASE_LATE, NEXT_IN_LINE, UNIQUE_INDEXES, EXAMPLES)
-# active: the leases, each with its sandbox, looked up one by one rather than joined to all there are.
-# there: how many sandboxes are in each state, by index. Those that are allocated have none: they are those that are
-# leased, unless the counters say otherwise. Only then all sandboxes are searched for those that are not (unleased).
+PARAMETERS = (MAX_EVENT_AGE, MAX_LEASE_OVERDUE, CHECKED_AVAILABLE, UNIQUE_INDEXES, MAX_IDS)
+# active: active leases with their sandboxes. Look-ups by key replace a join, which would read all sandboxes.
+# actual: number of sandboxes per status, counted by index. No index covers allocated sandboxes, so their number is
+# taken from the leases. Only if the counters disagree, unleased scans all sandboxes for those without a lease.
 VIOLATIONS = """
 WITH active AS MATERIALIZED (
     SELECT l.sandbox_id, l.holder, l.expires_at, s.external_id, s.status
@@ -53,7 +52,7 @@ WITH active AS MATERIALIZED (
     ) s ON true
     WHERE l.end_reason IS NULL
 ),
-there AS (
+actual AS (
     SELECT 'available' AS status, count(*) AS number FROM sandboxes WHERE available_since IS NOT NULL
     UNION ALL
     SELECT 'allocated', count(DISTINCT sandbox_id) FROM active WHERE status = 'allocated'
@@ -69,13 +68,13 @@ counted AS (
     GROUP BY status
 ),
 compared AS MATERIALIZED (
-    SELECT status, coalesce(there.number, 0) AS there, coalesce(counted.number, 0) AS counted
-    FROM there FULL JOIN counted USING (status)
+    SELECT status, coalesce(actual.number, 0) AS actual, coalesce(counted.number, 0) AS counted
+    FROM actual FULL JOIN counted USING (status)
 ),
 unleased AS MATERIALIZED (
     SELECT s.sandbox_id FROM sandboxes s
     WHERE s.status = 'allocated' AND NOT EXISTS (SELECT FROM active a WHERE a.sandbox_id = s.sandbox_id)
-      AND (SELECT there <> counted FROM compared WHERE status = 'allocated')
+      AND (SELECT actual <> counted FROM compared WHERE status = 'allocated')
 ),
 violations AS (
     SELECT 'one_lease_per_sandbox' AS rule, sandbox_id AS id FROM active GROUP BY sandbox_id HAVING count(*) > 1
@@ -105,9 +104,9 @@ violations AS (
     FROM (SELECT event_id, occurred_at FROM outbox ORDER BY outbox_id LIMIT 1000) first
     WHERE occurred_at < now() - $1::interval
     UNION ALL
-    SELECT 'counters_are_exact', format('%s: %s counted, %s there', status, counted, there + unleased.number)
+    SELECT 'counters_are_exact', format('%s: %s counted, %s there', status, counted, actual + unleased.number)
     FROM compared CROSS JOIN LATERAL (SELECT count(*) AS number FROM unleased WHERE status = 'allocated') unleased
-    WHERE counted <> there + unleased.number
+    WHERE counted <> actual + unleased.number
     UNION ALL
     SELECT 'unique_indexes_are_there', name FROM unnest($4::text[]) AS name
     WHERE NOT EXISTS (
@@ -116,46 +115,50 @@ violations AS (
 )
 SELECT rule, count(*) AS number, (array_agg(id ORDER BY id))[:$5] AS ids FROM violations GROUP BY rule ORDER BY rule
 """
-AT_WORK = "SELECT EXISTS (SELECT FROM allocator_epoch WHERE epoch = $1)"
-SETTINGS = "SET default_transaction_read_only = on; SET max_parallel_workers_per_gather = 0"
+IS_CURRENT_EPOCH = "SELECT EXISTS (SELECT FROM allocator_epoch WHERE epoch = $1)"
+SESSION_SETTINGS = "SET default_transaction_read_only = on; SET max_parallel_workers_per_gather = 0"
 
 log = structlog.get_logger()
 
 
-async def check(database_url: str, epoch: int) -> None:
-    """Sets the metric for every rule, and logs what is violated. One that is not at work, or could not look, has
-    nothing to say: then there is no metric."""
+async def check_invariants(database_url: str, epoch: int) -> None:
+    """Set the metric of every rule and log each violation.
+
+    `epoch` is the maintenance epoch of this allocator, 0 on standby. Without a current epoch, or if the database
+    does not answer, clear the metric.
+    """
     try:
-        found = await _look(database_url, epoch)
-    except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # also what a damaged index raises
+        violations = await _fetch_violations_under(database_url, epoch)
+    except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # a damaged index raises the latter
         log.warning("invariants.not_checked", error=connections.reason(error))
-        found = None
-    if found is None:
+        violations = None
+    if violations is None:
         metrics.INVARIANT_VIOLATIONS.clear()
         return
-    numbers = {row["rule"]: row["number"] for row in found}
+    counts = {row["rule"]: row["number"] for row in violations}
     for rule in RULES:
-        metrics.INVARIANT_VIOLATIONS.labels(rule=rule).set(numbers.get(rule, 0))
-    for row in found:
+        metrics.INVARIANT_VIOLATIONS.labels(rule=rule).set(counts.get(rule, 0))
+    for row in violations:
         log.error("invariant.violated", rule=row["rule"], number=row["number"], ids=row["ids"])
 
 
-async def _look(database_url: str, epoch: int) -> Rows | None:
+async def _fetch_violations_under(database_url: str, epoch: int) -> list[asyncpg.Record] | None:
+    """Return the violations, or None if `epoch` is not current."""
     if epoch == 0:
         return None
     connection = await connections.connect(
         database_url, application_name="allocator-invariants", statement_timeout_sec=STATEMENT_TIMEOUT_SEC
     )
     try:
-        await connection.execute(SETTINGS)
-        if not await connection.fetchval(AT_WORK, epoch):
+        await connection.execute(SESSION_SETTINGS)
+        if not await connection.fetchval(IS_CURRENT_EPOCH, epoch):
             return None
-        return await violations(connection)
+        return await fetch_violations(connection)
     finally:
         connection.terminate()
 
 
-async def violations(connection: asyncpg.Connection) -> Rows:
-    """A row for each rule that is violated: rule, number, and up to EXAMPLES ids."""
-    found: Rows = await connection.fetch(VIOLATIONS, *PARAMETERS)
-    return found
+async def fetch_violations(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+    """Return a row for each violated rule: rule, number of violations, and up to MAX_IDS ids."""
+    rows: list[asyncpg.Record] = await connection.fetch(VIOLATIONS, *PARAMETERS)
+    return rows

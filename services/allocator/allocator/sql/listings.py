@@ -1,31 +1,30 @@
-"""The SQL that brings the pool in line with a listing of CSP.
+"""Listings: bring the pool in line with a listing of CSP.
 
-A listing is staged in pieces, under its number, and applied by APPLY_LISTING as a whole or not at all. What does
-not belong to that whole is done around it, in statements that may be repeated: corrections of account ids before
-it, flags and names after it. The rules of store.py hold, which lists the modules that write the pool, and two more,
-because students wait for the same rows:
+A listing is staged in batches under its id. APPLY_LISTING applies it as a whole or not at all. Idempotent
+statements around it do the rest: MOVE_ACCOUNTS corrects account ids before it, FLAG_MISSING and REFRESH_SANDBOXES
+set flags and names after it. Students wait for the same rows, so two more rules hold:
 
-- No statement waits for a row that a student's statement has locked. It is passed over (SKIP LOCKED), and the
-  next listing sees what has become of it.
-- No statement locks many rows that students may want. An available sandbox is locked when it goes stale, which
-  nobody should be given any more; names are corrected a few at a time.
+- No statement waits for a row locked by a statement of a student. SKIP LOCKED passes over it, and the next
+  listing sees its new state.
+- No statement locks many rows needed by students. Available sandboxes are locked only when they become stale
+  and must not be allocated any more. Names are corrected a few at a time.
 
-Each statement looks accounts up by (listing_id, sandbox_id). There are no statistics of what was staged a moment
-ago, so every plan must be bearable: nested index look-ups are, a nested scan of a whole listing is not.
+Every statement looks accounts up by (listing_id, sandbox_id). The table has no statistics of freshly staged rows,
+so every plan that the planner may choose must be bearable: nested index look-ups are, a nested scan of a listing is
+not.
 """
 
 from collections.abc import Sequence
+from typing import TypedDict
 
-import asyncpg
-
-from allocator.store import GUARD, one
+from allocator.write_session import GUARD, WriteSession
 from sandbox_broker.contract.commands import ListedAccount
+from sandbox_broker.database.schema import PROOF_GRACE
 
-EXAMPLES = 20
-"""Sandboxes of each kind that a held plan names."""
+MAX_EXAMPLES = 20
+"""Sandboxes named by a held sync per kind of change."""
 
-# A listing that has not ended is given up as soon as the next one begins. What the last one that was applied has
-# listed stays, for comparison; all else goes.
+# A new listing abandons all unfinished ones. Only the accounts of the last applied listing stay, for comparison.
 BEGIN_LISTING = f"""
 WITH {GUARD},
 kept AS MATERIALIZED (
@@ -37,7 +36,7 @@ begun AS (
 dropped AS (
     DELETE FROM csp_accounts a USING kept WHERE a.listing_id IS DISTINCT FROM kept.listing_id
 ),
-forgotten AS (
+expired AS (
     DELETE FROM csp_listings l USING kept
     WHERE l.listing_id IS DISTINCT FROM kept.listing_id AND l.begun_at < now() - interval '30 days'
 )
@@ -57,7 +56,7 @@ SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
 
 _IS_LISTED = "EXISTS (SELECT FROM csp_accounts a WHERE a.listing_id = $2 AND a.sandbox_id = s.sandbox_id)"
 
-# Sandboxes that have another account id in the listing than here.
+# Sandboxes with different account ids in the listing and the pool.
 _MOVING = """
 moving AS MATERIALIZED (
     SELECT s.sandbox_id, s.status, a.external_id
@@ -67,8 +66,8 @@ moving AS MATERIALIZED (
 )
 """
 
-# What there is to know before a listing is applied. outdated: one that was begun later has been applied already.
-WEIGH_LISTING = f"""
+# Facts for the decision whether to apply a listing. outdated: a newer listing has been applied.
+ASSESS_LISTING = f"""
 WITH {GUARD},
 {_MOVING.format(listing_id="$2")},
 lacking AS MATERIALIZED (
@@ -94,12 +93,12 @@ def _change(table: str) -> str:
         'count', (SELECT count(*) FROM {table}),
         'examples', (
             SELECT coalesce(jsonb_agg(example), '[]')
-            FROM (SELECT sandbox_id, name FROM {table} ORDER BY sandbox_id LIMIT {EXAMPLES}) example
+            FROM (SELECT sandbox_id, name FROM {table} ORDER BY sandbox_id LIMIT {MAX_EXAMPLES}) example
         )
     )"""
 
 
-# Only the first time, so that a command that comes twice announces it once.
+# The condition on held_at makes a duplicate command announce the hold only once.
 HOLD_LISTING = f"""
 WITH {GUARD},
 stale AS MATERIALIZED (
@@ -139,21 +138,21 @@ SELECT epoch FROM guard
 
 _GUARD_OF_EPOCH = GUARD.replace("$1", "{epoch}")
 
-# Gives sandboxes the account ids that CSP says they have, also where two have changed them between each other:
-# the unique index allows that only by way of a third id. Two statements in one message, which PostgreSQL runs as
-# one transaction; with parameters it would take only one. An account that another live sandbox keeps, because
-# the listing does not move that one, is not taken over.
+# Correct the account ids of sandboxes. Two sandboxes may have swapped their accounts, and the unique index permits
+# a swap only through a third id. So these are two statements in one message, which PostgreSQL runs as one
+# transaction. Such a message cannot have parameters. A sandbox does not get the account of another live sandbox
+# unless the listing moves both.
 _MOVE_ACCOUNTS = f"""
 WITH RECURSIVE {_GUARD_OF_EPOCH},
 {_MOVING},
 held AS MATERIALIZED (
-    SELECT m.sandbox_id, h.sandbox_id AS keeper
+    SELECT m.sandbox_id, h.sandbox_id AS owner
     FROM moving m JOIN sandboxes h ON h.external_id = m.external_id AND h.status <> 'deleted'
 ),
 blocked AS (
-    SELECT sandbox_id FROM held WHERE keeper NOT IN (SELECT sandbox_id FROM moving)
+    SELECT sandbox_id FROM held WHERE owner NOT IN (SELECT sandbox_id FROM moving)
     UNION
-    SELECT held.sandbox_id FROM held JOIN blocked ON blocked.sandbox_id = held.keeper
+    SELECT held.sandbox_id FROM held JOIN blocked ON blocked.sandbox_id = held.owner
 )
 UPDATE sandboxes s SET external_id = 'moving ' || s.sandbox_id
 FROM moving m
@@ -171,11 +170,11 @@ _ACCOUNT_OF_ANOTHER = """
     WHERE other.external_id = a.external_id AND other.status <> 'deleted' AND other.sandbox_id <> a.sandbox_id
 """
 
-# All of a listing happens once, because `applied_at` is set once.
-# discovered: what is known is never inserted again, whatever its state, so what was deleted stays deleted; nor is
-# what was leased once and whose record has been forgotten.
-# reopened: CSP said that it is deleted, and still lists it. That ends in CSP, never with a student (ADR 7). What
-# went from stale to deleted was never used, so there is no deletion of it to repeat.
+# Each listing takes effect once, because `applied_at` is set once.
+# discovered: accounts without a sandbox and without a lease. A known sandbox is never inserted again, so a deleted
+# sandbox stays deleted. A lease without a sandbox shows a used sandbox with a purged record.
+# reopened: CSP has confirmed the deletion, and still lists the account. The sandbox is deleted again and never
+# reaches another student (ADR 7). A sandbox deleted as stale was never used, so it is not reopened.
 APPLY_LISTING = f"""
 WITH {GUARD},
 opening AS MATERIALIZED (
@@ -257,8 +256,8 @@ announced AS (
 SELECT epoch, c.* FROM guard LEFT JOIN counted c ON true
 """
 
-# Flags what a student holds and CSP no longer lists, and takes the flag from what it lists again; also counts
-# what is in CSP and should not be, for the gauge.
+# Flag leased sandboxes without an account in CSP, unflag those listed again, and count the superfluous accounts in
+# CSP (leaked).
 FLAG_MISSING = f"""
 WITH {GUARD},
 latest AS MATERIALIZED (
@@ -277,35 +276,35 @@ flagged AS (
     UPDATE sandboxes s SET missing_since = CASE WHEN s.missing_since IS NULL THEN now() END
     FROM changed c WHERE s.sandbox_id = c.sandbox_id
 ),
-found AS MATERIALIZED (
+leaks AS MATERIALIZED (
     SELECT count(*) AS leaked FROM latest, csp_accounts a LEFT JOIN sandboxes s ON s.sandbox_id = a.sandbox_id
     WHERE a.listing_id = $2 AND a.external_id IS NOT NULL
       AND (s.sandbox_id IS NULL OR s.status = 'deleted' AND s.status_since <= latest.begun_at - $3::interval)
 ),
 noted AS (
-    UPDATE csp_listings l SET outcome = l.outcome || to_jsonb(found) FROM found, latest
+    UPDATE csp_listings l SET outcome = l.outcome || to_jsonb(leaks) FROM leaks, latest
     WHERE l.listing_id = latest.listing_id
 )
-SELECT epoch, l.outcome || to_jsonb(found) AS outcome
-FROM guard, found, csp_listings l WHERE l.listing_id = $2
+SELECT epoch, l.outcome || to_jsonb(leaks) AS outcome
+FROM guard, leaks, csp_listings l WHERE l.listing_id = $2
 """
 
-# Corrects the names of a piece of the listing, those after $3. At most half of what is available is locked at a
-# time, so that the pool does not look empty meanwhile.
+# Correct the names of a batch of the listing, after the sandbox $3. A batch locks at most half of the available
+# sandboxes, or the pool would look empty to students.
 REFRESH_SANDBOXES = f"""
 WITH {GUARD},
-room AS MATERIALIZED (
-    SELECT greatest(1, count(*) / 2) AS rows
+batch AS MATERIALIZED (
+    SELECT greatest(1, count(*) / 2) AS size
     FROM (SELECT FROM sandboxes WHERE available_since IS NOT NULL LIMIT 2 * $4::int) available
 ),
 renamed AS MATERIALIZED (
-    SELECT r.* FROM guard, room CROSS JOIN LATERAL (
+    SELECT r.* FROM guard, batch CROSS JOIN LATERAL (
         SELECT s.sandbox_id, a.name, a.sfdc_account_id
         FROM csp_accounts a JOIN sandboxes s ON s.sandbox_id = a.sandbox_id
         WHERE a.listing_id = $2 AND a.sandbox_id > $3 AND a.external_id IS NOT NULL
           AND s.status IN ('available', 'allocated')
           AND (s.name, s.sfdc_account_id) IS DISTINCT FROM (a.name, a.sfdc_account_id)
-        ORDER BY a.sandbox_id LIMIT room.rows
+        ORDER BY a.sandbox_id LIMIT batch.size
         FOR NO KEY UPDATE OF s SKIP LOCKED
     ) r
 ),
@@ -316,35 +315,44 @@ refreshed AS (
 SELECT epoch, (SELECT max(sandbox_id) FROM renamed) AS last FROM guard
 """
 
-# For the gauges: whether the newest listing that has ended is held, what the last applied one found in CSP that is
-# not in the pool, and what students hold that is no longer in CSP.
-SYNC_STATE = """
-SELECT
-    coalesce((
-        SELECT held_at IS NOT NULL FROM csp_listings
-        WHERE coalesce(applied_at, held_at) IS NOT NULL ORDER BY listing_id DESC LIMIT 1
-    ), false) AS held,
-    coalesce((
-        SELECT (outcome->>'leaked')::bigint FROM csp_listings
-        WHERE applied_at IS NOT NULL ORDER BY listing_id DESC LIMIT 1
-    ), 0) AS leaked,
-    (SELECT count(*) FROM sandboxes WHERE status = 'allocated' AND missing_since IS NOT NULL) AS missing
-"""
+
+class AssessmentRow(TypedDict):
+    applied: bool | None
+    outdated: bool
+    listed: int
+    """Number of staged accounts."""
+    pool: int
+    """Number of available and leased sandboxes."""
+    lacking: int
+    """Sandboxes of the pool without an account in the listing."""
+    moving: int
+    """Sandboxes with another account in the listing."""
+    moving_in_pool: int
+    """Those of the pool among them."""
+
+
+class AppliedRow(TypedDict):
+    synced: int | None
+    """None: another command applied the listing, or a newer one, concurrently."""
+    reopened: int
+
+
+async def begin_listing(session: WriteSession) -> int:
+    """Begin a listing and return its id. Ids increase."""
+    listing_id: int = (await session.fetch_one(BEGIN_LISTING))["listing_id"]
+    return listing_id
 
 
 async def stage_listing(
-    connection: asyncpg.Connection,
-    epoch: int,
-    listing_id: int,
-    accounts: Sequence[ListedAccount],
-    unreadable: Sequence[str],
+    session: WriteSession, *, listing_id: int, accounts: Sequence[ListedAccount], unreadable: Sequence[str]
 ) -> int:
-    """Keeps a piece aside; of an unreadable record there is only its sandbox's id. Returns how many are new."""
+    """Stage a batch of a listing; return the number of new accounts.
+
+    `unreadable` are the sandbox ids of records without further readable fields.
+    """
     blank = [None] * len(unreadable)
-    row = await one(
-        connection,
+    row = await session.fetch_one(
         STAGE_LISTING,
-        epoch,
         listing_id,
         [*(account.sandbox_id for account in accounts), *unreadable],
         [*(account.external_id for account in accounts), *blank],
@@ -356,6 +364,36 @@ async def stage_listing(
     return staged
 
 
-async def move_accounts(connection: asyncpg.Connection, epoch: int, listing_id: int) -> None:
-    """Raises asyncpg.UniqueViolationError when a sandbox changed meanwhile: repeat."""
-    await connection.execute(_MOVE_ACCOUNTS.format(epoch=int(epoch), listing_id=int(listing_id)))
+async def assess_listing(session: WriteSession, *, listing_id: int) -> AssessmentRow:
+    row: AssessmentRow = await session.fetch_one(ASSESS_LISTING, listing_id)
+    return row
+
+
+async def hold_listing(session: WriteSession, *, listing_id: int, reason: str) -> None:
+    """Hold a listing, store its planned changes, and announce it."""
+    await session.fetch_one(HOLD_LISTING, listing_id, reason)
+
+
+async def move_accounts(session: WriteSession, *, listing_id: int) -> None:
+    """Correct account ids. Under a stale epoch this changes nothing, without Fenced.
+
+    Raises asyncpg.UniqueViolationError if a sandbox changed concurrently; run it again.
+    """
+    await session.connection.execute(_MOVE_ACCOUNTS.format(epoch=int(session.epoch), listing_id=int(listing_id)))
+
+
+async def apply_listing(session: WriteSession, *, listing_id: int) -> AppliedRow:
+    row: AppliedRow = await session.fetch_one(APPLY_LISTING, listing_id, PROOF_GRACE)
+    return row
+
+
+async def flag_missing(session: WriteSession, *, listing_id: int) -> str:
+    """Flag missing sandboxes; return the outcome of the listing as JSON."""
+    outcome: str = (await session.fetch_one(FLAG_MISSING, listing_id, PROOF_GRACE))["outcome"]
+    return outcome
+
+
+async def refresh_sandboxes(session: WriteSession, *, listing_id: int, after: str, limit: int) -> str | None:
+    """Correct the names of up to `limit` sandboxes behind the id `after`; return the last id, None at the end."""
+    last: str | None = (await session.fetch_one(REFRESH_SANDBOXES, listing_id, after, limit))["last"]
+    return last
