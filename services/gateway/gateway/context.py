@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
-from gateway.allocator_client import Allocator
-from gateway.queries.status import Outlook
+from gateway.allocator_client import AllocatorClient
+from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
 from gateway.web.rate_limit import Limits
@@ -24,5 +24,5 @@ class Context:
     engine: AsyncEngine
     publisher: Publisher
     requester: Requester
-    allocator: Allocator
-    outlook: Outlook
+    allocator: AllocatorClient
+    status_reporter: StatusReporter

@@ -16,12 +16,12 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Allocator
+from gateway.allocator_client import AllocatorClient
 from gateway.api import docs, errors
 from gateway.api.errors import ApiError
 from gateway.context import Context
-from gateway.queries.queue_metrics import Queues
-from gateway.queries.status import Outlook
+from gateway.queries.queue_metrics import QueueMetrics
+from gateway.queries.status import StatusReporter
 from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, track
 from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
@@ -70,7 +70,7 @@ def create_app(settings: Settings) -> Gateway:
     engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
-    allocator = Allocator(publisher, requester)
+    allocator = AllocatorClient(publisher, requester)
     metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
     async def queue() -> str | None:
@@ -79,7 +79,9 @@ def create_app(settings: Settings) -> Gateway:
     async def database() -> str | None:
         return await connections.ping(engine)
 
-    tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
+    tasks = service.lifespan(
+        publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch
+    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -111,9 +113,9 @@ def create_app(settings: Settings) -> Gateway:
         limited.failures if limited else None,
         find_client,
     )
-    outlook = Outlook(publisher, engine)
+    status_reporter = StatusReporter(publisher, engine)
     app.state.context = Context(
-        settings, judge, limited, find_client, engine, publisher, requester, allocator, outlook
+        settings, judge, limited, find_client, engine, publisher, requester, allocator, status_reporter
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])

@@ -14,7 +14,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Gone
+from gateway.allocator_client import ClientDisconnected
 from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web.headers import Fields, student_as_sent
@@ -125,7 +125,7 @@ class Envelope:
             await self._app(scope, await _limited(given, receive), send_decorated)
         except ApiError as error:  # raised outside FastAPI's routes
             await errors.response(error, state)(scope, receive, send_decorated)
-        except Gone:
+        except ClientDisconnected:
             status = _CLIENT_GONE
         except asyncio.CancelledError:  # the server stops, and has waited long enough
             if status or not getattr(scope["app"].state, "stopping", False):
@@ -236,7 +236,7 @@ async def _limited(given: Mapping[bytes, bytes], receive: Receive) -> Receive:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         messages.append(message)
         received += len(message.get("body", b""))
         if received > MAX_BODY:

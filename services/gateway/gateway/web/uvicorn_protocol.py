@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway import metrics
-from gateway.allocator_client import leave
+from gateway.allocator_client import cancel_pending
 from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web import request_middleware
@@ -99,7 +99,7 @@ class BrokerProtocol(StrictProtocol):
         if self._release_connection is not None:
             self._release_connection()
         if self.cycle is not None and not self.cycle.response_complete:
-            leave(self.cycle.scope)  # type: ignore[arg-type]  # uvicorn has a type of its own for it
+            cancel_pending(self.cycle.scope)  # type: ignore[arg-type]  # uvicorn has a type of its own for it
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
