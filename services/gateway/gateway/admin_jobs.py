@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
@@ -58,7 +58,7 @@ async def run_job(
         response.headers["Location"] = running.job_url
         return running
     if not isinstance(reply, reply_type):
-        refuse(reply)
+        raise_for_refusal(reply)
     return reply
 
 
@@ -69,4 +69,4 @@ async def _record_job(context: Context, command: RecordJob, deadline: float) -> 
     except TimeoutError as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not reply. Try again shortly.") from error
     if not isinstance(reply, Recorded):
-        refuse(reply)
+        raise_for_refusal(reply)

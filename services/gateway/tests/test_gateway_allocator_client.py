@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
 from gateway import allocator_client
-from gateway.api.errors import KINDS
+from gateway.api.errors import ERRORS
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
 from sandbox_broker.messaging.rpc_client import Requester
@@ -96,7 +96,7 @@ async def test_release_returns_200_with_the_specified_fields(gateway: Gateway) -
 
 
 def test_every_refusal_code_except_invalid_command_has_a_status() -> None:
-    assert set(get_args(RefusalCode)) - KINDS.keys() == {"INVALID_COMMAND"}
+    assert set(get_args(RefusalCode)) - ERRORS.keys() == {"INVALID_COMMAND"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -117,7 +117,7 @@ async def request_maintenance(request: Request, command: Command, reply_type: ty
             "The allocator did not reply in time. The action may still take effect. Check before you repeat it.",
         ) from error
     if not isinstance(reply, reply_type):
-        refuse(reply)
+        raise_for_refusal(reply)
     return reply
 
 

@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
 from gateway.allocator_client import AllocatorUnavailable, ClientDisconnected
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import Lease, Release, Sandbox, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
@@ -44,8 +44,8 @@ async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _lease(request: Request) -> Response:
-    fields = headers.fields(request.scope)
-    holder, allocation = headers.holder(request.scope, fields), headers.allocation(fields)
+    fields = headers.read_fields(request.scope)
+    holder, allocation = headers.read_holder(request.scope, fields), headers.read_allocation_headers(fields)
     ids = request.scope["state"]["ids"] = {"holder": holder}
     if allocation.track_name is not None:
         ids["track_name"] = allocation.track_name
@@ -160,7 +160,7 @@ async def _request(request: Request, command: Command, reply_type: type[R], *, t
             "The allocator did not reply in time. The request may still succeed. Repeat it to get its result.",
         ) from error
     if not isinstance(reply, reply_type):
-        refuse(reply)
+        raise_for_refusal(reply)
     return reply
 
 
