@@ -186,7 +186,7 @@ async def test_any_container_may_be_killed_while_students_are_at_work_and_nothin
         return bool((await compose.admin("GET", "stats"))["pending_deletion"] == 0)
 
     await eventually(nothing_is_pending, within_sec=PATIENCE_SEC)
-    assert [script for script in history.scripts if not script.succeeded] == []
+    assert [script for script in history.script_runs if not script.succeeded] == []
     assert_nothing_was_lost(history, await compose.leases())
     stats = await compose.admin("GET", "stats")
     assert (stats["total"], stats["deletion_failed"]) == (ACCOUNTS, 0)

@@ -32,7 +32,7 @@ async def test_status_is_one_screen_and_0_when_all_is_well(stack: Stack) -> None
 async def test_status_says_what_needs_attention_and_what_to_do(stack: Stack) -> None:
     await stack.fill(1)
     await stack.allocate("ada")
-    said = await eventually_said(stack, lambda said: "Nothing is available" in said.out)
+    said = await eventually_said(stack, lambda said: "No sandbox is available" in said.out)
     assert said.status == 4
     assert "brokerctl sync" in said.out
 
@@ -118,7 +118,7 @@ async def test_a_sync_tells_what_it_did_and_shows_a_held_listing_before_it_is_fo
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
     said = await ctl(stack, "sync")
     assert said.status == 1
-    assert "it would make" in said.out
+    assert "sandboxes would be" in said.out
     assert "brokerctl sync --force" in said.err
     assert (await ctl(stack, "sync", "--json")).error["code"] == "SYNC_HELD"
     said = await ctl(stack, "sync", "--show", "--json")
@@ -236,7 +236,7 @@ async def test_a_replay_does_what_had_failed_and_nothing_that_was_done(stack: St
     said = await ctl(stack, "dlq", "replay", letter["dead_letter_id"], str(carried_out))
     assert said.status == 0, said
     assert "is back in allocator.commands" in said.out
-    assert "all its students were served" in said.out
+    assert "all its students have got a sandbox" in said.out
     await eventually(stack.nothing_pending)
 
     async def deleted() -> bool:

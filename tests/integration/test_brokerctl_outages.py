@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from brokerctl.outlook import STATUS_SEC
+from brokerctl.attention import STATUS_TIMEOUT_SEC
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
@@ -121,7 +121,7 @@ async def freezing(broker: Broker, part: str) -> AsyncIterator[None]:
 
 
 def test_the_deadlines_fit_into_a_second() -> None:
-    assert PART_SEC < STATUS_SEC < 1
+    assert PART_SEC < STATUS_TIMEOUT_SEC < 1
 
 
 @pytest.mark.parametrize("module", SERVICES)
@@ -195,7 +195,7 @@ async def test_a_gateway_that_hangs_is_not_waited_for(broker: Broker) -> None:
     async with freezing(broker, "gateway"):
         said = await ctl(broker.stack, "status", "--json")
         assert (said.status, named(said)) == (4, {"gateway"})
-        assert f"no answer in {STATUS_SEC:g} s" in said.json["gateway"]["problem"]
+        assert f"no answer in {STATUS_TIMEOUT_SEC:g} s" in said.json["gateway"]["problem"]
     await seen(broker, well)
 
 

@@ -155,10 +155,10 @@ async def test_no_answer_repeats_the_token(gateway: Gateway) -> None:
 async def test_no_token_is_logged_not_even_with_the_traceback_of_a_crash() -> None:
     program = """
         import asyncio, httpx
-        from gateway import routes
+        from gateway.routes import track
         from gateway.main import create_app
         from gateway.settings import Settings
-        from sandbox_broker import logging
+        from sandbox_broker.observability import logging
         from starlette.requests import Request
 
         settings = Settings(
@@ -174,7 +174,7 @@ async def test_no_token_is_logged_not_even_with_the_traceback_of_a_crash() -> No
             token = request.headers["authorization"].encode()
             raise RuntimeError("something broke")
 
-        routes._ask = crash
+        track._ask = crash
 
         async def main() -> None:
             app = create_app(settings)

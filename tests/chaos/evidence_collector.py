@@ -1,4 +1,4 @@
-"""Brings the evidence of a round together, once its faults are healed and the broker has come to rest."""
+"""Collection of the evidence of a round: observers during the round, and queries at its end."""
 
 import asyncio
 import json
@@ -11,28 +11,28 @@ import asyncpg
 
 from sandbox_broker.messaging.connection import opened
 from tests.chaos.client import History
-from tests.chaos.evidence import Deletion, Epoch, Event, Evidence, Lease, Recovery, Sandbox, Stall
-from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, Chaos
+from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
+from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker
 from tests.integration.stack import Stack, eventually
 
-REST_SEC = 180.0
-LOOK_SEC = 0.5
+IDLE_TIMEOUT_SEC = 180.0
+POLL_INTERVAL_SEC = 0.5
 CONNECT_SEC = 3.0
 TICK_SEC = 0.05
 STALL_SEC = 0.02
-"""So late everybody is now and then."""
+"""Shorter delays are normal scheduling jitter."""
 
-AT_WORK = """
+COUNT_PENDING_WORK = """
 SELECT count(*) FROM (
     SELECT FROM sandboxes WHERE status = 'pending_deletion'
     UNION ALL SELECT FROM leases WHERE ended_at IS NULL
     UNION ALL SELECT FROM outbox
-) open
+) pending
 """
 
 
-async def watch_epochs(database_url: str, epochs: list[Epoch]) -> None:
-    """Looks at them all the time, for ever; while the database is away there is nothing to see."""
+async def record_epochs(database_url: str, epochs: list[EpochObservation]) -> None:
+    """Record the fencing epochs without end. Reconnect when the database was unavailable."""
     while True:
         try:
             connection = await asyncpg.connect(database_url, timeout=CONNECT_SEC, command_timeout=CONNECT_SEC)
@@ -40,16 +40,16 @@ async def watch_epochs(database_url: str, epochs: list[Epoch]) -> None:
                 while True:
                     seen_at = time.time()
                     for row in await connection.fetch("SELECT queue, epoch, backend_pid FROM allocator_epoch"):
-                        epochs.append(Epoch(seen_at=seen_at, **row))
-                    await asyncio.sleep(LOOK_SEC)
+                        epochs.append(EpochObservation(seen_at=seen_at, **row))
+                    await asyncio.sleep(POLL_INTERVAL_SEC)
             finally:
                 connection.terminate()
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            await asyncio.sleep(LOOK_SEC)
+            await asyncio.sleep(POLL_INTERVAL_SEC)
 
 
-async def watch_machine(stalls: list[Stall]) -> None:
-    """Looks at the clock all the time, for ever, and writes down when it came too late to that."""
+async def record_stalls(stalls: list[Stall]) -> None:
+    """Sleep for short ticks without end, and record a stall whenever a tick is late."""
     while True:
         due = time.time() + TICK_SEC
         await asyncio.sleep(TICK_SEC)
@@ -57,34 +57,40 @@ async def watch_machine(stalls: list[Stall]) -> None:
             stalls.append(Stall(since=due, until=now))
 
 
-async def held(chaos: Chaos) -> list[tuple[str, str]]:
-    """Which student holds which sandbox."""
-    rows = await chaos.stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
+async def list_active_leases(broker: ChaosBroker) -> list[tuple[str, str]]:
+    """Return student and sandbox id of each active lease."""
+    rows = await broker.stack.database.fetch("SELECT holder, sandbox_id FROM leases WHERE ended_at IS NULL")
     return [(row["holder"], row["sandbox_id"]) for row in rows]
 
 
-async def come_to_rest(chaos: Chaos) -> bool:
-    """Waits until every lease has ended, every used sandbox is deleted and every event is published. False where
-    that does not happen: the evidence shows what is left."""
+async def wait_until_idle(broker: ChaosBroker) -> bool:
+    """Wait until all leases have ended, all used sandboxes are deleted and all events are published.
 
-    async def at_rest() -> bool:
-        return bool(await chaos.stack.database.fetchval(AT_WORK) == 0)
+    Return False after a time-out; the evidence then shows the remaining work.
+    """
+
+    async def is_idle() -> bool:
+        return bool(await broker.stack.database.fetchval(COUNT_PENDING_WORK) == 0)
 
     try:
-        await eventually(at_rest, within_sec=REST_SEC)
+        await eventually(is_idle, within_sec=IDLE_TIMEOUT_SEC)
     except AssertionError:
         return False
     return True
 
 
-async def collect(
-    chaos: Chaos, history: History, epochs: Sequence[Epoch], recoveries: Sequence[Recovery]
+async def collect_evidence(
+    broker: ChaosBroker, history: History, epochs: Sequence[EpochObservation], recoveries: Sequence[Recovery]
 ) -> Evidence:
-    return await evidence(chaos.stack, chaos.rabbitmq.url, history, epochs, recoveries)
+    return await collect_stack_evidence(broker.stack, broker.rabbitmq.url, history, epochs, recoveries)
 
 
-async def evidence(
-    stack: Stack, amqp_url: str, history: History, epochs: Sequence[Epoch], recoveries: Sequence[Recovery]
+async def collect_stack_evidence(
+    stack: Stack,
+    amqp_url: str,
+    history: History,
+    epochs: Sequence[EpochObservation],
+    recoveries: Sequence[Recovery],
 ) -> Evidence:
     database = stack.database
     leases = await database.fetch("SELECT * FROM leases")
@@ -109,7 +115,7 @@ async def evidence(
         ],
         sandboxes=[Sandbox(**row) for row in sandboxes],
         unpublished=[str(row["event_id"]) for row in unpublished],
-        events=await _events(amqp_url),
+        events=await _read_events(amqp_url),
         deletions=[
             Deletion(external_id=call["path"].rpartition("/")[2], began_at=call["at"], status=call.get("status"))
             for call in (*calls["calls"], *calls["running"])
@@ -119,12 +125,12 @@ async def evidence(
         recoveries=recoveries,
         stats=await stack.stats(),
         grace_sec=GRACE_SEC,
-        looked_at=time.time(),
+        collected_at=time.time(),
     )
 
 
-async def _events(amqp_url: str) -> list[Event]:
-    """All that the queue has taken."""
+async def _read_events(amqp_url: str) -> list[Event]:
+    """Read all messages of the events queue."""
     events: list[Event] = []
     async with opened(amqp_url) as connection, connection.channel() as channel:
         await channel.set_qos(prefetch_count=500)
@@ -134,12 +140,12 @@ async def _events(amqp_url: str) -> list[Event]:
             while len(events) < left:
                 async with asyncio.timeout(60):
                     message = await anext(messages)
-                events.append(_event(json.loads(message.body)))
+                events.append(_parse_event(json.loads(message.body)))
                 await message.ack()
     return events
 
 
-def _event(body: dict[str, Any]) -> Event:
+def _parse_event(body: dict[str, Any]) -> Event:
     return Event(
         event_id=body["id"],
         type=body["type"],

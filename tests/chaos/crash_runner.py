@@ -1,7 +1,7 @@
-"""Runs a service that kills or freezes itself at a point of crash_points.py: `python crashing.py MODULE`.
+"""Runner of a service that kills or freezes itself at a point of crash_points.py: `python crash_runner.py MODULE`.
 
-The file that CRASH_AT names tells it the point (see devstack.crashes). The reaper's patience is cut short, so that
-what a dead one has claimed is soon free.
+The file in CRASH_AT contains the point (see devstack.crashes). The reaper runs with shorter time-outs, so that the
+claims of a killed reaper end soon.
 """
 
 import os
@@ -27,23 +27,24 @@ if module == "allocator":
     from sandbox_broker.contract import topology
     from sandbox_broker.messaging import subscription
 
-    # Each is one statement, and its end is the commit.
+    # Each function runs one statement, which commits at its end.
     commit = ("before a student's commit", "after a student's commit")
     leases.allocate = crashes.around(leases.allocate, *commit)
     leases.release = crashes.around(leases.release, *commit)
 
-    # Maintenance answers and acknowledges all the time; the promise is to students.
+    # Crash only at messages of students, because maintenance replies and acknowledges continuously.
     students = topology.ALLOCATOR_COMMANDS.name
     answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
-    answer_crashing = crashes.around(answer, None, "after a student's reply")
-    ack_crashing = crashes.around(ack, "before a student's ack", None)
+    crashing_answer = crashes.around(answer, None, "after a student's reply")
+    crashing_ack = crashes.around(ack, "before a student's ack", None)
 
     async def answer_student(publisher: Any, delivery: Any, replies: Any) -> None:
-        await (answer_crashing if delivery.routing_key == students else answer)(publisher, delivery, replies)
+        await (crashing_answer if delivery.routing_key == students else answer)(publisher, delivery, replies)
 
     async def ack_student(subscription: Any, delivery: Any, *, all_before: bool = False) -> None:
-        answered = all_before and subscription._queue == students  # what has expired is acknowledged alone
-        await (ack_crashing if answered else ack)(subscription, delivery, all_before=all_before)
+        # Expired messages are acknowledged one by one, answered batches with all_before.
+        is_answered = all_before and subscription._queue == students
+        await (crashing_ack if is_answered else ack)(subscription, delivery, all_before=all_before)
 
     consumer.answer = answer_student  # type: ignore[attr-defined]
     subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
@@ -67,10 +68,10 @@ if module == "csp_syncer":
 
     request_reply = syncer_asking.request_reply
 
-    async def request_crashing(requester: Any, command: Any, **named: Any) -> Any:
+    async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__
         return await crashes.around(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
 
-    syncer.request_reply = request_crashing  # type: ignore[attr-defined]
+    syncer.request_reply = crashing_request_reply  # type: ignore[attr-defined]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

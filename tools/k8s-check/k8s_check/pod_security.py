@@ -1,11 +1,11 @@
-"""The restricted profile of Pod Security, and what we ask of every pod beyond it."""
+"""Pod Security: the restricted profile, and stricter rules of this project for every pod."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from k8s_check.manifests import Manifest, pods
+from k8s_check.manifests import Manifest, list_pod_templates
 
-_VOLUMES = {
+_ALLOWED_VOLUME_TYPES = {
     "configMap",
     "csi",
     "downwardAPI",
@@ -16,8 +16,8 @@ _VOLUMES = {
     "projected",
     "secret",
 }
-_SECCOMP = {"RuntimeDefault", "Localhost"}
-_SYSCTLS = {
+_ALLOWED_SECCOMP_TYPES = {"RuntimeDefault", "Localhost"}
+_ALLOWED_SYSCTLS = {
     "kernel.shm_rmid_forced",
     "net.ipv4.ip_local_port_range",
     "net.ipv4.ip_unprivileged_port_start",
@@ -29,37 +29,37 @@ _SYSCTLS = {
     "net.ipv4.tcp_keepalive_intvl",
     "net.ipv4.tcp_keepalive_probes",
 }
-_SELINUX = {None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
+_ALLOWED_SELINUX_TYPES = {None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
 
 
-def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
-    for pod in pods(manifests):
-        yield from (f"{pod.title}: {problem}" for problem in _pod(pod.spec))
+def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
+    for pod in list_pod_templates(manifests):
+        yield from (f"{pod.title}: {problem}" for problem in _check_pod(pod.spec))
         for container in pod.containers:
             own = container.get("securityContext", {})
             context = {**pod.spec.get("securityContext", {}), **own}
-            found = [*_container(container, own), *_context(context)]
-            yield from (f"{pod.title}, container {container['name']}: {problem}" for problem in found)
+            problems = [*_check_container(container, own), *_check_security_context(context)]
+            yield from (f"{pod.title}, container {container['name']}: {problem}" for problem in problems)
 
 
-def _pod(spec: Mapping[str, Any]) -> Iterator[str]:
+def _check_pod(spec: Mapping[str, Any]) -> Iterator[str]:
     for field in ("hostNetwork", "hostPID", "hostIPC"):
         if spec.get(field):
             yield f"{field} is not allowed"
     for volume in spec.get("volumes", []):
-        if other := set(volume) - {"name"} - _VOLUMES:
-            yield f"a volume of the kind {', '.join(sorted(other))} is not allowed"
+        if forbidden := set(volume) - {"name"} - _ALLOWED_VOLUME_TYPES:
+            yield f"volume type {', '.join(sorted(forbidden))} is not allowed"
     for sysctl in spec.get("securityContext", {}).get("sysctls", []):
-        if sysctl["name"] not in _SYSCTLS:
+        if sysctl["name"] not in _ALLOWED_SYSCTLS:
             yield f"the sysctl {sysctl['name']} is not allowed"
     if spec.get("automountServiceAccountToken") is not False:
         yield "must set automountServiceAccountToken to false"
     if spec.get("enableServiceLinks") is not False:
-        yield "must set enableServiceLinks to false: its variables have the names of our settings"
+        yield "must set enableServiceLinks to false, because its variables have the names of our settings"
 
 
-def _container(container: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """What holds only where the container itself says it."""
+def _check_container(container: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    """Check fields that a container must set itself, because its pod cannot set them."""
     if own.get("privileged"):
         yield "privileged is not allowed"
     if own.get("allowPrivilegeEscalation") is not False:
@@ -67,29 +67,29 @@ def _container(container: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator
     if own.get("readOnlyRootFilesystem") is not True:
         yield "must set readOnlyRootFilesystem to true"
     if own.get("procMount", "Default") != "Default":
-        yield "must leave procMount alone"
+        yield "must not change procMount"
     capabilities = own.get("capabilities", {})
     if "ALL" not in capabilities.get("drop", []):
         yield "must drop ALL capabilities"
     if set(capabilities.get("add", [])) - {"NET_BIND_SERVICE"}:
-        yield "must add no capability"
+        yield "must not add capabilities"
     if any("hostPort" in port for port in container.get("ports", [])):
-        yield "must take no port of the host"
+        yield "must not use hostPort"
     requests, limits = (container.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
     if not {"cpu", "memory"} <= set(requests) or "memory" not in limits:
         yield "must request cpu and memory, and limit memory"
 
 
-def _context(context: Mapping[str, Any]) -> Iterator[str]:
-    """What the container says, or else its pod."""
+def _check_security_context(context: Mapping[str, Any]) -> Iterator[str]:
+    """Check the container's security context merged over its pod's."""
     if context.get("runAsNonRoot") is not True:
         yield "must set runAsNonRoot to true"
     if context.get("runAsUser") == 0:
         yield "must not run as root"
-    if context.get("seccompProfile", {}).get("type") not in _SECCOMP:
+    if context.get("seccompProfile", {}).get("type") not in _ALLOWED_SECCOMP_TYPES:
         yield "must have the seccomp profile RuntimeDefault"
     if context.get("appArmorProfile", {}).get("type", "RuntimeDefault") == "Unconfined":
-        yield "must not be unconfined by AppArmor"
+        yield "must not have the AppArmor profile Unconfined"
     options = context.get("seLinuxOptions", {})
-    if options.get("type") not in _SELINUX or options.get("user") or options.get("role"):
-        yield "must leave SELinux alone"
+    if options.get("type") not in _ALLOWED_SELINUX_TYPES or options.get("user") or options.get("role"):
+        yield "must not change seLinuxOptions"

@@ -1,4 +1,4 @@
-"""Queues that are deleted, that overflow, and that hold what nobody can understand."""
+"""Queues that are deleted, overflow, or contain unreadable messages."""
 
 import asyncio
 import contextlib
@@ -16,25 +16,24 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox, StageListing, SyncPool
 from sandbox_broker.messaging.connection import open_channel
-from tests.chaos.faults import Act, Fault
-from tests.chaos.stack import Chaos
+from tests.chaos.faults import Fault, FaultAction
+from tests.chaos.stack import ChaosBroker
 
 OVERFLOW_SEC = 4.0
-FLOOD = 30
-"""Publishers that do not stop."""
+FLOOD_PUBLISHERS = 30
 MAX_LENGTH = 5
 
 REPLY_QUEUE = "amq.gen-"
-NAMES = '[element(4, amqqueue:get_name(Q)) || Q <- rabbit_amqqueue:list(<<"/">>)].'
-"""Where list_queues asks each queue, and may wait."""
+LIST_QUEUE_NAMES = '[element(4, amqqueue:get_name(Q)) || Q <- rabbit_amqqueue:list(<<"/">>)].'
+"""Read the names from the database of RabbitMQ, because list_queues calls every queue process and may block."""
 DELETE_REPLY_QUEUES = f"""
 [rabbit_amqqueue:delete(Q, false, false, <<"chaos">>) || Q <- rabbit_amqqueue:list(<<"/">>),
     binary:match(element(4, amqqueue:get_name(Q)), <<"{REPLY_QUEUE}">>) =/= nomatch].
 """
 
 
-def _poison() -> list[bytes]:
-    """What the consumers of any queue must get over. None of it would change anything if it were understood."""
+def _build_poison_bodies() -> list[bytes]:
+    """Build message bodies that every consumer must survive. Even executed they would have no effect."""
     allocate = AllocateSandbox(request_id="poison", holder="poison").model_dump()
     entries: list[Any] = [
         None,
@@ -82,8 +81,8 @@ def _poison() -> list[bytes]:
     ]
 
 
-def _for_others() -> list[tuple[str, topology.Queue, bytes]]:
-    """Sound commands that the service of the queue must not carry out, with the exchange that they come over."""
+def _build_misrouted_commands() -> list[tuple[str, topology.Queue, bytes]]:
+    """Build valid commands that the service of the queue must not execute, as (exchange name, queue, body)."""
     commands, default = topology.COMMANDS.name, ""
     allocate = encode_commands([AllocateSandbox(request_id="poison", holder="poison")])
     stage = encode_commands([StageListing(listing_id=1, accounts=())])
@@ -98,8 +97,8 @@ def _for_others() -> list[tuple[str, topology.Queue, bytes]]:
     ]
 
 
-async def _poison_all(chaos: Chaos) -> None:
-    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await chaos.rabbitmq.ctl("eval", NAMES))
+async def _publish_poison(broker: ChaosBroker) -> None:
+    replies = re.findall(f'{REPLY_QUEUE}[^"]+', await broker.rabbitmq.ctl("eval", LIST_QUEUE_NAMES))
     queues = [queue for queue in topology.QUEUES if queue is not topology.DEAD_LETTER_QUEUE]
     properties = itertools.cycle(
         (
@@ -108,76 +107,76 @@ async def _poison_all(chaos: Chaos) -> None:
             Basic.Properties(content_type="text/html", content_encoding="gzip", headers={"x": [{"y": "z"}, None]}),
         )
     )
-    async with _channel(chaos) as channel:
+    async with _open_confirm_channel(broker) as channel:
         for name in (*replies, *(queue.name for queue in queues)):
-            for body in _poison():
+            for body in _build_poison_bodies():
                 await channel.basic_publish(body, routing_key=name, properties=next(properties))
-        for exchange, queue, body in _for_others():
+        for exchange, queue, body in _build_misrouted_commands():
             await channel.basic_publish(
                 body, exchange=exchange, routing_key=queue.name, properties=next(properties)
             )
 
 
-async def _delete_reply_queues(chaos: Chaos) -> None:
-    await chaos.rabbitmq.ctl("eval", DELETE_REPLY_QUEUES)
+async def _delete_reply_queues(broker: ChaosBroker) -> None:
+    await broker.rabbitmq.ctl("eval", DELETE_REPLY_QUEUES)
 
 
-def _overflow(how: str, behaviour: str) -> Fault:
-    flooding: list[asyncio.Task[None]] = []
+def _build_overflow_fault(effect: str, overflow_policy: str) -> Fault:
+    flood_tasks: list[asyncio.Task[None]] = []
     queue = topology.ALLOCATOR_COMMANDS.name
 
-    async def inject(chaos: Chaos) -> None:
-        policy = json.dumps({"max-length": MAX_LENGTH, "overflow": behaviour})
-        await chaos.rabbitmq.ctl("set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy)
-        flooding.append(asyncio.create_task(_flood(chaos, queue)))
+    async def inject(broker: ChaosBroker) -> None:
+        policy = json.dumps({"max-length": MAX_LENGTH, "overflow": overflow_policy})
+        await broker.rabbitmq.ctl("set_policy", "--apply-to", "queues", "overflow", f"^{queue}$", policy)
+        flood_tasks.append(asyncio.create_task(_flood(broker, queue)))
 
-    async def heal(chaos: Chaos) -> None:
-        for task in flooding:
+    async def heal(broker: ChaosBroker) -> None:
+        for task in flood_tasks:
             task.cancel()
-        await asyncio.gather(*flooding, return_exceptions=True)
-        flooding.clear()
-        await chaos.rabbitmq.ctl("clear_policy", "overflow")
+        await asyncio.gather(*flood_tasks, return_exceptions=True)
+        flood_tasks.clear()
+        await broker.rabbitmq.ctl("clear_policy", "overflow")
 
-    name = f"overflow of the commands, {how}"
+    name = f"overflow of the commands, {effect}"
     return Fault(
-        kind=name, name=name, touches=frozenset({"RabbitMQ"}), inject=inject, heal=heal, lasts_sec=OVERFLOW_SEC
+        kind=name, name=name, affects=frozenset({"RabbitMQ"}), inject=inject, heal=heal, duration_sec=OVERFLOW_SEC
     )
 
 
-async def _flood(chaos: Chaos, queue: str) -> None:
-    """Releases of what does not exist, by nobody, without end."""
+async def _flood(broker: ChaosBroker, queue: str) -> None:
+    """Publish releases of an unknown sandbox without end."""
     body = encode_commands([ReleaseSandbox(request_id="flood", sandbox_id="none", holder="flood")])
     exchange = topology.COMMANDS.name
 
     async def publish(channel: Channel) -> None:
         while True:
-            with contextlib.suppress(AMQPError):  # that it is refused is the point
+            with contextlib.suppress(AMQPError):  # the refusal is the purpose of this fault
                 await channel.basic_publish(body, exchange=exchange, routing_key=queue, mandatory=True)
 
-    async with _channel(chaos) as channel, asyncio.TaskGroup() as publishers:
-        for _ in range(FLOOD):
+    async with _open_confirm_channel(broker) as channel, asyncio.TaskGroup() as publishers:
+        for _ in range(FLOOD_PUBLISHERS):
             publishers.create_task(publish(channel))
 
 
 @contextlib.asynccontextmanager
-async def _channel(chaos: Chaos) -> AsyncIterator[Channel]:
-    async with chaos.connected() as connection:
+async def _open_confirm_channel(broker: ChaosBroker) -> AsyncIterator[Channel]:
+    async with broker.connect_to_rabbitmq() as connection:
         yield await open_channel(connection, confirms=True)
 
 
-def faults() -> list[Fault]:
-    def fault(name: str, inject: Act, served_within_sec: float) -> Fault:
+def list_faults() -> list[Fault]:
+    def build_fault(name: str, inject: FaultAction, served_within_sec: float) -> Fault:
         return Fault(
             kind=name,
             name=name,
-            touches=frozenset({"RabbitMQ"}),
+            affects=frozenset({"RabbitMQ"}),
             inject=inject,
             served_within_sec=served_within_sec,
         )
 
     return [
-        fault("reply queues deleted", _delete_reply_queues, 5),
-        fault("poison in every queue", _poison_all, 5),
-        _overflow("refused", "reject-publish"),
-        _overflow("dropped", "drop-head"),
+        build_fault("reply queues deleted", _delete_reply_queues, 5),
+        build_fault("poison in every queue", _publish_poison, 5),
+        _build_overflow_fault("refused", "reject-publish"),
+        _build_overflow_fault("dropped", "drop-head"),
     ]

@@ -1,4 +1,4 @@
-"""What the code says of each thing that a container may run: its settings, its port, its routes."""
+"""Programs of the images: their settings, ports and routes, read from the code."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ from sandbox_broker.observability import health
 class Program:
     settings: type[BaseSettings]
     create_app: Callable[[Any], Starlette] | None = None
-    """None: it serves nothing, and ends."""
+    """Application of a service. Other programs end by themselves and serve no requests."""
     port: str | None = None
-    """The field of the settings that is its port."""
+    """Settings field that holds the port."""
     ops_port: str | None = None
-    """The field that moves /healthz, /readyz and /metrics to a port of their own, if it is set."""
+    """Settings field with a separate port for /healthz, /readyz and /metrics. The field may be unset."""
 
     @property
     def fields(self) -> set[str]:
@@ -46,15 +46,15 @@ SERVICES: Mapping[str, Program] = {
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
 }
-"""By the name of the image."""
+"""Services by image name."""
 
 COMMANDS: Mapping[str, Program] = {
     "sandbox_broker.migrate": Program(migrate.Settings),
     "sandbox_broker.declare": Program(declare.Settings),
 }
-"""By the module that any of the images can run instead of its service."""
+"""Programs by module. Every image can run them instead of its service."""
 
-SECRETS = frozenset(
+SECRET_SETTINGS = frozenset(
     {
         "amqp_url",
         "database_url",
@@ -64,58 +64,61 @@ SECRETS = frozenset(
         "niosxaas_password",
     }
 )
-"""Settings that hold a password or a token; a test compares this with the settings' types."""
+"""Settings with a password or a token. A test compares them with the types of the settings."""
 
-OPERATIONS = frozenset(route.path for route in health.routes({}))
+OPS_PATHS = frozenset(route.path for route in health.routes({}))
 
-STAND_INS: Mapping[str, str] = {
-    "amqp_url": "amqp://stand-in:stand-in@rabbitmq/",
-    "database_url": "postgresql://stand-in:stand-in@postgres/sandbox_broker",
-    "broker_api_token": "stand-in-of-the-track-token",
-    "broker_admin_token": "stand-in-of-the-admin-token",
+PLACEHOLDERS: Mapping[str, str] = {
+    "amqp_url": "amqp://placeholder:placeholder@rabbitmq/",
+    "database_url": "postgresql://placeholder:placeholder@postgres/sandbox_broker",
+    "broker_api_token": "placeholder-of-the-track-token",
+    "broker_admin_token": "placeholder-of-the-admin-token",
 }
-"""For what only the cluster knows."""
+"""Valid values for settings whose real value exists only in the cluster."""
 
 
-def of_container(container: Mapping[str, Any]) -> Program | None:
-    """None: it runs nothing of ours. Raises ValueError when it runs something of ours that does not exist."""
-    _, ours, image = str(container["image"]).split("@")[0].rpartition("sandbox-broker/")
-    if not ours:
+def find_program(container: Mapping[str, Any]) -> Program | None:
+    """Return the program of a container, or None for an image of another project.
+
+    Raises ValueError if an image of this project has an unknown name or an unknown command.
+    """
+    _, prefix, image = str(container["image"]).split("@")[0].rpartition("sandbox-broker/")
+    if not prefix:
         return None
     name = image.split(":")[0]
     command = container.get("command")
     if command is None:
         if name not in SERVICES:
-            raise ValueError(f"there is no service {name}")
+            raise ValueError(f"service {name} does not exist")
         return SERVICES[name]
     module = command[-1]
     if command[:-1] != ["python", "-m"] or module not in COMMANDS:
-        raise ValueError(f"{' '.join(command)} is none of {', '.join(f'python -m {name}' for name in COMMANDS)}")
+        raise ValueError(f"{' '.join(command)} is not one of {', '.join(f'python -m {name}' for name in COMMANDS)}")
     return COMMANDS[module]
 
 
-def ports(program: Program, settings: BaseSettings) -> list[int]:
-    """The ports that the program listens on."""
+def list_ports(program: Program, settings: BaseSettings) -> list[int]:
+    """List the ports that the program listens on: its main port, then its ops port."""
     values = [getattr(settings, name) for name in (program.port, program.ops_port) if name is not None]
     return [value for value in values if value is not None]
 
 
-def paths(program: Program, settings: BaseSettings) -> dict[str, int]:
-    """The paths that answer GET, and the port of each."""
+def map_get_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """Return the port of each GET route, by path."""
     if program.create_app is None or program.port is None:
         return {}
-    listens_on = ports(program, settings)
+    ports = list_ports(program, settings)
     return {
-        route.path: listens_on[-1] if route.path in OPERATIONS else listens_on[0]
+        route.path: ports[-1] if route.path in OPS_PATHS else ports[0]
         for route in program.create_app(settings).routes
         if isinstance(route, Route) and "GET" in (route.methods or ())
     }
 
 
-def routes(program: Program, settings: BaseSettings) -> dict[str, int]:
-    """Return the paths that are served for any method, and the port of each."""
+def map_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
+    """Return the port of each route of any method, by path."""
     if program.create_app is None or program.port is None:
         return {}
     app = program.create_app(settings)
-    described = app.openapi()["paths"] if isinstance(app, FastAPI) else {}
-    return dict.fromkeys(described, ports(program, settings)[0]) | paths(program, settings)
+    api_paths = app.openapi()["paths"] if isinstance(app, FastAPI) else {}
+    return dict.fromkeys(api_paths, list_ports(program, settings)[0]) | map_get_paths(program, settings)

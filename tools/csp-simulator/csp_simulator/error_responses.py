@@ -1,4 +1,4 @@
-"""The answers that go wrong, in the shape that CSP gives its errors."""
+"""Error responses in the format of CSP, and responses that hang, break or flood the client."""
 
 import asyncio
 import functools
@@ -17,30 +17,31 @@ DRIP_PAUSE_SEC = 0.05
 ERROR_PAGE = "<html><head><title>Error</title></head><body><h1>upstream error</h1></body></html>"
 
 
-def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def build_error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": [{"message": message}]}, status, headers)
 
 
-def failure(status: int | str, *, html: bool, retry_after_sec: float | None) -> Response:
+def build_failure(status: int | str, *, html: bool, retry_after_sec: float | None) -> Response:
+    """Build an injected failure. `status` is an HTTP status or one of `SPECIAL_RESPONSES`."""
     if isinstance(status, str):
-        return WITHOUT_STATUS[status]()
+        return SPECIAL_RESPONSES[status]()
     headers = {}
     if retry_after_sec is not None and status in (429, 503):
         headers["Retry-After"] = f"{retry_after_sec:g}"
     if html:
         return HTMLResponse(ERROR_PAGE, status, headers)
-    return refusal(status, "injected by the simulator", headers)
+    return build_error(status, "injected by the simulator", headers)
 
 
-class Hang(Response):
-    """Nothing, until the client has gone."""
+class HangingResponse(Response):
+    """Response that sends no byte until the client disconnects."""
 
     async def __call__(self, _: Scope, receive: Receive, __: Send) -> None:
-        await _disconnected(receive)
+        await _wait_for_disconnect(receive)
 
 
-class Cut(Response):
-    """The beginning of an answer, after which the server ends the connection."""
+class CutResponse(Response):
+    """Response whose connection closes in the middle of the body."""
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
@@ -48,21 +49,21 @@ class Cut(Response):
         await send({"type": "http.response.body", "body": b'{"results": [', "more_body": True})
 
 
-class Bomb(Response):
-    """Spaces, compressed to a thousandth of their size. It is sent without regard to Accept-Encoding."""
+class GzipBombResponse(Response):
+    """Response with a small gzip body that decodes to 256 MiB. It ignores Accept-Encoding."""
 
     def __init__(self) -> None:
         super().__init__(media_type="application/json", headers={"Content-Encoding": "gzip"})
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
-        body = await asyncio.to_thread(gzip_bomb)  # takes a second, the first time
+        body = await asyncio.to_thread(build_gzip_bomb)  # in a thread, because the first call takes a second
         self.headers["Content-Length"] = str(len(body))
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": body})
 
 
-class Endless(Response):
-    """`chunk` again and again, until the client has gone."""
+class EndlessResponse(Response):
+    """Response that repeats `chunk`, with pauses, until the client disconnects."""
 
     def __init__(self, chunk: bytes, pause_sec: float) -> None:
         super().__init__(media_type="application/json")
@@ -72,32 +73,32 @@ class Endless(Response):
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        gone = asyncio.create_task(_disconnected(receive))
+        disconnect = asyncio.create_task(_wait_for_disconnect(receive))
         try:
-            while not gone.done():
+            while not disconnect.done():
                 await send({"type": "http.response.body", "body": self._chunk, "more_body": True})
                 await asyncio.sleep(self._pause_sec)
         finally:
-            gone.cancel()
+            disconnect.cancel()
 
 
 @functools.cache
-def gzip_bomb() -> bytes:
-    """256 MiB of spaces as 255 KiB of gzip."""
+def build_gzip_bomb() -> bytes:
+    """Compress 256 MiB of spaces to 255 KiB."""
     compressor = zlib.compressobj(level=9, wbits=zlib.MAX_WBITS | 16)
     chunk = b" " * 1024 * 1024
     return b"".join([*(compressor.compress(chunk) for _ in range(BOMB_MIB)), compressor.flush()])
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-WITHOUT_STATUS: Mapping[str, Callable[[], Response]] = {
-    HANG: Hang,
-    CUT: Cut,
-    BOMB: Bomb,
-    FLOOD: lambda: Endless(FLOOD_CHUNK, pause_sec=0),
-    DRIP: lambda: Endless(b" ", pause_sec=DRIP_PAUSE_SEC),
+SPECIAL_RESPONSES: Mapping[str, Callable[[], Response]] = {
+    HANG: HangingResponse,
+    CUT: CutResponse,
+    BOMB: GzipBombResponse,
+    FLOOD: lambda: EndlessResponse(FLOOD_CHUNK, pause_sec=0),
+    DRIP: lambda: EndlessResponse(b" ", pause_sec=DRIP_PAUSE_SEC),
 }
