@@ -20,7 +20,8 @@ if module == "gateway":
     from sandbox_broker.messaging import rpc_client
 
     rpc_client.RpcClient.send = crashes.around(rpc_client.RpcClient.send, "before sending", "after sending")  # type: ignore[method-assign]
-    allocator_client.Allocator.ask = crashes.around(allocator_client.Allocator.ask, None, "before answering")  # type: ignore[method-assign]
+    rpc = allocator_client.AllocatorClient
+    rpc.request = crashes.around(rpc.request, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer
     from allocator.sql import leases

@@ -14,7 +14,7 @@ from brokerctl.attention import STATUS_TIMEOUT_SEC
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
-from gateway.queries.status import PART_SEC
+from gateway.queries.status import PROBE_TIMEOUT_SEC
 from tests.integration.ctl import Said, ctl, eventually_said
 from tests.integration.stack import Stack, eventually, running
 
@@ -121,7 +121,7 @@ async def freezing(broker: Broker, part: str) -> AsyncIterator[None]:
 
 
 def test_the_deadlines_fit_into_a_second() -> None:
-    assert PART_SEC < STATUS_TIMEOUT_SEC < 1
+    assert PROBE_TIMEOUT_SEC < STATUS_TIMEOUT_SEC < 1
 
 
 @pytest.mark.parametrize("module", SERVICES)
