@@ -260,7 +260,7 @@ class Cable:
         await until(lambda: not self._ends)
 
     def silence(self, queue: str) -> None:
-        """Delay the declarations of this queue until `publish_replies()`."""
+        """Delay the declarations of this queue until `answer()`."""
         self._silent = queue.encode()
 
     def answer(self) -> None:
