@@ -16,9 +16,9 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from csp_simulator.accounts import Accounts
-from csp_simulator.answers import gzip_bomb
+from csp_simulator.accounts import AccountStore
 from csp_simulator.app import create_app
+from csp_simulator.error_responses import build_gzip_bomb
 from csp_simulator.testing import serving
 from sandbox_broker.csp import http as csp_http
 from sandbox_broker.csp.client import Account, CspClient, CspUnauthorized, CspUnavailable, Skipped
@@ -573,7 +573,7 @@ def test_a_token_no_header_can_carry_is_refused_without_being_shown(token: str) 
 @pytest.fixture(scope="module")
 def bomb() -> None:
     """The simulator makes its bomb before memory is measured."""
-    gzip_bomb()
+    build_gzip_bomb()
 
 
 async def call(csp: CspClient, operation: str) -> object:
@@ -605,7 +605,7 @@ async def test_a_bomb_as_the_answer_to_a_deletion_takes_the_process_no_memory(
     await behave(simulator, delete_error_rate=1, delete_error_status="bomb")
     program = f"""
 import asyncio, contextlib, pathlib
-from sandbox_broker.csp import CspClient, CspUnavailable
+from sandbox_broker.csp.client import CspClient, CspUnavailable
 def peak_kib():
     return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 async def main():
@@ -715,9 +715,9 @@ async def test_an_answer_without_a_body_may_name_any_encoding(encoding: str) -> 
 
 
 async def test_a_listing_of_100_000_accounts_is_far_below_its_bound() -> None:
-    accounts = Accounts()
-    accounts.add(100_000, "sandbox-")
-    assert len(accounts.listing()) < csp_http.MAX_BODY_BYTES["list_accounts"] / 2.5
+    accounts = AccountStore()
+    accounts.create_sandboxes(100_000, "sandbox-")
+    assert len(accounts.build_listing()) < csp_http.MAX_BODY_BYTES["list_accounts"] / 2.5
 
 
 # Metrics

@@ -13,8 +13,8 @@ from sandbox_broker.observability.log_rate_limit import LINES
 PROGRAM = """
 import logging, sys
 import structlog
-from sandbox_broker import logging as ours
-from sandbox_broker.settings import ServiceSettings
+from sandbox_broker.observability import logging as ours
+from sandbox_broker.runtime.settings import ServiceSettings
 
 ours.configure(ServiceSettings(_env_file=None), "gateway")
 log = structlog.get_logger()
@@ -39,13 +39,13 @@ except ValueError:
 STORM = """
 import logging
 import structlog
-from sandbox_broker import logging as ours
-from sandbox_broker import story
-from sandbox_broker.settings import ServiceSettings
+from sandbox_broker.observability import logging as ours
+from sandbox_broker.observability import log_context
+from sandbox_broker.runtime.settings import ServiceSettings
 
 ours.configure(ServiceSettings(_env_file=None), "reaper")
 log = structlog.get_logger()
-with story.bound(request_id="r"):
+with log_context.bound(request_id="r"):
     log.info("lease.ended", holder="ada")
     logging.getLogger("asyncio").warning("slow")
 for number in range(1000):

@@ -28,7 +28,8 @@ PROGRAM = """
 import asyncio, sys
 from functools import partial
 from starlette.applications import Starlette
-from sandbox_broker import health, service
+from sandbox_broker.observability import health
+from sandbox_broker.runtime import service
 
 async def holds(name):
     print("started", name, flush=True)

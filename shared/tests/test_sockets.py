@@ -86,7 +86,7 @@ def test_the_limit_of_open_files_is_raised_to_the_hard_limit() -> None:
     program = """
         import resource
         from structlog.testing import capture_logs
-        from sandbox_broker.sockets import raise_open_file_limit
+        from sandbox_broker.runtime.sockets import raise_open_file_limit
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000))
         with capture_logs() as logged:

@@ -14,8 +14,8 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 OFF = """
 import sys
 import {module}.main
-from sandbox_broker import tracing
-from sandbox_broker.settings import ServiceSettings
+from sandbox_broker.observability import tracing
+from sandbox_broker.runtime.settings import ServiceSettings
 
 tracing.configure(ServiceSettings(_env_file=None, amqp_url="amqp://h/"), "gateway")
 assert not any(tracing.begin() for _ in range(1000))

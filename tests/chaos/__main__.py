@@ -1,7 +1,7 @@
-"""`python -m tests.chaos`: a round of faults, and what the checker says of it.
+"""Command line of the chaos test: `python -m tests.chaos` runs one round of faults and checks its evidence.
 
-The exit status is 0 if the broker has kept its promises, 1 if not, 2 when something has to be installed first.
-The logs of a round that failed are kept.
+The exit status is 0 without violations, 1 with violations, 2 if a required program is missing. The logs of a failed
+round are kept.
 """
 
 import argparse
@@ -21,22 +21,29 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from tests.chaos import checker, matrix, report, rounds
 from tests.chaos.matrix import Step
-from tests.chaos.stack import chaos
+from tests.chaos.stack import start_broker
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", default=secrets.token_hex(4), help="of a round to be repeated")
+    parser.add_argument("--seed", default=secrets.token_hex(4), help="seed of a round to repeat")
     parser.add_argument(
         "--minutes",
         type=float,
-        help="so long: every fault alone, then pairs; without it, one fault of each kind",
+        help="duration: every fault alone, then pairs; default: one fault of each kind",
     )
-    parser.add_argument("--only", default="", metavar="WORDS", help="parts of names, comma-separated")
-    parser.add_argument("--every", type=float, default=0, metavar="SECONDS", help="from one fault to the next")
-    parser.add_argument("--keep", action="store_true", help="the logs, whatever comes of the round")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="WORDS",
+        help="run only faults with one of these comma-separated words in the name",
+    )
+    parser.add_argument(
+        "--every", type=float, default=0, metavar="SECONDS", help="shortest time from one fault to the next"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the logs of a successful round too")
     arguments = parser.parse_args()
-    for library in ("aio_pika", "aiormq", "asyncpg"):  # tries that find nobody are ours to report
+    for library in ("aio_pika", "aiormq", "asyncpg"):  # failed connection attempts are expected here
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         return asyncio.run(_run(arguments, Terminal()))
@@ -46,20 +53,22 @@ def main() -> int:
 
 
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    if not matrix.short(random.Random(arguments.seed), arguments.only):
+    if not matrix.plan_short_round(random.Random(arguments.seed), arguments.only):
         raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
-    clocks = await faketime.find_library(terminal)
+    libfaketime = await faketime.find_library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
     terminal.print_line(f"SEED={arguments.seed}; logs in {directory}")
-    async with chaos(directory, clocks) as broker:
-        terminal.print_step("PostgreSQL, RabbitMQ, all services twice: ready")
-        steps = _steps(arguments.seed, arguments.only, arguments.minutes)
-        round_ = await rounds.run(broker, steps, arguments.seed, terminal.print_step, every_sec=arguments.every)
-    report.keep(round_, directory)
-    for line in report.tables(round_):
+    async with start_broker(directory, libfaketime) as broker:
+        terminal.print_step("PostgreSQL, RabbitMQ and two of each service are ready")
+        steps = _plan_steps(arguments.seed, arguments.only, arguments.minutes)
+        round_ = await rounds.run_round(
+            broker, steps, arguments.seed, terminal.print_step, every_sec=arguments.every
+        )
+    report.save_records(round_, directory)
+    for line in report.format_tables(round_):
         terminal.print_line(line)
     violations = checker.check(round_.evidence)
-    violations += [report.told(script) for script in report.failed(round_)]
+    violations += [report.describe_failed_run(run) for run in report.list_failed_runs(round_)]
     for violation in violations:
         terminal.print_error(violation)
     if violations:
@@ -73,15 +82,15 @@ async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _steps(seed: str, words: str, minutes: float | None) -> Iterable[Step]:
-    chance = random.Random(seed)
+def _plan_steps(seed: str, words: str, minutes: float | None) -> Iterable[Step]:
+    rng = random.Random(seed)
     if minutes is None:
-        return matrix.short(chance, words)
-    return _for(60 * minutes, matrix.long(chance, words))
+        return matrix.plan_short_round(rng, words)
+    return _limit_duration(60 * minutes, matrix.plan_long_round(rng, words))
 
 
-def _for(seconds: float, steps: Iterable[Step]) -> Iterator[Step]:
-    """The last one is not cut short."""
+def _limit_duration(seconds: float, steps: Iterable[Step]) -> Iterator[Step]:
+    """Yield steps until the time is over. The last step is not interrupted."""
     until = time.monotonic() + seconds
     for step in steps:
         if time.monotonic() > until:

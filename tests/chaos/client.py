@@ -1,6 +1,6 @@
-"""Students at their labs: they take a sandbox, ask again, give it back or let it expire; all of it is written down.
+"""Simulated students. They allocate sandboxes, repeat requests, and release their lease or let it expire.
 
-They ask as the script for a track does: with its time-out, its pauses and its idea of what is final.
+They use the time-out, the backoff and the retry rules of the Instruqt script. Every request is recorded.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from instruqt.instruqt_broker_allocation import BACKOFF_SEC, DEFAULT_BUDGET_SEC,
 from tests.chaos.evidence import Operation, OperationKind, Outcome
 from tests.integration.stack import track_headers
 
-THINK_SEC = (0.2, 1.5)
-"""Between two things that a student does."""
+PAUSE_SEC = (0.2, 1.5)
+"""Pause between two requests of a student."""
 PROBE_TIMEOUT_SEC = 1.0
 PROBE_PAUSE_SEC = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
-    """One run of a script: all its attempts together."""
+class ScriptRun:
+    """Run of the Instruqt script with all its attempts."""
 
     kind: OperationKind
     student: str
@@ -43,24 +43,26 @@ class Script:
 @dataclass
 class History:
     operations: list[Operation] = field(default_factory=list)
-    scripts: list[Script] = field(default_factory=list)
+    script_runs: list[ScriptRun] = field(default_factory=list)
     _numbers: "itertools.count[int]" = field(default_factory=lambda: itertools.count(1))
 
-    def number(self) -> int:
+    def next_number(self) -> int:
         return next(self._numbers)
 
 
 class Students:
-    """Those who work at the same time, each a life after the other. `run` goes on until `stop`, then lets whoever
-    has begun finish. As a context manager it ends its connections on exit."""
+    """Concurrent students. `run` starts new ones until `stop`, then waits for the running ones.
 
-    def __init__(self, gateways: Sequence[str], history: History, chance: random.Random) -> None:
+    As a context manager it closes its connections on exit.
+    """
+
+    def __init__(self, gateways: Sequence[str], history: History, rng: random.Random) -> None:
         self._gateways = gateways
         self._history = history
-        self._chance = chance
+        self._rng = rng
         self._stopping = asyncio.Event()
-        self._asking: set[int] = set()
-        """The numbers of the operations that have not ended."""
+        self._pending: set[int] = set()
+        """Numbers of the operations without a result."""
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
         self._client = httpx.AsyncClient(limits=limits, trust_env=False)
 
@@ -73,74 +75,74 @@ class Students:
         await self._client.aclose()
 
     async def run(self, places: int) -> None:
-        async with asyncio.TaskGroup() as class_room:
+        async with asyncio.TaskGroup() as tasks:
             for place in range(places):
-                class_room.create_task(self._place(place))
+                tasks.create_task(self._run_place(place))
 
     def stop(self) -> None:
         self._stopping.set()
 
-    async def _place(self, place: int) -> None:
-        chance = random.Random(self._chance.random())
+    async def _run_place(self, place: int) -> None:
+        rng = random.Random(self._rng.random())
         number = 0
         while not self._stopping.is_set():
             number += 1
-            await _Student(f"student-{place}-{number}", self, chance).live()
+            await _Student(f"student-{place}-{number}", self, rng).run_visits()
 
-    async def give_back(self, held: Iterable[tuple[str, str]]) -> None:
-        """Each student their sandbox."""
-        chance = random.Random(self._chance.random())
-        for student, sandbox_id in held:
-            await self.script("release", student, sandbox_id, chance=chance)
+    async def release_all(self, leases: Iterable[tuple[str, str]]) -> None:
+        """Release leases, given as pairs of student and sandbox id."""
+        rng = random.Random(self._rng.random())
+        for student, sandbox_id in leases:
+            await self.run_script("release", student, sandbox_id, rng=rng)
 
     async def probe(self, name: str, *, until: float) -> float | None:
-        """When a new student was first given a sandbox who asks all the time; None if not before `until`."""
-        chance = random.Random(name)
+        """Send allocations of new students until one succeeds. Return its time, or None if `until` has passed."""
+        rng = random.Random(name)
         for number in itertools.count():
             student = f"{name}-{number}"
-            answer = await self.attempt("allocate", student, chance=chance, timeout_sec=PROBE_TIMEOUT_SEC)
-            if answer.outcome == "ok":
-                return answer.ended_at
+            operation = await self.send_request("allocate", student, rng=rng, timeout_sec=PROBE_TIMEOUT_SEC)
+            if operation.outcome == "ok":
+                return operation.ended_at
             if time.time() > until:
                 return None
             await asyncio.sleep(PROBE_PAUSE_SEC)
         raise AssertionError("unreachable")
 
-    async def until_answered(self) -> None:
-        """Whoever has asked until now has an answer, or has given up."""
-        asking = set(self._asking)
-        while asking & self._asking:  # noqa: ASYNC110 (each ends by itself)
+    async def wait_for_pending(self) -> None:
+        """Wait until all requests pending now have ended."""
+        pending = set(self._pending)
+        while pending & self._pending:  # noqa: ASYNC110 (each request ends by its time-out)
             await asyncio.sleep(0.01)
 
-    async def attempt(
+    async def send_request(
         self,
         kind: OperationKind,
         student: str,
         sandbox_id: str | None = None,
         *,
-        chance: random.Random,
+        rng: random.Random,
         idempotency_key: str | None = None,
         timeout_sec: float = REQUEST_TIMEOUT_SEC,
     ) -> Operation:
-        """One request to one of the gateways, as a load balancer would choose it."""
+        """Send one request to a random gateway, as a load balancer would, and record it."""
         path = "allocate" if kind == "allocate" else f"sandboxes/{sandbox_id}/mark-for-deletion"
         headers = track_headers(student)
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
-        number, invoked_at = self._history.number(), time.time()
-        self._asking.add(number)
+        number, invoked_at = self._history.next_number(), time.time()
+        self._pending.add(number)
         response: httpx.Response | None = None
         failure = ""
         try:
             async with asyncio.timeout(timeout_sec):
-                url = f"{chance.choice(self._gateways)}/v1/{path}"
+                url = f"{rng.choice(self._gateways)}/v1/{path}"
                 response = await self._client.post(url, headers=headers, timeout=timeout_sec)
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
         finally:
-            self._asking.remove(number)
+            self._pending.remove(number)
         ended_at = time.time()
-        body = _body(response)
+        body = _parse_body(response)
         lease = body if kind == "allocate" else {}
         refusal = body.get("detail", {})
         operation = Operation(
@@ -151,7 +153,7 @@ class Students:
             idempotency_key=idempotency_key,
             invoked_at=invoked_at,
             ended_at=ended_at,
-            outcome=_outcome(response, failure),
+            outcome=_classify_outcome(response, failure),
             status=None if response is None else response.status_code,
             code=failure or refusal.get("code", ""),
             retry_after_sec=refusal.get("retry_after", 0),
@@ -161,70 +163,72 @@ class Students:
         self._history.operations.append(operation)
         return operation
 
-    async def script(
+    async def run_script(
         self,
         kind: OperationKind,
         student: str,
         sandbox_id: str | None = None,
         *,
-        chance: random.Random,
+        rng: random.Random,
         idempotency_key: str | None = None,
     ) -> Operation:
-        """Asks until the answer is final, or the script's time is up."""
+        """Send requests until the response is final or the script's time budget is used."""
         began_at = time.time()
         backoff, longest_backoff = BACKOFF_SEC
         attempts = 0
         while True:
             attempts += 1
-            answer = await self.attempt(kind, student, sandbox_id, chance=chance, idempotency_key=idempotency_key)
-            pause = answer.retry_after_sec + backoff * chance.uniform(0.5, 1)
-            final = answer.status is not None and answer.status not in (408, 429) and answer.status < 500
+            operation = await self.send_request(kind, student, sandbox_id, rng=rng, idempotency_key=idempotency_key)
+            pause = operation.retry_after_sec + backoff * rng.uniform(0.5, 1)
+            final = operation.status is not None and operation.status not in (408, 429) and operation.status < 500
             if final or time.time() + pause > began_at + DEFAULT_BUDGET_SEC:
                 break
             await asyncio.sleep(pause)
             backoff = min(2 * backoff, longest_backoff)
-        self._history.scripts.append(Script(kind, student, began_at, answer.ended_at, attempts, answer))
-        return answer
+        self._history.script_runs.append(
+            ScriptRun(kind, student, began_at, operation.ended_at, attempts, operation)
+        )
+        return operation
 
 
 @dataclass(frozen=True, slots=True)
 class _Student:
     name: str
     students: Students
-    chance: random.Random
+    rng: random.Random
 
-    async def live(self) -> None:
-        """One to three visits, each with a sandbox of its own unless the last one has not been given back."""
-        for visit in range(self.chance.randint(1, 3)):
-            key = f"{self.name}-{visit}" if self.chance.random() < 0.5 else None
-            lease = await self._take(key)
+    async def run_visits(self) -> None:
+        """Make one to three visits. Each gets a new sandbox, unless the lease of the last visit is still active."""
+        for visit in range(self.rng.randint(1, 3)):
+            key = f"{self.name}-{visit}" if self.rng.random() < 0.5 else None
+            lease = await self._allocate(key)
             if lease.outcome != "ok" or lease.sandbox_id is None:
-                await self._think()
+                await self._pause()
                 return
-            await self._think()
-            if self.chance.random() < 0.4:
-                await self._take(key)
-            if self.chance.random() < 0.2:
-                await asyncio.gather(self._take(None), self._take(None))
-            await self._think()
-            if self.chance.random() < 0.25:
-                return  # and lets it expire
-            await self._give_back(lease.sandbox_id)
-            if self.chance.random() < 0.3:
-                await self._give_back(lease.sandbox_id)
+            await self._pause()
+            if self.rng.random() < 0.4:
+                await self._allocate(key)
+            if self.rng.random() < 0.2:
+                await asyncio.gather(self._allocate(None), self._allocate(None))
+            await self._pause()
+            if self.rng.random() < 0.25:
+                return  # the lease expires
+            await self._release(lease.sandbox_id)
+            if self.rng.random() < 0.3:
+                await self._release(lease.sandbox_id)
 
-    async def _take(self, key: str | None) -> Operation:
-        return await self.students.script("allocate", self.name, chance=self.chance, idempotency_key=key)
+    async def _allocate(self, key: str | None) -> Operation:
+        return await self.students.run_script("allocate", self.name, rng=self.rng, idempotency_key=key)
 
-    async def _give_back(self, sandbox_id: str) -> Operation:
-        return await self.students.script("release", self.name, sandbox_id, chance=self.chance)
+    async def _release(self, sandbox_id: str) -> Operation:
+        return await self.students.run_script("release", self.name, sandbox_id, rng=self.rng)
 
-    async def _think(self) -> None:
-        await asyncio.sleep(self.chance.uniform(*THINK_SEC))
+    async def _pause(self) -> None:
+        await asyncio.sleep(self.rng.uniform(*PAUSE_SEC))
 
 
-def _outcome(response: httpx.Response | None, failure: str) -> Outcome:
-    """Only what was never sent, and what the broker refuses by its rules, was certainly not done."""
+def _classify_outcome(response: httpx.Response | None, failure: str) -> Outcome:
+    """Classify a request. Only requests without a connection, and 4xx responses, certainly had no effect."""
     if response is None:
         return "refused" if failure in ("ConnectError", "ConnectTimeout") else "unknown"
     if response.is_success:
@@ -232,7 +236,7 @@ def _outcome(response: httpx.Response | None, failure: str) -> Outcome:
     return "refused" if response.is_client_error else "unknown"
 
 
-def _body(response: httpx.Response | None) -> dict[str, Any]:
+def _parse_body(response: httpx.Response | None) -> dict[str, Any]:
     if response is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Where a service can be told to die; crashing.py has it done."""
+"""Points at which a service can crash or freeze. crash_runner.py implements them."""
 
 POINTS = {
     "gateway": ("before sending", "after sending", "before answering"),

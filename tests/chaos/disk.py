@@ -1,4 +1,4 @@
-"""A disk that can be full: a file system in memory. To mount one takes root."""
+"""Disk that can be filled: a tmpfs. Mounting it requires root."""
 
 import os
 import shutil
@@ -9,27 +9,27 @@ from typing import Self
 from devstack.private import make_directory
 from devstack.processes import run
 
-SIZE = 2 << 30
-SPARE = (0, 1 << 20, 4 << 20, 16 << 20)
-"""Bytes that each try at filling it leaves free."""
+SIZE_BYTES = 2 << 30
+SPARE_BYTES = (0, 1 << 20, 4 << 20, 16 << 20)
+"""Free bytes that each attempt of `fill` leaves."""
 
 
-class CannotMount(Exception):
-    """The reason, as mount says it."""
+class MountError(Exception):
+    """The error output of mount."""
 
 
 class Disk:
-    """Is there from entry to exit, which raises CannotMount where it cannot be."""
+    """Temporary disk, as a context manager. Entering raises `MountError` if the disk cannot be mounted."""
 
     def __init__(self) -> None:
         self.path: Path = make_directory("disk", None)
 
     async def __aenter__(self) -> Self:
         if problem := await _mount(
-            "-t", "tmpfs", "-o", f"size={SIZE},mode=0755", "sandbox-broker-chaos", str(self.path)
+            "-t", "tmpfs", "-o", f"size={SIZE_BYTES},mode=0755", "sandbox-broker-chaos", str(self.path)
         ):
             self.path.rmdir()
-            raise CannotMount(problem)
+            raise MountError(problem)
         return self
 
     async def __aexit__(
@@ -39,32 +39,32 @@ class Disk:
         shutil.rmtree(self.path, ignore_errors=True)
 
     async def fill(self) -> None:
-        """Leaves no room but for what is there. Raises CannotMount.
+        """Shrink the disk to its used size. Raises `MountError`.
 
-        The kernel refuses a size below what is there by then, and whoever writes adds to it between the two calls:
-        then each further try leaves more room, which the same writer takes.
+        The kernel refuses a size below the used size, and a writer may add data between the two calls. Each retry
+        therefore leaves more free space, which the same writer then fills.
         """
         problem = None
-        for spare in SPARE:
-            of = os.statvfs(self.path)
-            problem = await self._resize((of.f_blocks - of.f_bfree) * of.f_frsize + spare)
+        for spare in SPARE_BYTES:
+            usage = os.statvfs(self.path)
+            problem = await self._resize((usage.f_blocks - usage.f_bfree) * usage.f_frsize + spare)
             if problem is None:
                 return
-        raise CannotMount(problem)
+        raise MountError(problem)
 
     async def empty(self) -> None:
-        """Gives the room back."""
-        if problem := await self._resize(SIZE):
-            raise CannotMount(problem)
+        """Restore the original size."""
+        if problem := await self._resize(SIZE_BYTES):
+            raise MountError(problem)
 
     async def _resize(self, size: int) -> str | None:
         return await _mount("-o", f"remount,size={size}", str(self.path))
 
 
 async def _mount(*arguments: str) -> str | None:
-    """None, or what is in the way."""
+    """Run mount. Return its error output, or None on success."""
     try:
-        code, said = await run(["mount", *arguments])
+        code, output = await run(["mount", *arguments])
     except OSError as error:
         return str(error)
-    return None if code == 0 else said or f"exit code {code}"
+    return None if code == 0 else output or f"exit code {code}"

@@ -1,7 +1,7 @@
-"""What is known once a round of faults is over: what clients asked and were told, and what the database, RabbitMQ
-and CSP say in the end.
+"""Evidence of a round: the requests and responses of the clients, and the final state of the database, RabbitMQ and
+CSP.
 
-All times are Unix seconds of this machine's one clock, which clients, PostgreSQL and the CSP simulator share.
+All times are Unix seconds of one clock, because clients, PostgreSQL and the CSP simulator run on the same machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,26 +10,26 @@ from typing import Literal
 
 OperationKind = Literal["allocate", "release"]
 Outcome = Literal["ok", "refused", "unknown"]
-"""unknown: it may have been done, or be done yet. refused: it was not done, and never will be."""
+"""refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One request of a client, and what came of it. A retry is an operation of its own."""
+    """Request of a client with its result. Each retry is a separate operation."""
 
     number: int
     kind: OperationKind
     student: str
     sandbox_id: str | None = None
-    """The one to release, or the one that was answered."""
+    """Sandbox to release, or sandbox in the response to an allocation."""
     idempotency_key: str | None = None
     invoked_at: float
     ended_at: float
     outcome: Outcome
     status: int | None = None
-    """The answer's HTTP status, if there was one."""
+    """HTTP status, if there was a response."""
     code: str = ""
-    """The code of a refusal, or what went wrong."""
+    """Error code of the response, or class of the transport error."""
     retry_after_sec: float = 0
     allocated_at: int | None = None
     expires_at: int | None = None
@@ -56,7 +56,7 @@ class Sandbox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """As RabbitMQ delivered it; one that was published twice is here twice, under one id."""
+    """Event as delivered by RabbitMQ. A duplicate is a second object with the same id."""
 
     event_id: str
     type: str
@@ -67,17 +67,17 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
-    """A call to CSP that was to delete an account."""
+    """Request to CSP to delete an account."""
 
     external_id: str
     began_at: float
     status: int | None
-    """None where the client went away before the answer."""
+    """HTTP status, if the client waited for the response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Epoch:
-    """What one of many looks at the table of epochs has found for a queue."""
+class EpochObservation:
+    """Row of the table of fencing epochs, as read at one moment of the round."""
 
     seen_at: float
     queue: str
@@ -87,19 +87,19 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """How long it took until a new student was given a sandbox, from when that is to be expected: from the end of a
-    fault or, where a standby is there, from its beginning."""
+    """Time from a fault until a new student was served."""
 
     fault: str
     since: float
+    """End of the fault, or its start if a standby can take over."""
     served_at: float | None
-    """None: nobody was, for as long as somebody tried."""
+    """None if no probe succeeded before its time limit."""
     within_sec: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Covered:
-    """A time in which nothing was wrong but that of two allocators one, at most, had died."""
+class FailoverPeriod:
+    """Period with no fault except the death of at most one of the two allocators."""
 
     since: float
     until: float
@@ -107,8 +107,7 @@ class Covered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stall:
-    """A time in which the machine kept even who only looks at the clock from running: it says nothing of the
-    broker."""
+    """Period in which the machine ran no process on time. Delays in it are not the broker's."""
 
     since: float
     until: float
@@ -120,20 +119,20 @@ class Evidence:
     leases: Sequence[Lease]
     sandboxes: Sequence[Sandbox]
     unpublished: Sequence[str]
-    """The ids of events that are still in the outbox."""
+    """Ids of the events in the outbox."""
     events: Sequence[Event]
-    """In the order in which RabbitMQ has carried them, from before the first sandbox was discovered."""
+    """In the order of RabbitMQ, from before the first sandbox was discovered."""
     deletions: Sequence[Deletion]
     accounts: frozenset[str]
-    """The external ids that CSP has."""
-    epochs: Sequence[Epoch]
+    """External ids of the accounts in CSP."""
+    epochs: Sequence[EpochObservation]
     recoveries: Sequence[Recovery]
     stats: Mapping[str, int]
-    """What the gateway counts: a number per status, and their `total`."""
+    """The gateway's counts: one per status, and their `total`."""
     grace_sec: float
-    """How long after its end a lease is still left to its student."""
-    looked_at: float
-    """When the database was read."""
-    covered: Sequence[Covered] = ()
+    """Time from the expiry of a lease to its end."""
+    collected_at: float
+    """Time at which the database was read."""
+    failover_periods: Sequence[FailoverPeriod] = ()
     stalls: Sequence[Stall] = ()
-    """One after the other."""
+    """Without overlaps."""

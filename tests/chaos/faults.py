@@ -1,36 +1,36 @@
-"""Faults as data: what each does to the broker, what ends it, and how soon students must be served again.
+"""Faults as data: the action that injects each, the action that heals it, and the time limit for recovery.
 
-killing.py, links.py, servers.py, queues.py, deliveries.py and clocks.py make them; matrix.py has them all.
+The modules `*_faults` create the faults; `matrix` combines them.
 """
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from tests.chaos.stack import Chaos
+from tests.chaos.stack import ChaosBroker
 
-Act = Callable[[Chaos], Awaitable[None]]
-
-
-class NotReached(Exception):
-    """Nothing has happened: the message says why."""
+FaultAction = Callable[[ChaosBroker], Awaitable[None]]
 
 
-async def nothing(_: Chaos) -> None:
+class FaultNotReached(Exception):
+    """The fault did not occur. The message is the reason."""
+
+
+async def do_nothing(_: ChaosBroker) -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     kind: str
-    """What the table at the end counts it as."""
+    """Row of the fault in the final table."""
     name: str
-    touches: frozenset[str]
-    """Of two faults at a time none may touch what the other does."""
-    inject: Act
-    heal: Act = nothing
-    lasts_sec: float = 0.0
+    affects: frozenset[str]
+    """Components with the fault. Two faults run together only if these sets are disjoint."""
+    inject: FaultAction
+    heal: FaultAction = do_nothing
+    duration_sec: float = 0.0
     served_within_sec: float = 10.0
-    """A new student, from the fault's end; from its beginning where a standby takes over."""
-    standby: bool = False
-    covered: bool = False
-    """Whether the standby answers even what was asked before it took over."""
+    """Time limit until a new student is served: from the end of the fault, or with a standby from its start."""
+    has_standby: bool = False
+    standby_answers_pending: bool = False
+    """The standby must also answer requests pending at the fault."""

@@ -1,56 +1,65 @@
-"""All faults, and rounds of them: alone, and two at a time."""
+"""List of all faults, and plans of rounds with single faults and pairs."""
 
 import random
 from collections.abc import Iterator
 
-from tests.chaos import clocks, deliveries, killing, links, queues, servers
+from tests.chaos import (
+    clock_faults,
+    delivery_faults,
+    link_faults,
+    process_faults,
+    queue_faults,
+    server_faults,
+)
 from tests.chaos.faults import Fault
 
 Step = tuple[Fault, ...]
-"""The faults that are put on the broker at a time."""
+"""Faults injected together."""
 LONG_SEC = 5.0
-"""A fault that lasts so long leaves room for another in its time."""
+"""Shortest duration of a fault that can overlap with a second one."""
 
 
-def every(chance: random.Random) -> list[Fault]:
+def list_faults(rng: random.Random) -> list[Fault]:
     return [
-        *killing.faults(),
-        *links.faults(),
-        *servers.faults(),
-        *queues.faults(),
-        *deliveries.faults(chance),
-        *clocks.faults(),
+        *process_faults.list_faults(),
+        *link_faults.list_faults(),
+        *server_faults.list_faults(),
+        *queue_faults.list_faults(),
+        *delivery_faults.list_faults(rng),
+        *clock_faults.list_faults(),
     ]
 
 
-def short(chance: random.Random, words: str = "") -> list[Step]:
-    """One fault of each kind, some alone and some in pairs: beside what lasts long there is the longest of those
-    that are left and get along with it, so that the round is over soon."""
-    faults = _chosen(every(chance), words)
-    chance.shuffle(faults)
+def plan_short_round(rng: random.Random, words: str = "") -> list[Step]:
+    """Plan one fault of each kind.
+
+    To keep the round short, each long fault is paired with the longest remaining fault it can be combined with.
+    """
+    faults = _select_by_name(list_faults(rng), words)
+    rng.shuffle(faults)
     of_kind = {fault.kind: fault for fault in faults}
-    left = sorted(of_kind.values(), key=lambda fault: -fault.lasts_sec)
+    left = sorted(of_kind.values(), key=lambda fault: -fault.duration_sec)
     steps: list[Step] = []
     while left:
         first = left.pop(0)
-        beside = [fault for fault in left if first.lasts_sec >= LONG_SEC and _get_along(first, fault)]
-        steps.append((first, *beside[:1]))
+        partners = [fault for fault in left if first.duration_sec >= LONG_SEC and _can_combine(first, fault)]
+        steps.append((first, *partners[:1]))
         left = [fault for fault in left if fault not in steps[-1]]
-    chance.shuffle(steps)
+    rng.shuffle(steps)
     return steps
 
 
-def long(chance: random.Random, words: str = "") -> Iterator[Step]:
-    """Every fault alone, then all of them in pairs, in ever new pairs, for ever."""
-    faults = _chosen(every(chance), words)
-    chance.shuffle(faults)
+def plan_long_round(rng: random.Random, words: str = "") -> Iterator[Step]:
+    """Plan every fault alone, then random pairs of all faults without end."""
+    faults = _select_by_name(list_faults(rng), words)
+    rng.shuffle(faults)
     yield from ((fault,) for fault in faults)
     while True:
-        chance.shuffle(faults)
+        rng.shuffle(faults)
         left = list(faults)
         while left:
             first = left.pop()
-            second = next((fault for fault in left if _get_along(first, fault)), None)
+            second = next((fault for fault in left if _can_combine(first, fault)), None)
             if second is None:
                 yield (first,)
             else:
@@ -58,9 +67,9 @@ def long(chance: random.Random, words: str = "") -> Iterator[Step]:
                 yield (first, second)
 
 
-def _get_along(one: Fault, other: Fault) -> bool:
-    return one.kind != other.kind and not one.touches & other.touches
+def _can_combine(one: Fault, other: Fault) -> bool:
+    return one.kind != other.kind and not one.affects & other.affects
 
 
-def _chosen(faults: list[Fault], words: str) -> list[Fault]:
+def _select_by_name(faults: list[Fault], words: str) -> list[Fault]:
     return [fault for fault in faults if any(word in fault.name for word in words.split(","))]

@@ -1,5 +1,7 @@
-"""Bugs to be planted into the broker, each with the smallest round that shows it: what students do, and what goes
-wrong around them in the one moment in which the broker's promise rests on what the bug has taken away."""
+"""Mutants: planted bugs, each with the smallest round in which the checker can detect it.
+
+A round creates the one situation in which a guarantee depends on the code that the bug removes.
+"""
 
 import asyncio
 import random
@@ -17,22 +19,22 @@ from devstack.processes import Process
 from sandbox_broker.contract import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
-from tests.chaos.evidence import Covered, Evidence, Operation, Recovery
+from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import Stack, eventually
 
 ALLOCATORS = ("allocator", "second allocator")
-PATIENCE_SEC = 10
-"""A gateway's with the allocator: a round rests on an answer, and the machine may be busy."""
+ALLOCATE_TIMEOUT_SEC = 10
+"""Time-out of the gateway for a reply. It is long, because a round needs the reply even on a busy machine."""
 SERVED_WITHIN_SEC = 5.0
-"""While somebody holds a row; the row is held for a little longer."""
-NEXT_IN_LINE = """
+"""Limit for an allocation while another transaction locks a row. The lock lasts slightly longer."""
+SELECT_NEXT_SANDBOX = """
 SELECT sandbox_id FROM sandboxes WHERE available_since IS NOT NULL ORDER BY available_since, sandbox_id LIMIT 1
 """
-WHO_WRITES = """
+SELECT_ACTIVE_PORT = """
 SELECT client_port FROM pg_stat_activity JOIN allocator_epoch ON pid = backend_pid WHERE queue = $1
 """
-WAITING = """
+SELECT_BLOCKED_BACKENDS = """
 SELECT pid FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'allocator.commands' AND wait_event_type = 'Lock'
 """
@@ -40,51 +42,51 @@ WHERE datname = current_database() AND application_name = 'allocator.commands' A
 
 @dataclass
 class Trial:
-    """One round on a running broker, and what the checker is to know of it."""
+    """Round on a running broker, with its records for the checker."""
 
     stack: Stack
-    """With two allocators."""
+    """Broker with two allocators."""
     links: dict[str, Proxy]
-    """Those of the allocators, as in `second allocator to RabbitMQ`."""
+    """Links of the allocators by name, such as `second allocator to RabbitMQ`."""
     stop_at: Path
-    """Who reaches the point that is written here dies or freezes."""
+    """File with a point; the allocator that reaches it dies or freezes."""
     students: Students
     history: History
     recoveries: list[Recovery] = field(default_factory=list)
-    covered: list[Covered] = field(default_factory=list)
+    failover_periods: list[FailoverPeriod] = field(default_factory=list)
 
-    async def ask(self, student: str) -> Operation:
-        return await self.students.attempt(
-            "allocate", student, chance=random.Random(0), timeout_sec=PATIENCE_SEC + 5
+    async def allocate(self, student: str) -> Operation:
+        return await self.students.send_request(
+            "allocate", student, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5
         )
 
-    async def give_back(self, student: str, sandbox_id: str | None) -> Operation:
-        return await self.students.attempt(
-            "release", student, sandbox_id, chance=random.Random(0), timeout_sec=PATIENCE_SEC + 5
+    async def release(self, student: str, sandbox_id: str | None) -> Operation:
+        return await self.students.send_request(
+            "release", student, sandbox_id, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5
         )
 
-    async def active(self) -> str:
-        """The allocator that has written last."""
-        port = await self.stack.database.fetchval(WHO_WRITES, topology.ALLOCATOR_COMMANDS.name)
+    async def find_active_allocator(self) -> str:
+        """Return the name of the allocator with the current fencing epoch."""
+        port = await self.stack.database.fetchval(SELECT_ACTIVE_PORT, topology.ALLOCATOR_COMMANDS.name)
         (name,) = [name for name in ALLOCATORS if port in self.links[f"{name} to PostgreSQL"].outgoing_ports]
         return name
 
-    def cut(self, allocator: str, server: str) -> None:
-        """What it carries is lost; new connections are welcome."""
+    def reset_link(self, allocator: str, server: str) -> None:
+        """Reset the connections of a link. New connections pass."""
         link = self.links[f"{allocator} to {server}"]
         link.reset()
         link.heal()
 
-    async def stopped_there(self) -> None:
-        """Waits until an allocator has come to the point that was written for it."""
+    async def wait_for_stop(self) -> None:
+        """Wait until an allocator has reached the point in `stop_at`."""
 
-        async def has_come() -> bool:
+        async def is_reached() -> bool:
             return not self.stop_at.exists()
 
-        await eventually(has_come)
+        await eventually(is_reached)
 
-    async def frozen(self) -> str:
-        """Waits until an allocator is frozen; returns its name."""
+    async def wait_for_frozen_allocator(self) -> str:
+        """Wait until an allocator is frozen, and return its name."""
         frozen: list[str] = []
 
         async def is_frozen() -> bool:
@@ -95,8 +97,8 @@ class Trial:
         return frozen[0]
 
     @asynccontextmanager
-    async def undone(self, statement: str, *arguments: object) -> AsyncIterator[None]:
-        """Somebody else runs the statement, and takes it back at the end of the block."""
+    async def hold_transaction(self, statement: str, *arguments: object) -> AsyncIterator[None]:
+        """Run the statement in another transaction, and roll it back at the end of the block."""
         other = await asyncpg.connect(self.stack.environment["DATABASE_URL"])
         try:
             transaction = other.transaction()
@@ -107,125 +109,127 @@ class Trial:
         finally:
             await other.close()
 
-    async def waiting(self) -> list[int]:
-        """The processes of PostgreSQL that run a student's statement and wait for a lock."""
-        return [row["pid"] for row in await self.stack.database.fetch(WAITING)]
+    async def list_blocked_backends(self) -> list[int]:
+        """Return the pids of the PostgreSQL backends waiting for a lock in a student's statement."""
+        return [row["pid"] for row in await self.stack.database.fetch(SELECT_BLOCKED_BACKENDS)]
 
-    async def until_waiting(self, number: int) -> None:
-        async def are_waiting() -> bool:
-            return len(await self.waiting()) == number
+    async def wait_for_blocked_backends(self, count: int) -> None:
+        async def are_blocked() -> bool:
+            return len(await self.list_blocked_backends()) == count
 
-        await eventually(are_waiting)
+        await eventually(are_blocked)
 
-    async def ended(self, pid: int) -> None:
-        """Waits for the end of a process of PostgreSQL whose client has gone."""
+    async def wait_for_backend_exit(self, pid: int) -> None:
+        """Wait until the backend of a broken connection has exited."""
 
         async def has_ended() -> bool:
-            there = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
-            return bool(await self.stack.database.fetchval(there, pid) == 0)
+            count = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
+            return bool(await self.stack.database.fetchval(count, pid) == 0)
 
         await eventually(has_ended)
 
 
-async def a_row_is_held(trial: Trial) -> None:
-    """Somebody has locked the sandbox that is next in line; students come."""
-    async with trial.undone(f"{NEXT_IN_LINE} FOR UPDATE"):
+async def hold_next_row(trial: Trial) -> None:
+    """Lock the row of the next sandbox in another transaction while students allocate."""
+    async with trial.hold_transaction(f"{SELECT_NEXT_SANDBOX} FOR UPDATE"):
         since = time.time()
         served_at = await trial.students.probe("ada", until=since + SERVED_WITHIN_SEC + 1)
     trial.recoveries.append(
-        Recovery(fault="a row was held", since=since, served_at=served_at, within_sec=SERVED_WITHIN_SEC)
+        Recovery(fault="locked row", since=since, served_at=served_at, within_sec=SERVED_WITHIN_SEC)
     )
 
 
-async def a_connection_breaks_amid_a_statement(trial: Trial) -> None:
-    """The statement waits for a lease that somebody else is about to write, and goes on when its allocator has
-    run it again on another connection."""
+async def break_connection_during_statement(trial: Trial) -> None:
+    """Block a statement by an uncommitted lease until the allocator has retried it on a new connection."""
     database = trial.stack.database
-    next_in_line = await database.fetchval(NEXT_IN_LINE)
-    lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, 'somebody else', now())"
-    async with trial.undone(lease, next_in_line):
-        asking = asyncio.create_task(trial.ask("ada"))
-        await trial.until_waiting(1)
-        (pid,) = await trial.waiting()
-        trial.cut(await trial.active(), "PostgreSQL")
+    next_sandbox = await database.fetchval(SELECT_NEXT_SANDBOX)
+    lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, 'other student', now())"
+    async with trial.hold_transaction(lease, next_sandbox):
+        allocation = asyncio.create_task(trial.allocate("ada"))
+        await trial.wait_for_blocked_backends(1)
+        (pid,) = await trial.list_blocked_backends()
+        trial.reset_link(await trial.find_active_allocator(), "PostgreSQL")
 
         async def has_run_again() -> bool:
-            return asking.done() or len(await trial.waiting()) == 2
+            return allocation.done() or len(await trial.list_blocked_backends()) == 2
 
         await eventually(has_run_again)
-    await asking
-    await trial.ended(pid)
+    await allocation
+    await trial.wait_for_backend_exit(pid)
 
 
-async def two_allocators_claim_at_once(trial: Trial) -> None:
-    """The one waits in the middle of its statement until its student has given up, and RabbitMQ has lost it; so the
-    other is given the next student."""
+async def claim_in_two_allocators(trial: Trial) -> None:
+    """Block the statement of one allocator and disconnect it from RabbitMQ: the other gets the next student."""
     lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ('elsewhere', 'ada', now())"
-    async with trial.undone(lease):
-        await trial.ask("ada")
-        await trial.until_waiting(1)
-        trial.cut(await trial.active(), "RabbitMQ")
-        asking = asyncio.create_task(trial.ask("bob"))
-        await trial.until_waiting(2)
-    await asking
+    async with trial.hold_transaction(lease):
+        await trial.allocate("ada")
+        await trial.wait_for_blocked_backends(1)
+        trial.reset_link(await trial.find_active_allocator(), "RabbitMQ")
+        allocation = asyncio.create_task(trial.allocate("bob"))
+        await trial.wait_for_blocked_backends(2)
+    await allocation
 
 
-async def a_zombie_wakes_up(trial: Trial) -> None:
-    """An allocator freezes with a request in hand; when it wakes, the other has answered, and the sandbox has been
-    given back."""
+async def resume_frozen_allocator(trial: Trial) -> None:
+    """Freeze an allocator before its commit. Resume it after the standby has served the student and the sandbox is
+    released.
+    """
     trial.stop_at.write_text("allocator: before commit, frozen")
-    asking = asyncio.create_task(trial.ask("ada"))
-    zombie = await trial.frozen()
-    trial.cut(zombie, "RabbitMQ")
-    lease = await asking
-    assert lease.outcome == "ok"
-    await trial.give_back("ada", lease.sandbox_id)
-    trial.stack.processes[zombie].send(SIGCONT)
+    allocation = asyncio.create_task(trial.allocate("ada"))
+    frozen = await trial.wait_for_frozen_allocator()
+    trial.reset_link(frozen, "RabbitMQ")
+    operation = await allocation
+    assert operation.outcome == "ok"
+    await trial.release("ada", operation.sandbox_id)
+    trial.stack.processes[frozen].send(SIGCONT)
 
     async def has_tried() -> bool:
-        fenced = any("allocator.fenced" in line for line in trial.stack.processes[zombie].tail)
+        fenced = any("allocator.fenced" in line for line in trial.stack.processes[frozen].tail)
         return fenced or bool(await trial.stack.database.fetchval("SELECT count(*) = 2 FROM leases"))
 
     await eventually(has_tried)
 
 
-async def an_allocator_dies_before_the_commit(trial: Trial) -> None:
+async def kill_allocator_before_commit(trial: Trial) -> None:
     since = time.time()
     trial.stop_at.write_text("allocator: before commit")
-    await trial.ask("ada")
-    await trial.stopped_there()
-    trial.covered.append(Covered(since=since, until=time.time()))
+    await trial.allocate("ada")
+    await trial.wait_for_stop()
+    trial.failover_periods.append(FailoverPeriod(since=since, until=time.time()))
 
 
-async def an_allocator_dies_after_the_commit(trial: Trial) -> None:
+async def kill_allocator_after_commit(trial: Trial) -> None:
     trial.stop_at.write_text("allocator: after commit")
-    await trial.ask("ada")
-    await trial.stopped_there()
+    await trial.allocate("ada")
+    await trial.wait_for_stop()
 
 
-async def an_allocator_dies_after_the_reply(trial: Trial) -> None:
-    """The other comes to it in another second: answers tell the time in seconds."""
-    active = await trial.active()
+async def kill_allocator_after_reply(trial: Trial) -> None:
+    """Kill the allocator after its reply, and let the standby repeat the command in the next second.
+
+    The delay makes a second lease visible, because responses contain times in whole seconds.
+    """
+    active = await trial.find_active_allocator()
     (standby,) = [trial.stack.processes[name] for name in ALLOCATORS if name != active]
     standby.send(SIGSTOP)
     trial.stop_at.write_text("allocator: after reply")
-    answer = await trial.ask("ada")
-    assert answer.outcome == "ok"
-    await trial.stopped_there()
+    operation = await trial.allocate("ada")
+    assert operation.outcome == "ok"
+    await trial.wait_for_stop()
 
-    async def is_another_second() -> bool:
-        return time.time() > int(answer.ended_at) + 1
+    async def is_next_second() -> bool:
+        return time.time() > int(operation.ended_at) + 1
 
-    await eventually(is_another_second)
+    await eventually(is_next_second)
     standby.send(SIGCONT)
-    await trial.ask("bob")  # in line behind what the dead one has left
+    await trial.allocate("bob")  # queued behind the command of the killed allocator
 
 
-async def csp_lists_what_it_has_deleted(trial: Trial) -> None:
+async def list_deleted_account(trial: Trial) -> None:
     stack = trial.stack
     await stack.control("PATCH", "behaviour", {"deleted_stay_listed": None})
-    lease = await trial.ask("ada")
-    await trial.give_back("ada", lease.sandbox_id)
+    lease = await trial.allocate("ada")
+    await trial.release("ada", lease.sandbox_id)
 
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
@@ -241,43 +245,44 @@ def _is_stopped(process: Process) -> bool:
 @dataclass(frozen=True, slots=True)
 class Mutant:
     bugs: tuple[str, ...]
-    """Of mutating.py."""
-    round: Callable[[Trial], Awaitable[None]]
-    caught_by: Callable[[Evidence], Iterator[str]]
+    """Bugs of mutating.py to plant."""
+    run_round: Callable[[Trial], Awaitable[None]]
+    detected_by: Callable[[Evidence], Iterator[str]]
     dropped_index: str | None = None
-    in_both: tuple[str, ...] = ()
-    """Bugs that the broker has in the round without the mutant too: what is taken away is the last of several
-    guards, and it alone must be enough."""
+    baseline_bugs: tuple[str, ...] = ()
+    """Bugs planted in the round without the mutant too. They disable the other guards, so that the mutant
+    removes the last one.
+    """
 
 
 MUTANTS = {
-    "no SKIP LOCKED": Mutant(("no_skip_locked",), a_row_is_held, checker.students_are_served_again_in_time),
+    "no SKIP LOCKED": Mutant(("no_skip_locked",), hold_next_row, checker.students_are_served_again_in_time),
     "no unique index per sandbox": Mutant(
         (),
-        two_allocators_claim_at_once,
+        claim_in_two_allocators,
         checker.one_lease_per_sandbox,
         dropped_index="leases_one_per_sandbox",
-        in_both=("no_epoch_guard", "no_lock_and_no_look"),
+        baseline_bugs=("no_epoch_guard", "no_lock_and_no_recheck"),
     ),
     "no unique index per holder": Mutant(
         (),
-        a_connection_breaks_amid_a_statement,
+        break_connection_during_statement,
         checker.one_active_lease_per_student,
         dropped_index="leases_one_per_holder",
     ),
     "no epoch guard": Mutant(
-        ("no_epoch_guard",), a_zombie_wakes_up, checker.every_unknown_resolves_to_once_or_never
+        ("no_epoch_guard",), resume_frozen_allocator, checker.every_unknown_resolves_to_once_or_never
     ),
     "ack before commit": Mutant(
         ("ack_before_commit",),
-        an_allocator_dies_before_the_commit,
+        kill_allocator_before_commit,
         checker.requests_are_answered_while_a_standby_is_there,
     ),
     "reply before commit": Mutant(
-        ("reply_before_commit",), an_allocator_dies_after_the_reply, checker.every_answer_is_a_lease
+        ("reply_before_commit",), kill_allocator_after_reply, checker.every_answer_is_a_lease
     ),
     "outbox row outside the transaction": Mutant(
-        ("outbox_apart",), an_allocator_dies_after_the_commit, checker.every_event_is_published
+        ("outbox_in_separate_statement",), kill_allocator_after_commit, checker.every_event_is_published
     ),
-    "no tombstones": Mutant(("no_tombstones",), csp_lists_what_it_has_deleted, checker.only_the_specs_transitions),
+    "no tombstones": Mutant(("no_tombstones",), list_deleted_account, checker.only_the_specs_transitions),
 }

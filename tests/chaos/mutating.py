@@ -1,7 +1,7 @@
-"""Runs an allocator with bugs planted into it: `python mutating.py allocator`.
+"""Runner of an allocator with planted bugs: `python mutating.py allocator`.
 
-PLANTED names them, comma-separated; with none it is the allocator as it is. It stops where it is told, as in
-crashing.py, and has more patience with its statements, so that a test can look at one that waits.
+PLANTED is a comma-separated list of bugs, and may be empty. Like crash_runner.py it can stop the allocator at a
+point. Statements get a longer time-out, so that a test can observe a blocked one.
 """
 
 import asyncio
@@ -16,92 +16,93 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, dead_letters, deletions, jobs, lanes, listings, purge, store
+from allocator import consumer, routing, write_session
+from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
 from devstack.crashes import CrashPoints
 from sandbox_broker.messaging import publisher, subscription
 
-PATIENCE_SEC = 30
+STATEMENT_TIMEOUT_SEC = 30
 
 
-def replaced(text: str, old: str, new: str) -> str:
-    """Fails where the product no longer has what is to be broken."""
-    assert old in text, f"nothing says {old!r}"
+def replace_required(text: str, old: str, new: str) -> str:
+    """Replace `old`. Fail if the product no longer contains it, because the bug would then have no effect."""
+    assert old in text, f"{old!r} is missing"
     return text.replace(old, new)
 
 
 def is_of_student(delivery: Any) -> bool:
-    """Not maintenance, which goes on all the time."""
-    # Of what a chaos round sends again, the routing key only ends so: deliveries.AGAIN.
-    return str(delivery.routing_key).endswith(lanes.STUDENTS.queue.name)
+    """Return False for maintenance commands, which arrive continuously."""
+    # A command that a chaos round resends has a prefix before this routing key: delivery_faults.RESEND_PREFIX.
+    return str(delivery.routing_key).endswith(routing.STUDENTS.queue.name)
 
 
 def no_skip_locked() -> None:
-    store.ALLOCATE_ANY = replaced(store.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
+    leases.ALLOCATE_ANY = replace_required(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
 
 
-def no_lock_and_no_look() -> None:
-    """What was read as available is claimed, whatever has become of it."""
-    unlocked = replaced(store.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
-    store.ALLOCATE_ANY = replaced(unlocked, " AND s.status || '' = 'available'", "")
+def no_lock_and_no_recheck() -> None:
+    """Claim a sandbox without locking its row and without checking its status again."""
+    unlocked = replace_required(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
+    leases.ALLOCATE_ANY = replace_required(unlocked, " AND s.status || '' = 'available'", "")
 
 
 def no_epoch_guard() -> None:
-    modules: Sequence[ModuleType] = (store, dead_letters, deletions, jobs, listings, purge)
+    modules: Sequence[ModuleType] = (leases, dead_letters, deletions, jobs, listings, purge)
     for module in modules:
         for name, text in list(vars(module).items()):
-            if isinstance(text, str) and store.GUARD in text and text != store.GUARD:
-                setattr(module, name, text.replace(store.GUARD, "guard AS (SELECT $1::bigint AS epoch)"))
+            if isinstance(text, str) and write_session.GUARD in text and text != write_session.GUARD:
+                setattr(module, name, text.replace(write_session.GUARD, "guard AS (SELECT $1::bigint AS epoch)"))
 
 
 def ack_before_commit() -> None:
-    handle, ack = consumer.Consumer._handle, subscription.Subscription.ack
+    handle, ack = consumer.Consumer._handle_batch, subscription.Subscription.ack
 
     async def ack_and_handle(self: Any, subscription: subscription.Subscription, deliveries: Sequence[Any]) -> None:
         await ack(subscription, deliveries[-1], all_before=True)
-        await asyncio.sleep(0.1)  # until it has arrived
+        await asyncio.sleep(0.1)  # until RabbitMQ has received the acknowledgement
         await handle(self, subscription, deliveries)
 
-    async def nothing(*_: object, **__: object) -> None:
+    async def do_nothing(*_: object, **__: object) -> None:
         pass
 
-    consumer.Consumer._handle = ack_and_handle  # type: ignore[method-assign]
-    subscription.Subscription.ack = nothing  # type: ignore[method-assign]
+    consumer.Consumer._handle_batch = ack_and_handle  # type: ignore[method-assign]
+    subscription.Subscription.ack = do_nothing  # type: ignore[method-assign]
 
 
 def reply_before_commit() -> None:
-    allocate, answer = store.allocate, consumer.answer  # type: ignore[attr-defined]
-    begun: list[asyncpg.Connection] = []
+    allocate, answer = leases.allocate, consumer.answer  # type: ignore[attr-defined]
+    open_transactions: list[asyncpg.Connection] = []
 
-    async def begin(connection: asyncpg.Connection, *arguments: Any) -> store.Rows:
-        await connection.execute("BEGIN")
-        begun.append(connection)
-        return await allocate(connection, *arguments)
+    async def begin(session: write_session.WriteSession, commands: Sequence[Any]) -> list[leases.AllocationRow]:
+        await session.connection.execute("BEGIN")
+        open_transactions.append(session.connection)
+        return await allocate(session, commands)
 
     async def answer_and_commit(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
-        while begun and is_of_student(delivery):
-            await begun.pop().execute("COMMIT")
+        while open_transactions and is_of_student(delivery):
+            await open_transactions.pop().execute("COMMIT")
 
-    store.allocate = begin  # type: ignore[assignment]
+    leases.allocate = begin
     consumer.answer = answer_and_commit  # type: ignore[attr-defined]
 
 
-def outbox_apart() -> None:
-    """The event is written when the lease is committed, by a statement of its own."""
-    store.ALLOCATE_ANY = replaced(
-        store.ALLOCATE_ANY,
+def outbox_in_separate_statement() -> None:
+    """Write the event by a second statement, after the lease is committed."""
+    leases.ALLOCATE_ANY = replace_required(
+        leases.ALLOCATE_ANY,
         "INSERT INTO outbox (type, subject, data)\n    SELECT 'sandbox.allocated'",
         "SELECT 'sandbox.allocated'",
     )
-    allocate = store.allocate
+    allocate = leases.allocate
 
-    async def allocate_and_announce(
-        connection: asyncpg.Connection, epoch: int, commands: Sequence[Any], lab_duration: Any
-    ) -> store.Rows:
-        rows = await allocate(connection, epoch, commands, lab_duration)
+    async def allocate_then_write_event(
+        session: write_session.WriteSession, commands: Sequence[Any]
+    ) -> list[leases.AllocationRow]:
+        rows = await allocate(session, commands)
         for command, row in zip(commands, rows, strict=True):
             if row["outcome"] == "new":
-                await connection.execute(
+                await session.connection.execute(
                     "INSERT INTO outbox (type, subject, data) "
                     "VALUES ('sandbox.allocated', $1, jsonb_build_object('holder', $2::text))",
                     row["sandbox_id"],
@@ -109,15 +110,15 @@ def outbox_apart() -> None:
                 )
         return rows
 
-    store.allocate = allocate_and_announce
+    leases.allocate = allocate_then_write_event
 
 
 def no_tombstones() -> None:
-    """What a listing contains and the pool does not count is new to it."""
+    """Import a listed account as new if its sandbox is deleted."""
     unknown = "AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.sandbox_id = a.sandbox_id"
-    text = replaced(listings.APPLY_LISTING, f"{unknown})", f"{unknown} AND s.status <> 'deleted')")
-    text = replaced(text, "AND NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)", "")
-    listings.APPLY_LISTING = replaced(
+    text = replace_required(listings.APPLY_LISTING, f"{unknown})", f"{unknown} AND s.status <> 'deleted')")
+    text = replace_required(text, "AND NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)", "")
+    listings.APPLY_LISTING = replace_required(
         text,
         "ON CONFLICT DO NOTHING",
         "ON CONFLICT (sandbox_id) DO UPDATE SET status = 'available', status_since = now(), deleted_at = NULL",
@@ -128,11 +129,11 @@ BUGS = {
     bug.__name__: bug
     for bug in (
         no_skip_locked,
-        no_lock_and_no_look,
+        no_lock_and_no_recheck,
         no_epoch_guard,
         ack_before_commit,
         reply_before_commit,
-        outbox_apart,
+        outbox_in_separate_statement,
         no_tombstones,
     )
 }
@@ -140,9 +141,9 @@ BUGS = {
 if __name__ == "__main__":
     module = sys.argv.pop(1)
     crashes = CrashPoints(Path(os.environ["STOP_AT"]), module)
-    store.LOCK_TIMEOUT = f"{PATIENCE_SEC}s"
-    lanes.STUDENTS = dataclasses.replace(lanes.STUDENTS, statement_timeout_sec=PATIENCE_SEC)
-    store.allocate = crashes.wrap(store.allocate, "before commit", "after commit")
+    write_session.LOCK_TIMEOUT = f"{STATEMENT_TIMEOUT_SEC}s"
+    routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
+    leases.allocate = crashes.wrap(leases.allocate, "before commit", "after commit")
     answer = consumer.answer  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:

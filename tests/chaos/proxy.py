@@ -1,4 +1,4 @@
-"""One TCP link that can be disturbed: it listens on a port of its own and passes on to another."""
+"""TCP proxy that can delay, hold back or reset its connections."""
 
 import asyncio
 import socket
@@ -9,25 +9,24 @@ from typing import Literal, Self
 from devstack.ports import free_port
 
 HOST = "127.0.0.1"
-_PIECE = 1 << 16
-_RESET_WHEN_CLOSED = struct.pack("ii", 1, 0)
+_CHUNK_SIZE = 1 << 16
+_LINGER_RESET = struct.pack("ii", 1, 0)
 
 State = Literal["passing", "slow", "black hole", "resetting"]
 
 
 class Proxy:
-    """A link to `target`, a port of this machine or of `host`. As a context manager it listens from entry to exit.
+    """TCP proxy to the port `target` of `host`. As a context manager it listens from entry to exit.
 
-    A black hole is that of a network: nothing goes through, ends of connections included, and what was held up
-    arrives when it is over, if somebody still waits. A link that is resetting has reset what it carried, and
-    resets whoever connects.
+    A black hole behaves like a network partition: it holds back all data and connection ends, and delivers them
+    after `heal` if the connection still exists. `reset` resets all connections, and new ones until `heal`.
     """
 
     def __init__(self, target: int, host: str = HOST) -> None:
         self.port = free_port()
         self.state: State = "passing"
-        self.carried = 0
-        """Bytes, in both directions."""
+        self.bytes_carried = 0
+        """Total of both directions."""
         self._target = target
         self._delay_sec = 0.0
         self._open = asyncio.Event()
@@ -38,7 +37,7 @@ class Proxy:
         self._host = host
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accepted, HOST, self.port)
+        self._server = await asyncio.start_server(self._handle_connection, HOST, self.port)
         return self
 
     async def __aexit__(
@@ -54,25 +53,25 @@ class Proxy:
 
     @property
     def outgoing_ports(self) -> set[int]:
-        """By which the target knows the connections that go through here."""
+        """Return the local ports of the open connections to the target, which are the target's client ports."""
         names = (writer.get_extra_info("sockname") for writer in self._writers if not writer.is_closing())
         return {name[1] for name in names if name is not None}
 
     def heal(self) -> None:
-        self._become("passing")
+        self._set_state("passing")
 
     def slow_down(self, delay_sec: float) -> None:
-        """Every piece, in both directions, stays on its way for so long."""
-        self._become("slow", delay_sec)
+        """Delay every chunk of data in both directions."""
+        self._set_state("slow", delay_sec)
 
-    def swallow(self) -> None:
-        self._become("black hole")
+    def black_hole(self) -> None:
+        self._set_state("black hole")
 
     def reset(self) -> None:
-        self._become("resetting")
+        self._set_state("resetting")
         self._reset_all()
 
-    def _become(self, state: State, delay_sec: float = 0.0) -> None:
+    def _set_state(self, state: State, delay_sec: float = 0.0) -> None:
         self.state, self._delay_sec = state, delay_sec
         if state == "black hole":
             self._open.clear()
@@ -83,7 +82,7 @@ class Proxy:
         for writer in self._writers:
             _reset(writer)
 
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
@@ -91,7 +90,7 @@ class Proxy:
         try:
             await self._connect(reader, writer)
         except asyncio.CancelledError:
-            pass  # the proxy ends; asyncio's server would complain of it
+            pass  # the proxy is stopping; asyncio's server would log the error
         finally:
             self._writers.discard(writer)
             self._connections.discard(task)
@@ -102,42 +101,42 @@ class Proxy:
             _reset(writer)
             return
         try:
-            there, back = await asyncio.open_connection(self._host, self._target)
+            target_reader, target_writer = await asyncio.open_connection(self._host, self._target)
         except OSError:
-            _reset(writer)  # as the target's machine would, where nobody listens
+            _reset(writer)  # like a host without a listener on the port
             return
-        self._writers.add(back)
+        self._writers.add(target_writer)
         try:
             async with asyncio.TaskGroup() as directions:
-                directions.create_task(self._pump(reader, back))
-                directions.create_task(self._pump(there, writer))
-            back.close()
+                directions.create_task(self._pump(reader, target_writer))
+                directions.create_task(self._pump(target_reader, writer))
+            target_writer.close()
             writer.close()
         except* OSError:
-            pass  # one side is gone, and the other is to learn it
+            pass  # one side is gone; the finally block resets the other
         finally:
-            for side in (back, writer):
+            for side in (target_writer, writer):
                 if not side.is_closing():
                     _reset(side)
-            self._writers.discard(back)
+            self._writers.discard(target_writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        piece = b"more"
-        while piece:
-            piece = await reader.read(_PIECE)
+        chunk = b"start"
+        while chunk:
+            chunk = await reader.read(_CHUNK_SIZE)
             if self._delay_sec:
                 await asyncio.sleep(self._delay_sec)
             await self._open.wait()
-            if piece:
-                writer.write(piece)
-                self.carried += len(piece)
+            if chunk:
+                writer.write(chunk)
+                self.bytes_carried += len(chunk)
                 await writer.drain()
         writer.write_eof()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Ends a connection so that the other side sees a reset; what was on its way is lost."""
+    """Close the connection with a TCP reset. Data in transit is lost."""
     sock = writer.get_extra_info("socket")
     if sock is not None and sock.fileno() >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
     writer.transport.abort()

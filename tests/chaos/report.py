@@ -1,4 +1,4 @@
-"""What a round was like, in tables for the eye."""
+"""Report of a round as text tables."""
 
 import json
 from collections import Counter, defaultdict
@@ -7,114 +7,114 @@ from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
-from tests.chaos.client import Script
+from tests.chaos.client import ScriptRun
 from tests.chaos.evidence import Operation
-from tests.chaos.rounds import Done, Round
+from tests.chaos.rounds import InjectedStep, Round
 
 
-def tables(round_: Round) -> Iterator[str]:
-    yield from _faults(round_.done)
-    yield from _missed(round_)
+def format_tables(round_: Round) -> Iterator[str]:
+    yield from _format_faults(round_.injected)
+    yield from _format_unreached_faults(round_)
     yield ""
-    yield from _work(round_)
+    yield from _format_operations(round_)
 
 
-def keep(round_: Round, directory: Path) -> None:
-    """What the students did, and what was done to the broker, beside its logs."""
+def save_records(round_: Round, directory: Path) -> None:
+    """Write operations, faults and leases as JSON lines beside the logs."""
     with (directory / "operations.jsonl").open("w") as file:
         for operation in round_.history.operations:
             file.write(json.dumps(asdict(operation)) + "\n")
     with (directory / "faults.jsonl").open("w") as file:
-        for one in round_.done:
-            file.write(json.dumps(asdict(one.recovery)) + "\n")
+        for step in round_.injected:
+            file.write(json.dumps(asdict(step.recovery)) + "\n")
     with (directory / "leases.jsonl").open("w") as file:
         for lease in round_.evidence.leases:
             file.write(json.dumps(asdict(lease)) + "\n")
 
 
-def failed(round_: Round) -> list[Script]:
-    """Runs of a script that did not succeed. The pool is never empty here, so none of them should fail."""
-    return [script for script in round_.history.scripts if not script.succeeded]
+def list_failed_runs(round_: Round) -> list[ScriptRun]:
+    """List the failed script runs. There should be none, because the pool is never empty in a round."""
+    return [run for run in round_.history.script_runs if not run.succeeded]
 
 
-def told(script: Script) -> str:
+def describe_failed_run(run: ScriptRun) -> str:
     return (
-        f"a script failed: {script.kind} of {script.student} after {script.attempts} attempts "
-        f"and {script.ended_at - script.began_at:.1f} s: {_why(script.last)} (operation {script.last.number})"
+        f"a script failed: {run.kind} of {run.student} after {run.attempts} attempts "
+        f"and {run.ended_at - run.began_at:.1f} s: {_describe_failure(run.last)} (operation {run.last.number})"
     )
 
 
-def _faults(done: Sequence[Done]) -> Iterator[str]:
-    """How often each kind was, and how long new students waited after it when it was alone, in seconds."""
+def _format_faults(injected: Sequence[InjectedStep]) -> Iterator[str]:
+    """Format number of each kind of fault and the waiting time of new students after single faults, in seconds."""
     alone: dict[str, list[float]] = defaultdict(list)
-    beside = Counter[str]()
-    pairs: list[float] = []
+    in_pairs = Counter[str]()
+    pair_waits: list[float] = []
     limits: dict[str, float] = {}
-    for one in done:
-        served_at = one.recovery.served_at
-        wait = float("inf") if served_at is None else served_at - one.recovery.since
-        if len(one.faults) == 1:
-            alone[one.faults[0].kind].append(wait)
+    for step in injected:
+        served_at = step.recovery.served_at
+        wait = float("inf") if served_at is None else served_at - step.recovery.since
+        if len(step.faults) == 1:
+            alone[step.faults[0].kind].append(wait)
         else:
-            beside.update(fault.kind for fault in one.faults)
-            pairs.append(wait)
-        limits |= {fault.kind: fault.served_within_sec for fault in one.faults}
+            in_pairs.update(fault.kind for fault in step.faults)
+            pair_waits.append(wait)
+        limits |= {fault.kind: fault.served_within_sec for fault in step.faults}
     yield f"{'fault':<44}{'alone':>7}{'in pairs':>10}{'p50 s':>8}{'p99 s':>8}{'limit':>8}"
     for kind, limit in sorted(limits.items()):
-        yield f"{kind:<44}{len(alone[kind]):>7}{beside[kind]:>10}{_quantiles(alone[kind])}{limit:>8.0f}"
-    number = sum(len(one.faults) for one in done)
-    yield f"{'all':<44}{number - 2 * len(pairs):>7}{2 * len(pairs):>10}"
-    yield f"{'pairs':<44}{'':>7}{len(pairs):>10}{_quantiles(pairs)}"
+        yield f"{kind:<44}{len(alone[kind]):>7}{in_pairs[kind]:>10}{_format_quantiles(alone[kind])}{limit:>8.0f}"
+    number = sum(len(step.faults) for step in injected)
+    yield f"{'all':<44}{number - 2 * len(pair_waits):>7}{2 * len(pair_waits):>10}"
+    yield f"{'pairs':<44}{'':>7}{len(pair_waits):>10}{_format_quantiles(pair_waits)}"
 
 
-def _missed(round_: Round) -> Iterator[str]:
+def _format_unreached_faults(round_: Round) -> Iterator[str]:
     for reason, number in Counter(round_.not_reached).most_common():
-        yield f"came to nothing {number} times: {reason}"
+        yield f"did not occur {number} times: {reason}"
 
 
-def _work(round_: Round) -> Iterator[str]:
-    operations, scripts = round_.history.operations, round_.history.scripts
+def _format_operations(round_: Round) -> Iterator[str]:
+    operations, script_runs = round_.history.operations, round_.history.script_runs
     outcomes = Counter(operation.outcome for operation in operations)
     yield f"{'operations':<44}{len(operations):>7}"
     for outcome in ("ok", "refused", "unknown"):
         yield f"  {outcome:<42}{outcomes[outcome]:>7}"
-    for code, number in Counter(_why(one) for one in operations if one.outcome != "ok").most_common():
+    for code, number in Counter(_describe_failure(one) for one in operations if one.outcome != "ok").most_common():
         yield f"    {code:<40}{number:>7}"
-    yield f"{'runs of a script':<44}{len(scripts):>7}"
-    yield f"{'  that failed':<44}{len(failed(round_)):>7}"
-    longest = max((one.ended_at - one.began_at for one in scripts), default=0)
+    yield f"{'script runs':<44}{len(script_runs):>7}"
+    yield f"{'  failed':<44}{len(list_failed_runs(round_)):>7}"
+    longest = max((one.ended_at - one.began_at for one in script_runs), default=0)
     yield f"{'  longest, s':<44}{longest:>7.1f}"
     yield f"{'leases':<44}{len(round_.evidence.leases):>7}"
-    yield f"{'  that nobody was told of':<44}{_untold(round_):>7}"
-    yield f"{'events, repetitions included':<44}{len(round_.evidence.events):>7}"
-    yield f"{'longest time in which nobody was served, s':<44}{_longest_silence(operations):>7.1f}"
+    yield f"{'  without a successful response':<44}{_count_unanswered_leases(round_):>7}"
+    yield f"{'events with duplicates':<44}{len(round_.evidence.events):>7}"
+    yield f"{'longest time without a served student, s':<44}{_measure_longest_gap(operations):>7.1f}"
     stalled = sum(stall.until - stall.since for stall in round_.evidence.stalls)
-    yield f"{'time that the machine had not for us, s':<44}{stalled:>7.1f}"
+    yield f"{'time in which the machine stalled, s':<44}{stalled:>7.1f}"
 
 
-def _untold(round_: Round) -> int:
-    """The work of requests whose students had gone: each keeps a sandbox until it expires."""
+def _count_unanswered_leases(round_: Round) -> int:
+    """Count leases without a successful response. Each keeps its sandbox until it expires."""
     granted = (one for one in round_.history.operations if one.kind == "allocate" and one.outcome == "ok")
     answered = {(one.student, one.sandbox_id) for one in granted}
     return sum((lease.holder, lease.sandbox_id) not in answered for lease in round_.evidence.leases)
 
 
-def quantile(figures: Sequence[float], share: float) -> float:
-    """The nearest rank: one of the figures."""
-    ordered = sorted(figures)
+def compute_quantile(values: Sequence[float], share: float) -> float:
+    """Return the value of the nearest rank."""
+    ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def _quantiles(seconds: Sequence[float]) -> str:
+def _format_quantiles(seconds: Sequence[float]) -> str:
     if not seconds:
         return f"{'':>8}{'':>8}"
-    return f"{quantile(seconds, 0.5):>8.1f}{quantile(seconds, 0.99):>8.1f}"
+    return f"{compute_quantile(seconds, 0.5):>8.1f}{compute_quantile(seconds, 0.99):>8.1f}"
 
 
-def _why(operation: Operation) -> str:
+def _describe_failure(operation: Operation) -> str:
     return " ".join(filter(None, (str(operation.status or ""), operation.code)))
 
 
-def _longest_silence(operations: Sequence[Operation]) -> float:
+def _measure_longest_gap(operations: Sequence[Operation]) -> float:
     served = sorted(one.ended_at for one in operations if one.outcome == "ok")
     return max((after - before for before, after in pairwise(served)), default=0)

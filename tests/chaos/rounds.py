@@ -1,4 +1,4 @@
-"""One round: students at work, one fault or two at a time, and the evidence in the end."""
+"""Round of the chaos test: students send requests, faults are injected, and the evidence is collected."""
 
 import asyncio
 import contextlib
@@ -10,29 +10,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.chaos.client import History, Students
-from tests.chaos.collecting import collect, come_to_rest, held, watch_epochs, watch_machine
-from tests.chaos.evidence import Covered, Epoch, Evidence, Recovery, Stall
-from tests.chaos.faults import Fault, NotReached
+from tests.chaos.evidence import EpochObservation, Evidence, FailoverPeriod, Recovery, Stall
+from tests.chaos.evidence_collector import (
+    collect_evidence,
+    list_active_leases,
+    record_epochs,
+    record_stalls,
+    wait_until_idle,
+)
+from tests.chaos.faults import Fault, FaultNotReached
 from tests.chaos.matrix import Step
-from tests.chaos.stack import Chaos
+from tests.chaos.stack import ChaosBroker
 from tests.integration.stack import eventually
 
-ACCOUNTS = 500
-"""As many sandboxes at least are available at any time; the pool is filled up to three times as many."""
+MIN_AVAILABLE = 500
+"""Minimum number of available sandboxes. The pool starts with three times as many."""
 PLACES = 8
-BEGIN_SEC = 3.0
-"""Of undisturbed work before the first fault."""
-BETWEEN_SEC = (0.5, 2.0)
-APART_SEC = (0.0, 2.0)
-"""Of two faults at a time."""
-PATIENCE_SEC = 60.0
-"""How long a new student is tried to be served after a fault."""
+WARM_UP_SEC = 3.0
+"""Time before the first fault."""
+PAUSE_SEC = (0.5, 2.0)
+PAIR_DELAY_SEC = (0.0, 2.0)
+"""Delay of the second fault of a pair."""
+PROBE_SEC = 60.0
+"""Longest time of the probe for a served student after a fault."""
 FILL_SEC = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What has been put on the broker at a time."""
+class InjectedStep:
+    """Faults injected together, with the recovery after them."""
 
     faults: Step
     recovery: Recovery
@@ -40,133 +46,140 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    done: list[Done]
+    injected: list[InjectedStep]
     not_reached: list[str]
-    """Faults that came to nothing."""
+    """Faults that did not occur, each with its reason."""
     history: History
     evidence: Evidence
 
 
-async def run(
-    chaos: Chaos, steps: Iterable[Step], seed: str, say: Callable[[str], None], *, every_sec: float = 0
+async def run_round(
+    broker: ChaosBroker, steps: Iterable[Step], seed: str, say: Callable[[str], None], *, every_sec: float = 0
 ) -> Round:
-    """Ends when all steps have been, each healed before the next, which begins `every_sec` after it at the
-    earliest. Raises AssertionError where the broker does not even get ready."""
-    chance = random.Random(seed)
-    history, epochs, stalls, done = History(), list[Epoch](), list[Stall](), list[Done]()
-    covered: list[Covered] = []
+    """Run all steps, one after the other, and return the evidence.
+
+    A step starts after the previous one is healed, and at least `every_sec` after its start. Raises AssertionError
+    if the pool cannot be filled.
+    """
+    rng = random.Random(seed)
+    history, epochs, stalls = History(), list[EpochObservation](), list[Stall]()
+    injected: list[InjectedStep] = []
+    failover_periods: list[FailoverPeriod] = []
     not_reached: list[str] = []
-    await _fill(chaos)
-    say("the pool is filled; students begin")
+    await _fill_pool(broker)
+    say("the pool is filled; students start")
     async with (
-        Students(chaos.gateways, history, random.Random(chance.random())) as students,
-        _in_background(watch_epochs(chaos.postgres.url, epochs)),
-        _in_background(watch_machine(stalls)),
-        _in_background(_keep_filled(chaos)),
+        Students(broker.gateways, history, random.Random(rng.random())) as students,
+        _run_in_background(record_epochs(broker.postgres.url, epochs)),
+        _run_in_background(record_stalls(stalls)),
+        _run_in_background(_refill_pool(broker)),
     ):
-        async with _in_background(students.run(PLACES)) as work:
-            await asyncio.sleep(BEGIN_SEC)
+        async with _run_in_background(students.run(PLACES)) as work:
+            await asyncio.sleep(WARM_UP_SEC)
             for number, step in enumerate(steps):
-                covers = len(step) == 1 and step[0].covered
-                if covers:
-                    await chaos.until_a_standby_is_there()
-                    covered_since = time.time()
-                    await students.until_answered()  # what is in hand from now on has been asked since
+                is_failover = len(step) == 1 and step[0].standby_answers_pending
+                if is_failover:
+                    await broker.wait_for_standby()
+                    failover_since = time.time()
+                    await students.wait_for_pending()  # from now on, pending requests began in the period
                 began_at = time.time()
-                put = _Put(chaos, step, chance)
-                recovery = await put.run(students, f"probe-{number}")
-                not_reached += put.not_reached
-                if covers and put.reached:
-                    await students.until_answered()
-                    covered.append(Covered(since=covered_since, until=time.time()))
+                runner = _StepRunner(broker, step, rng)
+                recovery = await runner.run(students, f"probe-{number}")
+                not_reached += runner.not_reached
+                if is_failover and runner.reached:
+                    await students.wait_for_pending()
+                    failover_periods.append(FailoverPeriod(since=failover_since, until=time.time()))
                 if recovery is None:
-                    say(f"     -  {'; '.join(put.not_reached)}")
+                    say(f"     -  {'; '.join(runner.not_reached)}")
                 else:
-                    done.append(Done(tuple(put.reached), recovery))
-                    say("; ".join([f"{_seconds(recovery)}  {recovery.fault}", *put.not_reached]))
-                pause_sec = chance.uniform(*BETWEEN_SEC)
+                    injected.append(InjectedStep(tuple(runner.reached), recovery))
+                    say("; ".join([f"{_format_wait(recovery)}  {recovery.fault}", *runner.not_reached]))
+                pause_sec = rng.uniform(*PAUSE_SEC)
                 await asyncio.sleep(max(pause_sec, began_at + every_sec - time.time()))
-            say("all faults are healed; students finish, and give back what they hold")
+            say("all faults are healed; students finish and release their sandboxes")
             students.stop()
             await work
-        await chaos.until_all_are_ready()
-        await students.give_back(await held(chaos))
+        await broker.wait_until_ready()
+        await students.release_all(await list_active_leases(broker))
         say("waiting until every lease has ended and every used sandbox is deleted")
-        if not await come_to_rest(chaos):
-            say("it did not come to rest")
-    evidence = await collect(chaos, history, epochs, [one.recovery for one in done])
-    return Round(done, not_reached, history, dataclasses.replace(evidence, covered=covered, stalls=stalls))
+        if not await wait_until_idle(broker):
+            say("the broker did not become idle in time")
+    evidence = await collect_evidence(broker, history, epochs, [step.recovery for step in injected])
+    evidence = dataclasses.replace(evidence, failover_periods=failover_periods, stalls=stalls)
+    return Round(injected, not_reached, history, evidence)
 
 
-class _Put:
-    """The faults of one step."""
+class _StepRunner:
+    """Injects and heals the faults of one step."""
 
-    def __init__(self, chaos: Chaos, step: Sequence[Fault], chance: random.Random) -> None:
-        self._chaos = chaos
+    def __init__(self, broker: ChaosBroker, step: Sequence[Fault], rng: random.Random) -> None:
+        self._broker = broker
         self._step = step
-        self._after_sec = [0.0, *(chance.uniform(*APART_SEC) for _ in step[1:])]
+        self._delays_sec = [0.0, *(rng.uniform(*PAIR_DELAY_SEC) for _ in step[1:])]
         self.reached: list[Fault] = []
         self.not_reached: list[str] = []
 
     async def run(self, students: Students, name: str) -> Recovery | None:
-        """Returns when all are healed; None if none was reached."""
-        recovering = [asyncio.get_running_loop().create_future() for _ in self._step]
-        async with asyncio.TaskGroup() as lives:
-            for fault, after_sec, since in zip(self._step, self._after_sec, recovering, strict=True):
-                lives.create_task(self._live(fault, after_sec, since))
-            sinces: list[float] = [moment for moment in await asyncio.gather(*recovering) if moment is not None]
+        """Run all faults to their end and return the recovery, or None if no fault was reached."""
+        recovery_starts = [asyncio.get_running_loop().create_future() for _ in self._step]
+        async with asyncio.TaskGroup() as tasks:
+            for fault, delay_sec, recovery_start in zip(self._step, self._delays_sec, recovery_starts, strict=True):
+                tasks.create_task(self._run_fault(fault, delay_sec, recovery_start))
+            starts: list[float] = [start for start in await asyncio.gather(*recovery_starts) if start is not None]
             served_at = None
-            if sinces:
-                served_at = await students.probe(name, until=max(sinces) + PATIENCE_SEC)
+            if starts:
+                served_at = await students.probe(name, until=max(starts) + PROBE_SEC)
         if not self.reached:
             return None
         return Recovery(
             fault=" and ".join(fault.name for fault in self.reached),
-            since=max(sinces),
+            since=max(starts),
             served_at=served_at,
             within_sec=max(fault.served_within_sec for fault in self.reached),
         )
 
-    async def _live(self, fault: Fault, after_sec: float, since: "asyncio.Future[float | None]") -> None:
-        """From the beginning of a fault to its end; tells from when on students are to be served again."""
-        await asyncio.sleep(after_sec)
+    async def _run_fault(
+        self, fault: Fault, delay_sec: float, recovery_start: "asyncio.Future[float | None]"
+    ) -> None:
+        """Inject and heal a fault. Set `recovery_start` to the time from which students must be served again."""
+        await asyncio.sleep(delay_sec)
         try:
-            await fault.inject(self._chaos)
-            if fault.standby:
-                since.set_result(time.time())
-            await asyncio.sleep(fault.lasts_sec)
-            await fault.heal(self._chaos)
-        except NotReached as reason:
+            await fault.inject(self._broker)
+            if fault.has_standby:
+                recovery_start.set_result(time.time())
+            await asyncio.sleep(fault.duration_sec)
+            await fault.heal(self._broker)
+        except FaultNotReached as reason:
             self.not_reached.append(f"{fault.name}: {reason}")
         else:
             self.reached.append(fault)
-        if not since.done():
-            since.set_result(time.time() if fault in self.reached else None)
+        if not recovery_start.done():
+            recovery_start.set_result(time.time() if fault in self.reached else None)
 
 
-async def _fill(chaos: Chaos) -> None:
-    """Brings the pool to three times ACCOUNTS."""
-    missing = 3 * ACCOUNTS - (await chaos.stack.stats())["available"]
-    await chaos.stack.control("POST", "accounts", {"count": missing, "name_prefix": "sandbox-"})
+async def _fill_pool(broker: ChaosBroker) -> None:
+    """Fill the pool to three times MIN_AVAILABLE."""
+    missing = 3 * MIN_AVAILABLE - (await broker.stack.stats())["available"]
+    await broker.stack.control("POST", "accounts", {"count": missing, "name_prefix": "sandbox-"})
 
-    async def filled() -> bool:
-        await chaos.stack.sync(force="true")
-        return (await chaos.stack.stats())["available"] >= ACCOUNTS
+    async def is_filled() -> bool:
+        await broker.stack.sync(force="true")
+        return (await broker.stack.stats())["available"] >= MIN_AVAILABLE
 
-    await eventually(filled, within_sec=FILL_SEC)
+    await eventually(is_filled, within_sec=FILL_SEC)
 
 
-async def _keep_filled(chaos: Chaos) -> None:
-    """More sandboxes when they run short; the syncs that the csp-syncer runs by itself find them."""
+async def _refill_pool(broker: ChaosBroker) -> None:
+    """Create accounts in CSP when sandboxes run short. The periodic syncs of the csp-syncer import them."""
     while True:
         await asyncio.sleep(5)
-        with contextlib.suppress(Exception):  # while a fault lasts; the next look is soon
-            if (await chaos.stack.stats())["available"] < ACCOUNTS:
-                await chaos.stack.control("POST", "accounts", {"count": ACCOUNTS, "name_prefix": "sandbox-"})
+        with contextlib.suppress(Exception):  # requests may fail during a fault; the loop tries again soon
+            if (await broker.stack.stats())["available"] < MIN_AVAILABLE:
+                await broker.stack.control("POST", "accounts", {"count": MIN_AVAILABLE, "name_prefix": "sandbox-"})
 
 
 @contextlib.asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyncio.Task[None]"]:
+async def _run_in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyncio.Task[None]"]:
     task = asyncio.create_task(work)
     try:
         yield task
@@ -175,5 +188,5 @@ async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyn
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _seconds(recovery: Recovery) -> str:
+def _format_wait(recovery: Recovery) -> str:
     return "never " if recovery.served_at is None else f"{recovery.served_at - recovery.since:5.1f}s"

@@ -1,5 +1,7 @@
-"""The broker that faults are put on: PostgreSQL and RabbitMQ of its own, two of each service, links that can be
-disturbed, and what is dead started again, as Kubernetes would."""
+"""The broker under test, with private PostgreSQL and RabbitMQ servers and proxies on the links.
+
+Most services have two processes. Dead processes are restarted, as Kubernetes would do.
+"""
 
 import asyncio
 import signal
@@ -18,7 +20,7 @@ from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import opened
-from tests.chaos.disk import CannotMount, Disk
+from tests.chaos.disk import Disk, MountError
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, PORTS, Stack, run_stack
 
@@ -31,68 +33,71 @@ SERVICES = {
     "second reaper": "reaper",
     "csp_syncer": "csp_syncer",
 }
-"""The module of each process."""
+"""Module of each process."""
 EVENTS_QUEUE = "chaos.events"
-"""Takes every event from the start, and keeps it until the round is over."""
-LAUNCHER = Path(__file__).with_name("crashing.py")
+"""Queue that keeps every event of the round."""
+LAUNCHER = Path(__file__).with_name("crash_runner.py")
 LAB_SEC = 100.0
 GRACE_SEC = 25.0
-"""A lease lasts longer than a script keeps trying, as it does in earnest: what has succeeded unheard is still there
-when it asks again."""
+"""Together longer than a script keeps retrying, as in production, so that a retry after a lost response still finds
+the lease.
+"""
 RESTART_SEC = 1.0
-"""Between the end of a process and its next start."""
+"""Pause between the exit of a process and its restart."""
 SETTINGS = {
     "LAB_DURATION_HOURS": str(LAB_SEC / 3600),
     "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
     "CLEANUP_INTERVAL_SEC": "2",
     "DELETION_BACKOFF_BASE_SEC": "0.5",
     "DELETION_BACKOFF_MAX_SEC": "2",
-    "DELETION_MAX_ATTEMPTS": "1000",  # a deletion that fails for good waits for a person
+    "DELETION_MAX_ATTEMPTS": "1000",  # a permanently failed deletion would wait for an operator
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
     "SYNC_INTERVAL_SEC": "20",
 }
 
 
 @dataclass
-class Chaos:
+class ChaosBroker:
+    """Running broker with handles to its servers, processes and links."""
+
     stack: Stack
     postgres: PrivatePostgres
     rabbitmq: PrivateRabbitMQ
     links: dict[str, Proxy]
-    """As in `second gateway to RabbitMQ`."""
+    """By name, such as `second gateway to RabbitMQ`."""
     gateways: list[str]
-    """Their addresses."""
+    """URLs of the gateways."""
     directory: Path
     disk: Disk | None
-    """That of PostgreSQL; None where none can be mounted."""
-    ends: list[tuple[str, str]] = field(default_factory=list)
-    """Which process has ended, and how."""
-    _keepers: list[asyncio.Task[None]] = field(default_factory=list)
+    """Disk of PostgreSQL, if a tmpfs can be mounted."""
+    exits: list[tuple[str, str]] = field(default_factory=list)
+    """Name of each exited process, and how it exited."""
+    _restart_tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def process(self, name: str) -> Process:
         return self.stack.processes[name]
 
-    def crash_at(self, module: str) -> Path:
-        """Who reaches the point that is written here kills itself; see crashing.py."""
-        return _crash_at(self.directory, module)
+    def crash_file(self, module: str) -> Path:
+        """Return the file with a crash point; crash_runner.py kills the process that reaches the point."""
+        return _get_crash_file(self.directory, module)
 
-    def clock(self, name: str) -> Path:
-        """How wrong the process's clock is; see devstack.faketime."""
-        return _clock(self.directory, name)
+    def clock_file(self, name: str) -> Path:
+        """Return the file with the clock offset of a process; see devstack.faketime."""
+        return _get_clock_file(self.directory, name)
 
     async def sync(self) -> None:
-        """Through all gateways, of which one may be cut off."""
-        asked = (self.stack.client.post(f"{gateway}/v1/admin/sync", headers=ADMIN) for gateway in self.gateways)
-        await asyncio.gather(*asked, return_exceptions=True)
+        """Request a sync through all gateways, because one of them may be disconnected."""
+        requests = (self.stack.client.post(f"{gateway}/v1/admin/sync", headers=ADMIN) for gateway in self.gateways)
+        await asyncio.gather(*requests, return_exceptions=True)
 
     @asynccontextmanager
-    async def connected(self) -> AsyncIterator[AbstractConnection]:
-        """A connection of our own to RabbitMQ, over no link."""
+    async def connect_to_rabbitmq(self) -> AsyncIterator[AbstractConnection]:
+        """Open a connection to RabbitMQ, without a proxy."""
         async with opened(self.rabbitmq.url) as connection:
             yield connection
 
-    async def active_allocator(self) -> str:
-        """The one that has written last. Raises OSError where none is connected to the database."""
+    async def find_active_allocator(self) -> str:
+        """Return the allocator with the newest statement. Raises OSError if none is connected to the database."""
         backends = await self.stack.database.fetch(
             "SELECT client_port FROM pg_stat_activity WHERE application_name = $1 ORDER BY query_start DESC",
             topology.ALLOCATOR_COMMANDS.name,
@@ -103,22 +108,24 @@ class Chaos:
                     return name
         raise OSError("no allocator is connected to the database")
 
-    async def until_all_are_ready(self) -> None:
-        """However often one has to be started again for it."""
+    async def wait_until_ready(self) -> None:
+        """Wait until all processes are ready, also across restarts."""
         for name, module in SERVICES.items():
             port = self.stack.settings_of[name][PORTS[module]]
-            while not await self.stack.is_ready(f"http://127.0.0.1:{port}/readyz"):  # noqa: ASYNC110 (nothing tells us)
+            while not await self.stack.is_ready(f"http://127.0.0.1:{port}/readyz"):  # noqa: ASYNC110 (readiness can only be polled)
                 await asyncio.sleep(0.1)
 
-    async def until_a_standby_is_there(self) -> None:
-        """All are ready, and both allocators are in line for the students' requests: one that is ready may be
-        connecting yet."""
-        await self.until_all_are_ready()
+    async def wait_for_standby(self) -> None:
+        """Wait until all processes are ready and both allocators consume the command queue.
+
+        Readiness alone is not enough, because a ready allocator may still be connecting.
+        """
+        await self.wait_until_ready()
         for name, module in SERVICES.items():
-            while module == "allocator" and not await self._is_in_line(name):  # noqa: ASYNC110 (nothing tells us)
+            while module == "allocator" and not await self._is_consuming(name):  # noqa: ASYNC110 (readiness can only be polled)
                 await asyncio.sleep(0.1)
 
-    async def _is_in_line(self, allocator: str) -> bool:
+    async def _is_consuming(self, allocator: str) -> bool:
         port = self.stack.settings_of[allocator][PORTS["allocator"]]
         try:
             metrics = await self.stack.client.get(f"http://127.0.0.1:{port}/metrics")
@@ -126,60 +133,63 @@ class Chaos:
             return False
         return f'broker_rabbitmq_connected{{connection="{topology.ALLOCATOR_COMMANDS.name}"}} 1.0' in metrics.text
 
-    def keep(self) -> None:
-        """From now on what ends is started again."""
-        self._keepers = [asyncio.create_task(self._keep(name)) for name in SERVICES]
+    def start_restarting(self) -> None:
+        """Restart every process that exits from now on."""
+        self._restart_tasks = [asyncio.create_task(self._restart_on_exit(name)) for name in SERVICES]
 
-    async def let_go(self) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+    async def stop_restarting(self) -> None:
+        for task in self._restart_tasks:
+            task.cancel()
+        await asyncio.gather(*self._restart_tasks, return_exceptions=True)
         for name in SERVICES:
             if name in self.stack.processes:
-                self.process(name).send(signal.SIGCONT)  # what is stopped would not hear that it is to end
+                self.process(name).send(signal.SIGCONT)  # a frozen process would not handle SIGTERM
 
-    async def _keep(self, name: str) -> None:
+    async def _restart_on_exit(self, name: str) -> None:
         module = SERVICES[name]
         while True:
             process = self.process(name)
             await process.wait()
-            self.ends.append((name, process.ending))
+            self.exits.append((name, process.ending))
             await asyncio.sleep(RESTART_SEC)
             await self.stack.launch(module, name=None if name == module else name)
 
 
 @asynccontextmanager
-async def chaos(
+async def start_broker(
     directory: Path, clocks: Path, *, environment: dict[str, str] | None = None
-) -> AsyncIterator[Chaos]:
-    """Everything, with an empty pool. Each process's log goes to a file of `directory`; `clocks` is libfaketime."""
-    async with AsyncExitStack() as everything:
-        everything.callback(faketime.remove_shared_memory)
-        disk = await _disk(everything)
+) -> AsyncIterator[ChaosBroker]:
+    """Start the whole broker with an empty pool.
+
+    Each process logs to a file in `directory`. `clocks` is the path of libfaketime.
+    """
+    async with AsyncExitStack() as resources:
+        resources.callback(faketime.remove_shared_memory)
+        disk = await _mount_disk(resources)
         postgres, rabbitmq = PrivatePostgres(within=None if disk is None else disk.path), PrivateRabbitMQ()
-        await everything.enter_async_context(postgres)
-        await everything.enter_async_context(rabbitmq)
-        await _record_events(rabbitmq.url)
+        await resources.enter_async_context(postgres)
+        await resources.enter_async_context(rabbitmq)
+        await _create_events_queue(rabbitmq.url)
         simulator_port = free_port()
         links = {
-            f"{name} to {server}": await everything.enter_async_context(Proxy(port))
+            f"{name} to {server}": await resources.enter_async_context(Proxy(port))
             for name, module in SERVICES.items()
-            for server, port in _servers(module, postgres.port, rabbitmq.port, simulator_port).items()
+            for server, port in _list_proxied_servers(module, postgres.port, rabbitmq.port, simulator_port).items()
         }
         for name in SERVICES:
-            faketime.set_offset(_clock(directory, name), 0)
+            faketime.set_offset(_get_clock_file(directory, name), 0)
         settings_of = {
             name: {
-                **_settings(name, links, postgres, rabbitmq),
-                "CRASH_AT": str(_crash_at(directory, module)),
-                **faketime.build_environment(clocks, _clock(directory, name)),
+                **_build_settings(name, links, postgres, rabbitmq),
+                "CRASH_AT": str(_get_crash_file(directory, module)),
+                **faketime.build_environment(clocks, _get_clock_file(directory, name)),
             }
             for name, module in SERVICES.items()
         }
         logs = {
-            name: everything.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
+            name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
         }
-        stack = await everything.enter_async_context(
+        stack = await resources.enter_async_context(
             run_stack(
                 postgres.url,
                 rabbitmq.url,
@@ -196,34 +206,34 @@ async def chaos(
             if module == "gateway"
         ]
         stack.environment["GATEWAY_PORT"] = settings_of["gateway"]["GATEWAY_PORT"]
-        chaos = Chaos(stack, postgres, rabbitmq, links, gateways, directory, disk)
+        broker = ChaosBroker(stack, postgres, rabbitmq, links, gateways, directory, disk)
         try:
             for name, module in SERVICES.items():
                 if name != module:
                     await stack.start_service(module, name=name)
-            chaos.keep()
-            yield chaos
+            broker.start_restarting()
+            yield broker
         finally:
-            await chaos.let_go()
+            await broker.stop_restarting()
 
 
-async def _disk(everything: AsyncExitStack) -> Disk | None:
+async def _mount_disk(resources: AsyncExitStack) -> Disk | None:
     try:
-        return await everything.enter_async_context(Disk())
-    except CannotMount:
+        return await resources.enter_async_context(Disk())
+    except MountError:
         return None
 
 
-def _crash_at(directory: Path, module: str) -> Path:
+def _get_crash_file(directory: Path, module: str) -> Path:
     return directory / f"crash-at-{module}"
 
 
-def _clock(directory: Path, name: str) -> Path:
+def _get_clock_file(directory: Path, name: str) -> Path:
     return directory / f"clock-of-{name.replace(' ', '-')}"
 
 
-def _servers(module: str, postgres: int, rabbitmq: int, simulator: int) -> dict[str, int]:
-    """What a service is linked to by a link that can be disturbed."""
+def _list_proxied_servers(module: str, postgres: int, rabbitmq: int, simulator: int) -> dict[str, int]:
+    """Return name and port of each server that a service reaches through a proxy."""
     servers = {"RabbitMQ": rabbitmq}
     if module == "allocator":
         servers["PostgreSQL"] = postgres
@@ -232,23 +242,23 @@ def _servers(module: str, postgres: int, rabbitmq: int, simulator: int) -> dict[
     return servers
 
 
-def _settings(
+def _build_settings(
     name: str, links: dict[str, Proxy], postgres: PrivatePostgres, rabbitmq: PrivateRabbitMQ
 ) -> dict[str, str]:
     module = SERVICES[name]
-    to_rabbitmq = links[f"{name} to RabbitMQ"]
+    rabbitmq_link = links[f"{name} to RabbitMQ"]
     settings = {
         PORTS[module]: str(free_port()),
-        "AMQP_URL": rabbitmq.url.replace(f":{rabbitmq.port}/", f":{to_rabbitmq.port}/"),
+        "AMQP_URL": rabbitmq.url.replace(f":{rabbitmq.port}/", f":{rabbitmq_link.port}/"),
     }
-    if to_postgres := links.get(f"{name} to PostgreSQL"):
-        settings["DATABASE_URL"] = postgres.url.replace(f":{postgres.port}/", f":{to_postgres.port}/")
-    if to_csp := links.get(f"{name} to CSP"):
-        settings["CSP_BASE_URL"] = f"http://127.0.0.1:{to_csp.port}/v2"
+    if postgres_link := links.get(f"{name} to PostgreSQL"):
+        settings["DATABASE_URL"] = postgres.url.replace(f":{postgres.port}/", f":{postgres_link.port}/")
+    if csp_link := links.get(f"{name} to CSP"):
+        settings["CSP_BASE_URL"] = f"http://127.0.0.1:{csp_link.port}/v2"
     return settings
 
 
-async def _record_events(amqp_url: str) -> None:
+async def _create_events_queue(amqp_url: str) -> None:
     async with opened(amqp_url) as connection, connection.channel() as channel:
         await topology.declare(channel)
         queue = await channel.declare_queue(EVENTS_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})

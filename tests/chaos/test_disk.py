@@ -1,3 +1,5 @@
+"""Disk that can be filled."""
+
 import asyncio
 import errno
 import os
@@ -6,43 +8,43 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.disk import CannotMount, Disk
+from tests.chaos.disk import Disk, MountError
 from tests.integration.stack import eventually
 
 
 @pytest.fixture
 async def disk() -> AsyncIterator[Disk | None]:
-    """None where it cannot be: it takes root. Then the fault comes to nothing, and says why."""
+    """Yield a mounted disk, or None without root. The fault then reports the reason instead."""
     disk = Disk()
     try:
         async with disk:
             yield disk
-    except CannotMount as reason:
-        refusal = str(reason)
-        assert refusal
+    except MountError as error:
+        message = str(error)
+        assert message
         yield None
     assert not disk.path.exists()
     assert str(disk.path) not in Path("/proc/mounts").read_text()
 
 
-async def test_a_full_disk_takes_nothing_more_until_there_is_room_again(disk: Disk | None) -> None:
+async def test_full_disk_refuses_writes_until_it_is_emptied(disk: Disk | None) -> None:
     if disk is None:
         return
     (disk.path / "before").write_bytes(b"x" * 10_000)
     await disk.fill()
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        (disk.path / "within").write_bytes(b"x" * 10_000)
+        (disk.path / "during").write_bytes(b"x" * 10_000)
     assert (disk.path / "before").read_bytes() == b"x" * 10_000
     await disk.empty()
     (disk.path / "after").write_bytes(b"x" * 10_000)
 
 
-async def test_a_disk_is_filled_even_while_somebody_writes_to_it(disk: Disk | None) -> None:
+async def test_disk_is_filled_during_concurrent_writes(disk: Disk | None) -> None:
     if disk is None:
         return
     (disk.path / "before").write_bytes(b"x")
-    writing = 'while :; do head -c 20000 /dev/zero; done 2>/dev/null >>"$0"'
-    writer = await asyncio.create_subprocess_exec("sh", "-c", writing, str(disk.path / "growing"))
+    script = 'while :; do head -c 20000 /dev/zero; done 2>/dev/null >>"$0"'
+    writer = await asyncio.create_subprocess_exec("sh", "-c", script, str(disk.path / "growing"))
     try:
         for _ in range(20):
             await disk.fill()

@@ -1,3 +1,5 @@
+"""Plans of short and long rounds."""
+
 import random
 from itertools import islice
 
@@ -5,50 +7,53 @@ from tests.chaos import matrix
 from tests.chaos.faults import Fault
 from tests.chaos.matrix import Step
 
-EVERY = matrix.every(random.Random())
+ALL_FAULTS = matrix.list_faults(random.Random())
 
 
-def names(steps: list[Step]) -> list[tuple[str, ...]]:
+def list_names(steps: list[Step]) -> list[tuple[str, ...]]:
     return [tuple(fault.name for fault in step) for step in steps]
 
 
-def all_of(steps: list[Step]) -> list[Fault]:
+def flatten(steps: list[Step]) -> list[Fault]:
     return [fault for step in steps for fault in step]
 
 
-def test_names_are_unique() -> None:
-    assert len({fault.name for fault in EVERY}) == len(EVERY)
+def test_fault_names_are_unique() -> None:
+    assert len({fault.name for fault in ALL_FAULTS}) == len(ALL_FAULTS)
 
 
-def test_a_short_round_has_one_fault_of_each_kind() -> None:
-    kinds = [fault.kind for fault in all_of(matrix.short(random.Random(1)))]
-    assert sorted(kinds) == sorted({fault.kind for fault in EVERY})
+def test_short_round_has_one_fault_of_each_kind() -> None:
+    kinds = [fault.kind for fault in flatten(matrix.plan_short_round(random.Random(1)))]
+    assert sorted(kinds) == sorted({fault.kind for fault in ALL_FAULTS})
 
 
-def test_a_long_round_has_every_fault_alone_before_there_are_pairs() -> None:
-    steps = list(islice(matrix.long(random.Random(1)), 3 * len(EVERY)))
-    alone, pairs = steps[: len(EVERY)], steps[len(EVERY) :]
-    assert sorted(names(alone)) == sorted((fault.name,) for fault in EVERY)
+def test_long_round_starts_with_every_fault_alone() -> None:
+    steps = list(islice(matrix.plan_long_round(random.Random(1)), 3 * len(ALL_FAULTS)))
+    alone, pairs = steps[: len(ALL_FAULTS)], steps[len(ALL_FAULTS) :]
+    assert sorted(list_names(alone)) == sorted((fault.name,) for fault in ALL_FAULTS)
     assert len([step for step in pairs if len(step) == 2]) > len(pairs) / 2
-    assert len({frozenset(step) for step in names(pairs)}) > len(pairs) / 2
+    assert len({frozenset(step) for step in list_names(pairs)}) > len(pairs) / 2
 
 
-def test_two_faults_at_a_time_are_of_different_things() -> None:
+def test_paired_faults_affect_different_components() -> None:
     for seed in range(20):
-        steps = [*matrix.short(random.Random(seed)), *islice(matrix.long(random.Random(seed)), 3 * len(EVERY))]
+        steps = [
+            *matrix.plan_short_round(random.Random(seed)),
+            *islice(matrix.plan_long_round(random.Random(seed)), 3 * len(ALL_FAULTS)),
+        ]
         for one, other in (step for step in steps if len(step) == 2):
-            assert not one.touches & other.touches
+            assert not one.affects & other.affects
 
 
-def test_a_seed_repeats_a_round() -> None:
-    def rounds(seed: int) -> list[tuple[str, ...]]:
-        short, long = matrix.short(random.Random(seed)), matrix.long(random.Random(seed))
-        return [*names(short), *names(list(islice(long, 3 * len(EVERY))))]
+def test_seed_makes_a_round_repeatable() -> None:
+    def plan_rounds(seed: int) -> list[tuple[str, ...]]:
+        short, long = matrix.plan_short_round(random.Random(seed)), matrix.plan_long_round(random.Random(seed))
+        return [*list_names(short), *list_names(list(islice(long, 3 * len(ALL_FAULTS))))]
 
-    assert rounds(1) == rounds(1)
-    assert rounds(1) != rounds(2)
+    assert plan_rounds(1) == plan_rounds(1)
+    assert plan_rounds(1) != plan_rounds(2)
 
 
-def test_faults_are_chosen_by_parts_of_their_names() -> None:
-    chosen = all_of(matrix.short(random.Random(1), "RabbitMQ killed,disk"))
-    assert {fault.name for fault in chosen} == {"RabbitMQ killed", "disk of PostgreSQL full"}
+def test_faults_are_selected_by_words_of_their_names() -> None:
+    selected = flatten(matrix.plan_short_round(random.Random(1), "RabbitMQ killed,disk"))
+    assert {fault.name for fault in selected} == {"RabbitMQ killed", "disk of PostgreSQL full"}

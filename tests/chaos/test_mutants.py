@@ -1,5 +1,4 @@
-"""The checker catches every mutant within its round, on the running broker, and finds nothing in the same round
-without it."""
+"""Mutants on the running broker: the checker detects each in its round, and reports no violation without it."""
 
 import asyncio
 import dataclasses
@@ -19,33 +18,33 @@ from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker.contract import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
-from tests.chaos.collecting import evidence
 from tests.chaos.evidence import Evidence
-from tests.chaos.mutants import ALLOCATORS, MUTANTS, PATIENCE_SEC, Mutant, Trial
+from tests.chaos.evidence_collector import collect_stack_evidence
+from tests.chaos.mutants import ALLOCATE_TIMEOUT_SEC, ALLOCATORS, MUTANTS, Mutant, Trial
 from tests.chaos.proxy import HOST, Proxy
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
 from tests.integration.stack import Stack, eventually, run_stack
 
 LAUNCHER = Path(__file__).with_name("mutating.py")
 SANDBOXES = 20
-REST_SEC = 20.0
+IDLE_TIMEOUT_SEC = 20.0
 SETTINGS = {
-    "ALLOCATE_TIMEOUT_SEC": str(PATIENCE_SEC),
+    "ALLOCATE_TIMEOUT_SEC": str(ALLOCATE_TIMEOUT_SEC),
     "AUTO_EXPIRY_INTERVAL_SEC": "60",
     "CLEANUP_INTERVAL_SEC": "1",
     "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
     "SYNC_INTERVAL_SEC": "3600",
 }
-LEFT = """
+COUNT_PENDING_WORK = """
 SELECT count(*) FROM (
     SELECT FROM sandboxes WHERE status = 'pending_deletion' UNION ALL SELECT FROM outbox
-) left_to_do
+) pending
 """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Broker:
-    """Every service once, and two allocators, which each round replaces."""
+    """Broker with one process per service and two allocators. Each round replaces the allocators."""
 
     stack: Stack
     amqp_url: str
@@ -57,23 +56,23 @@ class Broker:
 async def broker(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Broker]:
-    async with AsyncExitStack() as everything:
-        database_url = await everything.enter_async_context(new_database())
-        amqp_url = await everything.enter_async_context(new_vhost())
+    async with AsyncExitStack() as resources:
+        database_url = await resources.enter_async_context(new_database())
+        amqp_url = await resources.enter_async_context(new_vhost())
         links = {
-            f"{name} to {server}": await everything.enter_async_context(_link(url))
+            f"{name} to {server}": await resources.enter_async_context(_create_link(url))
             for name in ALLOCATORS
             for server, url in (("PostgreSQL", database_url), ("RabbitMQ", amqp_url))
         }
         settings_of = {
             name: {
-                "DATABASE_URL": _through(links[f"{name} to PostgreSQL"], database_url),
-                "AMQP_URL": _through(links[f"{name} to RabbitMQ"], amqp_url),
+                "DATABASE_URL": _replace_address(links[f"{name} to PostgreSQL"], database_url),
+                "AMQP_URL": _replace_address(links[f"{name} to RabbitMQ"], amqp_url),
             }
             for name in ALLOCATORS
         }
         stop_at = tmp_path_factory.mktemp("mutants") / "stop-at"
-        stack = await everything.enter_async_context(
+        stack = await resources.enter_async_context(
             run_stack(
                 database_url,
                 amqp_url,
@@ -87,38 +86,37 @@ async def broker(
         yield Broker(stack, amqp_url, links, stop_at)
 
 
-def _link(url: str) -> Proxy:
+def _create_link(url: str) -> Proxy:
     parts = urlsplit(url)
     return Proxy(parts.port or {"postgresql": 5432, "amqp": 5672}[parts.scheme], parts.hostname or HOST)
 
 
-def _through(link: Proxy, url: str) -> str:
+def _replace_address(link: Proxy, url: str) -> str:
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user}{at}{HOST}:{link.port}").geturl()
 
 
-async def run(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
+async def run_mutant(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
     stack, history = broker.stack, History()
     await replace_allocators(broker, bugs)
     await stack.fill(SANDBOXES)
     async with Students([stack.url], history, random.Random(0)) as students:
         trial = Trial(stack, broker.links, broker.stop_at, students, history)
         try:
-            await mutant.round(trial)
+            await mutant.run_round(trial)
         finally:
             broker.stop_at.unlink(missing_ok=True)
             for name in ALLOCATORS:
                 stack.processes[name].send(SIGCONT)
-    with suppress(AssertionError):  # then the evidence shows what is left
-        await eventually(lambda: is_at_rest(stack), within_sec=REST_SEC)
-    seen = await evidence(stack, broker.amqp_url, history, [], trial.recoveries)
-    return dataclasses.replace(seen, covered=trial.covered)
+    with suppress(AssertionError):  # the evidence shows the remaining work
+        await eventually(lambda: is_idle(stack), within_sec=IDLE_TIMEOUT_SEC)
+    evidence = await collect_stack_evidence(stack, broker.amqp_url, history, [], trial.recoveries)
+    return dataclasses.replace(evidence, failover_periods=trial.failover_periods)
 
 
 async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
-    """Kills both, throws away what students have asked of them and what they have not told, and starts two others
-    with the bugs."""
+    """Kill both allocators, clear their command queue and the outbox, and start two new ones with the bugs."""
     stack = broker.stack
     for name in ALLOCATORS:
         if (process := stack.processes.pop(name, None)) is not None:
@@ -142,8 +140,8 @@ async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
     )
 
 
-async def is_at_rest(stack: Stack) -> bool:
-    return bool(await stack.database.fetchval(LEFT) == 0)
+async def is_idle(stack: Stack) -> bool:
+    return bool(await stack.database.fetchval(COUNT_PENDING_WORK) == 0)
 
 
 @asynccontextmanager
@@ -156,19 +154,19 @@ async def without_index(database: asyncpg.Pool, name: str | None) -> AsyncIterat
     try:
         yield
     finally:
-        await truncate_tables(database, "TRUNCATE leases")  # nothing of it may be left that the index forbids
+        await truncate_tables(database, "TRUNCATE leases")  # remove rows that violate the index
         await database.execute(definition)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-async def test_the_round_is_clean_without_the_mutant(broker: Broker, name: str) -> None:
+async def test_round_without_the_mutant_has_no_violations(broker: Broker, name: str) -> None:
     mutant = MUTANTS[name]
-    assert checker.check(await run(broker, mutant, *mutant.in_both)) == []
+    assert checker.check(await run_mutant(broker, mutant, *mutant.baseline_bugs)) == []
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-async def test_the_mutant_is_caught(broker: Broker, name: str) -> None:
+async def test_mutant_is_detected(broker: Broker, name: str) -> None:
     mutant = MUTANTS[name]
     async with without_index(broker.stack.database, mutant.dropped_index):
-        seen = await run(broker, mutant, *mutant.in_both, *mutant.bugs)
-    assert list(mutant.caught_by(seen))
+        evidence = await run_mutant(broker, mutant, *mutant.baseline_bugs, *mutant.bugs)
+    assert list(mutant.detected_by(evidence))

@@ -184,7 +184,7 @@ async def test_no_lease_is_lost_when_containers_are_killed_under_load(compose: C
         return bool((await compose.admin("GET", "stats"))["pending_deletion"] == 0)
 
     await eventually(is_nothing_pending, within_sec=PATIENCE_SEC)
-    assert [script for script in history.scripts if not script.succeeded] == []
+    assert [script for script in history.script_runs if not script.succeeded] == []
     assert_no_lease_lost(history, await compose.leases())
     stats = await compose.admin("GET", "stats")
     assert (stats["total"], stats["deletion_failed"]) == (ACCOUNTS, 0)

@@ -43,27 +43,26 @@ if module == "reaper":
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "allocator":
-    from allocator import lanes, listings, store
+    from allocator import routing
+    from allocator.sql import listings
 
-    handlers = lanes.MAINTENANCE.handlers
+    handlers = routing.MAINTENANCE.handlers
     for command_type, handle in handlers.items():
         name = command_type.__name__
         if name in CRASH_COMMANDS:
             handlers[command_type] = crashes.wrap(handle, f"before {name}", f"after {name}")  # type: ignore[index]
-    fetch_one = store.one
+    apply_listing = listings.apply_listing
 
-    async def fetch_one_and_crash(connection: Any, statement: str, *arguments: Any) -> Any:
+    async def apply_listing_and_crash(*arguments: Any, **named: Any) -> Any:
         """Run the statement with a crash point inside. PostgreSQL completes it after the death of the allocator."""
-        if statement != listings.APPLY_LISTING:
-            return await fetch_one(connection, statement, *arguments)
-        running = asyncio.create_task(fetch_one(connection, statement, *arguments))
+        running = asyncio.create_task(apply_listing(*arguments, **named))
         await asyncio.wait([running], timeout=0.001)
         crashes.reach("during ApplyListing")
         result = await running
         crashes.reach("between ApplyListing and its flags")
         return result
 
-    store.one = fetch_one_and_crash  # type: ignore[assignment]
+    listings.apply_listing = apply_listing_and_crash
     subscription.Subscription.ack = crashes.wrap(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import asking as syncer_asking

@@ -32,7 +32,7 @@ async def test_the_status_of_a_healthy_broker_fits_on_one_screen(stack: Stack) -
 async def test_status_reports_an_empty_pool_with_the_remedy(stack: Stack) -> None:
     await stack.fill(1)
     await stack.allocate("ada")
-    result = await wait_for_status(stack, lambda result: "Nothing is available" in result.out)
+    result = await wait_for_status(stack, lambda result: "No sandbox is available" in result.out)
     assert result.status == 4
     assert "brokerctl sync" in result.out
 
@@ -118,7 +118,7 @@ async def test_a_held_sync_is_shown_before_it_is_forced(stack: Stack) -> None:
     await stack.control("PATCH", "behaviour", {"listing_fraction": 0.5})
     result = await run_brokerctl(stack, "sync")
     assert result.status == 1
-    assert "it would make" in result.out
+    assert "sandboxes would be" in result.out
     assert "brokerctl sync --force" in result.err
     assert (await run_brokerctl(stack, "sync", "--json")).error["code"] == "SYNC_HELD"
     result = await run_brokerctl(stack, "sync", "--show", "--json")
@@ -240,7 +240,7 @@ async def test_a_replay_executes_failed_commands_only(stack: Stack) -> None:
     result = await run_brokerctl(stack, "dlq", "replay", letter["dead_letter_id"], str(carried_out))
     assert result.status == 0, result
     assert "is back in allocator.commands" in result.out
-    assert "all its students were served" in result.out
+    assert "all its students have got a sandbox" in result.out
     await eventually(stack.nothing_pending)
 
     async def deleted() -> bool:

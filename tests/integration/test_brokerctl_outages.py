@@ -10,11 +10,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from brokerctl.outlook import STATUS_SEC
+from brokerctl.attention import STATUS_TIMEOUT_SEC
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
-from gateway.queries.status import PART_SEC
+from gateway.queries.status import PROBE_TIMEOUT_SEC
 from tests.integration.ctl import CommandResult, run_brokerctl, wait_for_status
 from tests.integration.stack import Stack, eventually, run_stack
 
@@ -121,7 +121,7 @@ async def component_frozen(broker: Broker, part: str) -> AsyncIterator[None]:
 
 
 def test_the_timeouts_are_nested_within_a_second() -> None:
-    assert PART_SEC < STATUS_SEC < 1
+    assert PROBE_TIMEOUT_SEC < STATUS_TIMEOUT_SEC < 1
 
 
 @pytest.mark.parametrize("module", SERVICES)
@@ -204,7 +204,7 @@ async def test_a_hanging_gateway_is_reported_after_the_timeout(broker: Broker) -
     async with component_frozen(broker, "gateway"):
         result = await run_brokerctl(broker.stack, "status", "--json")
         assert (result.status, failed_components(result)) == (4, {"gateway"})
-        assert f"no answer in {STATUS_SEC:g} s" in result.json["gateway"]["problem"]
+        assert f"no answer in {STATUS_TIMEOUT_SEC:g} s" in result.json["gateway"]["problem"]
     await wait_for_result(broker, is_healthy)
 
 

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings
 
 from devstack import locks, settings
 from devstack.ports import free_port
-from k8s_check.services import COMMANDS, SERVICES, Program
+from k8s_check.programs import COMMANDS, SERVICES, Program
 from tests.integration.stack import ROOT, Stack
 
 SCRIPTS = ROOT / "deploy" / "image"

@@ -1,9 +1,11 @@
-"""What the pool's rules say, without a database: which requests may share a statement, and what to answer."""
+"""Rules of the pool without a database: batching of commands, and refusals."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import orjson
 
 from sandbox_broker.contract.codec import InvalidCommand
 from sandbox_broker.contract.commands import AllocateSandbox, Command
@@ -11,40 +13,46 @@ from sandbox_broker.contract.replies import Refused
 
 T = TypeVar("T")
 
+DedupKey = tuple[str, str | None, str | None]
 
-MAX_ROUND = 500
-"""Requests that one statement takes; above it the gain is small and the locks are many."""
-
-
-class AllocateAgain(AllocateSandbox):
-    """One that RabbitMQ has delivered before. It may have been done then, and its lease may have ended since; to do
-    it now would take a second sandbox, for a student who has left."""
+MAX_GROUP = 500
+"""Allocations per statement. Larger statements gain little and hold many locks."""
 
 
-def delivered_again(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
+class RedeliveredAllocation(AllocateSandbox):
+    """Allocation from a redelivered message. It may have been completed, and its lease may have ended
+    since. Running it again would then lease a second sandbox to an absent student."""
+
+
+def mark_redelivered(entries: Sequence[Command | InvalidCommand]) -> list[Command | InvalidCommand]:
+    """Return the entries with every allocation as RedeliveredAllocation."""
     return [
-        AllocateAgain(**entry.model_dump()) if isinstance(entry, AllocateSandbox) else entry for entry in entries
+        RedeliveredAllocation(**entry.model_dump()) if isinstance(entry, AllocateSandbox) else entry
+        for entry in entries
     ]
 
 
 @dataclass(slots=True)
-class Round:
-    """Requests that one statement can answer: nobody in it competes with anybody for the same thing."""
+class _Group:
+    """Allocations for one statement: no two of them compete for the same row."""
 
     commands: list[AllocateSandbox] = field(default_factory=list)
     _holders: set[str] = field(default_factory=set)
     _keys: set[str] = field(default_factory=set)
     _prefixes: set[str] = field(default_factory=set)
 
-    def takes(self, command: AllocateSandbox) -> bool:
-        """A holder or key twice would break a unique index. Of two prefixes where one begins with the other,
-        both could pick the same sandbox: SKIP LOCKED does not skip what its own transaction has locked."""
+    def try_add(self, command: AllocateSandbox) -> bool:
+        """Add the command if it conflicts with none of the group; return whether it was added.
+
+        A repeated holder or key would violate a unique index. Two different prefixes, one of which begins with the
+        other, could pick the same sandbox, because SKIP LOCKED does not skip locks of its own transaction.
+        """
         prefix = command.name_prefix or ""
-        if len(self.commands) == MAX_ROUND:
+        if len(self.commands) == MAX_GROUP:
             return False
         if command.holder in self._holders or command.idempotency_key in self._keys:
             return False
-        if any(other != prefix and _nested(other, prefix) for other in self._prefixes):
+        if any(other != prefix and _are_nested(other, prefix) for other in self._prefixes):
             return False
         self.commands.append(command)
         self._holders.add(command.holder)
@@ -54,39 +62,52 @@ class Round:
         return True
 
 
-def _nested(one: str, other: str) -> bool:
+def _are_nested(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def rounds(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
-    """Splits a batch into the fewest statements that first fit finds; mostly it is one. The most specific
-    prefixes go first, so that they are not robbed by the general ones."""
-    found: list[Round] = []
+def conflict_free_groups(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
+    """Split commands by first fit into groups for one statement each; one group in most cases.
+
+    Longer prefixes come first: general requests must not take the sandboxes of specific ones.
+    """
+    groups: list[_Group] = []
     for command in sorted(commands, key=lambda command: -len(command.name_prefix or "")):
-        if not any(round_.takes(command) for round_ in found):
-            found.append(Round())
-            found[-1].takes(command)
-    return [round_.commands for round_ in found]
+        if not any(group.try_add(command) for group in groups):
+            groups.append(_Group())
+            groups[-1].try_add(command)
+    return [group.commands for group in groups]
 
 
-def segments(entries: Sequence[T]) -> list[list[T]]:
-    """Cuts a batch where a student who has asked for one thing in it asks for another. Mostly that is nowhere.
-    An allocation that is delivered again, its reply long read, must not be done after the release behind it: it
-    would take a second sandbox."""
-    found: list[list[T]] = [[]]
-    asked: dict[str, type] = {}
+def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
+    """Split a batch wherever a holder with one type of command sends another type; one part in most cases.
+
+    A redelivered allocation must not run after the release behind it, or it would lease a second sandbox.
+    """
+    parts: list[list[T]] = [[]]
+    type_of_holder: dict[str, type] = {}
     for entry in entries:
         holder: str | None = getattr(entry, "holder", None)
-        if holder is not None and asked.setdefault(holder, type(entry)) is not type(entry):
-            found.append([])
-            asked = {holder: type(entry)}
-        found[-1].append(entry)
-    return found
+        if holder is not None and type_of_holder.setdefault(holder, type(entry)) is not type(entry):
+            parts.append([])
+            type_of_holder = {holder: type(entry)}
+        parts[-1].append(entry)
+    return parts
 
 
-def same_request(command: AllocateSandbox) -> tuple[str, str | None, str | None]:
-    """Requests that are alike in this get one and the same answer."""
+def dedup_key(command: AllocateSandbox) -> DedupKey:
+    """Return the key of equal requests. They get the same reply."""
     return command.holder, command.name_prefix, command.idempotency_key
+
+
+def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the commands of an envelope as JSON objects, or `body` itself as an event; skip all else."""
+    try:
+        message = orjson.loads(body)
+    except ValueError:
+        return
+    commands = message.get("commands", [message]) if isinstance(message, dict) else []
+    yield from (entry for entry in (commands if isinstance(commands, list) else []) if isinstance(entry, dict))
 
 
 def exhausted(command: AllocateSandbox) -> Refused:
@@ -98,86 +119,89 @@ def exhausted(command: AllocateSandbox) -> Refused:
 
 
 def key_conflict(*, own: bool) -> Refused:
-    whose = "a lease of yours that has ended" if own else "another student's lease"
+    owner = "an ended lease of this student" if own else "a lease of another student"
     return Refused(
         code="IDEMPOTENCY_KEY_CONFLICT",
-        message=f"This Idempotency-Key belongs to {whose}. Send a new key, or none.",
+        message=f"This idempotency key belongs to {owner}. Send a new key, or none.",
     )
 
 
 def not_found(sandbox_id: str) -> Refused:
     return Refused(
         code="SANDBOX_NOT_FOUND",
-        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id that the allocation returned.",
+        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id of the allocation.",
     )
 
 
 def not_owner(sandbox_id: str) -> Refused:
     return Refused(
         code="NOT_SANDBOX_OWNER",
-        message=f"Sandbox '{sandbox_id}' is not leased to this student. "
-        "Send the X-Instruqt-Sandbox-ID that it was allocated with.",
+        message=f"Sandbox '{sandbox_id}' is not leased to this student. Send the student id of its allocation.",
     )
 
 
 def not_allocated(sandbox_id: str, status: str) -> Refused:
     return Refused(
-        code="NOT_ALLOCATED", message=f"Nobody ever held sandbox '{sandbox_id}' (it is {status}): nothing to end."
+        code="NOT_ALLOCATED",
+        message=f"Sandbox '{sandbox_id}' is {status} and was never leased. There is no lease to end.",
     )
 
 
 def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
     return Refused(
         code="NOT_DELETION_FAILED",
-        message=f"Sandbox '{sandbox_id}' is {status}: only a deletion_failed one can be sent back.",
+        message=f"Sandbox '{sandbox_id}' is {status}. Only a deletion_failed one can be retried.",
     )
 
 
 def no_such_dead_letter(dead_letter_id: uuid.UUID) -> Refused:
     return Refused(
         code="DEAD_LETTER_NOT_FOUND",
-        message=f"There is no dead letter {dead_letter_id}: it was replayed or dropped, or never was one.",
+        message=f"There is no dead letter {dead_letter_id}. It may have been replayed or dropped.",
     )
 
 
 def not_replayable(queue: str) -> Refused:
     return Refused(
-        code="NOT_REPLAYABLE", message=f"It says that it died in '{queue}', which is no queue of commands. Drop it."
+        code="NOT_REPLAYABLE",
+        message=f"The dead letter names the queue '{queue}', which is not a queue of commands. Drop it.",
     )
 
 
 def sent_by_service_only() -> Refused:
     return Refused(
         code="NOT_REPLAYABLE",
-        message="Only the reaper or the csp-syncer may send the commands in it. These services repeat what is "
-        "still to be done. Drop the dead letter.",
+        message="Only the reaper or the csp-syncer may send the commands of this dead letter. They repeat their "
+        "pending work. Drop the dead letter.",
     )
 
 
 def not_replayed(reason: str) -> Refused:
     return Refused(
         code="ALLOCATOR_UNAVAILABLE",
-        message=f"RabbitMQ did not take it, and it is kept: {reason}. Try again shortly.",
+        message=f"RabbitMQ did not accept the message: {reason}. The dead letter remains. Try again shortly.",
     )
 
 
-DONE_BEFORE = Refused(
+ALREADY_COMPLETED = Refused(
     code="ALLOCATOR_UNAVAILABLE",
-    message="This request may have been carried out before, and its lease has ended since. Ask again for another.",
+    message="An earlier delivery of this request may have been completed, and its lease ended. Send a new request.",
 )
 LISTING_OUTDATED = Refused(
     code="LISTING_OUTDATED",
-    message="A newer listing has come meanwhile, or a piece of this one is missing. Fetch it again.",
+    message="A newer listing was applied, or a batch of this one is missing. Run the sync again.",
 )
 
 
-def held(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
-    """The guard against a listing that would wipe the pool: None if it may be applied. `lost` are sandboxes of the
-    pool that it lacks, or that have another account in it."""
+def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
+    """Return None if the listing may be applied, else the refusal. This guards the pool against a faulty listing.
+
+    `lost` is the number of sandboxes in the pool that are missing in the listing or have another account there.
+    """
     if listed == 0:
-        found = "CSP listed no sandbox at all"
+        problem = "CSP listed no sandbox at all"
     elif lost > max_stale_fraction * pool:
-        found = (
+        problem = (
             f"{lost} of {pool} sandboxes are missing from CSP's listing or have another account there, "
             f"more than the {max_stale_fraction:.0%} allowed"
         )
@@ -185,6 +209,6 @@ def held(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refuse
         return None
     return Refused(
         code="SYNC_HELD",
-        message=f"{found}; nothing was changed. GET /v1/admin/sync shows what would change. If CSP is right, "
-        "repeat the sync with force=true.",
+        message=f"{problem}; nothing was changed. Inspect the planned changes of the held sync. If CSP is right, "
+        "force the sync.",
     )

@@ -1,7 +1,7 @@
-"""The traces of a batch.
+"""Tracing spans of a batch.
 
-Its commands belong to different requests, so each that is traced has a span of its own in the trace of its request,
-with links to the others of the batch, and below it one for each commit that it shared with them.
+The commands of a batch belong to different traces. Each traced command has a span in the trace of its request, with
+links to the other commands, and a child span for each shared commit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,19 +15,19 @@ from sandbox_broker.observability import log_context, tracing
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-Spans = Mapping[int, "Span"]
-"""By the id() of the command."""
+BatchSpans = Mapping[int, "Span"]
+"""Span by the id() of its command."""
 
 MAX_LINKS = 32
-_NONE: Spans = {}
+_NO_SPANS: BatchSpans = {}
 
 
 @contextmanager
-def of_batch(queue: str, entries: Sequence[Command | InvalidCommand]) -> Iterator[Spans]:
-    """Ends when the replies are sent and the batch is acknowledged."""
+def batch_spans(queue: str, entries: Sequence[Command | InvalidCommand]) -> Iterator[BatchSpans]:
+    """Open a span per traced command; end the spans on exit, after replies and acknowledgement."""
     traced = [entry for entry in entries if not isinstance(entry, InvalidCommand) and entry.traceparent is not None]
     if not traced:
-        yield _NONE
+        yield _NO_SPANS
         return
     spans: dict[int, Span] = {}
     for command in traced:
@@ -56,13 +56,13 @@ def of_batch(queue: str, entries: Sequence[Command | InvalidCommand]) -> Iterato
 
 
 @contextmanager
-def commit(spans: Spans, commands: Sequence[Command], epoch: int) -> Iterator[None]:
-    """Around the statements that commands of one kind share."""
-    above = [spans[id(command)] for command in commands if id(command) in spans] if spans else []
-    if not above:
+def commit_spans(spans: BatchSpans, commands: Sequence[Command], epoch: int) -> Iterator[None]:
+    """Record a commit span for each traced command around the statements of all commands of one type."""
+    parents = [spans[id(command)] for command in commands if id(command) in spans] if spans else []
+    if not parents:
         yield
         return
-    began = tracing.now_ns()
+    started_ns = tracing.now_ns()
     failure: str | None = None
     try:
         yield
@@ -70,7 +70,7 @@ def commit(spans: Spans, commands: Sequence[Command], epoch: int) -> Iterator[No
         failure = type(error).__name__
         raise
     finally:
-        for parent in above:
+        for parent in parents:
             span = tracing.start(
                 f"commit {commands[0].type}",
                 "client",
@@ -81,7 +81,7 @@ def commit(spans: Spans, commands: Sequence[Command], epoch: int) -> Iterator[No
                     "db.operation.batch.size": len(commands),
                     "broker.epoch": epoch,
                 },
-                start_ns=began,
+                start_ns=started_ns,
             )
             if span is not None:
                 if failure is not None:

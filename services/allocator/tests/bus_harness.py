@@ -1,4 +1,4 @@
-"""Allocators on a real RabbitMQ, and somebody who asks them."""
+"""Test harness of the allocator on a real RabbitMQ: running allocators, a client, a TCP proxy."""
 
 import asyncio
 import uuid
@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 
+from allocator.background.outbox_relay import OutboxRelay
 from allocator.consumer import Consumer
-from allocator.lanes import MAINTENANCE, STUDENTS
-from allocator.outbox import Relay
+from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from devstack.ports import free_port
 from sandbox_broker.contract import topology
@@ -24,28 +24,28 @@ from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.runtime.service import cancel
 
-from .allocator_harness import until
+from .allocator_harness import wait_until
 
 
 @dataclass
 class Allocator:
-    """One allocator at work in this process."""
+    """Allocator in this process."""
 
     publisher: Publisher
-    relay: Relay
+    relay: OutboxRelay
     consumer: Consumer
-    """Of the students' lane."""
+    """Consumer of the lane for students."""
     running: list[asyncio.Task[None]]
 
 
 @asynccontextmanager
-async def allocator(
+async def run_allocator(
     amqp_url: str, database_url: str, *, publisher: Publisher | None = None
 ) -> AsyncIterator[Allocator]:
-    """Runs as in main.py: what builds on something stops before it. A task that ends by itself fails the test."""
+    """Run an allocator wired like in main.py. A task must not end by itself."""
     settings = Settings(amqp_url=amqp_url, database_url=database_url, _env_file=None)
     publisher = publisher or Publisher(amqp_url, "allocator-test")
-    relay = Relay(database_url, publisher)
+    relay = OutboxRelay(database_url, publisher)
     consumer, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
     tasks = (publisher.run, relay.run, maintenance.run, consumer.run)
     running = [asyncio.create_task(task()) for task in tasks]
@@ -57,7 +57,7 @@ async def allocator(
 
 
 async def stop(running: Sequence[asyncio.Task[None]]) -> None:
-    """Cancels the tasks, the last first; one that has ended by itself fails the test."""
+    """Cancel the tasks in reverse order. A task must not have ended by itself."""
     for task in reversed(running):
         await cancel(task)
     for task in running:
@@ -65,26 +65,28 @@ async def stop(running: Sequence[asyncio.Task[None]]) -> None:
 
 
 def exchange_for(commands: Sequence[Command]) -> topology.Exchange:
-    def carried(exchange: topology.Exchange) -> int:
+    """Return the exchange with rights for most of the commands."""
+
+    def count_allowed(exchange: topology.Exchange) -> int:
         return sum(topology.can_carry(exchange.name, command) for command in commands)
 
-    return max(topology.EXCHANGES, key=carried)
+    return max(topology.EXCHANGES, key=count_allowed)
 
 
 class Client:
-    """Sends envelopes to the allocator's queue and gathers the answers."""
+    """Client of the allocator: sends envelopes and collects the replies."""
 
     def __init__(self, connection: AbstractConnection, channel: AbstractChannel, replies: AbstractQueue) -> None:
         self.connection = connection
         self.channel = channel
         self.replies = replies
-        self._answers: dict[str, list[tuple[Reply, ...]]] = defaultdict(list)
+        self._replies: dict[str, list[tuple[Reply, ...]]] = defaultdict(list)
         self._arrived = asyncio.Condition()
 
-    async def _answered(self, message: AbstractIncomingMessage) -> None:
+    async def _collect(self, message: AbstractIncomingMessage) -> None:
         async with self._arrived:
-            found = ReplyEnvelope.model_validate_json(message.body).replies
-            self._answers[message.correlation_id or ""].append(found)
+            replies = ReplyEnvelope.model_validate_json(message.body).replies
+            self._replies[message.correlation_id or ""].append(replies)
             self._arrived.notify_all()
 
     async def publish(
@@ -97,13 +99,15 @@ class Client:
         copy_of: str | None = None,
         exchange: topology.Exchange | None = None,
     ) -> str:
-        """Puts an envelope into the queue, `times` over; returns its correlation id, which a copy shares. Without
-        `exchange` it goes over the exchange that may carry most of its commands."""
+        """Publish an envelope `times` times; return its correlation id, which a copy shares.
+
+        Without `exchange`, publish it to the exchange with rights for most of its commands.
+        """
         body = commands if isinstance(commands, bytes) else encode_commands(commands)
         correlation_id = copy_of or uuid.uuid4().hex
         if exchange is None:
             exchange = topology.COMMANDS if isinstance(commands, bytes) else exchange_for(commands)
-        sender = await self.channel.get_exchange(exchange.name, ensure=False)
+        target = await self.channel.get_exchange(exchange.name, ensure=False)
         for _ in range(times):
             message = aio_pika.Message(
                 body,
@@ -111,89 +115,91 @@ class Client:
                 reply_to=reply_to or self.replies.name,
                 delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
             )
-            await sender.publish(message, queue.name)
+            await target.publish(message, queue.name)
         return correlation_id
 
-    async def answers(self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60) -> list[list[Reply]]:
-        """The first `times` answers that have come to an envelope."""
+    async def replies_to(
+        self, correlation_id: str, *, times: int = 1, timeout_sec: float = 60
+    ) -> list[list[Reply]]:
+        """Wait for `times` replies to an envelope; return all of them."""
         async with asyncio.timeout(timeout_sec), self._arrived:
-            await self._arrived.wait_for(lambda: len(self._answers[correlation_id]) >= times)
-            return [list(replies) for replies in self._answers[correlation_id]]
+            await self._arrived.wait_for(lambda: len(self._replies[correlation_id]) >= times)
+            return [list(replies) for replies in self._replies[correlation_id]]
 
-    async def ask(
+    async def request(
         self,
         commands: Sequence[Command] | bytes,
         *,
         queue: topology.Queue = topology.ALLOCATOR_COMMANDS,
         exchange: topology.Exchange | None = None,
     ) -> list[Reply]:
-        return (await self.answers(await self.publish(commands, queue=queue, exchange=exchange)))[0]
+        return (await self.replies_to(await self.publish(commands, queue=queue, exchange=exchange)))[0]
 
-    async def ask_one(self, command: Command) -> Reply:
-        (reply,) = await self.ask([command])
+    async def request_one(self, command: Command) -> Reply:
+        (reply,) = await self.request([command])
         return reply
 
     async def dead_letters(self, count: int) -> list[AbstractIncomingMessage]:
-        """Waits for as many dead letters and takes them away."""
+        """Wait for `count` dead letters and remove them from their queue."""
         queue = await self.channel.get_queue(topology.DEAD_LETTER_QUEUE.name)
-        found: list[AbstractIncomingMessage] = []
+        letters: list[AbstractIncomingMessage] = []
 
-        async def all_there() -> bool:
+        async def are_complete() -> bool:
             message = await queue.get(no_ack=True, fail=False)
             if message is not None:
-                found.append(message)
-            return len(found) == count
+                letters.append(message)
+            return len(letters) == count
 
-        await until(all_there)
-        return found
+        await wait_until(are_complete)
+        return letters
 
-    async def hand_back(self, queue: topology.Queue) -> None:
-        """Takes what is in the queue and gives it back, so that it is delivered again."""
-        number = await self.waiting(queue.name)
-        assert number
+    async def requeue_all(self, queue: topology.Queue) -> None:
+        """Consume all messages of the queue and return them; RabbitMQ then marks them as redelivered."""
+        count = await self.message_count(queue.name)
+        assert count
         async with self.connection.channel() as channel:
             taken: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
             await (await channel.get_queue(queue.name)).consume(taken.put)
-            for _ in range(number):
+            for _ in range(count):
                 await taken.get()
 
-    async def waiting(self, queue: str) -> int:
-        """Messages of a queue that nobody has taken; what is unacknowledged comes back when its taker is gone."""
+    async def message_count(self, queue: str) -> int:
+        """Return the number of ready messages. Unacknowledged ones become ready when their consumer is gone."""
         declared = await self.channel.declare_queue(queue, passive=True)
         return declared.declaration_result.message_count or 0
 
 
 @asynccontextmanager
-async def client(amqp_url: str) -> AsyncIterator[Client]:
+async def connect_client(amqp_url: str) -> AsyncIterator[Client]:
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(await aio_pika.connect(amqp_url))
         channel = await connection.channel()
         replies = await channel.declare_queue(exclusive=True)
         await replies.bind(topology.REPLIES.name, replies.name)
-        asking = Client(connection, channel, replies)
-        await replies.consume(asking._answered, no_ack=True)
-        yield asking
+        client = Client(connection, channel, replies)
+        await replies.consume(client._collect, no_ack=True)
+        yield client
 
 
 @asynccontextmanager
-async def events(amqp_url: str) -> AsyncIterator["asyncio.Queue[Any]"]:
-    """The messages of broker.events, as they come."""
+async def subscribe_events(amqp_url: str) -> AsyncIterator["asyncio.Queue[Any]"]:
+    """Subscribe to all messages of broker.events."""
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue(exclusive=True)
         await queue.bind(topology.EVENTS.name, "#")
-        found: asyncio.Queue[Any] = asyncio.Queue()
-        await queue.consume(found.put, no_ack=True)
-        yield found
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+        await queue.consume(messages.put, no_ack=True)
+        yield messages
 
 
-class Line:
-    """A TCP line to RabbitMQ that can be cut and mended."""
+class TcpProxy:
+    """TCP proxy in front of RabbitMQ, for disconnections."""
 
     def __init__(self, amqp_url: str) -> None:
         self._target = urlsplit(amqp_url)
         self._server: asyncio.Server | None = None
-        self._carrying: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._port = free_port()
 
     @property
@@ -201,26 +207,26 @@ class Line:
         user, _ = self._target.netloc.rsplit("@", 1)
         return self._target._replace(netloc=f"{user}@127.0.0.1:{self._port}").geturl()
 
-    async def mend(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self._port)
+    async def connect(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
 
-    async def cut(self) -> None:
+    async def disconnect(self) -> None:
         if self._server is not None:
             self._server.close()
-        for task in self._carrying:
+        for task in self._tasks:
             task.cancel()
-        if self._carrying:
-            await asyncio.wait(self._carrying)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._carrying.add(task)
-        task.add_done_callback(self._carrying.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             far_reader, far_writer = await asyncio.open_connection(self._target.hostname, self._target.port or 5672)
             try:
-                await asyncio.gather(_carry(reader, far_writer), _carry(far_reader, writer))
+                await asyncio.gather(_forward(reader, far_writer), _forward(far_reader, writer))
             finally:
                 far_writer.transport.abort()
         except (OSError, asyncio.CancelledError):
@@ -229,7 +235,7 @@ class Line:
             writer.transport.abort()
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while data := await reader.read(1 << 16):
         writer.write(data)
         await writer.drain()

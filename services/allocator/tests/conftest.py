@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from .allocator_harness import Pool, pool_in
-from .bus_harness import Allocator, Client, allocator, client
+from .bus_harness import Allocator, Client, connect_client, run_allocator
 
 
 @pytest.fixture
@@ -14,12 +14,12 @@ async def pool(clean_database: str) -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-async def asking(clean_queues: str) -> AsyncIterator[Client]:
-    async with client(clean_queues) as found:
-        yield found
+async def client(clean_queues: str) -> AsyncIterator[Client]:
+    async with connect_client(clean_queues) as connected:
+        yield connected
 
 
 @pytest.fixture
 async def running(clean_queues: str, pool: Pool) -> AsyncIterator[Allocator]:
-    async with allocator(clean_queues, pool.url) as found:
-        yield found
+    async with run_allocator(clean_queues, pool.url) as allocator:
+        yield allocator

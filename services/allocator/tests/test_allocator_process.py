@@ -1,4 +1,4 @@
-"""`python -m allocator` as it runs in production: stopped in order, killed at the worst moment, frozen."""
+"""`python -m allocator` as a process: graceful stop, kill between commit and reply, freeze."""
 
 import asyncio
 import os
@@ -10,11 +10,11 @@ from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from sandbox_broker.contract import topology
 
-from .allocator_harness import Pool, ask, granted, until
+from .allocator_harness import Pool, allocate_command, granted_lease, wait_until
 from .bus_harness import Client
 
-# Dies when the first batch is committed and nothing of it is answered.
-DIES_BEFORE_IT_ANSWERS = """
+# Dies after the commit of the first batch, before its first reply.
+DIES_BEFORE_REPLY = """
 import os, signal
 import allocator.consumer
 async def die(*_): os.kill(os.getpid(), signal.SIGKILL)
@@ -23,7 +23,7 @@ from allocator.main import main
 main()
 """
 
-# RabbitMQ finds out about a frozen process by its heartbeat.
+# RabbitMQ detects a frozen process by its missing heartbeats.
 SHORT_HEARTBEAT = """
 import sandbox_broker.messaging.connection
 sandbox_broker.messaging.connection.HEARTBEAT_SEC = 1
@@ -41,73 +41,78 @@ async def start(amqp_url: str, database_url: str, *arguments: str) -> Process:
     )
 
 
-async def test_a_process_that_dies_between_commit_and_reply_leaves_the_answers_to_the_next(
-    pool: Pool, clean_queues: str, asking: Client
+async def test_the_next_allocator_replies_after_a_kill_between_commit_and_reply(
+    pool: Pool, clean_queues: str, client: Client
 ) -> None:
     await pool.fill(10)
-    first = await asking.publish([ask("ann"), ask("bob"), ask("ann", key="k")])
-    dying = await start(clean_queues, pool.url, "-c", DIES_BEFORE_IT_ANSWERS)
+    first = await client.publish(
+        [allocate_command("ann"), allocate_command("bob"), allocate_command("ann", key="k")]
+    )
+    dying = await start(clean_queues, pool.url, "-c", DIES_BEFORE_REPLY)
     assert await asyncio.wait_for(dying.wait(), 30) == -signal.SIGKILL
     assert await pool.value("SELECT count(*) FROM leases") == 2
     second = await start(clean_queues, pool.url)
     try:
-        (replies,) = await asking.answers(first)
-        leases = [granted(reply) for reply in replies]
+        (replies,) = await client.replies_to(first)
+        leases = [granted_lease(reply) for reply in replies]
         assert [lease.new for lease in leases] == 3 * [False]
         assert leases[0] == leases[2]
         assert await pool.value("SELECT count(*) FROM leases") == 2
     finally:
         assert await second.stop() == 0
-    await pool.sound()
+    await pool.assert_sound()
 
 
-async def test_a_process_that_is_told_to_stop_under_load_leaves_nothing_unanswered(
-    pool: Pool, clean_queues: str, asking: Client
-) -> None:
+async def test_a_stop_under_load_loses_no_request(pool: Pool, clean_queues: str, client: Client) -> None:
     envelopes, students = 150, 4
     await pool.fill(envelopes * students + 1)
     first = await start(clean_queues, pool.url)
-    asked = [
-        await asking.publish([ask(f"student-{envelope}-{student}") for student in range(students)])
+    correlation_ids = [
+        await client.publish([allocate_command(f"student-{envelope}-{student}") for student in range(students)])
         for envelope in range(envelopes)
     ]
 
-    async def at_work() -> bool:
+    async def has_started() -> bool:
         return bool(await pool.value("SELECT EXISTS (SELECT FROM leases)"))
 
-    await until(at_work)
+    await wait_until(has_started)
     assert await first.stop() == 0
     second = await start(clean_queues, pool.url)
     try:
-        replies = [reply for one in asked for reply in (await asking.answers(one))[0]]
-        granted(await asking.ask_one(ask("late")))  # the second is at work, however fast the first was
+        replies = [
+            reply for correlation_id in correlation_ids for reply in (await client.replies_to(correlation_id))[0]
+        ]
+        granted_lease(
+            await client.request_one(allocate_command("late"))
+        )  # the second one works, even if the first one handled all
     finally:
         assert await second.stop() == 0
-    assert len({granted(reply).sandbox_id for reply in replies}) == envelopes * students
-    assert await asking.waiting(topology.ALLOCATOR_COMMANDS.name) == 0
-    await pool.sound()
+    assert len({granted_lease(reply).sandbox_id for reply in replies}) == envelopes * students
+    assert await client.message_count(topology.ALLOCATOR_COMMANDS.name) == 0
+    await pool.assert_sound()
 
 
-async def test_a_process_that_freezes_is_succeeded_and_changes_nothing_when_it_wakes(
-    pool: Pool, clean_queues: str, asking: Client
+async def test_a_frozen_allocator_is_replaced_and_fenced_when_it_resumes(
+    pool: Pool, clean_queues: str, client: Client
 ) -> None:
     await pool.fill(3)
     frozen = await start(clean_queues, pool.url, "-c", SHORT_HEARTBEAT)
     try:
-        granted(await asking.ask_one(ask("ann")))
+        granted_lease(await client.request_one(allocate_command("ann")))
         frozen.send(signal.SIGSTOP)
-        # It has this one in its buffer when it wakes, long after somebody else has answered it.
-        waiting = await asking.publish([ask("bob")])
+        # When the frozen process resumes, its buffer still contains this request, which the second one has
+        # answered.
+        waiting = await client.publish([allocate_command("bob")])
         second = await start(clean_queues, pool.url)
         try:
-            (reply,) = (await asking.answers(waiting))[0]
-            assert granted(reply).new
+            (reply,) = (await client.replies_to(waiting))[0]
+            assert granted_lease(reply).new
             frozen.send(signal.SIGCONT)
-            granted(await asking.ask_one(ask("cid")))
+            granted_lease(await client.request_one(allocate_command("cid")))
         finally:
             assert await second.stop() == 0
     finally:
         frozen.send(signal.SIGCONT)
         assert await frozen.stop() == 0
     assert await pool.value("SELECT count(*) FROM leases") == 3
-    await pool.sound()
+    await pool.assert_sound()

@@ -1,92 +1,134 @@
-"""The pool's rules, without a database."""
+"""Rules of the pool without a database."""
 
 import random
 
-from allocator.domain import MAX_ROUND, held, rounds, segments
+from allocator.domain import MAX_GROUP, check_listing, conflict_free_groups, split_on_conflict
 from sandbox_broker.contract.commands import AllocateSandbox, ExpireLeases
 
-from .allocator_harness import ask, done
+from .allocator_harness import allocate_command, release_command
 
 
-def holders(found: list[list[AllocateSandbox]]) -> list[list[str]]:
-    return [[command.holder for command in one] for one in found]
+def list_holders(groups: list[list[AllocateSandbox]]) -> list[list[str]]:
+    return [[command.holder for command in group] for group in groups]
 
 
-def test_requests_of_different_students_share_a_round() -> None:
-    assert holders(rounds([ask("ann"), ask("bob"), ask("cid", key="k")])) == [["ann", "bob", "cid"]]
+def test_requests_of_different_students_share_a_group() -> None:
+    assert list_holders(
+        conflict_free_groups([allocate_command("ann"), allocate_command("bob"), allocate_command("cid", key="k")])
+    ) == [["ann", "bob", "cid"]]
 
 
-def test_a_student_comes_once_in_a_round() -> None:
-    commands = [ask("ann"), ask("ann", "lab-"), ask("ann", key="k"), ask("bob")]
-    assert sorted(map(sorted, holders(rounds(commands)))) == [["ann"], ["ann"], ["ann", "bob"]]
+def test_a_group_contains_a_student_once() -> None:
+    commands = [
+        allocate_command("ann"),
+        allocate_command("ann", "lab-"),
+        allocate_command("ann", key="k"),
+        allocate_command("bob"),
+    ]
+    assert sorted(map(sorted, list_holders(conflict_free_groups(commands)))) == [["ann"], ["ann"], ["ann", "bob"]]
 
 
-def test_an_idempotency_key_comes_once_in_a_round() -> None:
-    assert holders(rounds([ask("ann", key="k"), ask("bob", key="k")])) == [["ann"], ["bob"]]
+def test_a_group_contains_an_idempotency_key_once() -> None:
+    assert list_holders(
+        conflict_free_groups([allocate_command("ann", key="k"), allocate_command("bob", key="k")])
+    ) == [
+        ["ann"],
+        ["bob"],
+    ]
 
 
-def test_requests_without_a_key_do_not_share_one() -> None:
-    assert len(rounds([ask("ann"), ask("bob")])) == 1
+def test_requests_without_a_key_do_not_conflict() -> None:
+    assert len(conflict_free_groups([allocate_command("ann"), allocate_command("bob")])) == 1
 
 
-def test_nested_prefixes_go_into_rounds_of_their_own_the_most_specific_first() -> None:
-    found = rounds([ask("any"), ask("lab", "lab-"), ask("lab-1", "lab-1"), ask("lab-12", "lab-12")])
-    assert holders(found) == [["lab-12"], ["lab-1"], ["lab"], ["any"]]
+def test_nested_prefixes_get_separate_groups_longest_first() -> None:
+    groups = conflict_free_groups(
+        [
+            allocate_command("any"),
+            allocate_command("lab", "lab-"),
+            allocate_command("lab-1", "lab-1"),
+            allocate_command("lab-12", "lab-12"),
+        ]
+    )
+    assert list_holders(groups) == [["lab-12"], ["lab-1"], ["lab"], ["any"]]
 
 
-def test_disjoint_prefixes_share_a_round() -> None:
-    assert len(rounds([ask("ann", "aws-"), ask("bob", "gcp-"), ask("cid", "azure-"), ask("dan", "aws-")])) == 1
+def test_disjoint_prefixes_share_a_group() -> None:
+    assert (
+        len(
+            conflict_free_groups(
+                [
+                    allocate_command("ann", "aws-"),
+                    allocate_command("bob", "gcp-"),
+                    allocate_command("cid", "azure-"),
+                    allocate_command("dan", "aws-"),
+                ]
+            )
+        )
+        == 1
+    )
 
 
-def test_a_round_has_a_limit() -> None:
-    found = rounds([ask(f"student-{number}") for number in range(MAX_ROUND + 1)])
-    assert [len(one) for one in found] == [MAX_ROUND, 1]
+def test_a_group_has_a_maximum_size() -> None:
+    groups = conflict_free_groups([allocate_command(f"student-{number}") for number in range(MAX_GROUP + 1)])
+    assert [len(group) for group in groups] == [MAX_GROUP, 1]
 
 
-def test_no_request_is_lost_and_no_round_competes_with_itself() -> None:
+def test_groups_contain_every_request_once_and_are_free_of_conflicts() -> None:
     chance = random.Random(7)
     prefixes = [None, "a", "ab", "abc", "b", "ba", "c"]
     for _ in range(200):
         commands = [
-            ask(f"student-{chance.randrange(8)}", chance.choice(prefixes), chance.choice([None, "k", "l", "m"]))
+            allocate_command(
+                f"student-{chance.randrange(8)}", chance.choice(prefixes), chance.choice([None, "k", "l", "m"])
+            )
             for _ in range(chance.randrange(1, 25))
         ]
-        found = rounds(commands)
-        assert sorted(map(repr, commands)) == sorted(repr(command) for one in found for command in one)
-        for one in found:
-            keys = [command.idempotency_key for command in one if command.idempotency_key]
-            wanted = {command.name_prefix or "" for command in one}
-            assert len({command.holder for command in one}) == len(one)
+        groups = conflict_free_groups(commands)
+        assert sorted(map(repr, commands)) == sorted(repr(command) for group in groups for command in group)
+        for group in groups:
+            keys = [command.idempotency_key for command in group if command.idempotency_key]
+            prefixes_in_group = {command.name_prefix or "" for command in group}
+            assert len({command.holder for command in group}) == len(group)
             assert len(set(keys)) == len(keys)
-            assert not any(a != b and a.startswith(b) for a in wanted for b in wanted)
+            assert not any(a != b and a.startswith(b) for a in prefixes_in_group for b in prefixes_in_group)
 
 
-def test_a_batch_without_conflict_is_one_segment() -> None:
-    entries = [ask("ann"), ask("bob"), ask("ann"), done("1", "cid"), ExpireLeases(grace_sec=0, limit=1)]
-    assert segments(entries) == [entries]
+def test_a_batch_without_conflict_is_not_split() -> None:
+    entries = [
+        allocate_command("ann"),
+        allocate_command("bob"),
+        allocate_command("ann"),
+        release_command("1", "cid"),
+        ExpireLeases(grace_sec=0, limit=1),
+    ]
+    assert split_on_conflict(entries) == [entries]
 
 
-def test_a_release_stays_behind_the_allocation_of_the_same_student_and_the_other_way_round() -> None:
-    asked, over = ask("ann"), done("1", "ann")
-    assert segments([asked, ask("bob"), over]) == [[asked, ask("bob")], [over]]
-    assert segments([over, asked, over]) == [[over], [asked], [over]]
+def test_allocations_and_releases_of_a_student_keep_their_order() -> None:
+    allocation, release = allocate_command("ann"), release_command("1", "ann")
+    assert split_on_conflict([allocation, allocate_command("bob"), release]) == [
+        [allocation, allocate_command("bob")],
+        [release],
+    ]
+    assert split_on_conflict([release, allocation, release]) == [[release], [allocation], [release]]
 
 
-def test_a_listing_within_the_limit_is_not_held() -> None:
-    assert held(listed=75, lost=25, pool=100, max_stale_fraction=0.25) is None
+def test_a_listing_within_the_limit_is_applied() -> None:
+    assert check_listing(listed=75, lost=25, pool=100, max_stale_fraction=0.25) is None
 
 
-def test_a_listing_above_the_limit_is_held_and_says_so() -> None:
-    refused = held(listed=74, lost=26, pool=100, max_stale_fraction=0.25)
-    assert refused is not None
-    assert refused.code == "SYNC_HELD"
-    assert "26 of 100" in refused.message
-    assert "25%" in refused.message
+def test_a_listing_above_the_limit_is_held() -> None:
+    refusal = check_listing(listed=74, lost=26, pool=100, max_stale_fraction=0.25)
+    assert refusal is not None
+    assert refusal.code == "SYNC_HELD"
+    assert "26 of 100" in refusal.message
+    assert "25%" in refusal.message
 
 
-def test_an_empty_listing_is_held_even_of_an_empty_pool() -> None:
-    assert held(listed=0, lost=0, pool=0, max_stale_fraction=1) is not None
+def test_an_empty_listing_is_held_even_for_an_empty_pool() -> None:
+    assert check_listing(listed=0, lost=0, pool=0, max_stale_fraction=1) is not None
 
 
-def test_the_first_listing_of_an_empty_pool_is_not_held() -> None:
-    assert held(listed=10, lost=0, pool=0, max_stale_fraction=0) is None
+def test_the_first_listing_of_an_empty_pool_is_applied() -> None:
+    assert check_listing(listed=10, lost=0, pool=0, max_stale_fraction=0) is None

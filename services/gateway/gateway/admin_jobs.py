@@ -1,35 +1,39 @@
-"""Work that an administrator starts and that may take longer than a request: the answer, if it comes in time, or
-a job to ask after."""
+"""Jobs of administrators (sync and clean-up), which may take longer than an HTTP request."""
 
 import asyncio
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import Request, Response
 
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import Command, RecordJob
-from sandbox_broker.contract.replies import Recorded, Reply
-from sandbox_broker.contract.types import JobKind
+from sandbox_broker.contract.replies import Recorded
+from sandbox_broker.contract.types import JobKind, Message
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
 
+R = TypeVar("R", bound=Message)
 
-async def run(
+
+async def run_job(
     request: Request,
     response: Response,
     kind: JobKind,
     queue: topology.Queue,
-    command: Callable[[uuid.UUID], Command],
+    build_command: Callable[[uuid.UUID], Command],
     *,
+    reply_type: type[R],
     unavailable: tuple[str, str],
-) -> Reply | JobRunning:
-    """Sends the command that starts the job. Its record is made first: whoever is told of a job finds it.
+) -> R | JobRunning:
+    """Start the job. Return its reply, or the 202 response with the job id if there is no reply in time.
 
-    `unavailable` is the error when nobody works on that queue: its code, and the service's name.
+    The job is recorded before the command is sent, so that the job in a 202 response always exists. `unavailable`
+    is the error code and the name of the service, for a queue without consumers. Raises ApiError.
     """
     context: Context = request.app.state.context
     loop = asyncio.get_running_loop()
@@ -42,8 +46,10 @@ async def run(
         if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         request.scope["state"]["ids"] = {"job_id": str(job_id)}
-        await _record(context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline)
-        return await context.requester.request(queue, command(job_id), timeout_sec=deadline - loop.time())
+        await _record_job(
+            context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
+        )
+        reply = await context.requester.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
     except (Disconnected, Unroutable) as error:
         raise ApiError(code, "The queue is down. Try again shortly.") from error
     except TimeoutError:
@@ -51,13 +57,16 @@ async def run(
         response.status_code = 202
         response.headers["Location"] = running.job_url
         return running
+    if not isinstance(reply, reply_type):
+        raise_for_refusal(reply)
+    return reply
 
 
-async def _record(context: Context, command: RecordJob, deadline: float) -> None:
-    left = deadline - asyncio.get_running_loop().time()
+async def _record_job(context: Context, command: RecordJob, deadline: float) -> None:
+    remaining_sec = deadline - asyncio.get_running_loop().time()
     try:
-        reply = await context.requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=left)
+        reply = await context.requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
     except TimeoutError as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not answer. Try again shortly.") from error
+        raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not reply. Try again shortly.") from error
     if not isinstance(reply, Recorded):
-        refuse(reply)
+        raise_for_refusal(reply)

@@ -1,7 +1,7 @@
-"""From an HTTP request to a reply of the allocator.
+"""RPC client of the gateway for allocator commands. It coalesces concurrent requests.
 
-Requests that wait while an envelope is being published go out together in the next one: under load the queue
-carries few large messages, and a lone request waits for nobody.
+New requests are queued while an envelope is being published. The next envelope carries all of them. Under load the
+RabbitMQ queue therefore holds few large messages, and a single request is published without delay.
 """
 
 import asyncio
@@ -23,121 +23,128 @@ from sandbox_broker.messaging.rpc_client import Requester
 from sandbox_broker.observability import log_context
 
 MAX_IN_FLIGHT = 2000
-"""Requests that wait for a reply; past that the next is refused at once instead of making all of them late."""
-WATCH_PERIOD_SEC = 0.5
-LOOK_TIMEOUT_SEC = 1.0
-"""For an answer of RabbitMQ about an allocator that was not there."""
-DOUBT_SEC = 3.0
-"""For one about an allocator that was: a slow answer must not fail everybody who waits."""
+"""Limit of requests that wait for a reply. Further requests fail at once, because they would delay all others."""
+PROBE_PERIOD_SEC = 0.5
+PROBE_TIMEOUT_WHEN_DOWN_SEC = 1.0
+"""Probe timeout while the allocator is considered down."""
+PROBE_TIMEOUT_WHEN_UP_SEC = 3.0
+"""Probe timeout while the allocator is considered up. It is longer: a failed probe fails all pending requests."""
 
-_WAITING = "gateway.waiting"
+_PENDING_REPLY = "gateway.pending_reply"
 
 log = structlog.get_logger()
 
 
-class Unavailable(Exception):
-    """The queue or the allocator is down, or too many requests are in flight."""
+class AllocatorUnavailable(Exception):
+    """RabbitMQ or the allocator is down, or too many requests are in flight."""
 
 
-class Gone(Exception):
-    """The client has disconnected: nobody waits for the answer."""
+class ClientDisconnected(Exception):
+    """The HTTP client has disconnected."""
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class _PendingRequest:
     command: Command
     deadline: float
+    """Time of the event loop."""
     reply: asyncio.Future[Reply]
 
 
-class Allocator:
-    """The allocator, as the gateway sees it. `run` and `watch` must be running."""
+class AllocatorClient:
+    """RPC client for allocator commands. The tasks `run` and `watch` must be running."""
 
     def __init__(self, publisher: Publisher, requester: Requester) -> None:
         self._publisher = publisher
         self._requester = requester
-        self._waiting: deque[_Entry] = deque()
+        self._queued: deque[_PendingRequest] = deque()
         self._wake = asyncio.Event()
-        self._in_flight: set[_Entry] = set()
+        self._in_flight: set[_PendingRequest] = set()
         self._present = False
-        self._looking: asyncio.Task[None] | None = None
+        self._probe: asyncio.Task[None] | None = None
 
     @property
     def in_flight(self) -> int:
+        """Number of requests that wait for a reply."""
         return len(self._in_flight)
 
-    async def ask(self, command: Command, *, timeout_sec: float, scope: Scope | None = None) -> Reply:
-        """Raises Unavailable, or TimeoutError: then the command may still be carried out. So it may on Gone, where
-        `scope` is that of a request whose client leaves."""
+    async def request(self, command: Command, *, timeout_sec: float, scope: Scope | None = None) -> Reply:
+        """Send the command and return its reply.
+
+        `scope` is the ASGI scope of the HTTP request; `cancel_pending` cancels the request by it. Raises
+        AllocatorUnavailable, TimeoutError or ClientDisconnected. The allocator may still execute the command after
+        any of these errors.
+        """
         if not self._present:
-            await self._look()  # it may have come since the last look
+            await self._refresh_presence()  # an allocator may have started since the last probe
         if not (self._present and self._requester.connected):
-            raise Unavailable("The queue or the allocator is down.")
+            raise AllocatorUnavailable("The queue or the allocator is down.")
         if self.in_flight >= MAX_IN_FLIGHT:
-            raise Unavailable("Too many requests are in flight.")
+            raise AllocatorUnavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
-        entry = _Entry(command, loop.time() + timeout_sec, loop.create_future())
-        timer = loop.call_at(entry.deadline, _expire, entry)
+        pending = _PendingRequest(command, loop.time() + timeout_sec, loop.create_future())
+        timer = loop.call_at(pending.deadline, _expire, pending)
         if scope is not None:
-            scope[_WAITING] = entry.reply
-        self._in_flight.add(entry)
-        self._waiting.append(entry)
+            scope[_PENDING_REPLY] = pending.reply
+        self._in_flight.add(pending)
+        self._queued.append(pending)
         self._wake.set()
         try:
-            return await entry.reply
+            return await pending.reply
         except Disconnected as error:
-            raise Unavailable("The queue or the allocator went away.") from error
+            raise AllocatorUnavailable("The connection to the queue or the allocator was lost.") from error
         finally:
             timer.cancel()
-            self._in_flight.discard(entry)
+            self._in_flight.discard(pending)
 
     async def run(self) -> None:
+        """Publish queued requests until cancelled."""
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while entries := self._next_envelope():
-                await self._send(entries)
+            while batch := self._take_batch():
+                await self._send(batch)
 
-    def _next_envelope(self) -> list[_Entry]:
-        entries: list[_Entry] = []
-        while self._waiting and len(entries) < MAX_ENVELOPE:
-            entry = self._waiting.popleft()
-            if not entry.reply.done():  # else the caller has gone
-                entries.append(entry)
-        return entries
+    def _take_batch(self) -> list[_PendingRequest]:
+        batch: list[_PendingRequest] = []
+        while self._queued and len(batch) < MAX_ENVELOPE:
+            pending = self._queued.popleft()
+            if not pending.reply.done():  # done: timed out or cancelled while queued
+                batch.append(pending)
+        return batch
 
-    async def _send(self, entries: Sequence[_Entry]) -> None:
-        left = max(entry.deadline for entry in entries) - asyncio.get_running_loop().time()
+    async def _send(self, batch: Sequence[_PendingRequest]) -> None:
+        remaining_sec = max(pending.deadline for pending in batch) - asyncio.get_running_loop().time()
         try:
             replies = await self._requester.send(
                 topology.ALLOCATOR_COMMANDS,
-                [entry.command for entry in entries],
-                timeout_sec=max(left, 0.001),
+                [pending.command for pending in batch],
+                timeout_sec=max(remaining_sec, 0.001),
             )
         except (Disconnected, Unroutable) as error:
-            request_ids = [entry.command.request_id for entry in entries[: log_context.MAX_IDS]]
-            log.warning("command.not_sent", error=str(error), commands=len(entries), request_ids=request_ids)
-            for entry in entries:
-                if not entry.reply.done():
-                    entry.reply.set_exception(Disconnected(str(error)))
+            request_ids = [pending.command.request_id for pending in batch[: log_context.MAX_IDS]]
+            log.warning("command.not_sent", error=str(error), commands=len(batch), request_ids=request_ids)
+            for pending in batch:
+                if not pending.reply.done():
+                    pending.reply.set_exception(Disconnected(str(error)))
         else:
-            replies.add_done_callback(partial(_hand_out, entries))
+            replies.add_done_callback(partial(_deliver_replies, batch))
 
     async def watch(self) -> None:
-        """Looks whether anybody consumes the commands: nobody home is told at once, not after a time-out."""
+        """Poll the consumer count of the command queue, so that requests fail at once when no allocator runs."""
         while True:
-            await self._look()
-            await asyncio.sleep(WATCH_PERIOD_SEC)
+            await self._refresh_presence()
+            await asyncio.sleep(PROBE_PERIOD_SEC)
 
-    async def _look(self) -> None:
-        """One look at a time, whoever waits for it."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._count_consumers())
-        await asyncio.shield(self._looking)
+    async def _refresh_presence(self) -> None:
+        """Probe the allocator. Concurrent callers share one probe."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._count_consumers())
+        await asyncio.shield(self._probe)
 
     async def _count_consumers(self) -> None:
         try:
-            timeout_sec = DOUBT_SEC if self._present else LOOK_TIMEOUT_SEC
+            timeout_sec = PROBE_TIMEOUT_WHEN_UP_SEC if self._present else PROBE_TIMEOUT_WHEN_DOWN_SEC
             present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name, timeout_sec=timeout_sec) > 0
         except Disconnected:
             present = False
@@ -145,29 +152,29 @@ class Allocator:
             log.info("allocator.present" if present else "allocator.absent")
         self._present = present
         if not present:
-            for entry in self._in_flight:
-                if not entry.reply.done():
-                    entry.reply.set_exception(Disconnected("no allocator is there to answer"))
+            for pending in self._in_flight:
+                if not pending.reply.done():
+                    pending.reply.set_exception(Disconnected("no allocator consumes the command queue"))
 
 
-def leave(scope: Scope) -> None:
-    """The client of this request has gone. Who waits for its reply is freed, and what was not sent yet never is."""
-    reply: asyncio.Future[Reply] | None = scope.get(_WAITING)
+def cancel_pending(scope: Scope) -> None:
+    """Fail the pending request of this HTTP request with ClientDisconnected. An unsent command is never sent."""
+    reply: asyncio.Future[Reply] | None = scope.get(_PENDING_REPLY)
     if reply is not None and not reply.done():
-        reply.set_exception(Gone())
+        reply.set_exception(ClientDisconnected())
 
 
-def _expire(entry: _Entry) -> None:
-    if not entry.reply.done():
-        entry.reply.set_exception(TimeoutError("no reply in time"))
+def _expire(pending: _PendingRequest) -> None:
+    if not pending.reply.done():
+        pending.reply.set_exception(TimeoutError("no reply in time"))
 
 
-def _hand_out(entries: Sequence[_Entry], replies: asyncio.Future[tuple[Reply, ...]]) -> None:
+def _deliver_replies(batch: Sequence[_PendingRequest], replies: asyncio.Future[tuple[Reply, ...]]) -> None:
     error = Disconnected("cancelled") if replies.cancelled() else replies.exception()
-    for place, entry in enumerate(entries):
-        if entry.reply.done():
+    for index, pending in enumerate(batch):
+        if pending.reply.done():
             continue
         if error is None:
-            entry.reply.set_result(replies.result()[place])
+            pending.reply.set_result(replies.result()[index])
         else:
-            entry.reply.set_exception(error)
+            pending.reply.set_exception(error)

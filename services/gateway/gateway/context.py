@@ -4,25 +4,25 @@ from dataclasses import dataclass
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
-from gateway.allocator_client import Allocator
-from gateway.queries.status import Outlook
+from gateway.allocator_client import AllocatorClient
+from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
-from gateway.web.rate_limit import Limits
+from gateway.web.rate_limit import RateLimits
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import Requester
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the routes work with: `app.state.context`."""
+    """Dependencies of the routes, in `app.state.context`."""
 
     settings: Settings
     auth: Auth
-    limits: Limits | None
+    rate_limits: RateLimits | None
     client_address: Callable[[Scope], str]
     engine: AsyncEngine
     publisher: Publisher
     requester: Requester
-    allocator: Allocator
-    outlook: Outlook
+    allocator: AllocatorClient
+    status_reporter: StatusReporter

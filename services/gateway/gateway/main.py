@@ -1,4 +1,4 @@
-"""Wiring of the gateway: HTTP in, messages out."""
+"""Wiring of the gateway: the HTTP application and its connections to RabbitMQ and PostgreSQL."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -16,12 +16,12 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Allocator
+from gateway.allocator_client import AllocatorClient
 from gateway.api import docs, errors
 from gateway.api.errors import ApiError
 from gateway.context import Context
-from gateway.queries.queue_metrics import Queues
-from gateway.queries.status import Outlook
+from gateway.queries.queue_metrics import QueueMetrics
+from gateway.queries.status import StatusReporter
 from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, track
 from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
@@ -34,29 +34,31 @@ from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
 
 POOL_TIMEOUT_SEC = 2
-"""How long a read waits for one of the database connections."""
+"""Longest wait of a read for a database connection."""
 
 
 class Gateway(FastAPI):
-    """FastAPI, but for the one route that must be fast. That goes straight to its function: routing, solving
-    dependencies and the middleware of the framework would cost more than all that the route itself does."""
+    """FastAPI application that bypasses the framework for POST /v1/allocate.
 
-    _fast = request_middleware.Envelope(track.fast_allocate, endpoint=track.ALLOCATE)
+    The routing, dependencies and middleware of FastAPI take more processor time than the route itself.
+    """
+
+    _allocate = request_middleware.RequestMiddleware(track.fast_allocate, endpoint=track.ALLOCATE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == track.ALLOCATE and scope["method"] == "POST":
             scope["app"] = self
-            await self._fast(scope, receive, send)
+            await self._allocate(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
 
 class CrossOriginGateway(Gateway):
-    """One that pages of other origins may ask too."""
+    """Gateway that browser pages of `allowed_origins` may call."""
 
-    def __init__(self, allowed_origins: Sequence[str], **named: Any) -> None:
-        super().__init__(**named)
-        self._cors = cors.Cors(super().__call__, allowed_origins)
+    def __init__(self, allowed_origins: Sequence[str], **options: Any) -> None:
+        super().__init__(**options)
+        self._cors = cors.CrossOriginMiddleware(super().__call__, allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -70,7 +72,7 @@ def create_app(settings: Settings) -> Gateway:
     engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = Requester(settings.amqp_url, "gateway", publisher)
-    allocator = Allocator(publisher, requester)
+    allocator = AllocatorClient(publisher, requester)
     metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
     async def queue() -> str | None:
@@ -79,7 +81,9 @@ def create_app(settings: Settings) -> Gateway:
     async def database() -> str | None:
         return await connections.ping(engine)
 
-    tasks = service.lifespan(publisher.run, requester.run, allocator.run, allocator.watch, Queues(publisher).watch)
+    tasks = service.lifespan(
+        publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch
+    )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -87,7 +91,7 @@ def create_app(settings: Settings) -> Gateway:
             yield
         await engine.dispose()
 
-    allowed_origins = cors.origins(settings.cors_allowed_origins)
+    allowed_origins = cors.parse_origins(settings.cors_allowed_origins)
     app = (partial(CrossOriginGateway, allowed_origins) if allowed_origins else Gateway)(
         title="Sandbox Broker",
         version="1",
@@ -103,24 +107,26 @@ def create_app(settings: Settings) -> Gateway:
             RequestValidationError: _invalid_request,
         },
     )
-    limited = rate_limit.build_rate_limits(rate_limit.rate(settings.rate_limit)) if settings.rate_limit else None
+    rate_limits = (
+        rate_limit.build_rate_limits(rate_limit.parse_rate(settings.rate_limit)) if settings.rate_limit else None
+    )
     find_client = client_address.build_client_address(client_address.parse_networks(settings.trusted_proxies))
-    judge = auth.Auth(
+    authentication = auth.Auth(
         settings.broker_api_token,
         settings.broker_admin_token,
-        limited.failures if limited else None,
+        rate_limits.failures if rate_limits else None,
         find_client,
     )
-    outlook = Outlook(publisher, engine)
+    status_reporter = StatusReporter(publisher, engine)
     app.state.context = Context(
-        settings, judge, limited, find_client, engine, publisher, requester, allocator, outlook
+        settings, authentication, rate_limits, find_client, engine, publisher, requester, allocator, status_reporter
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
-    # Added as routes of FastAPI: only then they are in the OpenAPI document, and metrics know their paths.
+    # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(
             route.path,
@@ -130,44 +136,43 @@ def create_app(settings: Settings) -> Gateway:
         )
     if settings.docs_enabled:
         docs.add_routes(app)
-    app.add_middleware(request_middleware.Envelope)
+    app.add_middleware(request_middleware.RequestMiddleware)
     return app
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)  # noqa: S101 (how Starlette types its handlers)
-    return errors.response(error, request.scope["state"])
+    assert isinstance(error, ApiError)  # noqa: S101 (for the type of handlers in Starlette)
+    return errors.build_response(error, request.scope["state"])
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     headers = error.headers
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers = {"Allow": ", ".join(_methods(request))}
+        headers = {"Allow": ", ".join(_allowed_methods(request))}
     settings = request.app.state.context.settings
-    refused = errors.of_status(
+    response_error = errors.from_status(
         error.status_code, request.method, request.scope["path"], headers, docs_enabled=settings.docs_enabled
     )
-    return errors.response(refused, request.scope["state"])
+    return errors.build_response(response_error, request.scope["state"])
 
 
-def _methods(request: Request) -> list[str]:
-    """All that the path takes. A route knows only its own, and some paths have several routes."""
-    asked = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
-    track = request.app.routes
+def _allowed_methods(request: Request) -> list[str]:
+    """Return the methods of all routes of the path. Some paths have several routes."""
+    scope = {"type": "http", "path": request.scope["path"], "root_path": "", "headers": []}
     return [
         method
         for method in sorted(request_middleware.METHODS)
-        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in track)
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]
 
 
 async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     fields = [{"field": _field(problem), "problem": str(problem["msg"])} for problem in error.errors()]
-    named = ", ".join(field["field"] for field in fields)
-    refused = ApiError("INVALID_REQUEST", f"Correct {named} and send it again.", fields=fields)
-    return errors.response(refused, request.scope["state"])
+    names = ", ".join(field["field"] for field in fields)
+    message = f"The request has invalid parameters: {names}. Correct them, then send the request again."
+    return errors.build_response(ApiError("INVALID_REQUEST", message, fields=fields), request.scope["state"])
 
 
 def _field(problem: Mapping[str, object]) -> str:

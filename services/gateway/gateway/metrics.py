@@ -1,48 +1,51 @@
-"""The gateway's metrics."""
+"""Metrics of the gateway."""
 
 from functools import cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
 _REQUEST_LATENCY = Histogram(
-    "broker_request_latency_seconds", "HTTP requests by route and status", ["method", "endpoint", "status"]
+    "broker_request_latency_seconds",
+    "Duration of HTTP requests by route and status",
+    ["method", "endpoint", "status"],
 )
 
 
 @cache
 def request_latency(method: str, endpoint: str, status: int) -> Histogram:
-    """One combination of labels, of which there are few; finding it costs more than observing."""
+    """Return the histogram of these labels. It is cached, because a look-up costs more than observing."""
     return _REQUEST_LATENCY.labels(method, endpoint, status)
 
 
-ALLOCATIONS = Counter("broker_allocate_total", "Answers to POST /v1/allocate", ["outcome"])
+ALLOCATIONS = Counter("broker_allocate_total", "Responses to POST /v1/allocate by outcome", ["outcome"])
 ALLOCATED, REPEATED = (ALLOCATIONS.labels(outcome) for outcome in ("allocated", "idempotent"))
 IDEMPOTENT_HITS = Counter(
-    "broker_allocate_idempotent_hits_total", "Allocations answered with the lease the student had"
+    "broker_allocate_idempotent_hits_total", "Allocations that returned the existing lease of the student"
 )
 ALLOCATION_LATENCY = Histogram(
     "broker_allocation_latency_seconds",
-    "From a valid request to its answer",
+    "Duration of an allocation, from a valid request to its response",
     buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
 AUTH_FAILURES = Counter(
     "broker_auth_failures_total",
-    "Requests that were refused for their token: missing, unknown, or a track token on an admin route (forbidden)",
+    "Requests refused because of their token: missing, unknown, or a track token on an admin route (forbidden)",
     ["reason"],
 )
 SLOW_CLIENTS = Counter(
     "broker_slow_clients_total",
-    "Connections cut off: a client did not finish its request or read its response in time, or sent too much",
+    "Connections closed by the gateway: an unfinished request, an unread response, too much data or too many "
+    "connections",
     ["reason"],
 )
-DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Answers to mark-for-deletion", ["outcome"])
-IN_FLIGHT = Gauge("broker_gateway_in_flight", "Requests that wait for the allocator's answer")
+DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Responses to mark-for-deletion by outcome", ["outcome"])
+IN_FLIGHT = Gauge("broker_gateway_in_flight", "Requests that wait for a reply of the allocator")
 
-# Of each queue; every gateway tells the same.
-QUEUE_DEPTH = Gauge("broker_queue_depth", "Messages that wait to be taken", ["queue"])
+# Metrics of each queue. Every gateway reports the same values.
+QUEUE_DEPTH = Gauge("broker_queue_depth", "Messages that wait for delivery", ["queue"])
 QUEUE_AGE = Gauge(
     "broker_queue_oldest_message_age_seconds",
-    "How old the oldest message can be at most: since when this gateway has not seen the queue empty",
+    "Upper bound of the age of the oldest message: time since this gateway last saw the queue empty",
     ["queue"],
 )
-QUEUE_CONSUMERS = Gauge("broker_queue_consumers", "Consumers, those that stand by included", ["queue"])
+QUEUE_CONSUMERS = Gauge("broker_queue_consumers", "Consumers, including standby consumers", ["queue"])

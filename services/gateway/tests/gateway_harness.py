@@ -1,4 +1,4 @@
-"""A gateway on the real RabbitMQ and PostgreSQL, and what stands in for the services on the far side of the bus."""
+"""Gateway on a real RabbitMQ and PostgreSQL, and fakes of the services that reply to its commands."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -104,7 +104,7 @@ def refuse(code: Any, message: str = "because") -> Answer:
 
 @dataclass
 class FarSide:
-    """A service that consumes a queue of commands and answers what the test wants."""
+    """Fake service that consumes a command queue. Its replies come from `answer`."""
 
     queue: topology.Queue
     answer: Answer = say_yes
@@ -128,8 +128,8 @@ class FarSide:
                 self.envelopes.append(commands)
                 replies = tuple([await self.answer(command) for command in commands])  # type: ignore[arg-type]
                 body = ReplyEnvelope(replies=replies).model_dump_json().encode()
-                answered = aio_pika.Message(body, correlation_id=message.correlation_id)
-                await replies_exchange.publish(answered, message.reply_to or "", mandatory=False)
+                reply = aio_pika.Message(body, correlation_id=message.correlation_id)
+                await replies_exchange.publish(reply, message.reply_to or "", mandatory=False)
 
             await queue.consume(handle)
             yield
@@ -149,7 +149,7 @@ class Gateway:
         return await self.client.post("/v1/allocate", headers=raw({**STUDENT, **named}))
 
     async def present(self) -> None:
-        """Returns when the gateway knows of a consumer of its commands."""
+        """Wait until the gateway is connected and has seen a consumer of its commands."""
         await until(
             lambda: self.app.state.context.allocator._present and self.app.state.context.requester.connected
         )
@@ -164,7 +164,7 @@ class Gateway:
 
 
 def raw(headers: Mapping[str, str | bytes]) -> list[tuple[bytes, bytes]]:
-    """Headers for httpx, byte for byte."""
+    """Return the headers for httpx as exact bytes."""
     return [
         (name.encode(), value if isinstance(value, bytes) else value.encode()) for name, value in headers.items()
     ]
@@ -185,7 +185,7 @@ def settings(**changes: Any) -> Settings:
 
 
 def create_app_without_servers(**changes: Any) -> FastAPI:
-    """It does not run, so it has nobody to ask; what needs nobody works."""
+    """Return an application without its lifespan. Routes that need RabbitMQ or the database return 503."""
     return create_app(settings(**changes))
 
 
@@ -196,7 +196,7 @@ def client(app: ASGIApp) -> httpx.AsyncClient:
 
 @asynccontextmanager
 async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> AsyncIterator[Gateway]:
-    """A gateway that is connected; with `far_sides` the services that it asks are there."""
+    """Run a connected gateway; with `far_sides`, all services that it sends commands to are running."""
     app = create_app(settings(amqp_url=amqp_url, **changes))
     queues = (
         topology.ALLOCATOR_COMMANDS,
@@ -204,27 +204,29 @@ async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> A
         topology.SYNCER_COMMANDS,
         topology.REAPER_COMMANDS,
     )
-    far = [FarSide(queue) for queue in queues]
+    services = [FarSide(queue) for queue in queues]
     async with app.router.lifespan_context(app), client(app) as http:
-        gateway = Gateway(app, http, *far)
+        gateway = Gateway(app, http, *services)
         await until(lambda: app.state.context.requester.connected)
         if not far_sides:
             yield gateway
             return
         async with AsyncExitStack() as stack:
-            for far_side in far:
+            for far_side in services:
                 await stack.enter_async_context(far_side.consuming(amqp_url))
             await gateway.present()
             yield gateway
 
 
 class Cable:
-    """Between us and RabbitMQ; one that can be pulled. It can also hold back every declaration of one queue, so
-    that RabbitMQ seems not to answer about this queue."""
+    """TCP proxy in front of RabbitMQ that can be disconnected.
+
+    It can also delay each declaration of one queue. RabbitMQ then seems not to respond for this queue.
+    """
 
     def __init__(self, amqp_url: str) -> None:
         self.held: list[tuple[asyncio.StreamWriter, bytes]] = []
-        """Declarations that were held back."""
+        """Delayed declarations."""
         self._silent: bytes | None = None
         self._parts = urlsplit(amqp_url)
         self._server: asyncio.Server | None = None
@@ -258,11 +260,11 @@ class Cable:
         await until(lambda: not self._ends)
 
     def silence(self, queue: str) -> None:
-        """Hold back the declarations of this queue until `answer`."""
+        """Delay the declarations of this queue until `answer()`."""
         self._silent = queue.encode()
 
     def answer(self) -> None:
-        """Pass on what was held back, as when the node of the queue is back."""
+        """Forward the delayed declarations, as if the node of the queue had returned."""
         self._silent = None
         for writer, held in self.held:
             writer.write(held)
@@ -273,7 +275,7 @@ class Cable:
         await asyncio.gather(self._pump_frames(reader, far_writer), self._pump(far_reader, writer))
 
     async def _pump_frames(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """As `_pump`, frame by frame (AMQP 0-9-1, section 2.3)."""
+        """Forward data like `_pump()`, but frame by frame (AMQP 0-9-1, section 2.3)."""
         self._ends.add(writer)
         try:
             writer.write(await reader.readexactly(len(b"AMQP\0\0\x09\x01")))
@@ -306,20 +308,20 @@ class Cable:
 
 async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
     async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (what it looks at knows no events)
+        while not condition():  # noqa: ASYNC110 (the condition has no event to wait for)
             await asyncio.sleep(0.005)
 
 
 def detail(response: httpx.Response) -> dict[str, Any]:
-    """What the one error body holds, after a look at the body itself."""
+    """Return the `detail` of an error response, after checks of the whole body."""
     body = response.json()
     assert set(body) == {"detail"}
     assert set(body["detail"]) - {"retry_after", "fields"} == {"code", "message", "request_id"}
     assert body["detail"]["request_id"] == response.headers["X-Request-ID"]
     retry_after = body["detail"].get("retry_after")
     assert response.headers.get("Retry-After") == (None if retry_after is None else str(retry_after))
-    found: dict[str, Any] = body["detail"]
-    return found
+    result: dict[str, Any] = body["detail"]
+    return result
 
 
 def sample(name: str, **labels: str) -> float:

@@ -1,4 +1,4 @@
-"""What an administrator does to sandboxes: clean up now, end a lease, try a deletion anew."""
+"""Tests of the admin routes for actions: clean-up, release of a sandbox, and retry of a deletion."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -29,34 +29,34 @@ def gateway(shared_gateway: Gateway) -> Gateway:
     return shared_gateway
 
 
-async def test_a_clean_up_that_ends_in_time_tells_what_it_did(gateway: Gateway) -> None:
+async def test_clean_up_that_ends_in_time_returns_its_result(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/admin/cleanup", headers=ADMIN)
     assert response.status_code == 200
     assert response.json() == {"status": "completed", "deleted": 3, "failed": 1, "duration_ms": 34}
-    (begun,), (asked,) = gateway.maintenance.commands, gateway.reaper.commands
-    assert isinstance(begun, RecordJob)
-    assert isinstance(asked, CleanUpNow)
-    assert (begun.kind, begun.state, begun.job_id) == ("cleanup", "running", asked.job_id)
-    assert asked.request_id == response.headers["X-Request-ID"]
+    (job,), (command,) = gateway.maintenance.commands, gateway.reaper.commands
+    assert isinstance(job, RecordJob)
+    assert isinstance(command, CleanUpNow)
+    assert (job.kind, job.state, job.job_id) == ("cleanup", "running", command.job_id)
+    assert command.request_id == response.headers["X-Request-ID"]
 
 
 @pytest.mark.parametrize(
     ("code", "status"), [("CSP_UNAVAILABLE", 502), ("ALLOCATOR_UNAVAILABLE", 503), ("INTERNAL_ERROR", 500)]
 )
-async def test_a_clean_up_that_is_refused_becomes_its_status(gateway: Gateway, code: str, status: int) -> None:
+async def test_refused_clean_up_returns_the_status_of_its_code(gateway: Gateway, code: str, status: int) -> None:
     gateway.reaper.answer = refuse(code)
     response = await gateway.client.post("/v1/admin/cleanup", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (status, code)
 
 
-async def test_a_job_that_cannot_be_recorded_is_not_begun(gateway: Gateway) -> None:
+async def test_job_without_a_record_is_not_started(gateway: Gateway) -> None:
     gateway.maintenance.answer = refuse("ALLOCATOR_UNAVAILABLE")
     response = await gateway.client.post("/v1/admin/cleanup", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
     assert gateway.reaper.commands == []
 
 
-async def test_a_lease_is_ended_with_the_reason_given(gateway: Gateway) -> None:
+async def test_release_passes_the_reason_to_the_allocator(gateway: Gateway) -> None:
     response = await gateway.client.post(
         "/v1/admin/sandboxes/7/release", headers=ADMIN, params={"reason": "schüler left"}
     )
@@ -67,13 +67,13 @@ async def test_a_lease_is_ended_with_the_reason_given(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("parameters", [{}, {"reason": " "}, {"reason": "a" * 501}, {"reason": "a\0b"}])
-async def test_a_lease_is_not_ended_without_a_reason(gateway: Gateway, parameters: dict[str, str]) -> None:
+async def test_release_without_a_valid_reason_returns_400(gateway: Gateway, parameters: dict[str, str]) -> None:
     response = await gateway.client.post("/v1/admin/sandboxes/7/release", headers=ADMIN, params=parameters)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_REQUEST")
     assert gateway.maintenance.commands == []
 
 
-async def test_a_failed_deletion_is_sent_back(gateway: Gateway) -> None:
+async def test_retry_of_a_failed_deletion(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/admin/sandboxes/7/retry-deletion", headers=ADMIN)
     assert (response.status_code, response.json()) == (200, RELEASED)
     (command,) = gateway.maintenance.commands
@@ -86,7 +86,7 @@ async def test_a_failed_deletion_is_sent_back(gateway: Gateway) -> None:
     ("code", "status"),
     [("SANDBOX_NOT_FOUND", 404), ("NOT_ALLOCATED", 409), ("NOT_DELETION_FAILED", 409)],
 )
-async def test_a_refusal_becomes_its_status(gateway: Gateway, route: str, code: str, status: int) -> None:
+async def test_refusal_returns_the_status_of_its_code(gateway: Gateway, route: str, code: str, status: int) -> None:
     gateway.maintenance.answer = refuse(code, "do something else")
     response = await gateway.client.post(route, headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (status, code)
@@ -94,14 +94,14 @@ async def test_a_refusal_becomes_its_status(gateway: Gateway, route: str, code: 
 
 
 @pytest.mark.parametrize("route", ROUTES[1:])
-async def test_an_id_that_cannot_be_one_is_404(gateway: Gateway, route: str) -> None:
+async def test_invalid_sandbox_id_returns_404(gateway: Gateway, route: str) -> None:
     response = await gateway.client.post(route.replace("/7/", f"/{'7' * 200}/"), headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (404, "SANDBOX_NOT_FOUND")
     assert gateway.maintenance.commands == []
 
 
 @pytest.mark.parametrize("route", [*ROUTES, f"/v1/admin/jobs/{uuid.UUID(int=7)}"])
-async def test_a_students_token_is_not_enough(gateway: Gateway, route: str) -> None:
+async def test_track_token_returns_403(gateway: Gateway, route: str) -> None:
     method = "GET" if "/jobs/" in route else "POST"
     response = await gateway.client.request(method, route, headers=TRACK)
     assert (response.status_code, detail(response)["code"]) == (403, "FORBIDDEN")

@@ -1,4 +1,4 @@
-"""Admin routes whose far side is slow or away."""
+"""Tests of admin routes while a service is slow or down."""
 
 from collections.abc import AsyncIterator
 
@@ -13,38 +13,38 @@ SANDBOX_ROUTES = ["/v1/admin/sandboxes/7/release?reason=gone", "/v1/admin/sandbo
 
 
 @pytest.fixture
-async def impatient(amqp_url: str, clean_database: str) -> AsyncIterator[Gateway]:
-    """One that waits for an answer for a moment only."""
+async def gateway(amqp_url: str, clean_database: str) -> AsyncIterator[Gateway]:
+    """Gateway with a short timeout for admin requests."""
     async with running(amqp_url, database_url=clean_database, admin_wait_sec=0.5) as gateway:
         yield gateway
 
 
-async def test_one_that_takes_longer_is_a_job_to_ask_after(impatient: Gateway) -> None:
-    impatient.reaper.answer = say_nothing
-    response = await impatient.client.post("/v1/admin/cleanup", headers=ADMIN)
+async def test_slow_clean_up_returns_202_with_the_job(gateway: Gateway) -> None:
+    gateway.reaper.answer = say_nothing
+    response = await gateway.client.post("/v1/admin/cleanup", headers=ADMIN)
     assert response.status_code == 202
-    (asked,) = impatient.reaper.commands
-    assert isinstance(asked, CleanUpNow)
-    url = f"/v1/admin/jobs/{asked.job_id}"
+    (command,) = gateway.reaper.commands
+    assert isinstance(command, CleanUpNow)
+    url = f"/v1/admin/jobs/{command.job_id}"
     assert response.headers["Location"] == url
-    assert response.json() == {"status": "running", "job_id": str(asked.job_id), "job_url": url}
+    assert response.json() == {"status": "running", "job_id": str(command.job_id), "job_url": url}
 
 
-async def test_a_job_is_not_begun_while_the_allocator_is_silent(impatient: Gateway) -> None:
-    impatient.maintenance.answer = say_nothing
-    response = await impatient.client.post("/v1/admin/cleanup", headers=ADMIN)
+async def test_job_is_not_started_while_the_allocator_does_not_reply(gateway: Gateway) -> None:
+    gateway.maintenance.answer = say_nothing
+    response = await gateway.client.post("/v1/admin/cleanup", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
-    assert impatient.reaper.commands == []
+    assert gateway.reaper.commands == []
 
 
 @pytest.mark.parametrize("route", SANDBOX_ROUTES)
-async def test_no_answer_in_time_is_504(impatient: Gateway, route: str) -> None:
-    impatient.maintenance.answer = say_nothing
-    response = await impatient.client.post(route, headers=ADMIN)
+async def test_missing_reply_returns_504(gateway: Gateway, route: str) -> None:
+    gateway.maintenance.answer = say_nothing
+    response = await gateway.client.post(route, headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (504, "MAINTENANCE_TIMEOUT")
 
 
-async def test_a_service_that_is_not_there_is_503_at_once(amqp_url: str, database_url: str) -> None:
+async def test_service_without_consumers_returns_503_at_once(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
         codes = [
             detail(await gateway.client.post(route, headers=ADMIN))["code"]

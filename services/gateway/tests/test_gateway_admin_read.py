@@ -1,4 +1,4 @@
-"""What the gateway reads from the database by itself."""
+"""Tests of the read queries: sandboxes, pool statistics, jobs and readiness."""
 
 import asyncio
 import uuid
@@ -31,7 +31,7 @@ def gateway(shared_gateway: Gateway, database: asyncpg.Connection) -> Gateway:
 
 
 async def add_sandbox(database: asyncpg.Connection, sandbox_id: str, status: str, holder: str | None = None) -> str:
-    """Returns its external id."""
+    """Insert a sandbox and return its external id."""
     external_id = str(uuid.uuid4())
     await database.execute(
         "INSERT INTO sandboxes (sandbox_id, external_id, name, status) VALUES ($1, $2, $3, $4)",
@@ -52,7 +52,7 @@ async def add_sandbox(database: asyncpg.Connection, sandbox_id: str, status: str
 
 
 @pytest.mark.parametrize("status", ["allocated", "pending_deletion", "deleted"])
-async def test_a_student_sees_the_sandbox_also_after_its_release(
+async def test_student_can_read_the_sandbox_also_after_its_release(
     gateway: Gateway, database: asyncpg.Connection, status: str
 ) -> None:
     external_id = await add_sandbox(database, "7", status, holder="student-1")
@@ -72,7 +72,7 @@ async def test_a_student_sees_the_sandbox_also_after_its_release(
 
 
 @pytest.mark.parametrize(("status", "holder"), [("allocated", "student-2"), ("available", None)])
-async def test_another_ones_or_nobodys_sandbox_is_403(
+async def test_sandbox_of_another_student_or_without_a_lease_returns_403(
     gateway: Gateway, database: asyncpg.Connection, status: str, holder: str | None
 ) -> None:
     await add_sandbox(database, "7", status, holder)
@@ -81,12 +81,12 @@ async def test_another_ones_or_nobodys_sandbox_is_403(
     assert "student-2" not in response.text
 
 
-async def test_an_unknown_sandbox_is_404(gateway: Gateway) -> None:
+async def test_unknown_sandbox_returns_404(gateway: Gateway) -> None:
     response = await gateway.client.get("/v1/sandboxes/7", headers=STUDENT)
     assert (response.status_code, detail(response)["code"]) == (404, "SANDBOX_NOT_FOUND")
 
 
-async def test_the_stats_count_every_state(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_stats_count_every_status(gateway: Gateway, database: asyncpg.Connection) -> None:
     empty = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
     assert empty.json() == {"total": 0, "missing": 0, **dict.fromkeys(STATES, 0)}
     for number, status in enumerate(STATES):
@@ -97,7 +97,7 @@ async def test_the_stats_count_every_state(gateway: Gateway, database: asyncpg.C
     assert response.json() == {"total": sum(counts.values()), "missing": 0, **counts}
 
 
-async def test_the_stats_tell_what_students_hold_and_csp_no_longer_lists(
+async def test_stats_count_allocated_sandboxes_that_csp_no_longer_lists(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     for number, status in enumerate(("allocated", "allocated", "allocated", "pending_deletion")):
@@ -107,13 +107,13 @@ async def test_the_stats_tell_what_students_hold_and_csp_no_longer_lists(
     assert (stats["total"], stats["allocated"], stats["missing"]) == (4, 3, 2)
 
 
-async def test_ready_means_that_queue_and_database_answer(gateway: Gateway) -> None:
+async def test_readiness_requires_queue_and_database(gateway: Gateway) -> None:
     response = await gateway.client.get("/readyz")
     assert response.status_code == 200
     assert response.json()["checks"] == {"queue": "ok", "database": "ok"}
 
 
-async def test_readiness_names_the_database_when_that_is_down(amqp_url: str) -> None:
+async def test_readiness_names_a_database_that_is_down(amqp_url: str) -> None:
     async with running(amqp_url, far_sides=False) as gateway:
         response = await gateway.client.get("/readyz")
         assert response.status_code == 503
@@ -122,7 +122,7 @@ async def test_readiness_names_the_database_when_that_is_down(amqp_url: str) -> 
         assert checks["database"] != "ok"
 
 
-async def test_readiness_names_the_queue_when_that_is_down(database_url: str) -> None:
+async def test_readiness_names_a_queue_that_is_down(database_url: str) -> None:
     async with client(create_app_without_servers(database_url=database_url)) as http:
         response = await http.get("/readyz")
     assert response.status_code == 503
@@ -131,7 +131,7 @@ async def test_readiness_names_the_queue_when_that_is_down(database_url: str) ->
     assert checks["queue"] != "ok"
 
 
-async def test_reads_without_a_database_are_503() -> None:
+async def test_reads_without_a_database_return_503() -> None:
     async with client(create_app_without_servers()) as http:
         for path, headers in (("/v1/sandboxes/7", STUDENT), ("/v1/admin/stats", ADMIN)):
             response = await http.get(path, headers=headers)
@@ -140,7 +140,7 @@ async def test_reads_without_a_database_are_503() -> None:
         assert (await http.get("/v1/admin/stats", headers=TRACK)).status_code == 403
 
 
-async def test_a_database_connection_that_is_cut_costs_no_request(
+async def test_request_after_a_lost_database_connection_succeeds(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
@@ -151,7 +151,9 @@ async def test_a_database_connection_that_is_cut_costs_no_request(
     assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
 
 
-async def test_a_read_that_the_database_breaks_off_is_503(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_read_that_the_database_terminates_returns_503(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
     assert (await gateway.client.get("/v1/admin/stats", headers=ADMIN)).status_code == 200
     async with database.transaction():
         await database.execute("LOCK sandboxes IN ACCESS EXCLUSIVE MODE")
@@ -178,7 +180,7 @@ async def add_job(database: asyncpg.Connection, state: str, silent_sec: int = 0)
     return job_id
 
 
-async def test_a_job_tells_how_it_goes(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_job_includes_its_progress(gateway: Gateway, database: asyncpg.Connection) -> None:
     job_id = await add_job(database, "running")
     response = await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)
     assert response.status_code == 200
@@ -198,16 +200,16 @@ async def test_a_job_tells_how_it_goes(gateway: Gateway, database: asyncpg.Conne
     ("state", "silent_sec", "shown"),
     [("running", 100, "running"), ("running", 130, "failed"), ("completed", 100_000, "completed")],
 )
-async def test_a_job_whose_worker_died_has_failed(
+async def test_job_whose_worker_stopped_reporting_has_failed(
     gateway: Gateway, database: asyncpg.Connection, state: str, silent_sec: int, shown: str
 ) -> None:
     job_id = await add_job(database, state, silent_sec)
     job = (await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)).json()
     assert job["state"] == shown
-    assert (job["result"] or {}).get("message", "").startswith("Whoever worked on it has died") == (shown != state)
+    assert (job["result"] or {}).get("message", "").startswith("The worker stopped reporting.") == (shown != state)
 
 
 @pytest.mark.parametrize("job_id", ["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3", "nonsense"])
-async def test_an_unknown_job_is_404(gateway: Gateway, job_id: str) -> None:
+async def test_unknown_job_returns_404(gateway: Gateway, job_id: str) -> None:
     response = await gateway.client.get(f"/v1/admin/jobs/{job_id}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (404, "JOB_NOT_FOUND")

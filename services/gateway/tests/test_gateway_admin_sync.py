@@ -1,4 +1,4 @@
-"""The admin routes about CSP's listing."""
+"""Tests of the admin routes for syncs, leaks and purges."""
 
 import json
 from collections.abc import AsyncIterator
@@ -36,12 +36,12 @@ async def database(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
 async def get(gateway: Gateway, path: str) -> dict[str, Any]:
     response = await gateway.client.get(path, headers=ADMIN)
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    body: dict[str, Any] = response.json()
+    return body
 
 
-async def listing(database: asyncpg.Connection, ended: str, outcome: dict[str, Any]) -> int:
-    """One that was begun at 1728054123 and has ended seven seconds later."""
+async def add_listing(database: asyncpg.Connection, ended: str, outcome: dict[str, Any]) -> int:
+    """Insert a listing that began at 1728054123 and ended 7 s later. Return its id."""
     listing_id: int = await database.fetchval(
         f"INSERT INTO csp_listings (begun_at, {ended}, outcome) "
         "VALUES (to_timestamp(1728054123.9), to_timestamp(1728054130.9), $1) RETURNING listing_id",
@@ -55,32 +55,36 @@ CHANGE = {"count": 30, "examples": [{"sandbox_id": "7", "name": "sandbox-7"}]}
 HELD = {"reason": "because", **dict.fromkeys(("stale", "missing", "moved", "discovered", "restored"), CHANGE)}
 
 
-async def test_before_the_first_sync_there_is_nothing_to_tell(
+async def test_sync_state_and_leaks_are_empty_before_the_first_sync(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
-    await database.execute("INSERT INTO csp_listings DEFAULT VALUES")  # has begun
+    await database.execute("INSERT INTO csp_listings DEFAULT VALUES")  # a listing in progress
     assert await get(gateway, "/v1/admin/sync") == {"applied": None, "held": None}
     assert await get(gateway, "/v1/admin/leaks") == {"leaks": [], "count": 0, "cursor": None, "listed_at": None}
 
 
-async def test_a_held_listing_is_shown_until_a_later_one_is_applied(
+async def test_held_listing_is_returned_until_a_later_listing_is_applied(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     times = {"begun_at": 1728054123}
-    first = await listing(database, "applied_at", APPLIED)
+    first = await add_listing(database, "applied_at", APPLIED)
     applied = {"listing_id": first, **times, "applied_at": 1728054130, **APPLIED}
     assert await get(gateway, "/v1/admin/sync") == {"applied": applied, "held": None}
-    second = await listing(database, "held_at", HELD)
+    second = await add_listing(database, "held_at", HELD)
     held = {"listing_id": second, **times, "held_at": 1728054130, **HELD}
     assert await get(gateway, "/v1/admin/sync") == {"applied": applied, "held": held}
-    third = await listing(database, "applied_at", APPLIED)
+    third = await add_listing(database, "applied_at", APPLIED)
     assert await get(gateway, "/v1/admin/sync") == {"applied": {**applied, "listing_id": third}, "held": None}
 
 
-async def leaky(database: asyncpg.Connection) -> None:
-    """1 to 6: known and fine; unknown; deleted long ago; just deleted; missing; on its way out. 7: unreadable."""
-    await listing(database, "applied_at", APPLIED)
-    await listing(database, "held_at", HELD)
+async def add_leaks(database: asyncpg.Connection) -> None:
+    """Insert seven accounts or sandboxes.
+
+    1: in the pool. 2: unknown. 3: deleted long ago. 4: just deleted. 5: missing. 6: missing, pending deletion.
+    7: an account that could not be parsed.
+    """
+    await add_listing(database, "applied_at", APPLIED)
+    await add_listing(database, "held_at", HELD)
     await database.execute(
         "INSERT INTO csp_accounts (listing_id, sandbox_id, external_id, name) "
         "SELECT min(listing_id), id, 'account-' || id, 'name-' || id FROM csp_listings, unnest($1::text[]) AS id "
@@ -90,7 +94,7 @@ async def leaky(database: asyncpg.Connection) -> None:
     await database.execute(
         "INSERT INTO csp_accounts (listing_id, sandbox_id) SELECT min(listing_id), '7' FROM csp_listings"
     )
-    await database.execute(  # staged for the one that is held
+    await database.execute(  # an account of the held listing
         "INSERT INTO csp_accounts (listing_id, sandbox_id, external_id, name) "
         "SELECT max(listing_id), '8', 'account-8', 'name-8' FROM csp_listings"
     )
@@ -124,10 +128,10 @@ def leak(sandbox_id: str, kind: str, since: int | None) -> dict[str, Any]:
 LEAKS = [leak("2", "unknown", None), leak("3", "deleted", 1728000000), leak("5", "missing", 1728000007)]
 
 
-async def test_leaks_are_what_is_in_csp_and_not_here_and_what_is_held_here_and_not_in_csp(
+async def test_leaks_are_unknown_deleted_and_missing_sandboxes(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
-    await leaky(database)
+    await add_leaks(database)
     assert await get(gateway, "/v1/admin/leaks") == {
         "leaks": LEAKS,
         "count": 3,
@@ -136,8 +140,8 @@ async def test_leaks_are_what_is_in_csp_and_not_here_and_what_is_held_here_and_n
     }
 
 
-async def test_leaks_come_in_pages(gateway: Gateway, database: asyncpg.Connection) -> None:
-    await leaky(database)
+async def test_leaks_are_paginated(gateway: Gateway, database: asyncpg.Connection) -> None:
+    await add_leaks(database)
     first = await get(gateway, "/v1/admin/leaks?limit=2")
     assert (first["leaks"], first["count"]) == (LEAKS[:2], 2)
     second = await get(gateway, f"/v1/admin/leaks?limit=2&cursor={first['cursor']}")
@@ -147,8 +151,8 @@ async def test_leaks_come_in_pages(gateway: Gateway, database: asyncpg.Connectio
 async def test_a_page_of_leaks_looks_at_so_many_accounts_at_most(
     gateway: Gateway, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaks, "LOOK", 1)
-    await leaky(database)
+    monkeypatch.setattr(leaks, "MAX_EXAMINED", 1)
+    await add_leaks(database)
     shown, cursor, requests = [], "", 0
     while cursor is not None:
         page = await get(gateway, f"/v1/admin/leaks?cursor={cursor}")
@@ -159,16 +163,14 @@ async def test_a_page_of_leaks_looks_at_so_many_accounts_at_most(
 
 
 @pytest.mark.parametrize("cursor", ["3", "%00", "x" * 129])
-async def test_a_cursor_that_is_none_of_ours_is_400(
-    gateway: Gateway, database: asyncpg.Connection, cursor: str
-) -> None:
-    await leaky(database)
+async def test_invalid_cursor_returns_400(gateway: Gateway, database: asyncpg.Connection, cursor: str) -> None:
+    await add_leaks(database)
     response = await gateway.client.get(f"/v1/admin/leaks?cursor={cursor}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=501", "limit=x", f"cursor={'x' * 2049}"])
-async def test_a_page_that_cannot_be_is_400(gateway: Gateway, query: str) -> None:
+async def test_invalid_parameter_returns_400(gateway: Gateway, query: str) -> None:
     response = await gateway.client.get(f"/v1/admin/leaks?{query}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_REQUEST")
 
@@ -182,18 +184,18 @@ async def test_a_page_that_cannot_be_is_400(gateway: Gateway, query: str) -> Non
         ("bulk-delete?status=deletion_failed", PurgeRecords(status="deletion_failed", limit=500)),
     ],
 )
-async def test_a_purge_goes_on_until_nothing_is_left(gateway: Gateway, path: str, command: Command) -> None:
-    left = [500, 500, 3]
+async def test_purge_repeats_until_no_records_are_left(gateway: Gateway, path: str, command: Command) -> None:
+    counts = [500, 500, 3]
 
     async def purge(_: Command) -> Reply:
-        return Purged(count=left.pop(0))
+        return Purged(count=counts.pop(0))
 
     gateway.maintenance.answer = purge
     response = await gateway.client.post(f"/v1/admin/{path}", headers=ADMIN)
     assert response.status_code == 200
     assert {**response.json(), "duration_ms": 0} == {"status": "completed", "deleted": 1003, "duration_ms": 0}
-    told = command.model_copy(update={"request_id": response.headers["X-Request-ID"]})
-    assert gateway.maintenance.commands == 3 * [told]
+    expected = command.model_copy(update={"request_id": response.headers["X-Request-ID"]})
+    assert gateway.maintenance.commands == 3 * [expected]
 
 
 @pytest.mark.parametrize(
@@ -207,13 +209,13 @@ async def test_a_purge_goes_on_until_nothing_is_left(gateway: Gateway, path: str
         "auto-delete-stale?grace_period_hours=nan",
     ],
 )
-async def test_nothing_else_can_be_forgotten(gateway: Gateway, path: str) -> None:
+async def test_purge_with_invalid_parameters_returns_400(gateway: Gateway, path: str) -> None:
     response = await gateway.client.post(f"/v1/admin/{path}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_REQUEST")
     assert gateway.maintenance.commands == []
 
 
-async def test_a_purge_that_is_refused_becomes_its_status(gateway: Gateway) -> None:
+async def test_refused_purge_returns_the_status_of_its_code(gateway: Gateway) -> None:
     gateway.maintenance.answer = refuse("ALLOCATOR_UNAVAILABLE")
     response = await gateway.client.post("/v1/admin/auto-delete-stale", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")

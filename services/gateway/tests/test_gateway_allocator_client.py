@@ -1,4 +1,4 @@
-"""From a request to the reply of whoever is on the far side of the bus."""
+"""Tests of allocator_client.py through HTTP: replies, refusals, coalescing and disconnected clients."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
 from gateway import allocator_client
-from gateway.api.errors import KINDS
+from gateway.api.errors import ERRORS
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
 from sandbox_broker.messaging.rpc_client import Requester
@@ -44,18 +44,18 @@ def gateway(shared_gateway: Gateway) -> Gateway:
     return shared_gateway
 
 
-async def own_lease(command: Command) -> Reply:
-    """A lease that tells for whom it is."""
+async def reply_with_own_lease(command: Command) -> Reply:
+    """Return a lease with a sandbox id that names the holder."""
     assert isinstance(command, AllocateSandbox)
     return LEASE.model_copy(update={"sandbox_id": f"of-{command.holder}"})
 
 
-async def ask_for(gateway: Gateway, holder: str) -> tuple[int, str]:
+async def allocate_for(gateway: Gateway, holder: str) -> tuple[int, str]:
     response = await gateway.allocate(**{"X-Instruqt-Sandbox-ID": holder})
     return response.status_code, response.json().get("sandbox_id") or response.json()["detail"]["code"]
 
 
-async def test_a_new_lease_is_201_with_exactly_the_fields_of_the_contract(gateway: Gateway) -> None:
+async def test_new_lease_returns_201_with_the_specified_fields(gateway: Gateway) -> None:
     before = sample("broker_allocate_total", outcome="allocated")
     response = await gateway.allocate()
     assert response.status_code == 201
@@ -65,7 +65,7 @@ async def test_a_new_lease_is_201_with_exactly_the_fields_of_the_contract(gatewa
     assert sample("broker_allocate_total", outcome="allocated") == before + 1
 
 
-async def test_the_lease_that_the_student_holds_is_200(gateway: Gateway) -> None:
+async def test_active_lease_returns_200(gateway: Gateway) -> None:
     async def answer(_: Command) -> Reply:
         return LEASE.model_copy(update={"new": False, "sfdc_account_id": "001"})
 
@@ -79,7 +79,7 @@ async def test_the_lease_that_the_student_holds_is_200(gateway: Gateway) -> None
     assert sample("broker_allocation_latency_seconds_count") == waits + 1
 
 
-async def test_a_release_is_200_with_the_fields_of_the_contract(gateway: Gateway) -> None:
+async def test_release_returns_200_with_the_specified_fields(gateway: Gateway) -> None:
     before = sample("broker_deletion_marked_total", outcome="marked")
     response = await gateway.client.post("/v1/sandboxes/77/mark-for-deletion", headers=STUDENT)
     assert response.status_code == 200
@@ -95,8 +95,8 @@ async def test_a_release_is_200_with_the_fields_of_the_contract(gateway: Gateway
     assert sample("broker_deletion_marked_total", outcome="marked") == before + 1
 
 
-def test_every_refusal_but_that_of_a_command_has_a_status() -> None:
-    assert set(get_args(RefusalCode)) - KINDS.keys() == {"INVALID_COMMAND"}
+def test_every_refusal_code_except_invalid_command_has_a_status() -> None:
+    assert set(get_args(RefusalCode)) - ERRORS.keys() == {"INVALID_COMMAND"}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_every_refusal_but_that_of_a_command_has_a_status() -> None:
         ("INTERNAL_ERROR", 500, 5),
     ],
 )
-async def test_a_refusal_becomes_its_status(
+async def test_refusal_returns_the_status_of_its_code(
     gateway: Gateway, code: str, status: int, retry_after: int | None
 ) -> None:
     gateway.allocator.answer = refuse(code, "No available sandboxes in pool")
@@ -127,106 +127,106 @@ async def test_a_refusal_becomes_its_status(
 
 
 @pytest.mark.parametrize("code", ["INVALID_COMMAND", "wrong reply"])
-async def test_a_reply_that_makes_no_sense_is_500(gateway: Gateway, code: str) -> None:
-    async def released(_: Command) -> Reply:
+async def test_unexpected_reply_returns_500(gateway: Gateway, code: str) -> None:
+    async def reply_wrongly(_: Command) -> Reply:
         return await refuse("INVALID_COMMAND")(_) if code == "INVALID_COMMAND" else LEASE
 
-    gateway.allocator.answer = released
+    gateway.allocator.answer = reply_wrongly
     with capture_logs():
         response = await gateway.client.post("/v1/sandboxes/1/mark-for-deletion", headers=STUDENT)
     assert (response.status_code, detail(response)["code"]) == (500, "INTERNAL_ERROR")
     assert "LeaseGranted" not in response.text
 
 
-async def test_too_many_in_flight_is_503_at_once_and_over_when_they_are_answered(
+async def test_too_many_requests_in_flight_return_503_until_replies_arrive(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(allocator_client, "MAX_IN_FLIGHT", 10)
     gate = asyncio.Event()
 
-    async def when_the_gate_opens(command: Command) -> Reply:
+    async def reply_when_gate_opens(command: Command) -> Reply:
         await gate.wait()
         return LEASE
 
-    gateway.allocator.answer = when_the_gate_opens
+    gateway.allocator.answer = reply_when_gate_opens
     waiting = [asyncio.create_task(gateway.allocate()) for _ in range(10)]
     await until(lambda: gateway.app.state.context.allocator.in_flight == 10)
     response = await gateway.allocate()
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
-    assert detail(response)["retry_after"]  # and the header with it
+    assert detail(response)["retry_after"]
     gate.set()
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [201] * 10
     assert (await gateway.allocate()).status_code == 201
 
 
-async def test_requests_that_come_during_a_publish_leave_in_one_envelope(
+async def test_requests_during_a_publish_share_the_next_envelope(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway.allocator.answer = own_lease
-    first_is_publishing, go_on = asyncio.Event(), asyncio.Event()
+    gateway.allocator.answer = reply_with_own_lease
+    first_is_publishing, may_continue = asyncio.Event(), asyncio.Event()
     real_send = Requester.send
 
     async def slow_first_send(self: Requester, *args: object, **named: object) -> object:
         if not first_is_publishing.is_set():
             first_is_publishing.set()
-            await go_on.wait()
+            await may_continue.wait()
         return await real_send(self, *args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Requester, "send", slow_first_send)
-    first = asyncio.create_task(ask_for(gateway, "first"))
+    first = asyncio.create_task(allocate_for(gateway, "first"))
     await first_is_publishing.wait()
-    later = [asyncio.create_task(ask_for(gateway, f"s{number}")) for number in range(50)]
-    await until(lambda: len(gateway.app.state.context.allocator._waiting) == 50)
-    go_on.set()
+    later = [asyncio.create_task(allocate_for(gateway, f"s{number}")) for number in range(50)]
+    await until(lambda: len(gateway.app.state.context.allocator._queued) == 50)
+    may_continue.set()
     assert await first == (201, "of-first")
     assert await asyncio.gather(*later) == [(201, f"of-s{number}") for number in range(50)]
     assert sorted(map(len, gateway.allocator.envelopes)) == [1, 50]
 
 
-async def test_a_storm_is_answered_to_the_right_callers_in_few_envelopes(gateway: Gateway) -> None:
-    gateway.allocator.answer = own_lease
-    answers = await asyncio.gather(*(ask_for(gateway, f"s{number}") for number in range(450)))
+async def test_burst_uses_few_envelopes_and_each_caller_gets_its_own_reply(gateway: Gateway) -> None:
+    gateway.allocator.answer = reply_with_own_lease
+    answers = await asyncio.gather(*(allocate_for(gateway, f"s{number}") for number in range(450)))
     assert answers == [(201, f"of-s{number}") for number in range(450)]
     assert len(gateway.allocator.commands) == 450
     assert max(map(len, gateway.allocator.envelopes)) <= 200
     assert len(gateway.allocator.envelopes) < 100
 
 
-async def test_a_caller_that_times_out_does_not_disturb_the_others(gateway: Gateway) -> None:
-    """They share an envelope: its answer comes after one caller has gone, and before the other."""
+async def test_timeout_of_one_request_does_not_affect_others_in_its_envelope(gateway: Gateway) -> None:
+    """The reply of the shared envelope arrives after the deadline of one request and before that of the other."""
     gate = asyncio.Event()
 
-    async def when_the_gate_opens(command: Command) -> Reply:
+    async def reply_when_gate_opens(command: Command) -> Reply:
         await gate.wait()
-        return await own_lease(command)
+        return await reply_with_own_lease(command)
 
-    gateway.allocator.answer = when_the_gate_opens
+    gateway.allocator.answer = reply_when_gate_opens
     allocator = gateway.app.state.context.allocator
 
     def command(holder: str) -> AllocateSandbox:
         return AllocateSandbox(request_id="r", holder=holder)
 
-    hasty = asyncio.create_task(allocator.ask(command("hasty"), timeout_sec=0.3))
-    patient = asyncio.create_task(allocator.ask(command("patient"), timeout_sec=20))
+    hasty = asyncio.create_task(allocator.request(command("hasty"), timeout_sec=0.3))
+    patient = asyncio.create_task(allocator.request(command("patient"), timeout_sec=20))
     with pytest.raises(TimeoutError):
         await hasty
     await until(lambda: len(gateway.allocator.commands) == 2)
     assert len(gateway.allocator.envelopes) == 1
     gate.set()
-    answer = await patient
-    assert isinstance(answer, LeaseGranted)
-    assert answer.sandbox_id == "of-patient"
+    reply = await patient
+    assert isinstance(reply, LeaseGranted)
+    assert reply.sandbox_id == "of-patient"
     assert allocator.in_flight == 0
 
 
-async def test_a_client_that_disconnects_leaves_nothing_behind(gateway: Gateway) -> None:
+async def test_disconnected_clients_leave_no_pending_requests(gateway: Gateway) -> None:
     gate = asyncio.Event()
 
-    async def when_the_gate_opens(command: Command) -> Reply:
+    async def reply_when_gate_opens(command: Command) -> Reply:
         await gate.wait()
-        return await own_lease(command)
+        return await reply_with_own_lease(command)
 
-    gateway.allocator.answer = when_the_gate_opens
+    gateway.allocator.answer = reply_when_gate_opens
     context = gateway.app.state.context
     before = set(context.requester._waiting)
     async with serving(gateway.app) as url:
@@ -237,18 +237,18 @@ async def test_a_client_that_disconnects_leaves_nothing_behind(gateway: Gateway)
             lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
             writer.write(f"POST /v1/allocate HTTP/1.1\r\n{lines}\r\n".encode())
             writers.append(writer)
-        staying = asyncio.create_task(ask_for(gateway, "staying"))
+        staying = asyncio.create_task(allocate_for(gateway, "staying"))
         await until(lambda: len(gateway.allocator.commands) == 6)
         for writer in writers:
             writer.transport.abort()
         gate.set()
         assert await staying == (201, "of-staying")
         await until(lambda: context.allocator.in_flight == 0)
-    assert not context.allocator._waiting
+    assert not context.allocator._queued
     await until(lambda: not set(context.requester._waiting) - before)
 
 
-async def test_a_request_that_is_cancelled_leaves_nothing_behind(gateway: Gateway) -> None:
+async def test_cancelled_request_leaves_no_pending_request(gateway: Gateway) -> None:
     gateway.allocator.answer = say_nothing
     context = gateway.app.state.context
     request = asyncio.create_task(gateway.allocate())
@@ -261,7 +261,7 @@ async def test_a_request_that_is_cancelled_leaves_nothing_behind(gateway: Gatewa
     assert (await gateway.allocate()).status_code == 201
 
 
-async def test_a_sync_answers_what_the_contract_says(gateway: Gateway) -> None:
+async def test_sync_returns_the_specified_fields(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/admin/sync", headers=ADMIN)
     assert response.status_code == 200
     assert response.json() == {
@@ -285,7 +285,7 @@ async def test_a_sync_answers_what_the_contract_says(gateway: Gateway) -> None:
         ("INVALID_COMMAND", 500),
     ],
 )
-async def test_a_refused_sync_becomes_its_status(gateway: Gateway, code: str, status: int) -> None:
+async def test_refused_sync_returns_the_status_of_its_code(gateway: Gateway, code: str, status: int) -> None:
     gateway.syncer.answer = refuse(code)
     with capture_logs():
         response = await gateway.client.post("/v1/admin/sync", headers=ADMIN)

@@ -1,4 +1,4 @@
-"""Who may call."""
+"""Bearer tokens and roles."""
 
 import asyncio
 import sys
@@ -49,7 +49,7 @@ async def gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
 
 
 @pytest.mark.parametrize(("method", "path"), TRACK_ROUTES + ADMIN_ROUTES)
-async def test_a_missing_token_is_401_and_says_how_to_send_one(gateway: Gateway, method: str, path: str) -> None:
+async def test_a_missing_token_is_401_with_an_instruction(gateway: Gateway, method: str, path: str) -> None:
     response = await gateway.client.request(method, path)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -88,7 +88,7 @@ async def test_a_malformed_or_unknown_token_is_401(gateway: Gateway, path: str, 
 
 @pytest.mark.parametrize("second", [b"Bearer unknown", b"", b"Bearer " + ADMIN_TOKEN.encode()])
 @pytest.mark.parametrize(("method", "path"), TRACK_ROUTES + ADMIN_ROUTES)
-async def test_of_two_tokens_none_counts(gateway: Gateway, method: str, path: str, second: bytes) -> None:
+async def test_two_tokens_count_as_none(gateway: Gateway, method: str, path: str, second: bytes) -> None:
     for tokens in ([*raw(ADMIN), (b"authorization", second)], [(b"authorization", second), *raw(ADMIN)]):
         headers = [*tokens, (b"x-instruqt-sandbox-id", b"s")]
         response = await gateway.client.request(method, path, headers=headers)
@@ -108,7 +108,7 @@ async def test_a_track_token_on_an_admin_route_is_403(gateway: Gateway, method: 
     assert (await gateway.client.request(method, path, headers=ADMIN)).status_code == 200
 
 
-async def test_a_token_is_known_by_its_bytes_whatever_they_are() -> None:
+async def test_tokens_are_compared_as_utf_8_bytes() -> None:
     app = create_app_without_servers(broker_api_token="schlüsselbund-à,plain-enough")
     async with client(app) as http:
 
@@ -116,7 +116,7 @@ async def test_a_token_is_known_by_its_bytes_whatever_they_are() -> None:
             headers = raw({"Authorization": b"Bearer " + value, "X-Instruqt-Sandbox-ID": "s"})
             return (await http.post("/v1/allocate", headers=headers)).status_code
 
-        assert await status("schlüsselbund-à".encode()) == 503  # known, and nobody to ask
+        assert await status("schlüsselbund-à".encode()) == 503  # a known token, but no allocator
         assert await status("schlüsselbund-à".encode("latin-1")) == 401
         assert await status("schlüsselbund-".encode()) == 401
 
@@ -126,7 +126,7 @@ async def test_a_token_is_known_by_its_bytes_whatever_they_are() -> None:
     [{}, {"X-Instruqt-Sandbox-ID": ""}, {"X-Instruqt-Sandbox-ID": "x" * 500}, {"X-Track-ID": "ü".encode()}],
 )
 @pytest.mark.parametrize(("method", "path"), TRACK_ROUTES)
-async def test_the_token_is_judged_before_any_other_header(
+async def test_the_token_is_checked_before_any_other_header(
     gateway: Gateway, method: str, path: str, headers: dict[str, str | bytes]
 ) -> None:
     without = await gateway.client.request(method, path, headers=raw(headers))
@@ -137,14 +137,14 @@ async def test_the_token_is_judged_before_any_other_header(
     assert right.status_code == 400
 
 
-async def test_the_token_is_judged_before_query_parameters(gateway: Gateway) -> None:
+async def test_the_token_is_checked_before_query_parameters(gateway: Gateway) -> None:
     assert (await gateway.client.post("/v1/admin/sync?force=perhaps")).status_code == 401
     assert (await gateway.client.post("/v1/admin/sync?force=perhaps", headers=TRACK)).status_code == 403
     assert (await gateway.client.post("/v1/admin/sync?force=perhaps", headers=ADMIN)).status_code == 400
 
 
-async def test_no_answer_repeats_the_token(gateway: Gateway) -> None:
-    secret = "a-token-that-nobody-should-see"
+async def test_no_response_contains_the_token(gateway: Gateway) -> None:
+    secret = "a-secret-token"
     for method, path in [*TRACK_ROUTES, *ADMIN_ROUTES, ("GET", "/nope"), ("PUT", "/v1/allocate")]:
         response = await gateway.client.request(
             method, path, headers={**STUDENT, "Authorization": f"Bearer {secret}"}
@@ -152,13 +152,13 @@ async def test_no_answer_repeats_the_token(gateway: Gateway) -> None:
         assert secret not in response.text + str(response.headers)
 
 
-async def test_no_token_is_logged_not_even_with_the_traceback_of_a_crash() -> None:
+async def test_no_token_is_logged_even_in_a_traceback() -> None:
     program = """
         import asyncio, httpx
-        from gateway import routes
         from gateway.main import create_app
+        from gateway.routes import track
         from gateway.settings import Settings
-        from sandbox_broker import logging
+        from sandbox_broker.observability import logging
         from starlette.requests import Request
 
         settings = Settings(
@@ -174,7 +174,7 @@ async def test_no_token_is_logged_not_even_with_the_traceback_of_a_crash() -> No
             token = request.headers["authorization"].encode()
             raise RuntimeError("something broke")
 
-        routes._ask = crash
+        track._ask = crash
 
         async def main() -> None:
             app = create_app(settings)
@@ -187,7 +187,7 @@ async def test_no_token_is_logged_not_even_with_the_traceback_of_a_crash() -> No
 
         asyncio.run(main())
     """
-    # Awaited, so that the connections of other tests' gateways keep their heartbeats.
+    # Asynchronous, so that the connections of other gateways in this process keep their heartbeats.
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", dedent(program), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

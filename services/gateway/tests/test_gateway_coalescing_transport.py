@@ -1,4 +1,4 @@
-"""Head and body of a response leave together, and nothing waits for what does not come."""
+"""Coalescing of the head and body of a response into one write."""
 
 import asyncio
 from typing import Any
@@ -11,16 +11,16 @@ from .gateway_harness import until
 
 
 class Recorder:
-    """A transport that remembers what was done with it."""
+    """Transport that records its calls."""
 
     def __init__(self) -> None:
-        self.done: list[Any] = []
+        self.calls: list[Any] = []
 
     def write(self, data: bytes) -> None:
-        self.done.append(data)
+        self.calls.append(data)
 
     def close(self) -> None:
-        self.done.append("close")
+        self.calls.append("close")
 
     def get_write_buffer_size(self) -> int:
         return 7
@@ -36,26 +36,28 @@ async def transport(recorder: Recorder) -> Any:
     return CoalescingTransport(recorder, asyncio.get_running_loop())  # type: ignore[arg-type]
 
 
-async def test_two_pieces_that_are_written_at_once_are_sent_as_one(transport: Any, recorder: Recorder) -> None:
-    for piece in (b"head", b"body", b"head 2", b"body 2"):
-        transport.write(piece)
-    assert recorder.done == [b"headbody", b"head 2body 2"]
+async def test_two_consecutive_writes_are_sent_as_one(transport: Any, recorder: Recorder) -> None:
+    for data in (b"head", b"body", b"head 2", b"body 2"):
+        transport.write(data)
+    assert recorder.calls == [b"headbody", b"head 2body 2"]
 
 
-async def test_a_piece_alone_is_sent_without_another(transport: Any, recorder: Recorder) -> None:
+async def test_a_single_write_is_sent_in_the_next_turn_of_the_event_loop(
+    transport: Any, recorder: Recorder
+) -> None:
     transport.write(b"head")
     transport.write(b"first")
     transport.write(b"second")
-    await until(lambda: recorder.done == [b"headfirst", b"second"])
+    await until(lambda: recorder.calls == [b"headfirst", b"second"])
 
 
-async def test_closing_sends_what_waits(transport: Any, recorder: Recorder) -> None:
+async def test_close_sends_the_pending_write(transport: Any, recorder: Recorder) -> None:
     transport.write(b"head")
     transport.close()
-    assert recorder.done == [b"head", "close"]
+    assert recorder.calls == [b"head", "close"]
     transport.write(b"head")
-    await until(lambda: recorder.done == [b"head", "close", b"head"])
+    await until(lambda: recorder.calls == [b"head", "close", b"head"])
 
 
-async def test_all_else_is_the_transports_own(transport: Any) -> None:
+async def test_other_attributes_are_those_of_the_inner_transport(transport: Any) -> None:
     assert transport.get_write_buffer_size() == 7

@@ -1,4 +1,4 @@
-"""What pages of other origins can ask and read."""
+"""Cross-origin requests of browser pages."""
 
 import pytest
 
@@ -24,8 +24,8 @@ PREFLIGHT = {
     "Access-Control-Request-Headers": SENT,
 }
 
-# Method, path, headers, body, and the status to expect where nobody is there to ask.
-ALL_SORTS: list[tuple[str, str, dict[str, str], bytes, int]] = [
+# Method, path, headers, body, and expected status without an allocator.
+REQUESTS: list[tuple[str, str, dict[str, str], bytes, int]] = [
     ("POST", "/v1/allocate", STUDENT, b"", 503),
     ("POST", "/v1/allocate", {}, b"", 401),
     ("POST", "/v1/allocate", TRACK, b"", 400),
@@ -40,26 +40,26 @@ ALL_SORTS: list[tuple[str, str, dict[str, str], bytes, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "headers", "body", "status"), ALL_SORTS)
-async def test_a_page_of_a_listed_origin_can_read_every_answer(
+@pytest.mark.parametrize(("method", "path", "headers", "body", "status"), REQUESTS)
+async def test_a_page_of_an_allowed_origin_can_read_every_response(
     method: str, path: str, headers: dict[str, str], body: bytes, status: int
 ) -> None:
     app = create_app_without_servers(cors_allowed_origins=f"https://else.example.com, {PAGE}")
     async with client(app) as http:
         response = await http.request(method, path, headers={**headers, "Origin": PAGE}, content=body)
-        unread = await http.request(method, path, headers={**headers, "Origin": OTHER}, content=body)
-    assert response.status_code == unread.status_code == status
+        other_origin = await http.request(method, path, headers={**headers, "Origin": OTHER}, content=body)
+    assert response.status_code == other_origin.status_code == status
     assert response.headers["Access-Control-Allow-Origin"] == PAGE
     assert set(response.headers["Access-Control-Expose-Headers"].split(", ")) >= EXPOSED
-    assert "Access-Control-Allow-Origin" not in unread.headers
-    for answer in (response, unread):
+    assert "Access-Control-Allow-Origin" not in other_origin.headers
+    for answer in (response, other_origin):
         assert "Origin" in answer.headers["Vary"]
         assert "Access-Control-Allow-Credentials" not in answer.headers
         assert answer.headers["X-Request-ID"]
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_a_page_can_read_that_it_asked_too_often() -> None:
+async def test_a_page_can_read_a_rate_limit_error() -> None:
     app = create_app_without_servers(cors_allowed_origins=PAGE, rate_limit="1/hour")
     async with client(app) as http:
         answers = [await http.post("/v1/allocate", headers={**STUDENT, "Origin": PAGE}) for _ in range(2)]
@@ -68,7 +68,7 @@ async def test_a_page_can_read_that_it_asked_too_often() -> None:
     assert answers[1].headers["Retry-After"]
 
 
-async def test_a_page_can_read_that_we_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_can_read_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError
 
@@ -80,7 +80,7 @@ async def test_a_page_can_read_that_we_broke(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("path", ["/v1/allocate", "/v1/sandboxes/1/mark-for-deletion", "/v1/admin/sync"])
-async def test_a_preflight_needs_no_token_and_uses_no_limit_up(path: str) -> None:
+async def test_a_preflight_requires_no_token_and_is_not_rate_limited(path: str) -> None:
     app = create_app_without_servers(cors_allowed_origins=PAGE, rate_limit="1/hour")
     async with client(app) as http:
         for _ in range(3):
@@ -107,7 +107,7 @@ async def test_a_preflight_needs_no_token_and_uses_no_limit_up(path: str) -> Non
         {"Access-Control-Request-Headers": "x-anything"},
     ],
 )
-async def test_a_preflight_for_what_is_not_allowed_is_refused_with_the_one_body(wrong: dict[str, str]) -> None:
+async def test_a_preflight_that_is_not_allowed_gets_the_error_body(wrong: dict[str, str]) -> None:
     async with client(create_app_without_servers(cors_allowed_origins=PAGE)) as http:
         response = await http.options("/v1/allocate", headers={**PREFLIGHT, **wrong})
     assert (response.status_code, detail(response)["code"]) == (400, "CORS_REFUSED")
@@ -115,7 +115,7 @@ async def test_a_preflight_for_what_is_not_allowed_is_refused_with_the_one_body(
     assert "Access-Control-Allow-Origin" not in response.headers
 
 
-async def test_a_star_allows_every_page_and_never_credentials() -> None:
+async def test_a_star_allows_every_origin_without_credentials() -> None:
     async with client(create_app_without_servers(cors_allowed_origins="*")) as http:
         answers = [
             await http.options("/v1/allocate", headers={**PREFLIGHT, "Origin": OTHER}),
@@ -127,7 +127,7 @@ async def test_a_star_allows_every_page_and_never_credentials() -> None:
         assert "Access-Control-Allow-Credentials" not in answer.headers
 
 
-async def test_nothing_is_allowed_where_no_origin_is_listed() -> None:
+async def test_without_allowed_origins_no_cors_header_is_sent() -> None:
     async with client(create_app_without_servers(cors_allowed_origins=" , ")) as http:
         preflight = await http.options("/v1/allocate", headers=PREFLIGHT)
         response = await http.post("/v1/allocate", headers={**STUDENT, "Origin": PAGE})
@@ -136,16 +136,16 @@ async def test_nothing_is_allowed_where_no_origin_is_listed() -> None:
         assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_origins_are_kept_as_browsers_send_them() -> None:
+def test_origins_are_normalized_to_the_notation_of_browsers() -> None:
     listed = "https://Labs.Example.com, http://localhost:3000,,https://a.example:443 , http://[::1]:8080"
-    assert cors.origins(listed) == [
+    assert cors.parse_origins(listed) == [
         "https://labs.example.com",
         "http://localhost:3000",
         "https://a.example",
         "http://[::1]:8080",
     ]
-    assert cors.origins("*") == ["*"]
-    assert cors.origins("") == []
+    assert cors.parse_origins("*") == ["*"]
+    assert cors.parse_origins("") == []
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,6 @@ def test_origins_are_kept_as_browsers_send_them() -> None:
         "null",
     ],
 )
-def test_what_is_no_origin_is_refused(listed: str) -> None:
+def test_an_invalid_origin_is_refused(listed: str) -> None:
     with pytest.raises(ValueError, match=r"origin"):
-        cors.origins(listed)
+        cors.parse_origins(listed)

@@ -1,4 +1,4 @@
-"""Cursors that a client made up, or kept from an earlier version of the gateway."""
+"""Tests of cursors.py with forged cursors and with cursors of an earlier version of the gateway."""
 
 import base64
 import hashlib
@@ -15,9 +15,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from gateway.queries import cursors
+from gateway.queries import cursors, dead_letters
 from gateway.queries.pagination import AllocationFilter, SandboxFilter
-from gateway.routes import admin_dead_letters
 
 from .gateway_harness import ADMIN, Gateway, detail, running
 
@@ -29,7 +28,7 @@ DEAD_LETTER = uuid.UUID("af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3")
 class Listing:
     path: str
     name: object
-    """What the checksum covers beside the key."""
+    """Second part of the checksum, after the key."""
     types: tuple[type, ...]
     parameters: tuple[tuple[str, str | int], ...] = ()
 
@@ -60,7 +59,7 @@ LISTINGS = [
     Listing("stats", "track_name", (str,), (("by", "track_name"),)),
     Listing("stats", "name_prefix", (str,), (("by", "name_prefix"),)),
     Listing("leaks", "leaks", (str,)),
-    Listing("dead-letters", admin_dead_letters.LISTING, (datetime, uuid.UUID)),
+    Listing("dead-letters", dead_letters.LISTING, (datetime, uuid.UUID)),
 ]
 
 
@@ -72,7 +71,7 @@ async def shared_gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gate
 
 @pytest.fixture
 async def gateway(shared_gateway: Gateway, clean_database: str) -> Gateway:
-    """Every listing has rows, so that each compares its keys with the cursor's."""
+    """Gateway with rows in every listing, so that each query compares its keys with the key of the cursor."""
     connection = await asyncpg.connect(clean_database)
     await connection.execute(
         "INSERT INTO sandboxes (sandbox_id, external_id, name, status, track_name) "
@@ -94,12 +93,12 @@ async def gateway(shared_gateway: Gateway, clean_database: str) -> Gateway:
 
 
 def forge(body: bytes, listing: Listing) -> str:
-    """What anyone can compute who has read cursors.py. It must not change, or cursors in use become invalid."""
+    """Return a cursor with a valid checksum. A change of the format would invalidate cursors in use."""
     checksum = hashlib.blake2b(repr((listing.name,)).encode() + body, digest_size=8).digest()
     return base64.urlsafe_b64encode(checksum + body).decode().rstrip("=")
 
 
-async def ask(gateway: Gateway, listing: Listing, cursor: str, **parameters: Any) -> httpx.Response:
+async def get_page(gateway: Gateway, listing: Listing, cursor: str, **parameters: Any) -> httpx.Response:
     parameters = {**dict(listing.parameters), **parameters, "cursor": cursor}
     return await gateway.client.get(f"/v1/admin/{listing.path}", params=parameters, headers=ADMIN)
 
@@ -142,9 +141,9 @@ KEYS = st.lists(JSON_VALUES, max_size=3).map(lambda key: json.dumps(key).encode(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-async def test_a_forged_cursor_is_a_page_or_400(gateway: Gateway, listing: Listing, body: bytes) -> None:
+async def test_forged_cursor_returns_a_page_or_400(gateway: Gateway, listing: Listing, body: bytes) -> None:
     cursor = forge(body, listing)
-    response = await ask(gateway, listing, cursor)
+    response = await get_page(gateway, listing, cursor)
     assert response.status_code in (200, 400)
     if response.status_code == 400:
         too_long = len(cursor) > cursors.MAX_LENGTH
@@ -155,19 +154,17 @@ KEY_PARTS: dict[type, object] = {str: "lab-1", int: 7, datetime: TIME.isoformat(
 
 
 @pytest.mark.parametrize("listing", LISTINGS, ids=repr)
-async def test_a_key_must_have_the_types_of_the_order_and_no_part_more_or_less(
-    gateway: Gateway, listing: Listing
-) -> None:
+async def test_key_of_wrong_types_or_length_returns_400(gateway: Gateway, listing: Listing) -> None:
     good = [KEY_PARTS[type_] for type_ in listing.types]
-    assert (await ask(gateway, listing, forge(json.dumps(good).encode(), listing))).status_code == 200
+    assert (await get_page(gateway, listing, forge(json.dumps(good).encode(), listing))).status_code == 200
     others = [part for type_, part in KEY_PARTS.items() if type_ is not str] + [None, True, 1.5, [], {}]
     wrong = [[], good[:-1], [*good, good[-1]]]
-    for place, type_ in enumerate(listing.types):
+    for index, type_ in enumerate(listing.types):
         for other in others:
             if other != KEY_PARTS[type_] and not (type_ is str and isinstance(other, str)):
-                wrong.append([*good[:place], other, *good[place + 1 :]])
+                wrong.append([*good[:index], other, *good[index + 1 :]])
     for key in wrong:
-        response = await ask(gateway, listing, forge(json.dumps(key).encode(), listing))
+        response = await get_page(gateway, listing, forge(json.dumps(key).encode(), listing))
         assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR"), key
 
 
@@ -181,25 +178,25 @@ async def test_a_key_must_have_the_types_of_the_order_and_no_part_more_or_less(
     ],
     ids=repr,
 )
-async def test_a_forged_cursor_leads_to_no_row_that_its_filters_exclude(
+async def test_forged_cursor_does_not_reach_rows_that_its_filters_exclude(
     gateway: Gateway, listing: Listing, key: list[object]
 ) -> None:
-    response = await ask(gateway, listing, forge(json.dumps(key).encode(), listing))
+    response = await get_page(gateway, listing, forge(json.dumps(key).encode(), listing))
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
 
 
-async def test_a_cursor_of_the_version_before_is_still_valid(gateway: Gateway) -> None:
+async def test_cursor_of_the_previous_version_is_valid(gateway: Gateway) -> None:
     pool = sandboxes(str)
-    before = (await ask(gateway, pool, "")).json()["sandboxes"]
+    before = (await get_page(gateway, pool, "")).json()["sandboxes"]
     after_first = forge(json.dumps([before[0]["sandbox_id"]]).encode(), pool)
-    assert (await ask(gateway, pool, after_first)).json()["sandboxes"] == before[1:]
+    assert (await get_page(gateway, pool, after_first)).json()["sandboxes"] == before[1:]
     key = json.dumps(["2999-01-01T00:00:00+00:00", str(DEAD_LETTER)], separators=(",", ":"))
     letters = Listing("dead-letters", "dead_letters", (datetime, uuid.UUID))
-    assert (await ask(gateway, letters, forge(key.encode(), letters))).json()["count"] == 2
+    assert (await get_page(gateway, letters, forge(key.encode(), letters))).json()["count"] == 2
 
 
 @pytest.mark.parametrize("zone", [UTC, None])
-def test_a_key_comes_back_as_it_was(zone: Any) -> None:
+def test_decode_returns_the_encoded_key(zone: Any) -> None:
     time = TIME.astimezone(zone) + timedelta(days=1)
     key: list[Any] = [time, DEAD_LETTER, "ü\U0001f600", 2**63 - 1]
     assert cursors.decode(cursors.encode(key, "x", 1), (datetime, uuid.UUID, str, int), "x", 1) == key

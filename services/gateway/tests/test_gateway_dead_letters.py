@@ -1,4 +1,4 @@
-"""Dead letters, as an administrator sees them and disposes of them."""
+"""Tests of the admin routes for dead letters."""
 
 import base64
 import uuid
@@ -37,13 +37,13 @@ def gateway(shared_gateway: Gateway, database: asyncpg.Connection) -> Gateway:
 
 
 async def add(database: asyncpg.Connection, body: bytes = b"{}", *, at: int = 1_728_054_123) -> uuid.UUID:
-    found: uuid.UUID = await database.fetchval(
+    dead_letter_id: uuid.UUID = await database.fetchval(
         "INSERT INTO dead_letters VALUES (gen_random_uuid(), to_timestamp($1), 'csp-syncer.commands', 'why', "
         "'{SyncPool}', 'message', 'correlation', 'application/json', $2) RETURNING dead_letter_id",
         at,
         body,
     )
-    return found
+    return dead_letter_id
 
 
 async def get(gateway: Gateway, path: str = "", **parameters: Any) -> Any:
@@ -52,7 +52,7 @@ async def get(gateway: Gateway, path: str = "", **parameters: Any) -> Any:
     return response.json()
 
 
-async def test_a_letter_says_when_and_where_it_died_and_why(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_dead_letter_includes_time_queue_and_reason(gateway: Gateway, database: asyncpg.Connection) -> None:
     assert await get(gateway) == {"dead_letters": [], "count": 0, "cursor": None}
     dead_letter_id = await add(database, b'{"commands":[]}')
     summary = {
@@ -75,34 +75,34 @@ async def test_a_letter_says_when_and_where_it_died_and_why(gateway: Gateway, da
     }
 
 
-async def test_following_the_pages_shows_each_letter_once_the_newest_first(
+async def test_pages_contain_each_dead_letter_once_newest_first(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
-    # Of some several died at once.
+    # Groups of three have the same time of death.
     added = {await add(database, at=1_728_054_123 + number // 3): number for number in range(10)}
-    found: list[str] = []
+    ids: list[str] = []
     cursor: str | None = ""
     while cursor is not None:
         page = await get(gateway, limit=4, cursor=cursor)
         assert page["count"] == len(page["dead_letters"])
-        found += [letter["dead_letter_id"] for letter in page["dead_letters"]]
+        ids += [letter["dead_letter_id"] for letter in page["dead_letters"]]
         cursor = page["cursor"]
-    assert sorted(found) == sorted(map(str, added))
-    ages = [added[uuid.UUID(dead_letter_id)] // 3 for dead_letter_id in found]
+    assert sorted(ids) == sorted(map(str, added))
+    ages = [added[uuid.UUID(dead_letter_id)] // 3 for dead_letter_id in ids]
     assert ages == sorted(ages, reverse=True)
 
 
-async def test_a_cursor_of_another_listing_is_refused(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_cursor_of_another_listing_returns_400(gateway: Gateway, database: asyncpg.Connection) -> None:
     for _ in range(2):
         await add(database)
     cursor = (await get(gateway, limit=1))["cursor"]
-    for path, given in ((PATH, "forged"), ("/v1/admin/sandboxes", cursor)):
-        response = await gateway.client.get(path, params={"cursor": given}, headers=ADMIN)
+    for path, value in ((PATH, "forged"), ("/v1/admin/sandboxes", cursor)):
+        response = await gateway.client.get(path, params={"cursor": value}, headers=ADMIN)
         assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
 
 
 @pytest.mark.parametrize("body", [b"\xff\x00\xfe", b"", b"\xff" * 100_000])
-async def test_a_payload_that_is_no_text_is_shown_in_base64(
+async def test_binary_payload_is_returned_in_base64(
     gateway: Gateway, database: asyncpg.Connection, body: bytes
 ) -> None:
     letter = await get(gateway, f"/{await add(database, body)}")
@@ -113,7 +113,7 @@ async def test_a_payload_that_is_no_text_is_shown_in_base64(
         assert (letter["payload"], body) == ("", b"")
 
 
-async def test_of_a_large_payload_the_beginning_is_shown_to_the_last_whole_character(
+async def test_large_payload_is_cut_after_a_complete_character(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     body = ("x" + "ä" * 50_000).encode()
@@ -122,7 +122,7 @@ async def test_of_a_large_payload_the_beginning_is_shown_to_the_last_whole_chara
     assert letter["payload"] == "x" + "ä" * 32_767
 
 
-async def test_a_replay_tells_what_came_of_it(gateway: Gateway) -> None:
+async def test_replay_returns_its_result(gateway: Gateway) -> None:
     response = await gateway.client.post(f"{PATH}/{UNKNOWN}/replay", headers=ADMIN)
     assert (response.status_code, response.json()) == (
         200,
@@ -138,7 +138,7 @@ async def test_a_replay_tells_what_came_of_it(gateway: Gateway) -> None:
     assert command == ReplayDeadLetter(request_id=response.headers["X-Request-ID"], dead_letter_id=UNKNOWN)
 
 
-async def test_a_letter_is_dropped(gateway: Gateway) -> None:
+async def test_drop_returns_its_result(gateway: Gateway) -> None:
     response = await gateway.client.delete(f"{PATH}/{UNKNOWN}", headers=ADMIN)
     assert (response.status_code, response.json()) == (200, {"status": "dropped", "dead_letter_id": str(UNKNOWN)})
     (command,) = gateway.maintenance.commands
@@ -149,7 +149,7 @@ async def test_a_letter_is_dropped(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("code", "status"), [("DEAD_LETTER_NOT_FOUND", 404), ("NOT_REPLAYABLE", 409), ("ALLOCATOR_UNAVAILABLE", 503)]
 )
-async def test_a_refusal_becomes_its_status(
+async def test_refusal_returns_the_status_of_its_code(
     gateway: Gateway, method: str, path: str, code: str, status: int
 ) -> None:
     gateway.maintenance.answer = refuse(code, "do something else")
@@ -160,7 +160,9 @@ async def test_a_refusal_becomes_its_status(
 
 @pytest.mark.parametrize("dead_letter_id", [str(UNKNOWN), "no-id", "%00", "7" * 200])
 @pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("POST", "/replay"), ("DELETE", "")])
-async def test_an_unknown_letter_is_404(gateway: Gateway, method: str, suffix: str, dead_letter_id: str) -> None:
+async def test_unknown_dead_letter_returns_404(
+    gateway: Gateway, method: str, suffix: str, dead_letter_id: str
+) -> None:
     gateway.maintenance.answer = refuse("DEAD_LETTER_NOT_FOUND")
     response = await gateway.client.request(method, f"{PATH}/{dead_letter_id}{suffix}", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (404, "DEAD_LETTER_NOT_FOUND")

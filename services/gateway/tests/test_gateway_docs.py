@@ -1,4 +1,4 @@
-"""The OpenAPI document and the page that shows it."""
+"""OpenAPI document and docs page."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ from openapi_schema_validator import OAS31Validator
 
 from devstack.settings import ROOT
 from gateway.api import docs
-from gateway.api.error_page import page
-from gateway.api.errors import KINDS
+from gateway.api.error_page import render_page
+from gateway.api.errors import ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail
@@ -53,7 +53,7 @@ STATUSES = {
     ("get", "/readyz"): {200, 500, 503},
     ("get", "/metrics"): {200},
 }
-NO_ROUTES_OWN = {
+CODES_WITHOUT_ROUTE = {
     "NOT_FOUND",
     "METHOD_NOT_ALLOWED",
     "MALFORMED_REQUEST",
@@ -94,28 +94,28 @@ async def test_the_document_lists_every_route_and_status(document: Any) -> None:
     assert found == STATUSES
 
 
-async def test_the_document_says_of_every_error_what_to_do(document: Any) -> None:
+async def test_the_document_describes_every_error_with_its_action(document: Any) -> None:
     described: set[str] = set()
     for operation in operations(document).values():
         for status, response in operation["responses"].items():
             content = response.get("content", {}).get("application/json", {})
             for code, example in content.get("examples", {}).items():
-                kind = KINDS[code]
-                assert int(status) == kind.status
-                assert f"`{code}`: {kind.meaning}. {kind.advice}" in response["description"]
+                spec = ERRORS[code]
+                assert int(status) == spec.status
+                assert f"`{code}`: {spec.meaning}. {spec.advice}" in response["description"]
                 detail = example["value"]["detail"]
-                assert (detail["code"], detail.get("retry_after")) == (code, kind.retry_after)
+                assert (detail["code"], detail.get("retry_after")) == (code, spec.retry_after)
                 described.add(code)
-    assert described == KINDS.keys() - NO_ROUTES_OWN
+    assert described == ERRORS.keys() - CODES_WITHOUT_ROUTE
 
 
-def test_the_page_of_errors_is_current() -> None:
-    assert (ROOT / "docs" / "errors.md").read_text() == page()  # `make docs` renews it
-    for code, kind in KINDS.items():
-        assert f"| {kind.status} | `{code}` | {kind.meaning} | {kind.advice} |" in page()
+def test_docs_errors_md_is_current() -> None:
+    assert (ROOT / "docs" / "errors.md").read_text() == render_page()  # `make docs` renews it
+    for code, spec in ERRORS.items():
+        assert f"| {spec.status} | `{code}` | {spec.meaning} | {spec.advice} |" in render_page()
 
 
-async def test_every_error_has_the_one_body_in_the_document(document: Any) -> None:
+async def test_every_error_has_the_error_schema_in_the_document(document: Any) -> None:
     for (_, path), operation in operations(document).items():
         for status, response in operation["responses"].items():
             if path.startswith("/v1") and not status.startswith("2"):
@@ -123,7 +123,7 @@ async def test_every_error_has_the_one_body_in_the_document(document: Any) -> No
     assert not any("ValidationError" in name for name in document["components"]["schemas"])
 
 
-async def test_the_document_names_the_headers(document: Any) -> None:
+async def test_the_document_lists_the_headers(document: Any) -> None:
     for (_, path), operation in operations(document).items():
         sent = {parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "header"}
         if path == "/v1/allocate":
@@ -141,13 +141,13 @@ async def test_the_document_names_the_headers(document: Any) -> None:
     assert exhausted["headers"]["Retry-After"]["schema"] == {"type": "integer"}
 
 
-async def test_the_document_says_what_the_headers_may_hold(document: Any) -> None:
+async def test_the_document_describes_valid_header_values(document: Any) -> None:
     for (_, path), operation in operations(document).items():
         for parameter in operation.get("parameters", ()):
             if parameter["in"] == "header":
                 assert parameter["required"] == (parameter["name"] == "X-Instruqt-Sandbox-ID"), path
                 schema = parameter["schema"]
-                if parameter["name"] == "X-Track-ID":  # whatever it holds, it is ignored beside the required one
+                if parameter["name"] == "X-Track-ID":  # the gateway ignores it beside the required header
                     assert schema.keys() == {"type", "title"}
                     continue
                 assert (schema["type"], schema["maxLength"]) == ("string", MAX_ID_LENGTH)
@@ -157,7 +157,7 @@ async def test_the_document_says_what_the_headers_may_hold(document: Any) -> Non
                 assert not validator.is_valid("ü")
 
 
-async def test_both_tokens_can_be_given_in_the_document(document: Any) -> None:
+async def test_the_document_describes_both_tokens(document: Any) -> None:
     schemes = document["components"]["securitySchemes"]
     assert {name: (scheme["type"], scheme["scheme"]) for name, scheme in schemes.items()} == {
         "trackToken": ("http", "bearer"),
@@ -177,13 +177,13 @@ async def test_the_document_is_valid(document: Any) -> None:
     openapi_spec_validator.validate(document)
 
 
-async def test_every_field_has_an_example_that_fits(document: Any) -> None:
+async def test_every_field_has_a_valid_example(document: Any) -> None:
     examples = 0
     for schema in document["components"]["schemas"].values():
         for described in schema["properties"].values():
             given = described.get("examples") or described.get("enum") or [described.get("const")]
             if "$ref" in json.dumps(described):
-                continue  # that schema's fields have theirs
+                continue  # the referenced schema has its own examples
             validator = OAS31Validator({**described, "components": document["components"]})
             for example in given:
                 validator.validate(example)
@@ -191,14 +191,14 @@ async def test_every_field_has_an_example_that_fits(document: Any) -> None:
     assert examples
 
 
-async def test_every_reference_in_the_document_leads_somewhere(document: Any) -> None:
+async def test_every_reference_in_the_document_resolves(document: Any) -> None:
     for reference in re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)):
         target = document
         for part in reference.split("/"):
             target = target[part]
 
 
-async def test_the_document_is_built_once_however_often_it_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_requests_build_the_document_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built = 0
     build = docs._build
 
@@ -214,7 +214,7 @@ async def test_the_document_is_built_once_however_often_it_is_requested(monkeypa
     assert len({response.content for response in responses}) == 1
 
 
-async def test_every_gateway_of_a_version_gives_the_document_the_same_strong_etag(http: httpx.AsyncClient) -> None:
+async def test_all_gateways_of_a_version_send_the_same_strong_etag(http: httpx.AsyncClient) -> None:
     response = await http.get(DOCUMENT)
     assert re.fullmatch('"[0-9a-f]{32}"', response.headers["ETag"])
     assert response.headers["Cache-Control"] == "no-cache"
@@ -241,7 +241,7 @@ async def test_every_gateway_of_a_version_gives_the_document_the_same_strong_eta
         ([""], 200),
     ],
 )
-async def test_a_client_that_has_the_document_gets_304_without_a_body(
+async def test_a_matching_etag_gets_304_without_a_body(
     http: httpx.AsyncClient, method: str, if_none_match: list[str], status: int
 ) -> None:
     full = await http.get(DOCUMENT)
@@ -256,31 +256,31 @@ async def test_a_client_that_has_the_document_gets_304_without_a_body(
         assert "Content-Type" not in response.headers
 
 
-async def test_every_other_response_of_the_api_is_not_stored(http: httpx.AsyncClient) -> None:
+async def test_other_responses_of_the_api_are_not_stored(http: httpx.AsyncClient) -> None:
     for path in (PAGE, "/v1/docs/start.js", "/v1/sandboxes/1", "/v1/nope"):
         response = await http.get(path, headers={"If-None-Match": "*"})
         assert (response.status_code != 304, response.headers["Cache-Control"]) == (True, "no-store")
 
 
-async def test_the_docs_can_be_switched_off() -> None:
+async def test_the_docs_can_be_disabled() -> None:
     async with client(create_app_without_servers(docs_enabled=False)) as http:
         for path in (DOCUMENT, *docs._FILES, "/v1/nope"):
             for headers in ({}, TRACK):
                 response = await http.get(path, headers={"If-None-Match": "*", **headers})
                 assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
-                assert detail(response)["message"] == f"There is no {path} here. Check the path."
+                assert detail(response)["message"] == f"{path} does not exist. Check the path."
                 assert response.headers["Cache-Control"] == "no-store"
-        assert (await http.post("/v1/allocate", headers=STUDENT)).status_code == 503  # no allocator to ask
+        assert (await http.post("/v1/allocate", headers=STUDENT)).status_code == 503  # no allocator is running
 
 
-async def test_the_page_and_its_assets_come_from_us(http: httpx.AsyncClient) -> None:
+async def test_the_gateway_serves_the_page_and_its_assets(http: httpx.AsyncClient) -> None:
     page = await http.get(PAGE)
     assert page.headers["Content-Type"].startswith("text/html")
     references = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert len(references) == 4
     for reference in references:
         assert not urlsplit(reference).netloc
-        assert not reference.startswith("/")  # so that it works behind a path of its own
+        assert not reference.startswith("/")  # relative, so that it works behind a proxy with a path prefix
         asset = await http.get(urljoin(PAGE, reference))
         assert asset.status_code == 200
         assert asset.content
@@ -288,16 +288,16 @@ async def test_the_page_and_its_assets_come_from_us(http: httpx.AsyncClient) -> 
         assert asset.headers["Content-Type"].startswith(kind)
 
 
-async def test_the_page_has_no_inline_code_that_its_policy_would_stop(http: httpx.AsyncClient) -> None:
+async def test_the_page_has_no_inline_code_that_its_policy_blocks(http: httpx.AsyncClient) -> None:
     page = await http.get(PAGE)
     assert not re.search(r"<script(?![^>]*\bsrc=)", page.text)
     assert not re.search(r"<style|\son\w+=", page.text)
     policy = page.headers["Content-Security-Policy"]
     assert "script-src 'self';" in policy
     start = await http.get("/v1/docs/start.js")
-    assert 'url: "openapi.json"' in start.text  # beside the page
+    assert 'url: "openapi.json"' in start.text  # relative to the page
 
 
-async def test_the_style_sheet_loads_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+async def test_the_style_sheet_loads_only_data_urls(http: httpx.AsyncClient) -> None:
     style = (await http.get("/v1/docs/assets/swagger-ui.css")).text
     assert all(url.startswith("data:") for url in re.findall(r"url\([\"']?([^\"')]+)", style))

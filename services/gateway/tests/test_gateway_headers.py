@@ -1,4 +1,4 @@
-"""What the track routes read from headers."""
+"""Request headers of the track routes."""
 
 from collections.abc import AsyncIterator
 
@@ -85,7 +85,7 @@ async def test_an_optional_header_of_129_characters_is_400(gateway: Gateway, nam
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
 
 
-async def test_128_printable_characters_are_passed_on_as_they_are(gateway: Gateway) -> None:
+async def test_128_printable_characters_are_forwarded_unchanged(gateway: Gateway) -> None:
     longest = ("".join(chr(code) for code in range(0x21, 0x7F)) * 2)[:128]
     response = await gateway.client.post(
         "/v1/allocate", headers={**TRACK, NEW: longest, **dict.fromkeys(OPTIONAL, longest)}
@@ -97,7 +97,7 @@ async def test_128_printable_characters_are_passed_on_as_they_are(gateway: Gatew
     assert [getattr(command, field) for field in OPTIONAL.values()] == [longest] * 3
 
 
-async def test_blanks_around_a_value_do_not_count(gateway: Gateway) -> None:
+async def test_blanks_around_a_value_are_removed(gateway: Gateway) -> None:
     padded = f" \t{'x' * 128}\t "
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, NEW: padded})
     assert response.status_code == 201
@@ -114,14 +114,14 @@ async def test_blank_optional_headers_count_as_absent(gateway: Gateway) -> None:
     assert [getattr(command, field) for field in OPTIONAL.values()] == [None] * 3
 
 
-async def test_the_characters_of_wildcards_are_ordinary_in_a_prefix(gateway: Gateway) -> None:
+async def test_wildcard_characters_in_a_prefix_have_no_meaning(gateway: Gateway) -> None:
     await gateway.client.post("/v1/allocate", headers={**STUDENT, "X-Sandbox-Name-Prefix": "a%_*\\'b"})
     (command,) = gateway.allocator.commands
     assert isinstance(command, AllocateSandbox)
     assert command.name_prefix == "a%_*\\'b"
 
 
-async def test_the_old_name_works_and_is_called_deprecated(gateway: Gateway) -> None:
+async def test_the_old_header_works_and_is_marked_deprecated(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old-student"})
     assert response.status_code == 201
     assert response.headers["Deprecation"] == "true"
@@ -134,7 +134,7 @@ async def test_the_old_name_works_and_is_called_deprecated(gateway: Gateway) -> 
 
 
 @pytest.mark.parametrize(("value", "code"), [("", "MISSING_SANDBOX_ID"), ("x" * 129, "INVALID_HEADER")])
-async def test_the_old_name_is_called_deprecated_on_errors_too(gateway: Gateway, value: str, code: str) -> None:
+async def test_errors_mark_the_old_header_as_deprecated_too(gateway: Gateway, value: str, code: str) -> None:
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: value})
     assert (response.status_code, detail(response)["code"]) == (400, code)
     assert response.headers["Deprecation"] == "true"
@@ -143,7 +143,7 @@ async def test_the_old_name_is_called_deprecated_on_errors_too(gateway: Gateway,
     assert unknown.headers["Deprecation"] == "true"
 
 
-async def test_of_both_names_the_new_one_counts(gateway: Gateway) -> None:
+async def test_the_new_header_takes_precedence(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old", NEW: "new"})
     assert "Deprecation" not in response.headers
     (command,) = gateway.allocator.commands
@@ -151,7 +151,7 @@ async def test_of_both_names_the_new_one_counts(gateway: Gateway) -> None:
     assert command.holder == "new"
 
 
-async def test_a_blank_new_name_is_400_even_with_the_old_one_present(gateway: Gateway) -> None:
+async def test_a_blank_new_header_is_400_even_beside_the_old_header(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/allocate", headers={**TRACK, OLD: "old", NEW: " "})
     assert (response.status_code, detail(response)["code"]) == (400, "MISSING_SANDBOX_ID")
     assert "Deprecation" not in response.headers
@@ -159,9 +159,7 @@ async def test_a_blank_new_name_is_400_even_with_the_old_one_present(gateway: Ga
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 @pytest.mark.parametrize("value", ["student-1", "student-2"])
-async def test_a_header_that_comes_twice_is_400_and_says_which(
-    gateway: Gateway, method: str, path: str, value: str
-) -> None:
+async def test_a_repeated_header_is_400_and_named(gateway: Gateway, method: str, path: str, value: str) -> None:
     twice = [*raw(STUDENT), (NEW.encode(), value.encode())]
     response = await gateway.client.request(method, path, headers=twice)
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
@@ -169,7 +167,7 @@ async def test_a_header_that_comes_twice_is_400_and_says_which(
     assert gateway.allocator.commands == []
 
 
-async def test_headers_of_others_may_come_twice(gateway: Gateway) -> None:
+async def test_other_headers_may_be_repeated(gateway: Gateway) -> None:
     via = [(b"via", b"1.1 a"), (b"via", b"1.1 b")]
     assert (await gateway.client.post("/v1/allocate", headers=[*raw(STUDENT), *via])).status_code == 201
 
@@ -177,7 +175,7 @@ async def test_headers_of_others_may_come_twice(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     "headers", [STUDENT, {}, TRACK, {**STUDENT, "Idempotency-Key": "\x7f"}, {**STUDENT, "Content-Length": "99999"}]
 )
-async def test_the_route_in_the_document_answers_like_the_fast_one(
+async def test_the_documented_route_responds_like_the_direct_route(
     gateway: Gateway, headers: dict[str, str]
 ) -> None:
     async def documented(scope: Scope, receive: Receive, send: Send) -> None:
@@ -185,7 +183,7 @@ async def test_the_route_in_the_document_answers_like_the_fast_one(
 
     sent = {**headers, "X-Request-ID": "same"}
     async with client(documented) as slow:
-        there = await slow.post("/v1/allocate", headers=sent)
-    here = await gateway.client.post("/v1/allocate", headers=sent)
-    assert (here.status_code, here.content) == (there.status_code, there.content)
-    assert sorted(here.headers.raw) == sorted(there.headers.raw)
+        framework = await slow.post("/v1/allocate", headers=sent)
+    direct = await gateway.client.post("/v1/allocate", headers=sent)
+    assert (direct.status_code, direct.content) == (framework.status_code, framework.content)
+    assert sorted(direct.headers.raw) == sorted(framework.headers.raw)

@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics on a port of their own (OPS_PORT)."""
+"""/healthz, /readyz and /metrics on a separate port (OPS_PORT)."""
 
 import httpx
 import pytest
@@ -16,19 +16,19 @@ def client(app: FastAPI, port: int) -> httpx.AsyncClient:
 
 
 @pytest.mark.parametrize("origins", ["", "*"], ids=["", "cors"])
-async def test_each_port_has_its_own_routes_and_404_for_those_of_the_other(origins: str) -> None:
+async def test_each_port_serves_only_its_own_routes(origins: str) -> None:
     app = create_app_without_servers(ops_port=OPS, cors_allowed_origins=origins)
     async with client(app, MAIN) as main, client(app, OPS) as ops:
         for path, status in OPERATIONS:
             assert (await ops.get(path)).status_code == status
             assert (await ops.head(path)).status_code == status
             for method in ("GET", "HEAD", "POST"):
-                refused = await main.request(method, path)
-                assert refused.status_code == 404
-                assert refused.headers["X-Content-Type-Options"] == "nosniff"
-            refused = await main.get(path, headers=ADMIN)
-            assert (refused.status_code, detail(refused)["code"]) == (404, "NOT_FOUND")
-            assert detail(refused)["message"] == f"There is no {path} on this port. Check the path and the port."
+                refusal = await main.request(method, path)
+                assert refusal.status_code == 404
+                assert refusal.headers["X-Content-Type-Options"] == "nosniff"
+            refusal = await main.get(path, headers=ADMIN)
+            assert (refusal.status_code, detail(refusal)["code"]) == (404, "NOT_FOUND")
+            assert detail(refusal)["message"] == f"{path} does not exist on this port. Check the path and the port."
         for method, path, status in (
             ("POST", "/v1/allocate", 503),
             ("GET", "/v1/sandboxes/%00", 404),
@@ -39,27 +39,27 @@ async def test_each_port_has_its_own_routes_and_404_for_those_of_the_other(origi
         ):
             headers = {**STUDENT, **ADMIN}
             assert (await main.request(method, path, headers=headers)).status_code == status
-            refused = await ops.request(method, path, headers=headers)
-            assert (refused.status_code, detail(refused)["code"]) == (404, "NOT_FOUND")
-            assert "on this port" in detail(refused)["message"]
+            refusal = await ops.request(method, path, headers=headers)
+            assert (refusal.status_code, detail(refusal)["code"]) == (404, "NOT_FOUND")
+            assert "on this port" in detail(refusal)["message"]
 
 
 @pytest.mark.parametrize("port", [MAIN, OPS])
-async def test_without_a_port_of_their_own_they_are_where_all_routes_are(port: int) -> None:
+async def test_without_ops_port_one_port_serves_all_routes(port: int) -> None:
     async with client(create_app_without_servers(), port) as http:
         for path, status in OPERATIONS:
             assert (await http.get(path)).status_code == status
         assert (await http.get("/v1/docs")).status_code == 200
 
 
-async def test_the_platform_is_not_limited_there_either() -> None:
+async def test_ops_port_has_no_rate_limit() -> None:
     app = create_app_without_servers(ops_port=OPS, rate_limit="1/hour")
     async with client(app, OPS) as ops:
         for path, status in OPERATIONS * 3:
             assert (await ops.get(path)).status_code == status
 
 
-async def test_the_document_has_the_routes_of_the_main_port_only() -> None:
+async def test_the_openapi_document_has_only_the_routes_of_the_main_port() -> None:
     async with client(create_app_without_servers(ops_port=OPS), MAIN) as main:
         paths = (await main.get("/v1/openapi.json")).json()["paths"]
     assert "/v1/allocate" in paths

@@ -1,4 +1,4 @@
-"""The admin's pages: what they show, that following them shows each row once, and what they refuse."""
+"""Tests of the paginated admin listings: contents, completeness of all pages, and invalid parameters."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -41,7 +41,7 @@ async def add(
     track: str | None = None,
     at: int = 1_728_054_123,
 ) -> None:
-    """A sandbox, and the lease of it where somebody has or had one."""
+    """Insert a sandbox, and its lease if there is a holder."""
     await database.execute(
         "INSERT INTO sandboxes (sandbox_id, external_id, name, status, track_name) VALUES ($1, $2, $3, $4, $5)",
         sandbox_id,
@@ -51,7 +51,7 @@ async def add(
         track,
     )
     if holder is not None:
-        over = status != "allocated"
+        ended = status != "allocated"
         await database.execute(
             "INSERT INTO leases (sandbox_id, holder, track_name, allocated_at, expires_at, ended_at, end_reason) "
             "VALUES ($1, $2, $3, to_timestamp($4), to_timestamp($4 + 14400), to_timestamp($5), $6)",
@@ -59,8 +59,8 @@ async def add(
             holder,
             track,
             at,
-            at + 600 if over else None,
-            "student" if over else None,
+            at + 600 if ended else None,
+            "student" if ended else None,
         )
 
 
@@ -76,7 +76,7 @@ async def page(gateway: Gateway, path: str, **parameters: Any) -> dict[str, Any]
 
 
 async def all_pages(gateway: Gateway, path: str, **parameters: Any) -> list[dict[str, Any]]:
-    """Every row, by following the cursors."""
+    """Return the rows of all pages."""
     rows: list[dict[str, Any]] = []
     cursor = ""
     while True:
@@ -94,8 +94,8 @@ def ids(rows: list[dict[str, Any]]) -> list[str]:
     return [row["sandbox_id"] for row in rows]
 
 
-async def a_mixed_pool(database: asyncpg.Connection) -> None:
-    """Twelve of each state, names of two kinds, tracks and students in turn."""
+async def add_mixed_pool(database: asyncpg.Connection) -> None:
+    """Insert 12 sandboxes of each status, with two name prefixes and alternating tracks and students."""
     statuses = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted")
     used = ("allocated", "pending_deletion", "deletion_failed", "deleted")
     for number, (status, copy) in enumerate(itertools.product(statuses, range(12))):
@@ -125,10 +125,10 @@ FILTERS: list[dict[str, str]] = [
 
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "+".join(filters) or "none")
 @pytest.mark.parametrize("limit", [1, 7, 500])
-async def test_following_the_pages_shows_each_sandbox_of_the_filters_once(
+async def test_pages_contain_each_matching_sandbox_once(
     gateway: Gateway, database: asyncpg.Connection, filters: dict[str, str], limit: int
 ) -> None:
-    await a_mixed_pool(database)
+    await add_mixed_pool(database)
     rows = await all_pages(gateway, "sandboxes", limit=limit, **filters)
     expected = await database.fetch(
         "SELECT s.sandbox_id FROM sandboxes s LEFT JOIN leases l USING (sandbox_id) "
@@ -141,27 +141,27 @@ async def test_following_the_pages_shows_each_sandbox_of_the_filters_once(
 
 
 @pytest.mark.parametrize("limit", [1, 3, 500])
-async def test_where_a_page_has_looked_long_enough_it_is_short_and_has_a_cursor(
+async def test_page_that_reaches_the_row_limit_is_short_and_has_a_cursor(
     gateway: Gateway, database: asyncpg.Connection, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pagination, "LOOK", 5)
-    await a_mixed_pool(database)
+    monkeypatch.setattr(pagination, "MAX_EXAMINED", 5)
+    await add_mixed_pool(database)
     first = await page(gateway, "sandboxes", name_prefix="lab-", status="deleted", limit=limit)
     assert first["cursor"] is not None
     rows = await all_pages(gateway, "sandboxes", name_prefix="lab-", status="deleted", limit=limit)
     assert len(ids(rows)) == len(set(ids(rows))) == 6
 
 
-async def test_a_prefix_has_no_wildcards(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_name_prefix_has_no_wildcards(gateway: Gateway, database: asyncpg.Connection) -> None:
     for number, name in enumerate(("a%b", "a_b", "axb", "A%b", "a\\b", "a*b", "a'b")):
         await add(database, str(number), name=name)
-    for prefix, found in (("a%", ["0"]), ("a_", ["1"]), ("a\\", ["4"]), ("a*", ["5"]), ("a'", ["6"]), ("%", [])):
-        for more in ({}, {"status": "available"}):
-            assert ids(await all_pages(gateway, "sandboxes", name_prefix=prefix, **more)) == found
+    for prefix, expected in (("a%", ["0"]), ("a_", ["1"]), ("a\\", ["4"]), ("a*", ["5"]), ("a'", ["6"]), ("%", [])):
+        for filters in ({}, {"status": "available"}):
+            assert ids(await all_pages(gateway, "sandboxes", name_prefix=prefix, **filters)) == expected
 
 
 @pytest.mark.parametrize("character", ["x", '"', "\\", "ü", "\U0001f600"])
-async def test_the_pages_of_the_longest_names_can_be_followed(
+async def test_pages_of_the_longest_names_have_valid_cursors(
     gateway: Gateway, database: asyncpg.Connection, character: str
 ) -> None:
     longest = f"s{character * 254}"
@@ -172,12 +172,12 @@ async def test_the_pages_of_the_longest_names_can_be_followed(
     assert sum(group["total"] for group in await all_pages(gateway, "stats", by="name_prefix", limit=1)) == 4
 
 
-async def test_a_blank_filter_is_none(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_empty_filter_matches_all(gateway: Gateway, database: asyncpg.Connection) -> None:
     await add(database, "7")
     assert ids(await all_pages(gateway, "sandboxes", name_prefix="", track_name="", holder="")) == ["7"]
 
 
-async def test_what_is_added_or_taken_away_meanwhile_disturbs_nothing_else(
+async def test_rows_added_or_deleted_between_pages_do_not_affect_other_rows(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     for number in range(10, 20):
@@ -189,7 +189,7 @@ async def test_what_is_added_or_taken_away_meanwhile_disturbs_nothing_else(
     assert ids(first["sandboxes"] + rest["sandboxes"]) == ["10", "11", "12", "13", "14", "16", "17", "18", "19"]
 
 
-async def test_a_page_tells_of_each_sandbox_who_has_it(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_sandbox_row_includes_its_lease(gateway: Gateway, database: asyncpg.Connection) -> None:
     await add(database, "7", "allocated", holder="student-1", track="dns")
     (row,) = (await page(gateway, "sandboxes"))["sandboxes"]
     assert row.pop("status_since") > 1_728_054_123
@@ -225,12 +225,12 @@ async def test_a_page_tells_of_each_sandbox_who_has_it(gateway: Gateway, databas
     ids=lambda filters: "+".join(filters) or "none",
 )
 @pytest.mark.parametrize("limit", [1, 3, 500])
-async def test_following_the_pages_shows_each_lease_of_the_filters_once_and_the_newest_first(
+async def test_pages_contain_each_matching_lease_once_newest_first(
     gateway: Gateway, database: asyncpg.Connection, filters: dict[str, Any], limit: int
 ) -> None:
     for number in range(20):
         holder, track = f"student-{number % 2}", ("dns", None, "dhcp")[number % 3]
-        at = 1_000 + number // 2 * 2  # two at a time
+        at = 1_000 + number // 2 * 2  # two leases with the same time
         await add(database, str(number), "deleted", holder=holder, track=track, at=at)
     rows = await all_pages(gateway, "allocations", limit=limit, **filters)
     expected = await database.fetch(
@@ -245,7 +245,7 @@ async def test_following_the_pages_shows_each_lease_of_the_filters_once_and_the_
     assert [row["lease_id"] for row in rows] == [row["lease_id"] for row in expected]
 
 
-async def test_a_lease_tells_how_long_it_took_and_how_it_ended_also_when_the_sandbox_is_forgotten(
+async def test_lease_row_includes_duration_and_end_after_the_purge_of_its_sandbox(
     gateway: Gateway, database: asyncpg.Connection
 ) -> None:
     await add(database, "7", "deleted", holder="student-1", track="dns")
@@ -268,9 +268,7 @@ async def test_a_lease_tells_how_long_it_took_and_how_it_ended_also_when_the_san
     assert await all_pages(gateway, "sandboxes", holder="student-1") == []
 
 
-async def test_a_lease_that_lasts_has_no_end_and_takes_until_now(
-    gateway: Gateway, database: asyncpg.Connection
-) -> None:
+async def test_duration_of_an_active_lease_ends_now(gateway: Gateway, database: asyncpg.Connection) -> None:
     await add(database, "7", "allocated", holder="student-1")
     (row,) = (await page(gateway, "allocations"))["allocations"]
     assert (row["ended_at"], row["end_reason"]) == (None, None)
@@ -279,12 +277,12 @@ async def test_a_lease_that_lasts_has_no_end_and_takes_until_now(
 
 @pytest.mark.parametrize("by", ["track_name", "name_prefix"])
 @pytest.mark.parametrize("limit", [1, 2, 500])
-@pytest.mark.parametrize("added_up", ["none", "all", "some"])
-async def test_the_stats_of_groups_add_up(
-    gateway: Gateway, database: asyncpg.Connection, by: str, limit: int, added_up: str
+@pytest.mark.parametrize("summed", ["none", "all", "some"])
+async def test_group_statistics_match_the_sandboxes(
+    gateway: Gateway, database: asyncpg.Connection, by: str, limit: int, summed: str
 ) -> None:
-    await a_mixed_pool(database)
-    if added_up != "none":
+    await add_mixed_pool(database)
+    if summed != "none":
         await database.execute(
             "INSERT INTO pool_counts SELECT 'pool', '', status, sum(number) FROM pool_changes GROUP BY status; "
             "INSERT INTO pool_counts SELECT 'name_prefix', stem, status, sum(number) FROM pool_changes "
@@ -293,7 +291,7 @@ async def test_the_stats_of_groups_add_up(
             "WHERE track_name IS NOT NULL GROUP BY track_name, status; "
             "TRUNCATE pool_changes"
         )
-    if added_up == "some":
+    if summed == "some":
         await database.execute("UPDATE sandboxes SET status = 'deleted' WHERE status = 'pending_deletion'")
         await add(database, "999", "allocated", name="new-1", holder="student-new", track="new")
     groups = await all_pages(gateway, "stats", by=by, limit=limit)
@@ -305,14 +303,14 @@ async def test_the_stats_of_groups_add_up(
     assert [(group["value"], group["total"], group["deleted"]) for group in groups] == [
         tuple(row) for row in expected
     ]
-    whole = await page(gateway, "stats", by=by)
-    assert whole["by"] == by
-    assert whole["total"] == await database.fetchval("SELECT count(*) FROM sandboxes")
+    body = await page(gateway, "stats", by=by)
+    assert body["by"] == by
+    assert body["total"] == await database.fetchval("SELECT count(*) FROM sandboxes")
     assert "groups" not in await page(gateway, "stats")
 
 
 @pytest.mark.parametrize("path", ["sandboxes", "allocations", "stats?by=track_name"])
-async def test_an_empty_pool_has_an_empty_last_page(gateway: Gateway, path: str) -> None:
+async def test_empty_pool_returns_an_empty_last_page(gateway: Gateway, path: str) -> None:
     response = await gateway.client.get(f"/v1/admin/{path}", headers=ADMIN)
     body = response.json()
     assert body["cursor"] is None
@@ -328,7 +326,7 @@ async def test_an_empty_pool_has_an_empty_last_page(gateway: Gateway, path: str)
         ("stats", {"by": "name_prefix"}),
     ],
 )
-async def test_a_cursor_of_another_listing_or_with_other_filters_is_400(
+async def test_cursor_of_another_listing_or_other_filters_returns_400(
     gateway: Gateway, database: asyncpg.Connection, path: str, other: dict[str, str]
 ) -> None:
     for number in range(3):
@@ -338,11 +336,11 @@ async def test_a_cursor_of_another_listing_or_with_other_filters_is_400(
     assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR")
 
 
-async def test_a_forged_cursor_is_400(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_invalid_cursor_returns_400(gateway: Gateway, database: asyncpg.Connection) -> None:
     for number in range(3):
         await add(database, str(number))
     cursor: str = (await page(gateway, "sandboxes", limit=1))["cursor"]
-    swapped = [cursor[:place] + ("A" if cursor[place] != "A" else "B") + cursor[place + 1 :] for place in range(12)]
+    swapped = [cursor[:index] + ("A" if cursor[index] != "A" else "B") + cursor[index + 1 :] for index in range(12)]
     for forged in ("x", "2", "%", "ä", "==", " ", cursor[:-4], cursor + "AAAA", cursor.swapcase(), *swapped):
         response = await get(gateway, "sandboxes", cursor=forged)
         assert (response.status_code, detail(response)["code"]) == (400, "INVALID_CURSOR"), forged
@@ -365,7 +363,7 @@ async def test_a_forged_cursor_is_400(gateway: Gateway, database: asyncpg.Connec
         ("stats", {"by": "colour"}, "by"),
     ],
 )
-async def test_a_parameter_that_is_wrong_is_named(
+async def test_error_names_the_invalid_parameter(
     gateway: Gateway, path: str, parameters: dict[str, Any], field: str
 ) -> None:
     response = await get(gateway, path, **parameters)
@@ -374,12 +372,14 @@ async def test_a_parameter_that_is_wrong_is_named(
 
 
 @pytest.mark.parametrize("path", ["sandboxes", "sandboxes/7", "allocations", "stats?by=track_name"])
-async def test_a_track_token_sees_none_of_it(gateway: Gateway, path: str) -> None:
+async def test_track_token_returns_403(gateway: Gateway, path: str) -> None:
     response = await gateway.client.get(f"/v1/admin/{path}", headers=TRACK)
     assert (response.status_code, detail(response)["code"]) == (403, "FORBIDDEN")
 
 
-async def test_a_sandbox_has_its_history_published_or_not(gateway: Gateway, database: asyncpg.Connection) -> None:
+async def test_history_includes_published_and_unpublished_events(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
     await add(database, "7", "pending_deletion", holder="student-1", track="dns")
     await database.execute(
         "UPDATE leases SET end_reason = 'admin', end_note = 'broken'; "
@@ -391,23 +391,23 @@ async def test_a_sandbox_has_its_history_published_or_not(gateway: Gateway, data
         "('sandbox.deletion_requested', '7', to_timestamp(1002), "
         '\'{"holder": "student-1", "track_name": "dns", "reason": "admin"}\')'
     )
-    story = await page(gateway, "sandboxes/7")
-    assert (story["status"], story["holder"], story["end_reason"], story["end_note"]) == (
+    details = await page(gateway, "sandboxes/7")
+    assert (details["status"], details["holder"], details["end_reason"], details["end_note"]) == (
         "pending_deletion",
         "student-1",
         "admin",
         "broken",
     )
-    assert [(entry["at"], entry["status"], entry["by"], entry["reason"]) for entry in story["history"]] == [
+    assert [(entry["at"], entry["status"], entry["by"], entry["reason"]) for entry in details["history"]] == [
         (1000, "available", "csp", None),
         (1001, "allocated", "student", None),
         (1002, "pending_deletion", "administrator", "admin"),
     ]
-    assert story["history"][1]["holder"] == "student-1"
+    assert details["history"][1]["holder"] == "student-1"
 
 
 @pytest.mark.parametrize("sandbox_id", ["7", "%00", "a%2Fb", "x" * 300])
-async def test_an_unknown_sandbox_is_404(gateway: Gateway, sandbox_id: str) -> None:
+async def test_unknown_sandbox_returns_404(gateway: Gateway, sandbox_id: str) -> None:
     response = await get(gateway, f"sandboxes/{sandbox_id}")
     assert response.status_code == 404
     assert detail(response)["code"] in ("SANDBOX_NOT_FOUND", "NOT_FOUND")

@@ -1,6 +1,6 @@
-"""What the gateway does when the far side is silent or not there at all.
+"""Tests of the gateway while a service does not reply or is down.
 
-The queues have a single active consumer, so these gateways have them to themselves.
+The queues have a single active consumer, so each test uses its own gateway and consumers.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from sandbox_broker.contract.replies import Purged, Reply
 from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes, until
 
 AT_ONCE_SEC = 4
-"""Less than the 5 s after which the gateway gives up waiting."""
+"""Less than the 5 s of the request timeout."""
 
 
 @pytest.fixture
-async def hasty(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
-    """A gateway that waits for a second at most."""
+async def gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    """Gateway with request timeouts of 1 s."""
     async with running(amqp_url, database_url=database_url, allocate_timeout_sec=1, admin_wait_sec=1) as gateway:
         yield gateway
 
@@ -32,19 +32,19 @@ async def hasty(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
     ("path", "code"),
     [("/v1/allocate", "ALLOCATION_TIMEOUT"), ("/v1/sandboxes/1/mark-for-deletion", "RELEASE_TIMEOUT")],
 )
-async def test_no_answer_in_time_is_504_and_may_be_asked_again(hasty: Gateway, path: str, code: str) -> None:
-    hasty.allocator.answer = say_nothing
+async def test_missing_reply_returns_504_and_a_retry_succeeds(gateway: Gateway, path: str, code: str) -> None:
+    gateway.allocator.answer = say_nothing
     started = time.monotonic()
-    response = await hasty.client.post(path, headers=STUDENT)
+    response = await gateway.client.post(path, headers=STUDENT)
     assert (response.status_code, detail(response)["code"]) == (504, code)
     assert detail(response)["retry_after"]
     assert time.monotonic() - started >= 1
-    assert hasty.app.state.context.allocator.in_flight == 0
-    hasty.reset()
-    assert (await hasty.client.post(path, headers=STUDENT)).status_code in (200, 201)
+    assert gateway.app.state.context.allocator.in_flight == 0
+    gateway.reset()
+    assert (await gateway.client.post(path, headers=STUDENT)).status_code in (200, 201)
 
 
-async def test_nobody_who_consumes_is_503_at_once(amqp_url: str, database_url: str) -> None:
+async def test_queue_without_consumers_returns_503_at_once(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
         for path in ("/v1/allocate", "/v1/sandboxes/1/mark-for-deletion"):
             started = time.monotonic()
@@ -59,7 +59,7 @@ async def test_nobody_who_consumes_is_503_at_once(amqp_url: str, database_url: s
         assert (await gateway.allocate()).status_code == 503
 
 
-async def test_a_lost_rabbitmq_is_503_at_once_and_comes_back(amqp_url: str, database_url: str) -> None:
+async def test_lost_rabbitmq_returns_503_at_once_until_it_is_back(amqp_url: str, database_url: str) -> None:
     far_side = FarSide(topology.ALLOCATOR_COMMANDS, answer=say_nothing)
     async with (
         Cable.to(amqp_url) as cable,
@@ -70,7 +70,7 @@ async def test_a_lost_rabbitmq_is_503_at_once_and_comes_back(amqp_url: str, data
         in_flight = asyncio.create_task(gateway.allocate())
         await until(lambda: far_side.commands)
         await cable.pull()
-        response = await in_flight  # not after its 5 s
+        response = await in_flight  # before its timeout of 5 s
         assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
         for method, path, headers in (
             ("POST", "/v1/allocate", STUDENT),
@@ -92,56 +92,56 @@ async def test_a_lost_rabbitmq_is_503_at_once_and_comes_back(amqp_url: str, data
         assert (await gateway.allocate()).status_code == 201
 
 
-async def test_a_sync_that_takes_long_becomes_a_job(hasty: Gateway) -> None:
-    hasty.syncer.answer = say_nothing
-    response = await hasty.client.post("/v1/admin/sync", headers=ADMIN)
+async def test_slow_sync_returns_202_with_the_job(gateway: Gateway) -> None:
+    gateway.syncer.answer = say_nothing
+    response = await gateway.client.post("/v1/admin/sync", headers=ADMIN)
     assert response.status_code == 202
-    (begun,), (asked,) = hasty.maintenance.commands, hasty.syncer.commands
-    assert isinstance(begun, RecordJob)
-    assert isinstance(asked, SyncPool)
-    assert (begun.kind, begun.state, begun.job_id) == ("sync", "running", asked.job_id)
-    path = f"/v1/admin/jobs/{asked.job_id}"
-    assert response.json() == {"status": "running", "job_id": str(asked.job_id), "job_url": path}
+    (job,), (command,) = gateway.maintenance.commands, gateway.syncer.commands
+    assert isinstance(job, RecordJob)
+    assert isinstance(command, SyncPool)
+    assert (job.kind, job.state, job.job_id) == ("sync", "running", command.job_id)
+    path = f"/v1/admin/jobs/{command.job_id}"
+    assert response.json() == {"status": "running", "job_id": str(command.job_id), "job_url": path}
     assert response.headers["Location"] == path
 
 
-async def test_a_purge_without_an_end_tells_how_far_it_came(hasty: Gateway) -> None:
+async def test_purge_that_does_not_end_returns_504(gateway: Gateway) -> None:
     async def purge(_: Command) -> Reply:
         return Purged(count=500)
 
-    hasty.maintenance.answer = purge
-    response = await hasty.client.post("/v1/admin/bulk-delete?status=stale", headers=ADMIN)
+    gateway.maintenance.answer = purge
+    response = await gateway.client.post("/v1/admin/bulk-delete?status=stale", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (504, "MAINTENANCE_TIMEOUT")
 
 
-async def test_a_sync_without_a_csp_syncer_is_503(amqp_url: str, database_url: str) -> None:
+async def test_sync_without_a_csp_syncer_returns_503(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
         response = await gateway.client.post("/v1/admin/sync", headers=ADMIN)
     assert (response.status_code, detail(response)["code"]) == (503, "SYNCER_UNAVAILABLE")
 
 
-async def test_a_gateway_that_stops_leaves_no_task_behind(amqp_url: str, database_url: str) -> None:
+async def test_stopped_gateway_leaves_no_tasks(amqp_url: str, database_url: str) -> None:
     before = Counter(task.get_name() for task in asyncio.all_tasks())
     async with running(amqp_url, database_url=database_url) as gateway:
         await gateway.allocate()
     await until(lambda: not Counter(task.get_name() for task in asyncio.all_tasks()) - before)
 
 
-async def test_an_allocator_that_has_just_come_is_asked_at_once(amqp_url: str, database_url: str) -> None:
+async def test_request_after_the_start_of_an_allocator_succeeds(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
         await gateway.absent()
         async with FarSide(topology.ALLOCATOR_COMMANDS).consuming(amqp_url):
             assert (await gateway.allocate()).status_code == 201
 
 
-async def test_who_waits_is_told_at_once_that_the_allocator_has_gone(amqp_url: str, database_url: str) -> None:
+async def test_pending_request_fails_at_once_when_the_allocator_stops(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
         allocator = gateway.app.state.context.allocator
         async with FarSide(topology.ALLOCATOR_COMMANDS, say_nothing).consuming(amqp_url):
             await gateway.present()
             waiting = asyncio.create_task(gateway.allocate())
             await until(lambda: allocator.in_flight == 1)
-        gone = time.monotonic()
+        stopped = time.monotonic()
         response = await waiting
         assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
-        assert time.monotonic() - gone < AT_ONCE_SEC
+        assert time.monotonic() - stopped < AT_ONCE_SEC

@@ -1,4 +1,4 @@
-"""How many requests a student, or an address without a known token, may send."""
+"""Rate limit per student, and per address without a known token."""
 
 import time
 from functools import partial
@@ -43,13 +43,13 @@ def student(name: str, token: dict[str, str] = TRACK) -> dict[str, str]:
     return {**token, "X-Instruqt-Sandbox-ID": name}
 
 
-async def test_a_student_is_refused_past_the_limit_and_told_how_long() -> None:
+async def test_a_student_beyond_the_limit_gets_429_with_retry_after() -> None:
     app = create_app_without_servers(rate_limit="3/5 minutes")
     begun = int(time.time())
     async with client(app) as http:
         for left in (2, 1, 0):
             served = await http.post("/v1/allocate", headers=STUDENT)
-            assert served.status_code == 503  # nobody to ask
+            assert served.status_code == 503  # no allocator is running
             assert served.headers["X-RateLimit-Limit"] == "3"
             assert served.headers["X-RateLimit-Remaining"] == str(left)
             assert begun + 300 <= int(served.headers["X-RateLimit-Reset"]) <= time.time() + 301
@@ -76,7 +76,7 @@ async def test_a_student_is_refused_past_the_limit_and_told_how_long() -> None:
         ("/v1/allocate", {}, {405, 429}),
     ],
 )
-async def test_requests_without_a_known_token_never_lock_out_a_known_token(
+async def test_requests_without_a_known_token_do_not_affect_known_tokens(
     path: str, sent: dict[str, str], answers: set[int]
 ) -> None:
     app = create_app_without_servers(rate_limit="50/hour")
@@ -93,16 +93,16 @@ async def test_requests_without_a_known_token_never_lock_out_a_known_token(
         assert "without a known token from this address" in detail(refused)["message"]
 
 
-async def test_an_address_without_a_token_has_the_whole_limit_for_what_needs_none() -> None:
+async def test_public_routes_have_the_full_limit_per_address() -> None:
     app = create_app_without_servers(rate_limit="50/hour")
     assert await statuses(app, *[{}] * 51, path="/v1/docs/start.js") == [200] * 50 + [429]
 
 
-async def test_each_student_of_a_class_behind_one_address_has_a_limit_of_their_own() -> None:
+async def test_each_student_behind_one_address_has_a_separate_limit() -> None:
     app = create_app_without_servers(rate_limit="2/hour")
     for name in ("ada", "ben", "chi"):
         assert await statuses(app, *[student(name)] * 3) == [404, 404, 429]
-    assert await statuses(app, student("ada"), address="192.0.2.2") == [429]  # wherever the request comes from
+    assert await statuses(app, student("ada"), address="192.0.2.2") == [429]  # also from another address
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ async def test_known_tokens_are_counted_by_token_and_student(
     assert await statuses(app, other, path="/nope") == [429 if shared else 404]
 
 
-async def test_every_answer_to_a_known_token_counts() -> None:
+async def test_every_response_to_a_known_token_counts() -> None:
     app = create_app_without_servers(rate_limit="5/hour", cors_allowed_origins="*")
     async with client(app) as http:
         preflight: dict[str, str | bytes] = {
@@ -150,7 +150,7 @@ async def test_every_answer_to_a_known_token_counts() -> None:
             assert (answer.status_code, answer.headers.get("X-RateLimit-Remaining")) == (status, left)
 
 
-async def test_each_address_without_a_token_has_a_limit_of_its_own() -> None:
+async def test_each_address_without_a_token_has_a_separate_limit() -> None:
     app = create_app_without_servers(rate_limit="1/hour")
     for address in ("192.0.2.1", "192.0.2.2", "2001:db8:0:1::1", "2001:db8:0:2::1"):
         assert await statuses(app, {}, {}, path="/nope", address=address) == [404, 429]
@@ -158,9 +158,9 @@ async def test_each_address_without_a_token_has_a_limit_of_its_own() -> None:
     assert await statuses(app, {}, path="/nope", address="2001:db8:0:1::2") == [429]
 
 
-async def test_invented_addresses_and_students_leave_the_counters_of_known_tokens_alone() -> None:
+async def test_many_addresses_do_not_displace_the_counters_of_known_tokens() -> None:
     app = create_app_without_servers(rate_limit="3/hour")
-    limit = app.state.context.limits
+    limit = app.state.context.rate_limits
     limit.addresses._max_counters = limit.failures._max_counters = limit.students._max_counters = 4
     assert await statuses(app, *[STUDENT] * 3) == [404] * 3
     for number in range(20):
@@ -170,9 +170,9 @@ async def test_invented_addresses_and_students_leave_the_counters_of_known_token
     assert [len(counted._windows) for counted in (limit.students, limit.addresses, limit.failures)] == [1, 4, 4]
 
 
-async def test_a_known_token_with_invented_students_takes_bounded_memory_and_is_not_kept() -> None:
+async def test_counters_of_many_students_take_bounded_memory_without_tokens() -> None:
     app = create_app_without_servers(rate_limit="3/hour")
-    students = app.state.context.limits.students
+    students = app.state.context.rate_limits.students
     students._max_counters = 4
     for number in range(20):
         assert await statuses(app, student(f"{number}" * 5000)) == [400]
@@ -181,25 +181,25 @@ async def test_a_known_token_with_invented_students_takes_bounded_memory_and_is_
     assert not any(TRACK_TOKEN.encode() in key for key in students._windows)
 
 
-def test_when_there_are_too_many_counters_the_oldest_starts_again() -> None:
+def test_the_oldest_counter_is_reset_beyond_the_maximum() -> None:
     counted = RateLimit(Rate(1, 3600), max_counters=3)
     for key in ("a", "b", "c"):
-        assert not counted.hit(key).over
-    assert counted.hit("a").over
-    assert not counted.hit("d").over  # instead of "a", whose window ends first
-    assert [counted.hit(key).over for key in ("b", "c", "d")] == [True, True, True]
-    assert not counted.hit("a").over
+        assert not counted.hit(key).is_exceeded
+    assert counted.hit("a").is_exceeded
+    assert not counted.hit("d").is_exceeded  # replaces "a", because its window ends first
+    assert [counted.hit(key).is_exceeded for key in ("b", "c", "d")] == [True, True, True]
+    assert not counted.hit("a").is_exceeded
     assert len(counted._windows) == 3
 
 
-def test_windows_that_have_ended_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ended_windows_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "time", lambda: now)
     counted = RateLimit(Rate(1, 60), max_counters=1000)
     for number in range(10):
         counted.hit(f"old-{number}")
     now += 60
-    assert not counted.hit("old-0").over
+    assert not counted.hit("old-0").is_exceeded
     for number in range(5):
         assert counted.hit(f"new-{number}").reset == now + 60
     assert set(counted._windows) == {"old-0", *(f"new-{number}" for number in range(5))}
@@ -209,7 +209,7 @@ def _past(unix_seconds: int) -> bool:
     return time.time() >= unix_seconds
 
 
-async def test_the_window_ends() -> None:
+async def test_a_new_window_accepts_requests_again() -> None:
     app = create_app_without_servers(rate_limit="2/second")
     assert (await statuses(app, *[STUDENT] * 10))[-1] == 429
     served: list[int] = []
@@ -220,7 +220,7 @@ async def test_the_window_ends() -> None:
             served += await statuses(app, STUDENT)
 
 
-async def test_the_limit_may_be_switched_off() -> None:
+async def test_the_limit_can_be_disabled() -> None:
     app = create_app_without_servers(rate_limit="")
     async with client(app) as http:
         for _ in range(50):
@@ -231,7 +231,7 @@ async def test_the_limit_may_be_switched_off() -> None:
     assert await statuses(app, *[{}] * 50) == [401] * 50
 
 
-async def test_the_platform_may_always_ask() -> None:
+async def test_operations_routes_have_no_limit() -> None:
     app = create_app_without_servers(rate_limit="1/hour")
     async with client(app) as http:
         for path, status in (("/healthz", 200), ("/metrics", 200), ("/readyz", 503)) * 3:
@@ -239,7 +239,7 @@ async def test_the_platform_may_always_ask() -> None:
     assert await statuses(app, STUDENT) == [404]
 
 
-async def test_behind_a_trusted_proxy_its_client_counts() -> None:
+async def test_clients_behind_a_trusted_proxy_are_counted_separately() -> None:
     app = create_app_without_servers(rate_limit="1/hour", trusted_proxies="10.0.0.0/8, 192.0.2.9")
     for address in ("198.51.100.1", "198.51.100.2"):
         forwarded = {"X-Forwarded-For": address}
@@ -248,10 +248,10 @@ async def test_behind_a_trusted_proxy_its_client_counts() -> None:
     assert await statuses(app, {}, {}, path="/nope", address=PROXY) == [404, 429]
 
 
-async def test_nobody_else_chooses_the_address_they_are_counted_as() -> None:
+async def test_x_forwarded_for_of_untrusted_clients_is_ignored() -> None:
     app = create_app_without_servers(rate_limit="1/hour", trusted_proxies="10.0.0.0/8")
-    made_up = [{"X-Forwarded-For": f"198.51.100.{number}"} for number in range(3)]
-    assert await statuses(app, *made_up, path="/nope", address="203.0.113.1") == [404, 429, 429]
+    forged = [{"X-Forwarded-For": f"198.51.100.{number}"} for number in range(3)]
+    assert await statuses(app, *forged, path="/nope", address="203.0.113.1") == [404, 429, 429]
     through = [{"X-Forwarded-For": f"198.51.100.{number}, 203.0.113.2"} for number in range(3)]
     assert await statuses(app, *through, path="/nope", address=PROXY) == [404, 429, 429]
 
@@ -276,7 +276,7 @@ async def test_nobody_else_chooses_the_address_they_are_counted_as() -> None:
         ("fd00::1", ["198.51.100.1"], "198.51.100.1"),
     ],
 )
-def test_the_client_is_the_last_address_that_no_proxy_of_ours_has(
+def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy(
     peer: str, forwarded: list[str], counted: str
 ) -> None:
     find_client = client_address.build_client_address(client_address.parse_networks("10.0.0.0/8,fd00::/8"))
@@ -287,7 +287,7 @@ def test_the_client_is_the_last_address_that_no_proxy_of_ours_has(
     assert find_client(scope) == counted
 
 
-async def test_failed_attempts_are_counted_by_their_reason() -> None:
+async def test_authentication_failures_are_counted_by_reason() -> None:
     app = create_app_without_servers()
 
     def counts() -> list[float]:
@@ -304,8 +304,8 @@ async def test_failed_attempts_are_counted_by_their_reason() -> None:
     assert [after - earlier for after, earlier in zip(counts(), before, strict=True)] == [2, 3, 1]
 
 
-async def test_who_tries_token_after_token_is_told_to_wait() -> None:
-    app = create_app_without_servers(rate_limit="400/hour")  # of which a twentieth may fail
+async def test_guessing_tokens_is_limited_per_address() -> None:
+    app = create_app_without_servers(rate_limit="400/hour")  # a twentieth of them for failures
     guesses = [{"Authorization": f"Bearer guess-{number}"} for number in range(15)]
     assert await statuses(app, *guesses, *[{}] * 5) == [401] * 20
     async with client(app) as http:
@@ -316,7 +316,7 @@ async def test_who_tries_token_after_token_is_told_to_wait() -> None:
     assert await statuses(app, {}, address="192.0.2.2") == [401]
 
 
-async def test_a_wrong_token_of_one_track_does_not_lock_out_the_others() -> None:
+async def test_a_wrong_token_does_not_lock_out_other_tracks() -> None:
     app = create_app_without_servers(rate_limit="100/hour")
     wrong = {**STUDENT, "Authorization": "Bearer wrong"}
     assert await statuses(app, *[wrong] * 11) == [401] * 10 + [429]

@@ -1,4 +1,4 @@
-"""What every response has, whatever was asked: an id, security headers, one body for errors, one observation."""
+"""Common parts of all responses: request id, security headers, error body, metrics and log."""
 
 import asyncio
 import json
@@ -31,8 +31,8 @@ from .gateway_harness import (
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 LIMIT = 64 * 1024
 
-# Method, path, headers, and the status to expect.
-ALL_SORTS: list[tuple[str, str, dict[str, str], int]] = [
+# Method, path, headers, expected status.
+REQUESTS: list[tuple[str, str, dict[str, str], int]] = [
     ("POST", "/v1/allocate", STUDENT, 201),
     ("POST", "/v1/sandboxes/1/mark-for-deletion", STUDENT, 200),
     ("GET", "/v1/sandboxes/unknown", STUDENT, 404),
@@ -61,7 +61,7 @@ ALL_SORTS: list[tuple[str, str, dict[str, str], int]] = [
     ("POST", "/healthz", {}, 405),
     ("DELETE", "/v1/admin/sync", ADMIN, 405),
     ("BREW", "/v1/docs", {}, 405),
-    # Not redirected: a redirect of a POST would have no body of ours, and clients turn it into a GET.
+    # No redirects, because a redirect lacks the error body, and clients turn a redirected POST into a GET.
     ("POST", "/v1/allocate/", STUDENT, 404),
     ("GET", "/v1/docs/", {}, 404),
     ("GET", "/v1/sandboxes/", STUDENT, 404),
@@ -92,7 +92,7 @@ def gateway(shared_gateway: Gateway) -> Gateway:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
-    """A gateway whose POST /v1/allocate crashes."""
+    """Gateway with a POST /v1/allocate that raises."""
 
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError("SELECT secret FROM somewhere")
@@ -101,8 +101,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     return create_app_without_servers()
 
 
-@pytest.mark.parametrize(("method", "path", "headers", "status"), ALL_SORTS)
-async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_body(
+@pytest.mark.parametrize(("method", "path", "headers", "status"), REQUESTS)
+async def test_every_response_has_a_request_id_security_headers_and_the_error_body(
     gateway: Gateway, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
     response = await gateway.client.request(method, path, headers=headers)
@@ -123,14 +123,14 @@ async def test_every_response_has_an_id_security_headers_and_on_errors_the_one_b
         assert response.headers["Allow"] in ("GET", "POST", "GET, POST")
 
 
-async def test_a_wrong_method_is_told_all_that_the_path_takes(gateway: Gateway) -> None:
+async def test_405_lists_the_methods_of_all_routes_of_the_path(gateway: Gateway) -> None:
     response = await gateway.client.delete("/v1/admin/sync", headers=ADMIN)
     assert response.headers["Allow"] == "GET, POST"
-    assert detail(response)["message"] == "/v1/admin/sync takes GET, POST, not DELETE."
+    assert detail(response)["message"] == "/v1/admin/sync does not support DELETE. Use GET, POST."
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/v1/docs", "/v1/openapi.json"])
-async def test_head_is_get_without_its_body(gateway: Gateway, path: str) -> None:
+async def test_head_is_get_without_a_body(gateway: Gateway, path: str) -> None:
     async with serving(gateway.app) as url:
         get, head = await gateway.client.get(path), None
         async with asyncio.timeout(30):
@@ -140,8 +140,8 @@ async def test_head_is_get_without_its_body(gateway: Gateway, path: str) -> None
             writer.close()
             await writer.wait_closed()
     assert head.startswith(b"HTTP/1.1 200")
-    assert head.endswith(b"\r\n\r\n")  # nothing after the headers
-    if path != "/metrics":  # whose length changes
+    assert head.endswith(b"\r\n\r\n")  # no body after the headers
+    if path != "/metrics":  # its length changes
         assert f"content-length: {get.headers['content-length']}".encode() in head.lower()
 
 
@@ -158,12 +158,12 @@ async def test_a_well_formed_request_id_is_kept(gateway: Gateway, given: str) ->
 @pytest.mark.parametrize(
     "given", [b"", b" ", b"x" * 129, b"two words", b"<script>", "ü".encode(), b"a\r\nb", b"\x00"]
 )
-async def test_any_other_request_id_is_replaced(gateway: Gateway, given: bytes) -> None:
+async def test_a_malformed_request_id_is_replaced(gateway: Gateway, given: bytes) -> None:
     response = await gateway.client.get("/healthz", headers=raw({"X-Request-ID": given}))
     assert UUID.fullmatch(response.headers["X-Request-ID"])
 
 
-async def test_a_wrong_query_value_is_named(gateway: Gateway) -> None:
+async def test_an_invalid_query_parameter_is_named(gateway: Gateway) -> None:
     response = await gateway.client.post("/v1/admin/sync?force=perhaps", headers=ADMIN)
     assert detail(response)["code"] == "INVALID_REQUEST"
     (field,) = detail(response)["fields"]
@@ -171,7 +171,7 @@ async def test_a_wrong_query_value_is_named(gateway: Gateway) -> None:
     assert field["problem"]
 
 
-async def test_a_crash_is_500_without_its_reason(broken: FastAPI) -> None:
+async def test_an_exception_is_500_without_its_text(broken: FastAPI) -> None:
     with capture_logs() as logs:
         async with client(broken) as http:
             response = await http.post("/v1/allocate", headers=STUDENT)
@@ -183,7 +183,7 @@ async def test_a_crash_is_500_without_its_reason(broken: FastAPI) -> None:
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_a_crash_after_the_response_has_begun_cuts_it_off() -> None:
+async def test_an_exception_during_a_response_closes_the_connection() -> None:
     app = create_app_without_servers()
 
     async def crash_half_way(_: Request) -> StreamingResponse:
@@ -211,13 +211,13 @@ async def _chunks(size: int) -> AsyncIterator[bytes]:
         yield b"x" * min(1024, size - start)
 
 
-async def test_a_body_up_to_64_kib_is_let_through(gateway: Gateway) -> None:
+async def test_a_body_of_64_kib_is_accepted(gateway: Gateway) -> None:
     for body in (b"x" * LIMIT, _chunks(LIMIT), b"{}", b"not JSON"):
         response = await gateway.client.post("/v1/allocate", headers=STUDENT, content=body)
         assert response.status_code == 201
 
 
-async def test_a_larger_body_is_413_announced_or_not(gateway: Gateway) -> None:
+async def test_a_larger_body_is_413_with_and_without_content_length(gateway: Gateway) -> None:
     for body in (b"x" * (LIMIT + 1), _chunks(LIMIT + 1), _chunks(10 * LIMIT)):
         response = await gateway.client.post("/v1/allocate", headers=STUDENT, content=body)
         assert (response.status_code, detail(response)["code"]) == (413, "PAYLOAD_TOO_LARGE")
@@ -225,12 +225,12 @@ async def test_a_larger_body_is_413_announced_or_not(gateway: Gateway) -> None:
     assert gateway.allocator.commands == []
 
 
-async def test_a_body_that_never_ends_is_413_while_it_is_still_being_sent(gateway: Gateway) -> None:
+async def test_an_endless_body_is_413_before_its_end(gateway: Gateway) -> None:
     async with serving(gateway.app) as url, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port)
         head = "".join(f"{name}: {value}\r\n" for name, value in STUDENT.items())
         writer.write(f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n{head}Transfer-Encoding: chunked\r\n\r\n".encode())
-        writer.write(b"10001\r\n" + b"x" * 0x10001 + b"\r\n")  # and no end
+        writer.write(b"10001\r\n" + b"x" * 0x10001 + b"\r\n")  # without the last chunk
         assert (await reader.readline()).startswith(b"HTTP/1.1 413")
         writer.close()
         await writer.wait_closed()
@@ -256,7 +256,7 @@ async def test_a_body_that_never_ends_is_413_while_it_is_still_being_sent(gatewa
         ("GET", "/v1/sandboxes//", "unknown", "404"),
     ],
 )
-async def test_the_latency_is_counted_by_route_never_by_path(
+async def test_latency_is_labelled_with_the_route_and_not_the_path(
     gateway: Gateway, method: str, path: str, endpoint: str, status: str
 ) -> None:
     labels = {"method": method, "endpoint": endpoint, "status": status}
@@ -265,7 +265,7 @@ async def test_the_latency_is_counted_by_route_never_by_path(
     assert sample("broker_request_latency_seconds_count", **labels) == before + 1
 
 
-async def test_made_up_methods_share_one_label(gateway: Gateway) -> None:
+async def test_unknown_methods_share_one_label(gateway: Gateway) -> None:
     labels = {"method": "other", "endpoint": "/healthz", "status": "405"}
     before = sample("broker_request_latency_seconds_count", **labels)
     for method in ("BREW", "FROB1", "FROB2"):
@@ -288,13 +288,13 @@ async def test_made_up_methods_share_one_label(gateway: Gateway) -> None:
         ("/metric%73", {}),
     ],
 )
-async def test_a_second_spelling_of_a_path_is_no_path(gateway: Gateway, path: str, headers: dict[str, str]) -> None:
+async def test_a_needlessly_encoded_path_is_404(gateway: Gateway, path: str, headers: dict[str, str]) -> None:
     response = await gateway.client.get(path, headers=headers)
     assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
     assert "percent-encoded" in detail(response)["message"]
 
 
-async def test_a_second_spelling_of_the_allocation_allocates_nothing(gateway: Gateway) -> None:
+async def test_a_needlessly_encoded_allocate_path_allocates_no_sandbox(gateway: Gateway) -> None:
     for path in ("/v1/%61llocate", "/v1%2Fallocate", "/%76%31/allocate"):
         response = await gateway.client.post(path, headers=STUDENT)
         assert (response.status_code, detail(response)["code"]) == (404, "NOT_FOUND")
@@ -316,13 +316,13 @@ LONG_ID = '"\\' * 64
     ],
 )
 @pytest.mark.parametrize("token", [STUDENT, ADMIN, {}])
-async def test_what_is_logged_of_a_request_is_short_whatever_its_path(
+async def test_the_log_of_a_request_is_short_for_any_path(
     gateway: Gateway, method: str, path: str, token: dict[str, str]
 ) -> None:
     headers = {**token, "X-Instruqt-Sandbox-ID": LONG_ID, "X-Instruqt-Track-ID": LONG_ID, "X-Request-ID": "r" * 128}
     with capture_logs() as logs:
         response = await gateway.client.request(method, path, headers=headers)
     assert sum(line["event"] == "request.handled" for line in logs) == 1
-    assert sum(len(json.dumps(line)) for line in logs) < 1_900  # the service, the level and the time come on top
+    assert sum(len(json.dumps(line)) for line in logs) < 1_900  # without the service, the level and the time
     if response.status_code in (404, 405):
         assert len(response.content) < 1_000

@@ -1,4 +1,4 @@
-"""A wrong or missing setting stops the gateway with one line that names the variable."""
+"""Settings of the gateway. An invalid setting stops the start with one line that names the variable."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ GOOD = {
 
 @pytest.fixture(autouse=True)
 def good_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)  # where there is no .env
+    monkeypatch.chdir(tmp_path)  # a directory without .env
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
+def test_the_defaults_are_the_documented_values() -> None:
     settings = load(Settings)
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
     assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
@@ -32,14 +32,14 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (settings.docs_enabled, settings.ops_port, settings.bind_host) == (True, None, "")
 
 
-def test_an_empty_port_of_its_own_for_the_platform_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_ops_port_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPS_PORT", "")
     assert load(Settings).ops_port is None
     monkeypatch.setenv("OPS_PORT", "9100")
     assert load(Settings).ops_port == 9100
 
 
-def test_no_secret_is_shown() -> None:
+def test_repr_contains_no_secret() -> None:
     assert "hidden" not in repr(load(Settings))
 
 
@@ -86,7 +86,7 @@ def test_no_secret_is_shown() -> None:
         ("LOG_LEVEL", "LOUD"),
     ],
 )
-def test_a_wrong_value_stops_the_start_with_one_line(
+def test_an_invalid_value_stops_the_start_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str | None
 ) -> None:
     if value is None:
@@ -102,13 +102,13 @@ def test_a_wrong_value_stops_the_start_with_one_line(
     assert "hidden" not in line
 
 
-def test_an_admin_token_that_is_a_track_token_is_refused_with_the_action(
+def test_an_admin_token_must_not_be_a_track_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BROKER_ADMIN_TOKEN", "hidden-token-2")
     with pytest.raises(SystemExit):
         load(Settings)
     assert capsys.readouterr().err == (
-        "cannot start: BROKER_ADMIN_TOKEN: holds a token of BROKER_API_TOKEN, so every track could administer the "
-        "broker; use another token\n"
+        "cannot start: BROKER_ADMIN_TOKEN: contains a token of BROKER_API_TOKEN, so every track could administer "
+        "the broker; use another token\n"
     )

@@ -1,4 +1,4 @@
-"""GET /v1/admin/status: it answers whatever is down, and says what that is."""
+"""Tests of GET /v1/admin/status: the report is complete and names each component that is down."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from devstack.postgres import PrivatePostgres
 from gateway.queries import status as status_module
-from gateway.queries.status import Look
+from gateway.queries.status import Probe
 from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
@@ -21,9 +21,9 @@ from .gateway_harness import ADMIN, Cable, Gateway, running, until
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine is no part that is down."""
-    monkeypatch.setattr(status_module, "PART_SEC", 10)
+def long_probe_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes must not time out because the machine is busy."""
+    monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 10)
 
 
 @pytest.fixture
@@ -33,40 +33,40 @@ async def database(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def status(gateway: Gateway) -> dict[str, Any]:
+async def get_status(gateway: Gateway) -> dict[str, Any]:
     response = await gateway.client.get("/v1/admin/status", headers=ADMIN)
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
     return body
 
 
-def services(found: dict[str, Any]) -> dict[str, str]:
-    return {entry["service"]: entry["state"] for entry in found["services"]}
+def services(report: dict[str, Any]) -> dict[str, str]:
+    return {entry["service"]: entry["state"] for entry in report["services"]}
 
 
-async def test_services_are_told_by_the_consumers_of_their_queues(
+async def test_service_state_follows_the_consumers_of_its_queues(
     clean_queues: str, database: asyncpg.Connection, clean_database: str
 ) -> None:
     async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
-        found = await status(gateway)
-        assert services(found) == {"allocator": "down", "csp-syncer": "down", "reaper": "down"}
-        assert {entry["queue"] for entry in found["queues"]} == {queue.name for queue in topology.QUEUES}
-        # Somebody who consumes some of the allocator's queues.
+        report = await get_status(gateway)
+        assert services(report) == {"allocator": "down", "csp-syncer": "down", "reaper": "down"}
+        assert {entry["queue"] for entry in report["queues"]} == {queue.name for queue in topology.QUEUES}
+        # Consume some of the queues of the allocator.
         async with gateway.allocator.consuming(clean_queues), gateway.maintenance.consuming(clean_queues):
-            found = await status(gateway)
-    assert services(found) == {"allocator": "partly", "csp-syncer": "down", "reaper": "down"}
+            report = await get_status(gateway)
+    assert services(report) == {"allocator": "partly", "csp-syncer": "down", "reaper": "down"}
     commands = {"queue": "allocator.commands", "messages": 0, "consumers": 1, "problem": None}
-    assert commands in found["queues"]
+    assert commands in report["queues"]
     up = {"state": "up", "problem": None}
-    assert (found["rabbitmq"], found["database"]) == (up, up)
+    assert (report["rabbitmq"], report["database"]) == (up, up)
 
 
-async def test_it_shows_the_pool_and_what_is_known_of_csp(
+async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
     clean_queues: str, database: asyncpg.Connection, clean_database: str
 ) -> None:
     async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
-        found = await status(gateway)
-        assert found["csp"] == {
+        report = await get_status(gateway)
+        assert report["csp"] == {
             "listed_at": None,
             "unfinished_since": None,
             "held": False,
@@ -74,7 +74,7 @@ async def test_it_shows_the_pool_and_what_is_known_of_csp(
             "failing": 0,
             "error": None,
         }
-        assert (found["pool"]["total"], found["dead_letters"]) == (0, 0)
+        assert (report["pool"]["total"], report["dead_letters"]) == (0, 0)
         await database.execute(
             """
             INSERT INTO csp_listings (begun_at, applied_at, outcome)
@@ -89,8 +89,8 @@ async def test_it_shows_the_pool_and_what_is_known_of_csp(
             INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), 'q', 'why', '{}', NULL, NULL, NULL, '');
             """
         )
-        found = await status(gateway)
-        assert found["csp"] == {
+        report = await get_status(gateway)
+        assert report["csp"] == {
             "listed_at": 1000,
             "unfinished_since": 2000,
             "held": False,
@@ -98,26 +98,26 @@ async def test_it_shows_the_pool_and_what_is_known_of_csp(
             "failing": 1,
             "error": "CSP answered 500",
         }
-        assert (found["pool"]["total"], found["pool"]["available"], found["dead_letters"]) == (4, 1, 1)
+        assert (report["pool"]["total"], report["pool"]["available"], report["dead_letters"]) == (4, 1, 1)
         await database.execute("UPDATE csp_listings SET held_at = now() WHERE applied_at IS NULL")
-        csp = (await status(gateway))["csp"]
+        csp = (await get_status(gateway))["csp"]
         assert (csp["held"], csp["unfinished_since"]) == (True, None)
         await database.execute("UPDATE csp_listings SET applied_at = now() WHERE held_at IS NOT NULL")  # forced
-        csp = (await status(gateway))["csp"]
+        csp = (await get_status(gateway))["csp"]
         assert (csp["held"], csp["listed_at"]) == (False, 2000)
 
 
-async def test_a_queue_that_does_not_answer_is_named(
+async def test_report_names_a_queue_without_an_answer(
     clean_queues: str, clean_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
         Cable.to(clean_queues) as cable,
         running(cable.url, database_url=clean_database, far_sides=False) as gateway,
     ):
-        await status(gateway)  # opens the channels
-        monkeypatch.setattr(status_module, "PART_SEC", 2)
+        await get_status(gateway)  # opens the channels
+        monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 2)
         cable.silence(topology.EXPIRY_TICKS.name)
-        found = await status(gateway)
+        report = await get_status(gateway)
         cable.answer()
     silent = {
         "queue": topology.EXPIRY_TICKS.name,
@@ -125,66 +125,68 @@ async def test_a_queue_that_does_not_answer_is_named(
         "consumers": None,
         "problem": "no answer in 2 s",
     }
-    assert [entry for entry in found["queues"] if entry["problem"]] == [silent]
-    assert found["rabbitmq"] == {"state": "up", "problem": None}
-    assert services(found)["reaper"] == "down", "the other queues of the reaper say so"
+    assert [entry for entry in report["queues"] if entry["problem"]] == [silent]
+    assert report["rabbitmq"] == {"state": "up", "problem": None}
+    assert services(report)["reaper"] == "down", "the other queues of the reaper have no consumers"
 
 
-async def test_a_queue_that_is_missing_is_named(clean_queues: str, clean_database: str) -> None:
+async def test_report_names_a_missing_queue(clean_queues: str, clean_database: str) -> None:
     async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
         async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
             await channel.queue_delete(topology.REAPER_EVENTS.name)
-        found = await status(gateway)
-    (missing,) = [entry for entry in found["queues"] if entry["problem"]]
+        report = await get_status(gateway)
+    (missing,) = [entry for entry in report["queues"] if entry["problem"]]
     assert missing["queue"] == topology.REAPER_EVENTS.name
     assert "NOT_FOUND" in missing["problem"]
-    assert found["rabbitmq"]["state"] == "up"
+    assert report["rabbitmq"]["state"] == "up"
 
 
-async def test_without_rabbitmq_the_rest_is_told(clean_queues: str, clean_database: str) -> None:
+async def test_report_without_rabbitmq_is_complete_otherwise(clean_queues: str, clean_database: str) -> None:
     async with (
         Cable.to(clean_queues) as cable,
         running(cable.url, database_url=clean_database, far_sides=False) as gateway,
     ):
         await cable.pull()
         await until(lambda: not gateway.app.state.context.publisher.connected)
-        found = await status(gateway)
-        assert found["rabbitmq"]["state"] == "down"
-        assert "not connected" in found["rabbitmq"]["problem"]
-        assert set(services(found).values()) == {"unknown"}
-        assert found["queues"] is None
-        assert (found["database"]["state"], found["pool"]["total"]) == ("up", 0)
+        report = await get_status(gateway)
+        assert report["rabbitmq"]["state"] == "down"
+        assert "not connected" in report["rabbitmq"]["problem"]
+        assert set(services(report).values()) == {"unknown"}
+        assert report["queues"] is None
+        assert (report["database"]["state"], report["pool"]["total"]) == ("up", 0)
 
 
-async def test_without_the_database_the_rest_is_told(clean_queues: str) -> None:
+async def test_report_without_the_database_is_complete_otherwise(clean_queues: str) -> None:
     async with running(clean_queues, far_sides=False) as gateway:
-        found = await status(gateway)
-        assert found["database"]["state"] == "down"
-        assert "refused" in found["database"]["problem"] or "Connect call failed" in found["database"]["problem"]
-        assert (found["pool"], found["csp"], found["dead_letters"]) == (None, None, None)
-        assert found["rabbitmq"]["state"] == "up"
+        report = await get_status(gateway)
+        assert report["database"]["state"] == "down"
+        assert "refused" in report["database"]["problem"] or "Connect call failed" in report["database"]["problem"]
+        assert (report["pool"], report["csp"], report["dead_letters"]) == (None, None, None)
+        assert report["rabbitmq"]["state"] == "up"
 
 
-async def test_a_database_that_hangs_is_not_waited_for(clean_queues: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_report_does_not_wait_for_a_database_that_hangs(
+    clean_queues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with PrivatePostgres() as server:
         await migrate(server.url)
         async with running(clean_queues, database_url=server.url, far_sides=False) as gateway:
-            assert (await status(gateway))["database"]["state"] == "up"
+            assert (await get_status(gateway))["database"]["state"] == "up"
             backends = await _backends(server.url)
             assert server.process is not None
             for pid in (server.process.pid, *backends):
                 os.kill(pid, signal.SIGSTOP)
             try:
-                monkeypatch.setattr(status_module, "PART_SEC", 0.2)
+                monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 0.2)
                 for _ in range(3):
-                    found = await status(gateway)
-                    assert found["database"] == {"state": "down", "problem": "no answer in 0.2 s"}
+                    report = await get_status(gateway)
+                    assert report["database"] == {"state": "down", "problem": "no answer in 0.2 s"}
                     assert gateway.app.state.context.engine.pool.checkedout() <= 1
             finally:
                 for pid in (server.process.pid, *backends):
                     os.kill(pid, signal.SIGCONT)
-            monkeypatch.setattr(status_module, "PART_SEC", 10)
-            assert (await status(gateway))["database"]["state"] == "up"
+            monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 10)
+            assert (await get_status(gateway))["database"]["state"] == "up"
 
 
 async def _backends(url: str) -> list[int]:
@@ -196,24 +198,24 @@ async def _backends(url: str) -> list[int]:
         await connection.close()
 
 
-async def test_a_part_that_hangs_has_one_look_at_it_however_often_it_is_asked(
+async def test_concurrent_probes_of_a_component_that_hangs_share_one_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(status_module, "PART_SEC", 0.01)
-    begun = 0
-    answers = asyncio.Event()
+    monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 0.01)
+    checks = 0
+    may_finish = asyncio.Event()
 
     async def hang() -> str:
-        nonlocal begun
-        begun += 1
-        await answers.wait()
-        return str(uuid.UUID(int=begun))
+        nonlocal checks
+        checks += 1
+        await may_finish.wait()
+        return str(uuid.UUID(int=checks))
 
-    look = Look(hang)
-    assert await asyncio.gather(*(look.see() for _ in range(10))) == ["no answer in 0.01 s"] * 10
-    assert await look.see() == "no answer in 0.01 s"
-    assert begun == 1
-    answers.set()
-    monkeypatch.setattr(status_module, "PART_SEC", 10)
-    assert await look.see() == str(uuid.UUID(int=1))
-    assert await look.see() == str(uuid.UUID(int=2))
+    probe = Probe(hang)
+    assert await asyncio.gather(*(probe.run() for _ in range(10))) == ["no answer in 0.01 s"] * 10
+    assert await probe.run() == "no answer in 0.01 s"
+    assert checks == 1
+    may_finish.set()
+    monkeypatch.setattr(status_module, "PROBE_TIMEOUT_SEC", 10)
+    assert await probe.run() == str(uuid.UUID(int=1))
+    assert await probe.run() == str(uuid.UUID(int=2))

@@ -1,4 +1,4 @@
-"""Clients that are slow, and clients that go away."""
+"""Slow clients, clients that disconnect, and too many connections."""
 
 import asyncio
 import contextlib
@@ -19,8 +19,8 @@ from gateway.web.uvicorn_protocol import build_protocol
 from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
 
 SHORT_SEC = 0.4
-FOR_EVER_SEC = 600.0
-"""Longer than a test may take."""
+LONG_SEC = 600.0
+"""Longer than the time limit of a test."""
 BUNDLE = b"GET /v1/docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 ALLOCATE = (
     b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\n"
@@ -29,9 +29,9 @@ ALLOCATE = (
 
 
 @asynccontextmanager
-async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
-    protocol = build_protocol(patience_sec, None)
-    async with serving(app, http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url, asyncio.timeout(60):
+async def served(app: FastAPI, client_timeout_sec: float) -> AsyncIterator[str]:
+    protocol = build_protocol(client_timeout_sec, None)
+    async with serving(app, http=protocol, timeout_keep_alive=LONG_SEC) as url, asyncio.timeout(60):
         yield url
 
 
@@ -50,7 +50,7 @@ async def served(app: FastAPI, patience_sec: float) -> AsyncIterator[str]:
         GET_HEALTH + GET_HEALTH + b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n",
     ],
 )
-async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
+async def test_an_unfinished_request_is_closed(sent: bytes) -> None:
     before = sample("broker_slow_clients_total", reason="request_unfinished")
     async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
         slow.writer.write(sent)
@@ -62,7 +62,7 @@ async def test_a_request_that_does_not_end_is_cut_off(sent: bytes) -> None:
     assert sample("broker_slow_clients_total", reason="request_unfinished") > before
 
 
-async def test_a_request_that_comes_in_drops_without_an_end_is_cut_off_too() -> None:
+async def test_a_slowly_sent_endless_request_is_closed() -> None:
     async with served(create_app_without_servers(), SHORT_SEC) as url, connected(url) as slow:
         slow.writer.write(b"GET /healthz HTTP/1.1\r\n")
 
@@ -77,12 +77,12 @@ async def test_a_request_that_comes_in_drops_without_an_end_is_cut_off_too() -> 
         await dripping
 
 
-async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() -> None:
+async def test_waiting_and_idle_connections_stay_open() -> None:
     app = create_app_without_servers()
-    asked, go_on = asyncio.Event(), asyncio.Event()
+    called, go_on = asyncio.Event(), asyncio.Event()
 
     async def slow_route() -> dict[str, str]:
-        asked.set()
+        called.set()
         await go_on.wait()
         return {}
 
@@ -91,8 +91,8 @@ async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() 
         idle.writer.write(GET_HEALTH)
         assert (await idle.response())[0] == 200
         waiting.writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
-        await asked.wait()
-        for _ in range(3):  # each has been cut off after as long a time
+        await called.wait()
+        for _ in range(3):  # each closes after one client time-out
             async with connected(url) as silent:
                 await silent.read_to_end()
         go_on.set()
@@ -101,7 +101,7 @@ async def test_who_waits_for_an_answer_or_between_two_requests_is_not_cut_off() 
         assert (await idle.response())[0] == 200
 
 
-async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is() -> None:
+async def test_a_body_after_its_response_keeps_the_connection_open() -> None:
     app = create_app_without_servers()
     async with served(app, SHORT_SEC) as url, connected(url) as client:
         client.writer.write(b"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
@@ -114,7 +114,7 @@ async def test_a_body_that_comes_after_its_answer_leaves_the_connection_as_it_is
         assert (await client.response())[0] == 200
 
 
-async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_for_ever() -> None:
+async def test_the_keep_alive_time_out_applies_after_a_late_body() -> None:
     protocol = build_protocol(SHORT_SEC, None)
     async with (
         serving(create_app_without_servers(), http=protocol, timeout_keep_alive=1) as url,
@@ -127,12 +127,12 @@ async def test_a_body_that_comes_after_its_answer_does_not_keep_the_connection_f
         assert await client.read_to_end() == b""
 
 
-async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> None:
+async def test_a_client_that_does_not_read_is_closed() -> None:
     before = sample("broker_slow_clients_total", reason="response_unread")
     async with served(create_app_without_servers(), SHORT_SEC) as url:
         with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as deaf:
             deaf.setblocking(False)
-            # More than fits between us: 1.4 MB for each.
+            # 1.4 MB each, more than the socket buffers can hold.
             await asyncio.get_running_loop().sock_sendall(deaf, 20 * BUNDLE)
             await until(lambda: sample("broker_slow_clients_total", reason="response_unread") > before)
         async with connected(url) as other:
@@ -140,8 +140,8 @@ async def test_who_does_not_read_is_cut_off_and_who_comes_next_is_served() -> No
             assert (await other.response())[0] == 200
 
 
-async def test_a_head_without_an_end_is_refused_by_its_size() -> None:
-    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
+async def test_an_endless_head_is_431() -> None:
+    async with served(create_app_without_servers(), LONG_SEC) as url, connected(url) as client:
         client.writer.write(GET_HEALTH)
         assert (await client.response())[0] == 200
         client.writer.write(b"GET /healthz HTTP/1.1\r\n" + b"X-More: and more\r\n" * 2000)
@@ -152,9 +152,9 @@ async def test_a_head_without_an_end_is_refused_by_its_size() -> None:
         assert await client.read_to_end() == b""
 
 
-async def test_a_body_without_an_end_is_cut_by_its_size() -> None:
+async def test_an_endless_body_closes_the_connection() -> None:
     before = sample("broker_slow_clients_total", reason="request_too_large")
-    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
+    async with served(create_app_without_servers(), LONG_SEC) as url, connected(url) as client:
         with contextlib.suppress(ConnectionError):
             client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n")
             while True:
@@ -163,11 +163,11 @@ async def test_a_body_without_an_end_is_cut_by_its_size() -> None:
     assert sample("broker_slow_clients_total", reason="request_too_large") == before + 1
 
 
-async def test_connections_of_one_address_are_limited() -> None:
+async def test_connections_per_address_are_limited() -> None:
     before = sample("broker_slow_clients_total", reason="too_many_connections")
-    protocol = build_protocol(FOR_EVER_SEC, ConnectionLimit(3, []))
+    protocol = build_protocol(LONG_SEC, ConnectionLimit(3, []))
     async with (
-        serving(create_app_without_servers(), http=protocol, timeout_keep_alive=FOR_EVER_SEC) as url,
+        serving(create_app_without_servers(), http=protocol, timeout_keep_alive=LONG_SEC) as url,
         asyncio.timeout(60),
         connected(url) as first,
         connected(url) as second,
@@ -183,7 +183,7 @@ async def test_connections_of_one_address_are_limited() -> None:
             assert await fourth.read_to_end() == b""
         assert sample("broker_slow_clients_total", reason="too_many_connections") == before + 1
         first.writer.transport.abort()
-        while True:  # the server notices the end of the first connection a moment later
+        while True:  # the server closes the first connection a moment later
             async with connected(url) as fifth:
                 await fifth.send(GET_HEALTH)
                 if (await fifth.response())[0] == 200:
@@ -191,25 +191,25 @@ async def test_connections_of_one_address_are_limited() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 16])
-async def test_the_largest_body_is_let_through_however_small_its_chunks(size: int) -> None:
+async def test_the_largest_body_is_accepted_in_small_chunks(size: int) -> None:
     chunk = f"{size:x}\r\n".encode() + b"x" * size + b"\r\n"
-    async with served(create_app_without_servers(), FOR_EVER_SEC) as url, connected(url) as client:
+    async with served(create_app_without_servers(), LONG_SEC) as url, connected(url) as client:
         client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n")
         client.writer.write(chunk * (64 * 1024 // size) + b"0\r\n\r\n")
         status, body = await client.response()
     assert (status, body["detail"]["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
 
 
-async def test_clients_that_leave_make_room_at_once(
+async def test_disconnected_clients_free_their_requests_at_once(
     amqp_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(allocator_client, "MAX_IN_FLIGHT", 5)
     gone = sample("broker_allocate_total", outcome="client_gone")
-    # Without their leaving they would wait for longer than this test does.
+    # Connected clients would wait longer than this test.
     async with running(amqp_url, database_url=database_url, allocate_timeout_sec=60) as gateway:
         gateway.allocator.answer = say_nothing
         in_flight = gateway.app.state.context.allocator
-        async with served(gateway.app, FOR_EVER_SEC) as url, contextlib.AsyncExitStack() as connections:
+        async with served(gateway.app, LONG_SEC) as url, contextlib.AsyncExitStack() as connections:
             for _ in range(5):
                 client = await connections.enter_async_context(connected(url))
                 client.writer.write(ALLOCATE + b"\r\n")
@@ -223,13 +223,11 @@ async def test_clients_that_leave_make_room_at_once(
             assert sample("broker_allocate_total", outcome="client_gone") == gone + 5
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body_has_asked_for_nothing(
-    amqp_url: str, database_url: str
-) -> None:
+async def test_a_disconnect_within_the_body_sends_no_command(amqp_url: str, database_url: str) -> None:
     labels = {"method": "POST", "endpoint": "/v1/allocate", "status": "499"}
     before = sample("broker_request_latency_seconds_count", **labels)
     async with running(amqp_url, database_url=database_url) as gateway:
-        async with served(gateway.app, FOR_EVER_SEC) as url:
+        async with served(gateway.app, LONG_SEC) as url:
             async with connected(url) as client:
                 client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
                 await client.writer.drain()
@@ -237,12 +235,12 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_has_asked_for_noth
         assert gateway.allocator.commands == []
 
 
-async def test_what_a_stop_cannot_wait_for_is_told_so(amqp_url: str, database_url: str) -> None:
+async def test_requests_beyond_the_drain_time_get_stopping(amqp_url: str, database_url: str) -> None:
     async with running(amqp_url, database_url=database_url, allocate_timeout_sec=60) as gateway:
         gateway.allocator.answer = say_nothing
         gateway.app.state.stopping = True
         async with contextlib.AsyncExitStack() as connections:
-            async with served(gateway.app, FOR_EVER_SEC) as url:
+            async with served(gateway.app, LONG_SEC) as url:
                 client = await connections.enter_async_context(connected(url))
                 client.writer.write(ALLOCATE + b"\r\n")
                 await until(lambda: gateway.allocator.commands)

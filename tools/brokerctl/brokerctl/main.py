@@ -1,4 +1,4 @@
-"""The commands. Each asks the admin API and shows the answer: as a screen, or with --json as one line."""
+"""Commands of brokerctl. Each calls the admin API and prints the result as a screen, or with --json as one line."""
 
 import os
 import signal
@@ -11,24 +11,25 @@ import typer
 from rich.console import RenderableType
 from rich.live import Live
 
-from brokerctl import dlq, outlook, progress, screens
-from brokerctl.api import Api, path
-from brokerctl.options import Json, Limit, Yes, confirm, connect, show
-from brokerctl.problems import ATTENTION, INTERRUPTED, Problem, Refused
+from brokerctl import dead_letters, output, progress
+from brokerctl.attention import STATUS_TIMEOUT_SEC, fetch_status
+from brokerctl.client import AdminClient, quote_segment
+from brokerctl.errors import EXIT_ATTENTION, EXIT_INTERRUPTED, CommandError, Refused
+from brokerctl.options import JsonOption, LimitOption, YesOption, confirm_action, create_client, print_result
 
 app = typer.Typer(
     name="brokerctl",
-    help="The Sandbox Broker from a terminal: what is up, what needs attention, and what to do about it.",
-    epilog="Exit status: 0 done or all well, 1 refused, 2 wrong command or settings, 3 no answer or not now, "
-    "4 something needs attention.",
+    help="Operate the Sandbox Broker from a terminal: see its status, and repair the parts that need attention.",
+    epilog="Exit status: 0 done or all well, 1 refused, 2 wrong command or settings, 3 no answer or temporarily "
+    "unavailable, 4 something needs attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(dlq.app, name="dlq")
+app.add_typer(dead_letters.app, name="dlq")
 
-SandboxId = Annotated[str, typer.Argument(metavar="ID", help="The sandbox's id: CSP's csp_id.")]
+SandboxIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id: the csp_id in CSP.")]
 
 
 @app.callback()
@@ -38,194 +39,208 @@ def configure(
         Path | None,
         typer.Option(
             envvar="BROKERCTL_CONFIG",
-            help="A file with BROKER_API_URL and BROKER_ADMIN_TOKEN; the environment wins. "
-            "Default: brokerctl.env in the folder of the user's settings.",
+            help="File with BROKER_API_URL and BROKER_ADMIN_TOKEN; the environment wins. "
+            "Default: brokerctl.env in the user's configuration folder.",
         ),
     ] = None,
 ) -> None:
     context.obj = config
 
 
-Within = Annotated[
-    float, typer.Option(min=0.01, help="Seconds for the gateway to answer in; more over a slow line.")
+WithinOption = Annotated[
+    float,
+    typer.Option(min=0.01, help="Seconds to wait for the gateway's answer. Raise it for a slow connection."),
 ]
 
 
-@app.command()
-def status(context: typer.Context, as_json: Json = False, within: Within = outlook.STATUS_SEC) -> None:
-    """One screen: parts, pool, queues, CSP, and what needs attention (then the exit status is 4)."""
-    api = connect(context)
-    found = outlook.ask(api, within)
-    show(as_json, found, lambda: screens.status(api.url, found))
-    if found["attention"]:
-        raise typer.Exit(ATTENTION)
-
-
-@app.command()
-def watch(
-    context: typer.Context,
-    as_json: Json = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
-    within: Within = outlook.STATUS_SEC,
+@app.command("status")
+def show_status(
+    context: typer.Context, as_json: JsonOption = False, within: WithinOption = STATUS_TIMEOUT_SEC
 ) -> None:
-    """The same, again and again, until Ctrl-C. With --json, or where nobody watches, a line for each look."""
-    api = connect(context)
-    # Also where whoever has started us ignores it, as shells do for what runs in the background.
+    """Show components, pool, queues and CSP. Exit with status 4 if something needs attention."""
+    client = create_client(context)
+    result = fetch_status(client, within)
+    print_result(as_json, result, lambda: output.render_status(client.url, result))
+    if result["attention"]:
+        raise typer.Exit(EXIT_ATTENTION)
+
+
+@app.command("watch")
+def watch_status(
+    context: typer.Context,
+    as_json: JsonOption = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 2.0,
+    within: WithinOption = STATUS_TIMEOUT_SEC,
+) -> None:
+    """Repeat status until Ctrl-C. With --json, or without a terminal, print one line per update."""
+    client = create_client(context)
+    # Set the handler explicitly, because shells start background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if as_json or not screens.console.is_terminal:
+        if as_json or not output.console.is_terminal:
             while True:
-                found = outlook.ask(api, within)
+                result = fetch_status(client, within)
                 if as_json:
-                    screens.as_json(found)
+                    output.print_json(result)
                 else:
-                    screens.console.print(screens.line(found), soft_wrap=True)
+                    output.console.print(output.format_status_line(result), soft_wrap=True)
                 time.sleep(every)
-        with Live(_look(api, within), console=screens.console, auto_refresh=False, screen=True) as live:
+        with Live(
+            _render_current_status(client, within), console=output.console, auto_refresh=False, screen=True
+        ) as live:
             while True:
                 time.sleep(every)
-                live.update(_look(api, within), refresh=True)
+                live.update(_render_current_status(client, within), refresh=True)
     except KeyboardInterrupt:
         pass
 
 
-def _look(api: Api, within: float) -> RenderableType:
-    return screens.status(api.url, outlook.ask(api, within))
+def _render_current_status(client: AdminClient, timeout_sec: float) -> RenderableType:
+    return output.render_status(client.url, fetch_status(client, timeout_sec))
 
 
-@app.command()
-def pool(
+@app.command("pool")
+def show_pool(
     context: typer.Context,
     *,
-    as_json: Json = False,
-    by: Annotated[Literal["track_name", "name_prefix"] | None, typer.Option(help="Count by this too.")] = None,
+    as_json: JsonOption = False,
+    by: Annotated[
+        Literal["track_name", "name_prefix"] | None, typer.Option(help="Also count by this field.")
+    ] = None,
     status: Annotated[str | None, typer.Option(help="List the sandboxes in this state.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="List those whose name begins so.")] = None,
-    track: Annotated[str | None, typer.Option(help="List those of a lab.")] = None,
-    limit: Limit = 50,
+    prefix: Annotated[str | None, typer.Option(help="List the sandboxes with this name prefix.")] = None,
+    track: Annotated[str | None, typer.Option(help="List the sandboxes of this track.")] = None,
+    limit: LimitOption = 50,
 ) -> None:
-    """How many sandboxes are in each state, or which ones."""
-    api = connect(context)
+    """Count the sandboxes by state, or list them by a filter."""
+    client = create_client(context)
     if status or prefix or track:
         filters = {"status": status, "name_prefix": prefix, "track_name": track}
-        found = list(api.pages("sandboxes", "sandboxes", limit, **filters))
-        show(as_json, found, lambda: screens.sandboxes(found))
+        entries = list(client.iterate_entries("sandboxes", "sandboxes", limit, **filters))
+        print_result(as_json, entries, lambda: output.render_sandboxes(entries))
         return
-    counts = api.get("stats", by=by, limit=min(limit, 500) if by else None)
-    show(as_json, counts, lambda: screens.pool(counts))
+    counts = client.get("stats", by=by, limit=min(limit, 500) if by else None)
+    print_result(as_json, counts, lambda: output.render_pool_counts(counts))
 
 
-@app.command()
-def sandbox(context: typer.Context, sandbox_id: SandboxId, as_json: Json = False) -> None:
-    """The story of one sandbox: each transition, when, why and by whom."""
-    found = connect(context).get(f"sandboxes/{path(sandbox_id)}")
-    show(as_json, found, lambda: screens.story(found))
+@app.command("sandbox")
+def show_sandbox(context: typer.Context, sandbox_id: SandboxIdArgument, as_json: JsonOption = False) -> None:
+    """Show one sandbox with its history: each transition, its time, reason and actor."""
+    result = create_client(context).get(f"sandboxes/{quote_segment(sandbox_id)}")
+    print_result(as_json, result, lambda: output.render_sandbox(result))
 
 
-@app.command()
-def who(
+@app.command("who")
+def show_leases_of_student(
     context: typer.Context,
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Their id: INSTRUQT_PARTICIPANT_ID.")],
-    as_json: Json = False,
-    limit: Limit = 50,
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Student id: INSTRUQT_PARTICIPANT_ID.")],
+    as_json: JsonOption = False,
+    limit: LimitOption = 50,
 ) -> None:
-    """Which sandboxes a student has and had, the newest first."""
-    found = list(connect(context).pages("allocations", "allocations", limit, holder=student))
-    if not found and not as_json:
-        screens.console.print(screens.text(f"{student} never had a sandbox."))
+    """List the present and past sandboxes of a student, newest first."""
+    entries = list(create_client(context).iterate_entries("allocations", "allocations", limit, holder=student))
+    if not entries and not as_json:
+        output.console.print(output.printable_text(f"{student} never had a sandbox."))
         return
-    show(as_json, found, lambda: screens.allocations(found))
+    print_result(as_json, entries, lambda: output.render_allocations(entries))
 
 
-@app.command()
-def sync(
+@app.command("sync")
+def sync_pool(
     context: typer.Context,
-    as_json: Json = False,
+    as_json: JsonOption = False,
     show_only: Annotated[
-        bool, typer.Option("--show", help="Sync nothing: show the last listing, and what a held one would change.")
+        bool, typer.Option("--show", help="Do not sync: show the last listing, and the changes of a held one.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Apply also a listing that would be held.")] = False,
-    yes: Yes = False,
+    force: Annotated[bool, typer.Option("--force", help="Apply the listing even if it would be held.")] = False,
+    yes: YesOption = False,
 ) -> None:
-    """Brings the pool in line with CSP now. A listing that lacks too much of the pool is held, and shown."""
-    api = connect(context)
+    """Bring the pool in line with CSP now. The broker holds a listing in which too many sandboxes are missing."""
+    client = create_client(context)
     if show_only:
-        found = api.get("sync")
-        show(as_json, found, lambda: screens.sync_state(found))
-        if found["held"] is not None:
-            raise typer.Exit(ATTENTION)
+        state = client.get("sync")
+        print_result(as_json, state, lambda: output.render_sync_state(state))
+        if state["held"] is not None:
+            raise typer.Exit(EXIT_ATTENTION)
         return
     if force:
         if not as_json:
-            screens.console.print(screens.sync_state(api.get("sync")))
-        confirm(yes, "Fetch a new listing, and apply it whatever it lacks?")
+            output.console.print(output.render_sync_state(client.get("sync")))
+        confirm_action(yes, "Fetch a new listing and apply it, even if sandboxes are missing from it?")
     try:
-        done = progress.run(
-            api,
+        result = progress.run_job(
+            client,
             "sync",
-            title="CSP is being listed",
-            told=lambda: _counts(api, "available", "stale"),
+            title="Fetching the listing from CSP",
+            describe=lambda: _format_state_counts(client, "available", "stale"),
             force="true" if force else None,
         )
-    except Refused as problem:
-        if problem.code != "SYNC_HELD":
+    except Refused as error:
+        if error.code != "SYNC_HELD":
             raise
         if not as_json:
-            screens.console.print(screens.sync_state(api.get("sync")))
-        advice = f"{problem.message} brokerctl sync --force applies it."
-        raise Refused(advice, detail={**problem.detail, "message": advice}) from None
-    show(as_json, done, lambda: screens.facts({name.replace("_", " "): value for name, value in done.items()}))
+            output.console.print(output.render_sync_state(client.get("sync")))
+        message = f"{error.message} brokerctl sync --force applies it."
+        raise Refused(message, detail={**error.detail, "message": message}) from None
+    print_result(as_json, result, lambda: _render_job_result(result))
 
 
-@app.command()
-def cleanup(context: typer.Context, as_json: Json = False) -> None:
-    """Deletes now what is pending, whatever its backoff says, and waits for the end of it."""
-    api = connect(context)
-    done = progress.run(
-        api,
+@app.command("cleanup")
+def run_cleanup(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Delete all pending sandboxes now, regardless of their backoff, and wait for the result."""
+    client = create_client(context)
+    result = progress.run_job(
+        client,
         "cleanup",
-        title="Sandboxes are being deleted",
-        told=lambda: _counts(api, "pending_deletion", "deletion_failed"),
+        title="Deleting sandboxes",
+        describe=lambda: _format_state_counts(client, "pending_deletion", "deletion_failed"),
     )
-    show(as_json, done, lambda: screens.facts({name.replace("_", " "): value for name, value in done.items()}))
+    print_result(as_json, result, lambda: _render_job_result(result))
 
 
-def _counts(api: Api, *states: str) -> str:
-    counts = api.get("stats")
+def _render_job_result(result: dict[str, Any]) -> RenderableType:
+    return output.build_field_list({name.replace("_", " "): value for name, value in result.items()})
+
+
+def _format_state_counts(client: AdminClient, *states: str) -> str:
+    counts = client.get("stats")
     return ", ".join(f"{counts[state]} {state.replace('_', ' ')}" for state in states)
 
 
-@app.command()
-def release(
+@app.command("release")
+def release_sandbox(
     context: typer.Context,
-    sandbox_id: SandboxId,
-    reason: Annotated[str, typer.Option(help="Why; it is kept with the lease.")],
-    as_json: Json = False,
+    sandbox_id: SandboxIdArgument,
+    reason: Annotated[str, typer.Option(help="Reason; the broker keeps it with the lease.")],
+    as_json: JsonOption = False,
 ) -> None:
-    """Ends a student's lease; the sandbox will be deleted, and the student can get another."""
-    _changed(connect(context).post(f"sandboxes/{path(sandbox_id)}/release", reason=reason), as_json)
+    """End a student's lease. The sandbox is deleted, and the student can get another one."""
+    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/release", reason=reason)
+    _print_transition(result, as_json)
 
 
-@app.command()
-def retry(context: typer.Context, sandbox_id: SandboxId, as_json: Json = False) -> None:
-    """Sends a deletion that has failed for good back, to be tried anew."""
-    _changed(connect(context).post(f"sandboxes/{path(sandbox_id)}/retry-deletion"), as_json)
+@app.command("retry")
+def retry_deletion(context: typer.Context, sandbox_id: SandboxIdArgument, as_json: JsonOption = False) -> None:
+    """Retry a permanently failed deletion."""
+    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/retry-deletion")
+    _print_transition(result, as_json)
 
 
-def _changed(found: dict[str, Any], as_json: bool) -> None:
-    asked = screens.clock(found["deletion_requested_at"])
-    line = f"Sandbox {found['sandbox_id']} is {found['status']}, since {asked}."
-    show(as_json, found, lambda: screens.text(line))
+def _print_transition(result: dict[str, Any], as_json: bool) -> None:
+    requested_at = output.format_time(result["deletion_requested_at"])
+    line = f"Sandbox {result['sandbox_id']} is {result['status']}, since {requested_at}."
+    print_result(as_json, result, lambda: output.printable_text(line))
 
 
 def main() -> None:
     try:
         app()
-    except Problem as problem:
-        screens.complain(problem, "--json" in sys.argv)
-        sys.exit(problem.status)
+    except CommandError as error:
+        output.print_error(error, "--json" in sys.argv)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read has seen enough
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader, for example head, has closed the pipe. Python flushes stdout at exit and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -1,4 +1,4 @@
-"""What several commands take and do alike."""
+"""Options and helpers shared by several commands."""
 
 import sys
 from collections.abc import Callable
@@ -7,33 +7,35 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from brokerctl import screens
-from brokerctl.api import Api
-from brokerctl.config import checkout_file, load
-from brokerctl.problems import Misconfigured
+from brokerctl import output
+from brokerctl.client import AdminClient
+from brokerctl.config import checkout_config_file, load_config
+from brokerctl.errors import Misconfigured
 
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON for programs; errors too, on standard error.")]
-Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-
-
-def connect(context: typer.Context) -> Api:
-    """By the file that --config has named; not before it is needed, so that --help needs none. Raises
-    Misconfigured."""
-    return Api(load(context.obj, local_broker=checkout_file()))
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one line of JSON; errors too, on standard error.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="Maximum number of entries.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
-def show(as_json: bool, answer: Any, screen: Callable[[], RenderableType]) -> None:
+def create_client(context: typer.Context) -> AdminClient:
+    """Load the configuration and create a client. Raises `Misconfigured`.
+
+    Commands call this themselves, because --help must work without a configuration.
+    """
+    return AdminClient(load_config(context.obj, checkout_file=checkout_config_file()))
+
+
+def print_result(as_json: bool, result: Any, render: Callable[[], RenderableType]) -> None:
     if as_json:
-        screens.as_json(answer)
+        output.print_json(result)
     else:
-        screens.console.print(screen())
+        output.console.print(render())
 
 
-def confirm(yes: bool, question: str) -> None:
-    """Raises Misconfigured where there is nobody to ask."""
+def confirm_action(yes: bool, question: str) -> None:
+    """Ask for confirmation, unless --yes was given. Raises `Misconfigured` if standard input is not a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise Misconfigured(f"{question} Nobody is there to ask: repeat it with --yes.")
+        raise Misconfigured(f"{question} There is no terminal to ask on. Repeat the command with --yes.")
     typer.confirm(question, abort=True)

@@ -1,4 +1,4 @@
-"""Work that takes a while: the gateway answers when it is done, or with a job to ask after."""
+"""Long-running admin requests. The gateway answers with the result, or with the id of a job to poll."""
 
 import time
 from collections.abc import Callable
@@ -7,73 +7,77 @@ from typing import Any
 
 from rich.status import Status
 
-from brokerctl.api import TIMEOUT_SEC, Api, Asking
-from brokerctl.problems import Problem, Refused, Unavailable
-from brokerctl.screens import errors
+from brokerctl.client import TIMEOUT_SEC, AdminClient, BackgroundCall
+from brokerctl.errors import CommandError, Refused, Unavailable
+from brokerctl.output import error_console
 
-LOOK_SEC = 1.0
+POLL_INTERVAL_SEC = 1.0
 
-Told = Callable[[], str]
-"""How far it is, in a few words."""
+DescribeProgress = Callable[[], str]
 
 
-def run(api: Api, path: str, *, title: str, told: Told, **parameters: Any) -> dict[str, Any]:
-    """What came of it. Raises Problem. A terminal is told meanwhile how it goes."""
-    with Progress(title) as progress:
-        asking = Asking(lambda: api.post(path, **parameters))
-        deadline = time.monotonic() + TIMEOUT_SEC + LOOK_SEC
+def run_job(
+    client: AdminClient, path: str, *, title: str, describe: DescribeProgress, **parameters: Any
+) -> dict[str, Any]:
+    """Send POST `path`, wait for the end of the work and return its result. Raises `CommandError`.
+
+    A terminal shows `describe()` until the gateway answers, then the progress of the job.
+    """
+    with ProgressLine(title) as progress:
+        call = BackgroundCall(lambda: client.post(path, **parameters))
+        deadline = time.monotonic() + TIMEOUT_SEC + POLL_INTERVAL_SEC
         while True:
             try:
-                answer = asking.answer(LOOK_SEC)
+                answer = call.result(POLL_INTERVAL_SEC)
                 break
             except TimeoutError:
                 if time.monotonic() > deadline:
-                    raise Unavailable("The gateway does not answer. It may still do what was asked.") from None
-                progress.tell(told)
+                    raise Unavailable("The gateway does not answer. It may still complete the request.") from None
+                progress.update(describe)
         if "job_id" not in answer:
             return answer
         while True:
-            job = api.get(f"jobs/{answer['job_id']}")
+            job = client.get(f"jobs/{answer['job_id']}")
             if job["state"] != "running":
-                return _ended(job)
-            progress.tell(partial(_steps, job))
-            time.sleep(LOOK_SEC)
+                return _read_job_result(job)
+            progress.update(partial(_format_job_progress, job))
+            time.sleep(POLL_INTERVAL_SEC)
 
 
-def _steps(job: dict[str, Any]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in job["progress"].items())
+def _format_job_progress(job: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in job["progress"].items())
 
 
-def _ended(job: dict[str, Any]) -> dict[str, Any]:
+def _read_job_result(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = job["result"] or {}
     if job["state"] == "completed":
         return {"status": "completed", **result}
     code = str(result.get("code", "JOB_FAILED"))
-    kind = Unavailable if code.endswith("_UNAVAILABLE") else Refused
-    raise kind(f"{result.get('message')} ({code}, job {job['job_id']})", detail={**result, "code": code})
+    error_class = Unavailable if code.endswith("_UNAVAILABLE") else Refused
+    raise error_class(f"{result.get('message')} ({code}, job {job['job_id']})", detail={**result, "code": code})
 
 
-class Progress:
-    """A line on standard error, where that is a terminal."""
+class ProgressLine:
+    """Progress line on standard error. It prints only if standard error is a terminal."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._since = time.monotonic()
-        self._line = Status(title, console=errors)
+        self._started_at = time.monotonic()
+        self._line = Status(title, console=error_console)
 
-    def __enter__(self) -> "Progress":
-        if errors.is_terminal:
+    def __enter__(self) -> "ProgressLine":
+        if error_console.is_terminal:
             self._line.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._line.stop()
 
-    def tell(self, told: Told) -> None:
-        if not errors.is_terminal:
+    def update(self, describe: DescribeProgress) -> None:
+        if not error_console.is_terminal:
             return
         try:
-            steps = told()
-        except Problem as problem:
-            steps = problem.message
-        self._line.update(f"{self._title} ({time.monotonic() - self._since:.0f} s): {steps}")
+            progress = describe()
+        except CommandError as error:
+            progress = error.message
+        self._line.update(f"{self._title} ({time.monotonic() - self._started_at:.0f} s): {progress}")

@@ -1,4 +1,4 @@
-"""What of a status is called to a person's attention."""
+"""Problems that `brokerctl status` reports as needing attention."""
 
 import time
 from io import StringIO
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from brokerctl import screens
-from brokerctl.outlook import attention
+from brokerctl import output
+from brokerctl.attention import find_attention_items
 
 UP = {"state": "up", "problem": None}
 QUEUES = (
@@ -20,8 +20,8 @@ QUEUES = (
 )
 
 
-def status(**changes: Any) -> dict[str, Any]:
-    """One where all is well, but for the changes; those of pool, csp and states are by name."""
+def build_status(**changes: Any) -> dict[str, Any]:
+    """Return a status without problems, then apply `changes`. `pool`, `csp` and `states` are merged key by key."""
     now = time.time()
     pool = {
         "available": 40,
@@ -54,14 +54,14 @@ def status(**changes: Any) -> dict[str, Any]:
     }
 
 
-def found(gateway: dict[str, Any], seen: dict[str, Any]) -> list[tuple[str, str]]:
-    entries = list(attention(gateway, seen))
-    assert all(entry.advice for entry in entries)
-    return [(entry.part, entry.problem) for entry in entries]
+def find_problems(gateway: dict[str, Any], status: dict[str, Any]) -> list[tuple[str, str]]:
+    items = list(find_attention_items(gateway, status))
+    assert all(item.advice for item in items)
+    return [(item.part, item.problem) for item in items]
 
 
-def test_when_all_is_well_nothing_is() -> None:
-    assert found(UP, status()) == []
+def test_healthy_status_has_no_problems() -> None:
+    assert find_problems(UP, build_status()) == []
 
 
 DOWN = {"state": "down", "problem": "no answer in 0.3 s"}
@@ -72,65 +72,65 @@ DOWN = {"state": "down", "problem": "no answer in 0.3 s"}
     [
         ({"rabbitmq": DOWN, "queues": None}, "RabbitMQ", "no answer in 0.3 s"),
         ({"database": DOWN}, "PostgreSQL", "no answer in 0.3 s"),
-        ({"states": {"reaper": "down"}}, "reaper", "Nobody consumes its queues."),
-        ({"pool": {"available": 0}}, "pool", "Nothing is available: students get 409."),
-        ({"pool": {"available": 4}}, "pool", "Only 4 of 50 are available."),
-        ({"pool": {"deletion_failed": 2}}, "deletions", "2 failed for good."),
+        ({"states": {"reaper": "down"}}, "reaper", "Its queues have no consumer."),
+        ({"pool": {"available": 0}}, "pool", "No sandbox is available: students get 409."),
+        ({"pool": {"available": 4}}, "pool", "Only 4 of 50 sandboxes are available."),
+        ({"pool": {"deletion_failed": 2}}, "deletions", "2 failed permanently."),
         ({"pool": {"missing": 1}}, "pool", "1 students hold a sandbox that CSP no longer lists."),
-        ({"csp": {"held": True}}, "CSP", "Its newest listing is held."),
-        ({"csp": {"listed_at": None}}, "CSP", "It was listed never."),
+        ({"csp": {"held": True}}, "CSP", "The newest listing is held."),
+        ({"csp": {"listed_at": None}}, "CSP", "Last listing: never."),
         ({"csp": {"failing": 3, "error": "HTTP 500"}}, "CSP", "3 pending deletions have failed so far: HTTP 500"),
         ({"dead_letters": 7}, "dead letters", "7 messages could not be processed"),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict[str, Any], part: str, problem: str) -> None:
-    seen = status(**changes)
-    if seen["database"] is DOWN:
-        seen |= {"pool": None, "csp": None, "dead_letters": None}
-    assert found(UP, seen) == [(part, problem)]
+def test_problem_is_reported(changes: dict[str, Any], part: str, problem: str) -> None:
+    status = build_status(**changes)
+    if status["database"] is DOWN:
+        status |= {"pool": None, "csp": None, "dead_letters": None}
+    assert find_problems(UP, status) == [(part, problem)]
 
 
-@pytest.mark.parametrize(("age_sec", "told"), [(30, False), (600, True)])
-def test_a_listing_has_its_time(age_sec: float, told: bool) -> None:
-    seen = status(csp={"unfinished_since": time.time() - age_sec})
-    assert [part for part, _ in found(UP, seen)] == (["CSP"] if told else [])
+@pytest.mark.parametrize(("age_sec", "reported"), [(30, False), (600, True)])
+def test_unfinished_listing_is_reported_after_its_timeout(age_sec: float, reported: bool) -> None:
+    status = build_status(csp={"unfinished_since": time.time() - age_sec})
+    assert [part for part, _ in find_problems(UP, status)] == (["CSP"] if reported else [])
 
 
-@pytest.mark.parametrize(("age_sec", "told"), [(600, False), (2 * 3600, True)])
-def test_a_deletion_may_be_pending_for_a_while(age_sec: float, told: bool) -> None:
-    seen = status(csp={"pending_since": time.time() - age_sec})
-    assert [part for part, _ in found(UP, seen)] == (["CSP"] if told else [])
+@pytest.mark.parametrize(("age_sec", "reported"), [(600, False), (2 * 3600, True)])
+def test_pending_deletion_is_reported_after_an_hour(age_sec: float, reported: bool) -> None:
+    status = build_status(csp={"pending_since": time.time() - age_sec})
+    assert [part for part, _ in find_problems(UP, status)] == (["CSP"] if reported else [])
 
 
-def test_the_queues_that_lack_a_consumer_are_named() -> None:
-    seen = status(states={"allocator": "partly"})
-    seen["queues"][-1]["consumers"] = 0
-    assert found(UP, seen) == [("allocator", "Nobody consumes broker.dead_letters.")]
+def test_queues_without_a_consumer_are_named() -> None:
+    status = build_status(states={"allocator": "partly"})
+    status["queues"][-1]["consumers"] = 0
+    assert find_problems(UP, status) == [("allocator", "No consumer on broker.dead_letters.")]
 
 
-def test_a_long_queue_is_named() -> None:
-    seen = status()
-    seen["queues"][0]["messages"] = 5000
-    assert found(UP, seen) == [("allocator.commands", "5000 messages wait.")]
+def test_long_queue_is_reported() -> None:
+    status = build_status()
+    status["queues"][0]["messages"] = 5000
+    assert find_problems(UP, status) == [("allocator.commands", "5000 messages wait.")]
 
 
-def test_a_queue_that_does_not_answer_is_named() -> None:
-    seen = status()
-    seen["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
-    assert found(UP, seen) == [
+def test_queue_without_information_is_reported() -> None:
+    status = build_status()
+    status["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+    assert find_problems(UP, status) == [
         ("reaper.events", "RabbitMQ gives no information about it: no answer in 0.3 s."),
     ]
 
 
-def test_the_screen_shows_a_queue_that_does_not_answer() -> None:
-    seen = status()
-    seen["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
+def test_status_screen_shows_queue_without_information() -> None:
+    status = build_status()
+    status["queues"][2] |= {"messages": None, "consumers": None, "problem": "no answer in 0.3 s"}
     console = Console(width=200, file=StringIO())
-    console.print(screens.status("http://broker", {"gateway": UP, **seen, "attention": []}))
+    console.print(output.render_status("http://broker", {"gateway": UP, **status, "attention": []}))
     assert isinstance(console.file, StringIO)
     (line,) = [line.split() for line in console.file.getvalue().splitlines() if "reaper.events" in line]
     assert line == ["reaper.events", "?", "?"]
 
 
-def test_behind_a_gateway_that_is_down_nothing_is_judged() -> None:
-    assert found({"state": "down", "problem": "refused"}, {}) == [("gateway", "refused")]
+def test_gateway_that_is_down_is_the_only_problem_reported() -> None:
+    assert find_problems({"state": "down", "problem": "refused"}, {}) == [("gateway", "refused")]

@@ -1,4 +1,4 @@
-"""Run the simulator: python -m csp_simulator --port 9200"""
+"""Command line of the simulator: python -m csp_simulator --port 9200"""
 
 import argparse
 import os
@@ -13,16 +13,16 @@ import csp_simulator
 from csp_simulator.accounts import StateError
 from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD, DEFAULT_TOKEN, create_app
 
-# A call that hangs on purpose must not keep the simulator from stopping.
+# Injected hangs must not delay the stop.
 STOP_TIMEOUT_SEC = 2
-# Longer than clients keep an idle connection (httpx: 5 s, uvicorn's own value too): were it closed here first, a
-# request could be sent into the closing and be lost.
+# Longer than clients keep an idle connection (httpx: 5 s, like uvicorn's default). If the server closed it first, a
+# request could arrive during the close and be lost.
 KEEP_ALIVE_SEC = 75
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT, then exit with 0; with 2 if it cannot start."""
-    options = _options()
+    """Serve until SIGTERM or SIGINT, then exit with 0. Exit with 2 if the simulator cannot start."""
+    options = _parse_options()
     try:
         app = create_app(
             accounts=options.accounts,
@@ -34,14 +34,14 @@ def main() -> None:
             seed=options.seed,
         )
     except StateError as error:
-        sys.exit(_refuse(str(error)))
+        sys.exit(_report_error(str(error)))
     try:
         listener = socket.create_server((options.host, options.port), backlog=2048)
     except OSError as error:
-        sys.exit(_refuse(f"cannot listen on {options.host}:{options.port}: {error.strerror}"))
-    # uvicorn stops gracefully and then raises the signal again, which ends here.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: sys.exit(0))
+        sys.exit(_report_error(f"cannot listen on {options.host}:{options.port}: {error.strerror}"))
+    # uvicorn raises the signal again after its graceful stop. These handlers then end the process.
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, lambda *_: sys.exit(0))
     print(f"CSP simulator: http://{options.host}:{listener.getsockname()[1]}/v2", flush=True)
     config = uvicorn.Config(
         app,
@@ -54,29 +54,33 @@ def main() -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _options() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="csp_simulator",
         description=csp_simulator.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # As a text, so that argparse judges a port from the environment like one from the command line.
+    # A string, because argparse then validates a port from the environment like one from the command line.
     default_port = os.environ.get("CSP_SIMULATOR_PORT") or "9200"
     parser.add_argument(
-        "--port", type=port, default=default_port, help="default: $CSP_SIMULATOR_PORT or 9200; 0: any"
+        "--port", type=port, default=default_port, help="default: $CSP_SIMULATOR_PORT or 9200; 0: any free port"
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--accounts", type=count, default=50, help="top up to this many active sandboxes")
-    parser.add_argument("--token", default=DEFAULT_TOKEN, help="what the API accepts; default: %(default)s")
-    parser.add_argument("--email", default=DEFAULT_EMAIL, help="who may sign in to NIOSXaaS; default: %(default)s")
-    parser.add_argument("--password", default=DEFAULT_PASSWORD, help="with this; default: %(default)s")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="keep the accounts here between runs")
-    parser.add_argument("--name-prefix", default="sandbox-", help="of new accounts; default: %(default)s")
-    parser.add_argument("--seed", type=int, help="makes chance and the ids of new accounts repeatable")
+    parser.add_argument(
+        "--accounts", type=count, default=50, help="create sandboxes up to this number; default: %(default)s"
+    )
+    parser.add_argument("--token", default=DEFAULT_TOKEN, help="accepted API token; default: %(default)s")
+    parser.add_argument("--email", default=DEFAULT_EMAIL, help="accepted user of NIOSXaaS; default: %(default)s")
+    parser.add_argument("--password", default=DEFAULT_PASSWORD, help="password of this user; default: %(default)s")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="file that keeps the accounts between runs")
+    parser.add_argument(
+        "--name-prefix", default="sandbox-", help="name prefix of new accounts; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, help="makes random choices and the ids of new accounts repeatable")
     return parser.parse_args()
 
 
-# argparse puts the names of these two into its messages.
+# The names of these two functions appear in argparse's error messages.
 def port(text: str) -> int:
     number = int(text)
     if not 0 <= number <= 65535:
@@ -91,8 +95,9 @@ def count(text: str) -> int:
     return number
 
 
-def _refuse(reason: str) -> int:
-    print(f"csp_simulator: {reason}", file=sys.stderr)
+def _report_error(message: str) -> int:
+    """Print the message and return the exit status."""
+    print(f"csp_simulator: {message}", file=sys.stderr)
     return 2
 
 

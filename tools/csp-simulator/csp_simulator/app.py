@@ -1,4 +1,4 @@
-"""The application: the APIs under /v2 and /api, the control API under /_control, and /healthz."""
+"""ASGI application: the simulated APIs under /v2 and /api, the control API under /_control, and /healthz."""
 
 import traceback
 from pathlib import Path
@@ -11,14 +11,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from csp_simulator.accounts import Accounts
-from csp_simulator.api import Api
-from csp_simulator.calls import Calls
-from csp_simulator.control import Control
-from csp_simulator.faults import Faults
-from csp_simulator.niosxaas import Niosxaas
-from csp_simulator.script import Player
-from csp_simulator.services import Services
+from csp_simulator.accounts import AccountStore
+from csp_simulator.calls import CallRecorder
+from csp_simulator.control import ControlApi
+from csp_simulator.csp_api import CspApi
+from csp_simulator.faults import FaultInjector
+from csp_simulator.niosxaas import NiosxaasApi
+from csp_simulator.script import ScriptPlayer
+from csp_simulator.services import ServiceStore
 from csp_simulator.sessions import Sessions
 
 DEFAULT_TOKEN = "simulator-token"
@@ -36,56 +36,58 @@ def create_app(
     state_file: Path | None = None,
     seed: int | None = None,
 ) -> Starlette:
-    """Build a simulator of its own, topped up to `accounts` active sandboxes.
+    """Build an independent simulator with at least `accounts` active sandboxes.
 
-    `seed` makes chance and the ids of new accounts repeatable. Raises accounts.StateError for an
+    `seed` makes random choices and the ids of new accounts repeatable. Raises `accounts.StateError` for an
     unusable state file.
     """
-    stock, services, faults = Accounts(state_file, seed), Services(), Faults(seed)
-    stock.add(max(0, accounts - stock.active_count()), name_prefix)
-    api = Api(stock, faults, token)
-    niosxaas = Niosxaas(stock, services, Sessions(), faults, (email, password))
-    # An application of its own, so that its error answers pass through the call record as well.
-    calls = Calls(Starlette(routes=[*api.routes(), *niosxaas.routes()], exception_handlers=ERROR_HANDLERS))
-    player = Player(faults, stock, name_prefix)
-    control = Control(stock, services, faults, calls, player, name_prefix)
+    account_store, services, faults = AccountStore(state_file, seed), ServiceStore(), FaultInjector(seed)
+    account_store.create_sandboxes(max(0, accounts - account_store.count_active()), name_prefix)
+    csp_api = CspApi(account_store, faults, token)
+    niosxaas = NiosxaasApi(account_store, services, Sessions(), faults, (email, password))
+    # A separate application, because the recorder must also see its error responses.
+    calls = CallRecorder(
+        Starlette(routes=[*csp_api.routes(), *niosxaas.routes()], exception_handlers=ERROR_HANDLERS)
+    )
+    player = ScriptPlayer(faults, account_store, name_prefix)
+    control = ControlApi(account_store, services, faults, calls, player, name_prefix)
     return Starlette(
         routes=[
-            Route("/healthz", _healthz),
+            Route("/healthz", _answer_healthz),
             Route("/_control", control.index),
             Mount("/_control", routes=control.routes()),
             Mount("/", app=calls),
         ],
-        middleware=[Middleware(CatchUp, player)],
+        middleware=[Middleware(ScriptMiddleware, player)],
         exception_handlers=ERROR_HANDLERS,
     )
 
 
-class CatchUp:
-    """Lets the script catch up before every request."""
+class ScriptMiddleware:
+    """Apply the due steps of the script before every request."""
 
-    def __init__(self, app: ASGIApp, player: Player) -> None:
+    def __init__(self, app: ASGIApp, player: ScriptPlayer) -> None:
         self._app = app
         self._player = player
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._player.catch_up()
+        self._player.apply_due_steps()
         await self._app(scope, receive, send)
 
 
-async def _healthz(_: Request) -> Response:
+async def _answer_healthz(_: Request) -> Response:
     return PlainTextResponse("ok")
 
 
-async def _json_error(_: Request, error: Exception) -> Response:
+async def _handle_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def _internal_error(_: Request, error: Exception) -> Response:
-    # uvicorn is kept quiet, because it would also complain of every hanging call that a stop ends.
+async def _handle_internal_error(_: Request, error: Exception) -> Response:
+    # Print the error here: uvicorn's log is off, because it would report every injected hang that a stop ends.
     traceback.print_exception(error)
-    return JSONResponse({"error": "the simulator failed; its output says why"}, 500)
+    return JSONResponse({"error": "the simulator failed; its standard error has the reason"}, 500)
 
 
-ERROR_HANDLERS = {HTTPException: _json_error, Exception: _internal_error}
+ERROR_HANDLERS = {HTTPException: _handle_http_error, Exception: _handle_internal_error}

@@ -1,4 +1,4 @@
-"""The record of every call to the APIs, for tests to look at afterwards."""
+"""Record of the calls to the simulated APIs, for tests to read."""
 
 import time
 from collections import deque
@@ -10,48 +10,48 @@ MAX_CALLS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningCall:
     method: str
     path: str
-    at: float  # Unix seconds of the arrival
-    begun: float  # the same on the monotonic clock, which all processes of this machine share
+    at: float  # arrival, Unix seconds
+    begun: float  # arrival on the monotonic clock, which all processes of this machine share
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Running):
-    seq: int  # rises by one per ended call; clearing the record does not start it again
-    status: int | None  # None if the client went away without an answer
+class EndedCall(RunningCall):
+    seq: int  # rises by one per ended call, also after the record is cleared
+    status: int | None  # missing if the client disconnected before the response
     ended_at: float
     ended: float
     duration_ms: float
 
 
-class Calls:
-    """Passes calls on to `app` and keeps the last 100,000 of them, in the order they ended."""
+class CallRecorder:
+    """ASGI middleware that keeps the last 100,000 calls in the order they ended."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._running: dict[int, Running] = {}
-        self._calls: deque[Call] = deque(maxlen=MAX_CALLS)
-        self._begun = 0
+        self._running: dict[int, RunningCall] = {}
+        self._ended: deque[EndedCall] = deque(maxlen=MAX_CALLS)
+        self._next_key = 0
         self._seq = 0
 
-    def select(
+    def list_ended(
         self, method: str | None = None, path_contains: str = "", status: int | None = None, after_seq: int = 0
-    ) -> list[Call]:
-        """The calls that have ended; `method`, `path_contains` and `status` must all hold."""
+    ) -> list[EndedCall]:
+        """List the ended calls that match all given filters."""
         return [
             call
-            for call in self._calls
-            if call.seq > after_seq and status in (None, call.status) and _matches(call, method, path_contains)
+            for call in self._ended
+            if call.seq > after_seq and status in (None, call.status) and _is_match(call, method, path_contains)
         ]
 
-    def running(self, method: str | None = None, path_contains: str = "") -> list[Running]:
-        """The calls that have arrived and not ended, the oldest first."""
-        return [call for call in self._running.values() if _matches(call, method, path_contains)]
+    def list_running(self, method: str | None = None, path_contains: str = "") -> list[RunningCall]:
+        """List the running calls, oldest first."""
+        return [call for call in self._running.values() if _is_match(call, method, path_contains)]
 
     def clear(self) -> None:
-        self._calls.clear()
+        self._ended.clear()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,29 +59,29 @@ class Calls:
             return
         status: int | None = None
 
-        async def note_status(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
-        self._begun += 1
-        key, call = self._begun, Running(scope["method"], scope["path"], time.time(), time.monotonic())
+        self._next_key += 1
+        key, call = self._next_key, RunningCall(scope["method"], scope["path"], time.time(), time.monotonic())
         self._running[key] = call
         try:
-            await self._app(scope, receive, note_status)
+            await self._app(scope, receive, record_status)
         finally:
             del self._running[key]
-            self._end(call, status)
+            self._record_end(call, status)
 
-    def _end(self, call: Running, status: int | None) -> None:
+    def _record_end(self, call: RunningCall, status: int | None) -> None:
         self._seq += 1
         ended_at, ended = time.time(), time.monotonic()
         duration_ms = round((ended - call.begun) * 1000, 3)
-        self._calls.append(
-            Call(call.method, call.path, call.at, call.begun, self._seq, status, ended_at, ended, duration_ms)
+        self._ended.append(
+            EndedCall(call.method, call.path, call.at, call.begun, self._seq, status, ended_at, ended, duration_ms)
         )
 
 
-def _matches(call: Running, method: str | None, path_contains: str) -> bool:
+def _is_match(call: RunningCall, method: str | None, path_contains: str) -> bool:
     return (method is None or call.method == method.upper()) and path_contains in call.path

@@ -1,4 +1,4 @@
-"""The control API: what the simulator has, how it behaves, what it was asked. It asks for no token."""
+"""Control API: accounts, services, faults, scripts and recorded calls. It requires no token."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,25 +9,25 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from csp_simulator import script
-from csp_simulator.accounts import Accounts
-from csp_simulator.calls import Calls
-from csp_simulator.faults import Faults
-from csp_simulator.records import problem_with
-from csp_simulator.services import Services
+from csp_simulator.accounts import AccountStore
+from csp_simulator.calls import CallRecorder
+from csp_simulator.faults import FaultInjector
+from csp_simulator.records import find_problem
+from csp_simulator.services import ServiceStore
 from csp_simulator.switches import SWITCHES, is_count, is_number
 
 MAX_ACCOUNTS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
-    """The first sentence about a route is what `GET /_control` says of it."""
+class ControlApi:
+    """Routes of the control API. `GET /_control` shows the docstring of each handler."""
 
-    accounts: Accounts
-    services: Services
-    faults: Faults
-    calls: Calls
-    player: script.Player
+    accounts: AccountStore
+    services: ServiceStore
+    faults: FaultInjector
+    calls: CallRecorder
+    player: script.ScriptPlayer
     name_prefix: str
 
     def routes(self) -> list[Route]:
@@ -66,97 +66,97 @@ class Control:
             }
             for name, switch in SWITCHES.items()
         }
-        return JSONResponse({"routes": routes, "switches": switches, "scripts": script.shipped()})
+        return JSONResponse({"routes": routes, "switches": switches, "scripts": script.list_bundled()})
 
     async def list_accounts(self, _: Request) -> Response:
-        """All records there are."""
-        return Response(self.accounts.dump(), media_type="application/json")
+        """List all records."""
+        return Response(self.accounts.dump_records(), media_type="application/json")
 
     async def replace_accounts(self, request: Request) -> Response:
-        """Have exactly {"accounts": […]}, which are checked, or {"raw": […]}, which are listed as they are."""
-        body = await _object(request, {"accounts", "raw"})
+        """Replace all records with {"accounts": […]}, which are validated, or {"raw": […]}, which are not."""
+        body = await _read_object(request, {"accounts", "raw"})
         if len(body) != 1:
-            raise HTTPException(400, "give either accounts (checked) or raw (listed as they are)")
+            raise HTTPException(400, "give either accounts (validated) or raw (not validated)")
         [(name, records)] = body.items()
         if not isinstance(records, list):
             raise HTTPException(400, f"{name} must be a list")
-        if name == "accounts" and (problem := problem_with(records)):
+        if name == "accounts" and (problem := find_problem(records)):
             raise HTTPException(400, problem)
-        self.accounts.replace(records)
+        self.accounts.replace_records(records)
         return await self.list_accounts(request)
 
     async def add_accounts(self, request: Request) -> Response:
-        """Add {"count": 5, "name_prefix": "lab-"} new sandboxes, or {"raw": […]} as they are."""
-        body = await _object(request, {"count", "name_prefix", "raw"})
+        """Add {"count": 5, "name_prefix": "lab-"} new sandboxes, or {"raw": […]} without validation."""
+        body = await _read_object(request, {"count", "name_prefix", "raw"})
         if isinstance(raw := body.get("raw"), list) and len(body) == 1:
-            self.accounts.append(raw)
+            self.accounts.append_records(raw)
             return JSONResponse({"accounts": raw}, 201)
         if "count" not in body:
             raise HTTPException(400, "count is missing")
-        added = self.accounts.add(_count(body, "count"), self._prefix(body))
-        return JSONResponse({"accounts": added}, 201)
+        created = self.accounts.create_sandboxes(_read_count(body, "count"), self._read_name_prefix(body))
+        return JSONResponse({"accounts": created}, 201)
 
     async def disturb_accounts(self, request: Request) -> Response:
-        """Change sandboxes picked by chance: {"drop": 1, "rename": 2, "new_id": 1}."""
+        """Change random sandboxes: {"drop": 1, "rename": 2, "new_id": 1}."""
         try:
-            counts = script.disturbances(await _object(request, set(script.DISTURBANCES) - {"add"}))
+            counts = script.parse_disturbances(await _read_object(request, set(script.DISTURBANCES) - {"add"}))
         except script.ScriptError as error:
             raise HTTPException(400, str(error)) from error
-        return JSONResponse(self.accounts.disturb(**counts))
+        return JSONResponse(self.accounts.disturb_sandboxes(**counts))
 
     async def change_account(self, request: Request) -> Response:
-        """Change fields of a record to anything, its id included: {"name": "other"}."""
-        record = self.accounts.change(request.path_params["external_id"], await _object(request))
+        """Change fields of a record to any value, also its id: {"name": "other"}."""
+        record = self.accounts.update_account(request.path_params["external_id"], await _read_object(request))
         if record is None:
             raise HTTPException(404, "no account has this id")
         return JSONResponse(record)
 
     async def drop_account(self, request: Request) -> Response:
-        """Let an account disappear without a deletion."""
-        if not self.accounts.drop(request.path_params["external_id"]):
+        """Remove an account without a deletion through the CSP API."""
+        if not self.accounts.remove_account(request.path_params["external_id"]):
             raise HTTPException(404, "no account has this id")
         return Response(status_code=204)
 
     async def list_services(self, _: Request) -> Response:
-        """The NIOSXaaS services, by account uuid."""
-        return Response(self.services.dump(), media_type="application/json")
+        """List the NIOSXaaS services by account UUID."""
+        return Response(self.services.dump_records(), media_type="application/json")
 
     async def replace_services(self, request: Request) -> Response:
-        """Have exactly {"services": {"<account uuid>": ["name", …]}}; "home" is the user's own account."""
-        names = (await _object(request, {"services"})).get("services")
-        if not isinstance(names, dict) or not all(isinstance(of_account, list) for of_account in names.values()):
+        """Replace all services: {"services": {"<account uuid>": ["name", …]}}; "home" is the user's own account."""
+        names = (await _read_object(request, {"services"})).get("services")
+        if not isinstance(names, dict) or not all(isinstance(items, list) for items in names.values()):
             raise HTTPException(400, "services must be an object of lists")
-        self.services.replace(names)
+        self.services.replace_services(names)
         return await self.list_services(request)
 
     async def show_behaviour(self, _: Request) -> Response:
-        """The switches as they are set."""
+        """Show the current switches."""
         return JSONResponse(self.faults.settings)
 
     async def patch_behaviour(self, request: Request) -> Response:
-        """Set some switches, and leave the others: {"delete_error_rate": 0.2}."""
-        changes = await _object(request)
+        """Set some switches and keep the others: {"delete_error_rate": 0.2}."""
+        changes = await _read_object(request)
         try:
-            self.faults.patch(changes)
+            self.faults.update_settings(changes)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return await self.show_behaviour(request)
 
     async def show_script(self, _: Request) -> Response:
-        """How far the script is that is being played."""
-        return JSONResponse(self.player.progress())
+        """Show the progress of the current script."""
+        return JSONResponse(self.player.get_progress())
 
     async def play_script(self, request: Request) -> Response:
-        """Play {"name": "bad-day", "speed": 100}, or your own:
+        """Play {"name": "bad-day", "speed": 100}, or custom steps:
         {"steps": [{"at_sec": 60, "behaviour": {…switches…}, "accounts": {"add": 5, "drop": 1}}]}."""
-        body = await _object(request, {"name", "steps", "speed"})
+        body = await _read_object(request, {"name", "steps", "speed"})
         name, speed = body.get("name"), body.get("speed", 1)
         if not is_number(speed, 1, 10_000):
             raise HTTPException(400, "speed must be a number from 1 to 10000")
         if ("name" in body) == ("steps" in body):
             raise HTTPException(400, "give either name or steps")
-        if "name" in body and name not in script.shipped():
-            raise HTTPException(400, f"name must be one of {', '.join(script.shipped())}")
+        if "name" in body and name not in script.list_bundled():
+            raise HTTPException(400, f"name must be one of {', '.join(script.list_bundled())}")
         try:
             steps = script.load(str(name)) if "name" in body else script.parse(body["steps"])
         except script.ScriptError as error:
@@ -165,58 +165,59 @@ class Control:
         return await self.show_script(request)
 
     async def stop_script(self, _: Request) -> Response:
-        """Stop the script; what it has set stays."""
+        """Stop the script. Its changes stay."""
         self.player.stop()
         return Response(status_code=204)
 
     async def list_calls(self, request: Request) -> Response:
-        """The last 100,000 calls that have ended, and those that run;
-        ?method=DELETE&path_contains=sandbox&status=500&after_seq=17 for some of them."""
+        """List the last 100,000 ended calls and the running calls; filter with
+        ?method=DELETE&path_contains=sandbox&status=500&after_seq=17."""
         query = request.query_params
         method, path_contains = query.get("method"), query.get("path_contains", "")
         try:
             status, after_seq = query.get("status"), int(query.get("after_seq", 0))
-            ended = self.calls.select(method, path_contains, None if status is None else int(status), after_seq)
+            ended = self.calls.list_ended(method, path_contains, None if status is None else int(status), after_seq)
         except ValueError as error:
             raise HTTPException(400, "status and after_seq must be integers") from error
-        running = self.calls.running(method, path_contains)
+        running = self.calls.list_running(method, path_contains)
         return JSONResponse(
             {"calls": [asdict(call) for call in ended], "running": [asdict(call) for call in running]}
         )
 
     async def clear_calls(self, _: Request) -> Response:
-        """Forget the calls that have ended."""
+        """Clear the record of ended calls."""
         self.calls.clear()
         return Response(status_code=204)
 
     async def reset(self, request: Request) -> Response:
-        """Begin anew with {"accounts": 5, "name_prefix": "lab-", "seed": 1}: no faults, no script, no calls."""
-        body = await _object(request, {"accounts", "name_prefix", "seed"})
-        count, name_prefix, seed = _count(body, "accounts"), self._prefix(body), body.get("seed")
+        """Restart with {"accounts": 5, "name_prefix": "lab-", "seed": 1}: no faults, script or recorded calls."""
+        body = await _read_object(request, {"accounts", "name_prefix", "seed"})
+        count, name_prefix = _read_count(body, "accounts"), self._read_name_prefix(body)
+        seed = body.get("seed")
         if seed is not None and type(seed) is not int:
             raise HTTPException(400, "seed must be an integer")
         self.player.stop()
         self.faults.reset(seed)
         self.calls.clear()
-        self.services.replace({})
+        self.services.replace_services({})
         self.accounts.reset(count, name_prefix, seed)
         return await self.list_accounts(request)
 
-    def _prefix(self, body: dict[str, Any]) -> str:
+    def _read_name_prefix(self, body: dict[str, Any]) -> str:
         name_prefix = body.get("name_prefix", self.name_prefix)
         if not isinstance(name_prefix, str):
-            raise HTTPException(400, "name_prefix must be a text")
+            raise HTTPException(400, "name_prefix must be a string")
         return name_prefix
 
 
-def _count(body: dict[str, Any], name: str) -> int:
+def _read_count(body: dict[str, Any], name: str) -> int:
     count = body.get(name, 0)
     if not is_count(count) or count > MAX_ACCOUNTS:
         raise HTTPException(400, f"{name} must be an integer from 0 to {MAX_ACCOUNTS}")
     return count
 
 
-async def _object(request: Request, known: set[str] | None = None) -> dict[str, Any]:
+async def _read_object(request: Request, known: set[str] | None = None) -> dict[str, Any]:
     try:
         body = await request.json()
     except (ValueError, RecursionError) as error:

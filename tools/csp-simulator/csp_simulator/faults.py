@@ -1,4 +1,4 @@
-"""How the simulator misbehaves: the switches as they are set, and the chance that applies them."""
+"""Fault injection: the current switches, and the random numbers that apply them."""
 
 import asyncio
 import random
@@ -8,74 +8,73 @@ from typing import Any
 
 from starlette.responses import Response
 
-from csp_simulator.answers import failure
-from csp_simulator.switches import OPERATIONS, SWITCHES, problems
+from csp_simulator.error_responses import build_failure
+from csp_simulator.switches import OPERATIONS, SWITCHES, find_problems
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What becomes of one call."""
+class Outcome:
+    """Latency and failure of one call."""
 
     latency_sec: float
     failure: Response | None
     effect_despite_failure: bool
 
 
-class Faults:
-    """With the switches at their defaults everything is done right and at once."""
+class FaultInjector:
+    """Fault injection for all operations. With default switches every call succeeds at once."""
 
     def __init__(self, seed: int | None) -> None:
         self._seed = seed
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
-        """Behave well again, and begin the seeded chance anew; with another seed if one is given."""
+        """Restore the default switches and restart the random numbers, with another seed if one is given."""
         if seed is not None:
             self._seed = seed
         self.settings: dict[str, Any] = {name: switch.default for name, switch in SWITCHES.items()}
-        # One for each operation: what the deletions meet must not depend on how many listings there are.
-        self._chance = {
+        # One generator per operation, because the number of listings must not change the faults of deletions.
+        self._random = {
             operation: random.Random(None if self._seed is None else f"{self._seed}/{operation}")
             for operation in OPERATIONS
         }
 
-    def patch(self, changes: Mapping[str, Any]) -> None:
-        """Set these switches, all or none; ValueError says which is unknown or wrong."""
-        if wrong := problems(changes):
-            raise ValueError("; ".join(wrong))
+    def update_settings(self, changes: Mapping[str, Any]) -> None:
+        """Set the switches. If any is unknown or invalid, change no switch and raise ValueError."""
+        if problems := find_problems(changes):
+            raise ValueError("; ".join(problems))
         self.settings |= changes
 
-    async def play(self, operation: str, effect: Callable[[], Response]) -> Response:
-        """Judge a call as it arrives, wait out its latency, and only then let it take effect.
+    async def respond(self, operation: str, effect: Callable[[], Response]) -> Response:
+        """Decide the outcome at the arrival of a call, wait for its latency, then run its effect.
 
-        So an account that is being deleted stays listed until its deletion is answered, and of two
-        deletions of the same account the one that ends later finds it gone. A client that goes away
-        meanwhile stops nothing.
+        An account therefore stays listed until its deletion is answered. Of two concurrent deletions of one
+        account, the later one gets 404. The effect happens even if the client disconnects during the wait.
         """
-        verdict = self._judge(operation)
-        await asyncio.sleep(verdict.latency_sec)
-        if verdict.failure is None:
+        outcome = self._decide_outcome(operation)
+        await asyncio.sleep(outcome.latency_sec)
+        if outcome.failure is None:
             return effect()
-        if verdict.effect_despite_failure:
+        if outcome.effect_despite_failure:
             effect()
-        return verdict.failure
+        return outcome.failure
 
-    def _judge(self, operation: str) -> Verdict:
+    def _decide_outcome(self, operation: str) -> Outcome:
         settings = self.settings
-        # Always as many draws, so that setting one switch does not change what the others meet.
-        slower, fails, which = (self._chance[operation].random() for _ in range(3))
-        next_ones = f"fail_next_{OPERATIONS[operation]}"
-        failed = None
-        if settings[next_ones] > 0 or fails < settings[f"{operation}_error_rate"]:
-            settings[next_ones] = max(0, settings[next_ones] - 1)
+        # Always draw three numbers, because a switch must not shift the random sequence of the other switches.
+        latency_draw, failure_draw, status_draw = (self._random[operation].random() for _ in range(3))
+        fail_next = f"fail_next_{OPERATIONS[operation]}"
+        failure = None
+        if settings[fail_next] > 0 or failure_draw < settings[f"{operation}_error_rate"]:
+            settings[fail_next] = max(0, settings[fail_next] - 1)
             status = settings[f"{operation}_error_status"]
-            failed = failure(
-                status[int(which * len(status))] if isinstance(status, list) else status,
+            failure = build_failure(
+                status[int(status_draw * len(status))] if isinstance(status, list) else status,
                 html=settings[f"{operation}_error_html"],
                 retry_after_sec=settings["retry_after_sec"],
             )
-        return Verdict(
-            settings[f"{operation}_latency_sec"] + slower * settings[f"{operation}_latency_spread_sec"],
-            failed,
+        return Outcome(
+            settings[f"{operation}_latency_sec"] + latency_draw * settings[f"{operation}_latency_spread_sec"],
+            failure,
             settings.get(f"{operation}_error_after_effect", False),
         )

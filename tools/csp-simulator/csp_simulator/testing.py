@@ -1,4 +1,4 @@
-"""A simulator inside a test's own event loop, on a free port."""
+"""HTTP server for tests: it runs an ASGI application in the test's own event loop, on a free port."""
 
 import asyncio
 import socket
@@ -12,11 +12,10 @@ from starlette.types import ASGIApp
 
 @asynccontextmanager
 async def serving(app: ASGIApp, **options: Any) -> AsyncIterator[str]:
-    """Serve `app` inside the block; yields its root URL, to which /v2 and /_control are appended. `options` are
-    uvicorn's."""
+    """Serve `app` during the block and yield its root URL, without /v2. `options` are passed to uvicorn."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        usual = {"lifespan": "off", "access_log": False, "log_level": "critical", "timeout_graceful_shutdown": 1}
-        config = uvicorn.Config(app, **{**usual, **options})
+        defaults = {"lifespan": "off", "access_log": False, "log_level": "critical", "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(app, **{**defaults, **options})
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

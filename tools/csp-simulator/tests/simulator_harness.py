@@ -1,4 +1,4 @@
-"""What the tests of the simulator have in common: a client of it, with or without a network between."""
+"""Helpers of the simulator's tests: clients with and without a network, and requests to both APIs."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +17,7 @@ PATIENCE_SEC = 60.0
 
 
 @asynccontextmanager
-async def client_of(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
+async def connect_in_process(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://csp", headers=HEADERS
     ) as client:
@@ -25,8 +25,8 @@ async def client_of(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def served(**options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client that really connects: only so can a connection hang or break."""
+async def serve_and_connect(**options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve a simulator and yield a client over TCP, because only a real connection can hang or break."""
     async with (
         serving(create_app(**options)) as url,
         httpx.AsyncClient(base_url=url, headers=HEADERS, timeout=PATIENCE_SEC, verify=False) as client,
@@ -34,38 +34,38 @@ async def served(**options: Any) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def behave(csp: httpx.AsyncClient, **switches: object) -> None:
+async def set_behaviour(csp: httpx.AsyncClient, **switches: object) -> None:
     (await csp.patch("/_control/behaviour", json=switches)).raise_for_status()
 
 
-async def results(csp: httpx.AsyncClient) -> list[Any]:
-    found: list[Any] = (await csp.get(LISTING)).raise_for_status().json()["results"]
-    return found
+async def fetch_records(csp: httpx.AsyncClient) -> list[Any]:
+    records: list[Any] = (await csp.get(LISTING)).raise_for_status().json()["results"]
+    return records
 
 
-async def sandboxes(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
-    return [r for r in await results(csp) if (r["account_type"], r["state"]) == ("sandbox", "active")]
+async def fetch_sandboxes(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
+    return [r for r in await fetch_records(csp) if (r["account_type"], r["state"]) == ("sandbox", "active")]
 
 
-def external_id(account: dict[str, Any]) -> str:
+def get_external_id(account: dict[str, Any]) -> str:
     return str(account["id"]).removeprefix("identity/accounts/")
 
 
-def path_of(account: dict[str, Any]) -> str:
-    return f"/v2/sandbox/accounts/{external_id(account)}"
+def get_account_path(account: dict[str, Any]) -> str:
+    return f"/v2/sandbox/accounts/{get_external_id(account)}"
 
 
-async def calls(csp: httpx.AsyncClient, **query: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (await csp.get("/_control/calls", params=query)).json()["calls"]
-    return found
+async def fetch_calls(csp: httpx.AsyncClient, **query: str) -> list[dict[str, Any]]:
+    ended: list[dict[str, Any]] = (await csp.get("/_control/calls", params=query)).json()["calls"]
+    return ended
 
 
-async def running(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (await csp.get("/_control/calls")).json()["running"]
-    return found
+async def fetch_running_calls(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
+    running: list[dict[str, Any]] = (await csp.get("/_control/calls")).json()["running"]
+    return running
 
 
-async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
+async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
     async with asyncio.timeout(PATIENCE_SEC):
-        while not await condition():  # noqa: ASYNC110 (nothing tells us)
+        while not await condition():  # noqa: ASYNC110 (the condition is a request, so there is no event to wait for)
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The control API: accounts, behaviour, call record, reset."""
+"""Control API: accounts, behaviour, recorded calls, reset."""
 
 import json
 from collections.abc import AsyncIterator
@@ -9,16 +9,16 @@ import pytest
 
 from csp_simulator.app import create_app
 
-from .simulator_harness import LISTING, client_of, sandboxes
+from .simulator_harness import LISTING, connect_in_process, fetch_sandboxes
 
 
 @pytest.fixture
 async def csp() -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(accounts=2)) as client:
+    async with connect_in_process(create_app(accounts=2)) as client:
         yield client
 
 
-def account(number: int, **changes: object) -> dict[str, Any]:
+def build_account(number: int, **changes: object) -> dict[str, Any]:
     return {
         "account_type": "sandbox",
         "state": "active",
@@ -31,72 +31,72 @@ def account(number: int, **changes: object) -> dict[str, Any]:
     }
 
 
-async def names(csp: httpx.AsyncClient) -> list[str]:
-    return [record["name"] for record in await sandboxes(csp)]
+async def fetch_names(csp: httpx.AsyncClient) -> list[str]:
+    return [record["name"] for record in await fetch_sandboxes(csp)]
 
 
 async def test_healthz_answers(csp: httpx.AsyncClient) -> None:
     assert (await csp.get("/healthz")).status_code == 200
 
 
-async def test_control_needs_no_token_and_shows_what_is_listed(csp: httpx.AsyncClient) -> None:
+async def test_control_needs_no_token_and_shows_the_listed_accounts(csp: httpx.AsyncClient) -> None:
     listed = (await csp.get(LISTING)).json()["results"]
     del csp.headers["Authorization"]
     assert (await csp.get("/_control/accounts")).json() == {"accounts": listed}
 
 
 async def test_replacing_the_accounts_changes_the_listing(csp: httpx.AsyncClient) -> None:
-    records = [account(1), account(2, state="disabled")]
+    records = [build_account(1), build_account(2, state="disabled")]
     response = await csp.put("/_control/accounts", json={"accounts": records})
     assert response.status_code == 200
     assert (await csp.get(LISTING)).json() == {"results": records}
 
 
-async def test_what_was_read_can_be_put_back(csp: httpx.AsyncClient) -> None:
+async def test_dumped_accounts_can_be_restored(csp: httpx.AsyncClient) -> None:
     dump = (await csp.get("/_control/accounts")).json()
     assert (await csp.put("/_control/accounts", json=dump)).json() == dump
 
 
 @pytest.mark.parametrize(
-    ("records", "complaint"),
+    ("records", "message"),
     [
         ("none", "accounts must be a list"),
-        ([account(1), 7], "accounts[1] must be an object"),
-        ([account(1, csp_id="3000001")], "accounts[0].csp_id must be a positive integer"),
-        ([account(1, csp_id=True)], "accounts[0].csp_id must be"),
-        ([account(1, id="00000000-0000-4000-8000-000000000001")], "accounts[0].id must be"),
-        ([account(1, name=" ")], "accounts[0].name must be"),
-        ([account(1, sfdc_account_id=5)], "accounts[0].sfdc_account_id must be"),
-        ([{k: v for k, v in account(1).items() if k != "state"}], "accounts[0].state must be"),
-        ([account(1), account(1, csp_id=9)], "accounts[1] repeats"),
-        ([account(1), account(2, csp_id=3000001)], "accounts[1] repeats"),
+        ([build_account(1), 7], "accounts[1] must be an object"),
+        ([build_account(1, csp_id="3000001")], "accounts[0].csp_id must be a positive integer"),
+        ([build_account(1, csp_id=True)], "accounts[0].csp_id must be"),
+        ([build_account(1, id="00000000-0000-4000-8000-000000000001")], "accounts[0].id must be"),
+        ([build_account(1, name=" ")], "accounts[0].name must be"),
+        ([build_account(1, sfdc_account_id=5)], "accounts[0].sfdc_account_id must be"),
+        ([{k: v for k, v in build_account(1).items() if k != "state"}], "accounts[0].state must be"),
+        ([build_account(1), build_account(1, csp_id=9)], "accounts[1] repeats"),
+        ([build_account(1), build_account(2, csp_id=3000001)], "accounts[1] repeats"),
     ],
 )
-async def test_unsound_accounts_are_refused_with_the_place(
-    csp: httpx.AsyncClient, records: Any, complaint: str
+async def test_invalid_account_is_refused_with_its_index(
+    csp: httpx.AsyncClient, records: Any, message: str
 ) -> None:
-    before = await names(csp)
+    before = await fetch_names(csp)
     response = await csp.put("/_control/accounts", json={"accounts": records})
     assert response.status_code == 400
-    assert complaint in response.json()["error"]
-    assert await names(csp) == before
+    assert message in response.json()["error"]
+    assert await fetch_names(csp) == before
 
 
-async def test_raw_records_are_listed_as_they_are(csp: httpx.AsyncClient) -> None:
-    raw = [account(1), account(1), {"id": ["odd"]}, None, "text", {"name": "\ud800"}]
-    body = json.dumps({"raw": raw})  # httpx could not encode the lone surrogate
+async def test_raw_records_are_listed_unchanged(csp: httpx.AsyncClient) -> None:
+    raw = [build_account(1), build_account(1), {"id": ["odd"]}, None, "text", {"name": "\ud800"}]
+    body = json.dumps({"raw": raw})  # httpx cannot encode the lone surrogate
     assert (await csp.put("/_control/accounts", content=body)).status_code == 200
     assert (await csp.get(LISTING)).json()["results"] == raw
 
 
-async def test_a_raw_account_listed_twice_is_deleted_at_once(csp: httpx.AsyncClient) -> None:
-    await csp.put("/_control/accounts", json={"raw": [account(1), account(1), account(2)]})
+async def test_duplicate_raw_accounts_are_deleted_together(csp: httpx.AsyncClient) -> None:
+    await csp.put("/_control/accounts", json={"raw": [build_account(1), build_account(1), build_account(2)]})
     path = "/v2/sandbox/accounts/00000000-0000-4000-8000-000000000001"
     assert (await csp.delete(path)).status_code == 204
-    assert (await csp.get(LISTING)).json()["results"] == [account(2)]
+    assert (await csp.get(LISTING)).json()["results"] == [build_account(2)]
 
 
-async def test_more_accounts_can_be_added_with_their_own_prefix(csp: httpx.AsyncClient) -> None:
+async def test_added_accounts_are_numbered_per_prefix(csp: httpx.AsyncClient) -> None:
     response = await csp.post("/_control/accounts", json={"count": 2, "name_prefix": "lab-"})
     assert response.status_code == 201
     assert [(a["name"], a["csp_id"]) for a in response.json()["accounts"]] == [
@@ -104,17 +104,17 @@ async def test_more_accounts_can_be_added_with_their_own_prefix(csp: httpx.Async
         ("lab-2", 2012227),
     ]
     await csp.post("/_control/accounts", json={"count": 1})
-    assert await names(csp) == ["sandbox-1", "sandbox-2", "lab-1", "lab-2", "sandbox-3"]
+    assert await fetch_names(csp) == ["sandbox-1", "sandbox-2", "lab-1", "lab-2", "sandbox-3"]
 
 
-async def test_added_accounts_come_after_the_highest_csp_id(csp: httpx.AsyncClient) -> None:
-    await csp.put("/_control/accounts", json={"accounts": [account(5)]})
+async def test_added_account_gets_the_next_csp_id(csp: httpx.AsyncClient) -> None:
+    await csp.put("/_control/accounts", json={"accounts": [build_account(5)]})
     added = (await csp.post("/_control/accounts", json={"count": 1})).json()["accounts"]
     assert added[0]["csp_id"] == 3000006
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "complaint"),
+    ("method", "path", "body", "message"),
     [
         ("POST", "/_control/accounts", {}, "count is missing"),
         ("POST", "/_control/accounts", {"count": -1}, "count must be"),
@@ -125,28 +125,28 @@ async def test_added_accounts_come_after_the_highest_csp_id(csp: httpx.AsyncClie
         ("PUT", "/_control/accounts", [], "JSON object"),
     ],
 )
-async def test_wrong_control_bodies_are_refused_with_the_reason(
-    csp: httpx.AsyncClient, method: str, path: str, body: Any, complaint: str
+async def test_invalid_body_is_refused_with_the_reason(
+    csp: httpx.AsyncClient, method: str, path: str, body: Any, message: str
 ) -> None:
     response = await csp.request(method, path, json=body)
     assert response.status_code == 400
-    assert complaint in response.json()["error"]
+    assert message in response.json()["error"]
 
 
-async def test_a_body_that_is_not_json_is_refused(csp: httpx.AsyncClient) -> None:
+async def test_body_must_be_json(csp: httpx.AsyncClient) -> None:
     response = await csp.patch("/_control/behaviour", content=b"{")
     assert (response.status_code, response.json()) == (400, {"error": "the body must be JSON"})
 
 
-async def test_an_account_can_be_dropped_behind_the_apis_back(csp: httpx.AsyncClient) -> None:
+async def test_account_can_be_removed_without_a_deletion(csp: httpx.AsyncClient) -> None:
     added = (await csp.post("/_control/accounts", json={"count": 1})).json()["accounts"][0]
     path = "/_control/accounts/" + added["id"].removeprefix("identity/accounts/")
     assert (await csp.delete(path)).status_code == 204
-    assert await names(csp) == ["sandbox-1", "sandbox-2"]
+    assert await fetch_names(csp) == ["sandbox-1", "sandbox-2"]
     assert (await csp.delete(path)).status_code == 404
 
 
-async def test_a_patch_changes_only_what_it_names(csp: httpx.AsyncClient) -> None:
+async def test_patch_keeps_other_switches(csp: httpx.AsyncClient) -> None:
     defaults = (await csp.get("/_control/behaviour")).json()
     response = await csp.patch("/_control/behaviour", json={"delete_latency_sec": 0.5})
     assert response.json() == {**defaults, "delete_latency_sec": 0.5}
@@ -169,7 +169,7 @@ async def test_a_patch_changes_only_what_it_names(csp: httpx.AsyncClient) -> Non
         ("delete_mood", 1),
     ],
 )
-async def test_unknown_and_wrong_switches_are_refused_by_name(
+async def test_unknown_or_invalid_switch_is_refused_by_name(
     csp: httpx.AsyncClient, switch: str, value: object
 ) -> None:
     before = (await csp.get("/_control/behaviour")).json()
@@ -179,12 +179,12 @@ async def test_unknown_and_wrong_switches_are_refused_by_name(
     assert (await csp.get("/_control/behaviour")).json() == before
 
 
-async def test_the_default_behaviour_can_be_put_back(csp: httpx.AsyncClient) -> None:
+async def test_default_behaviour_can_be_restored(csp: httpx.AsyncClient) -> None:
     defaults = (await csp.get("/_control/behaviour")).json()
     assert (await csp.patch("/_control/behaviour", json=defaults)).json() == defaults
 
 
-async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.AsyncClient) -> None:
+async def test_reset_restores_everything_except_used_csp_ids(csp: httpx.AsyncClient) -> None:
     await csp.patch("/_control/behaviour", json={"delete_error_rate": 1, "fail_next_listings": 3})
     await csp.get(LISTING)
     before = (await csp.get("/_control/accounts")).json()["accounts"]
@@ -193,12 +193,12 @@ async def test_reset_brings_everything_back_except_used_csp_ids(csp: httpx.Async
     after = response.json()["accounts"]
     assert (await csp.get("/_control/calls")).json() == {"calls": [], "running": []}
     assert (await csp.get("/_control/behaviour")).json()["delete_error_rate"] == 0
-    assert await names(csp) == ["lab-1", "lab-2", "lab-3"]
+    assert await fetch_names(csp) == ["lab-1", "lab-2", "lab-3"]
     assert {a["id"] for a in before}.isdisjoint(a["id"] for a in after)
     assert [a["csp_id"] for a in after if a["csp_id"] > 2000000] == [2012226, 2012227, 2012228]
 
 
-async def test_the_index_tells_every_route_and_every_switch(csp: httpx.AsyncClient) -> None:
+async def test_index_lists_every_route_and_switch(csp: httpx.AsyncClient) -> None:
     await csp.patch("/_control/behaviour", json={"delete_error_rate": 0.5})
     index = (await csp.get("/_control")).json()
     behaviour = (await csp.get("/_control/behaviour")).json()
@@ -207,7 +207,7 @@ async def test_the_index_tells_every_route_and_every_switch(csp: httpx.AsyncClie
         "now": 0.5,
         "default": 0,
         "rule": "must be a number from 0 to 1",
-        "meaning": "delete: how many of the calls fail, by chance",
+        "meaning": "delete: probability of a failure",
     }
     assert index["routes"]["PATCH /_control/behaviour"].startswith("Set some switches")
     assert all(index["routes"].values())

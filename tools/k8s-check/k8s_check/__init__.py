@@ -1,3 +1,5 @@
-"""`make k8s-check`: what the manifests in deploy/k8s say, judged by Kubernetes' schemas, by the restricted profile
-of Pod Security, and by the code: its settings, ports, routes, and which service talks to which.
+"""Checks of the manifests in deploy/k8s (`make k8s-check`).
+
+The manifests must match Kubernetes' schemas, the restricted profile of Pod Security and the code: its settings,
+ports, routes, and the connections between services.
 """

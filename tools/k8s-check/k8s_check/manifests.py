@@ -1,4 +1,4 @@
-"""An overlay as Kubernetes would get it."""
+"""Manifests of an overlay after kustomize, and look-ups in them."""
 
 import shutil
 import subprocess
@@ -12,49 +12,51 @@ import yaml
 
 Manifest = Mapping[str, Any]
 
-BUILD_SEC = 300
+BUILD_TIMEOUT_SEC = 300
 
 
-class CannotBuild(Exception):
-    """No program that builds overlays, or one that refuses this overlay."""
+class BuildError(Exception):
+    """Kustomize is not installed, or it rejects the overlay."""
 
 
-def build(overlay: Path) -> list[Manifest]:
-    """Raises CannotBuild."""
-    done = subprocess.run(
-        [*_builder(), str(overlay)], capture_output=True, text=True, timeout=BUILD_SEC, check=False
+def build_overlay(overlay: Path) -> list[Manifest]:
+    """Run kustomize for the overlay's folder. Raises `BuildError`."""
+    result = subprocess.run(
+        [*_find_kustomize(), str(overlay)], capture_output=True, text=True, timeout=BUILD_TIMEOUT_SEC, check=False
     )
-    if done.returncode != 0:
-        raise CannotBuild(done.stderr.strip())
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+    if result.returncode != 0:
+        raise BuildError(result.stderr.strip())
+    return [manifest for manifest in yaml.safe_load_all(result.stdout) if manifest]
 
 
-def _builder() -> Sequence[str]:
-    """The kubectl of the locked requirements; where its package does not exist, what is on the machine."""
-    beside = Path(sys.executable).parent / "kubectl"
-    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
+def _find_kustomize() -> Sequence[str]:
+    """Prefer the kubectl of the locked requirements. Its package does not exist for every platform."""
+    locked_kubectl = Path(sys.executable).parent / "kubectl"
+    kubectl = str(locked_kubectl) if locked_kubectl.exists() else shutil.which("kubectl")
     if kubectl is not None:
         return [kubectl, "kustomize"]
     if (kustomize := shutil.which("kustomize")) is not None:
         return [kustomize, "build"]
-    raise CannotBuild("needs kubectl or kustomize: install one of them")
+    raise BuildError("kubectl and kustomize are missing: install one of them")
 
 
-def title(manifest: Manifest) -> str:
+def format_title(manifest: Manifest) -> str:
     return f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
-def of_kind(manifests: Sequence[Manifest], kind: str) -> Iterator[Manifest]:
+def select_kind(manifests: Sequence[Manifest], kind: str) -> Iterator[Manifest]:
     return (manifest for manifest in manifests if manifest["kind"] == kind)
 
 
-def named(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest | None:
-    return next((found for found in of_kind(manifests, kind) if found["metadata"]["name"] == name), None)
+def find_manifest(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest | None:
+    return next(
+        (manifest for manifest in select_kind(manifests, kind) if manifest["metadata"]["name"] == name), None
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Pods:
-    """Pods that one manifest makes."""
+class PodTemplate:
+    """Pod template of a Deployment, StatefulSet, DaemonSet or Job."""
 
     title: str
     name: str
@@ -66,11 +68,11 @@ class Pods:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
 
-def pods(manifests: Sequence[Manifest]) -> list[Pods]:
-    """Those that we describe ourselves; the operators' are theirs."""
+def list_pod_templates(manifests: Sequence[Manifest]) -> list[PodTemplate]:
+    """List the pod templates in the manifests. Operators create their pods without one."""
     return [
-        Pods(
-            title(manifest),
+        PodTemplate(
+            format_title(manifest),
             manifest["metadata"]["name"],
             manifest["spec"]["template"].get("metadata", {}).get("labels", {}),
             manifest["spec"]["template"]["spec"],
@@ -80,9 +82,9 @@ def pods(manifests: Sequence[Manifest]) -> list[Pods]:
     ]
 
 
-def selects(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
-    """A label selector; an empty one selects everything."""
-    wanted = selector or {}
-    if "matchExpressions" in wanted:
-        raise ValueError("matchExpressions are not understood here: use matchLabels")
-    return all(labels.get(name) == value for name, value in wanted.get("matchLabels", {}).items())
+def is_selector_match(selector: Mapping[str, Any] | None, labels: Mapping[str, str]) -> bool:
+    """Check labels against a label selector. An empty selector matches all labels."""
+    terms = selector or {}
+    if "matchExpressions" in terms:
+        raise ValueError("matchExpressions are not supported here: use matchLabels")
+    return all(labels.get(name) == value for name, value in terms.get("matchLabels", {}).items())

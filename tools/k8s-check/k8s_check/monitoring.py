@@ -1,6 +1,6 @@
-"""What the Prometheus operator is told: the alerts of deploy/prometheus, and to read every pod under the right job.
+"""Resources of the Prometheus operator: the alerts of deploy/prometheus, and one scrape job for every pod.
 
-As a program this makes the PrometheusRule, since kustomize cannot put one file into another.
+As a program, this module generates the PrometheusRule, because kustomize cannot embed one file in another.
 """
 
 import sys
@@ -10,12 +10,19 @@ from textwrap import indent
 
 import yaml
 
-from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects
+from k8s_check.manifests import (
+    Manifest,
+    PodTemplate,
+    find_manifest,
+    is_selector_match,
+    list_pod_templates,
+    select_kind,
+)
 
-JOB, PORT = "sandbox-broker", "ops"
+JOB, PORT_NAME = "sandbox-broker", "ops"
 
 _HEAD = f"""\
-# Made from deploy/prometheus/alerts.yml by make docs.
+# Generated from deploy/prometheus/alerts.yml by make docs.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
@@ -24,31 +31,32 @@ spec:
 """
 
 
-def rule(alerts: str) -> str:
+def build_prometheus_rule(alerts: str) -> str:
+    """Return the manifest as YAML. `alerts` is the YAML text of a Prometheus rule file."""
     return _HEAD + indent(alerts, "  ")
 
 
-def problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
-    rules = named(manifests, "PrometheusRule", JOB)
+def find_problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
+    rules = find_manifest(manifests, "PrometheusRule", JOB)
     if rules is None:
         return
     if rules["spec"] != yaml.safe_load((deploy / "prometheus" / "alerts.yml").read_text()):
-        yield f"PrometheusRule {JOB}: deploy/prometheus/alerts.yml has other alerts: run make docs"
-    monitors = list(of_kind(manifests, "PodMonitor"))
-    for pod in pods(manifests):
+        yield f"PrometheusRule {JOB}: differs from deploy/prometheus/alerts.yml: run make docs"
+    monitors = list(select_kind(manifests, "PodMonitor"))
+    for pod in list_pod_templates(manifests):
         ports = {port.get("name") for container in pod.containers for port in container.get("ports", [])}
-        if PORT in ports and not any(_reads(monitor, pod) for monitor in monitors):
-            yield f"{pod.title}: no PodMonitor reads its metrics as job {JOB}"
+        if PORT_NAME in ports and not any(_is_scraped_by(pod, monitor) for monitor in monitors):
+            yield f"{pod.title}: no PodMonitor scrapes it as job {JOB}"
 
 
-def _reads(monitor: Manifest, pod: Pods) -> bool:
+def _is_scraped_by(pod: PodTemplate, monitor: Manifest) -> bool:
     spec = monitor["spec"]
     return (
-        selects(spec["selector"], pod.labels)
+        is_selector_match(spec["selector"], pod.labels)
         and pod.labels.get(spec.get("jobLabel")) == JOB
-        and any(endpoint["port"] == PORT for endpoint in spec["podMetricsEndpoints"])
+        and any(endpoint["port"] == PORT_NAME for endpoint in spec["podMetricsEndpoints"])
     )
 
 
 if __name__ == "__main__":
-    sys.stdout.write(rule(sys.stdin.read()))
+    sys.stdout.write(build_prometheus_rule(sys.stdin.read()))

@@ -1,55 +1,68 @@
-"""Whatever one manifest says of another: there must be such a one."""
+"""References between manifests: every object and port they refer to must exist."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from k8s_check.manifests import Manifest, Pods, named, of_kind, pods, selects, title
+from k8s_check.manifests import (
+    Manifest,
+    PodTemplate,
+    find_manifest,
+    format_title,
+    is_selector_match,
+    list_pod_templates,
+    select_kind,
+)
 
 
-def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
-    ours = pods(manifests)
-    yield from (f"{title(secret)}: secrets are only referred to" for secret in of_kind(manifests, "Secret"))
-    for pod in ours:
-        yield from _pod(manifests, pod)
-    for service in of_kind(manifests, "Service"):
-        yield from _service(service, ours)
-    for budget in of_kind(manifests, "PodDisruptionBudget"):
-        if not any(selects(budget["spec"]["selector"], pod.labels) for pod in ours):
-            yield f"{title(budget)}: selects no pods"
-    for ingress in of_kind(manifests, "Ingress"):
-        yield from _ingress(manifests, ingress)
-    yield from _scaling(manifests)
+def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
+    pods = list_pod_templates(manifests)
+    yield from (
+        f"{format_title(secret)}: manifests must not contain secrets, only refer to them"
+        for secret in select_kind(manifests, "Secret")
+    )
+    for pod in pods:
+        yield from _check_pod(manifests, pod)
+    for service in select_kind(manifests, "Service"):
+        yield from _check_service(service, pods)
+    for budget in select_kind(manifests, "PodDisruptionBudget"):
+        if not any(is_selector_match(budget["spec"]["selector"], pod.labels) for pod in pods):
+            yield f"{format_title(budget)}: selects no pods"
+    for ingress in select_kind(manifests, "Ingress"):
+        yield from _check_ingress(manifests, ingress)
+    yield from _check_autoscalers(manifests)
 
 
-def _pod(manifests: Sequence[Manifest], pod: Pods) -> Iterator[str]:
+def _check_pod(manifests: Sequence[Manifest], pod: PodTemplate) -> Iterator[str]:
     account = pod.spec.get("serviceAccountName")
-    if account is not None and named(manifests, "ServiceAccount", account) is None:
-        yield f"{pod.title}: there is no ServiceAccount {account}"
+    if account is not None and find_manifest(manifests, "ServiceAccount", account) is None:
+        yield f"{pod.title}: ServiceAccount {account} does not exist"
     for spread in pod.spec.get("topologySpreadConstraints", []):
-        if not selects(spread.get("labelSelector"), pod.labels):
-            yield f"{pod.title}: is spread over {spread['topologyKey']} by labels that it has not"
+        if not is_selector_match(spread.get("labelSelector"), pod.labels):
+            yield f"{pod.title}: the spread over {spread['topologyKey']} does not select its labels"
     declared = {volume["name"] for volume in pod.spec.get("volumes", [])}
-    claims = (named(manifests, "StatefulSet", pod.name) or {}).get("spec", {}).get("volumeClaimTemplates", [])
+    claims = (
+        (find_manifest(manifests, "StatefulSet", pod.name) or {}).get("spec", {}).get("volumeClaimTemplates", [])
+    )
     declared |= {claim["metadata"]["name"] for claim in claims}
     for container in pod.containers:
         for mount in container.get("volumeMounts", []):
             if mount["name"] not in declared:
-                yield f"{pod.title}, container {container['name']}: there is no volume {mount['name']}"
+                yield f"{pod.title}, container {container['name']}: volume {mount['name']} is not declared"
 
 
-def _service(service: Manifest, ours: Sequence[Pods]) -> Iterator[str]:
-    selected = [pod for pod in ours if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)]
+def _check_service(service: Manifest, pods: Sequence[PodTemplate]) -> Iterator[str]:
+    selected = [pod for pod in pods if is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels)]
     if not selected:
-        yield f"{title(service)}: selects no pods"
+        yield f"{format_title(service)}: selects no pods"
     for port in service["spec"]["ports"]:
         target = port.get("targetPort", port["port"])
         for pod in selected:
-            if target_port(pod, target) is None:
-                yield f"{title(service)}: {pod.title} has no port {target}"
+            if resolve_port(pod, target) is None:
+                yield f"{format_title(service)}: {pod.title} has no port {target}"
 
 
-def target_port(pod: Pods, target: int | str) -> int | None:
-    """The number of a port that the pod has, given its name or number."""
+def resolve_port(pod: PodTemplate, target: int | str) -> int | None:
+    """Return the number of a declared port, given its name or number."""
     for container in pod.containers:
         for port in container.get("ports", []):
             if target in (port.get("name"), port["containerPort"]):
@@ -57,9 +70,9 @@ def target_port(pod: Pods, target: int | str) -> int | None:
     return None
 
 
-def backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> set[int]:
-    """The container ports that a backend of an Ingress leads to."""
-    service = named(manifests, "Service", backend["name"])
+def resolve_backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> set[int]:
+    """Return the container ports behind the backend of an Ingress, given its name and port."""
+    service = find_manifest(manifests, "Service", backend["name"])
     if service is None:
         return set()
     wanted = set(backend["port"].values())
@@ -67,35 +80,35 @@ def backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> 
         number
         for port in service["spec"]["ports"]
         if wanted & {port.get("name"), port["port"]}
-        for pod in pods(manifests)
-        if selects({"matchLabels": service["spec"]["selector"]}, pod.labels)
-        if (number := target_port(pod, port.get("targetPort", port["port"]))) is not None
+        for pod in list_pod_templates(manifests)
+        if is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels)
+        if (number := resolve_port(pod, port.get("targetPort", port["port"]))) is not None
     }
 
 
-def _ingress(manifests: Sequence[Manifest], ingress: Manifest) -> Iterator[str]:
+def _check_ingress(manifests: Sequence[Manifest], ingress: Manifest) -> Iterator[str]:
     for rule in ingress["spec"]["rules"]:
         for path in rule["http"]["paths"]:
             backend: Mapping[str, Any] = path["backend"]["service"]
-            service = named(manifests, "Service", backend["name"])
+            service = find_manifest(manifests, "Service", backend["name"])
             if service is None:
-                yield f"{title(ingress)}: there is no Service {backend['name']}"
+                yield f"{format_title(ingress)}: Service {backend['name']} does not exist"
                 continue
             wanted = backend["port"].get("name") or backend["port"].get("number")
             if not any(wanted in (port.get("name"), port["port"]) for port in service["spec"]["ports"]):
-                yield f"{title(ingress)}: Service {backend['name']} has no port {wanted}"
+                yield f"{format_title(ingress)}: Service {backend['name']} has no port {wanted}"
 
 
-def _scaling(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """One autoscaler for a Deployment at most, and then the Deployment itself says no number."""
+def _check_autoscalers(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Allow one autoscaler per Deployment, and forbid `replicas` in a Deployment with one."""
     scaled: list[str] = []
-    for autoscaler in [*of_kind(manifests, "HorizontalPodAutoscaler"), *of_kind(manifests, "ScaledObject")]:
+    for autoscaler in [*select_kind(manifests, "HorizontalPodAutoscaler"), *select_kind(manifests, "ScaledObject")]:
         name = autoscaler["spec"]["scaleTargetRef"]["name"]
-        deployment = named(manifests, "Deployment", name)
+        deployment = find_manifest(manifests, "Deployment", name)
         if deployment is None:
-            yield f"{title(autoscaler)}: there is no Deployment {name}"
+            yield f"{format_title(autoscaler)}: Deployment {name} does not exist"
         elif "replicas" in deployment["spec"]:
-            yield f"{title(autoscaler)}: Deployment {name} sets replicas, which each apply would put back"
+            yield f"{format_title(autoscaler)}: Deployment {name} sets replicas, so each apply undoes scaling"
         if name in scaled:
-            yield f"{title(autoscaler)}: Deployment {name} has another autoscaler"
+            yield f"{format_title(autoscaler)}: Deployment {name} has another autoscaler"
         scaled.append(name)

@@ -1,4 +1,4 @@
-"""Kubernetes' own schemas, strict: a field that does not exist is a mistake."""
+"""Validation against Kubernetes' own schemas. It is strict: unknown fields are problems."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,36 +6,41 @@ from functools import cache
 
 import kubernetes_validate
 
-from k8s_check.manifests import Manifest, title
+from k8s_check.manifests import Manifest, format_title
 
 SUPPORTED_MINORS = 3
-"""Kubernetes mends its three newest minor versions."""
+"""Kubernetes maintains its three newest minor versions."""
 
 _MAJOR, _MINOR = (int(part) for part in kubernetes_validate.latest_version().split(".")[:2])
 VERSIONS = (f"{_MAJOR}.{_MINOR - SUPPORTED_MINORS + 1}", f"{_MAJOR}.{_MINOR}")
-"""The oldest and the newest that are supported, as the locked schemas know them."""
+"""The oldest and the newest maintained version, counted from the newest version of the locked schemas."""
 
-OPERATORS = {"postgresql.cnpg.io/v1", "rabbitmq.com/v1beta1", "keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
-"""Their kinds have schemas in the cluster, and none here (crds.py)."""
+OPERATOR_API_VERSIONS = {
+    "postgresql.cnpg.io/v1",
+    "rabbitmq.com/v1beta1",
+    "keda.sh/v1alpha1",
+    "monitoring.coreos.com/v1",
+}
+"""API versions of custom resources. The module `crds` checks these, because Kubernetes' schemas lack them."""
 
 
-def problems(manifests: Sequence[Manifest]) -> Iterator[str]:
+def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
     for manifest in manifests:
-        if manifest["apiVersion"] in OPERATORS:
+        if manifest["apiVersion"] in OPERATOR_API_VERSIONS:
             continue
         for version in VERSIONS:
-            if (problem := _problem(json.dumps(manifest), version)) is not None:
-                yield f"{title(manifest)}: Kubernetes {version} {problem}"
+            if (problem := _validate(json.dumps(manifest), version)) is not None:
+                yield f"{format_title(manifest)}: Kubernetes {version} {problem}"
 
 
 @cache
-def _problem(manifest: str, version: str) -> str | None:
-    """As JSON: most manifests are the same in every overlay, and their schemas take long to read."""
-    read = json.loads(manifest)
+def _validate(manifest_json: str, version: str) -> str | None:
+    """Return the first problem. JSON is hashable, so manifests shared by overlays are validated only once."""
+    manifest = json.loads(manifest_json)
     try:
-        kubernetes_validate.validate(read, version, strict=True)
+        kubernetes_validate.validate(manifest, version, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return f"refuses {'.'.join(str(part) for part in error.path)}: {error.message}"
+        return f"rejects {'.'.join(str(part) for part in error.path)}: {error.message}"
     except kubernetes_validate.SchemaNotFoundError:
-        return f"has no {read['apiVersion']} {read['kind']}"
+        return f"has no {manifest['apiVersion']} {manifest['kind']}"
     return None

@@ -1,4 +1,4 @@
-"""Each mistake is planted in a copy of deploy/, built as an overlay, and must be told."""
+"""Mistakes in a copy of deploy/: building and checking its overlays must report each of them."""
 
 import shutil
 from pathlib import Path
@@ -19,37 +19,37 @@ def deploy(tmp_path: Path) -> Path:
     return copy
 
 
-def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_our_overlays_have_no_problems(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("file", "right", "wrong", "told"),
+    ("file", "original", "mistake", "problem"),
     [
         (
             DEPLOYMENT,
             "containerPort: 8080",
             "containerPort: 8081",
-            "Deployment gateway, container gateway: port 8081 is not served; served: 8080, 9100",
+            "Deployment gateway, container gateway: port 8081 is declared, but the program serves 8080, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
             "GATEWAY_PORT=8080",
             "GATEWAY_PORT=8081",
-            "Deployment gateway, container gateway: port 8080 is not served; served: 8081, 9100",
+            "Deployment gateway, container gateway: port 8080 is declared, but the program serves 8081, 9100",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
             "- LOG_LEVEL=INFO",
             "- LOG_LEVLE=INFO",
-            "Deployment gateway, container gateway: LOG_LEVLE is no setting of this program",
+            "Deployment gateway, container gateway: LOG_LEVLE is not a setting of this program",
         ),
         (
             "k8s/base/reaper/deployment.yaml",
             "- name: CSP_API_TOKEN",
             "- name: CSP_TOKEN",
-            "Deployment reaper, container reaper: CSP_API_TOKEN is required, and is not set",
+            "Deployment reaper, container reaper: CSP_API_TOKEN is required, but not set",
         ),
         (
             DEPLOYMENT,
@@ -61,7 +61,7 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "k8s/base/gateway/kustomization.yaml",
             "      - OPS_PORT=9100\n",
             "",
-            "Deployment gateway, container gateway: port 9100 is not served; served: 8080",
+            "Deployment gateway, container gateway: port 9100 is declared, but the program serves 8080",
         ),
         (
             "k8s/base/gateway/kustomization.yaml",
@@ -79,37 +79,37 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "k8s/overlays/prod/kustomization.yaml",
             "name: http",
             "name: ops",
-            "Ingress gateway: /v1 is not served on port 9100 of gateway",
+            "Ingress gateway: gateway does not serve /v1 on port 9100",
         ),
         (
             "k8s/base/gateway/networkpolicy.yaml",
             "port: 9100}",
             "port: 8080}",
-            "NetworkPolicy: Prometheus to gateway, port 9100 is needed, and is not let through",
+            "NetworkPolicy: Prometheus to gateway, port 9100 is needed, but not allowed",
         ),
         (
             "k8s/base/gateway/networkpolicy.yaml",
             "ports:\n        - {protocol: TCP, port: 8080}",
             "ports:\n        - {protocol: TCP, port: 8080}\n        - {protocol: TCP, port: 9100}",
-            "NetworkPolicy: the ingress controller to gateway, port 9100 is let through, and nothing",
+            "NetworkPolicy: the ingress controller to gateway, port 9100 is allowed, but the code does not need it",
         ),
         (
             POLICY,
             "port: 443}",
             "port: 8443}",
-            "NetworkPolicy: reaper to CSP, port 443 is needed, and is not let through",
+            "NetworkPolicy: reaper to CSP, port 443 is needed, but not allowed",
         ),
         (
             POLICY,
             "app.kubernetes.io/name: rabbitmq",
             "app.kubernetes.io/name: gateway",
-            "NetworkPolicy: reaper to RabbitMQ, port 5672 is needed, and is not let through",
+            "NetworkPolicy: reaper to RabbitMQ, port 5672 is needed, but not allowed",
         ),
         (
             "k8s/components/admin-ingress/kustomization.yaml",
             "path: /v1/allocate",
             "path: /v1/alocate",
-            "prod-separate-admin: Ingress gateway: /v1/alocate (Exact) is not served by gateway",
+            "prod-separate-admin: Ingress gateway: gateway serves no path for /v1/alocate (Exact)",
         ),
         (
             "k8s/components/admin-ingress/kustomization.yaml",
@@ -133,42 +133,40 @@ def test_our_own_overlays_are_fine(capsys: pytest.CaptureFixture[str]) -> None:
             "prometheus/alerts.yml",
             "for: 2m",
             "for: 3m",
-            "PrometheusRule sandbox-broker: deploy/prometheus/alerts.yml has other alerts: run make docs",
+            "PrometheusRule sandbox-broker: differs from deploy/prometheus/alerts.yml: run make docs",
         ),
         (
             "k8s/components/prometheus-operator/podmonitor.yaml",
             "port: ops",
             "port: http",
-            "Deployment gateway: no PodMonitor reads its metrics as job sandbox-broker",
+            "Deployment gateway: no PodMonitor scrapes it as job sandbox-broker",
         ),
         (
             "k8s/components/prometheus-operator/podmonitor.yaml",
             "jobLabel: app.kubernetes.io/part-of",
             "jobLabel: app.kubernetes.io/name",
-            "Deployment gateway: no PodMonitor reads its metrics as job sandbox-broker",
+            "Deployment gateway: no PodMonitor scrapes it as job sandbox-broker",
         ),
     ],
 )
-def test_a_mistake_in_a_file_is_told(
-    deploy: Path, capsys: pytest.CaptureFixture[str], file: str, right: str, wrong: str, told: str
+def test_mistake_in_a_file_is_reported(
+    deploy: Path, capsys: pytest.CaptureFixture[str], file: str, original: str, mistake: str, problem: str
 ) -> None:
-    if "horizontal" in file:  # KEDA's component takes it out
+    if "horizontal" in file:  # the keda component removes this manifest
         overlay = deploy / "k8s/overlays/prod/kustomization.yaml"
         overlay.write_text(overlay.read_text().replace("  - ../../components/keda\n", ""))
     if "admin-ingress" not in file:
         shutil.rmtree(deploy / "k8s/overlays/prod-separate-admin")
     path = deploy / file
-    assert right in path.read_text()
-    path.write_text(path.read_text().replace(right, wrong, 1))
+    assert original in path.read_text()
+    path.write_text(path.read_text().replace(original, mistake, 1))
 
     assert main(["--deploy", str(deploy)]) == 1
 
-    assert told in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
 
 
-def test_an_overlay_that_cannot_be_built_is_told_with_the_reason(
-    deploy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_failure_is_reported_with_its_reason(deploy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (deploy / "k8s/base/gateway/service.yaml").unlink()
 
     assert main(["--deploy", str(deploy)]) == 2

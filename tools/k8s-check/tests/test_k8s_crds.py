@@ -1,4 +1,4 @@
-"""Operators' kinds, by a definition such as an operator brings along."""
+"""Custom resources, validated against a definition like those of the operators."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ spec:
                 triggers: {type: array, items: {type: object, properties: {name: {type: string}}}}
 """
 LIST = "kind: List\nitems:\n- " + DEFINITION.strip().replace("\n", "\n  ")
-RIGHT = {
+VALID_SPEC = {
     "target": "gateway",
     "port": "http",
     "limit": None,
@@ -55,47 +55,57 @@ RIGHT = {
 def schemas(request: pytest.FixtureRequest, tmp_path: Path) -> crds.Schemas:
     file = tmp_path / "crds.yaml"
     file.write_text(request.param)
-    return crds.load([file])
+    return crds.load_schemas([file])
 
 
-def scaled(spec: Any) -> dict[str, Any]:
+def build_scaled_object(spec: Any) -> dict[str, Any]:
     return {"apiVersion": "keda.sh/v1alpha1", "kind": "ScaledObject", "metadata": {"name": "gateway"}, "spec": spec}
 
 
-def test_what_the_operator_takes_is_fine(schemas: crds.Schemas) -> None:
-    assert list(crds.problems([scaled(RIGHT), scaled({**RIGHT, "port": 80, "limit": 3})], schemas)) == []
+def test_valid_resource_has_no_problems(schemas: crds.Schemas) -> None:
+    assert (
+        list(
+            crds.find_problems(
+                [build_scaled_object(VALID_SPEC), build_scaled_object({**VALID_SPEC, "port": 80, "limit": 3})],
+                schemas,
+            )
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"targte": "gateway"}, "'targte' was unexpected"),
-        ({"target": 7}, "refuses spec.target: 7 is not of type 'string'"),
-        ({"limit": "3"}, "refuses spec.limit"),
-        ({"labels": {"any": 1}}, "refuses spec.labels.any"),
-        ({"triggers": [{"nmae": "cpu"}]}, "refuses spec.triggers.0: Additional properties"),
+        ({"target": 7}, "rejects spec.target: 7 is not of type 'string'"),
+        ({"limit": "3"}, "rejects spec.limit"),
+        ({"labels": {"any": 1}}, "rejects spec.labels.any"),
+        ({"triggers": [{"nmae": "cpu"}]}, "rejects spec.triggers.0: Additional properties"),
     ],
 )
-def test_what_the_operator_refuses_or_drops_is_told(schemas: crds.Schemas, change: Any, told: str) -> None:
-    (problem,) = crds.problems([scaled({**RIGHT, **change})], schemas)
+def test_invalid_or_unknown_field_is_reported(schemas: crds.Schemas, change: Any, message: str) -> None:
+    (problem,) = crds.find_problems([build_scaled_object({**VALID_SPEC, **change})], schemas)
 
-    assert problem.startswith("ScaledObject gateway: its operator refuses")
-    assert told in problem
-
-
-def test_what_is_missing_is_told(schemas: crds.Schemas) -> None:
-    assert "'target' is a required property" in "".join(crds.problems([scaled({})], schemas))
+    assert problem.startswith("ScaledObject gateway: its definition rejects")
+    assert message in problem
 
 
-def test_a_kind_without_a_definition_is_told() -> None:
-    assert "no definition of keda.sh/v1alpha1 ScaledObject was given" in "".join(crds.problems([scaled({})], {}))
+def test_missing_field_is_reported(schemas: crds.Schemas) -> None:
+    assert "'target' is a required property" in "".join(crds.find_problems([build_scaled_object({})], schemas))
 
 
-def test_the_definitions_are_named_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kind_without_a_definition_is_reported() -> None:
+    assert "--crds has no keda.sh/v1alpha1 ScaledObject" in "".join(
+        crds.find_problems([build_scaled_object({})], {})
+    )
+
+
+def test_command_line_names_the_definition_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "crds.yaml"
     file.write_text(DEFINITION)
 
     assert main(["--crds", str(file)]) == 1
-    told = capsys.readouterr().err
-    assert "ScaledObject gateway: its operator refuses spec" in told
-    assert "RabbitmqCluster rabbitmq: no definition of" in told
+    errors = capsys.readouterr().err
+    assert "ScaledObject gateway: its definition rejects spec" in errors
+    assert "RabbitmqCluster rabbitmq: --crds has no" in errors

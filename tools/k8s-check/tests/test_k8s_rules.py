@@ -1,4 +1,4 @@
-"""Each rule, by one manifest of the production overlay that breaks it."""
+"""Rules of the checks. Each test breaks one rule in a manifest of the production overlay."""
 
 import copy
 from collections.abc import Callable
@@ -7,16 +7,24 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from k8s_check import network, references, restricted, schemas, services, users, wiring
+from k8s_check import (
+    containers,
+    network_policies,
+    pod_security,
+    programs,
+    rabbitmq_users,
+    references,
+    schemas,
+)
 from k8s_check.main import ROOT
-from k8s_check.manifests import build
+from k8s_check.manifests import build_overlay
 
 Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="session")
 def production() -> list[Any]:
-    return list(build(ROOT / "deploy" / "k8s" / "overlays" / "prod"))
+    return list(build_overlay(ROOT / "deploy" / "k8s" / "overlays" / "prod"))
 
 
 @pytest.fixture
@@ -24,22 +32,24 @@ def manifests(production: list[Any]) -> list[Any]:
     return copy.deepcopy(production)
 
 
-def find(manifests: list[Any], kind: str, name: str) -> dict[str, Any]:
-    return next(found for found in manifests if (found["kind"], found["metadata"]["name"]) == (kind, name))
+def find_manifest(manifests: list[Any], kind: str, name: str) -> dict[str, Any]:
+    return next(
+        manifest for manifest in manifests if (manifest["kind"], manifest["metadata"]["name"]) == (kind, name)
+    )
 
 
-def container(manifests: list[Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = pod(manifests, name)["containers"][0]
-    return found
+def find_container(manifests: list[Any], deployment: str) -> dict[str, Any]:
+    container: dict[str, Any] = find_pod_spec(manifests, deployment)["containers"][0]
+    return container
 
 
-def pod(manifests: list[Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = find(manifests, "Deployment", name)["spec"]["template"]["spec"]
-    return found
+def find_pod_spec(manifests: list[Any], deployment: str) -> dict[str, Any]:
+    spec: dict[str, Any] = find_manifest(manifests, "Deployment", deployment)["spec"]["template"]["spec"]
+    return spec
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda pod: pod.update(hostNetwork=True), "hostNetwork is not allowed"),
         (lambda pod: pod.pop("automountServiceAccountToken"), "automountServiceAccountToken to false"),
@@ -50,200 +60,234 @@ def pod(manifests: list[Any], name: str) -> dict[str, Any]:
         (lambda pod: pod.update(volumes=[{"name": "x", "hostPath": {"path": "/"}}]), "hostPath is not allowed"),
     ],
 )
-def test_a_pod_outside_the_restricted_profile_is_told(manifests: list[Any], change: Change, told: str) -> None:
-    change(pod(manifests, "reaper"))
+def test_pod_outside_the_restricted_profile_is_reported(manifests: list[Any], change: Change, message: str) -> None:
+    change(find_pod_spec(manifests, "reaper"))
 
-    assert any(told in problem and "reaper" in problem for problem in restricted.problems(manifests))
+    assert any(message in problem and "reaper" in problem for problem in pod_security.find_problems(manifests))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda own: own["securityContext"].update(privileged=True), "privileged is not allowed"),
         (lambda own: own["securityContext"].pop("allowPrivilegeEscalation"), "allowPrivilegeEscalation to false"),
         (lambda own: own["securityContext"].pop("readOnlyRootFilesystem"), "readOnlyRootFilesystem to true"),
         (lambda own: own["securityContext"].pop("capabilities"), "drop ALL capabilities"),
-        (lambda own: own["securityContext"]["capabilities"].update(add=["NET_RAW"]), "add no capability"),
+        (lambda own: own["securityContext"]["capabilities"].update(add=["NET_RAW"]), "not add capabilities"),
         (lambda own: own["securityContext"].update(runAsNonRoot=False), "runAsNonRoot to true"),
-        (lambda own: own["ports"][0].update(hostPort=80), "no port of the host"),
+        (lambda own: own["ports"][0].update(hostPort=80), "not use hostPort"),
         (lambda own: own["resources"].pop("limits"), "limit memory"),
     ],
 )
-def test_a_container_outside_the_restricted_profile_is_told(
-    manifests: list[Any], change: Change, told: str
+def test_container_outside_the_restricted_profile_is_reported(
+    manifests: list[Any], change: Change, message: str
 ) -> None:
-    change(container(manifests, "reaper"))
+    change(find_container(manifests, "reaper"))
 
-    assert any(told in problem for problem in restricted.problems(manifests))
-
-
-def test_a_field_that_kubernetes_does_not_know_is_told_for_each_version(manifests: list[Any]) -> None:
-    container(manifests, "reaper")["comand"] = ["true"]
-
-    found = list(schemas.problems(manifests))
-
-    assert [version for version in schemas.VERSIONS if any(f"Kubernetes {version} refuses" in one for one in found)]
-    assert len(found) == len(schemas.VERSIONS)
+    assert any(message in problem for problem in pod_security.find_problems(manifests))
 
 
-def test_a_kind_that_kubernetes_does_not_know_is_told(manifests: list[Any]) -> None:
-    find(manifests, "PodDisruptionBudget", "reaper")["apiVersion"] = "policy/v1beta1"
+def test_unknown_field_is_reported_for_each_kubernetes_version(manifests: list[Any]) -> None:
+    find_container(manifests, "reaper")["comand"] = ["true"]
 
-    assert any("has no policy/v1beta1" in problem for problem in schemas.problems(manifests))
+    problems = list(schemas.find_problems(manifests))
+
+    assert [
+        version
+        for version in schemas.VERSIONS
+        if any(f"Kubernetes {version} rejects" in problem for problem in problems)
+    ]
+    assert len(problems) == len(schemas.VERSIONS)
 
 
-def test_a_secret_in_a_manifest_is_told(manifests: list[Any]) -> None:
+def test_unknown_kind_is_reported(manifests: list[Any]) -> None:
+    find_manifest(manifests, "PodDisruptionBudget", "reaper")["apiVersion"] = "policy/v1beta1"
+
+    assert any("has no policy/v1beta1" in problem for problem in schemas.find_problems(manifests))
+
+
+def test_secret_in_a_manifest_is_reported(manifests: list[Any]) -> None:
     manifests.append({"kind": "Secret", "metadata": {"name": "gateway"}})
 
-    assert any("only referred to" in problem for problem in references.problems(manifests))
+    assert any("must not contain secrets" in problem for problem in references.find_problems(manifests))
 
 
-def test_a_password_that_is_written_out_is_told(manifests: list[Any]) -> None:
-    for entry in container(manifests, "reaper")["env"]:
+def test_plain_text_token_is_reported(manifests: list[Any]) -> None:
+    for entry in find_container(manifests, "reaper")["env"]:
         if entry["name"] == "CSP_API_TOKEN":
             entry.pop("valueFrom")
             entry["value"] = "token"
 
-    assert any("CSP_API_TOKEN must come from a secret" in problem for problem in wiring.problems(manifests))
+    assert any(
+        "CSP_API_TOKEN must come from a secret" in problem for problem in containers.find_problems(manifests)
+    )
 
 
-def test_a_value_that_the_service_would_refuse_is_told(manifests: list[Any]) -> None:
-    container(manifests, "reaper")["env"].append({"name": "CLEANUP_CONCURRENCY", "value": "many"})
+def test_invalid_setting_is_reported(manifests: list[Any]) -> None:
+    find_container(manifests, "reaper")["env"].append({"name": "CLEANUP_CONCURRENCY", "value": "many"})
 
-    assert any("CLEANUP_CONCURRENCY: Input should be" in problem for problem in wiring.problems(manifests))
+    assert any("CLEANUP_CONCURRENCY: Input should be" in problem for problem in containers.find_problems(manifests))
 
 
 @pytest.mark.parametrize(
-    ("kind", "probe", "told"),
+    ("kind", "probe", "message"),
     [
         ("livenessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "use /healthz"),
         ("livenessProbe", {"httpGet": {"path": "/healthz", "port": "web"}}, "port web is not declared"),
         ("livenessProbe", {"exec": {"command": ["true"]}}, "has no livenessProbe over HTTP"),
-        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "ops"}}, "/readyz is what says"),
-        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "takes up to 2 s"),
+        ("readinessProbe", {"httpGet": {"path": "/healthz", "port": "ops"}}, "use /readyz"),
+        ("readinessProbe", {"httpGet": {"path": "/readyz", "port": "ops"}}, "may take 2 s"),
     ],
 )
-def test_a_probe_that_means_nothing_is_told(
-    manifests: list[Any], kind: str, probe: dict[str, Any], told: str
-) -> None:
-    container(manifests, "allocator")[kind] = probe
+def test_useless_probe_is_reported(manifests: list[Any], kind: str, probe: dict[str, Any], message: str) -> None:
+    find_container(manifests, "allocator")[kind] = probe
 
-    assert any(told in problem for problem in wiring.problems(manifests))
+    assert any(message in problem for problem in containers.find_problems(manifests))
 
 
-def test_a_pod_that_may_be_killed_before_it_has_stopped_is_told(manifests: list[Any]) -> None:
-    pod(manifests, "gateway").pop("terminationGracePeriodSeconds")
+def test_too_short_grace_period_is_reported(manifests: list[Any]) -> None:
+    find_pod_spec(manifests, "gateway").pop("terminationGracePeriodSeconds")
 
-    assert any("gateway: has 30 s to stop" in problem for problem in wiring.problems(manifests))
+    assert any(
+        "gateway: terminationGracePeriodSeconds is 30" in problem for problem in containers.find_problems(manifests)
+    )
 
 
-def test_a_module_that_does_not_exist_is_told(manifests: list[Any]) -> None:
-    job = find(manifests, "Job", "migration")["spec"]["template"]["spec"]["containers"][0]
+def test_unknown_module_is_reported(manifests: list[Any]) -> None:
+    job = find_manifest(manifests, "Job", "migration")["spec"]["template"]["spec"]["containers"][0]
     job["command"] = ["python", "-m", "sandbox_broker.migration"]
 
-    assert any("sandbox_broker.migration is none of" in problem for problem in wiring.problems(manifests))
+    assert any(
+        "sandbox_broker.migration is not one of" in problem for problem in containers.find_problems(manifests)
+    )
 
 
-def test_an_entrance_to_nothing_is_told(manifests: list[Any]) -> None:
-    path = find(manifests, "Ingress", "gateway")["spec"]["rules"][0]["http"]["paths"][0]
+def test_ingress_path_without_a_route_is_reported(manifests: list[Any]) -> None:
+    path = find_manifest(manifests, "Ingress", "gateway")["spec"]["rules"][0]["http"]["paths"][0]
     path["path"] = "/v2"
 
-    assert any("/v2 (Prefix) is not served by gateway" in problem for problem in wiring.problems(manifests))
+    problems = list(containers.find_problems(manifests))
+
+    assert any("gateway serves no path for /v2 (Prefix)" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "change", "told"),
+    ("kind", "name", "change", "message"),
     [
-        ("Service", "reaper", lambda it: it["spec"]["selector"].update(a="b"), "no pods"),
-        ("Service", "reaper", lambda it: it["spec"]["ports"][0].update(targetPort=9999), "has no port 9999"),
+        ("Service", "reaper", lambda manifest: manifest["spec"]["selector"].update(a="b"), "no pods"),
+        (
+            "Service",
+            "reaper",
+            lambda manifest: manifest["spec"]["ports"][0].update(targetPort=9999),
+            "has no port 9999",
+        ),
         (
             "PodDisruptionBudget",
             "reaper",
-            lambda it: it["spec"]["selector"].update(matchLabels={"a": "b"}),
+            lambda manifest: manifest["spec"]["selector"].update(matchLabels={"a": "b"}),
             "no pods",
         ),
-        ("ServiceAccount", "reaper", lambda it: it["metadata"].update(name="x"), "no ServiceAccount reaper"),
-        ("ScaledObject", "gateway", lambda it: it["spec"]["scaleTargetRef"].update(name="x"), "no Deployment x"),
-        ("Deployment", "gateway", lambda it: it["spec"].update(replicas=2), "sets replicas"),
+        (
+            "ServiceAccount",
+            "reaper",
+            lambda manifest: manifest["metadata"].update(name="x"),
+            "ServiceAccount reaper does not exist",
+        ),
+        (
+            "ScaledObject",
+            "gateway",
+            lambda manifest: manifest["spec"]["scaleTargetRef"].update(name="x"),
+            "Deployment x does not exist",
+        ),
+        ("Deployment", "gateway", lambda manifest: manifest["spec"].update(replicas=2), "sets replicas"),
     ],
 )
-def test_a_manifest_that_refers_to_what_is_not_there_is_told(
-    manifests: list[Any], kind: str, name: str, change: Change, told: str
+def test_broken_reference_is_reported(
+    manifests: list[Any], kind: str, name: str, change: Change, message: str
 ) -> None:
-    change(find(manifests, kind, name))
+    change(find_manifest(manifests, kind, name))
 
-    assert any(told in problem for problem in references.problems(manifests))
-
-
-def allow(manifests: list[Any], policy: str, direction: str, rule: dict[str, Any]) -> None:
-    find(manifests, "NetworkPolicy", policy)["spec"].setdefault(direction, []).append(rule)
+    assert any(message in problem for problem in references.find_problems(manifests))
 
 
-def test_a_way_out_that_no_setting_asks_for_is_told(manifests: list[Any]) -> None:
+def add_policy_rule(manifests: list[Any], policy: str, direction: str, rule: dict[str, Any]) -> None:
+    find_manifest(manifests, "NetworkPolicy", policy)["spec"].setdefault(direction, []).append(rule)
+
+
+def test_allowed_connection_without_a_setting_is_reported(manifests: list[Any]) -> None:
     postgres = {"podSelector": {"matchLabels": {"sandbox-broker/server": "postgres"}}}
-    allow(manifests, "reaper", "egress", {"to": [postgres], "ports": [{"port": 5432}]})
+    add_policy_rule(manifests, "reaper", "egress", {"to": [postgres], "ports": [{"port": 5432}]})
     reaper = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "reaper"}}}
-    allow(manifests, "postgres", "ingress", {"from": [reaper], "ports": [{"port": 5432}]})
+    add_policy_rule(manifests, "postgres", "ingress", {"from": [reaper], "ports": [{"port": 5432}]})
 
-    assert list(network.problems(manifests)) == [
-        "NetworkPolicy: reaper to PostgreSQL, port 5432 is let through, and nothing in the code needs it"
+    assert list(network_policies.find_problems(manifests)) == [
+        "NetworkPolicy: reaper to PostgreSQL, port 5432 is allowed, but the code does not need it"
     ]
 
 
-def test_a_way_in_from_everywhere_is_told(manifests: list[Any]) -> None:
-    allow(manifests, "allocator", "ingress", {"ports": [{"port": 9101}]})
+def test_ingress_from_everywhere_is_reported(manifests: list[Any]) -> None:
+    add_policy_rule(manifests, "allocator", "ingress", {"ports": [{"port": 9101}]})
 
-    found = list(network.problems(manifests))
+    problems = list(network_policies.find_problems(manifests))
 
-    assert any("a pod of another namespace to allocator, port 9101" in problem for problem in found)
+    assert any("a pod of another namespace to allocator, port 9101" in problem for problem in problems)
 
 
-def test_the_private_network_is_no_part_of_csp(manifests: list[Any]) -> None:
-    policy = find(manifests, "NetworkPolicy", "csp-syncer")["spec"]
+def test_csp_rule_must_exclude_the_private_network(manifests: list[Any]) -> None:
+    policy = find_manifest(manifests, "NetworkPolicy", "csp-syncer")["spec"]
     for rule in policy["egress"]:
         for peer in rule["to"]:
             peer.get("ipBlock", {}).pop("except", None)
 
-    found = list(network.problems(manifests))
+    problems = list(network_policies.find_problems(manifests))
 
-    assert found == [
-        "NetworkPolicy: csp-syncer to an address of the private network, port 443 is let through, and nothing in "
-        "the code needs it"
+    assert problems == [
+        "NetworkPolicy: csp-syncer to an address of the private network, port 443 is allowed, but the code does "
+        "not need it"
     ]
 
 
-def test_without_the_policy_that_denies_the_rest_pods_of_no_policy_are_open(manifests: list[Any]) -> None:
-    gone = {"default-deny", "dns", "postgres"}
-    left = [one for one in manifests if not (one["kind"] == "NetworkPolicy" and one["metadata"]["name"] in gone)]
+def test_pods_without_a_policy_are_open_if_default_deny_is_missing(manifests: list[Any]) -> None:
+    removed = {"default-deny", "dns", "postgres"}
+    remaining = [
+        manifest
+        for manifest in manifests
+        if not (manifest["kind"] == "NetworkPolicy" and manifest["metadata"]["name"] in removed)
+    ]
 
-    assert any("a pod of another namespace to PostgreSQL" in problem for problem in network.problems(left))
+    assert any(
+        "a pod of another namespace to PostgreSQL" in problem
+        for problem in network_policies.find_problems(remaining)
+    )
 
 
-@pytest.mark.parametrize("one_end", ["gateway", "rabbitmq", "dns"])
-def test_a_connection_must_be_let_through_at_both_its_ends(manifests: list[Any], one_end: str) -> None:
-    spec = find(manifests, "NetworkPolicy", one_end)["spec"]
+@pytest.mark.parametrize("policy", ["gateway", "rabbitmq", "dns"])
+def test_connection_must_be_allowed_at_both_ends(manifests: list[Any], policy: str) -> None:
+    spec = find_manifest(manifests, "NetworkPolicy", policy)["spec"]
     spec["ingress"], spec["egress"] = [], []
 
-    assert any("gateway to " in problem and "is needed" in problem for problem in network.problems(manifests))
+    assert any(
+        "gateway to " in problem and "is needed" in problem for problem in network_policies.find_problems(manifests)
+    )
 
 
-def test_users_that_differ_from_the_definitions_are_told(manifests: list[Any]) -> None:
-    find(manifests, "Permission", "gateway")["spec"]["permissions"]["write"] = ".*"
-    find(manifests, "Policy", "events")["spec"]["definition"]["max-length"] = 1
+def test_users_and_policies_that_differ_from_the_definitions_are_reported(manifests: list[Any]) -> None:
+    find_manifest(manifests, "Permission", "gateway")["spec"]["permissions"]["write"] = ".*"
+    find_manifest(manifests, "Policy", "events")["spec"]["definition"]["max-length"] = 1
     manifests.append({"kind": "User", "metadata": {"name": "guest"}})
 
-    found = list(users.problems(manifests, ROOT / "deploy"))
+    problems = list(rabbitmq_users.find_problems(manifests, ROOT / "deploy"))
 
-    assert [problem.split(":")[0] for problem in found] == ["Permission gateway", "User guest", "Policy events"]
+    assert [problem.split(":")[0] for problem in problems] == ["Permission gateway", "User guest", "Policy events"]
 
 
-def test_every_setting_that_is_secret_by_its_type_must_come_from_a_secret() -> None:
-    programs = [*services.SERVICES.values(), *services.COMMANDS.values()]
+def test_secret_settings_are_those_with_a_secret_type() -> None:
+    all_programs = [*programs.SERVICES.values(), *programs.COMMANDS.values()]
     by_type = {
         name
-        for program in programs
+        for program in all_programs
         for name, field in program.settings.model_fields.items()
         if field.annotation is SecretStr or not field.repr
     }
 
-    assert by_type == services.SECRETS
+    assert by_type == programs.SECRET_SETTINGS

@@ -1,5 +1,6 @@
-"""What the allocator does for each command: one function each, named like its command.
+"""Command handlers: one function per command, named like the command.
 
-A handler gets all commands of its kind in a batch and answers with as many replies, in order. It runs its
-statements on the writer's connection under the epoch given, and raises what the database raises.
+A batched handler gets all commands of its type in a batch and returns as many replies, in order. Other handlers get
+one command and return one reply. Handlers run their statements in the given write session and pass on the errors of
+the database.
 """

@@ -1,11 +1,12 @@
-"""Deletions: whose turn it is, what is due, and what came of it."""
+"""Deletions: claim the due ones, record their results, retry failed ones."""
 
 from datetime import timedelta
 
 import structlog
 
-from allocator import deletions, domain, store
-from allocator.writer import Writer
+from allocator import domain
+from allocator.sql import deletions
+from allocator.write_session import WriteSession
 from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import (
     ClaimDeletions,
@@ -20,8 +21,10 @@ from sandbox_broker.contract.replies import Reply
 log = structlog.get_logger()
 
 
-async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
-    rows = await deletions.claim_deletions(writer.connection, writer.epoch, command)
+async def claim_deletions(session: WriteSession, command: ClaimDeletions) -> Reply:
+    rows = await deletions.claim_deletions(
+        session, run_id=command.run_id, claim=timedelta(seconds=command.claim_sec), limit=command.limit
+    )
     claimed = tuple(
         replies.DueDeletion(
             sandbox_id=row["sandbox_id"],
@@ -39,46 +42,38 @@ async def claim_deletions(writer: Writer, command: ClaimDeletions) -> Reply:
     return replies.DeletionsClaimed(deletions=claimed, on_duty=rows[0]["on_duty"], next_in_sec=next_in_sec)
 
 
-async def hurry_deletions(writer: Writer, command: HurryDeletions) -> Reply:
-    row = await store.one(
-        writer.connection,
-        deletions.HURRY_DELETIONS,
-        writer.epoch,
-        command.run_id,
-        timedelta(seconds=command.claim_sec),
-        command.limit,
+async def hurry_deletions(session: WriteSession, command: HurryDeletions) -> Reply:
+    row = await deletions.hurry_deletions(
+        session, run_id=command.run_id, claim=timedelta(seconds=command.claim_sec), limit=command.limit
     )
     return replies.DeletionsHurried(on_duty=row["on_duty"], hurried=row["hurried"])
 
 
-async def end_cleanup(writer: Writer, command: EndCleanup) -> Reply:
-    row = await store.one(writer.connection, deletions.END_CLEANUP, writer.epoch, command.run_id)
-    return replies.Recorded(changed=row["changed"])
+async def end_cleanup(session: WriteSession, command: EndCleanup) -> Reply:
+    return replies.Recorded(changed=await deletions.end_cleanup(session, run_id=command.run_id))
 
 
-async def record_deletion(writer: Writer, command: RecordDeletion) -> Reply:
-    row = await store.one(
-        writer.connection, deletions.RECORD_DELETION, writer.epoch, command.sandbox_id, command.services_error
+async def record_deletion(session: WriteSession, command: RecordDeletion) -> Reply:
+    changed = await deletions.record_deletion(
+        session, sandbox_id=command.sandbox_id, services_error=command.services_error
     )
-    if row["changed"]:
+    if changed:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
-    return replies.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=changed)
 
 
-async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure) -> Reply:
+async def record_deletion_failure(session: WriteSession, command: RecordDeletionFailure) -> Reply:
     retry_in = None if command.retry_in_sec is None else timedelta(seconds=command.retry_in_sec)
-    row = await store.one(
-        writer.connection,
-        deletions.RECORD_DELETION_FAILURE,
-        writer.epoch,
-        command.sandbox_id,
-        command.attempts,
-        command.error,
-        retry_in,
-        command.run_id,
-        command.services_error,
+    changed = await deletions.record_deletion_failure(
+        session,
+        sandbox_id=command.sandbox_id,
+        attempts=command.attempts,
+        error=command.error,
+        retry_in=retry_in,
+        run_id=command.run_id,
+        services_error=command.services_error,
     )
-    if row["changed"]:
+    if changed:
         log.warning(
             "sandbox.deletion_failed" if retry_in is None else "sandbox.deletion_postponed",
             sandbox_id=command.sandbox_id,
@@ -86,17 +81,15 @@ async def record_deletion_failure(writer: Writer, command: RecordDeletionFailure
             error=command.error,
             retry_in_sec=command.retry_in_sec,
         )
-    return replies.Recorded(changed=row["changed"])
+    return replies.Recorded(changed=changed)
 
 
-async def retry_deletion(writer: Writer, command: RetryDeletion) -> Reply:
-    row = await store.one(
-        writer.connection,
-        deletions.RETRY_DELETION,
-        writer.epoch,
-        command.sandbox_id,
-        command.request_id,
-        command.traceparent,
+async def retry_deletion(session: WriteSession, command: RetryDeletion) -> Reply:
+    row = await deletions.retry_deletion(
+        session,
+        sandbox_id=command.sandbox_id,
+        request_id=command.request_id,
+        traceparent=command.traceparent,
     )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)

@@ -1,47 +1,164 @@
-"""Leases that end without their students: overdue, or by an administrator. The SQL is in store.py."""
+"""Leases: allocate, release, expire, and end by an administrator."""
 
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import structlog
 
-from allocator import domain, metrics, store
-from allocator.writer import Overtaken, Writer
-from sandbox_broker.contract import replies
-from sandbox_broker.contract.commands import EndLease, ExpireLeases
-from sandbox_broker.contract.replies import Reply
+from allocator import domain, metrics
+from allocator.sql import leases
+from allocator.write_session import ConcurrentUpdate, WriteSession
+from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
+from sandbox_broker.contract.replies import LeaseGranted, LeasesExpired, Refused, Reply, SandboxReleased
 
 log = structlog.get_logger()
 
 
-async def expire_leases(writer: Writer, command: ExpireLeases) -> Reply:
-    row = await store.one(
-        writer.connection, store.EXPIRE, writer.epoch, timedelta(seconds=command.grace_sec), command.limit
+async def allocate_sandbox(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
+    """Grant new leases, or repeat the active leases of the holders."""
+    completed = await _holders_already_served(session, commands)
+    replies = iter(await _allocate(session, [command for command in commands if command.holder not in completed]))
+    return [domain.ALREADY_COMPLETED if command.holder in completed else next(replies) for command in commands]
+
+
+async def _holders_already_served(session: WriteSession, commands: Sequence[AllocateSandbox]) -> set[str]:
+    """Return the holders of possibly completed, redelivered allocations.
+
+    Such a holder has no lease now, but an ended one of the last two minutes. With an idempotency key the database
+    knows the answer, so those commands are not checked. All commands of a holder in `commands` are allocations (see
+    domain.split_on_conflict).
+    """
+    redelivered = [
+        command.holder
+        for command in commands
+        if isinstance(command, domain.RedeliveredAllocation) and command.idempotency_key is None
+    ]
+    if not redelivered:
+        return set()
+    holders = await leases.holders_with_ended_lease(session, holders=redelivered)
+    for holder in holders:
+        log.info("lease.refused", holder=holder, outcome="done_before")
+    return set(holders)
+
+
+async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
+    """Run one allocation per distinct request; duplicates share its reply."""
+    unique = {domain.dedup_key(command): command for command in commands}
+    replies: dict[domain.DedupKey, Reply] = {}
+    for group in domain.conflict_free_groups(list(unique.values())):
+        rows = await leases.allocate(session, group)
+        for command, row in zip(group, rows, strict=True):
+            replies[domain.dedup_key(command)] = _allocation_reply(command, row)
+    return _share_replies(commands, replies)
+
+
+def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow) -> Reply:
+    outcome = row["outcome"]
+    metrics.ALLOCATIONS.labels(outcome=outcome).inc()
+    if outcome in ("new", "known"):
+        log.info(
+            "lease.granted" if outcome == "new" else "lease.repeated",
+            request_id=command.request_id,
+            sandbox_id=row["sandbox_id"],
+            holder=command.holder,
+            track_name=command.track_name,
+        )
+        return LeaseGranted(
+            new=outcome == "new",
+            sandbox_id=row["sandbox_id"],
+            name=row["name"],
+            external_id=row["external_id"],
+            sfdc_account_id=row["sfdc_account_id"],
+            allocated_at=row["allocated_at"],
+            expires_at=row["expires_at"],
+        )
+    log.info(
+        "lease.refused",
+        request_id=command.request_id,
+        holder=command.holder,
+        outcome=outcome,
+        name_prefix=command.name_prefix,
     )
-    for sandbox_id in row["sandbox_ids"]:
+    if outcome == "exhausted":
+        return domain.exhausted(command)
+    return domain.key_conflict(own=outcome == "key_used_up")
+
+
+def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:
+    """Return a reply per command. A lease is new for the first of equal commands only."""
+    answered: set[domain.DedupKey] = set()
+    shared: list[Reply] = []
+    for command in commands:
+        key = domain.dedup_key(command)
+        reply = replies[key]
+        if key in answered and isinstance(reply, LeaseGranted):
+            reply = reply.model_copy(update={"new": False})
+        answered.add(key)
+        shared.append(reply)
+    return shared
+
+
+async def release_sandbox(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> list[Reply]:
+    rows = await leases.release(session, commands)
+    return [_release_reply(command, row) for command, row in zip(commands, rows, strict=True)]
+
+
+def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
+    refusal: Refused | None = None
+    if not row["exists"]:
+        refusal = domain.not_found(command.sandbox_id)
+    elif not row["own"]:
+        refusal = domain.not_owner(command.sandbox_id)
+    if refusal is not None:
+        log.info(
+            "release.refused",
+            request_id=command.request_id,
+            sandbox_id=command.sandbox_id,
+            holder=command.holder,
+            code=refusal.code,
+        )
+        return refusal
+    if row["deletion_requested_at"] is None:
+        raise ConcurrentUpdate
+    log.info(
+        "lease.released",
+        request_id=command.request_id,
+        sandbox_id=command.sandbox_id,
+        holder=command.holder,
+        status=row["status"],
+    )
+    return SandboxReleased(
+        sandbox_id=command.sandbox_id,
+        status=row["status"],
+        deletion_requested_at=row["deletion_requested_at"],
+    )
+
+
+async def expire_leases(session: WriteSession, command: ExpireLeases) -> Reply:
+    sandbox_ids = await leases.expire(session, grace=timedelta(seconds=command.grace_sec), limit=command.limit)
+    for sandbox_id in sandbox_ids:
         log.info("lease.expired", sandbox_id=sandbox_id)
-    metrics.EXPIRED.inc(len(row["sandbox_ids"]))
-    return replies.LeasesExpired(sandbox_ids=tuple(row["sandbox_ids"]))
+    metrics.EXPIRED.inc(len(sandbox_ids))
+    return LeasesExpired(sandbox_ids=tuple(sandbox_ids))
 
 
-async def end_lease(writer: Writer, command: EndLease) -> Reply:
-    row = await store.one(
-        writer.connection,
-        store.END_LEASE,
-        writer.epoch,
-        command.sandbox_id,
-        command.note,
-        command.request_id,
-        command.traceparent,
+async def end_lease(session: WriteSession, command: EndLease) -> Reply:
+    row = await leases.end_lease(
+        session,
+        sandbox_id=command.sandbox_id,
+        note=command.note,
+        request_id=command.request_id,
+        traceparent=command.traceparent,
     )
     if row["status"] is None:
         return domain.not_found(command.sandbox_id)
     if row["lease_id"] is None:
         return domain.not_allocated(command.sandbox_id, row["status"])
     if row["deletion_requested_at"] is None:
-        raise Overtaken
+        raise ConcurrentUpdate
     if row["changed"]:
         log.info("lease.ended", sandbox_id=command.sandbox_id, note=command.note)
-    return replies.SandboxReleased(
+    return SandboxReleased(
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],

@@ -1,68 +1,64 @@
-"""Listings of CSP: staged, weighed, applied or held."""
+"""Listings of CSP: stage, assess, then apply or hold."""
 
 import json
 
 import structlog
 
-from allocator import domain, listings, metrics, store
-from allocator.writer import Overtaken, Writer
+from allocator import domain, metrics
+from allocator.sql import listings
+from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import ApplyListing, BeginListing, RefreshSandboxes, StageListing
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.database.schema import PROOF_GRACE
 
 log = structlog.get_logger()
 
 
-async def begin_listing(writer: Writer, _: BeginListing) -> Reply:
-    row = await store.one(writer.connection, listings.BEGIN_LISTING, writer.epoch)
-    return replies.ListingBegun(listing_id=row["listing_id"])
+async def begin_listing(session: WriteSession, _: BeginListing) -> Reply:
+    return replies.ListingBegun(listing_id=await listings.begin_listing(session))
 
 
-async def stage_listing(writer: Writer, command: StageListing) -> Reply:
+async def stage_listing(session: WriteSession, command: StageListing) -> Reply:
     staged = await listings.stage_listing(
-        writer.connection, writer.epoch, command.listing_id, command.accounts, command.unreadable
+        session, listing_id=command.listing_id, accounts=command.accounts, unreadable=command.unreadable
     )
     return replies.ListingStaged(staged=staged)
 
 
-async def apply_listing(writer: Writer, command: ApplyListing) -> Reply:
-    """Weighs the listing, then applies it or not. A listing that has been applied gives its answer again, unless a
-    crash of the database has emptied it: then all that students hold would look as if CSP lacked it."""
+async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
+    """Apply or hold the listing; repeat the reply of an applied listing.
+
+    A crash of the database empties the staged listing. Its number of accounts then differs from the command, and
+    the listing is refused. Otherwise all leased sandboxes would look as if CSP lacked them.
+    """
     listing_id = command.listing_id
-    weight = await store.one(writer.connection, listings.WEIGH_LISTING, writer.epoch, listing_id)
-    if weight["outdated"] or weight["listed"] != command.total:
+    assessment = await listings.assess_listing(session, listing_id=listing_id)
+    if assessment["outdated"] or assessment["listed"] != command.total:
         return domain.LISTING_OUTDATED
-    if not weight["applied"]:
-        refusal = domain.held(
-            weight["listed"],
-            weight["lacking"] + weight["moving_in_pool"],
-            weight["pool"],
+    if not assessment["applied"]:
+        refusal = domain.check_listing(
+            assessment["listed"],
+            assessment["lacking"] + assessment["moving_in_pool"],
+            assessment["pool"],
             command.max_stale_fraction,
         )
         if refusal and not command.force:
-            await store.one(writer.connection, listings.HOLD_LISTING, writer.epoch, listing_id, refusal.message)
+            await listings.hold_listing(session, listing_id=listing_id, reason=refusal.message)
             log.warning("sync.held", listing_id=listing_id, reason=refusal.message)
             return refusal
-        if weight["moving"]:
-            await listings.move_accounts(writer.connection, writer.epoch, listing_id)
-        row = await store.one(writer.connection, listings.APPLY_LISTING, writer.epoch, listing_id, PROOF_GRACE)
+        if assessment["moving"]:
+            await listings.move_accounts(session, listing_id=listing_id)
+        row = await listings.apply_listing(session, listing_id=listing_id)
         if row["synced"] is None:
-            raise Overtaken
+            raise ConcurrentUpdate
         metrics.REOPENED.inc(row["reopened"])
-    flagged = await store.one(writer.connection, listings.FLAG_MISSING, writer.epoch, listing_id, PROOF_GRACE)
-    outcome = json.loads(flagged["outcome"])
+    outcome = json.loads(await listings.flag_missing(session, listing_id=listing_id))
     log.info("sync.applied", listing_id=listing_id, **outcome)
     return replies.ListingApplied(**outcome)
 
 
-async def refresh_sandboxes(writer: Writer, command: RefreshSandboxes) -> Reply:
-    row = await store.one(
-        writer.connection,
-        listings.REFRESH_SANDBOXES,
-        writer.epoch,
-        command.listing_id,
-        command.after or "",
-        command.limit,
+async def refresh_sandboxes(session: WriteSession, command: RefreshSandboxes) -> Reply:
+    last = await listings.refresh_sandboxes(
+        session, listing_id=command.listing_id, after=command.after or "", limit=command.limit
     )
-    return replies.SandboxesRefreshed(last=row["last"])
+    return replies.SandboxesRefreshed(last=last)

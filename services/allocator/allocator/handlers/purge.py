@@ -1,11 +1,11 @@
-"""What is over: stale sandboxes, and records that nobody needs any more."""
+"""Purge: delete stale sandboxes and remove expired records."""
 
 from datetime import timedelta
 
 import structlog
 
-from allocator import purge, store
-from allocator.writer import Writer
+from allocator.sql import purge
+from allocator.write_session import WriteSession
 from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
 from sandbox_broker.contract.replies import Reply
@@ -13,28 +13,19 @@ from sandbox_broker.contract.replies import Reply
 log = structlog.get_logger()
 
 
-async def delete_stale(writer: Writer, command: DeleteStale) -> Reply:
-    row = await store.one(
-        writer.connection,
-        purge.DELETE_STALE,
-        writer.epoch,
-        timedelta(seconds=command.stale_for_sec),
-        command.limit,
+async def delete_stale(session: WriteSession, command: DeleteStale) -> Reply:
+    count = await purge.delete_stale(
+        session, stale_for=timedelta(seconds=command.stale_for_sec), limit=command.limit
     )
-    if row["count"]:
-        log.info("stale.deleted", count=row["count"])
-    return replies.Purged(count=row["count"])
+    if count:
+        log.info("stale.deleted", count=count)
+    return replies.Purged(count=count)
 
 
-async def purge_records(writer: Writer, command: PurgeRecords) -> Reply:
-    row = await store.one(
-        writer.connection,
-        purge.PURGE_RECORDS,
-        writer.epoch,
-        command.status,
-        timedelta(seconds=command.for_sec),
-        command.limit,
+async def purge_records(session: WriteSession, command: PurgeRecords) -> Reply:
+    count = await purge.purge_records(
+        session, status=command.status, for_at_least=timedelta(seconds=command.for_sec), limit=command.limit
     )
-    if row["count"]:
-        log.info("records.purged", status=command.status, count=row["count"])
-    return replies.Purged(count=row["count"])
+    if count:
+        log.info("records.purged", status=command.status, count=count)
+    return replies.Purged(count=count)

@@ -1,5 +1,7 @@
-"""The docs page and the OpenAPI document: all from our own address, so that they work with no internet and no
-inline script."""
+"""Docs page (Swagger UI) and OpenAPI document.
+
+The gateway serves all files itself, so that the page works without internet access and without inline scripts.
+"""
 
 import asyncio
 import hashlib
@@ -11,26 +13,26 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from gateway.api.schemas import header, responses
+from gateway.api.schemas import describe_header, responses
 from gateway.web.headers import STUDENT
 
-_OURS = files("gateway") / "static"
-# fastapi-offline is used for the files it carries: a released Swagger UI, hash-locked like the rest.
+_STATIC = files("gateway") / "static"
+# Only the files of fastapi-offline are used: a release of Swagger UI, locked by its hash like every dependency.
 _SWAGGER_UI = files("fastapi_offline") / "static"
 
 _FILES = {
-    "/v1/docs": (_OURS / "docs.html", "text/html"),
-    "/v1/docs/start.js": (_OURS / "start.js", "text/javascript"),
+    "/v1/docs": (_STATIC / "docs.html", "text/html"),
+    "/v1/docs/start.js": (_STATIC / "start.js", "text/javascript"),
     "/v1/docs/assets/swagger-ui-bundle.js": (_SWAGGER_UI / "swagger-ui-bundle.js", "text/javascript"),
     "/v1/docs/assets/swagger-ui.css": (_SWAGGER_UI / "swagger-ui.css", "text/css"),
     "/v1/docs/assets/favicon.png": (_SWAGGER_UI / "favicon.png", "image/png"),
 }
 
 OPERATIONS: Mapping[str, Mapping[str, Any]] = {
-    "/healthz": {"tags": ["operations"], "summary": "Is the process alive?"},
+    "/healthz": {"tags": ["operations"], "summary": "Liveness of the process"},
     "/readyz": {
         "tags": ["operations"],
-        "summary": "Do the queue and the database answer?",
+        "summary": "Readiness: connections to RabbitMQ and the database",
         "responses": responses("NOT_READY", "INTERNAL_ERROR"),
     },
     "/metrics": {
@@ -39,34 +41,33 @@ OPERATIONS: Mapping[str, Mapping[str, Any]] = {
         "response_class": PlainTextResponse,
     },
 }
-"""How the routes of sandbox_broker.observability.health are described."""
+"""OpenAPI entries of the routes of sandbox_broker.observability.health, by path."""
 
-_LIMIT_HEADERS = {
-    "X-RateLimit-Limit": header(
-        "requests in a window, of one student with this token, or of the address without a known token; absent "
-        "where there is no limit",
+_RATE_LIMIT_HEADERS = {
+    "X-RateLimit-Limit": describe_header(
+        "requests per window, for one student with this token, or for one address without a known token; absent "
+        "without a rate limit",
         "integer",
     ),
-    "X-RateLimit-Remaining": header("what is left of them", "integer"),
-    "X-RateLimit-Reset": header("Unix seconds, when the window ends", "integer"),
+    "X-RateLimit-Remaining": describe_header("remaining requests of this window", "integer"),
+    "X-RateLimit-Reset": describe_header("end of the window in Unix seconds", "integer"),
 }
-
 
 _ETAG = re.compile(r'"[^"]*"')
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add the docs page and the OpenAPI document. Call it last: the document describes the routes that exist."""
+    """Add the docs page and the OpenAPI document. Call it last, because it describes existing routes."""
     for path, (file, media_type) in _FILES.items():
-        app.add_api_route(path, _serving(file.read_bytes(), media_type), include_in_schema=False)
+        app.add_api_route(path, _build_handler(file.read_bytes(), media_type), include_in_schema=False)
     built: tuple[bytes, str] | None = None
-    one_at_a_time = asyncio.Lock()
+    build_lock = asyncio.Lock()
 
     async def openapi(request: Request) -> Response:
         nonlocal built
-        async with one_at_a_time:
+        async with build_lock:
             if built is None:
-                # In a thread, because it takes long and students wait for this event loop.
+                # In a thread, because it takes long and would delay the requests of students on the event loop.
                 built = await asyncio.to_thread(_build, app)
         content, etag = built
         request.scope["state"]["revalidate"] = True  # the middleware adds the Cache-Control header
@@ -78,18 +79,18 @@ def add_routes(app: FastAPI) -> None:
 
 
 def _build(app: FastAPI) -> tuple[bytes, str]:
-    """Return the document and its entity tag, which all gateways of one version share."""
+    """Return the document and its entity tag. All gateways of one version have the same tag."""
     content = bytes(JSONResponse(_document(app)).body)
     return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
 
 def _matches(if_none_match: list[str], etag: str) -> bool:
-    """Weak comparison of RFC 9110, section 8.8.3.2: W/ does not count, since proxies that compress add it."""
+    """Compare weakly (RFC 9110, section 8.8.3.2): W/ is ignored, because compressing proxies add it."""
     listed = ",".join(if_none_match)
     return listed.strip() == "*" or etag in _ETAG.findall(listed)
 
 
-def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+def _build_handler(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
     async def serve() -> Response:
         return Response(content, media_type=media_type)
 
@@ -97,8 +98,8 @@ def _serving(content: bytes, media_type: str) -> Callable[[], Awaitable[Response
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's, and in it what that cannot know: the header that we require ourselves, with an error of our own,
-    and the headers that the middleware adds to every response."""
+    """Return the document of FastAPI with the header that the gateway itself requires, and with the headers that
+    the middleware adds to every response."""
     document = app.openapi()
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -107,9 +108,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
             parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
             for response in operation["responses"].values():
                 headers = response.setdefault("headers", {})
-                headers["X-Request-ID"] = header("the request's own one if it was well-formed, or a new one")
+                headers["X-Request-ID"] = describe_header(
+                    "the id from the request if it was well-formed, otherwise a new one"
+                )
                 if path.startswith("/v1"):
-                    headers.update(_LIMIT_HEADERS)
+                    headers.update(_RATE_LIMIT_HEADERS)
                 if "X-Track-ID" in parameters:
-                    headers["Deprecation"] = header("`true` where X-Track-ID was read")
+                    headers["Deprecation"] = describe_header("`true` if the gateway read X-Track-ID")
     return document

@@ -1,9 +1,9 @@
-"""Every error the API answers with: one table from code to HTTP status, one body for all.
+"""Errors of the API: one table from code to HTTP status, one response body for all.
 
-docs/errors.md and the OpenAPI document are made from the table.
+docs/errors.md and the OpenAPI document are generated from the table.
 
-A message says what to do next. `retry_after` is given, in the body and as a header, wherever asking again can
-help.
+A message states the fact, then the action. An error that a retry can resolve carries `retry_after`, in the body and
+in the `Retry-After` header.
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -18,147 +18,171 @@ from sandbox_broker.observability import health
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ErrorSpec:
     status: int
+    """HTTP status."""
     meaning: str
+    """The fact, without a full stop."""
     advice: str
-    """What the caller should do."""
+    """The action for the caller."""
     retry_after: int | None = None
     """Seconds."""
 
 
 MAX_QUOTED = 200
-"""Characters of a path in a message."""
+"""Longest part of a path in a message, in characters."""
 
-AGAIN = "Try again after `retry_after` seconds."
-SAME_AGAIN = "Ask again: it gives the same result, whether or not the first request was carried out."
+RETRY_LATER = "Try again after `retry_after` seconds."
+RETRY_SAFELY = "Repeat the request. The result is the same whether or not the first request was carried out."
 
-KINDS: Mapping[str, Kind] = {
-    "MISSING_SANDBOX_ID": Kind(
+ERRORS: Mapping[str, ErrorSpec] = {
+    "MISSING_SANDBOX_ID": ErrorSpec(
         400,
         "The X-Instruqt-Sandbox-ID header is missing or blank",
-        "Send the student's own id (`INSTRUQT_PARTICIPANT_ID`) in it.",
+        "Send the student's own id (`INSTRUQT_PARTICIPANT_ID`) in this header.",
     ),
-    "INVALID_HEADER": Kind(
+    "INVALID_HEADER": ErrorSpec(
         400,
-        "A header is too long, holds characters outside printable ASCII, or came twice",
-        "Correct the header that the message names; 128 characters are allowed.",
+        "A header is too long, contains characters outside printable ASCII, or was sent more than once",
+        "Correct the header named in the message. A value has at most 128 characters.",
     ),
-    "INVALID_REQUEST": Kind(400, "A parameter is malformed", "Correct the parameters that `fields` names."),
-    "INVALID_CURSOR": Kind(
+    "INVALID_REQUEST": ErrorSpec(400, "A parameter is invalid", "Correct the parameters in `fields`."),
+    "INVALID_CURSOR": ErrorSpec(
         400,
-        "The cursor is not of this listing with these filters",
-        "Begin again without a cursor, and keep the filters while you follow those that you are given.",
+        "The cursor is damaged, or belongs to another listing or to other filters",
+        "Start again without a cursor, and keep the filters from page to page.",
     ),
-    "MALFORMED_REQUEST": Kind(
+    "MALFORMED_REQUEST": ErrorSpec(
         400,
-        "The request is not valid HTTP/1.1, or its end is ambiguous; the connection closes",
-        "Correct the client, or the proxy before the gateway. A repetition gets the same answer.",
+        "The request is not valid HTTP/1.1, or its end is ambiguous; the gateway closes the connection",
+        "Correct the client, or the proxy in front of the gateway. A retry fails in the same way.",
     ),
-    "UNAUTHORIZED": Kind(
-        401, "No token, or an unknown one", "Send `Authorization: Bearer <token>`; ask the operator for a token."
+    "UNAUTHORIZED": ErrorSpec(
+        401,
+        "The token is missing or unknown",
+        "Send `Authorization: Bearer <token>`. The operator issues tokens.",
     ),
-    "FORBIDDEN": Kind(403, "The token is valid, but not for this route", "Use an admin token on admin routes."),
-    "NOT_SANDBOX_OWNER": Kind(
+    "FORBIDDEN": ErrorSpec(
+        403, "The token is valid, but the route requires an admin token", "Send an admin token."
+    ),
+    "NOT_SANDBOX_OWNER": ErrorSpec(
         403,
         "Another student holds or held this sandbox",
-        "Send the `X-Instruqt-Sandbox-ID` that it was allocated with.",
+        "Send the `X-Instruqt-Sandbox-ID` of the allocation request.",
     ),
-    "SANDBOX_NOT_FOUND": Kind(404, "No such sandbox", "Use the `sandbox_id` that the allocation returned."),
-    "JOB_NOT_FOUND": Kind(404, "No such job", "Use the `job_id` that starting it has answered."),
-    "DEAD_LETTER_NOT_FOUND": Kind(
-        404, "No such dead letter", "Nothing is to be done: it was replayed or dropped, or never was one."
+    "SANDBOX_NOT_FOUND": ErrorSpec(
+        404, "The sandbox does not exist", "Use the `sandbox_id` from the allocation response."
     ),
-    "NOT_FOUND": Kind(
+    "JOB_NOT_FOUND": ErrorSpec(
+        404, "The job does not exist", "Use the `job_id` from the response that started the job."
+    ),
+    "DEAD_LETTER_NOT_FOUND": ErrorSpec(
         404,
-        "No such path",
-        "Check the path. `/v1/docs` lists all of them, where the operator has not switched it off.",
+        "The dead letter does not exist: it was replayed or dropped, or the id is wrong",
+        "Check the id in `GET /v1/admin/dead-letters`. A replayed or dropped dead letter needs no action.",
     ),
-    "METHOD_NOT_ALLOWED": Kind(
-        405, "The path exists, but not with this method", "Use the method that the `Allow` header names."
+    "NOT_FOUND": ErrorSpec(
+        404,
+        "The path does not exist",
+        "Check the path. `/v1/docs` lists all paths, unless the operator disabled it.",
     ),
-    "POOL_EXHAUSTED": Kind(
+    "METHOD_NOT_ALLOWED": ErrorSpec(
+        405, "The path does not support this method", "Use a method in the `Allow` header."
+    ),
+    "POOL_EXHAUSTED": ErrorSpec(
         409,
-        "Nothing in the pool is available",
-        f"{AGAIN} If it stays, the operator has to provide more sandboxes.",
+        "No sandbox is available in the pool",
+        f"{RETRY_LATER} If the error persists, the operator has to add sandboxes to the pool.",
         retry_after=30,
     ),
-    "IDEMPOTENCY_KEY_CONFLICT": Kind(
-        409, "The key belongs to another student's lease", "Use a key of your own for each student."
+    "IDEMPOTENCY_KEY_CONFLICT": ErrorSpec(
+        409, "The idempotency key belongs to the lease of another student", "Use a different key for each student."
     ),
-    "NOT_ALLOCATED": Kind(409, "Nobody ever held this sandbox", "There is no lease to end: nothing is to be done."),
-    "NOT_DELETION_FAILED": Kind(
-        409, "Its deletion has not failed for good", "Nothing is to be done: it is still tried by itself."
+    "NOT_ALLOCATED": ErrorSpec(
+        409, "The sandbox was never leased, so there is no lease to end", "No action is needed."
     ),
-    "NOT_REPLAYABLE": Kind(
+    "NOT_DELETION_FAILED": ErrorSpec(
         409,
-        "The dead letter names a queue that is not for commands, or holds only commands that services repeat",
-        "Look at it, and drop it.",
+        "The status of the sandbox is not `deletion_failed`",
+        "No action is needed. The reaper retries pending deletions automatically.",
     ),
-    "SYNC_HELD": Kind(
+    "NOT_REPLAYABLE": ErrorSpec(
         409,
-        "The listing looks wrong, and nothing was changed",
-        "Look at `GET /v1/admin/sync`; if the listing is right, repeat with `force=true`.",
+        "The queue of the dead letter does not carry commands, or services repeat its commands automatically",
+        "Inspect the dead letter, then drop it.",
     ),
-    "LISTING_OUTDATED": Kind(409, "Another sync overtook this one, and nothing was changed", AGAIN, retry_after=5),
-    "CORS_REFUSED": Kind(
+    "SYNC_HELD": ErrorSpec(
+        409,
+        "The listing looks wrong, so the broker holds the sync and changes nothing",
+        "Check `GET /v1/admin/sync`. If the listing is right, repeat the sync with `force=true`.",
+    ),
+    "LISTING_OUTDATED": ErrorSpec(
+        409, "A newer sync was applied first, so this one changed nothing", RETRY_LATER, retry_after=5
+    ),
+    "CORS_REFUSED": ErrorSpec(
         400,
-        "A page of another origin asks through a browser, and its origin, method or header is not allowed",
-        "Add the origin to `CORS_ALLOWED_ORIGINS` if it may ask.",
+        "A browser page of another origin sent the request, and its origin, method or header is not allowed",
+        "Add the origin to `CORS_ALLOWED_ORIGINS` if its pages may call the API.",
     ),
-    "PAYLOAD_TOO_LARGE": Kind(413, "The request body is larger than 64 KiB", "Send none: no route needs one."),
-    "HEADERS_TOO_LARGE": Kind(
+    "PAYLOAD_TOO_LARGE": ErrorSpec(
+        413, "The request body is larger than 64 KiB", "Send no body, because no route requires one."
+    ),
+    "HEADERS_TOO_LARGE": ErrorSpec(
         431,
         "The request line and the header fields are longer than 16 KiB, or there are more than 100 fields",
         "Send fewer or shorter header fields.",
     ),
-    "RATE_LIMITED": Kind(
+    "RATE_LIMITED": ErrorSpec(
         429,
-        "Too many requests with this token for one student, or too many without a known token from this address",
-        f"{AGAIN} It is what is left of the window.",
+        "Too many requests with this token for one student, or without a known token from this address",
+        f"{RETRY_LATER} The current window of the rate limit ends then.",
         retry_after=300,
     ),
-    "INTERNAL_ERROR": Kind(
+    "INTERNAL_ERROR": ErrorSpec(
         500,
-        "A fault of ours",
-        "Try again; if it stays, tell the operator the `request_id`.",
+        "The broker failed unexpectedly",
+        "Try again. If the error persists, send the `request_id` to the operator.",
         retry_after=5,
     ),
-    "CSP_UNAVAILABLE": Kind(502, "CSP does not answer as it should", AGAIN, retry_after=60),
-    "ALLOCATOR_UNAVAILABLE": Kind(
+    "CSP_UNAVAILABLE": ErrorSpec(502, "CSP is down or sent an unexpected response", RETRY_LATER, retry_after=60),
+    "ALLOCATOR_UNAVAILABLE": ErrorSpec(
         503,
-        "The queue or the allocator is down, or too many requests are in flight",
-        f"{AGAIN} Nothing is lost.",
+        "RabbitMQ or the allocator is down, or too many requests are in flight",
+        f"{RETRY_LATER} No data is lost.",
         retry_after=2,
     ),
-    "SYNCER_UNAVAILABLE": Kind(503, "The queue or the csp-syncer is down", AGAIN, retry_after=5),
-    "REAPER_UNAVAILABLE": Kind(503, "The queue or the reaper is down", AGAIN, retry_after=5),
-    "DATABASE_UNAVAILABLE": Kind(503, "The database does not answer", AGAIN, retry_after=2),
-    "NOT_READY": Kind(
+    "SYNCER_UNAVAILABLE": ErrorSpec(503, "RabbitMQ or the csp-syncer is down", RETRY_LATER, retry_after=5),
+    "REAPER_UNAVAILABLE": ErrorSpec(503, "RabbitMQ or the reaper is down", RETRY_LATER, retry_after=5),
+    "DATABASE_UNAVAILABLE": ErrorSpec(503, "The database does not respond", RETRY_LATER, retry_after=2),
+    "NOT_READY": ErrorSpec(
         503,
-        "`/readyz`: this process cannot work now; the message says why",
-        "Send requests to another replica meanwhile.",
+        "`/readyz`: this process cannot serve requests; the message gives the cause",
+        "Send requests to another replica until the process is ready.",
         retry_after=health.RETRY_AFTER_SEC,
     ),
-    "STOPPING": Kind(
+    "STOPPING": ErrorSpec(
         503,
-        "This process stops, and there was no answer in time; the request may still succeed",
-        SAME_AGAIN,
+        "The gateway is stopping and received no reply in time; the request may still succeed",
+        RETRY_SAFELY,
         retry_after=1,
     ),
-    "ALLOCATION_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
-    "RELEASE_TIMEOUT": Kind(504, "No answer in time; the request may still succeed", SAME_AGAIN, retry_after=1),
-    "MAINTENANCE_TIMEOUT": Kind(
+    "ALLOCATION_TIMEOUT": ErrorSpec(
+        504, "The allocator did not reply in time; the request may still succeed", RETRY_SAFELY, retry_after=1
+    ),
+    "RELEASE_TIMEOUT": ErrorSpec(
+        504, "The allocator did not reply in time; the request may still succeed", RETRY_SAFELY, retry_after=1
+    ),
+    "MAINTENANCE_TIMEOUT": ErrorSpec(
         504,
-        "No answer in time; it may still be done",
-        "Look whether it was done, and ask again if not: nothing is done twice.",
+        "The allocator did not reply in time; the request may still succeed",
+        "Check whether the change was made. If it was not, repeat the request: no change is made twice.",
         retry_after=5,
     ),
 }
 
 
 class ApiError(Exception):
-    """Raised anywhere below a route; becomes the response of its code."""
+    """Error that the gateway turns into the response of its code. Any code below a route may raise it."""
 
     def __init__(
         self,
@@ -169,18 +193,18 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """`retry_after` (seconds) where it is not that of the table."""
+        """`retry_after` (seconds) replaces the value of the table."""
         super().__init__(message)
         self.code = code
         self.message = message
         self.fields = fields
         self.headers = headers or {}
-        self.retry_after = retry_after or KINDS[code].retry_after
+        self.retry_after = retry_after or ERRORS[code].retry_after
 
 
-def response(error: ApiError, state: MutableMapping[str, Any]) -> JSONResponse:
-    """`state` is that of the request: it has the request's id, and keeps the code for the log."""
-    kind = KINDS[error.code]
+def build_response(error: ApiError, state: MutableMapping[str, Any]) -> JSONResponse:
+    """Return the response, and keep the code for the log in `state`, the request's state with its id."""
+    spec = ERRORS[error.code]
     state["code"] = error.code
     detail: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": state["request_id"]}
     headers = dict(error.headers)
@@ -189,47 +213,50 @@ def response(error: ApiError, state: MutableMapping[str, Any]) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     if error.fields:
         detail["fields"] = error.fields
-    return JSONResponse({"detail": detail}, kind.status, headers)
+    return JSONResponse({"detail": detail}, spec.status, headers)
 
 
-def refuse(reply: Reply) -> NoReturn:
-    """Raises the ApiError of a refusal. Any other reply that a route did not expect is a fault of ours."""
-    if isinstance(reply, Refused) and reply.code in KINDS:
+def raise_for_refusal(reply: Reply) -> NoReturn:
+    """Raise the ApiError of a refusal, or RuntimeError for any other reply, because the route did not expect it."""
+    if isinstance(reply, Refused) and reply.code in ERRORS:
         raise ApiError(reply.code, reply.message)
-    raise RuntimeError(f"unexpected answer: {reply!r}")
+    raise RuntimeError(f"unexpected reply: {reply!r}")
 
 
-def internal() -> ApiError:
+def internal_error() -> ApiError:
     return ApiError(
         "INTERNAL_ERROR",
-        "Something went wrong on our side. Try again; if it stays, tell the operator this request_id.",
+        "The broker failed unexpectedly. Try again. If the error persists, send this request_id to the operator.",
     )
 
 
-def stopping() -> ApiError:
+def stopping_error() -> ApiError:
     return ApiError(
-        "STOPPING", "This gateway stops, and there was no answer in time. The request may still succeed: ask again."
+        "STOPPING",
+        "This gateway is stopping and received no reply in time. The request may still succeed. Repeat it.",
     )
 
 
 def not_found(path: str, *, docs_enabled: bool) -> ApiError:
-    hint = "See /v1/docs for what there is." if docs_enabled else "Check the path."
-    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} here. {hint}")
+    advice = "/v1/docs lists all paths." if docs_enabled else "Check the path."
+    return ApiError("NOT_FOUND", f"{path[:MAX_QUOTED]} does not exist. {advice}")
 
 
 def not_on_this_port(path: str) -> ApiError:
-    return ApiError("NOT_FOUND", f"There is no {path[:MAX_QUOTED]} on this port. Check the path and the port.")
+    return ApiError("NOT_FOUND", f"{path[:MAX_QUOTED]} does not exist on this port. Check the path and the port.")
 
 
-def of_status(
+def from_status(
     status: int, method: str, path: str, headers: Mapping[str, str] | None, *, docs_enabled: bool
 ) -> ApiError:
-    """What the framework itself refuses: unknown paths and wrong methods."""
+    """Return the error for a request that the framework refused: an unknown path or an unsupported method."""
     if status == HTTPStatus.NOT_FOUND:
         return not_found(path, docs_enabled=docs_enabled)
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (headers or {}).get("Allow", "another method")
         return ApiError(
-            "METHOD_NOT_ALLOWED", f"{path[:MAX_QUOTED]} takes {allowed}, not {method}.", headers=headers
+            "METHOD_NOT_ALLOWED",
+            f"{path[:MAX_QUOTED]} does not support {method}. Use {allowed}.",
+            headers=headers,
         )
-    return internal()
+    return internal_error()

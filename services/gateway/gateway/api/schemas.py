@@ -1,4 +1,4 @@
-"""The bodies of the API, as the OpenAPI document shows them."""
+"""Request and response bodies of the API, and their descriptions in the OpenAPI document."""
 
 import uuid
 from http import HTTPStatus
@@ -6,16 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gateway.api.errors import KINDS
+from gateway.api.errors import ERRORS
 from sandbox_broker.contract.types import JobKind, JobState, SandboxStatus
 
-SandboxId = Annotated[str, Field(examples=["2012224"], description="CSP's csp_id, as text")]
+SandboxId = Annotated[str, Field(examples=["2012224"], description="the csp_id of CSP, as text")]
 Name = Annotated[str, Field(examples=["sandbox-1"])]
 ExternalId = Annotated[
-    str, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the account's UUID in CSP")
+    str, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the UUID of the account in CSP")
 ]
 SfdcAccount = Annotated[str | None, Field(examples=["0014X00002nYyZ0QAK", None])]
-TrackName = Annotated[str | None, Field(examples=["dns-basics", None], description="the lab")]
+TrackName = Annotated[str | None, Field(examples=["dns-basics", None], description="the name of the lab")]
 UnixSeconds = Annotated[int, Field(examples=[1728054123], description="Unix seconds")]
 Milliseconds = Annotated[int, Field(examples=[1250])]
 Count = Annotated[int, Field(examples=[12])]
@@ -30,7 +30,7 @@ Cursor = Annotated[
     str | None,
     Field(
         examples=["2vYx8hZk3nRbMjAxMjIyNCJd", None],
-        description="for the next page; null on the last. A page may hold less than `limit` and have one",
+        description="the cursor of the next page; null on the last page. A page may have less than `limit` entries",
     ),
 ]
 ListingId = Annotated[int, Field(examples=[4711])]
@@ -57,7 +57,7 @@ class Sandbox(BaseModel):
     name: Name
     external_id: ExternalId
     status: SandboxStatus
-    allocated_to_track: Holder = Field(description="the student's id (the field has its old name)")
+    allocated_to_track: Holder = Field(description="the student's id (the field keeps its old name)")
     allocated_at: UnixSeconds
     expires_at: UnixSeconds
     track_name: TrackName
@@ -72,11 +72,11 @@ class Stats(BaseModel):
     deletion_failed: Count
     stale: Count
     deleted: Count
-    missing: Count = Field(description="of the allocated: CSP no longer lists them, and a student has them still")
+    missing: Count = Field(description="allocated sandboxes that CSP no longer lists; a student still holds them")
 
 
 class StatsGroup(BaseModel):
-    value: str = Field(examples=["dns-basics"], description="the track, or what the names have before their number")
+    value: str = Field(examples=["dns-basics"], description="the track, or the part of the names before the number")
     total: Count
     available: Count
     allocated: Count
@@ -89,7 +89,7 @@ class StatsGroup(BaseModel):
 class GroupedStats(Stats):
     by: Literal["track_name", "name_prefix"]
     groups: list[StatsGroup] = Field(
-        description="by value; a sandbox that was never leased, or without a track, is in no track's group"
+        description="ordered by value; sandboxes that were never leased, or without a track, are in no track group"
     )
     cursor: Cursor
 
@@ -101,19 +101,21 @@ class SandboxSummary(BaseModel):
     sfdc_account_id: SfdcAccount
     status: SandboxStatus
     status_since: UnixSeconds
-    missing_since: MaybeSeconds = Field(description="a student holds it, and CSP no longer lists it")
-    holder: Holder | None = Field(description="the student who has or had it")
+    missing_since: MaybeSeconds = Field(description="since when CSP no longer lists a sandbox that a student holds")
+    holder: Holder | None = Field(description="the id of the student with the current or latest lease")
     track_name: TrackName
     allocated_at: MaybeSeconds
     expires_at: MaybeSeconds
     deletion_requested_at: MaybeSeconds
     deletion_attempts: Count
-    deletion_error: str | None = Field(examples=["CSP answered 500", None], description="of the last attempt")
+    deletion_error: str | None = Field(
+        examples=["CSP answered 500", None], description="the error of the latest attempt"
+    )
 
 
 class SandboxPage(BaseModel):
     sandboxes: list[SandboxSummary]
-    count: Count = Field(description="on this page")
+    count: Count = Field(description="number of entries on this page")
     cursor: Cursor
 
 
@@ -123,54 +125,53 @@ Actor = Literal["csp", "student", "administrator", "broker"]
 class Transition(BaseModel):
     at: UnixSeconds
     event: str = Field(examples=["sandbox.allocated"])
-    status: SandboxStatus = Field(description="the state that it came to")
-    by: Actor = Field(description="who caused it")
+    status: SandboxStatus = Field(description="the status after the event")
+    by: Actor = Field(description="the actor that caused the event")
     reason: str | None = Field(examples=["expired", None])
     holder: Holder | None
     track_name: TrackName
     error: str | None = Field(examples=["CSP answered 500", None])
     request_id: str | None = Field(
         examples=["5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11", None],
-        description="of the request that asked for the deletion; the logs tell the rest of its story",
+        description="the id of the request that caused the deletion, for a search in the logs",
     )
 
 
 class SandboxStory(SandboxSummary):
     deletion_reason: Literal["student", "expired", "admin"] | None
-    deletion_due_at: MaybeSeconds = Field(description="not tried before")
+    deletion_due_at: MaybeSeconds = Field(description="the earliest time of the next deletion attempt")
     deleted_at: MaybeSeconds
     services_error: str | None = Field(
-        examples=[None], description="what went wrong with the services inside it, before its deletion"
+        examples=[None], description="the error of the clean-up of its NIOSXaaS services before its deletion"
     )
-    idempotency_key: str | None = Field(examples=[None], description="that it was allocated with")
-    ended_at: MaybeSeconds = Field(description="the lease")
+    idempotency_key: str | None = Field(examples=[None], description="the idempotency key of its allocation")
+    ended_at: MaybeSeconds = Field(description="end of the lease")
     end_reason: EndReason
-    end_note: str | None = Field(
-        examples=["student left", None], description="what the administrator gave as a reason"
-    )
-    history: list[Transition] = Field(description="the oldest first; of very many the newest 500")
+    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
+    history: list[Transition] = Field(description="the newest 500 transitions, oldest first")
 
 
 class Allocation(BaseModel):
     lease_id: Annotated[int, Field(examples=[815])]
     sandbox_id: SandboxId
-    name: str | None = Field(examples=["sandbox-1"], description="null once the sandbox's record has been purged")
-    external_id: str | None = Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="likewise")
+    name: str | None = Field(examples=["sandbox-1"], description="null after the purge of the sandbox's record")
+    external_id: str | None = Field(
+        examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"],
+        description="null after the purge of the sandbox's record",
+    )
     holder: Holder
     track_name: TrackName
     allocated_at: UnixSeconds
     expires_at: UnixSeconds
-    ended_at: MaybeSeconds = Field(description="null while it lasts")
-    duration_sec: Annotated[int, Field(examples=[5400], description="until now, while it lasts")]
+    ended_at: MaybeSeconds = Field(description="null for an active lease")
+    duration_sec: Annotated[int, Field(examples=[5400], description="until now for an active lease")]
     end_reason: EndReason
-    end_note: str | None = Field(
-        examples=["student left", None], description="what the administrator gave as a reason"
-    )
+    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
 
 
 class Allocations(BaseModel):
     allocations: list[Allocation]
-    count: Count = Field(description="on this page")
+    count: Count = Field(description="number of entries on this page")
     cursor: Cursor
 
 
@@ -190,8 +191,8 @@ class AppliedSync(BaseModel):
     discovered: Count
     restored: Count
     marked_stale: Count
-    reopened: Count = Field(description="CSP had deleted them and still lists them: they are deleted again")
-    leaked: Count = Field(default=0, description="listed by CSP, and not in the pool")
+    reopened: Count = Field(description="deleted sandboxes that CSP still lists; they are deleted again")
+    leaked: Count = Field(default=0, description="accounts that CSP lists and the pool does not contain")
 
 
 class SandboxName(BaseModel):
@@ -201,7 +202,7 @@ class SandboxName(BaseModel):
 
 class Change(BaseModel):
     count: Count
-    examples: list[SandboxName] = Field(description="20 at most")
+    examples: list[SandboxName] = Field(description="at most 20")
 
 
 class HeldSync(BaseModel):
@@ -209,16 +210,18 @@ class HeldSync(BaseModel):
     begun_at: UnixSeconds
     held_at: UnixSeconds
     reason: str = Field(examples=["The listing is empty."])
-    stale: Change = Field(description="available ones that it lacks")
-    missing: Change = Field(description="allocated ones that it lacks: they would be flagged")
-    moved: Change = Field(description="those that have another account in it")
+    stale: Change = Field(description="available sandboxes that are not in the listing")
+    missing: Change = Field(description="allocated sandboxes that are not in the listing; they would be flagged")
+    moved: Change = Field(description="sandboxes with another account in the listing")
     discovered: Change
     restored: Change
 
 
 class SyncState(BaseModel):
-    applied: AppliedSync | None = Field(description="the last listing that was applied")
-    held: HeldSync | None = Field(description="the newest listing, while it is held: what it would change")
+    applied: AppliedSync | None = Field(description="the latest applied listing")
+    held: HeldSync | None = Field(
+        description="the newest listing if it is held, and the changes that it would make"
+    )
 
 
 class Leak(BaseModel):
@@ -226,18 +229,19 @@ class Leak(BaseModel):
     external_id: ExternalId
     name: Name
     kind: Literal["unknown", "deleted", "missing"] = Field(
-        description="`unknown` and `deleted`: in CSP, but not known or deleted here; "
-        "`missing`: held by a student, but gone from CSP"
+        description="`unknown`: CSP lists it, and the pool does not contain it. `deleted`: CSP lists it, and it is "
+        "deleted in the pool. `missing`: a student holds it, and CSP does not list it"
     )
-    since: int | None = Field(examples=[1728054123, None], description="Unix seconds; null where it is unknown")
+    since: int | None = Field(examples=[1728054123, None], description="Unix seconds; null if unknown")
 
 
 class Leaks(BaseModel):
     leaks: list[Leak]
-    count: Count = Field(description="on this page")
+    count: Count = Field(description="number of entries on this page")
     cursor: Cursor
     listed_at: int | None = Field(
-        examples=[1728054123, None], description="Unix seconds: the listing compared with; null before the first"
+        examples=[1728054123, None],
+        description="time of the compared listing in Unix seconds; null before the first one",
     )
 
 
@@ -248,18 +252,16 @@ QueueName = Annotated[str, Field(examples=["allocator.commands"])]
 class DeadLetterSummary(BaseModel):
     dead_letter_id: DeadLetterId
     died_at: UnixSeconds
-    service: str = Field(examples=["allocator"], description="which could not process it")
-    queue: QueueName = Field(description="that it died in")
+    service: str = Field(examples=["allocator"], description="the service that could not process the message")
+    queue: QueueName = Field(description="the queue in which the message died")
     reason: str = Field(examples=["It is no envelope of commands: Invalid JSON"])
-    commands: list[str] = Field(
-        examples=[["ReleaseSandbox"]], description="their types, as far as they can be read"
-    )
+    commands: list[str] = Field(examples=[["ReleaseSandbox"]], description="the types of all readable commands")
     size: Annotated[int, Field(examples=[212], description="bytes")]
 
 
 class DeadLetterPage(BaseModel):
     dead_letters: list[DeadLetterSummary]
-    count: Count = Field(description="on this page")
+    count: Count = Field(description="number of entries on this page")
     cursor: Cursor
 
 
@@ -269,17 +271,19 @@ class DeadLetter(DeadLetterSummary):
     content_type: str | None = Field(examples=["application/json", None])
     payload: str = Field(
         examples=['{"commands":[{"type":"ReleaseSandbox"}]}'],
-        description="of what is larger than 64 KiB the beginning",
+        description="the first 64 KiB of the message",
     )
-    encoding: Literal["utf-8", "base64"] = Field(description="of `payload`")
+    encoding: Literal["utf-8", "base64"] = Field(description="the encoding of `payload`")
 
 
 class DeadLetterReplayed(BaseModel):
     status: Literal["replayed"] = "replayed"
     dead_letter_id: DeadLetterId
     queue: QueueName
-    published: bool = Field(examples=[True], description="false: nothing was left of it")
-    skipped: Count = Field(description="allocations left out, because their students have had a sandbox since")
+    published: bool = Field(examples=[True], description="false if no command was left to replay")
+    skipped: Count = Field(
+        description="allocations that were not replayed, because their students have had a sandbox since"
+    )
 
 
 class DeadLetterDropped(BaseModel):
@@ -289,10 +293,14 @@ class DeadLetterDropped(BaseModel):
 
 class QueueStatus(BaseModel):
     queue: QueueName
-    messages: MaybeCount = Field(description="that wait; null while RabbitMQ does not answer about this queue")
-    consumers: MaybeCount = Field(description="those that stand by included; null as above")
+    messages: MaybeCount = Field(
+        description="waiting messages; null while RabbitMQ does not respond for this queue"
+    )
+    consumers: MaybeCount = Field(
+        description="active and standby consumers; null while RabbitMQ does not respond for this queue"
+    )
     problem: str | None = Field(
-        examples=[None, "no answer in 0.3 s"], description="null if RabbitMQ answers about this queue"
+        examples=[None, "no answer in 0.3 s"], description="null if RabbitMQ responds for this queue"
     )
 
 
@@ -302,8 +310,8 @@ ServiceState = Literal["up", "partly", "down", "unknown"]
 class ServiceStatus(BaseModel):
     service: str = Field(examples=["reaper"])
     state: ServiceState = Field(
-        description="by the consumers of its queues; `partly`: some of them have none; `unknown`: RabbitMQ is "
-        "down, or does not answer about any of its queues"
+        description="derived from the consumers of its queues. `partly`: some queues have no consumer. `unknown`: "
+        "RabbitMQ is down, or responds for none of its queues"
     )
 
 
@@ -313,18 +321,21 @@ class PartStatus(BaseModel):
 
 
 class CspStatus(BaseModel):
-    """What our records tell of CSP; it is not asked."""
+    """State of CSP according to the records of the broker. The gateway sends no request to CSP."""
 
-    listed_at: MaybeSeconds = Field(description="the listing that was applied last was begun then")
+    listed_at: MaybeSeconds = Field(description="start of the latest applied listing")
     unfinished_since: MaybeSeconds = Field(
-        description="a newer one was begun then and is not there yet: it is being fetched, or CSP did not answer"
+        description="start of a newer listing that is incomplete: a sync is running, or CSP did not respond"
     )
     held: bool = Field(
-        examples=[False], description="the newest one waits for an administrator: GET /v1/admin/sync"
+        examples=[False],
+        description="true if the newest listing waits for an administrator, see GET /v1/admin/sync",
     )
-    pending_since: MaybeSeconds = Field(description="the oldest pending deletion was asked for then")
+    pending_since: MaybeSeconds = Field(description="time of the oldest pending deletion request")
     failing: Count = Field(description="pending deletions that have failed at least once")
-    error: str | None = Field(examples=["CSP answered 500", None], description="of the newest such failure")
+    error: str | None = Field(
+        examples=["CSP answered 500", None], description="the error of the latest such failure"
+    )
 
 
 class Status(BaseModel):
@@ -332,8 +343,8 @@ class Status(BaseModel):
     rabbitmq: PartStatus
     database: PartStatus
     services: list[ServiceStatus]
-    queues: list[QueueStatus] | None = Field(description="null while RabbitMQ does not answer")
-    pool: Stats | None = Field(description="null while the database does not answer, like all below")
+    queues: list[QueueStatus] | None = Field(description="null while RabbitMQ does not respond")
+    pool: Stats | None = Field(description="null while the database does not respond, like all fields below")
     csp: CspStatus | None
     dead_letters: Count | None
 
@@ -347,24 +358,24 @@ class Purge(BaseModel):
 class Cleanup(BaseModel):
     status: Literal["completed"] = "completed"
     deleted: Count
-    failed: Count = Field(description="attempts; they are repeated later, by themselves")
+    failed: Count = Field(description="failed attempts; the reaper retries them automatically")
     duration_ms: Milliseconds
 
 
 class Job(BaseModel):
     job_id: JobId
     kind: JobKind
-    state: JobState = Field(description="`held`: a sync that waits for an administrator to force it")
+    state: JobState = Field(description="`held`: a sync that an administrator has to force")
     progress: dict[str, int] = Field(examples=[{"deleted": 12, "failed": 0}])
     result: dict[str, int | str] | None = Field(
-        examples=[None, {"deleted": 40, "failed": 0}], description="once it is no longer `running`"
+        examples=[None, {"deleted": 40, "failed": 0}], description="null while the job is `running`"
     )
     started_at: UnixSeconds
     updated_at: UnixSeconds
 
 
 class JobRunning(BaseModel):
-    """The answer to whoever started a job that takes longer than they are kept waiting."""
+    """Response to a request if its job takes longer than ADMIN_WAIT_SEC."""
 
     status: Literal["running"] = "running"
     job_id: JobId
@@ -378,7 +389,7 @@ class FieldProblem(BaseModel):
 
 class ErrorDetail(BaseModel):
     code: str = Field(examples=["POOL_EXHAUSTED"])
-    message: str = Field(examples=["No available sandboxes in pool"], description="what to do next")
+    message: str = Field(examples=["No available sandboxes in pool"], description="the fact, then the action")
     request_id: str = Field(examples=["5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11"])
     retry_after: int | None = Field(default=None, examples=[30], description="seconds")
     fields: list[FieldProblem] | None = None
@@ -389,12 +400,12 @@ class Error(BaseModel):
 
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer besides success, for its OpenAPI entry."""
+    """Return the error responses of a route for its OpenAPI entry, by status."""
     entries: dict[int | str, dict[str, Any]] = {}
     for code in codes:
-        kind = KINDS[code]
+        spec = ERRORS[code]
         entry = entries.setdefault(
-            kind.status,
+            spec.status,
             {
                 "model": Error,
                 "description": "",
@@ -402,21 +413,21 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
                 "content": {"application/json": {"examples": {}}},
             },
         )
-        entry["description"] = f"{entry['description']}\n\n`{code}`: {kind.meaning}. {kind.advice}".lstrip()
-        entry["content"]["application/json"]["examples"][code] = {"summary": kind.meaning, "value": _example(code)}
-        if kind.retry_after is not None:
-            entry["headers"]["Retry-After"] = header("seconds until trying again can help", "integer")
-        if kind.status == HTTPStatus.UNAUTHORIZED:
-            entry["headers"]["WWW-Authenticate"] = header("always `Bearer`")
+        entry["description"] = f"{entry['description']}\n\n`{code}`: {spec.meaning}. {spec.advice}".lstrip()
+        entry["content"]["application/json"]["examples"][code] = {"summary": spec.meaning, "value": _example(code)}
+        if spec.retry_after is not None:
+            entry["headers"]["Retry-After"] = describe_header("seconds until a retry can succeed", "integer")
+        if spec.status == HTTPStatus.UNAUTHORIZED:
+            entry["headers"]["WWW-Authenticate"] = describe_header("always `Bearer`")
     return entries | {"default": {"model": Error, "description": "Any other error has the same body."}}
 
 
 def _example(code: str) -> dict[str, Any]:
     detail = ErrorDetail(
         code=code,
-        message=f"{KINDS[code].meaning}.",
+        message=f"{ERRORS[code].meaning}.",
         request_id="5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11",
-        retry_after=KINDS[code].retry_after,
+        retry_after=ERRORS[code].retry_after,
         fields=[FieldProblem(field="limit", problem="Input should be less than or equal to 500")]
         if code == "INVALID_REQUEST"
         else None,
@@ -426,11 +437,11 @@ def _example(code: str) -> dict[str, Any]:
 
 JOB_RUNNING: dict[str, Any] = {
     "model": JobRunning,
-    "description": "It takes longer; ask after it at `Location`",
-    "headers": {"Location": {"description": "the path of the job", "schema": {"type": "string"}}},
+    "description": "The job is still running. Get its state from the path in `Location`.",
+    "headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}},
 }
 
 
-def header(description: str, kind: str = "string") -> dict[str, Any]:
-    """A response header's OpenAPI entry."""
-    return {"description": description, "schema": {"type": kind}}
+def describe_header(description: str, type_: str = "string") -> dict[str, Any]:
+    """Return the OpenAPI entry of a response header."""
+    return {"description": description, "schema": {"type": type_}}

@@ -1,11 +1,11 @@
-"""Cursors: the position of the next page of a listing, as opaque text.
+"""Cursors of keyset pagination: the position of the next page of a listing, as opaque text.
 
 A cursor holds the key of the last row of a page, and a checksum over this key, the listing and its filters. The
-checksum finds a cursor that was cut short, or that belongs to another listing or other filters.
+checksum detects a truncated cursor, and a cursor of another listing or other filters.
 
-The checksum is not a signature: anyone can compute it. A signature would need a secret that all gateways share, and
-would protect nothing: a forged key only chooses where a page begins, and the filters apply to every page. `decode`
-validates the key in full instead, because a key of other types would fail in the database (500).
+The checksum is not a signature: any client can compute it. A signature would need a secret that all gateways share,
+and would not protect data: a forged key only moves the start of a page, and the filters apply to every page.
+`decode` validates the key in full instead, because a key of other types would fail in the database (500).
 """
 
 import base64
@@ -21,21 +21,22 @@ from gateway.api.errors import ApiError
 Key = Sequence[str | int | datetime | uuid.UUID]
 
 MAX_LENGTH = 2048
-"""Characters of a cursor. A name of 255 characters of 4 bytes each takes 1,400."""
+"""Longest cursor, in characters. A name of 255 characters of 4 bytes each takes 1,400."""
 
 _CHECKSUM_BYTES = 8
 
 
 def encode(key: Key, *listing: object) -> str:
-    """Return the cursor of the page after `key`. `listing` is its name and its filters."""
+    """Return the cursor of the page after `key`. `listing` is the name of the listing and its filters."""
     body = json.dumps([_jsonable(value) for value in key], separators=(",", ":"), ensure_ascii=False).encode()
     return base64.urlsafe_b64encode(_checksum(body, listing) + body).decode().rstrip("=")
 
 
 def decode(cursor: str, types: Sequence[type], *listing: object) -> list[Any]:
-    """Return the key: one value for each of `types`, which are those of the listing's order.
+    """Return the key: one value for each of `types`, the types of the columns that order the listing.
 
-    A str is valid UTF-8 without NUL, an int a bigint, a datetime has a time zone. Raises ApiError INVALID_CURSOR.
+    A str is valid UTF-8 without NUL, an int is a bigint, a datetime has a time zone. Raises ApiError
+    INVALID_CURSOR.
     """
     try:
         decoded = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
@@ -53,7 +54,7 @@ def decode(cursor: str, types: Sequence[type], *listing: object) -> list[Any]:
 def invalid_cursor() -> ApiError:
     return ApiError(
         "INVALID_CURSOR",
-        "This cursor is not of this listing with these filters. Begin again without one, and keep the filters.",
+        "This cursor belongs to another listing or other filters. Start without a cursor, and keep the filters.",
     )
 
 

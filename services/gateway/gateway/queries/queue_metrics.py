@@ -1,9 +1,9 @@
-"""Queue metrics: how many messages wait in each queue, for how long, and how many consumers it has.
+"""Queue metrics: depth, age of the oldest message, and number of consumers of each queue.
 
-The gateway measures them because the consumers of a queue may be down. It asks with passive declarations, which
-need no right to the queue and no management API. RabbitMQ does not tell the age of the oldest message, and a queue
-with a single active consumer gives it to no other client. The age is therefore estimated: the oldest message is not
-older than the last time the queue was seen empty.
+The gateway measures them because the consumers of a queue may be down. It uses passive declarations, which need no
+permission on the queue and no management API. RabbitMQ does not report the age of the oldest message, and a queue
+with a single active consumer delivers to no other client. The gateway therefore estimates the age: the oldest
+message arrived after the gateway last saw the queue empty.
 """
 
 import asyncio
@@ -21,12 +21,14 @@ from sandbox_broker.runtime.service import every
 
 PERIOD_SEC = 5.0
 ANSWER_TIMEOUT_SEC = 2.0
-"""For the answer about one queue."""
+"""Timeout of RabbitMQ's answer about one queue."""
 
 log = structlog.get_logger()
 
 
-class Queues:
+class QueueMetrics:
+    """Polls all queues and sets their gauges."""
+
     def __init__(self, publisher: Publisher, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._publisher = publisher
         self._clock = clock
@@ -34,14 +36,15 @@ class Queues:
         self._unavailable: set[str] = set()
 
     async def watch(self) -> None:
-        await every(PERIOD_SEC, self.look)
+        """Measure every PERIOD_SEC until cancelled."""
+        await every(PERIOD_SEC, self.measure)
 
-    async def look(self) -> None:
-        """Ask about all queues concurrently, so that a queue without an answer delays no other."""
-        await asyncio.gather(*(self._look_at(queue.name) for queue in topology.QUEUES))
+    async def measure(self) -> None:
+        """Measure all queues concurrently, so that a queue without an answer does not delay the others."""
+        await asyncio.gather(*(self._measure_queue(queue.name) for queue in topology.QUEUES))
 
-    async def _look_at(self, name: str) -> None:
-        """A queue without an answer has no value, because an old value would say that all is well."""
+    async def _measure_queue(self, name: str) -> None:
+        """Set the gauges of a queue. Remove them without an answer, because an old value would hide the problem."""
         try:
             info = await self._publisher.look(name, timeout_sec=ANSWER_TIMEOUT_SEC)
         except Disconnected as error:

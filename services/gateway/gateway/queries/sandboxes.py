@@ -1,4 +1,4 @@
-"""What the gateway reads from the database by itself. It never writes."""
+"""Read queries of the gateway: sandboxes, pool statistics, syncs and jobs. The gateway never writes."""
 
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -36,16 +36,16 @@ from sandbox_broker.database.schema import (
 )
 from sandbox_broker.observability import tracing
 
-JOB_SILENCE_SEC = 120
-"""Who works on a job tells at least once a minute; one that was silent for this long is dead."""
-ABANDONED = "Whoever worked on it has died. Nothing is lost: start it again."
+JOB_REPORT_TIMEOUT_SEC = 120
+"""Longest time between two reports of a running job. Its worker reports at least once a minute."""
+WORKER_LOST = "The worker stopped reporting. No data is lost. Start the job again."
 
-NONE_OF_EACH: Mapping[str, int] = dict.fromkeys(get_args(SandboxStatus), 0)
+ZERO_COUNTS: Mapping[str, int] = dict.fromkeys(get_args(SandboxStatus), 0)
 
-STORY_LENGTH = 500
-"""Transitions that are shown of one sandbox, the newest."""
+MAX_TRANSITIONS = 500
+"""Limit of transitions in the details of a sandbox. Older ones are left out."""
 
-ENTERED: Mapping[str, SandboxStatus] = {
+STATUS_AFTER_EVENT: Mapping[str, SandboxStatus] = {
     "sandbox.discovered": "available",
     "sandbox.allocated": "allocated",
     "sandbox.deletion_requested": "pending_deletion",
@@ -54,8 +54,8 @@ ENTERED: Mapping[str, SandboxStatus] = {
     "sandbox.stale": "stale",
     "sandbox.restored": "available",
 }
-"""The state that each event is about."""
-BY: Mapping[str, Actor] = {
+"""Status of a sandbox after an event, by event type."""
+ACTOR_OF_EVENT: Mapping[str, Actor] = {
     "student": "student",
     "admin": "administrator",
     "expired": "broker",
@@ -67,7 +67,7 @@ BY: Mapping[str, Actor] = {
     "sandbox.stale": "csp",
     "sandbox.restored": "csp",
 }
-"""Who caused it: by the reason of the event, otherwise by its type."""
+"""Actor that caused an event, by the reason of the event, or by its type if it has no reason."""
 
 _TIMES = (
     "status_since",
@@ -80,14 +80,14 @@ _TIMES = (
 
 @dataclass(frozen=True, slots=True)
 class HeldSandbox:
-    """A sandbox and the student who holds it, or held it last; None if nobody ever did."""
+    """A sandbox and its current or last holder. Both are None if it was never leased."""
 
     holder: str | None
     sandbox: Sandbox | None
 
 
-async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
-    """None if there is no such sandbox."""
+async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
+    """Return the sandbox with its current or last holder, or None if the id is unknown."""
     query = (
         select(
             sandboxes.c.sandbox_id,
@@ -97,13 +97,13 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
             sandboxes.c.sfdc_account_id,
             leases.c.holder,
             leases.c.track_name,
-            seconds(leases.c.allocated_at).label("allocated_at"),
-            seconds(leases.c.expires_at).label("expires_at"),
+            unix_seconds(leases.c.allocated_at).label("allocated_at"),
+            unix_seconds(leases.c.expires_at).label("expires_at"),
         )
         .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
         .where(sandboxes.c.sandbox_id == sandbox_id)
     )
-    async with reading(engine) as connection:
+    async with read_connection(engine) as connection:
         row = (await connection.execute(query)).mappings().one_or_none()
     if row is None:
         return None
@@ -112,48 +112,51 @@ async def sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
     return HeldSandbox(row["holder"], Sandbox.model_validate({**row, "allocated_to_track": row["holder"]}))
 
 
-async def story(engine: AsyncEngine, sandbox_id: str) -> SandboxStory | None:
-    """All that is known of a sandbox; None if there is no such."""
+async def sandbox_details(engine: AsyncEngine, sandbox_id: str) -> SandboxStory | None:
+    """Return a sandbox with its lease and its transitions, oldest first, or None if the id is unknown.
+
+    Events that the outbox relay has not published yet are included.
+    """
     query = (
         select(
             sandboxes,
             leases.c.holder,
             leases.c.idempotency_key,
-            seconds(leases.c.allocated_at).label("allocated_at"),
-            seconds(leases.c.expires_at).label("expires_at"),
-            seconds(leases.c.ended_at).label("ended_at"),
+            unix_seconds(leases.c.allocated_at).label("allocated_at"),
+            unix_seconds(leases.c.expires_at).label("expires_at"),
+            unix_seconds(leases.c.ended_at).label("ended_at"),
             leases.c.end_reason,
             leases.c.end_note,
-            *(seconds(sandboxes.c[name]).label(f"{name}_sec") for name in _TIMES),
+            *(unix_seconds(sandboxes.c[name]).label(f"{name}_sec") for name in _TIMES),
         )
         .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
         .where(sandboxes.c.sandbox_id == sandbox_id)
     )
-    kept = select(history.c.outbox_id, history.c.type, history.c.occurred_at, history.c.data)
-    kept = kept.where(history.c.sandbox_id == sandbox_id)
-    waiting = select(outbox.c.outbox_id, outbox.c.type, outbox.c.occurred_at, outbox.c.data)
-    waiting = waiting.where(outbox.c.subject == sandbox_id)
-    events = union_all(kept, waiting).subquery()
-    newest = select(events.c.type, seconds(events.c.occurred_at).label("at"), events.c.data)
-    newest = newest.order_by(events.c.outbox_id.desc()).limit(STORY_LENGTH)
-    async with reading(engine) as connection:
+    published = select(history.c.outbox_id, history.c.type, history.c.occurred_at, history.c.data)
+    published = published.where(history.c.sandbox_id == sandbox_id)
+    unpublished = select(outbox.c.outbox_id, outbox.c.type, outbox.c.occurred_at, outbox.c.data)
+    unpublished = unpublished.where(outbox.c.subject == sandbox_id)
+    events = union_all(published, unpublished).subquery()
+    newest = select(events.c.type, unix_seconds(events.c.occurred_at).label("at"), events.c.data)
+    newest = newest.order_by(events.c.outbox_id.desc()).limit(MAX_TRANSITIONS)
+    async with read_connection(engine) as connection:
         row = (await connection.execute(query)).mappings().one_or_none()
-        told = (await connection.execute(newest)).all()
+        transitions = (await connection.execute(newest)).all()
     if row is None:
         return None
     times = {name: row[f"{name}_sec"] for name in _TIMES}
     return SandboxStory.model_validate(
-        {**row, **times, "history": [_transition(*event) for event in reversed(told)]}
+        {**row, **times, "history": [_transition(*event) for event in reversed(transitions)]}
     )
 
 
-def _transition(kind: str, at: int, data: Mapping[str, Any]) -> Transition:
+def _transition(event_type: str, at: int, data: Mapping[str, Any]) -> Transition:
     reason = data.get("reason")
     return Transition(
         at=at,
-        event=kind,
-        status=ENTERED[kind],
-        by=BY[reason] if reason and not data.get("reopened") else BY[kind],
+        event=event_type,
+        status=STATUS_AFTER_EVENT[event_type],
+        by=ACTOR_OF_EVENT[reason if reason and not data.get("reopened") else event_type],
         reason="CSP still lists it" if data.get("reopened") else reason,
         holder=data.get("holder"),
         track_name=data.get("track_name"),
@@ -162,7 +165,8 @@ def _transition(kind: str, at: int, data: Mapping[str, Any]) -> Transition:
     )
 
 
-async def stats(engine: AsyncEngine) -> Stats:
+async def pool_stats(engine: AsyncEngine) -> Stats:
+    """Return the number of sandboxes in each status, and of allocated sandboxes that CSP no longer lists."""
     pool = pool_counts.c.kind == "pool"
     both = union_all(
         select(pool_counts.c.status, pool_counts.c.number).where(pool),
@@ -170,65 +174,69 @@ async def stats(engine: AsyncEngine) -> Stats:
     ).subquery()
     query = select(both.c.status, func.sum(both.c.number)).group_by(both.c.status)
     missing = select(func.count()).where(sandboxes.c.status == "allocated", sandboxes.c.missing_since.is_not(None))
-    async with reading(engine) as connection:
+    async with read_connection(engine) as connection:
         rows = (await connection.execute(query)).all()
-        gone = (await connection.execute(missing)).scalar_one()
-    counts = {**NONE_OF_EACH, **{status: int(number) for status, number in rows}}
-    return Stats(total=sum(counts.values()), missing=gone, **counts)
+        missing_count = (await connection.execute(missing)).scalar_one()
+    counts = {**ZERO_COUNTS, **{status: int(number) for status, number in rows}}
+    return Stats(total=sum(counts.values()), missing=missing_count, **counts)
 
 
 async def sync_state(engine: AsyncEngine) -> SyncState:
+    """Return the last applied listing, and the newest listing if it is held."""
     listing = (
         select(
             csp_listings.c.listing_id,
-            seconds(csp_listings.c.begun_at).label("begun_at"),
-            seconds(csp_listings.c.applied_at).label("applied_at"),
-            seconds(csp_listings.c.held_at).label("held_at"),
+            unix_seconds(csp_listings.c.begun_at).label("begun_at"),
+            unix_seconds(csp_listings.c.applied_at).label("applied_at"),
+            unix_seconds(csp_listings.c.held_at).label("held_at"),
             csp_listings.c.outcome,
         )
         .order_by(csp_listings.c.listing_id.desc())
         .limit(1)
     )
     applied = csp_listings.c.applied_at.is_not(None)
-    async with reading(engine) as connection:
-        newest = await connection.execute(listing.where(applied | csp_listings.c.held_at.is_not(None)))
-        last = await connection.execute(listing.where(applied))
-        held, done = newest.mappings().one_or_none(), last.mappings().one_or_none()
+    async with read_connection(engine) as connection:
+        newest_rows = await connection.execute(listing.where(applied | csp_listings.c.held_at.is_not(None)))
+        applied_rows = await connection.execute(listing.where(applied))
+        newest, last = newest_rows.mappings().one_or_none(), applied_rows.mappings().one_or_none()
+    held = newest if newest and newest["held_at"] is not None else None
     return SyncState(
-        applied=AppliedSync.model_validate({**done, **done["outcome"]}) if done else None,
-        held=HeldSync.model_validate({**held, **held["outcome"]}) if held and held["held_at"] is not None else None,
+        applied=AppliedSync.model_validate({**last, **last["outcome"]}) if last else None,
+        held=HeldSync.model_validate({**held, **held["outcome"]}) if held else None,
     )
 
 
-async def job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
-    """None if there is no such job."""
-    silent_since = func.now() - timedelta(seconds=JOB_SILENCE_SEC)
+async def find_job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
+    """Return the job, or None if the id is unknown. A job without recent reports counts as failed."""
+    oldest_report = func.now() - timedelta(seconds=JOB_REPORT_TIMEOUT_SEC)
     query = select(
         jobs.c.job_id,
         jobs.c.kind,
         jobs.c.state,
         jobs.c.progress,
         jobs.c.result,
-        seconds(jobs.c.started_at).label("started_at"),
-        seconds(jobs.c.updated_at).label("updated_at"),
-        ((jobs.c.state == "running") & (jobs.c.updated_at < silent_since)).label("abandoned"),
+        unix_seconds(jobs.c.started_at).label("started_at"),
+        unix_seconds(jobs.c.updated_at).label("updated_at"),
+        ((jobs.c.state == "running") & (jobs.c.updated_at < oldest_report)).label("abandoned"),
     ).where(jobs.c.job_id == job_id)
-    async with reading(engine) as connection:
+    async with read_connection(engine) as connection:
         row = (await connection.execute(query)).mappings().one_or_none()
     if row is None:
         return None
-    found = Job.model_validate(row)
+    job = Job.model_validate(row)
     if row["abandoned"]:
-        return found.model_copy(update={"state": "failed", "result": {"message": ABANDONED}})
-    return found
+        return job.model_copy(update={"state": "failed", "result": {"message": WORKER_LOST}})
+    return job
 
 
-def seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
+def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
+    """Return the SQL expression of `time` in whole Unix seconds."""
     return func.floor(func.extract("epoch", time))
 
 
 @asynccontextmanager
-async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def read_connection(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Yield a database connection. Connection errors become ApiError DATABASE_UNAVAILABLE."""
     try:
         with tracing.within("read", "client", attributes={"db.system.name": "postgresql"}):
             async with engine.connect() as connection:

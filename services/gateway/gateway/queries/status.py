@@ -1,5 +1,7 @@
-"""How the whole broker is. All parts are looked at side by side, and none is waited for longer than PART_SEC: the
-answer comes in time whatever is down."""
+"""Status report of all components. Probes run concurrently and end after PROBE_TIMEOUT_SEC.
+
+The report is therefore complete in time, even if RabbitMQ or PostgreSQL does not respond.
+"""
 
 import asyncio
 import time
@@ -12,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.errors import ApiError
 from gateway.api.schemas import CspStatus, PartStatus, QueueStatus, ServiceState, ServiceStatus, Stats, Status
-from gateway.queries.sandboxes import reading, seconds, stats
+from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections
 from sandbox_broker.database.schema import csp_listings, dead_letters, sandboxes
@@ -20,63 +22,67 @@ from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
 
-PART_SEC = 0.3
+PROBE_TIMEOUT_SEC = 0.3
 
-LOOK = 1000
-"""Pending deletions that are looked at: those that have been pending longest."""
+MAX_PENDING_DELETIONS = 1000
+"""Limit of pending deletions to examine, oldest first."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
-    """What the database tells."""
+class DatabaseReport:
+    """The part of the status report that comes from PostgreSQL."""
 
     pool: Stats
     csp: CspStatus
     dead_letters: int
 
 
-class Look(Generic[T]):
-    """One look at a time at one part, whoever waits for it: of a part that hangs, one task waits."""
+class Probe(Generic[T]):
+    """Probe of one component. Concurrent callers share one check, so a component that hangs holds one task."""
 
-    def __init__(self, look: Callable[[], Awaitable[T]]) -> None:
-        self._look = look
-        self._looking: asyncio.Task[T] | None = None
+    def __init__(self, check: Callable[[], Awaitable[T]]) -> None:
+        """`check` raises ApiError when the component fails."""
+        self._check = check
+        self._task: asyncio.Task[T] | None = None
 
-    async def see(self) -> T | str:
-        """What the look gives, or what is wrong with the part."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._run())
-            # Nobody may be waiting any more when it fails.
-            self._looking.add_done_callback(lambda task: None if task.cancelled() else task.exception())
-        seen, _ = await asyncio.wait([self._looking], timeout=PART_SEC)
-        if not seen:
+    async def run(self) -> T | str:
+        """Return the result of the check, or a description of the problem."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run_check())
+            # Retrieve the exception here, because all callers may have timed out before the check fails.
+            self._task.add_done_callback(lambda task: None if task.cancelled() else task.exception())
+        done, _ = await asyncio.wait([self._task], timeout=PROBE_TIMEOUT_SEC)
+        if not done:
             return _no_answer()
         try:
-            return self._looking.result()
+            return self._task.result()
         except ApiError as error:
             return error.message if error.__cause__ is None else connections.reason(error.__cause__)
 
-    async def _run(self) -> T:
-        return await self._look()
+    async def _run_check(self) -> T:
+        return await self._check()
 
 
-class Outlook:
-    """The broker, as the gateway sees it."""
+class StatusReporter:
+    """Builds the status report from the queues in RabbitMQ and the records in PostgreSQL."""
 
     def __init__(self, publisher: Publisher, engine: AsyncEngine) -> None:
         self._publisher = publisher
-        self._records = Look(lambda: _records(engine))
+        self._database = Probe(lambda: _query_database(engine))
 
-    async def status(self) -> Status:
-        queues, records = await asyncio.gather(_queues(self._publisher), self._records.see())
-        known = None if isinstance(records, str) else records
+    async def report(self) -> Status:
+        """Return the status. Fields of a component that is down are None."""
+        queues, database = await asyncio.gather(_inspect_queues(self._publisher), self._database.run())
+        known = None if isinstance(database, str) else database
         return Status(
             checked_at=int(time.time()),
-            rabbitmq=_part(queues),
-            database=_part(records),
-            services=[ServiceStatus(service=service, state=_state(service, queues)) for service in SERVICES],
+            rabbitmq=_part_status(queues),
+            database=_part_status(database),
+            services=[
+                ServiceStatus(service=service, state=_service_state(service, queues)) for service in SERVICES
+            ],
             queues=None if isinstance(queues, str) else queues,
             pool=known and known.pool,
             csp=known and known.csp,
@@ -84,46 +90,49 @@ class Outlook:
         )
 
 
-def _part(seen: object) -> PartStatus:
-    return PartStatus(state="down", problem=seen) if isinstance(seen, str) else PartStatus(state="up", problem=None)
+def _part_status(result: object) -> PartStatus:
+    if isinstance(result, str):
+        return PartStatus(state="down", problem=result)
+    return PartStatus(state="up", problem=None)
 
 
-def _consumer(queue: str) -> str:
-    """The service that consumes it: they are named after it, but for the one that the allocator empties."""
+def _consuming_service(queue: str) -> str:
+    """Return the service that consumes the queue.
+
+    A queue name begins with its service. The allocator consumes the dead-letter queue.
+    """
     return "allocator" if queue == topology.DEAD_LETTER_QUEUE.name else queue.partition(".")[0]
 
 
-SERVICES = tuple(dict.fromkeys(_consumer(queue.name) for queue in topology.QUEUES))
+SERVICES = tuple(dict.fromkeys(_consuming_service(queue.name) for queue in topology.QUEUES))
 
 
-def _state(service: str, queues: Sequence[QueueStatus] | str) -> ServiceState:
-    """State of a service by the consumers of its queues. Queues that do not answer say nothing about it."""
-    consumers = [] if isinstance(queues, str) else [entry.consumers for entry in queues if _of(entry, service)]
+def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> ServiceState:
+    """Return the state of a service by the consumers of its queues. Queues without an answer do not count."""
+    if isinstance(queues, str):
+        return "unknown"
+    consumers = [status.consumers for status in queues if _consuming_service(status.queue) == service]
     consumed = [number > 0 for number in consumers if number is not None]
     if not consumed:
         return "unknown"
     return "up" if all(consumed) else "partly" if any(consumed) else "down"
 
 
-def _of(entry: QueueStatus, service: str) -> bool:
-    return _consumer(entry.queue) == service
-
-
-async def _queues(publisher: Publisher) -> list[QueueStatus] | str:
-    """Return the state of each queue, or why RabbitMQ answers about none of them."""
+async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
+    """Return the status of each queue, or the problem if RabbitMQ answers about no queue."""
     try:
-        queues = await asyncio.gather(*(_queue(publisher, queue.name) for queue in topology.QUEUES))
+        queues = await asyncio.gather(*(_inspect_queue(publisher, queue.name) for queue in topology.QUEUES))
     except Disconnected as error:
         return str(error)
-    if all(entry.problem == _no_answer() for entry in queues):
+    if all(status.problem == _no_answer() for status in queues):
         return _no_answer()
     return queues
 
 
-async def _queue(publisher: Publisher, name: str) -> QueueStatus:
+async def _inspect_queue(publisher: Publisher, name: str) -> QueueStatus:
     """Raise Disconnected if the connection is lost."""
     try:
-        info = await publisher.look(name, timeout_sec=PART_SEC)
+        info = await publisher.look(name, timeout_sec=PROBE_TIMEOUT_SEC)
     except QueueUnavailable as error:
         problem = _no_answer() if error.__cause__ is None else str(error)
         return QueueStatus(queue=name, messages=None, consumers=None, problem=problem)
@@ -131,41 +140,41 @@ async def _queue(publisher: Publisher, name: str) -> QueueStatus:
 
 
 def _no_answer() -> str:
-    return f"no answer in {PART_SEC:g} s"
+    return f"no answer in {PROBE_TIMEOUT_SEC:g} s"
 
 
-async def _records(engine: AsyncEngine) -> Records:
+async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     """Raises ApiError DATABASE_UNAVAILABLE."""
-    pool = await stats(engine)
-    begun = select(
-        seconds(csp_listings.c.begun_at).label("begun_at"), csp_listings.c.held_at, csp_listings.c.applied_at
+    pool = await pool_stats(engine)
+    listings = select(
+        unix_seconds(csp_listings.c.begun_at).label("begun_at"), csp_listings.c.held_at, csp_listings.c.applied_at
     )
-    newest = begun.order_by(csp_listings.c.listing_id.desc()).limit(1)
+    newest = listings.order_by(csp_listings.c.listing_id.desc()).limit(1)
     pending = (
         select(sandboxes.c.deletion_requested_at, sandboxes.c.deletion_attempts, sandboxes.c.deletion_error)
         .where(sandboxes.c.status == "pending_deletion")
         .order_by(sandboxes.c.status_since)
-        .limit(LOOK)
+        .limit(MAX_PENDING_DELETIONS)
         .subquery()
     )
     failing = pending.c.deletion_attempts > 0
-    deletions = select(
-        seconds(func.min(pending.c.deletion_requested_at)).label("pending_since"),
+    pending_summary = select(
+        unix_seconds(func.min(pending.c.deletion_requested_at)).label("pending_since"),
         func.count().filter(failing).label("failing"),
         func.max(pending.c.deletion_error).filter(failing).label("error"),
     )
-    async with reading(engine) as connection:
+    async with read_connection(engine) as connection:
         last = (await connection.execute(newest)).one_or_none()
         applied = (await connection.execute(newest.where(csp_listings.c.applied_at.is_not(None)))).one_or_none()
-        tried = (await connection.execute(deletions)).one()
-        dead = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
+        deletions = (await connection.execute(pending_summary)).one()
+        letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
     unfinished = last is not None and last.applied_at is None and last.held_at is None
     csp = CspStatus(
         listed_at=applied and applied.begun_at,
         unfinished_since=last.begun_at if last is not None and unfinished else None,
         held=last is not None and last.held_at is not None and last.applied_at is None,
-        pending_since=tried.pending_since,
-        failing=tried.failing,
-        error=tried.error,
+        pending_since=deletions.pending_since,
+        failing=deletions.failing,
+        error=deletions.error,
     )
-    return Records(pool, csp, dead)
+    return DatabaseReport(pool, csp, letters)

@@ -1,4 +1,4 @@
-"""The admin routes that look at the whole, at the pool, at who had what, and at what differs from CSP."""
+"""Admin routes that read: status, pool statistics, sandboxes, allocations and leaks."""
 
 from typing import Annotated
 
@@ -18,43 +18,43 @@ from gateway.api.schemas import (
 from gateway.context import Context
 from gateway.queries import cursors, leaks, pagination, sandboxes
 from gateway.queries.pagination import AllocationFilter, GroupedBy, SandboxFilter
-from gateway.routes.admin_actions import ALWAYS
+from gateway.routes.admin_actions import COMMON_ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
-PAGED = (*ALWAYS, "INVALID_CURSOR", "DATABASE_UNAVAILABLE")
+LISTING_ERRORS = (*COMMON_ERRORS, "INVALID_CURSOR", "DATABASE_UNAVAILABLE")
 
 Limit = Annotated[int, Query(ge=1, le=500)]
 Cursor = Annotated[
-    str, Query(max_length=cursors.MAX_LENGTH, description="that of the page before; the filters stay the same")
+    str, Query(max_length=cursors.MAX_LENGTH, description="`cursor` of the previous page. Keep the filters.")
 ]
 Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
-"""As in the headers that it comes from; blank is no filter."""
+"""Printable ASCII, as in the headers of an allocation. An empty text is no filter."""
 Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]
 
 
-@router.get("/status", responses=responses(*ALWAYS))
+@router.get("/status", responses=responses(*COMMON_ERRORS))
 async def get_status(request: Request) -> Status:
-    """What is up and what is not, the queues, the pool, and what our records tell of CSP. What does not answer in
-    0.3 s is reported as down, so that this always answers at once."""
+    """Return the status of all components, the queues, the pool, and the recorded state of CSP. A component that
+    does not respond in 0.3 s is reported as down, so the report always arrives at once."""
     context: Context = request.app.state.context
-    return await context.outlook.status()
+    return await context.status_reporter.report()
 
 
-@router.get("/stats", responses=responses(*PAGED))
+@router.get("/stats", responses=responses(*LISTING_ERRORS))
 async def get_stats(
     request: Request, *, by: GroupedBy | None = None, limit: Limit = 50, cursor: Cursor = ""
 ) -> GroupedStats | Stats:
-    """How many sandboxes are in each state; with `by` also for each track, or for each beginning of their names,
-    which is all before their number."""
+    """Return the number of sandboxes in each status. With `by`, also return these numbers per track or per name
+    prefix. The prefix is the name without its final number."""
     context: Context = request.app.state.context
     if by is None:
-        return await sandboxes.stats(context.engine)
+        return await sandboxes.pool_stats(context.engine)
     return await pagination.grouped_stats(context.engine, by, limit=limit, cursor=cursor)
 
 
-@router.get("/sandboxes", responses=responses(*PAGED))
+@router.get("/sandboxes", responses=responses(*LISTING_ERRORS))
 async def get_sandboxes(
     request: Request,
     *,
@@ -65,23 +65,25 @@ async def get_sandboxes(
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> SandboxPage:
-    """The sandboxes that all filters given are true of. `name_prefix` is exact, without wildcards."""
+    """List the sandboxes that match all filters. `name_prefix` has no wildcards."""
     context: Context = request.app.state.context
     wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None)
     return await pagination.sandboxes_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
-@router.get("/sandboxes/{sandbox_id}", responses=responses(*ALWAYS, "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"))
+@router.get(
+    "/sandboxes/{sandbox_id}", responses=responses(*COMMON_ERRORS, "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE")
+)
 async def get_sandbox(request: Request, sandbox_id: str) -> SandboxStory:
-    """All about one, with its history: each transition, when, why, and by whom."""
+    """Return a sandbox with its history: the time, reason and actor of each transition."""
     context: Context = request.app.state.context
-    found = await sandboxes.story(context.engine, sandbox_id) if "\0" not in sandbox_id else None
-    if found is None:
+    details = await sandboxes.sandbox_details(context.engine, sandbox_id) if "\0" not in sandbox_id else None
+    if details is None:
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.")
-    return found
+    return details
 
 
-@router.get("/allocations", responses=responses(*PAGED))
+@router.get("/allocations", responses=responses(*LISTING_ERRORS))
 async def get_allocations(
     request: Request,
     *,
@@ -92,16 +94,16 @@ async def get_allocations(
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> Allocations:
-    """Which student had which sandbox when, how long, and how it ended; the newest first. Of the leases that began
-    at `since` or later, and before `until`."""
+    """List leases, newest first, with their student, sandbox, duration and end. `since` (inclusive) and `until`
+    (exclusive) limit the time of allocation."""
     context: Context = request.app.state.context
     wanted = AllocationFilter(track_name or None, holder or None, since, until)
     return await pagination.allocations_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
-@router.get("/leaks", responses=responses(*PAGED))
+@router.get("/leaks", responses=responses(*LISTING_ERRORS))
 async def get_leaks(request: Request, limit: Limit = 50, cursor: Cursor = "") -> Leaks:
-    """Where CSP and we differ: accounts in CSP that are not in the pool, and sandboxes that a student holds and CSP
-    no longer lists. By sandbox id."""
+    """List the differences between CSP and the pool, by sandbox id: accounts in CSP that are not in the pool, and
+    allocated sandboxes that CSP no longer lists."""
     context: Context = request.app.state.context
-    return await leaks.page(context.engine, limit=limit, cursor=cursor)
+    return await leaks.leaks_page(context.engine, limit=limit, cursor=cursor)

@@ -1,4 +1,4 @@
-"""The admin routes about CSP's listing: sync, what is held, what is to be forgotten."""
+"""Admin routes for syncs with CSP and for the purge of records."""
 
 import asyncio
 from typing import Annotated, Literal
@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, refuse
+from gateway.api.errors import ApiError
 from gateway.api.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
-from gateway.routes.admin_actions import ALWAYS, maintain
+from gateway.routes.admin_actions import COMMON_ERRORS, request_maintenance
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords, SyncPool
 from sandbox_broker.contract.replies import PoolSynced, Purged
 
-PIECE = 500
-"""Records that one command changes; it is repeated until none is left."""
+BATCH_SIZE = 500
+"""Limit of records per command. The gateway repeats the command until no records are left."""
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
     responses={
         202: JOB_RUNNING,
         **responses(
-            *ALWAYS,
+            *COMMON_ERRORS,
             "SYNC_HELD",
             "LISTING_OUTDATED",
             "CSP_UNAVAILABLE",
@@ -36,58 +36,62 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
     },
 )
 async def sync(request: Request, response: Response, force: bool = False) -> Sync | JobRunning:
-    """Brings the pool in line with CSP now; a call while one runs joins it. A listing that is empty, or lacks too
-    much of the pool, is held: `GET /v1/admin/sync` shows what it would change. `force` applies such a listing; it
-    fetches a new one, and is for this once."""
-    reply = await admin_jobs.run(
+    """Sync the pool with CSP now. If a sync is running, the call joins it. A listing that is empty, or lacks too
+    many sandboxes of the pool, is held. `GET /v1/admin/sync` shows its changes. `force` fetches a new listing and
+    applies it even then. It affects this sync only."""
+    reply = await admin_jobs.run_job(
         request,
         response,
         "sync",
         topology.SYNCER_COMMANDS,
         lambda job_id: SyncPool(request_id=request.state.request_id, force=force, job_id=job_id),
+        reply_type=PoolSynced,
         unavailable=("SYNCER_UNAVAILABLE", "csp-syncer"),
     )
     if isinstance(reply, JobRunning):
         return reply
-    if not isinstance(reply, PoolSynced):
-        refuse(reply)
     return Sync.model_validate(reply, from_attributes=True)
 
 
-@router.get("/sync", responses=responses(*ALWAYS, "DATABASE_UNAVAILABLE"))
+@router.get("/sync", responses=responses(*COMMON_ERRORS, "DATABASE_UNAVAILABLE"))
 async def get_sync(request: Request) -> SyncState:
-    """What the last listing of CSP has changed; and if the newest is held, why, and what it would change."""
+    """Return the changes of the last applied listing. If the newest listing is held, also return the reason and its
+    changes."""
     context: Context = request.app.state.context
     return await sandboxes.sync_state(context.engine)
 
 
-@router.post("/auto-delete-stale", responses=responses(*ALWAYS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"))
+@router.post(
+    "/auto-delete-stale", responses=responses(*COMMON_ERRORS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT")
+)
 async def auto_delete_stale(
     request: Request, grace_period_hours: Annotated[float, Query(ge=0, le=24 * 365)] = 24
 ) -> Purge:
-    """Takes what has been stale for so long as deleted. This also happens by itself, after 24 hours."""
-    return await _all(request, DeleteStale(stale_for_sec=grace_period_hours * 3600, limit=PIECE))
+    """Mark sandboxes as deleted that have been stale for `grace_period_hours`. The broker also does this regularly,
+    after 24 hours."""
+    return await _purge_all(request, DeleteStale(stale_for_sec=grace_period_hours * 3600, limit=BATCH_SIZE))
 
 
-@router.post("/bulk-delete", responses=responses(*ALWAYS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"))
+@router.post("/bulk-delete", responses=responses(*COMMON_ERRORS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"))
 async def bulk_delete(request: Request, status: Literal["stale", "deletion_failed"]) -> Purge:
-    """Forgets all records in this state; CSP is not asked. What was leased once never enters the pool again, and
-    if CSP still lists it, it is shown among the leaks."""
-    return await _all(request, PurgeRecords(status=status, limit=PIECE))
+    """Purge all records in this status, without a request to CSP. A sandbox with a past lease never returns to the
+    pool. If CSP still lists it, it is shown as a leak."""
+    return await _purge_all(request, PurgeRecords(status=status, limit=BATCH_SIZE))
 
 
-async def _all(request: Request, command: DeleteStale | PurgeRecords) -> Purge:
+async def _purge_all(request: Request, command: DeleteStale | PurgeRecords) -> Purge:
     context: Context = request.app.state.context
     loop = asyncio.get_running_loop()
     started = loop.time()
-    count = 0
+    deleted = 0
     while True:
-        reply = await maintain(request, command)
-        if not isinstance(reply, Purged):
-            refuse(reply)
-        count += reply.count
-        took_sec = loop.time() - started
+        reply = await request_maintenance(request, command, Purged)
+        deleted += reply.count
+        elapsed_sec = loop.time() - started
         if reply.count < command.limit:
-            return Purge(deleted=count, duration_ms=round(took_sec * 1000))
-        if took_sec > context.settings.admin_wait_sec:
-            raise ApiError("MAINTENANCE_TIMEOUT", f"{count} are done, and more are left. Ask again to go on.")
+            return Purge(deleted=deleted, duration_ms=round(elapsed_sec * 1000))
+        if elapsed_sec > context.settings.admin_wait_sec:
+            raise ApiError(
+                "MAINTENANCE_TIMEOUT",
+                f"{deleted} records are done, and more are left. Repeat the request to continue.",
+            )

@@ -1,21 +1,24 @@
-"""The track routes: what lab authors' scripts call."""
+"""Track routes. The scripts of lab authors call them for a student."""
+
+from typing import TypeVar
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Gone, Unavailable
-from gateway.api.errors import ApiError, refuse
+from gateway.allocator_client import AllocatorUnavailable, ClientDisconnected
+from gateway.api.errors import ApiError, raise_for_refusal
 from gateway.api.schemas import Lease, Release, Sandbox, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.web import headers
 from gateway.web.headers import Allocation, Holder
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox
-from sandbox_broker.contract.replies import LeaseGranted, Reply, SandboxReleased
+from sandbox_broker.contract.replies import LeaseGranted, SandboxReleased
+from sandbox_broker.contract.types import Message
 from sandbox_broker.observability import tracing
 
-_ALWAYS = (
+_COMMON_ERRORS = (
     "MISSING_SANDBOX_ID",
     "INVALID_HEADER",
     "UNAUTHORIZED",
@@ -29,9 +32,11 @@ router = APIRouter(prefix="/v1", tags=["track"])
 
 ALLOCATE = "/v1/allocate"
 
+R = TypeVar("R", bound=Message)
+
 
 async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
-    """POST /v1/allocate as an ASGI application: see main.Gateway."""
+    """Handle POST /v1/allocate as an ASGI application, without FastAPI: see main.Gateway."""
     context: Context = scope["app"].state.context
     context.auth.require_track_token(scope)
     response = await _lease(Request(scope, receive))
@@ -39,29 +44,26 @@ async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _lease(request: Request) -> Response:
-    """Leases a sandbox to the student who asks, or gives the one they hold."""
-    given = headers.fields(request.scope)
-    holder, rest = headers.holder(request.scope, given), headers.allocation(given)
+    fields = headers.read_fields(request.scope)
+    holder, allocation = headers.read_holder(request.scope, fields), headers.read_allocation_headers(fields)
     ids = request.scope["state"]["ids"] = {"holder": holder}
-    if rest.track_name is not None:
-        ids["track_name"] = rest.track_name
+    if allocation.track_name is not None:
+        ids["track_name"] = allocation.track_name
     command = AllocateSandbox(
         request_id=request.state.request_id,
         holder=holder,
-        track_name=rest.track_name,
-        name_prefix=rest.name_prefix,
-        idempotency_key=rest.idempotency_key,
+        track_name=allocation.track_name,
+        name_prefix=allocation.name_prefix,
+        idempotency_key=allocation.idempotency_key,
         traceparent=tracing.traceparent(),
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
-            reply = await _ask(request, command, timeout_code="ALLOCATION_TIMEOUT")
-            if not isinstance(reply, LeaseGranted):
-                refuse(reply)
+            reply = await _request(request, command, LeaseGranted, timeout_code="ALLOCATION_TIMEOUT")
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
-        except Gone:
+        except ClientDisconnected:
             metrics.ALLOCATIONS.labels(outcome="client_gone").inc()
             raise
     ids["sandbox_id"] = reply.sandbox_id
@@ -79,9 +81,9 @@ async def _lease(request: Request) -> Response:
     response_model=Lease,
     status_code=201,
     responses={
-        200: {"model": Lease, "description": "The lease that this student already holds"},
+        200: {"model": Lease, "description": "The active lease of this student"},
         **responses(
-            *_ALWAYS,
+            *_COMMON_ERRORS,
             "POOL_EXHAUSTED",
             "IDEMPOTENCY_KEY_CONFLICT",
             "ALLOCATOR_UNAVAILABLE",
@@ -90,18 +92,18 @@ async def _lease(request: Request) -> Response:
     },
 )
 async def allocate(request: Request, _: Holder, __: Allocation) -> Response:
-    """Leases a sandbox to the student, or gives the one they hold."""
+    """Lease a sandbox to the student. Return the active lease if the student holds one."""
     return await _lease(request)
 
 
 @router.post(
     "/sandboxes/{sandbox_id}/mark-for-deletion",
     responses=responses(
-        *_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
+        *_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
     ),
 )
 async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
-    """Ends the student's lease; the sandbox will be deleted. Repeating it, or being late, is success."""
+    """End the student's lease and mark the sandbox for deletion. A repeated or late call succeeds."""
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     try:
         command = ReleaseSandbox(
@@ -111,11 +113,9 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
             traceparent=tracing.traceparent(),
         )
     except ValueError:
-        raise _no_such_sandbox() from None
+        raise _sandbox_not_found() from None
     try:
-        reply = await _ask(request, command, timeout_code="RELEASE_TIMEOUT")
-        if not isinstance(reply, SandboxReleased):
-            refuse(reply)
+        reply = await _request(request, command, SandboxReleased, timeout_code="RELEASE_TIMEOUT")
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise
@@ -125,40 +125,46 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
 
 @router.get(
     "/sandboxes/{sandbox_id}",
-    responses=responses(*_ALWAYS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
+    responses=responses(*_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
 )
 async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
-    """The student's sandbox, also after its release."""
+    """Return the student's sandbox, also after its release."""
     context: Context = request.app.state.context
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
-    found = await sandboxes.sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
-    if found is None:
-        raise _no_such_sandbox()
-    if found.sandbox is None or found.holder != holder:
+    held = await sandboxes.held_sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
+    if held is None:
+        raise _sandbox_not_found()
+    if held.sandbox is None or held.holder != holder:
         raise ApiError(
             "NOT_SANDBOX_OWNER",
-            "This sandbox is not leased to this student. "
-            "Send the X-Instruqt-Sandbox-ID that it was allocated with.",
+            "This sandbox is not leased to this student. Send the X-Instruqt-Sandbox-ID of its allocation.",
         )
-    return found.sandbox
+    return held.sandbox
 
 
-async def _ask(request: Request, command: Command, *, timeout_code: str) -> Reply:
+async def _request(request: Request, command: Command, reply_type: type[R], *, timeout_code: str) -> R:
+    """Send a command to the allocator and return its reply.
+
+    Raises ClientDisconnected, or ApiError ALLOCATOR_UNAVAILABLE, `timeout_code` or the code of a refusal.
+    """
     context: Context = request.app.state.context
     try:
-        return await context.allocator.ask(
+        reply = await context.allocator.request(
             command, timeout_sec=context.settings.allocate_timeout_sec, scope=request.scope
         )
-    except Unavailable as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} Nothing is lost: try again shortly.") from error
+    except AllocatorUnavailable as error:
+        raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} No data is lost. Try again shortly.") from error
     except TimeoutError as error:
         raise ApiError(
             timeout_code,
-            "No answer in time. The request may still succeed: asking again gives the same result.",
+            "The allocator did not reply in time. The request may still succeed. Repeat it to get its result.",
         ) from error
+    if not isinstance(reply, reply_type):
+        raise_for_refusal(reply)
+    return reply
 
 
-def _no_such_sandbox() -> ApiError:
+def _sandbox_not_found() -> ApiError:
     return ApiError(
         "SANDBOX_NOT_FOUND", "There is no such sandbox. Use the sandbox_id that the allocation returned."
     )

@@ -13,24 +13,25 @@ from starlette.types import Scope
 
 from gateway import metrics
 from gateway.api.errors import ApiError
+from gateway.web import rate_limit
 from gateway.web.headers import BLANKS, Fields
-from gateway.web.rate_limit import RateLimit, exceeded
+from gateway.web.rate_limit import RateLimit
 
 Role = Literal["admin", "track", "unknown", "missing"]
-"""`unknown`: the token is none of ours; `missing`: there is none, or more than one."""
+"""`unknown`: the token is not configured. `missing`: the request has no token, or more than one."""
 
-# For the OpenAPI document and the docs page only: the middleware identifies the caller.
-_track_token = HTTPBearer(scheme_name="trackToken", auto_error=False, description="One of BROKER_API_TOKEN")
+# Only for the OpenAPI document and the docs page, because the middleware identifies the caller.
+_track_token = HTTPBearer(scheme_name="trackToken", auto_error=False, description="A token of BROKER_API_TOKEN")
 _admin_token = HTTPBearer(
     scheme_name="adminToken",
     auto_error=False,
-    description="One of BROKER_ADMIN_TOKEN; it works on track routes too",
+    description="A token of BROKER_ADMIN_TOKEN. Track routes accept it too.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Sender of a request, as far as its token says. The middleware puts it into the request's state."""
+    """Sender of a request, identified by its token. The middleware puts it into the request's state."""
 
     role: Role
     token_hash: bytes = b""
@@ -45,17 +46,17 @@ _UNKNOWN = Caller("unknown")
 _MISSING = Caller("missing")
 
 _PROBLEMS = {
-    "missing": "Send the header 'Authorization: Bearer <token>', once.",
-    "unknown": "This token is not known here. Check it, or ask the operator for a new one.",
+    "missing": "The token is missing. Send the header 'Authorization: Bearer <token>' once.",
+    "unknown": "The token is unknown. Check it, or ask the operator for a new one.",
 }
 
 
 class Auth:
-    """Identifies the caller of a request, and raises ApiError where its role does not suffice.
+    """Authentication of callers, and the check of their roles. Raises ApiError for a role that does not suffice.
 
-    Requests without a known token are counted by address, and past a limit told to wait. A known token is never
-    refused for others at the same address: whole classes come from one address, and one of their tracks may have a
-    wrong token.
+    Requests without a known token are counted by client address and refused with 429 beyond a limit. A known token
+    is never refused because of other clients at its address: a whole class shares one address, and one of its
+    tracks may have a wrong token.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Auth:
         failures: RateLimit | None,
         client_address: Callable[[Scope], str],
     ) -> None:
-        """Both are comma-separated lists. A token in both is an admin token."""
-        admins, tracks = _split(admin_tokens), _split(track_tokens)
+        """The tokens are comma-separated lists. A token in both lists is an admin token."""
+        admins, tracks = _split_tokens(admin_tokens), _split_tokens(track_tokens)
         self._tokens = [*admins, *tracks]
-        # Hashed here, so that no request has to hash its token.
+        # Hash the known tokens once, so that no request hashes its token.
         self._callers = [
-            *(_known("admin", token) for token in admins),
-            *(_known("track", token) for token in tracks),
+            *(_build_caller("admin", token) for token in admins),
+            *(_build_caller("track", token) for token in tracks),
         ]
         self._failures = failures
         self._client_address = client_address
@@ -81,7 +82,7 @@ class Auth:
 
         `headers` are all headers as sent, `fields` the same by name.
         """
-        # Two Authorization headers count as none, because a proxy may have judged the other one.
+        # Two Authorization headers count as none, because a proxy may have checked the other one.
         if len(fields) != len(headers) and [name for name, _ in headers].count(b"authorization") > 1:
             return _MISSING
         scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
@@ -92,7 +93,7 @@ class Auth:
         return self._callers[matches.index(True)] if True in matches else _UNKNOWN
 
     def require_track_token(self, scope: Scope) -> None:
-        """Let a track token or an admin token pass."""
+        """Accept a track token or an admin token."""
         caller: Caller = scope["state"]["caller"]
         if not caller.has_known_token:
             raise self._unauthorized(scope, caller)
@@ -103,23 +104,26 @@ class Auth:
             return
         if caller.has_known_token:
             metrics.AUTH_FAILURES.labels(reason="forbidden").inc()
-            raise ApiError("FORBIDDEN", "This route needs the admin token; yours is a track token.")
+            raise ApiError(
+                "FORBIDDEN",
+                "This route requires an admin token, and the request has a track token. Send an admin token.",
+            )
         raise self._unauthorized(scope, caller)
 
     def _unauthorized(self, scope: Scope, caller: Caller) -> ApiError:
         metrics.AUTH_FAILURES.labels(reason=caller.role).inc()
         if self._failures is not None:
-            standing = self._failures.hit(self._client_address(scope))
-            if standing.over:
-                return exceeded(standing, known_token=False)
+            status = self._failures.hit(self._client_address(scope))
+            if status.is_exceeded:
+                return rate_limit.build_error(status, known_token=False)
         return ApiError("UNAUTHORIZED", _PROBLEMS[caller.role], headers={"WWW-Authenticate": "Bearer"})
 
 
-def _known(role: Role, token: bytes) -> Caller:
+def _build_caller(role: Role, token: bytes) -> Caller:
     return Caller(role, hashlib.sha256(token).digest())
 
 
-def _split(listed: SecretStr) -> list[bytes]:
+def _split_tokens(listed: SecretStr) -> list[bytes]:
     return [part.strip().encode() for part in listed.get_secret_value().split(",") if part.strip()]
 
 

@@ -9,7 +9,7 @@ from starlette.types import Scope
 Network = IPv4Network | IPv6Network
 
 _IPV6_BITS = 64
-"""Bits of an IPv6 address that identify a household or a server. Its owner chooses the rest freely."""
+"""Leading bits of an IPv6 address that identify a household or a server. The owner chooses the other bits."""
 
 
 def parse_networks(listed: str) -> list[Network]:
@@ -18,8 +18,11 @@ def parse_networks(listed: str) -> list[Network]:
 
 
 def build_address_resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[str, bool] | None]:
-    """Return a function from a written address to the address as it is counted (an IPv6 address as its /64) and
-    whether it is a trusted proxy; None for a text that is no address."""
+    """Return a function that resolves the text of an address.
+
+    Its result is the address for counting (an IPv6 address as its /64) and True for a trusted proxy, or None for an
+    invalid address.
+    """
 
     @lru_cache(maxsize=10_000)
     def resolve(written: str) -> tuple[str, bool] | None:
@@ -35,11 +38,11 @@ def build_address_resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[
 
 
 def build_client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
-    """Return a function from a request to its client's address.
+    """Return a function that finds the client address of a request.
 
-    The client is the peer, unless that is a trusted proxy. A proxy appends the address of its own peer to
-    X-Forwarded-For, so the function reads that field from the end and stops at the first address that is not a
-    trusted proxy: a client may have made up the addresses before it.
+    The client is the peer, unless the peer is a trusted proxy. A proxy appends the address of its own peer to
+    X-Forwarded-For. The function therefore reads this field from the end and stops at the first address that is not
+    a trusted proxy, because a client can invent the addresses before it.
     """
     resolve = build_address_resolver(trusted)
 
@@ -68,7 +71,7 @@ def _forwarded(scope: Scope) -> list[str]:
 
 
 def _parse(written: str) -> IPv4Address | IPv6Address | None:
-    """Return the address without its port, which some proxies add; None for a text that is no address."""
+    """Return the address without the port that some proxies add; None for an invalid address."""
     host = written.strip()
     if host.startswith("["):
         host = host[1:].partition("]")[0]

@@ -8,7 +8,7 @@ from gateway.web.client_address import Network, build_address_resolver
 
 
 class ConnectionLimit:
-    """Counts open connections by the address at their other end.
+    """Counter of open connections per peer address.
 
     Trusted proxies are not limited, because all clients behind a proxy share its address. An IPv6 address counts as
     its /64.
@@ -20,7 +20,7 @@ class ConnectionLimit:
         self._open: Counter[str] = Counter()
 
     def acquire(self, host: str) -> Callable[[], None] | None:
-        """Return the function that gives the connection back when it is closed; None when `host` has too many."""
+        """Count a connection, and return the function to call when it closes; None if `host` has too many."""
         resolved = self._resolve(host)
         address, is_proxy = resolved or (host, False)
         if is_proxy:

@@ -1,4 +1,4 @@
-"""What pages of other origins may do in a browser: nothing, unless CORS_ALLOWED_ORIGINS lists their origin."""
+"""Cross-origin resource sharing (CORS): browser pages of the origins in CORS_ALLOWED_ORIGINS may call the API."""
 
 import re
 from collections.abc import Sequence
@@ -9,49 +9,49 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.errors import ApiError
 from gateway.web import headers
-from gateway.web.request_middleware import Envelope
+from gateway.web.request_middleware import RequestMiddleware
 
-ANY = "*"
+ANY_ORIGIN = "*"
 
 _METHODS = ["GET", "HEAD", "POST"]
-_READ = [
+_REQUEST_HEADERS = [
     *("Authorization", "X-Request-ID"),
     *(headers.STUDENT, headers.STUDENT_OLD, headers.TRACK, headers.PREFIX, headers.KEY),
 ]
-_EXPOSED = [
+_RESPONSE_HEADERS = [
     *("X-Request-ID", "Retry-After", "Deprecation", "Location", "WWW-Authenticate"),
     *("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"),
 ]
 _ORIGIN = re.compile(
     r"(?P<site>(?P<scheme>https?)://([a-z0-9._\-]+|\[[0-9a-f:.]+\]))(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII
 )
-_USUAL_PORTS = {"http": "80", "https": "443"}
-"""That browsers leave out."""
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+"""Ports that browsers omit from an origin."""
 
 
-def origins(listed: str) -> list[str]:
-    """From a comma-separated list, as browsers write them. Raises ValueError."""
-    found = [_origin(part.strip()) for part in listed.split(",") if part.strip()]
-    if ANY in found and len(found) > 1:
-        raise ValueError(f"{ANY} allows every origin: it must stand alone")
-    return found
+def parse_origins(listed: str) -> list[str]:
+    """Return the origins of a comma-separated list, in the notation of browsers. Raises ValueError."""
+    origins = [_normalize(part.strip()) for part in listed.split(",") if part.strip()]
+    if ANY_ORIGIN in origins and len(origins) > 1:
+        raise ValueError(f"{ANY_ORIGIN} allows every origin, so it must be the only entry")
+    return origins
 
 
-def _origin(given: str) -> str:
-    if given == ANY:
-        return ANY
-    parts = _ORIGIN.fullmatch(given.lower())
+def _normalize(origin: str) -> str:
+    if origin == ANY_ORIGIN:
+        return ANY_ORIGIN
+    parts = _ORIGIN.fullmatch(origin.lower())
     if parts is None or int(parts["port"] or 0) > 65535:
-        raise ValueError(f"{given!r} is no origin like https://labs.example.com, with nothing behind it")
-    usual = parts["port"] in (None, _USUAL_PORTS[parts["scheme"]])
-    return parts["site"] if usual else parts[0]
+        raise ValueError(f"{origin!r} is not an origin like https://labs.example.com, without a path")
+    has_default_port = parts["port"] in (None, _DEFAULT_PORTS[parts["scheme"]])
+    return parts["site"] if has_default_port else parts[0]
 
 
-class Cors(CORSMiddleware):
-    """Starlette's. It stands outside of all else, so that a page can read our refusals too. A preflight needs no
-    token and does not count against the rate limit: a page could not read why it was refused.
+class CrossOriginMiddleware(CORSMiddleware):
+    """Starlette's CORS middleware, as the outermost layer: a page can therefore read error responses too.
 
-    Never with credentials: who asks is told by a token that the page itself sends, not by what the browser keeps.
+    A preflight requires no token and does not count against the rate limit, because a page cannot read the reason
+    for a refused preflight. Credentials of the browser are never allowed: a page sends a token of its own.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
@@ -59,20 +59,24 @@ class Cors(CORSMiddleware):
             app,
             allow_origins=allowed,
             allow_methods=_METHODS,
-            allow_headers=_READ,
-            expose_headers=_EXPOSED,
+            allow_headers=_REQUEST_HEADERS,
+            expose_headers=_RESPONSE_HEADERS,
         )
-        self._preflight = Envelope(self._answer, endpoint="preflight", limited=False)
+        self._preflight = RequestMiddleware(self._respond, endpoint="preflight", rate_limited=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope)
-        if scope["method"] == "OPTIONS" and "Origin" in given and "Access-Control-Request-Method" in given:
+        request_headers = Headers(scope=scope)
+        if (
+            scope["method"] == "OPTIONS"
+            and "Origin" in request_headers
+            and "Access-Control-Request-Method" in request_headers
+        ):
             await self._preflight(scope, receive, send)
         else:
-            await self.simple_response(scope, receive, send, request_headers=given)
+            await self.simple_response(scope, receive, send, request_headers=request_headers)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = self.preflight_response(Headers(scope=scope))
         if response.status_code != 200:
-            raise ApiError("CORS_REFUSED", f"{bytes(response.body).decode()}. See CORS_ALLOWED_ORIGINS.")
+            raise ApiError("CORS_REFUSED", f"{bytes(response.body).decode()}. Check CORS_ALLOWED_ORIGINS.")
         await response(scope, receive, send)

@@ -1,6 +1,6 @@
-"""What track routes read from headers, and the rules they must keep.
+"""Request headers of the track routes, and their validation.
 
-The functions read the fields themselves; the dependencies below them show FastAPI what there is to document.
+The `read_…` functions validate. The dependencies at the end describe the same headers for the OpenAPI document.
 """
 
 import re
@@ -16,7 +16,7 @@ from gateway.api.errors import ApiError
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 BLANKS = b" \t"
-"""What may surround a header's value. Python's own idea of blanks holds characters that are not ASCII."""
+"""Characters that may surround the value of a header. `bytes.strip()` without arguments removes others too."""
 
 STUDENT = "X-Instruqt-Sandbox-ID"
 STUDENT_OLD = "X-Track-ID"
@@ -30,53 +30,55 @@ _PRINTABLE = re.compile(rb"[\x20-\x7e]*")
 Fields = Mapping[bytes, bytes]
 
 
-def fields(scope: Scope) -> Fields:
-    """The header fields by their names in lower case. Raises ApiError where one of ours is given twice: which of
-    the two is meant, nobody can tell."""
-    found = dict(scope["headers"])
-    if len(found) != len(scope["headers"]):
-        given = [field for field, _ in scope["headers"]]
+def read_fields(scope: Scope) -> Fields:
+    """Return the header fields by their lower-case names.
+
+    Raises ApiError INVALID_HEADER for a repeated header of this module, because its meaning is ambiguous.
+    """
+    fields = dict(scope["headers"])
+    if len(fields) != len(scope["headers"]):
+        names = [field for field, _ in scope["headers"]]
         for name, field in _FIELDS.items():
-            if given.count(field) > 1:
+            if names.count(field) > 1:
                 raise ApiError("INVALID_HEADER", f"{name} was sent more than once. Send it once.")
-    return found
+    return fields
 
 
-def _checked(name: str, given: Fields) -> str | None:
-    """The value without blanks around it; None if there is nothing else."""
-    value = given.get(_FIELDS[name], b"").strip(BLANKS)
+def _read_value(name: str, fields: Fields) -> str | None:
+    """Return the value without surrounding blanks; None for a missing or blank header."""
+    value = fields.get(_FIELDS[name], b"").strip(BLANKS)
     if not value:
         return None
     if len(value) > MAX_ID_LENGTH:
-        raise ApiError("INVALID_HEADER", f"{name} is {len(value)} characters long; {MAX_ID_LENGTH} are allowed.")
+        raise ApiError("INVALID_HEADER", f"{name} has {len(value)} characters. Send at most {MAX_ID_LENGTH}.")
     if not _PRINTABLE.fullmatch(value):
-        raise ApiError("INVALID_HEADER", f"{name} may hold only printable ASCII characters.")
+        raise ApiError("INVALID_HEADER", f"{name} contains other characters than printable ASCII. Remove them.")
     return value.decode("ascii")
 
 
-def holder(scope: Scope, given: Fields) -> str:
-    """Who asks: the student's own id."""
+def read_holder(scope: Scope, fields: Fields) -> str:
+    """Return the student's own id. Raises ApiError MISSING_SANDBOX_ID or INVALID_HEADER."""
     name = STUDENT
-    if _FIELDS[STUDENT] not in given and _FIELDS[STUDENT_OLD] in given:
+    if _FIELDS[STUDENT] not in fields and _FIELDS[STUDENT_OLD] in fields:
         name = STUDENT_OLD
-        scope["state"]["deprecated"] = True  # the middleware says so, on errors too
-    found = _checked(name, given)
-    if found is None:
+        scope["state"]["deprecated"] = True  # the middleware adds the Deprecation header, also to errors
+    holder = _read_value(name, fields)
+    if holder is None:
         raise ApiError(
             "MISSING_SANDBOX_ID",
-            f"Send the student's own id (INSTRUQT_PARTICIPANT_ID) in the header {STUDENT}.",
+            f"The header {STUDENT} is missing or blank. Send the student's own id (INSTRUQT_PARTICIPANT_ID) in it.",
         )
-    return found
+    return holder
 
 
-def student_as_sent(given: Fields) -> bytes:
-    """Return the student id of a request without any check, for the rate limit; empty if there is none.
+def read_unchecked_holder(fields: Fields) -> bytes:
+    """Return the student's id without validation, for the rate limit; empty if the request has none.
 
-    It is cut at the longest valid length: an id that every route refuses needs no more memory than a valid one.
+    The result is cut at the longest valid length, so that an invalid id takes no more memory than a valid one.
     """
-    value = given.get(_FIELDS[STUDENT])
+    value = fields.get(_FIELDS[STUDENT])
     if value is None:
-        value = given.get(_FIELDS[STUDENT_OLD], b"")
+        value = fields.get(_FIELDS[STUDENT_OLD], b"")
     return value.strip(BLANKS)[:MAX_ID_LENGTH]
 
 
@@ -87,12 +89,12 @@ class AllocationHeaders:
     idempotency_key: str | None
 
 
-def allocation(given: Fields) -> AllocationHeaders:
-    """What else an allocation may say."""
-    return AllocationHeaders(_checked(TRACK, given), _checked(PREFIX, given), _checked(KEY, given))
+def read_allocation_headers(fields: Fields) -> AllocationHeaders:
+    """Return the optional headers of an allocation. Raises ApiError INVALID_HEADER."""
+    return AllocationHeaders(_read_value(TRACK, fields), _read_value(PREFIX, fields), _read_value(KEY, fields))
 
 
-# What the OpenAPI document says of a value. FastAPI does not check it: that is done above, with errors of our own.
+# Schemas for the OpenAPI document. FastAPI does not validate them, because the errors above have their own codes.
 _VALUE = WithJsonSchema({"type": "string", "maxLength": MAX_ID_LENGTH, "pattern": r"^[\x20-\x7e]*$"})
 _STUDENT = WithJsonSchema(
     {
@@ -102,7 +104,7 @@ _STUDENT = WithJsonSchema(
         "examples": ["inst-student-1-abc"],
     }
 )
-_IGNORED_BESIDE_IT = WithJsonSchema({"type": "string"})
+_UNRESTRICTED = WithJsonSchema({"type": "string"})
 
 
 async def _holder(
@@ -114,32 +116,37 @@ async def _holder(
     ] = None,
     __: Annotated[
         Any,
-        _IGNORED_BESIDE_IT,
+        _UNRESTRICTED,
         Header(
             alias=STUDENT_OLD,
-            description=f"The old name of {STUDENT}, read where that is absent.",
+            description=f"The old name of {STUDENT}. The gateway reads it only if {STUDENT} is absent.",
             deprecated=True,
         ),
     ] = None,
 ) -> str:
-    return holder(request.scope, fields(request.scope))
+    return read_holder(request.scope, read_fields(request.scope))
 
 
 async def _allocation(
     request: Request,
-    _: Annotated[Any, _VALUE, Header(alias=TRACK, description="The lab's name, kept for analytics.")] = None,
+    _: Annotated[Any, _VALUE, Header(alias=TRACK, description="The name of the lab, for statistics.")] = None,
     __: Annotated[
         Any,
         _VALUE,
-        Header(alias=PREFIX, description="Only sandboxes whose name starts with exactly this text."),
+        Header(
+            alias=PREFIX,
+            description="The allocation is limited to sandboxes with exactly this prefix in their names.",
+        ),
     ] = None,
     ___: Annotated[
         Any,
         _VALUE,
-        Header(alias=KEY, description="The same key from the same student gives the same lease."),
+        Header(
+            alias=KEY, description="A repetition with the same key from the same student returns the same lease."
+        ),
     ] = None,
 ) -> AllocationHeaders:
-    return allocation(fields(request.scope))
+    return read_allocation_headers(read_fields(request.scope))
 
 
 Holder = Annotated[str, Depends(_holder)]

@@ -1,5 +1,7 @@
-"""Rate limit: how many requests a client may send, in windows that begin with its first request. Counted in this
-process."""
+"""Rate limit of requests per client, in fixed windows. A window begins with the client's first request.
+
+Each gateway process counts on its own.
+"""
 
 import math
 import re
@@ -10,10 +12,10 @@ from dataclasses import dataclass
 from gateway.api.errors import ApiError
 
 MAX_COUNTERS = 100_000
-"""Counters that a RateLimit keeps. When there are more, the oldest one starts again."""
+"""Most counters of a RateLimit. Beyond that, the oldest counter starts again."""
 
-_FAILED_SHARE = 20
-_FAILED_AT_LEAST = 10
+_FAILURE_DIVISOR = 20
+_MIN_FAILURES = 10
 
 _RATE = re.compile(r"([0-9]{1,9}) ?(?:/|per) ?([0-9]{1,5} )?(second|minute|hour|day)s?")
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
@@ -25,24 +27,24 @@ class Rate:
     window_sec: int
 
 
-def rate(text: str) -> Rate:
-    """From "2000/5 minutes". Raises ValueError."""
-    found = _RATE.fullmatch(text)
-    amount, windows = (int(found[1]), int(found[2] or 1)) if found else (0, 0)
-    if found is None or amount < 1 or windows < 1:
+def parse_rate(text: str) -> Rate:
+    """Return the rate of a text like "2000/5 minutes". Raises ValueError."""
+    match = _RATE.fullmatch(text)
+    amount, windows = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
+    if match is None or amount < 1 or windows < 1:
         raise ValueError("must be like 2000/5 minutes, or empty")
-    return Rate(amount, windows * _SECONDS[found[3]])
+    return Rate(amount, windows * _SECONDS[match[3]])
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a client is in its window."""
+class RateLimitStatus:
+    """State of one client in its current window."""
 
     limit: int
     remaining: int
     reset: int
-    """Unix seconds, when the window ends."""
-    over: bool
+    """End of the window in Unix seconds."""
+    is_exceeded: bool
 
     @property
     def retry_after(self) -> int:
@@ -58,28 +60,29 @@ class _Window:
 
 
 class RateLimit:
-    """Counts requests by key: the address of a client, or a token and a student."""
+    """Counter of requests per key. A key is a client address, or a token and a student."""
 
     def __init__(self, rate: Rate, *, max_counters: int = MAX_COUNTERS) -> None:
         self._rate = rate
         self._max_counters = max_counters
-        # In the order of their starts, which is the order of their ends, because all windows are equally long.
+        # Ordered by start. That is also the order of their ends, because all windows have the same length.
         self._windows: OrderedDict[bytes | str, _Window] = OrderedDict()
 
-    def hit(self, key: bytes | str) -> Standing:
-        """Count a request."""
+    def hit(self, key: bytes | str) -> RateLimitStatus:
+        """Count a request of `key`, and return the state after it."""
         now = time.time()
         window = self._windows.get(key)
         if window is None or window.ends <= now:
             window = self._open(key, now)
         window.count += 1
         amount, count = self._rate.amount, window.count
-        return Standing(amount, max(0, amount - count), math.ceil(window.ends), count > amount)
+        return RateLimitStatus(amount, max(0, amount - count), math.ceil(window.ends), count > amount)
 
     def _open(self, key: bytes | str, now: float) -> _Window:
         windows = self._windows
         windows.pop(key, None)
-        # Two for each new one: the table shrinks, and no request pays for a whole class whose windows ended.
+        # Remove at most two windows for each new one: the table shrinks, and no single request pays for the many
+        # windows of a class that ended at the same time.
         for _ in range(2):
             oldest = next(iter(windows), None)
             if oldest is None or (len(windows) < self._max_counters and windows[oldest].ends > now):
@@ -90,25 +93,27 @@ class RateLimit:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Requests with a known token and requests without one have counters of their own, so that clients without a
-    token can neither use up nor push out the counter of a client with one."""
+class RateLimits:
+    """Separate counters for requests with and without a known token.
+
+    Clients without a known token can therefore neither use up nor displace the counter of a client with one.
+    """
 
     students: RateLimit
     """Requests with a known token, by token and student."""
     addresses: RateLimit
     """Requests without a known token, by client address."""
     failures: RateLimit
-    """Those among them that were refused for lack of a known token, by client address."""
+    """Requests refused with 401, by client address."""
 
 
-def build_rate_limits(rate: Rate) -> Limits:
-    """The limit of failures is a twentieth of `rate`, and at least 10 requests."""
-    failures = max(_FAILED_AT_LEAST, rate.amount // _FAILED_SHARE)
-    return Limits(RateLimit(rate), RateLimit(rate), RateLimit(Rate(failures, rate.window_sec)))
+def build_rate_limits(rate: Rate) -> RateLimits:
+    """Return all limits for `rate`. The limit of failures is a twentieth of it, and at least 10 requests."""
+    failures = max(_MIN_FAILURES, rate.amount // _FAILURE_DIVISOR)
+    return RateLimits(RateLimit(rate), RateLimit(rate), RateLimit(Rate(failures, rate.window_sec)))
 
 
-def exceeded(standing: Standing, *, known_token: bool) -> ApiError:
-    wait = standing.retry_after
+def build_error(status: RateLimitStatus, *, known_token: bool) -> ApiError:
+    wait = status.retry_after
     clients = "with this token for one student" if known_token else "without a known token from this address"
     return ApiError("RATE_LIMITED", f"Too many requests {clients}. Try again in {wait} seconds.", retry_after=wait)

@@ -1,5 +1,8 @@
-"""What every request gets, whatever route it goes to or misses: an id, security headers, the limits of rate and
-size, one log line, one observation, and our own error body when something breaks."""
+"""Middleware for every request, also for unknown paths.
+
+It sets the request id and the security headers, applies the limits of rate and size, writes one log line and one
+metric, and turns any exception into the error body of the API.
+"""
 
 import asyncio
 import re
@@ -14,11 +17,12 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import Gone
+from gateway.allocator_client import ClientDisconnected
 from gateway.api import errors
 from gateway.api.errors import ApiError
-from gateway.web.headers import Fields, student_as_sent
-from gateway.web.rate_limit import Standing, exceeded
+from gateway.web import rate_limit
+from gateway.web.headers import Fields, read_unchecked_holder
+from gateway.web.rate_limit import RateLimitStatus
 from sandbox_broker.observability import tracing
 
 if TYPE_CHECKING:
@@ -27,13 +31,14 @@ if TYPE_CHECKING:
     from gateway.context import Context
 
 MAX_BODY = 64 * 1024
+"""Bytes."""
 
-_OPERATIONS = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Routes for the platform, which asks from one address and without end: not limited. On OPS_PORT only, if that is
-set."""
+_OPERATIONS_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Routes for the platform. They have no rate limit, because the platform polls them from one address. If OPS_PORT
+is set, they are available on that port only."""
 
-_CLIENT_GONE = 499
-"""In the log and in metrics, in place of a status that nobody has seen; nginx has made it known."""
+_CLIENT_CLOSED_REQUEST = 499
+"""Status in the log and in metrics if the client disconnected before the response, as in nginx."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -41,13 +46,13 @@ _NEEDLESSLY_ENCODED = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|[46][1-9A-Fa-f]|[57][0-
 """A percent-encoded '/' or unreserved character of RFC 3986 (letter, digit, '-', '.', '_', '~')."""
 
 MAX_LOGGED = 256
-"""Characters of a path, or of an id in it, in one log line."""
+"""Longest part of a path, or of an id, in a log line, in characters."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
-# The docs page needs its own scripts and styles, the inline style attributes that Swagger UI sets, and the data:
-# images in its style sheet.
-_POLICY = (
+# The docs page needs scripts and styles of this origin, the inline style attributes of Swagger UI, and the data:
+# images of its style sheet.
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
@@ -56,24 +61,24 @@ SECURITY_HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
     (b"strict-transport-security", b"max-age=31536000; includeSubDomains"),
-    (b"content-security-policy", _POLICY.encode()),
+    (b"content-security-policy", _CONTENT_SECURITY_POLICY.encode()),
 ]
 NO_STORE = (b"cache-control", b"no-store")
 _REVALIDATE = (b"cache-control", b"no-cache")
-"""A cache may keep the response, and asks with its ETag before each use."""
+"""A cache may store the response, and revalidates it with its ETag before each use."""
 _DEPRECATED = (b"deprecation", b"true")
 
 log = structlog.get_logger()
 
 
-class Envelope:
-    """The outermost layer of the application, or of the one route `endpoint`."""
+class RequestMiddleware:
+    """Outermost middleware of the application, or of the single route `endpoint`."""
 
-    def __init__(self, app: ASGIApp, *, endpoint: str | None = None, limited: bool = True) -> None:
-        """`limited`: callers are identified, and their requests count against the rate limit."""
+    def __init__(self, app: ASGIApp, *, endpoint: str | None = None, rate_limited: bool = True) -> None:
+        """With `rate_limited`, callers are identified and their requests count against the rate limit."""
         self._app = app
         self._endpoint = endpoint
-        self._limited = limited
+        self._rate_limited = rate_limited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -91,28 +96,28 @@ class Envelope:
                 await self._handle(scope, receive, send)
             finally:
                 if span is not None:
-                    _describe(span, state)
+                    _annotate_span(span, state)
                     span.end()
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         method, path = scope["method"], scope["path"]
-        if method == "HEAD":  # GET without its body, which the server leaves out
+        if method == "HEAD":  # handled as GET, because the server omits the body
             scope = {**scope, "method": "GET"}
-        given = dict(scope["headers"])
-        request_id = _request_id(given.get(b"x-request-id", b""))
+        fields = dict(scope["headers"])
+        request_id = _choose_request_id(fields.get(b"x-request-id", b""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
-        standing = self._standing(scope, given)
+        rate_limit_status = self._count_request(scope, fields)
 
         async def send_decorated(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
-                if standing is not None:
-                    headers += _standing_headers(standing)
+                if rate_limit_status is not None:
+                    headers += _rate_limit_headers(rate_limit_status)
                 if "deprecated" in state:
                     headers.append(_DEPRECATED)
                 if path.startswith("/v1"):
@@ -121,26 +126,26 @@ class Envelope:
             await send(message)
 
         try:
-            _refuse_early(scope, standing)
-            await self._app(scope, await _limited(given, receive), send_decorated)
-        except ApiError as error:  # raised outside FastAPI's routes
-            await errors.response(error, state)(scope, receive, send_decorated)
-        except Gone:
-            status = _CLIENT_GONE
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            _check_early(scope, rate_limit_status)
+            await self._app(scope, await _limit_body(fields, receive), send_decorated)
+        except ApiError as error:  # raised outside the routes of FastAPI
+            await errors.build_response(error, state)(scope, receive, send_decorated)
+        except ClientDisconnected:
+            status = _CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:  # the server stops, and its time to drain has passed
             if status or not getattr(scope["app"].state, "stopping", False):
                 raise
-            await errors.response(errors.stopping(), state)(scope, receive, send_decorated)
-        except Exception:  # the outermost layer: whatever broke gets our own error body, and the log all of it
+            await errors.build_response(errors.stopping_error(), state)(scope, receive, send_decorated)
+        except Exception:  # the outermost layer: log the cause, and respond with the error body of the API
             log.exception("request.failed", request_id=request_id)
             if status:
-                raise  # too late for another answer: the server cuts the connection
-            await errors.response(errors.internal(), state)(scope, receive, send_decorated)
+                raise  # the response has started, so the server can only close the connection
+            await errors.build_response(errors.internal_error(), state)(scope, receive, send_decorated)
         finally:
             self._record(scope, method, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        """Observe the request, and write its log line if it is one of the API."""
+        """Record the metric of the request, and its log line if its path is in the API."""
         path, state = scope["path"], scope["state"]
         endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
         known_method = method if method in METHODS else "other"
@@ -154,23 +159,23 @@ class Envelope:
                 path=quote(path[:MAX_LOGGED], errors="replace")[:MAX_LOGGED],
                 status=status,
                 duration_ms=round(seconds * 1000, 1),
-                **_told(state),
+                **_log_fields(state),
             )
 
-    def _standing(self, scope: Scope, given: Fields) -> Standing | None:
-        """Identify the caller, and count the request against the rate limit, if there is one for it."""
-        if not self._limited:
+    def _count_request(self, scope: Scope, fields: Fields) -> RateLimitStatus | None:
+        """Identify the caller, and count the request; None if no rate limit applies to it."""
+        if not self._rate_limited:
             return None
         context: Context = scope["app"].state.context
-        caller = scope["state"]["caller"] = context.auth.identify(scope["headers"], given)
-        if context.limits is None or scope["path"] in _OPERATIONS:
+        caller = scope["state"]["caller"] = context.auth.identify(scope["headers"], fields)
+        if context.rate_limits is None or scope["path"] in _OPERATIONS_PATHS:
             return None
         if caller.has_known_token:
-            return context.limits.students.hit(caller.token_hash + student_as_sent(given))
-        return context.limits.addresses.hit(context.client_address(scope))
+            return context.rate_limits.students.hit(caller.token_hash + read_unchecked_holder(fields))
+        return context.rate_limits.addresses.hit(context.client_address(scope))
 
 
-def _describe(span: "Span", state: Mapping[str, Any]) -> None:
+def _annotate_span(span: "Span", state: Mapping[str, Any]) -> None:
     method, endpoint, status = state["outcome"]
     span.update_name(f"{method} {endpoint}")
     span.set_attributes(
@@ -186,57 +191,62 @@ def _describe(span: "Span", state: Mapping[str, Any]) -> None:
         tracing.failed(span, state.get("code", str(status)))
 
 
-def _told(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the log also says of a request: who or what it was about, as far as the route came, and the code of its
-    error."""
+def _log_fields(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids that the route has read so far and the error code, for the log line of a request."""
     fields = {name: value[:MAX_LOGGED] for name, value in state.get("ids", {}).items()}
     if "code" in state:
         fields["code"] = state["code"]
     return fields
 
 
-def _refuse_early(scope: Scope, standing: Standing | None) -> None:
-    """Raise ApiError for a request that no route may see."""
-    # A path has one spelling. A proxy that compares paths byte by byte would not recognise `/v1/%61dmin` as an
-    # admin route, while routing, limits and logs here would.
+def _check_early(scope: Scope, status: RateLimitStatus | None) -> None:
+    """Raise ApiError for a request that no route may receive."""
+    # Accept one spelling per path, because a proxy that compares paths byte by byte does not recognise
+    # `/v1/%61dmin` as an admin route, and this server would.
     raw_path = scope.get("raw_path") or b""
     if b"%" in raw_path and _NEEDLESSLY_ENCODED.search(raw_path):
-        message = "Write letters, digits, '-', '.', '_', '~' and '/' in the path as they are, not percent-encoded."
+        message = (
+            "The path contains percent-encoded characters that need no encoding. "
+            "Send letters, digits, '-', '.', '_', '~' and '/' unencoded."
+        )
         raise ApiError("NOT_FOUND", message)
-    # Both ports lead to this application, so it keeps the routes for the platform and all others apart.
+    # Both ports serve this application, so separate the routes here.
     ops_port = scope["app"].state.context.settings.ops_port
-    if ops_port is not None and (scope["server"][1] == ops_port) != (scope["path"] in _OPERATIONS):
+    if ops_port is not None and (scope["server"][1] == ops_port) != (scope["path"] in _OPERATIONS_PATHS):
         raise errors.not_on_this_port(scope["path"])
-    if standing is not None and standing.over:
-        raise exceeded(standing, known_token=scope["state"]["caller"].has_known_token)
+    if status is not None and status.is_exceeded:
+        raise rate_limit.build_error(status, known_token=scope["state"]["caller"].has_known_token)
 
 
-def _standing_headers(standing: Standing) -> list[tuple[bytes, bytes]]:
+def _rate_limit_headers(status: RateLimitStatus) -> list[tuple[bytes, bytes]]:
     return [
-        (b"x-ratelimit-limit", b"%d" % standing.limit),
-        (b"x-ratelimit-remaining", b"%d" % standing.remaining),
-        (b"x-ratelimit-reset", b"%d" % standing.reset),
+        (b"x-ratelimit-limit", b"%d" % status.limit),
+        (b"x-ratelimit-remaining", b"%d" % status.remaining),
+        (b"x-ratelimit-reset", b"%d" % status.reset),
     ]
 
 
-def _request_id(given: bytes) -> str:
-    return given.decode("ascii") if _REQUEST_ID.fullmatch(given) else str(uuid.uuid4())
+def _choose_request_id(sent: bytes) -> str:
+    """Return the id that the client sent if it is well-formed, otherwise a new one."""
+    return sent.decode("ascii") if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
 
 
-async def _limited(given: Mapping[bytes, bytes], receive: Receive) -> Receive:
-    """Refuses a body by its announced length. One that announces none is read here up to the limit: most routes
-    never look at theirs."""
-    announced = given.get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > MAX_BODY:
+async def _limit_body(fields: Fields, receive: Receive) -> Receive:
+    """Return a `receive` for a body of at most MAX_BODY bytes. Raises ApiError PAYLOAD_TOO_LARGE.
+
+    The function reads a chunked body itself, because most routes never read their bodies.
+    """
+    content_length = fields.get(b"content-length", b"")
+    if content_length.isdigit() and int(content_length) > MAX_BODY:
         raise _too_large()
-    if b"transfer-encoding" not in given:
+    if b"transfer-encoding" not in fields:
         return receive
     messages: deque[Message] = deque()
     received, more = 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         messages.append(message)
         received += len(message.get("body", b""))
         if received > MAX_BODY:
@@ -250,4 +260,7 @@ async def _limited(given: Mapping[bytes, bytes], receive: Receive) -> Receive:
 
 
 def _too_large() -> ApiError:
-    return ApiError("PAYLOAD_TOO_LARGE", f"The body is larger than {MAX_BODY} bytes. No route here needs one.")
+    return ApiError(
+        "PAYLOAD_TOO_LARGE",
+        f"The body is larger than {MAX_BODY} bytes. Send no body, because no route requires one.",
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway import metrics
-from gateway.allocator_client import leave
+from gateway.allocator_client import cancel_pending
 from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web import request_middleware
@@ -99,7 +99,7 @@ class BrokerProtocol(StrictProtocol):
         if self._release_connection is not None:
             self._release_connection()
         if self.cycle is not None and not self.cycle.response_complete:
-            leave(self.cycle.scope)  # type: ignore[arg-type]  # uvicorn has a type of its own for it
+            cancel_pending(self.cycle.scope)  # type: ignore[arg-type]  # uvicorn has a type of its own for it
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -135,7 +135,7 @@ class BrokerProtocol(StrictProtocol):
             self._cut("response_unread" if awaited is self.transport else "request_unfinished")
 
     def _find_awaited(self) -> object:
-        """Return an object that identifies what the client has to do next; None when it has to do nothing."""
+        """Return an object that identifies the pending action of the client; None if no action is pending."""
         if self.transport.get_write_buffer_size() > 0:
             return self.transport
         return (self.scope or self) if self.scope is not self._complete_scope else None
@@ -154,7 +154,7 @@ class BrokerProtocol(StrictProtocol):
     def render_refusal(self, refusal: Refusal, request_id: str) -> bytes:
         retry_after = RETRY_CONNECTION_SEC if refusal is TOO_MANY_CONNECTIONS else None
         error = ApiError(refusal.code, refusal.message, retry_after=retry_after)
-        response = errors.response(error, {"request_id": request_id})
+        response = errors.build_response(error, {"request_id": request_id})
         headers = [
             *response.raw_headers,
             (b"x-request-id", request_id.encode()),

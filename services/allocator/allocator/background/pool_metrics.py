@@ -1,0 +1,88 @@
+"""Pool metrics: counts the pool and sets its gauges."""
+
+import time
+
+import structlog
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from allocator import metrics
+from allocator.background.depletion_forecast import DepletionForecast
+from sandbox_broker.database import connections
+from sandbox_broker.runtime import service
+
+PERIOD_SEC = 5
+
+COUNT_BY_STATUS = """
+SELECT status, sum(number)::bigint
+FROM (
+    SELECT status, number FROM pool_counts WHERE kind = 'pool' UNION ALL SELECT status, number FROM pool_changes
+) counted
+GROUP BY status
+"""
+# The 1,000 longest pending sandboxes contain the oldest request: a retried or reopened deletion was
+# requested before it became pending again.
+OLDEST_DELETION = """
+SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::float FROM (
+    SELECT deletion_requested_at FROM sandboxes
+    WHERE status = 'pending_deletion' ORDER BY status_since LIMIT 1000
+) longest
+"""
+COUNT_DEAD_LETTERS = "SELECT count(*) FROM dead_letters"
+# held: the newest applied or held listing is held. leaked: accounts of the last applied listing without a sandbox
+# in the pool. missing: leased sandboxes without an account in CSP.
+SYNC_STATE = """
+SELECT
+    coalesce((
+        SELECT held_at IS NOT NULL FROM csp_listings
+        WHERE coalesce(applied_at, held_at) IS NOT NULL ORDER BY listing_id DESC LIMIT 1
+    ), false) AS held,
+    coalesce((
+        SELECT (outcome->>'leaked')::bigint FROM csp_listings
+        WHERE applied_at IS NOT NULL ORDER BY listing_id DESC LIMIT 1
+    ), 0) AS leaked,
+    (SELECT count(*) FROM sandboxes WHERE status = 'allocated' AND missing_since IS NOT NULL) AS missing
+"""
+OUTBOX_LAG = """
+SELECT coalesce(extract(epoch FROM now() - (SELECT occurred_at FROM outbox ORDER BY outbox_id LIMIT 1)), 0)::float
+"""
+COUNT_LEASES_EVER = "SELECT coalesce(max(lease_id), 0) FROM leases"
+
+log = structlog.get_logger()
+
+
+class PoolMetrics:
+    """Periodic update of the pool gauges. Every allocator sets them, on standby too."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._forecast = DepletionForecast()
+
+    async def run(self) -> None:
+        await service.every(PERIOD_SEC, self._update)
+
+    async def _update(self) -> None:
+        try:
+            async with self._engine.connect() as connection:
+                rows = (await connection.execute(text(COUNT_BY_STATUS))).all()
+                oldest_deletion_sec = await connection.scalar(text(OLDEST_DELETION))
+                dead_letters = await connection.scalar(text(COUNT_DEAD_LETTERS))
+                sync = (await connection.execute(text(SYNC_STATE))).one()
+                outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
+                leases = await connection.scalar(text(COUNT_LEASES_EVER))
+        except connections.CONNECTION_ERRORS as error:
+            log.warning("pool.not_counted", error=connections.reason(error))
+            return
+        counts = {status: int(number) for status, number in rows}
+        metrics.SYNC_HELD.set(sync.held)
+        metrics.LEAKS.labels("in_csp").set(sync.leaked)
+        metrics.LEAKS.labels("missing").set(sync.missing)
+        metrics.OLDEST_DELETION.set(oldest_deletion_sec)
+        metrics.DEAD_LETTERS.set(dead_letters or 0)
+        metrics.OUTBOX_LAG.set(outbox_lag_sec)
+        exhaustion_sec = self._forecast.exhaustion_sec(time.monotonic(), counts.get("available", 0), leases)
+        metrics.EXHAUSTION.set(exhaustion_sec)
+        metrics.POOL_COUNTED.set_to_current_time()
+        for status, gauge in metrics.POOL.items():
+            gauge.set(counts.get(status, 0))
+        metrics.POOL_TOTAL.set(sum(counts.get(status, 0) for status in metrics.STATUSES))

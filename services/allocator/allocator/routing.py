@@ -1,0 +1,104 @@
+"""Routing: the handler of each command, in one lane for students and one for maintenance.
+
+Each lane has a queue, a consumer and a database connection of its own, so students do not wait for maintenance.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge
+from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
+from sandbox_broker.contract import topology
+from sandbox_broker.contract.commands import (
+    AllocateSandbox,
+    ApplyListing,
+    BeginListing,
+    ClaimDeletions,
+    Command,
+    DeleteStale,
+    DropDeadLetter,
+    EndCleanup,
+    EndLease,
+    ExpireLeases,
+    HurryDeletions,
+    PurgeRecords,
+    RecordDeletion,
+    RecordDeletionFailure,
+    RecordJob,
+    RefreshSandboxes,
+    ReleaseSandbox,
+    ReplayDeadLetter,
+    RetryDeletion,
+    StageListing,
+)
+from sandbox_broker.contract.replies import Reply
+
+Handler = Callable[[WriteSession, Sequence[Any]], Awaitable[list[Reply]]]
+
+
+def _unbatched(handle: Callable[[WriteSession, Any], Awaitable[Reply]]) -> Handler:
+    async def handle_one(session: WriteSession, commands: Sequence[Command]) -> list[Reply]:
+        (command,) = commands
+        return [await handle(session, command)]
+
+    return handle_one
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Command queue, its handlers, and their execution."""
+
+    queue: topology.Queue
+    handlers: Mapping[type[Command], Handler]
+    max_batch: int
+    """Envelopes per batch. An envelope holds up to codec.MAX_ENVELOPE commands."""
+    batched: bool
+    """True: a handler gets all commands of its type in a batch, in the order of `handlers`. False: commands run one
+    at a time, so a retry repeats only the failed command and never loses the claim of another."""
+    statement_timeout_sec: float
+    planner_settings: str
+    """write_session.GENERIC_PLANS or CUSTOM_PLANS."""
+    low_priority: bool
+    """True: the consumer pauses after each batch for twice its duration and leaves the processor mostly to other
+    work."""
+
+
+# Releases run before allocations. A student must not get a lease and lose it by a release in the same batch.
+# The statement timeout is shorter than the reply timeout of the gateway.
+STUDENTS = Lane(
+    topology.ALLOCATOR_COMMANDS,
+    {ReleaseSandbox: leases.release_sandbox, AllocateSandbox: leases.allocate_sandbox},
+    max_batch=20,
+    batched=True,
+    statement_timeout_sec=2,
+    planner_settings=GENERIC_PLANS,
+    low_priority=False,
+)
+MAINTENANCE = Lane(
+    topology.ALLOCATOR_MAINTENANCE,
+    {
+        ExpireLeases: _unbatched(leases.expire_leases),
+        EndLease: _unbatched(leases.end_lease),
+        ClaimDeletions: _unbatched(deletions.claim_deletions),
+        HurryDeletions: _unbatched(deletions.hurry_deletions),
+        EndCleanup: _unbatched(deletions.end_cleanup),
+        RecordDeletion: _unbatched(deletions.record_deletion),
+        RecordDeletionFailure: _unbatched(deletions.record_deletion_failure),
+        RetryDeletion: _unbatched(deletions.retry_deletion),
+        BeginListing: _unbatched(listings.begin_listing),
+        StageListing: _unbatched(listings.stage_listing),
+        ApplyListing: _unbatched(listings.apply_listing),
+        RefreshSandboxes: _unbatched(listings.refresh_sandboxes),
+        DeleteStale: _unbatched(purge.delete_stale),
+        PurgeRecords: _unbatched(purge.purge_records),
+        RecordJob: _unbatched(jobs.record_job),
+        ReplayDeadLetter: _unbatched(dead_letters.replay_dead_letter),
+        DropDeadLetter: _unbatched(dead_letters.drop_dead_letter),
+    },
+    max_batch=1,
+    batched=False,
+    statement_timeout_sec=30,
+    planner_settings=CUSTOM_PLANS,
+    low_priority=True,
+)

@@ -1,0 +1,345 @@
+"""Leases: allocate, release, expire, and end by an administrator.
+
+Students wait for these statements, so each is planned once (`write_session.GENERIC_PLANS`), for the empty table of
+a new installation as well as for a million sandboxes. The statements leave the planner one choice, whatever the
+statistics say:
+
+- They look rows up by `LIMIT 1` or `= ANY (ARRAY[key])` instead of joining tables.
+- The condition of each partial index appears only in the look-up for this index.
+- Other conditions have a form without a matching index (`status || ''`, `num_nulls`).
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from operator import itemgetter
+from typing import Literal, TypedDict
+
+from allocator.write_session import GUARD, WriteSession
+from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.database.schema import prefix_end
+
+# Parameters: epoch, lab duration, then one array per column of the requests.
+# requests: the requests, with the active lease of the holder and the lease of the idempotency key.
+# demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
+# assigned: request and sandbox, or request and NULL. No CTE joins two sets: the arrays of one prefix are unnested
+# side by side, so the cost grows with the number of requests, whatever the planner estimates.
+_ALLOCATE = f"""
+WITH {GUARD},
+requests AS MATERIALIZED (
+    SELECT r.*, current.*, keyed.holder = r.holder AS key_is_own
+    FROM guard
+    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
+        AS r (index, holder, track_name, prefix, prefix_end, idempotency_key)
+    LEFT JOIN LATERAL (
+        SELECT sandbox.*, active.allocated_at, active.expires_at
+        FROM leases active CROSS JOIN LATERAL (
+            SELECT sandbox_id, name, external_id, sfdc_account_id FROM sandboxes leased_sandbox
+            WHERE leased_sandbox.sandbox_id = active.sandbox_id LIMIT 1
+        ) sandbox
+        WHERE active.holder = r.holder AND active.ended_at IS NULL
+        LIMIT 1
+    ) current ON true
+    LEFT JOIN LATERAL (
+        SELECT keyed.holder FROM leases keyed
+        WHERE keyed.idempotency_key = r.idempotency_key AND keyed.idempotency_key IS NOT NULL
+        LIMIT 1
+    ) keyed ON true
+),
+demand AS MATERIALIZED (
+    SELECT prefix, prefix_end, count(*) AS number, array_agg(index) AS indexes, array_agg(holder) AS holders,
+        array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys
+    FROM requests
+    WHERE sandbox_id IS NULL AND key_is_own IS NULL
+    GROUP BY prefix, prefix_end
+),
+picked AS MATERIALIZED (
+    SELECT d.*, ARRAY({{picks}}) AS sandbox_ids FROM demand d
+),
+assigned AS MATERIALIZED (
+    SELECT a.*
+    FROM picked p
+    CROSS JOIN unnest(p.indexes, p.holders, p.track_names, p.idempotency_keys, p.sandbox_ids)
+        AS a (index, holder, track_name, idempotency_key, sandbox_id)
+),
+claimed AS (
+    UPDATE sandboxes s SET status = 'allocated', status_since = now(), track_name = a.track_name
+    FROM assigned a
+    WHERE s.sandbox_id = ANY (ARRAY[a.sandbox_id]) AND s.status || '' = 'available'
+    RETURNING a.index, a.holder, a.track_name, a.idempotency_key,
+        s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
+),
+leased AS (
+    INSERT INTO leases (sandbox_id, holder, track_name, idempotency_key, expires_at)
+    SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
+        'sandbox_id', c.sandbox_id, 'external_id', c.external_id, 'name', c.name, 'holder', c.holder,
+        'track_name', c.track_name, 'expires_at', floor(extract(epoch FROM now() + $2::interval))::bigint
+    )
+    FROM claimed c
+    UNION ALL
+    SELECT 'pool.exhausted', NULL, jsonb_build_object('name_prefix', nullif(prefix, ''))
+    FROM picked WHERE cardinality(sandbox_ids) < number
+),
+outcomes AS (
+    SELECT index, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
+        now() AS allocated_at, now() + $2::interval AS expires_at
+    FROM claimed
+    UNION ALL
+    SELECT index,
+        CASE
+            WHEN NOT key_is_own THEN 'key_of_another'
+            WHEN sandbox_id IS NOT NULL THEN 'known'
+            ELSE 'key_used_up'
+        END,
+        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at
+    FROM requests WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
+    UNION ALL
+    SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
+)
+SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id,
+    floor(extract(epoch FROM allocated_at))::bigint AS allocated_at,
+    floor(extract(epoch FROM expires_at))::bigint AS expires_at
+FROM outcomes
+"""
+
+_PICK_ANY = """
+SELECT sandbox_id FROM sandboxes oldest WHERE available_since IS NOT NULL
+ORDER BY available_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
+"""
+
+# Most names are a stem and a number, and few stems start with the prefix. The recursive CTE steps along the index
+# from stem to stem; the sandboxes of each stem are indexed by age. A prefix with a digit at the end may split a
+# number, so its names are selected by range and sorted.
+_PICK_BY_PREFIX = """
+SELECT sandbox_id FROM (
+    SELECT oldest.*
+    FROM (
+        WITH RECURSIVE stem AS (
+            (
+                SELECT available_stem FROM sandboxes first
+                WHERE d.prefix !~ '[0-9]$' AND available_stem >= d.prefix AND available_stem < d.prefix_end
+                ORDER BY available_stem LIMIT 1
+            )
+            UNION ALL
+            SELECT next_stem.available_stem
+            FROM stem CROSS JOIN LATERAL (
+                SELECT available_stem FROM sandboxes next
+                WHERE available_stem > stem.available_stem AND available_stem < d.prefix_end
+                ORDER BY available_stem LIMIT 1
+            ) next_stem
+        )
+        SELECT available_stem FROM stem
+    ) stems
+    CROSS JOIN LATERAL (
+        SELECT sandbox_id, status_since FROM sandboxes of_stem
+        WHERE available_stem = stems.available_stem
+        ORDER BY status_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
+    ) oldest
+    UNION ALL
+    SELECT oldest.*
+    FROM (SELECT WHERE d.prefix ~ '[0-9]$') ends_with_a_digit
+    CROSS JOIN LATERAL (
+        SELECT sandbox_id, status_since FROM sandboxes by_name
+        WHERE available_name >= d.prefix AND available_name < d.prefix_end
+        ORDER BY status_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
+    ) oldest
+) candidates
+ORDER BY status_since, sandbox_id LIMIT d.number
+"""
+
+ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
+ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
+
+# End the leases of the CTE `ending (lease_id, sandbox_id, reason, note, request_id, traceparent)` and request the
+# deletion of their sandboxes.
+_END_LEASES = """
+ended AS (
+    UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
+    FROM ending e
+    WHERE l.lease_id = ANY (ARRAY[e.lease_id]) AND num_nulls(l.ended_at) = 1
+    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id, e.traceparent
+),
+moved AS (
+    UPDATE sandboxes s
+    SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
+        deletion_due_at = now(), deletion_reason = ended.reason,
+        deletion_request_id = ended.request_id, deletion_traceparent = ended.traceparent
+    FROM ended
+    WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
+    RETURNING s.sandbox_id, s.external_id, s.name, s.deletion_requested_at,
+        ended.holder, ended.track_name, ended.reason, ended.request_id
+),
+announced AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'sandbox.deletion_requested', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', m.holder,
+        'track_name', m.track_name, 'reason', m.reason, 'request_id', m.request_id
+    )
+    FROM moved m
+)
+"""
+
+# Two minutes cover every redelivery: a request expires after at most one minute, in RabbitMQ and in the queues of
+# the clients.
+HOLDERS_WITH_ENDED_LEASE = f"""
+WITH {GUARD}
+SELECT epoch, ARRAY(
+    SELECT ended.holder
+    FROM leases ended LEFT JOIN LATERAL (
+        SELECT lease_id FROM leases active WHERE active.holder = ended.holder AND active.ended_at IS NULL LIMIT 1
+    ) active_lease ON true
+    WHERE '' || ended.holder = ANY ($2::text[]) AND ended.ended_at > now() - interval '2 minutes'
+      AND num_nulls(active_lease.lease_id) = 1
+) AS holders
+FROM guard
+"""
+
+RELEASE = f"""
+WITH {GUARD},
+request AS MATERIALIZED (
+    SELECT r.*
+    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[])
+        AS r (index, sandbox_id, holder, request_id, traceparent)
+),
+target AS MATERIALIZED (
+    SELECT r.index, r.sandbox_id, r.request_id, r.traceparent,
+        s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
+        s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists, l.holder = r.holder AS own
+    FROM request r
+    LEFT JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = r.sandbox_id LIMIT 1) s ON true
+    LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
+),
+ending AS MATERIALIZED (
+    SELECT DISTINCT ON (lease_id)
+        lease_id, sandbox_id, 'student' AS reason, NULL::text AS note, request_id, traceparent
+    FROM target WHERE own AND ended_at IS NULL ORDER BY lease_id, index
+),
+{_END_LEASES}
+SELECT t.index, t.exists, coalesce(t.own, false) AS own,
+    CASE WHEN t.moved THEN 'pending_deletion' ELSE coalesce(t.status, 'deleted') END AS status,
+    floor(extract(epoch FROM CASE WHEN t.moved THEN now() ELSE coalesce(t.deletion_requested_at, t.ended_at) END))
+        ::bigint AS deletion_requested_at
+FROM (SELECT target.*, sandbox_id IN (SELECT sandbox_id FROM moved) AS moved FROM target) t
+ORDER BY t.index
+"""
+
+EXPIRE = f"""
+WITH {GUARD},
+ending AS MATERIALIZED (
+    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note, NULL::text AS request_id,
+        NULL::text AS traceparent
+    FROM guard CROSS JOIN LATERAL (
+        SELECT lease_id, sandbox_id FROM leases
+        WHERE end_reason IS NULL AND expires_at <= now() - $2::interval
+        ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
+    ) l
+),
+{_END_LEASES}
+SELECT epoch, ARRAY(SELECT sandbox_id FROM moved) AS sandbox_ids FROM guard
+"""
+
+# By an administrator, for any holder.
+END_LEASE = f"""
+WITH {GUARD},
+target AS MATERIALIZED (
+    SELECT s.sandbox_id, s.status, s.deletion_requested_at, l.lease_id, l.ended_at
+    FROM guard, sandboxes s LEFT JOIN leases l ON l.sandbox_id = s.sandbox_id
+    WHERE s.sandbox_id = $2
+),
+ending AS MATERIALIZED (
+    SELECT lease_id, sandbox_id, 'admin' AS reason, $3::text AS note,
+        $4::text AS request_id, $5::text AS traceparent
+    FROM target WHERE lease_id IS NOT NULL AND ended_at IS NULL
+),
+{_END_LEASES}
+SELECT epoch, t.lease_id,
+    CASE WHEN m.sandbox_id IS NOT NULL THEN 'pending_deletion' ELSE t.status END AS status,
+    floor(extract(epoch FROM coalesce(m.deletion_requested_at, t.deletion_requested_at, t.ended_at)))::bigint
+        AS deletion_requested_at,
+    m.sandbox_id IS NOT NULL AS changed
+FROM guard LEFT JOIN target t ON true LEFT JOIN moved m ON true
+"""
+
+
+class AllocationRow(TypedDict):
+    index: int
+    outcome: Literal["new", "known", "key_of_another", "key_used_up", "exhausted"]
+    sandbox_id: str
+    name: str
+    external_id: str
+    sfdc_account_id: str | None
+    allocated_at: int
+    expires_at: int
+
+
+class ReleaseRow(TypedDict):
+    index: int
+    exists: bool
+    own: bool
+    status: str
+    deletion_requested_at: int | None
+
+
+class EndLeaseRow(TypedDict):
+    lease_id: int | None
+    """None: the sandbox was never leased."""
+    status: str | None
+    """None: the sandbox does not exist."""
+    deletion_requested_at: int | None
+    changed: bool
+
+
+async def allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[AllocationRow]:
+    """Return one row per command, in order. The commands must be free of conflicts (see
+    domain.conflict_free_groups).
+
+    Raises asyncpg.UniqueViolationError if another allocator was faster; run it again.
+    """
+    prefixes = [command.name_prefix or "" for command in commands]
+    rows: list[AllocationRow] = await session.fetch(
+        ALLOCATE_BY_PREFIX if any(prefixes) else ALLOCATE_ANY,
+        session.lab_duration,
+        list(range(len(commands))),
+        [command.holder for command in commands],
+        [command.track_name for command in commands],
+        prefixes,
+        [prefix_end(prefix) if prefix else "" for prefix in prefixes],
+        [command.idempotency_key for command in commands],
+    )
+    return sorted(rows, key=itemgetter("index"))
+
+
+async def holders_with_ended_lease(session: WriteSession, *, holders: Sequence[str]) -> list[str]:
+    """Return the `holders` without a lease, but with one ended within the last two minutes."""
+    row = await session.fetch_one(HOLDERS_WITH_ENDED_LEASE, holders)
+    result: list[str] = row["holders"]
+    return result
+
+
+async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> list[ReleaseRow]:
+    """Return one row per command, in order."""
+    return await session.fetch(
+        RELEASE,
+        list(range(len(commands))),
+        [command.sandbox_id for command in commands],
+        [command.holder for command in commands],
+        [command.request_id for command in commands],
+        [command.traceparent for command in commands],
+    )
+
+
+async def expire(session: WriteSession, *, grace: timedelta, limit: int) -> list[str]:
+    """End up to `limit` leases overdue by at least `grace`; return the ids of their sandboxes."""
+    row = await session.fetch_one(EXPIRE, grace, limit)
+    sandbox_ids: list[str] = row["sandbox_ids"]
+    return sandbox_ids
+
+
+async def end_lease(
+    session: WriteSession, *, sandbox_id: str, note: str | None, request_id: str | None, traceparent: str | None
+) -> EndLeaseRow:
+    row: EndLeaseRow = await session.fetch_one(END_LEASE, sandbox_id, note, request_id, traceparent)
+    return row

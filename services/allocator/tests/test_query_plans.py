@@ -1,0 +1,111 @@
+"""Generic plans of the statements for students.
+
+The plans must be look-ups along the same indexes, whatever rows and statistics the tables had at planning time.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from allocator.sql import leases
+
+from .allocator_harness import Pool
+
+_ARRAYS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text]"
+STATEMENTS = {
+    "any": (leases.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
+    "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
+    "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
+    "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
+}
+_COMMON_LOOKUPS = {
+    "allocator_epoch": "allocator_epoch_once: epoch",
+    "active": "leases_one_per_holder: holder",
+    "leased_sandbox": "sandboxes_pkey: sandbox_id",
+    "keyed": "leases_one_per_idempotency_key: idempotency_key",
+    "s": "sandboxes_pkey: sandbox_id",
+}
+PLANS = {
+    "any": {**_COMMON_LOOKUPS, "oldest": "sandboxes_available: available_since"},
+    "by prefix": {
+        **_COMMON_LOOKUPS,
+        "first": "sandboxes_available_by_stem: available_stem",
+        "next": "sandboxes_available_by_stem: available_stem",
+        "of_stem": "sandboxes_available_by_stem: available_stem",
+        "by_name": "sandboxes_available_by_name: available_name",
+    },
+    "release": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "sandboxes": "sandboxes_pkey: sandbox_id",
+        "leases": "leases_one_per_sandbox: sandbox_id",
+        "l": "leases_pkey: lease_id",
+        "s": "sandboxes_pkey: sandbox_id",
+    },
+    "ended lease": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "ended": "leases_by_holder: ''::text",
+        "active": "leases_one_per_holder: holder",
+    },
+}
+
+
+async def _new(pool: Pool) -> None:
+    pass
+
+
+async def _emptied(pool: Pool) -> None:
+    """Tables with the statistics of empty tables, as after the restore of an empty pool."""
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _full(pool: Pool) -> None:
+    await pool.fill(1_000)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _grown(pool: Pool) -> None:
+    """Full tables with the statistics of empty ones."""
+    await pool.execute("VACUUM ANALYZE")
+    await pool.fill(1_000)
+
+
+async def _leased(pool: Pool) -> None:
+    for sandbox_id in await pool.fill(1_000, "allocated"):
+        await pool.execute("INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ($1, $1, now())", sandbox_id)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _large(pool: Pool) -> None:
+    await pool.fill(50_000)
+    await pool.execute("VACUUM ANALYZE")
+
+
+async def _every_name_a_stem(pool: Pool) -> None:
+    await pool.fill([f"lab-{number}-x" for number in range(5_000)])
+    await pool.execute("VACUUM ANALYZE")
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+@pytest.mark.parametrize("fill", [_new, _emptied, _full, _grown, _leased, _large, _every_name_a_stem])
+async def test_a_generic_plan_uses_only_index_lookups(
+    pool: Pool, fill: Callable[[Pool], Awaitable[None]], statement: str
+) -> None:
+    await fill(pool)
+    sql, arguments = STATEMENTS[statement]
+    connection = (await pool.write_session()).connection
+    await connection.execute(f"PREPARE kept AS {sql}")
+    plan = json.loads(await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE kept ({arguments})"))
+    assert dict(_access_paths(plan[0]["Plan"])) == PLANS[statement]
+
+
+def _access_paths(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the alias and the access path (index and column) of each table in the plan."""
+    if "Relation Name" in node and node["Node Type"] != "ModifyTable":
+        path = node.get("Index Name", node["Node Type"])
+        if condition := node.get("Index Cond"):
+            path += ": " + condition.replace("(", "").split()[0].rpartition(".")[2]
+        yield node["Alias"], path
+    for inner in node.get("Plans", ()):
+        yield from _access_paths(inner)

@@ -1,0 +1,78 @@
+"""Runner of a service that kills or freezes itself at a point of crash_points.py: `python crash_runner.py MODULE`.
+
+The file in CRASH_AT contains the point (see devstack.crashes). The reaper runs with shorter time-outs, so that the
+claims of a killed reaper end soon.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from devstack.crashes import CrashPoints
+
+module = sys.argv.pop(1)
+crashes = CrashPoints(Path(os.environ["CRASH_AT"]), module)
+
+if module == "gateway":
+    from gateway import allocator_client
+    from sandbox_broker.messaging import rpc_client
+
+    rpc_client.Requester.send = crashes.wrap(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    rpc = allocator_client.AllocatorClient
+    rpc.request = crashes.wrap(rpc.request, None, "before answering")  # type: ignore[method-assign]
+if module == "allocator":
+    from allocator import consumer
+    from allocator.sql import leases
+    from sandbox_broker.contract import topology
+    from sandbox_broker.messaging import subscription
+
+    # Each function runs one statement, which commits at its end.
+    commit = ("before a student's commit", "after a student's commit")
+    leases.allocate = crashes.wrap(leases.allocate, *commit)
+    leases.release = crashes.wrap(leases.release, *commit)
+
+    # Crash only at messages of students, because maintenance replies and acknowledges continuously.
+    students = topology.ALLOCATOR_COMMANDS.name
+    answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
+    crashing_answer = crashes.wrap(answer, None, "after a student's reply")
+    crashing_ack = crashes.wrap(ack, "before a student's ack", None)
+
+    async def answer_student(publisher: Any, delivery: Any, replies: Any) -> None:
+        await (crashing_answer if delivery.routing_key == students else answer)(publisher, delivery, replies)
+
+    async def ack_student(subscription: Any, delivery: Any, *, all_before: bool = False) -> None:
+        # Expired messages are acknowledged one by one, answered batches with all_before.
+        is_answered = all_before and subscription._queue == students
+        await (crashing_ack if is_answered else ack)(subscription, delivery, all_before=all_before)
+
+    consumer.answer = answer_student  # type: ignore[attr-defined]
+    subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
+if module == "reaper":
+    from reaper import asking, deletion
+    from sandbox_broker.csp import client as csp_client
+
+    asking.REQUEST_TIMEOUT_SEC = 3
+    deletion.CSP_TIMEOUT_SEC = 5
+
+    from reaper import cleanup
+
+    cleanup.CLAIM_MARGIN_SEC = 2
+    client, deleter = csp_client.CspClient, deletion.Deleter
+    client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
+    cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "csp_syncer":
+    from csp_syncer import asking as syncer_asking
+    from csp_syncer import syncer
+
+    request_reply = syncer_asking.request_reply
+
+    async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
+        kind = type(command).__name__
+        return await crashes.wrap(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
+
+    syncer.request_reply = crashing_request_reply  # type: ignore[attr-defined]
+
+runpy.run_module(module, run_name="__main__", alter_sys=True)

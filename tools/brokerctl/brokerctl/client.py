@@ -1,0 +1,137 @@
+"""HTTP client of the gateway's admin API."""
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from typing import Any, Generic, TypeVar
+from urllib.error import URLError
+from urllib.parse import quote, urlencode
+from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, UnknownHandler
+
+from brokerctl.config import Config
+from brokerctl.errors import CommandError, Misconfigured, Refused, Unavailable
+
+TIMEOUT_SEC = 30.0
+"""Longer than the gateway's own limit for an admin request (ADMIN_WAIT_SEC)."""
+MAX_PAGE_SIZE = 500
+
+T = TypeVar("T")
+
+
+class AdminClient:
+    """HTTP client of the admin API.
+
+    It uses urllib, because importing an HTTP library takes longer than most requests.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.url = config.url
+        self._headers = {"Authorization": f"Bearer {config.token}", "User-Agent": "brokerctl"}
+        # No HTTPRedirectHandler, because a redirect would send the token to another host.
+        self._opener = OpenerDirector()
+        self._opener.add_handler(ProxyHandler())
+        self._opener.add_handler(HTTPHandler())
+        if config.url.startswith("https:"):  # only then, because the handler loads all CA certificates
+            self._opener.add_handler(HTTPSHandler())
+        self._opener.add_handler(UnknownHandler())
+
+    def get(self, path: str, **parameters: Any) -> dict[str, Any]:
+        """Return the JSON body. Raises `CommandError`, like every method of this class."""
+        return self.request("GET", path, **parameters)
+
+    def post(self, path: str, **parameters: Any) -> dict[str, Any]:
+        return self.request("POST", path, **parameters)
+
+    def delete(self, path: str) -> dict[str, Any]:
+        return self.request("DELETE", path)
+
+    def iterate_entries(self, path: str, field: str, limit: int, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """Yield at most `limit` entries of a paginated route. Each page holds its entries in `field`."""
+        cursor: str | None = None
+        left = limit
+        while left > 0:
+            page = self.get(path, **parameters, limit=min(left, MAX_PAGE_SIZE), cursor=cursor)
+            yield from page[field]
+            left -= len(page[field])
+            cursor = page["cursor"]
+            if cursor is None:
+                return
+
+    def request(self, method: str, path: str, **parameters: Any) -> dict[str, Any]:
+        """Send a request for `path` below /v1/admin. The query omits parameters with the value None."""
+        query = urlencode({name: value for name, value in parameters.items() if value is not None})
+        url = f"{self.url}/v1/admin/{path}?{query}".rstrip("?")
+        request = Request(url, method=method, headers=self._headers)
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_SEC) as response:
+                status, content = response.status, response.read()
+        except (OSError, HTTPException, UnicodeError) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            if isinstance(reason, TimeoutError):
+                raise Unavailable(
+                    f"The gateway at {self.url} did not answer within {TIMEOUT_SEC:g} s. It may still complete the "
+                    "request: check the state before you repeat the command."
+                ) from None
+            raise Unavailable(
+                describe_unreachable_gateway(self.url, str(reason) or type(reason).__name__)
+            ) from None
+        try:
+            body: dict[str, Any] = json.loads(content)
+            if 200 <= status < 300:
+                return body
+            detail = body["detail"]
+            detail["code"], detail["message"]
+        except (ValueError, LookupError, TypeError):
+            raise Unavailable(
+                f"The server at {self.url} is not the broker (HTTP {status}). "
+                "Check BROKER_API_URL and the proxies in front of the gateway."
+            ) from None
+        raise _build_error(status, detail)
+
+
+def quote_segment(value: str) -> str:
+    """Escape user input for use as one segment of a URL path."""
+    return quote(value, safe="")
+
+
+def describe_unreachable_gateway(url: str, reason: str) -> str:
+    return f"No gateway answers at {url} ({reason}). Check BROKER_API_URL and whether the gateway runs."
+
+
+def _build_error(status: int, detail: dict[str, Any]) -> CommandError:
+    message = f"{detail['message']} ({detail['code']}, request {detail.get('request_id')})"
+    if status in (401, 403):
+        return Misconfigured(f"{message} Check BROKER_ADMIN_TOKEN.", detail=detail)
+    if status >= 500 or "retry_after" in detail:
+        return Unavailable(message, detail=detail)
+    return Refused(message, detail=detail)
+
+
+class BackgroundCall(Generic[T]):
+    """Function call in a daemon thread, so the caller can stop waiting for it.
+
+    The thread may outlive the wait, because a DNS lookup cannot be interrupted.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._outcome: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+        self._function = function
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome.put((self._function(), None))
+        except Exception as error:  # noqa: BLE001 (result() raises it in the caller's thread)
+            self._outcome.put((None, error))
+
+    def result(self, timeout_sec: float) -> T:
+        """Return the result, or raise the function's exception. Raises TimeoutError after `timeout_sec`."""
+        try:
+            result, error = self._outcome.get(timeout=timeout_sec)
+        except queue.Empty:
+            raise TimeoutError(f"no answer in {timeout_sec:g} s") from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
