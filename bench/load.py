@@ -17,7 +17,7 @@ from devstack import packages
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import spawn
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 _SCRIPT = Path(__file__).with_name("students.lua")
 _REQUEST_TIMEOUT_SEC = 10
@@ -114,7 +114,7 @@ async def _wait_at_most(seconds: int, work: Awaitable[object]) -> None:
         if task.done():
             task.result()
     finally:
-        await cancel(task)
+        await cancel_and_wait(task)
 
 
 def parse_wrk_output(output: str, *, cpu_sec: float = 0.0) -> LoadResult:

@@ -16,8 +16,8 @@ from sandbox_broker.contract.commands import PurgeRecords
 from sandbox_broker.contract.replies import Purged
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.runtime.service import cancel_and_wait
 
 _PURGE_BATCH_SIZE = 500
 """Batch size of the csp-syncer."""
@@ -77,19 +77,19 @@ async def expire_leases(student_prefix: str, database: asyncpg.Connection) -> No
 
 
 @asynccontextmanager
-async def connect_requester(servers: Servers) -> AsyncIterator[Requester]:
+async def connect_requester(servers: Servers) -> AsyncIterator[RpcClient]:
     """Connect an RPC client for allocator commands."""
     publisher = Publisher(servers.amqp_url, "bench")
-    requester = Requester(servers.amqp_url, "bench", publisher)
+    requester = RpcClient(servers.amqp_url, "bench", publisher)
     tasks = [asyncio.create_task(run()) for run in (publisher.run, requester.run)]
     try:
         yield requester
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
 
 
-async def purge_deleted(requester: Requester, *, deleted_for_sec: float) -> int:
+async def purge_deleted(requester: RpcClient, *, deleted_for_sec: float) -> int:
     """Purge all records of sandboxes that were deleted at least `deleted_for_sec` ago. Returns their number."""
     purged = 0
     while True:
@@ -99,7 +99,7 @@ async def purge_deleted(requester: Requester, *, deleted_for_sec: float) -> int:
             return purged
 
 
-async def purge_batch(requester: Requester, *, deleted_for_sec: float) -> int | None:
+async def purge_batch(requester: RpcClient, *, deleted_for_sec: float) -> int | None:
     """Send one purge command, which the csp-syncer repeats every hour until no records are left.
 
     Returns the number of purged records, or None if the allocator refused the command. Then no record is purged and

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from bench import pool, process_stats
 from bench.load import LoadResult
 from bench.servers import Target
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 _SAMPLE_INTERVAL_SEC = 0.25
 
@@ -112,7 +112,7 @@ class _UsageSampler:
                 await asyncio.wait([task], timeout=_SAMPLE_INTERVAL_SEC)
             return await task
         finally:
-            await cancel(task)
+            await cancel_and_wait(task)
 
     async def sample(self, *, first: bool = False) -> None:
         """Read all processes. Unless this is the first sample, a new process is counted from its start."""

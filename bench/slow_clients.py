@@ -14,7 +14,7 @@ from bench.meter import Run
 from bench.servers import TOKEN, Servers
 from bench.sizes import Sizes
 from devstack.wire import connected
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 _CLIENTS = 100
 _HOLD_SEC = 25
@@ -48,7 +48,7 @@ async def _hold_connections(url: str) -> AsyncIterator[None]:
                 task.result()  # raises, because clients only end on an error
     finally:
         for task in tasks:
-            await cancel(task)
+            await cancel_and_wait(task)
 
 
 async def _hold_connection(url: str, request: bytes) -> None:

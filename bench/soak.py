@@ -22,7 +22,7 @@ from bench.meter import Run
 from bench.replenish import GrowingPool, run_periodically
 from bench.servers import TOKEN, Servers, Target
 from bench.sizes import Sizes
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 _SANDBOXES = 20_000
 _MAX_HELD = 1_000
@@ -73,7 +73,7 @@ FROM pg_stat_user_tables WHERE relname = ANY($1)
 class RenewedPool(GrowingPool):
     """Pool in which a new sandbox replaces each deleted one."""
 
-    requester: Requester
+    requester: RpcClient
     purged: int = 0
     purges_postponed: int = 0
     reaper_check_at: float = 0.0

@@ -9,7 +9,7 @@ import pytest
 from bench import pool
 from bench.soak import RenewedPool, Sample, summarize_samples
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .conftest import SANDBOXES, count_available
 
@@ -17,9 +17,9 @@ LEASES = 3
 
 
 @pytest.fixture
-def requester(amqp_url: str) -> Requester:
+def requester(amqp_url: str) -> RpcClient:
     """RPC client without a connection, because these tests send no command."""
-    return Requester(amqp_url, "bench", Publisher(amqp_url, "bench"))
+    return RpcClient(amqp_url, "bench", Publisher(amqp_url, "bench"))
 
 
 async def release_all(database: asyncpg.Connection) -> None:
@@ -31,7 +31,7 @@ async def release_all(database: asyncpg.Connection) -> None:
 
 
 async def test_each_released_sandbox_is_deleted_and_replaced(
-    database: asyncpg.Connection, requester: Requester
+    database: asyncpg.Connection, requester: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)
@@ -45,7 +45,7 @@ async def test_each_released_sandbox_is_deleted_and_replaced(
 
 
 async def test_sandboxes_deleted_by_the_reaper_are_replaced_once(
-    database: asyncpg.Connection, requester: Requester
+    database: asyncpg.Connection, requester: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)
@@ -57,7 +57,7 @@ async def test_sandboxes_deleted_by_the_reaper_are_replaced_once(
 
 
 async def test_a_row_locked_by_the_reaper_is_replaced_after_the_lock_is_released(
-    database: asyncpg.Connection, clean_database: str, requester: Requester
+    database: asyncpg.Connection, clean_database: str, requester: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)

@@ -1,8 +1,7 @@
-"""`python -m sandbox_broker.declare`: declare every exchange, queue and binding in the RabbitMQ of AMQP_URL.
+"""`python -m sandbox_broker.declare`: declare all exchanges, queues and bindings in the RabbitMQ of AMQP_URL.
 
-It also deletes the queues that earlier versions used and that have no consumer any more. It is for installations
-in which the users of the services may not declare; otherwise the services do both themselves. Repeating it is
-harmless.
+The command also deletes replaced queues of earlier versions without a consumer. It is for installations where the
+users of the services may not declare; otherwise the services do both themselves. The command is idempotent.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import delete_replaced, opened
+from sandbox_broker.messaging.connection import delete_replaced, open_connection
 from sandbox_broker.runtime.settings import AmqpUrl, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -26,9 +25,9 @@ class Settings(BaseSettings):
 
 
 async def declare(amqp_url: str) -> None:
-    """Raise AMQPError, OSError or TimeoutError when RabbitMQ does not answer or refuses. Replaced queues that
-    cannot be deleted raise nothing."""
-    async with asyncio.timeout(TIMEOUT_SEC), opened(amqp_url) as connection:
+    """Declare the topology and delete replaced queues. Raises AMQPError, OSError or TimeoutError if RabbitMQ does
+    not answer or refuses. A replaced queue that cannot be deleted is not an error."""
+    async with asyncio.timeout(TIMEOUT_SEC), open_connection(amqp_url) as connection:
         async with connection.channel() as channel:
             await topology.declare(channel)
         await asyncio.gather(*(delete_replaced(connection, queue) for queue in topology.QUEUES))
@@ -36,7 +35,7 @@ async def declare(amqp_url: str) -> None:
 
 def main() -> None:
     url = load(Settings).amqp_url
-    for library in ("aio_pika", "aiormq"):  # they log what they raise
+    for library in ("aio_pika", "aiormq"):  # because they also log the errors that they raise
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         asyncio.run(declare(url))

@@ -1,6 +1,6 @@
-"""`python -m sandbox_broker.migrate`: brings the database of DATABASE_URL to the newest schema.
+"""`python -m sandbox_broker.migrate`: migrate the database of DATABASE_URL to the newest schema.
 
-Repeating it is harmless, also at the same moment: an advisory lock lets one run at a time.
+The command is idempotent. An advisory lock serializes concurrent runs.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from sandbox_broker.database import connections
 from sandbox_broker.runtime.settings import DatabaseUrl, load, stop
 
 _LOCK = 0x5A4DB0
-"""The advisory lock's number; any constant of our own."""
+"""Number of the advisory lock, an arbitrary constant."""
 
 
 class Settings(BaseSettings):
@@ -27,8 +27,8 @@ class Settings(BaseSettings):
 
 
 async def migrate(database_url: str) -> None:
-    """Raises what asyncpg raises when the database does not answer."""
-    engine = connections.engine(database_url, statement_timeout_sec=0)
+    """Migrate the database. Raises the errors of asyncpg if the database does not answer."""
+    engine = connections.create_engine(database_url, statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)
@@ -48,7 +48,7 @@ def _upgrade(connection: Connection) -> None:
 
 
 def config(connection: Connection) -> Config:
-    """Alembic's configuration for this connection; there is no alembic.ini."""
+    """Return the Alembic configuration for this connection, because there is no alembic.ini."""
     alembic = Config()
     alembic.set_main_option("script_location", str(Path(__file__).parent / "database" / "migrations"))
     alembic.attributes["connection"] = connection
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         asyncio.run(migrate(url))
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-        stop(f"DATABASE_URL: {connections.reason(error)}")
+        stop(f"DATABASE_URL: {connections.describe_error(error)}")
 
 
 if __name__ == "__main__":

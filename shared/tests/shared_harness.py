@@ -1,4 +1,4 @@
-"""What the tests of the shared code have in common: tasks that end with the test, and a line that can fail."""
+"""Test helpers of the shared package: background tasks, a leak check, and a TCP proxy that can fail."""
 
 import asyncio
 import gc
@@ -10,46 +10,46 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 from aio_pika import Connection
 
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 PATIENCE_SEC = 60.0
 
 
 @asynccontextmanager
-async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Meanwhile `work` runs, and none of it may fail."""
+async def background_tasks(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` in background tasks during the block. Fail if a task ends early."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         yield
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
     for task in tasks:
         assert task.cancelled(), task.exception()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Fails when it does not come true."""
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until `condition` is true. Raise TimeoutError after PATIENCE_SEC."""
     async with asyncio.timeout(PATIENCE_SEC):
-        while not condition():  # noqa: ASYNC110 (nothing tells us)
+        while not condition():  # noqa: ASYNC110 (no event exists)
             await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
-async def nothing_stays() -> AsyncIterator[None]:
-    """Fails when asyncio complains of something, or a task of ours or of a client library stays, or a connection to
-    RabbitMQ that nobody has closed."""
+async def assert_no_leaks() -> AsyncIterator[None]:
+    """Fail if asyncio reports an error, or if the block leaves a task of the project or of a client library, or an
+    open connection to RabbitMQ."""
     loop = asyncio.get_running_loop()
-    complaints: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     before = asyncio.all_tasks()
-    gc.freeze()  # what is there now is not looked through below
+    gc.freeze()  # so that get_objects() below skips existing objects
 
-    def complain(_: object, context: dict[str, Any]) -> None:
-        # asyncpg says this of a connection that is lost while it asks the server to end a statement.
+    def record(_: object, context: dict[str, Any]) -> None:
+        # asyncpg reports this error if a connection is lost while it cancels a statement.
         if "unexpected connection_lost() call" not in str(context.get("exception")):
-            complaints.append(context)
+            reports.append(context)
 
-    loop.set_exception_handler(complain)
+    loop.set_exception_handler(record)
     try:
         yield
         async with asyncio.timeout(PATIENCE_SEC):
@@ -57,11 +57,11 @@ async def nothing_stays() -> AsyncIterator[None]:
                 await asyncio.wait(left)
         gc.collect()
         await asyncio.sleep(0)
-        left_open = [one for one in gc.get_objects() if type(one) is Connection and not one.is_closed]
+        left_open = [item for item in gc.get_objects() if type(item) is Connection and not item.is_closed]
     finally:
         gc.unfreeze()
         loop.set_exception_handler(None)
-    assert complaints == []
+    assert reports == []
     assert left_open == []
 
 
@@ -73,7 +73,7 @@ def _is_ours(task: asyncio.Task[Any]) -> bool:
 
 
 class CannedTransport(httpx.AsyncBaseTransport):
-    """Takes the place of the network: `respond` answers, and the client reads the body as a stream."""
+    """Transport that replaces the network. The client reads the body of the response as a stream."""
 
     def __init__(self, respond: Callable[[httpx.Request], httpx.Response]) -> None:
         self._transport = httpx.MockTransport(respond)
@@ -84,7 +84,7 @@ class CannedTransport(httpx.AsyncBaseTransport):
 
 
 class _Unread(httpx.AsyncByteStream):
-    # httpx reads a canned body when the response is made, and then refuses to stream it.
+    # Needed because httpx reads the body of a mock response at once, and then refuses to stream it.
     def __init__(self, response: httpx.Response) -> None:
         self._response = response
 
@@ -94,8 +94,8 @@ class _Unread(httpx.AsyncByteStream):
             yield chunk
 
 
-class Line:
-    """A connection to a server, through us: it can be cut, and it can fall silent."""
+class TcpProxy:
+    """TCP proxy to a server. It can reset its connections and pause the traffic."""
 
     def __init__(self, url: str) -> None:
         self._to = urlsplit(url)
@@ -112,35 +112,35 @@ class Line:
         user, at, _ = self._to.netloc.rpartition("@")
         self.url = urlunsplit(self._to._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
 
-    def silence(self) -> None:
-        """Nothing comes through any more; the connections stay."""
+    def pause(self) -> None:
+        """Stop forwarding bytes. The connections stay open."""
         self._flowing.clear()
 
-    def speak(self) -> None:
+    def resume(self) -> None:
         self._flowing.set()
 
-    def cut(self) -> None:
-        """Resets every connection; new ones can be made."""
+    def reset(self) -> None:
+        """Reset all connections. New connections are accepted."""
         for writer in self._writers:
             writer.transport.abort()
 
     async def close(self) -> None:
         assert self._server is not None
         self._server.close()
-        self.cut()
-        self.speak()
+        self.reset()
+        self.resume()
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await self._flowing.wait()
-        there, back = await asyncio.open_connection(self._to.hostname, self._port)
-        self._writers |= {writer, back}
+        server_reader, server_writer = await asyncio.open_connection(self._to.hostname, self._port)
+        self._writers |= {writer, server_writer}
         try:
-            await asyncio.gather(self._pass_on(reader, back), self._pass_on(there, writer))
+            await asyncio.gather(self._forward(reader, server_writer), self._forward(server_reader, writer))
         finally:
-            self._writers -= {writer, back}
+            self._writers -= {writer, server_writer}
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(1 << 16):
                 await self._flowing.wait()
@@ -152,10 +152,10 @@ class Line:
 
 
 @asynccontextmanager
-async def line_to(url: str, default_port: int) -> AsyncIterator[Line]:
-    line = Line(url)
-    await line.open(default_port)
+async def open_tcp_proxy(url: str, default_port: int) -> AsyncIterator[TcpProxy]:
+    proxy = TcpProxy(url)
+    await proxy.open(default_port)
     try:
-        yield line
+        yield proxy
     finally:
-        await line.close()
+        await proxy.close()

@@ -1,10 +1,10 @@
-"""The document of all messages, which is made from the code."""
+"""AsyncAPI document, generated from the code."""
 
 from collections.abc import Iterator
 from typing import Any, get_args
 
 from sandbox_broker.contract import commands, events, replies, topology
-from sandbox_broker.contract.asyncapi import document
+from sandbox_broker.contract.asyncapi import build_document
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 
 
@@ -19,18 +19,18 @@ def references(part: Any) -> Iterator[str]:
             yield from references(value)
 
 
-def test_everything_it_refers_to_is_in_it() -> None:
-    made = document()
-    found = set(references(made))
-    assert found
-    for reference in found:
-        place = made
+def test_all_references_resolve() -> None:
+    root = build_document()
+    targets = set(references(root))
+    assert targets
+    for reference in targets:
+        node = root
         for name in reference.removeprefix("#/").split("/"):
-            place = place[name]
+            node = node[name]
 
 
 def test_every_queue_exchange_and_binding_is_listed() -> None:
-    channels = document()["channels"]
+    channels = build_document()["channels"]
     assert {exchange.name for exchange in topology.EXCHANGES} <= channels.keys()
     listed = [
         (channel["address"], binding["exchange"], binding["routingKey"], binding["arguments"])
@@ -48,8 +48,8 @@ def test_every_queue_exchange_and_binding_is_listed() -> None:
     assert {queue.name: dict(queue.arguments) for queue in topology.QUEUES}.items() <= arguments.items()
 
 
-def test_each_exchange_says_which_commands_may_come_over_it() -> None:
-    made = document()
+def test_each_exchange_lists_its_commands() -> None:
+    made = build_document()
     shown = {}
     for exchange in topology.EXCHANGES:
         for reference in made["channels"][exchange.name]["messages"].values():
@@ -65,7 +65,7 @@ def test_each_exchange_says_which_commands_may_come_over_it() -> None:
 
 
 def test_every_command_reply_and_event_has_a_schema() -> None:
-    components = document()["components"]
+    components = build_document()["components"]
     for union in (commands.Command, replies.Reply):
         for message in get_args(get_args(union)[0]):
             assert message.__name__ in components["schemas"]

@@ -1,4 +1,4 @@
-"""What crosses RabbitMQ: it comes back as it went out, and nonsense is told from sense."""
+"""Encoding of messages: round trips, and detection of invalid messages."""
 
 import json
 import uuid
@@ -140,7 +140,7 @@ def envelope(*entries: object) -> bytes:
     return json.dumps({"commands": entries}).encode()
 
 
-def test_the_samples_leave_out_no_message() -> None:
+def test_the_samples_cover_all_messages() -> None:
     assert {type(command) for command in COMMANDS} == kinds(Command)
     assert {type(reply) for reply in REPLIES} == kinds(Reply)
 
@@ -161,14 +161,14 @@ def test_commands_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("message", [*COMMANDS, *REPLIES, FULL], ids=repr)
-def test_no_message_can_be_changed(message: BaseModel) -> None:
+def test_messages_are_frozen(message: BaseModel) -> None:
     field = next(iter(type(message).model_fields))
     with pytest.raises(ValidationError, match="frozen"):
         setattr(message, field, getattr(message, field))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=repr)
-def test_a_version_that_is_not_known_is_refused(command: Command) -> None:
+def test_a_command_of_an_unknown_version_is_refused(command: Command) -> None:
     (refused,) = decode_commands(envelope({**command.model_dump(mode="json"), "version": 2}))
     assert isinstance(refused, InvalidCommand)
     assert "version" in str(refused)
@@ -180,7 +180,7 @@ def test_a_reply_of_an_unknown_version_is_refused() -> None:
         ReplyEnvelope.model_validate_json(body)
 
 
-def test_fields_that_a_newer_sender_added_are_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     command = {"type": "RecordDeletion", "sandbox_id": "7", "mood": "good"}
     assert decode_commands(json.dumps({"commands": [command], "trace": 1}).encode()) == [
         RecordDeletion(sandbox_id="7")
@@ -203,7 +203,7 @@ def test_fields_that_a_newer_sender_added_are_ignored() -> None:
     ],
     ids=repr,
 )
-def test_a_poisonous_entry_leaves_its_neighbours_intact(poison: object) -> None:
+def test_an_invalid_entry_does_not_affect_the_other_entries(poison: object) -> None:
     good = {"type": "RecordDeletion", "sandbox_id": "7"}
     before, refused, after = decode_commands(envelope(good, poison, good))
     assert before == after == RecordDeletion(sandbox_id="7")
@@ -227,12 +227,12 @@ def test_a_poisonous_entry_leaves_its_neighbours_intact(poison: object) -> None:
     ],
     ids=lambda body: body[:20],
 )
-def test_what_is_no_envelope_is_said_to_be_none(body: bytes) -> None:
+def test_a_body_without_an_envelope_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidEnvelope):
         decode_commands(body)
 
 
-def test_an_envelope_holds_only_so_many_commands() -> None:
+def test_an_envelope_has_a_maximum_number_of_commands() -> None:
     full = [BeginListing()] * MAX_ENVELOPE
     assert decode_commands(encode_commands(full)) == full
     with pytest.raises(ValidationError):
@@ -266,7 +266,7 @@ def test_text_that_postgresql_cannot_store_is_refused() -> None:
     assert ListedAccount(sandbox_id="7", external_id="u", name="läb\n7").name == "läb\n7"
 
 
-def test_an_event_is_a_cloud_event() -> None:
+def test_an_event_has_the_format_of_cloudevents() -> None:
     event = Event.model_validate(
         {
             "id": "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11",
@@ -283,7 +283,7 @@ def test_an_event_is_a_cloud_event() -> None:
     assert Event.model_validate(written) == event
 
 
-def test_an_encoded_event_is_what_the_event_itself_would_write() -> None:
+def test_encode_event_writes_the_same_json_as_the_model() -> None:
     moment = datetime(2025, 3, 27, 16, 53, 47, 605459, tzinfo=UTC)
     for subject in ('7"\\', None):
         event_id, data = "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11", '{"name": "läb", "n": null}'

@@ -1,4 +1,4 @@
-"""Commands that take long: each is answered, and what cannot be carried out is kept among the dead letters."""
+"""Command worker: it replies to each command, and sends failed commands to the dead letters."""
 
 import asyncio
 import json
@@ -15,25 +15,25 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import CleanUpNow, Command, SyncPool
 from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
-from sandbox_broker.messaging.command_worker import serve
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.command_worker import serve_commands
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
-from .shared_harness import PATIENCE_SEC, beside, nothing_stays
+from .shared_harness import PATIENCE_SEC, assert_no_leaks, background_tasks
 
 QUEUE = topology.SYNCER_COMMANDS
 SYNCED = PoolSynced(synced=1, marked_stale=0, restored=0, duration_ms=1)
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    async with nothing_stays():
+async def check_leaks() -> AsyncIterator[None]:
+    async with assert_no_leaks():
         yield
 
 
 async def handle(command: Command) -> Reply | None:
-    """What a csp-syncer does, but that a forced sync runs into a fault of ours."""
+    """Handle commands like the csp-syncer. A forced sync raises an unexpected error."""
     if not isinstance(command, SyncPool):
         return None
     if command.force:
@@ -42,15 +42,15 @@ async def handle(command: Command) -> Reply | None:
 
 
 @pytest.fixture
-async def requester(clean_queues: str) -> AsyncIterator[Requester]:
+async def requester(clean_queues: str) -> AsyncIterator[RpcClient]:
     publisher = Publisher(clean_queues, "test")
-    requester = Requester(clean_queues, "test", publisher)
+    requester = RpcClient(clean_queues, "test", publisher)
 
     async def session(connection: aio_pika.abc.AbstractConnection) -> None:
-        await serve(connection, QUEUE, publisher, handle)
+        await serve_commands(connection, QUEUE, publisher, handle)
 
-    serving = partial(keep_connected, clean_queues, "serving", session)
-    async with beside(publisher.run(), requester.run(), serving()):
+    serving = partial(run_with_reconnect, clean_queues, "serving", session)
+    async with background_tasks(publisher.run(), requester.run(), serving()):
         yield requester
 
 
@@ -61,20 +61,20 @@ async def channel(clean_queues: str) -> AsyncIterator[AbstractChannel]:
 
 
 async def dead_letter(channel: AbstractChannel) -> tuple[Any, dict[str, Any]]:
-    """What is in it, and its headers."""
+    """Return the body and the headers of the next dead letter."""
     queue = await channel.get_queue(topology.DEAD_LETTER_QUEUE.name)
     async with asyncio.timeout(PATIENCE_SEC):
-        while (message := await queue.get(no_ack=True, fail=False)) is None:  # noqa: ASYNC110 (nothing tells us)
+        while (message := await queue.get(no_ack=True, fail=False)) is None:  # noqa: ASYNC110 (no event exists)
             await asyncio.sleep(0.01)
     return json.loads(message.body), dict(message.headers)
 
 
-async def ask(requester: Requester, command: Command) -> Reply:
+async def ask(requester: RpcClient, command: Command) -> Reply:
     return await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
 
 
-async def test_a_handler_that_raises_holds_up_nothing_and_its_command_is_kept(
-    requester: Requester, channel: AbstractChannel
+async def test_a_failed_command_is_dead_lettered_and_does_not_block_the_queue(
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     for number in range(2):
         failing = SyncPool(request_id=f"r-{number}", force=True)
@@ -88,8 +88,8 @@ async def test_a_handler_that_raises_holds_up_nothing_and_its_command_is_kept(
         assert headers["x-reason"] == "KeyError: 'a fault of ours'"
 
 
-async def test_a_command_for_another_service_is_refused_and_kept(
-    requester: Requester, channel: AbstractChannel
+async def test_a_command_for_another_service_is_refused_and_dead_lettered(
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     command = CleanUpNow(request_id="r", job_id=uuid.UUID(int=7))
     reply = await ask(requester, command)
@@ -100,10 +100,10 @@ async def test_a_command_for_another_service_is_refused_and_kept(
     assert headers["x-reason"] == f"CleanUpNow is not for {QUEUE.name}"
 
 
-async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept(
-    requester: Requester, channel: AbstractChannel
+async def test_a_command_over_a_foreign_exchange_is_refused_and_dead_lettered(
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
-    """The default exchange stands for any that may not carry it."""
+    """The default exchange represents all exchanges that may not carry the command."""
     command = SyncPool(request_id="r", force=True)
     await channel.default_exchange.publish(aio_pika.Message(encode_commands([command])), QUEUE.name)
     body, headers = await dead_letter(channel)
@@ -112,8 +112,8 @@ async def test_a_command_over_the_exchange_of_another_sender_is_refused_and_kept
     assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
 
 
-async def test_of_an_envelope_the_poisonous_entry_alone_is_kept(
-    requester: Requester, channel: AbstractChannel
+async def test_only_the_invalid_entry_of_an_envelope_is_dead_lettered(
+    requester: RpcClient, channel: AbstractChannel
 ) -> None:
     poison = {"type": "SyncPool", "version": 2, "request_id": "r"}
     commands = [poison, SyncPool(request_id="r").model_dump()]

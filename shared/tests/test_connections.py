@@ -1,4 +1,4 @@
-"""What a lost database looks like, through asyncpg and through the engine; and that a mistake looks different."""
+"""Connection errors of asyncpg and of the engine, and their distinction from wrong statements."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,36 +10,38 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sandbox_broker.database import connections
 
-from .shared_harness import Line, line_to, nothing_stays
+from .shared_harness import TcpProxy, assert_no_leaks, open_tcp_proxy
 
 Query = Callable[[str], Awaitable[object]]
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    async with nothing_stays():
+async def check_leaks() -> AsyncIterator[None]:
+    async with assert_no_leaks():
         yield
 
 
 @pytest.fixture
-async def database_line(clean_database: str) -> AsyncIterator[Line]:
-    async with line_to(clean_database, 5432) as line:
+async def database_proxy(clean_database: str) -> AsyncIterator[TcpProxy]:
+    async with open_tcp_proxy(clean_database, 5432) as line:
         yield line
 
 
 @pytest.fixture
-async def engine(database_line: Line) -> AsyncIterator[AsyncEngine]:
-    created = connections.engine(
-        database_line.url, statement_timeout_sec=1, pool_size=1, max_overflow=0, pool_timeout=0.2
+async def engine(database_proxy: TcpProxy) -> AsyncIterator[AsyncEngine]:
+    created = connections.create_engine(
+        database_proxy.url, statement_timeout_sec=1, pool_size=1, max_overflow=0, pool_timeout=0.2
     )
     yield created
     await created.dispose()
 
 
 @pytest.fixture(params=["asyncpg", "engine"])
-async def query(request: pytest.FixtureRequest, engine: AsyncEngine, database_line: Line) -> AsyncIterator[Query]:
+async def query(
+    request: pytest.FixtureRequest, engine: AsyncEngine, database_proxy: TcpProxy
+) -> AsyncIterator[Query]:
     if request.param == "asyncpg":
-        connection = await connections.connect(database_line.url, application_name="test", statement_timeout_sec=1)
+        connection = await connections.connect(database_proxy.url, application_name="test", statement_timeout_sec=1)
         yield connection.fetch
         connection.terminate()
         return
@@ -61,85 +63,85 @@ async def admin(clean_database: str) -> AsyncIterator[asyncpg.Connection]:
 async def wait_for_sleeper(admin: asyncpg.Connection) -> int:
     async with asyncio.timeout(30):
         while True:
-            found = await admin.fetchval(
+            pid = await admin.fetchval(
                 "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
                 " AND query LIKE 'SELECT pg_sleep%'"
             )
-            if found is not None:
-                return int(found)
+            if pid is not None:
+                return int(pid)
 
 
-async def test_a_backend_that_is_ended_is_a_lost_connection(query: Query, admin: asyncpg.Connection) -> None:
+async def test_a_terminated_backend_is_a_connection_error(query: Query, admin: asyncpg.Connection) -> None:
     running = asyncio.ensure_future(query("SELECT pg_sleep(10)"))
     await admin.execute("SELECT pg_terminate_backend($1)", await wait_for_sleeper(admin))
     with pytest.raises(connections.CONNECTION_ERRORS):
         await running
 
 
-async def test_whatever_the_server_says_to_who_connects_is_a_lost_connection(clean_database: str) -> None:
+async def test_every_server_error_on_connect_is_a_connection_error(clean_database: str) -> None:
     refused = f"{clean_database}?no_such_setting=1"
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
         await connections.connect(refused, application_name="test", statement_timeout_sec=1)
-    engine = connections.engine(refused)
+    engine = connections.create_engine(refused)
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
         await engine.connect()
-    assert "no_such_setting" in (await connections.ping(engine) or "")
+    assert "no_such_setting" in (await connections.check_connection(engine) or "")
     await engine.dispose()
-    assert "no_such_setting" in (await connections.preflight(refused, patience_sec=60) or "")
+    assert "no_such_setting" in (await connections.find_problem(refused, patience_sec=60) or "")
 
 
-async def test_a_line_that_is_cut_is_a_lost_connection(
-    query: Query, admin: asyncpg.Connection, database_line: Line
+async def test_a_reset_connection_is_a_connection_error(
+    query: Query, admin: asyncpg.Connection, database_proxy: TcpProxy
 ) -> None:
     running = asyncio.ensure_future(query("SELECT pg_sleep(10)"))
     await wait_for_sleeper(admin)
-    database_line.cut()
+    database_proxy.reset()
     with pytest.raises(connections.CONNECTION_ERRORS):
         await running
 
 
-async def test_a_statement_that_takes_too_long_is_ended(query: Query) -> None:
+async def test_a_slow_statement_is_cancelled(query: Query) -> None:
     with pytest.raises(connections.CONNECTION_ERRORS, match="statement timeout"):
         await query("SELECT pg_sleep(10)")
 
 
-async def test_a_database_that_falls_silent_is_given_up(query: Query, database_line: Line) -> None:
+async def test_an_unresponsive_database_times_out(query: Query, database_proxy: TcpProxy) -> None:
     await query("SELECT 1")
-    database_line.silence()
+    database_proxy.pause()
     async with asyncio.timeout(30):
         with pytest.raises(connections.CONNECTION_ERRORS):
             await query("SELECT 1")
-    database_line.speak()
+    database_proxy.resume()
 
 
 @pytest.mark.parametrize("sql", ["SELECT nonsense", "SELECT 1/0", "SELEKT", "SELECT 'x'::int"])
-async def test_a_mistake_is_no_lost_connection(query: Query, sql: str) -> None:
+async def test_a_wrong_statement_is_not_a_connection_error(query: Query, sql: str) -> None:
     with pytest.raises(asyncpg.PostgresError) as raised:
         await query(sql)
     assert not isinstance(raised.value, connections.CONNECTION_ERRORS)
 
 
-async def test_a_value_that_does_not_fit_is_no_lost_connection(admin: asyncpg.Connection) -> None:
+async def test_an_invalid_value_is_not_a_connection_error(admin: asyncpg.Connection) -> None:
     for value in ("a\0b", "a\ud800b", 7):
         with pytest.raises(asyncpg.DataError) as raised:
             await admin.fetch("SELECT $1::text", value)
         assert not isinstance(raised.value, connections.CONNECTION_ERRORS)
 
 
-async def test_the_engine_replaces_connections_that_were_lost(
-    engine: AsyncEngine, database_line: Line, admin: asyncpg.Connection
+async def test_the_engine_replaces_lost_connections(
+    engine: AsyncEngine, database_proxy: TcpProxy, admin: asyncpg.Connection
 ) -> None:
     for _ in range(3):
-        assert await connections.ping(engine) is None
-        database_line.cut()
-        assert await connections.ping(engine) is None
+        assert await connections.check_connection(engine) is None
+        database_proxy.reset()
+        assert await connections.check_connection(engine) is None
         await admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
 
 
-async def test_a_pool_with_no_connection_left_does_not_answer(engine: AsyncEngine) -> None:
+async def test_an_exhausted_pool_is_a_connection_error(engine: AsyncEngine) -> None:
     async with engine.connect() as held:
         await held.execute(text("SELECT 1"))
         with pytest.raises(connections.CONNECTION_ERRORS):
@@ -147,17 +149,17 @@ async def test_a_pool_with_no_connection_left_does_not_answer(engine: AsyncEngin
                 pass
 
 
-async def test_an_option_in_the_url_is_asyncpgs_business(clean_database: str) -> None:
-    engine = connections.engine(f"{clean_database}?sslmode=prefer")
+async def test_asyncpg_parses_the_options_of_the_url(clean_database: str) -> None:
+    engine = connections.create_engine(f"{clean_database}?sslmode=prefer")
     try:
-        assert await connections.ping(engine) is None
+        assert await connections.check_connection(engine) is None
     finally:
         await engine.dispose()
 
 
-async def test_a_server_that_is_not_there_is_told_by_ping() -> None:
-    engine = connections.engine("postgresql://anna:hunter2@127.0.0.1:1/x")
-    problem = await connections.ping(engine)
+async def test_check_connection_reports_a_missing_server() -> None:
+    engine = connections.create_engine("postgresql://anna:hunter2@127.0.0.1:1/x")
+    problem = await connections.check_connection(engine)
     assert problem is not None
     assert "hunter2" not in problem
     await engine.dispose()

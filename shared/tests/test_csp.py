@@ -1,4 +1,4 @@
-"""The CSP client, against the simulator where it can misbehave so, else against a canned answer."""
+"""CSP client against the simulator, or against mock answers that the simulator cannot give."""
 
 import asyncio
 import contextlib
@@ -29,12 +29,12 @@ TOKEN = "test-token-0123456789"
 MIB = 1024 * 1024
 UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
 EMPTY_OBJECT_GZIP = gzip.compress(b"{}", mtime=0)
-"""Without the time, because the workers of pytest must agree on the names of the tests."""
+"""A constant date, because the test names must be the same in all pytest workers."""
 
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[httpx.AsyncClient]:
-    """The root of a running simulator with three sandboxes."""
+    """Yield a client for the root of a running simulator with three sandboxes."""
     async with (
         serving(create_app(accounts=3, token=TOKEN)) as url,
         httpx.AsyncClient(base_url=url, verify=False) as client,
@@ -93,7 +93,7 @@ async def test_active_sandboxes_are_listed_and_other_accounts_counted(csp: CspCl
     assert (listing.skipped, listing.ignored) == ((), 4)
 
 
-async def test_every_field_is_taken_over(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_every_field_is_read(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     raw = [record(1, unknown={"deep": [1]}), record(2, csp_id="3000002")]
     raw[0]["id"] = raw[0]["id"].upper().replace("IDENTITY/ACCOUNTS", "identity/accounts")
     await simulator.put("/_control/accounts", json={"raw": raw})
@@ -120,7 +120,7 @@ async def test_every_field_is_taken_over(csp: CspClient, simulator: httpx.AsyncC
         ({"account_type": None, "state": ["active"]}, "account_type and state cannot be read"),
     ],
 )
-async def test_a_record_that_lacks_what_we_need_is_skipped_and_its_sandbox_is_known(
+async def test_a_record_without_a_required_field_is_skipped_with_its_sandbox_id(
     changes: dict[str, object], reason: str
 ) -> None:
     body = json.dumps({"results": [record(1), record(2, **changes), record(3)]})
@@ -137,7 +137,7 @@ async def test_a_record_that_lacks_what_we_need_is_skipped_and_its_sandbox_is_kn
 @pytest.mark.parametrize(
     "csp_id", [None, True, 1.5, 0, -3, "12x", "١٢", "9" * 5000, 10**3000, 10**19, -(10**18), [1], {"a": 1}]
 )
-async def test_a_record_without_a_csp_id_is_skipped_and_nobody_knows_whose_it_is(csp_id: object) -> None:
+async def test_a_record_without_a_csp_id_is_skipped_without_a_sandbox_id(csp_id: object) -> None:
     body = json.dumps({"results": [record(1), record(2, csp_id=csp_id), record(3)]})
     async with answering(lambda _: httpx.Response(200, text=body)) as csp:
         listing = await csp.list_accounts()
@@ -145,7 +145,7 @@ async def test_a_record_without_a_csp_id_is_skipped_and_nobody_knows_whose_it_is
     assert listing.skipped == (Skipped(None, "record 1: csp_id is not a positive integer"),)
 
 
-async def test_a_number_that_python_refuses_to_read_does_not_stop_the_rest() -> None:
+async def test_a_number_too_long_for_int_affects_only_its_record() -> None:
     odd = json.dumps(record(2)).replace("3000002", "9" * 5000)
     body = f'{{"results": [{odd}, {json.dumps(record(1))}]}}'
     async with answering(lambda _: httpx.Response(200, text=body)) as csp:
@@ -154,7 +154,7 @@ async def test_a_number_that_python_refuses_to_read_does_not_stop_the_rest() -> 
     assert [skipped.sandbox_id for skipped in listing.skipped] == [None]
 
 
-async def test_records_that_are_no_objects_are_skipped(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_records_that_are_not_objects_are_skipped(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await simulator.put("/_control/accounts", json={"raw": [None, [], "x", 5, record(1), {}]})
     listing = await csp.list_accounts()
     assert listing.accounts == (account(1),)
@@ -167,7 +167,7 @@ async def test_records_that_are_no_objects_are_skipped(csp: CspClient, simulator
 
 @pytest.mark.parametrize("other", [{"state": "disabled"}, {"account_type": "partner"}])
 @pytest.mark.parametrize("missing", [{}, {"csp_id": None}, {"account_type": None}, {"state": None}])
-async def test_what_says_that_it_is_no_active_sandbox_is_ignored(
+async def test_records_of_another_type_or_state_are_ignored(
     other: dict[str, object], missing: dict[str, object]
 ) -> None:
     body = {"results": [record(1), record(2, **{**missing, **other})]}
@@ -194,7 +194,7 @@ async def test_the_first_of_two_records_with_one_id_is_kept(
     assert listing.skipped == (Skipped(sandbox_id, "record 1: the csp_id or the uuid was listed before"),)
 
 
-async def test_damage_and_repetition_in_one_listing_lose_no_sandbox_whose_csp_id_can_be_read(
+async def test_invalid_and_duplicate_records_keep_every_readable_csp_id(
     csp: CspClient, simulator: httpx.AsyncClient
 ) -> None:
     await simulator.post("/_control/reset", json={"accounts": 20})
@@ -202,8 +202,8 @@ async def test_damage_and_repetition_in_one_listing_lose_no_sandbox_whose_csp_id
     await behave(simulator, listing_duplicates=3, listing_malformed=7)
     listing = await csp.list_accounts()
     assert [account.sandbox_id for account in listing.accounts] == before[:13]
-    told = [skipped.sandbox_id for skipped in listing.skipped]
-    assert told == [*before[13:17], None, None, None, *before[:3]]
+    skipped_ids = [skipped.sandbox_id for skipped in listing.skipped]
+    assert skipped_ids == [*before[13:17], None, None, None, *before[:3]]
     assert listing.ignored == 4
 
 
@@ -232,7 +232,7 @@ async def test_creation_times_are_utc_or_none(value: object, moment: datetime | 
         assert (await csp.list_accounts()).accounts[0].created_at == moment
 
 
-async def test_an_empty_listing_is_a_listing(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_an_empty_listing_is_valid(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await simulator.put("/_control/accounts", json={"accounts": []})
     listing = await csp.list_accounts()
     assert (listing.accounts, listing.skipped, listing.ignored) == ((), (), 0)
@@ -253,7 +253,7 @@ async def test_an_empty_listing_is_a_listing(csp: CspClient, simulator: httpx.As
         "<html></html>",
     ],
 )
-async def test_a_body_without_results_is_no_listing(body: str) -> None:
+async def test_a_body_without_results_is_refused(body: str) -> None:
     async with answering(lambda _: httpx.Response(200, text=body)) as csp:
         with pytest.raises(CspUnavailable) as caught:
             await csp.list_accounts()
@@ -261,25 +261,25 @@ async def test_a_body_without_results_is_no_listing(body: str) -> None:
     assert len(str(caught.value)) < 300
 
 
-async def test_a_listing_in_broken_utf_8_is_no_listing() -> None:
+async def test_a_listing_with_invalid_utf_8_is_refused() -> None:
     async with answering(lambda _: httpx.Response(200, content=b'{"results": ["\xff"]}')) as csp:
         with pytest.raises(CspUnavailable):
             await csp.list_accounts()
 
 
-async def test_a_listing_that_is_cut_short_is_no_listing(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_a_truncated_listing_is_refused(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, listing_cut_short=True)
     with pytest.raises(CspUnavailable):
         await csp.list_accounts()
 
 
-async def test_an_html_page_is_no_listing(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_an_html_page_as_listing_is_refused(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, fail_next_listings=1, listing_error_status=200, listing_error_html=True)
     with pytest.raises(CspUnavailable):
         await csp.list_accounts()
 
 
-async def test_fields_that_are_not_read_take_no_memory() -> None:
+async def test_unused_fields_take_no_memory() -> None:
     extra = {f"field_{number}": {"deep": [number, {"deeper": "x"}]} for number in range(50)}
     body = json.dumps({"results": [record(number, **extra) for number in range(2000)]}).encode()
     async with answering(lambda _: httpx.Response(200, content=body)) as csp:
@@ -290,11 +290,11 @@ async def test_fields_that_are_not_read_take_no_memory() -> None:
         finally:
             tracemalloc.stop()
     assert len(listing.accounts) == 2000
-    # The body twice, as bytes and as text; decoded as a whole it takes ten times as much.
+    # The body twice, as bytes and as text. A fully decoded body would take ten times as much.
     assert peak < 4 * len(body)
 
 
-async def test_a_large_listing_leaves_the_event_loop_free() -> None:
+async def test_parsing_a_large_listing_does_not_block_the_event_loop() -> None:
     async def longest_pause() -> float:
         longest = 0.0
         while not done.is_set():
@@ -307,26 +307,26 @@ async def test_a_large_listing_leaves_the_event_loop_free() -> None:
     done = asyncio.Event()
     pause = asyncio.create_task(longest_pause())
     async with answering(lambda _: httpx.Response(200, content=body)) as csp:
-        await asyncio.sleep(0.01)  # the watcher must be under way
+        await asyncio.sleep(0.01)  # so that the watcher runs
         start = time.perf_counter()
         listing = await csp.list_accounts()
         total = time.perf_counter() - start
     done.set()
     assert len(listing.accounts) == 100_000
-    # Only the JSON decoder keeps the interpreter to itself, about a quarter of the whole.
+    # Only the JSON decoder holds the GIL, for about a quarter of the time.
     assert await pause < 0.7 * total
 
 
 # Deleting
 
 
-async def test_a_deletion_takes_the_account_out_of_the_listing(csp: CspClient) -> None:
+async def test_a_deleted_account_is_not_listed(csp: CspClient) -> None:
     first, *others = (await csp.list_accounts()).accounts
     assert await csp.delete_account(first.external_id) == "deleted"
     assert (await csp.list_accounts()).accounts == tuple(others)
 
 
-async def test_deleting_what_is_gone_is_success(csp: CspClient) -> None:
+async def test_deletion_of_a_missing_account_succeeds(csp: CspClient) -> None:
     assert await csp.delete_account(UNKNOWN) == "already_gone"
 
 
@@ -339,13 +339,13 @@ async def test_deleting_what_is_gone_is_success(csp: CspClient) -> None:
         httpx.Response(200, json={"deleted": True}),
     ],
 )
-async def test_200_and_204_are_success_whatever_the_body(response: httpx.Response) -> None:
+async def test_200_and_204_are_success_with_any_body(response: httpx.Response) -> None:
     async with answering(lambda _: response) as csp:
         assert await csp.delete_account(UNKNOWN) == "deleted"
 
 
 @pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "text/plain"])
-async def test_a_page_under_200_is_not_a_deletion(content_type: str) -> None:
+async def test_an_html_page_with_status_200_is_not_a_deletion(content_type: str) -> None:
     page = httpx.Response(200, text=" \n<!doctype html><p>Sign in</p>", headers={"Content-Type": content_type})
     async with answering(lambda _: page) as csp:
         with pytest.raises(CspUnavailable, match="200"):
@@ -353,7 +353,7 @@ async def test_a_page_under_200_is_not_a_deletion(content_type: str) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "text/plain"])
-async def test_a_page_under_404_does_not_say_that_the_account_is_gone(content_type: str) -> None:
+async def test_an_html_page_with_status_404_is_not_already_gone(content_type: str) -> None:
     page = httpx.Response(404, text="<html>Not Found</html>", headers={"Content-Type": content_type})
     async with answering(lambda _: page) as csp:
         with pytest.raises(CspUnavailable, match="404") as caught:
@@ -362,12 +362,12 @@ async def test_a_page_under_404_does_not_say_that_the_account_is_gone(content_ty
 
 
 @pytest.mark.parametrize("content", [b"", b'{"error": [{"message": "account not found"}]}', b"{}", b"not found"])
-async def test_any_other_404_says_so(content: bytes) -> None:
+async def test_any_other_404_is_already_gone(content: bytes) -> None:
     async with answering(lambda _: httpx.Response(404, content=content)) as csp:
         assert await csp.delete_account(UNKNOWN) == "already_gone"
 
 
-async def test_a_deletion_that_failed_and_happened_all_the_same_is_found_gone(
+async def test_a_retry_after_a_lost_answer_finds_the_account_deleted(
     csp: CspClient, simulator: httpx.AsyncClient
 ) -> None:
     account = (await csp.list_accounts()).accounts[0]
@@ -378,7 +378,7 @@ async def test_a_deletion_that_failed_and_happened_all_the_same_is_found_gone(
 
 
 @pytest.mark.parametrize("external_id", ["", "..", "a/b", f"{UNKNOWN}\n", f"identity/accounts/{UNKNOWN}"])
-async def test_only_a_uuid_is_ever_put_into_the_path(csp: CspClient, external_id: str) -> None:
+async def test_delete_account_accepts_only_a_uuid(csp: CspClient, external_id: str) -> None:
     with pytest.raises(ValueError, match="must be a uuid"):
         await csp.delete_account(external_id)
 
@@ -388,7 +388,7 @@ async def test_only_a_uuid_is_ever_put_into_the_path(csp: CspClient, external_id
 
 @pytest.mark.parametrize("status", [400, 405, 409, 429, 500, 502, 503])
 @pytest.mark.parametrize("html", [True, False])
-async def test_errors_of_csp_are_unavailability(
+async def test_errors_of_csp_raise_csp_unavailable(
     csp: CspClient, simulator: httpx.AsyncClient, status: int, html: bool
 ) -> None:
     switches = {"fail_next_deletes": 1, "delete_error_status": status, "delete_error_html": html}
@@ -399,7 +399,7 @@ async def test_errors_of_csp_are_unavailability(
     assert caught.value.retry_after is None
 
 
-async def test_404_for_the_listing_is_unavailability() -> None:
+async def test_404_for_the_listing_raises_csp_unavailable() -> None:
     async with answering(lambda _: httpx.Response(404)) as csp:
         with pytest.raises(CspUnavailable):
             await csp.list_accounts()
@@ -417,7 +417,7 @@ async def test_redirects_are_not_followed() -> None:
             await csp.list_accounts()
 
 
-async def test_a_rejected_token_is_its_own_error(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_a_rejected_token_raises_csp_unauthorized(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, reject_tokens=True)
     with pytest.raises(CspUnauthorized) as listing:
         await csp.list_accounts()
@@ -428,7 +428,7 @@ async def test_a_rejected_token_is_its_own_error(csp: CspClient, simulator: http
 
 @pytest.mark.parametrize("status", [401, 403])
 @pytest.mark.parametrize("html", [True, False])
-async def test_401_and_403_are_a_rejected_token_whoever_wrote_the_answer(
+async def test_401_and_403_raise_csp_unauthorized_with_any_body(
     csp: CspClient, simulator: httpx.AsyncClient, status: int, html: bool
 ) -> None:
     switches = {"delete_error_status": status, "listing_error_status": status}
@@ -471,14 +471,14 @@ async def test_retry_after_may_be_a_date() -> None:
     assert caught.value.retry_after == pytest.approx(60, abs=5)
 
 
-async def test_retry_after_of_the_simulator_arrives(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_retry_after_of_the_simulator_is_read(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, fail_next_listings=1, listing_error_status=429, retry_after_sec=12)
     with pytest.raises(CspUnavailable) as caught:
         await csp.list_accounts()
     assert caught.value.retry_after == 12
 
 
-async def test_a_hanging_csp_is_given_up_after_the_time_out(simulator: httpx.AsyncClient) -> None:
+async def test_a_hanging_csp_times_out(simulator: httpx.AsyncClient) -> None:
     await behave(simulator, fail_next_deletes=1, delete_error_status="hang")
     async with CspClient(str(simulator.base_url.join("/v2")), TOKEN, timeout_sec=0.1) as csp:
         with pytest.raises(CspUnavailable, match=r"no answer to DELETE within 0\.1 s") as caught:
@@ -486,14 +486,14 @@ async def test_a_hanging_csp_is_given_up_after_the_time_out(simulator: httpx.Asy
         assert caught.value.status is None
 
 
-async def test_an_answer_that_breaks_off_is_unavailability(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_a_truncated_answer_raises_csp_unavailable(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, fail_next_listings=1, listing_error_status="cut")
     with pytest.raises(CspUnavailable, match="GET did not get through to CSP: RemoteProtocolError"):
         await csp.list_accounts()
     assert len((await csp.list_accounts()).accounts) == 3
 
 
-async def test_a_connection_that_is_refused_or_lost_is_unavailability() -> None:
+async def test_a_refused_or_lost_connection_raises_csp_unavailable() -> None:
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
@@ -509,19 +509,19 @@ async def test_a_connection_that_is_refused_or_lost_is_unavailability() -> None:
     assert lost.value.status is refused.value.status is None
 
 
-async def test_a_cancelled_call_stays_cancelled(csp: CspClient, simulator: httpx.AsyncClient) -> None:
+async def test_a_cancelled_call_raises_cancelled_error(csp: CspClient, simulator: httpx.AsyncClient) -> None:
     await behave(simulator, fail_next_deletes=1, delete_error_status="hang")
     call = asyncio.create_task(csp.delete_account(UNKNOWN))
     async with asyncio.timeout(PATIENCE_SEC):
-        while not (await simulator.get("/_control/calls")).json()["running"]:  # noqa: ASYNC110 (nothing tells us)
+        while not (await simulator.get("/_control/calls")).json()["running"]:  # noqa: ASYNC110 (no event exists)
             await asyncio.sleep(0.01)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
 
 
-async def test_a_call_looks_for_no_module(csp: CspClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library of httpx's does where a module that it can do without is missing, several times a call."""
+async def test_a_call_imports_no_module(csp: CspClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dependency of httpx tries to import a missing optional module several times per call."""
     looked_for: list[str] = []
 
     class Watch:
@@ -534,7 +534,7 @@ async def test_a_call_looks_for_no_module(csp: CspClient, monkeypatch: pytest.Mo
     assert looked_for == []
 
 
-async def test_no_cookie_is_kept() -> None:
+async def test_no_cookie_is_stored() -> None:
     def respond(request: httpx.Request) -> httpx.Response:
         assert "Cookie" not in request.headers
         return httpx.Response(204, headers={"Set-Cookie": "session=1; Path=/"})
@@ -562,7 +562,7 @@ async def test_messages_are_one_short_line_without_the_token() -> None:
 
 
 @pytest.mark.parametrize("token", ["", "a b", "a\nb", "tøken"])
-def test_a_token_no_header_can_carry_is_refused_without_being_shown(token: str) -> None:
+def test_an_invalid_token_is_refused_and_not_shown(token: str) -> None:
     with pytest.raises(ValueError, match="the CSP token must be printable ASCII without spaces"):
         CspClient("http://csp.test", token)
 
@@ -572,7 +572,7 @@ def test_a_token_no_header_can_carry_is_refused_without_being_shown(token: str) 
 
 @pytest.fixture(scope="module")
 def bomb() -> None:
-    """The simulator makes its bomb before memory is measured."""
+    """Let the simulator create its gzip bomb before memory is measured."""
     build_gzip_bomb()
 
 
@@ -582,7 +582,7 @@ async def call(csp: CspClient, operation: str) -> object:
 
 @pytest.mark.parametrize("status", ["bomb", "flood"])
 @pytest.mark.parametrize(("operation", "bound"), [("listing", 64 * MIB), ("delete", MIB)])
-async def test_an_answer_over_its_bound_is_unavailability_and_takes_little_memory(
+async def test_an_answer_over_its_bound_raises_csp_unavailable_and_takes_little_memory(
     csp: CspClient, simulator: httpx.AsyncClient, bomb: None, operation: str, bound: int, status: str
 ) -> None:
     await call(csp, operation)
@@ -595,11 +595,11 @@ async def test_an_answer_over_its_bound_is_unavailability_and_takes_little_memor
     finally:
         tracemalloc.stop()
     assert caught.value.status == 200
-    # The body as it grows and its copy, or what one network chunk decodes to; the rest is the simulator's and ours.
+    # The growing body and its copy, or one decoded network chunk. The rest belongs to the simulator and the test.
     assert peak < 2 * bound + 8 * MIB
 
 
-async def test_a_bomb_as_the_answer_to_a_deletion_takes_the_process_no_memory(
+async def test_a_gzip_bomb_as_answer_to_a_deletion_takes_little_memory(
     simulator: httpx.AsyncClient, bomb: None
 ) -> None:
     await behave(simulator, delete_error_rate=1, delete_error_status="bomb")
@@ -624,19 +624,17 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("operation", ["listing", "delete"])
-async def test_an_answer_that_drips_in_ends_with_the_total_time(
-    simulator: httpx.AsyncClient, operation: str
-) -> None:
+async def test_a_slow_answer_ends_at_the_total_time_out(simulator: httpx.AsyncClient, operation: str) -> None:
     await behave(simulator, **{f"{operation}_error_rate": 1, f"{operation}_error_status": "drip"})
     async with CspClient(str(simulator.base_url.join("/v2")), TOKEN, timeout_sec=0.3) as csp:
         with pytest.raises(CspUnavailable, match=r"no answer to (GET|DELETE) within 0\.3 s"):
             await call(csp, operation)
     async with asyncio.timeout(PATIENCE_SEC):
-        while (await simulator.get("/_control/calls")).json()["running"]:  # noqa: ASYNC110 (nothing tells us)
+        while (await simulator.get("/_control/calls")).json()["running"]:  # noqa: ASYNC110 (no event exists)
             await asyncio.sleep(0.01)
 
 
-async def test_a_head_without_end_is_unavailability() -> None:
+async def test_an_endless_head_raises_csp_unavailable() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
@@ -668,7 +666,7 @@ def in_chunks(*chunks: bytes, status: int = 200, **headers: str) -> httpx.Respon
 
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip"])
-async def test_a_gzip_listing_is_read_wherever_its_chunks_end(encoding: str, size: int) -> None:
+async def test_a_gzip_listing_is_read_with_any_chunk_size(encoding: str, size: int) -> None:
     body = gzip.compress(json.dumps({"results": [record(1), record(2)]}).encode())
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
     async with answering(lambda _: in_chunks(*chunks, Content_Encoding=encoding)) as csp:
@@ -697,7 +695,7 @@ async def test_only_gzip_is_offered() -> None:
     ],
 )
 @pytest.mark.parametrize("status", [200, 429])
-async def test_a_body_that_cannot_be_decoded_is_unavailability(
+async def test_an_undecodable_body_raises_csp_unavailable(
     encoding: str, body: bytes, found: str, status: int
 ) -> None:
     headers = {"Content_Encoding": encoding, "Retry_After": "7"}
@@ -737,7 +735,7 @@ async def test_a_listing_of_100_000_accounts_is_far_below_its_bound() -> None:
         (httpx.ConnectError("nobody there"), "unreachable"),
     ],
 )
-async def test_calls_are_timed_by_operation_and_outcome(
+async def test_calls_are_measured_by_operation_and_outcome(
     response: httpx.Response | httpx.HTTPError, outcome: str
 ) -> None:
     def respond(_: httpx.Request) -> httpx.Response:

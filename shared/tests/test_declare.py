@@ -1,4 +1,4 @@
-"""`python -m sandbox_broker.declare`, as the operator runs it."""
+"""The command `python -m sandbox_broker.declare`."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ def declare(cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-async def test_it_makes_every_queue_and_may_be_repeated(tmp_path: Path, new_vhost: NewVhost) -> None:
+async def test_the_command_declares_all_queues_and_is_idempotent(tmp_path: Path, new_vhost: NewVhost) -> None:
     async with new_vhost() as url:
         for _ in range(2):
             done = declare(tmp_path, AMQP_URL=url)
@@ -39,9 +39,7 @@ async def test_it_makes_every_queue_and_may_be_repeated(tmp_path: Path, new_vhos
                 await channel.declare_queue(queue.name, passive=True)
 
 
-async def test_it_deletes_the_queues_of_an_earlier_version_that_have_no_consumer(
-    tmp_path: Path, new_vhost: NewVhost
-) -> None:
+async def test_the_command_deletes_replaced_queues_without_a_consumer(tmp_path: Path, new_vhost: NewVhost) -> None:
     old = [queue.replaces for queue in topology.QUEUES if queue.replaces is not None]
     assert len(old) == 4
     async with new_vhost() as url, await aio_pika.connect(url) as connection, connection.channel() as channel:
@@ -57,7 +55,7 @@ async def test_it_deletes_the_queues_of_an_earlier_version_that_have_no_consumer
                     await asking.declare_queue(queue.name, passive=True)
 
 
-def test_without_an_address_or_a_server_it_says_so_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_setting_or_server_is_reported_in_one_line(tmp_path: Path) -> None:
     unset = declare(tmp_path)
     away = declare(tmp_path, AMQP_URL=f"amqp://guest:secret@127.0.0.1:{free_port()}/")
 

@@ -11,18 +11,18 @@ from sandbox_broker.database import connections
 from sandbox_broker.observability import health
 from sandbox_broker.observability.health import Check
 
-from .shared_harness import Line, line_to, nothing_stays
+from .shared_harness import TcpProxy, assert_no_leaks, open_tcp_proxy
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    async with nothing_stays():
+async def check_leaks() -> AsyncIterator[None]:
+    async with assert_no_leaks():
         yield
 
 
 @pytest.fixture
-async def database_line(clean_database: str) -> AsyncIterator[Line]:
-    async with line_to(clean_database, 5432) as line:
+async def database_proxy(clean_database: str) -> AsyncIterator[TcpProxy]:
+    async with open_tcp_proxy(clean_database, 5432) as line:
         yield line
 
 
@@ -45,17 +45,17 @@ async def hangs() -> str | None:
     return None
 
 
-async def test_a_process_that_answers_is_alive_whatever_it_depends_on() -> None:
+async def test_healthz_ignores_the_checks() -> None:
     assert (await get("/healthz", queue=ill)).status_code == 200
 
 
-async def test_it_is_ready_when_all_is_well() -> None:
+async def test_a_service_is_ready_when_all_checks_pass() -> None:
     answer = await get("/readyz", queue=well, database=well)
     assert answer.status_code == 200
     assert answer.json() == {"status": "ready", "checks": {"queue": "ok", "database": "ok"}}
 
 
-async def test_it_is_not_ready_while_it_stops_whatever_the_checks_say() -> None:
+async def test_a_stopping_service_is_not_ready() -> None:
     app = Starlette(routes=health.routes({"queue": well}))
     app.state.stopping = True
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
@@ -65,7 +65,7 @@ async def test_it_is_not_ready_while_it_stops_whatever_the_checks_say() -> None:
     assert answer.headers["Retry-After"] == str(answer.json()["detail"]["retry_after"])
 
 
-async def test_it_says_which_check_fails() -> None:
+async def test_readyz_names_the_failed_check() -> None:
     answer = await get("/readyz", queue=ill, database=well)
     assert answer.status_code == 503
     body = answer.json()
@@ -76,7 +76,7 @@ async def test_it_says_which_check_fails() -> None:
     assert answer.headers["retry-after"] == str(body["detail"]["retry_after"])
 
 
-async def test_a_check_that_hangs_has_failed_and_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hanging_check_fails_after_its_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "CHECK_TIMEOUT_SEC", 0.05)
     async with asyncio.timeout(30):
         answer = await get("/readyz", queue=hangs, database=hangs, other=well)
@@ -88,28 +88,28 @@ async def test_a_check_that_hangs_has_failed_and_keeps_nobody_waiting(monkeypatc
     }
 
 
-async def test_metrics_are_for_prometheus() -> None:
+async def test_metrics_have_the_format_of_prometheus() -> None:
     answer = await get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     assert "python_info" in answer.text
 
 
-async def test_a_database_that_falls_silent_is_told_in_time_and_well_again_when_it_is_back(
-    database_line: Line,
+async def test_an_unresponsive_database_fails_the_check_until_it_answers_again(
+    database_proxy: TcpProxy,
 ) -> None:
-    engine = connections.engine(database_line.url, pool_size=1, max_overflow=0)
+    engine = connections.create_engine(database_proxy.url, pool_size=1, max_overflow=0)
 
     async def database() -> str | None:
-        return await connections.ping(engine)
+        return await connections.check_connection(engine)
 
     try:
         assert (await get("/readyz", database=database)).status_code == 200
-        database_line.silence()
+        database_proxy.pause()
         async with asyncio.timeout(30):
             answer = await get("/readyz", database=database)
         assert answer.status_code == 503
-        database_line.cut()
-        database_line.speak()
+        database_proxy.reset()
+        database_proxy.resume()
         assert (await get("/readyz", database=database)).status_code == 200
     finally:
         await engine.dispose()

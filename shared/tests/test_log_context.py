@@ -1,11 +1,11 @@
-"""The ids of the work at hand follow it into tasks and no further."""
+"""Log context: its ids apply to a block and to the tasks started in it."""
 
 import asyncio
 
 from sandbox_broker.observability import log_context
 
 
-async def test_ids_hold_within_the_block_and_in_its_tasks() -> None:
+async def test_ids_apply_to_the_block_and_its_tasks() -> None:
     async def task() -> dict[str, object]:
         log_context.bind(sandbox_id="7")
         return dict(log_context.ids())
@@ -20,9 +20,9 @@ async def test_ids_hold_within_the_block_and_in_its_tasks() -> None:
     assert log_context.request_id() is None
 
 
-def test_ids_are_cut_into_lines_that_no_log_driver_cuts() -> None:
+def test_ids_are_split_into_lines_below_the_limit_of_log_drivers() -> None:
     ids = [f"{number:0128}" for number in range(120)]
-    lines = list(log_context.by_line(ids))
+    lines = list(log_context.split_by_line(ids))
     assert [id_ for line in lines for id_ in line] == ids
     assert max(len(str(line)) for line in lines) < 8 * 1024
-    assert list(log_context.by_line([])) == [[]]
+    assert list(log_context.split_by_line([])) == [[]]

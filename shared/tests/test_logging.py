@@ -1,4 +1,4 @@
-"""Log lines: one for each thing, in one form, whoever writes them; no secrets, and no storms."""
+"""Log lines: one format for all loggers, the log context, redaction and the log rate limit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ except ValueError:
 """
 
 
-STORM = """
+REPEATED = """
 import logging
 import structlog
 from sandbox_broker.observability import logging as ours
@@ -88,7 +88,7 @@ def test_every_line_is_json_of_the_same_form() -> None:
         assert entry["exception"][0]["frames"][-1]["name"] == "fail"
 
 
-def test_a_level_lets_more_or_less_through() -> None:
+def test_the_level_filters_lines() -> None:
     assert len(lines("json", "DEBUG")) == len(lines("json", "INFO")) + 1
     assert len(lines("json", "ERROR")) == 2
 
@@ -100,33 +100,35 @@ def test_tracebacks_show_no_local_variables(log_format: str) -> None:
     assert "hunter2" not in text
 
 
-def test_the_console_form_is_for_the_eye() -> None:
+def test_the_console_format_is_readable_text() -> None:
     text = "\n".join(lines("console"))
     assert "lease.granted" in text
     assert "sandbox_id=7" in text
-    assert "\x1b" not in text  # it is no terminal
+    assert "\x1b" not in text  # because the output is not a terminal
 
 
-def test_of_the_same_error_again_and_again_the_first_are_written_and_the_others_counted() -> None:
-    entries = [json.loads(line) for line in lines("json", program=STORM)]
+def test_repeated_errors_are_counted_after_the_limit() -> None:
+    entries = [json.loads(line) for line in lines("json", program=REPEATED)]
     written = Counter(entry["event"] for entry in entries if not entry["event"].startswith("number"))
-    assert written["lease.granted"] == 1000  # nothing is wrong with it
+    assert written["lease.granted"] == 1000  # info lines have no limit
     assert written["database.lost"] == LINES
     assert sum(entry["event"].startswith("number") for entry in entries) == LINES
     assert written["database.reconnecting"] == 1
-    told = {entry["suppressed_event"]: entry["lines"] for entry in entries if entry["event"] == "log.suppressed"}
-    assert told == {"database.lost": 1000 - LINES, "uvicorn.error": 1000 - LINES}
+    suppressed = {
+        entry["suppressed_event"]: entry["lines"] for entry in entries if entry["event"] == "log.suppressed"
+    }
+    assert suppressed == {"database.lost": 1000 - LINES, "uvicorn.error": 1000 - LINES}
 
 
-def test_every_line_has_the_ids_of_the_work_at_hand() -> None:
-    ours, foreign, other = (json.loads(line) for line in lines("json", program=STORM)[:3])
+def test_every_line_has_the_ids_of_the_log_context() -> None:
+    ours, foreign, other = (json.loads(line) for line in lines("json", program=REPEATED)[:3])
     assert (ours["request_id"], ours["holder"]) == ("r", "ada")
     assert foreign["request_id"] == "r"
     assert "request_id" not in other
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_no_line_has_a_secret_whoever_wrote_it(log_format: str) -> None:
-    text = "\n".join(lines(log_format, program=STORM))
+def test_no_line_of_any_logger_has_a_secret(log_format: str) -> None:
+    text = "\n".join(lines(log_format, program=REPEATED))
     assert text.count("***") == 2
     assert "of-the-queue" not in text

@@ -1,4 +1,4 @@
-"""Publishing, consuming and asking, while the connection holds and while it does not."""
+"""Publisher, consumer and RPC client, with and without a working connection."""
 
 import asyncio
 import contextlib
@@ -23,40 +23,40 @@ from sandbox_broker.contract.commands import BeginListing, ClaimDeletions, Comma
 from sandbox_broker.contract.replies import ListingBegun, Recorded, Reply
 from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
-from sandbox_broker.messaging.connection import Disconnected, keep_connected
-from sandbox_broker.messaging.publisher import Outgoing, Publisher, Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
-from sandbox_broker.messaging.subscription import Subscription, answer
+from sandbox_broker.messaging.connection import Disconnected, run_with_reconnect
+from sandbox_broker.messaging.publisher import OutboundMessage, Publisher, Unroutable
+from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.messaging.subscription import Subscription, publish_replies
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
-from .shared_harness import PATIENCE_SEC, Line, beside, line_to, nothing_stays, until
+from .shared_harness import PATIENCE_SEC, TcpProxy, assert_no_leaks, background_tasks, open_tcp_proxy, wait_until
 
 QUEUE = topology.ALLOCATOR_COMMANDS
-FILLED = topology.SYNC_TICKS  # it keeps one message
+FILLED = topology.SYNC_TICKS  # a queue of length 1
 AT_ONCE_SEC = 2.0
-"""Less than any time-out of the bus."""
+"""Less than all time-outs of the messaging package."""
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    async with nothing_stays():
+async def check_leaks() -> AsyncIterator[None]:
+    async with assert_no_leaks():
         yield
 
 
 @pytest.fixture
-async def amqp_line(clean_queues: str) -> AsyncIterator[Line]:
-    async with line_to(clean_queues, 5672) as line:
+async def amqp_proxy(clean_queues: str) -> AsyncIterator[TcpProxy]:
+    async with open_tcp_proxy(clean_queues, 5672) as line:
         yield line
 
 
 class Bus:
-    """A publisher and a requester, as a service has them."""
+    """A publisher and an RPC client, like in a service."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.publisher = Publisher(url, "test")
-        self.requester = Requester(url, "test", self.publisher)
+        self.requester = RpcClient(url, "test", self.publisher)
 
     def put(self, body: bytes = b"{}", queue: topology.Queue = QUEUE, **options: Any) -> Awaitable[None]:
         return self.publisher.publish("", queue.name, body, **options)
@@ -73,22 +73,22 @@ def connected() -> Connected:
     @asynccontextmanager
     async def opened(url: str) -> AsyncIterator[Bus]:
         made = Bus(url)
-        async with beside(made.publisher.run(), made.requester.run()):
-            await until(lambda: made.requester.connected)
+        async with background_tasks(made.publisher.run(), made.requester.run()):
+            await wait_until(lambda: made.requester.connected)
             yield made
 
     return opened
 
 
 @pytest.fixture
-async def wired(clean_queues: str, connected: Connected) -> AsyncIterator[Bus]:
+async def bus(clean_queues: str, connected: Connected) -> AsyncIterator[Bus]:
     async with connected(clean_queues) as made:
         yield made
 
 
 @pytest.fixture
-async def on_a_line(amqp_line: Line, connected: Connected) -> AsyncIterator[Bus]:
-    async with connected(amqp_line.url) as made:
+async def proxied_bus(amqp_proxy: TcpProxy, connected: Connected) -> AsyncIterator[Bus]:
+    async with connected(amqp_proxy.url) as made:
         yield made
 
 
@@ -114,7 +114,7 @@ Handle = Callable[[DeliveredMessage, Sequence[Any]], Awaitable[None]]
 
 
 async def consume(url: str, handle: Handle) -> None:
-    """Works on commands for ever, as the allocator does."""
+    """Consume commands like the allocator, until cancelled."""
 
     async def session(opened: AbstractConnection) -> None:
         subscription = await Subscription.open(opened, QUEUE, prefetch=20)
@@ -123,19 +123,19 @@ async def consume(url: str, handle: Handle) -> None:
                 await handle(delivery, decode_commands(delivery.body))
             await subscription.ack(deliveries[-1], all_before=True)
 
-    await keep_connected(url, "test-worker", session)
+    await run_with_reconnect(url, "test-worker", session)
 
 
 def replying(publisher: Publisher, times: int = 1) -> Handle:
     async def handle(delivery: DeliveredMessage, commands: Sequence[Command]) -> None:
         for _ in range(times):
-            await answer(publisher, delivery, [ListingBegun(listing_id=n) for n, _ in enumerate(commands)])
+            await publish_replies(publisher, delivery, [ListingBegun(listing_id=n) for n, _ in enumerate(commands)])
 
     return handle
 
 
 async def bodies(subscription: Subscription, number: int) -> list[bytes]:
-    """The next deliveries, unacknowledged."""
+    """Return the bodies of the next deliveries, unacknowledged."""
     received: list[bytes] = []
     async with asyncio.timeout(AT_ONCE_SEC * 5):
         while len(received) < number:
@@ -146,17 +146,17 @@ async def bodies(subscription: Subscription, number: int) -> list[bytes]:
 # Publishing
 
 
-async def test_what_is_published_is_in_the_queue(wired: Bus, consuming: AbstractConnection) -> None:
-    await wired.put(b"here")
+async def test_a_published_message_is_in_the_queue(bus: Bus, consuming: AbstractConnection) -> None:
+    await bus.put(b"here")
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     assert await bodies(subscription, 1) == [b"here"]
 
 
-async def test_a_message_that_no_queue_takes_is_told(wired: Bus) -> None:
+async def test_an_unroutable_message_raises_an_error(bus: Bus) -> None:
     with pytest.raises(Unroutable, match="nobody"):
-        await wired.publisher.publish(topology.COMMANDS.name, "nobody", b"{}")
-    await wired.publisher.publish(topology.EVENTS.name, "nobody", b"{}", mandatory=False)
-    await wired.put()
+        await bus.publisher.publish(topology.COMMANDS.name, "nobody", b"{}")
+    await bus.publisher.publish(topology.EVENTS.name, "nobody", b"{}", mandatory=False)
+    await bus.put()
 
 
 async def test_publishing_without_a_connection_fails_at_once(clean_queues: str) -> None:
@@ -171,52 +171,52 @@ async def test_publishing_without_a_connection_fails_at_once(clean_queues: str) 
     assert not made.requester.connected
 
 
-async def test_a_message_that_cannot_be_written_is_no_lost_connection(wired: Bus) -> None:
+async def test_an_invalid_message_does_not_close_the_connection(bus: Bus) -> None:
     with pytest.raises(ValueError, match="too long"):
-        await wired.publisher.publish("", "x" * 256, b"{}")
-    await wired.put()
+        await bus.publisher.publish("", "x" * 256, b"{}")
+    await bus.put()
 
 
-async def test_it_counts_the_consumers_of_a_queue(wired: Bus, consuming: AbstractConnection) -> None:
-    assert await wired.publisher.consumers(QUEUE.name) == 0
+async def test_consumers_counts_the_consumers_of_a_queue(bus: Bus, consuming: AbstractConnection) -> None:
+    assert await bus.publisher.consumers(QUEUE.name) == 0
     await Subscription.open(consuming, QUEUE, prefetch=1)
-    assert await wired.publisher.consumers(QUEUE.name) == 1
+    assert await bus.publisher.consumers(QUEUE.name) == 1
 
 
-async def test_asking_about_a_queue_that_is_not_there_does_not_disturb_publishing(wired: Bus) -> None:
-    publishing = [asyncio.ensure_future(wired.put()) for _ in range(50)]
+async def test_inspection_of_a_missing_queue_does_not_affect_publishing(bus: Bus) -> None:
+    publishing = [asyncio.ensure_future(bus.put()) for _ in range(50)]
     for _ in range(3):
         with pytest.raises(Disconnected):
-            await wired.publisher.consumers("nowhere")
+            await bus.publisher.consumers("nowhere")
     await asyncio.gather(*publishing)
-    assert wired.publisher.connected
-    assert await wired.publisher.consumers(QUEUE.name) == 0
+    assert bus.publisher.connected
+    assert await bus.publisher.consumers(QUEUE.name) == 0
 
 
-async def test_a_cut_line_fails_all_that_is_published_at_once_and_comes_back(
-    on_a_line: Bus, amqp_line: Line
+async def test_a_reset_connection_fails_all_open_publishes_and_reconnects(
+    proxied_bus: Bus, amqp_proxy: TcpProxy
 ) -> None:
-    amqp_line.silence()
-    publishing = [asyncio.ensure_future(on_a_line.put(b"x" * 1000)) for _ in range(300)]
+    amqp_proxy.pause()
+    publishing = [asyncio.ensure_future(proxied_bus.put(b"x" * 1000)) for _ in range(300)]
     await asyncio.wait(publishing, timeout=0.05)
-    amqp_line.cut()
-    amqp_line.speak()
+    amqp_proxy.reset()
+    amqp_proxy.resume()
     async with asyncio.timeout(AT_ONCE_SEC):
         results = await asyncio.gather(*publishing, return_exceptions=True)
     assert {type(result) for result in results} == {Disconnected}
-    await on_a_line.publisher.wait_connected()
-    await on_a_line.put()
+    await proxied_bus.publisher.wait_connected()
+    await proxied_bus.put()
 
 
-def outgoing(count: int) -> list[Outgoing]:
-    return [Outgoing(QUEUE.name, f"{number}".encode(), f"id-{number}", "text/plain") for number in range(count)]
+def outgoing(count: int) -> list[OutboundMessage]:
+    return [
+        OutboundMessage(QUEUE.name, f"{number}".encode(), f"id-{number}", "text/plain") for number in range(count)
+    ]
 
 
-async def test_what_is_published_together_is_in_the_queue_in_order(
-    wired: Bus, consuming: AbstractConnection
-) -> None:
-    assert await wired.publisher.publish_all("", outgoing(300)) == 300
-    await asyncio.gather(wired.put(b"beside"), wired.publisher.publish_all("", outgoing(2)))
+async def test_publish_all_keeps_the_order(bus: Bus, consuming: AbstractConnection) -> None:
+    assert await bus.publisher.publish_all("", outgoing(300)) == 300
+    await asyncio.gather(bus.put(b"beside"), bus.publisher.publish_all("", outgoing(2)))
     subscription = await Subscription.open(consuming, QUEUE, prefetch=500)
     deliveries: list[DeliveredMessage] = []
     while len(deliveries) < 303:
@@ -228,45 +228,45 @@ async def test_what_is_published_together_is_in_the_queue_in_order(
 
 
 @pytest.mark.parametrize("others", [9, 10, 11])
-async def test_those_published_together_wait_for_room_in_the_line_to_the_writer(wired: Bus, others: int) -> None:
-    """The client library lets ten pieces stand in line."""
-    before = [wired.put() for _ in range(others)]
-    published = await asyncio.gather(*before, wired.publisher.publish_all("", outgoing(3)))
+async def test_publish_all_waits_for_room_in_the_write_queue(bus: Bus, others: int) -> None:
+    """The write queue of the client library holds ten chunks."""
+    before = [bus.put() for _ in range(others)]
+    published = await asyncio.gather(*before, bus.publisher.publish_all("", outgoing(3)))
     assert published == [*others * [None], 3]
 
 
-async def test_nobody_need_take_what_is_published_together(wired: Bus) -> None:
-    nowhere = [Outgoing("nowhere", b"x", f"id-{number}", "text/plain") for number in range(3)]
-    assert await wired.publisher.publish_all("", nowhere) == 3
+async def test_publish_all_accepts_unroutable_messages(bus: Bus) -> None:
+    nowhere = [OutboundMessage("nowhere", b"x", f"id-{number}", "text/plain") for number in range(3)]
+    assert await bus.publisher.publish_all("", nowhere) == 3
 
 
-async def test_a_cut_line_tells_how_many_of_those_published_together_were_confirmed(
-    on_a_line: Bus, amqp_line: Line
+async def test_publish_all_returns_the_confirmed_count_after_a_reset(
+    proxied_bus: Bus, amqp_proxy: TcpProxy
 ) -> None:
-    amqp_line.silence()
-    publishing = asyncio.ensure_future(on_a_line.publisher.publish_all("", outgoing(300)))
+    amqp_proxy.pause()
+    publishing = asyncio.ensure_future(proxied_bus.publisher.publish_all("", outgoing(300)))
     await asyncio.wait([publishing], timeout=0.05)
-    amqp_line.cut()
-    amqp_line.speak()
+    amqp_proxy.reset()
+    amqp_proxy.resume()
     async with asyncio.timeout(AT_ONCE_SEC):
         assert await publishing == 0
-    await on_a_line.publisher.wait_connected()
-    assert await on_a_line.publisher.publish_all("", outgoing(300)) == 300
+    await proxied_bus.publisher.wait_connected()
+    assert await proxied_bus.publisher.publish_all("", outgoing(300)) == 300
 
 
-async def test_publishing_together_without_a_connection_fails_at_once(clean_queues: str) -> None:
+async def test_publish_all_without_a_connection_fails_at_once(clean_queues: str) -> None:
     with pytest.raises(Disconnected):
         await Bus(clean_queues).publisher.publish_all("", outgoing(2))
 
 
-async def test_a_silent_server_is_given_up_by_those_that_publish_together(on_a_line: Bus, amqp_line: Line) -> None:
-    amqp_line.silence()
-    assert await on_a_line.publisher.publish_all("", outgoing(2), timeout_sec=0.2) == 0
-    amqp_line.speak()
-    assert await on_a_line.publisher.publish_all("", outgoing(2)) == 2
+async def test_publish_all_times_out_for_an_unresponsive_server(proxied_bus: Bus, amqp_proxy: TcpProxy) -> None:
+    amqp_proxy.pause()
+    assert await proxied_bus.publisher.publish_all("", outgoing(2), timeout_sec=0.2) == 0
+    amqp_proxy.resume()
+    assert await proxied_bus.publisher.publish_all("", outgoing(2)) == 2
 
 
-async def test_closing_fails_all_that_is_published_at_once(clean_queues: str) -> None:
+async def test_closing_fails_all_open_publishes(clean_queues: str) -> None:
     made = Bus(clean_queues)
     running = asyncio.create_task(made.publisher.run())
     await made.publisher.wait_connected()
@@ -276,46 +276,46 @@ async def test_closing_fails_all_that_is_published_at_once(clean_queues: str) ->
     async with asyncio.timeout(AT_ONCE_SEC * 2):
         results = await asyncio.gather(*publishing, return_exceptions=True)
     assert {type(result) for result in results} <= {Disconnected, type(None)}
-    await cancel(running)
+    await cancel_and_wait(running)
 
 
-async def test_who_stops_waiting_for_a_confirm_is_cancelled_and_nobody_else(wired: Bus) -> None:
-    publishing = [asyncio.ensure_future(wired.put()) for _ in range(100)]
+async def test_a_cancelled_publish_does_not_affect_others(bus: Bus) -> None:
+    publishing = [asyncio.ensure_future(bus.put()) for _ in range(100)]
     await asyncio.sleep(0)
     for task in publishing[::2]:
         task.cancel()
     results = await asyncio.gather(*publishing, return_exceptions=True)
     assert {type(result) for result in results[::2]} == {asyncio.CancelledError}
     assert results[1::2] == [None] * 50
-    await wired.put()
+    await bus.put()
 
 
-async def test_a_server_that_falls_silent_is_given_up_and_nobody_is_cancelled(
-    amqp_line: Line, connected: Connected, monkeypatch: pytest.MonkeyPatch
+async def test_an_unresponsive_server_raises_disconnected_and_cancels_no_task(
+    amqp_proxy: TcpProxy, connected: Connected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "HEARTBEAT_SEC", 1)
-    async with connected(amqp_line.url) as made:
-        amqp_line.silence()
+    async with connected(amqp_proxy.url) as made:
+        amqp_proxy.pause()
         late = asyncio.ensure_future(made.put(timeout_sec=60))
         with pytest.raises(Disconnected):
             await made.put(timeout_sec=0.2)
         with pytest.raises(Disconnected):
-            await late  # by the heartbeat
-        await until(lambda: not made.requester.connected)
-        amqp_line.speak()
-        await until(lambda: made.requester.connected)
+            await late  # raised by the heartbeat
+        await wait_until(lambda: not made.requester.connected)
+        amqp_proxy.resume()
+        await wait_until(lambda: made.requester.connected)
         await made.put()
 
 
 # Consuming
 
 
-async def test_a_batch_is_what_has_gathered_up_to_the_limit_and_in_order(
-    wired: Bus, consuming: AbstractConnection
+async def test_a_batch_holds_stored_deliveries_in_order_up_to_the_limit(
+    bus: Bus, consuming: AbstractConnection
 ) -> None:
     sent = [b"%d" % number for number in range(25)]
     for body in sent:
-        await wired.put(body)
+        await bus.put(body)
     subscription = await Subscription.open(consuming, QUEUE, prefetch=100)
     received: list[bytes] = []
     while len(received) < len(sent):
@@ -326,19 +326,19 @@ async def test_a_batch_is_what_has_gathered_up_to_the_limit_and_in_order(
     assert received == sent
 
 
-async def test_no_more_is_delivered_than_was_asked_for(wired: Bus, consuming: AbstractConnection) -> None:
+async def test_the_prefetch_count_limits_deliveries(bus: Bus, consuming: AbstractConnection) -> None:
     for _ in range(5):
-        await wired.put()
+        await bus.put()
     subscription = await Subscription.open(consuming, QUEUE, prefetch=2)
     assert len(await bodies(subscription, 2)) == 2
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(subscription.batch(1), 0.1)
 
 
-async def test_what_was_not_acknowledged_comes_back(clean_queues: str, wired: Bus) -> None:
+async def test_unacknowledged_deliveries_are_redelivered(clean_queues: str, bus: Bus) -> None:
     sent = [b"1", b"2", b"3", b"4"]
     for body in sent:
-        await wired.put(body)
+        await bus.put(body)
     async with await aio_pika.connect(clean_queues) as first:
         subscription = await Subscription.open(first, QUEUE, prefetch=10)
         deliveries: list[DeliveredMessage] = []
@@ -350,11 +350,11 @@ async def test_what_was_not_acknowledged_comes_back(clean_queues: str, wired: Bu
         assert await bodies(again, 2) == [b"3", b"4"]
 
 
-async def test_a_batch_is_not_lost_with_the_wait_for_it(wired: Bus, consuming: AbstractConnection) -> None:
+async def test_a_cancelled_wait_loses_no_delivery(bus: Bus, consuming: AbstractConnection) -> None:
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     for number in range(50):
         waiting = asyncio.create_task(subscription.batch(10))
-        publishing = asyncio.ensure_future(wired.put(b"%d" % number))
+        publishing = asyncio.ensure_future(bus.put(b"%d" % number))
         await asyncio.wait([waiting, publishing], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         await asyncio.wait([waiting, publishing])
@@ -363,8 +363,8 @@ async def test_a_batch_is_not_lost_with_the_wait_for_it(wired: Bus, consuming: A
         await subscription.ack(batch[-1])
 
 
-async def test_a_rejected_delivery_goes_to_the_dead_letters(wired: Bus, consuming: AbstractConnection) -> None:
-    await wired.put(b"poison")
+async def test_a_rejected_delivery_goes_to_the_dead_letters(bus: Bus, consuming: AbstractConnection) -> None:
+    await bus.put(b"poison")
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     (delivery,) = await subscription.batch(10)
     await subscription.reject(delivery)
@@ -404,8 +404,8 @@ async def test_a_subscription_ends(consuming: AbstractConnection, ending: Any) -
         assert await subscription.batch(10) == []
 
 
-async def test_settling_a_delivery_of_a_lost_channel_is_harmless(wired: Bus, consuming: AbstractConnection) -> None:
-    await wired.put()
+async def test_settling_a_delivery_of_a_lost_channel_is_harmless(bus: Bus, consuming: AbstractConnection) -> None:
+    await bus.put()
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     (delivery,) = await subscription.batch(10)
     await consuming.close()
@@ -414,201 +414,201 @@ async def test_settling_a_delivery_of_a_lost_channel_is_harmless(wired: Bus, con
     assert await subscription.batch(10) == []
 
 
-async def test_a_queue_that_is_not_there_is_a_lost_connection(consuming: AbstractConnection) -> None:
+async def test_a_missing_queue_raises_disconnected(consuming: AbstractConnection) -> None:
     with pytest.raises(Disconnected, match="nowhere"):
         await Subscription.open(consuming, topology.Queue("nowhere"), prefetch=1)
 
 
-async def test_a_worker_outlives_the_deletion_of_its_queue(
-    clean_queues: str, wired: Bus, consuming: AbstractConnection
+async def test_a_consumer_recovers_from_the_deletion_of_its_queue(
+    clean_queues: str, bus: Bus, consuming: AbstractConnection
 ) -> None:
-    async with beside(consume(clean_queues, replying(wired.publisher))):
-        assert await wired.ask() == ListingBegun(listing_id=0)
+    async with background_tasks(consume(clean_queues, replying(bus.publisher))):
+        assert await bus.ask() == ListingBegun(listing_id=0)
         async with consuming.channel() as channel:
             await channel.queue_delete(QUEUE.name)
         async with asyncio.timeout(20):
             while True:
                 with contextlib.suppress(Unroutable):
-                    assert await wired.ask() == ListingBegun(listing_id=0)
+                    assert await bus.ask() == ListingBegun(listing_id=0)
                     break
                 await asyncio.sleep(0.01)
 
 
-# Asking
+# Requests
 
 
-async def test_replies_come_in_the_order_of_the_commands(clean_queues: str, wired: Bus) -> None:
-    async with beside(consume(clean_queues, replying(wired.publisher))):
-        replies = await (await wired.requester.send(QUEUE, [BeginListing()] * 5, timeout_sec=15))
+async def test_replies_have_the_order_of_the_commands(clean_queues: str, bus: Bus) -> None:
+    async with background_tasks(consume(clean_queues, replying(bus.publisher))):
+        replies = await (await bus.requester.send(QUEUE, [BeginListing()] * 5, timeout_sec=15))
     assert replies == tuple(ListingBegun(listing_id=number) for number in range(5))
-    assert wired.requester._waiting == {}
+    assert bus.requester._waiting == {}
 
 
-async def test_many_ask_at_once(clean_queues: str, wired: Bus) -> None:
-    async with beside(consume(clean_queues, replying(wired.publisher))):
-        assert await asyncio.gather(*(wired.ask() for _ in range(200))) == [ListingBegun(listing_id=0)] * 200
-    assert wired.requester._waiting == {}
+async def test_concurrent_requests_are_answered(clean_queues: str, bus: Bus) -> None:
+    async with background_tasks(consume(clean_queues, replying(bus.publisher))):
+        assert await asyncio.gather(*(bus.ask() for _ in range(200))) == [ListingBegun(listing_id=0)] * 200
+    assert bus.requester._waiting == {}
 
 
 async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
-    wired: Bus, consuming: AbstractConnection
+    bus: Bus, consuming: AbstractConnection
 ) -> None:
     with pytest.raises(TimeoutError, match="no reply in"):
-        await wired.ask(timeout_sec=0.3)
-    replies = await wired.requester.send(QUEUE, [BeginListing()], timeout_sec=0.3)
+        await bus.ask(timeout_sec=0.3)
+    replies = await bus.requester.send(QUEUE, [BeginListing()], timeout_sec=0.3)
     with pytest.raises(TimeoutError, match="no reply"):
         await replies
-    await until(lambda: wired.requester._waiting == {})
-    # RabbitMQ drops them too, a moment later: their time began when they arrived.
+    await wait_until(lambda: bus.requester._waiting == {})
+    # RabbitMQ drops them a little later, because their expiration started at their arrival.
     async with consuming.channel() as channel, asyncio.timeout(PATIENCE_SEC):
         queue = await channel.declare_queue(QUEUE.name, passive=True)
         while queue.declaration_result.message_count:
             await asyncio.sleep(0.01)
             queue = await channel.declare_queue(QUEUE.name, passive=True)
-    await wired.put(b"behind them")
+    await bus.put(b"behind them")
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     assert await bodies(subscription, 1) == [b"behind them"]
 
 
-async def test_a_request_waits_for_the_connection_no_longer_than_its_time(clean_queues: str) -> None:
+async def test_the_time_out_includes_the_wait_for_a_connection(clean_queues: str) -> None:
     made = Bus(clean_queues)
     with pytest.raises(TimeoutError, match=r"no reply in 0\.05 s"):
         await made.ask(timeout_sec=0.05)
 
 
-async def test_a_late_or_repeated_reply_disturbs_nobody(clean_queues: str, wired: Bus) -> None:
+async def test_a_late_or_duplicate_reply_is_ignored(clean_queues: str, bus: Bus) -> None:
     late: list[DeliveredMessage] = []
 
     async def keep(delivery: DeliveredMessage, _: Sequence[Command]) -> None:
         late.append(delivery)
 
-    async with beside(consume(clean_queues, keep)):
+    async with background_tasks(consume(clean_queues, keep)):
         with pytest.raises(TimeoutError):
-            await wired.ask(timeout_sec=0.5)
-        await until(lambda: late)
-    async with beside(consume(clean_queues, replying(wired.publisher, times=3))):
-        await answer(wired.publisher, late[0], [ListingBegun(listing_id=99)])
-        assert await asyncio.gather(*(wired.ask() for _ in range(20))) == [ListingBegun(listing_id=0)] * 20
-    assert wired.requester.connected
+            await bus.ask(timeout_sec=0.5)
+        await wait_until(lambda: late)
+    async with background_tasks(consume(clean_queues, replying(bus.publisher, times=3))):
+        await publish_replies(bus.publisher, late[0], [ListingBegun(listing_id=99)])
+        assert await asyncio.gather(*(bus.ask() for _ in range(20))) == [ListingBegun(listing_id=0)] * 20
+    assert bus.requester.connected
 
 
 @pytest.mark.parametrize(
     "body", [b"nonsense", b'{"replies": [{"type": "Recorded", "version": 2}]}', b'{"replies": []}']
 )
-async def test_a_reply_that_is_not_valid_fails_only_its_request(clean_queues: str, wired: Bus, body: bytes) -> None:
+async def test_an_invalid_reply_fails_only_its_request(clean_queues: str, bus: Bus, body: bytes) -> None:
     spoilt = False
 
     async def handle(delivery: DeliveredMessage, commands: Sequence[Command]) -> None:
         nonlocal spoilt
-        asked = delivery.header.properties
+        request = delivery.header.properties
         if spoilt:
-            await answer(wired.publisher, delivery, [Recorded(changed=True)] * len(commands))
+            await publish_replies(bus.publisher, delivery, [Recorded(changed=True)] * len(commands))
             return
         spoilt = True
-        properties = Basic.Properties(correlation_id=asked.correlation_id)
-        await wired.publisher.publish(topology.REPLIES.name, asked.reply_to or "", body, properties)
+        properties = Basic.Properties(correlation_id=request.correlation_id)
+        await bus.publisher.publish(topology.REPLIES.name, request.reply_to or "", body, properties)
 
-    async with beside(consume(clean_queues, handle)):
-        results = await asyncio.gather(*(wired.ask() for _ in range(3)), return_exceptions=True)
+    async with background_tasks(consume(clean_queues, handle)):
+        results = await asyncio.gather(*(bus.ask() for _ in range(3)), return_exceptions=True)
     assert sum(isinstance(result, ValueError) for result in results) == 1
     assert results.count(Recorded(changed=True)) == 2
-    assert wired.requester._waiting == {}
+    assert bus.requester._waiting == {}
 
 
-async def test_who_stops_waiting_is_forgotten(wired: Bus) -> None:
-    asking = [asyncio.ensure_future(wired.ask()) for _ in range(20)]
-    await until(lambda: len(wired.requester._waiting) == 20)
+async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
+    asking = [asyncio.ensure_future(bus.ask()) for _ in range(20)]
+    await wait_until(lambda: len(bus.requester._waiting) == 20)
     for task in asking:
         task.cancel()
     await asyncio.wait(asking)
-    await until(lambda: wired.requester._waiting == {})
+    await wait_until(lambda: bus.requester._waiting == {})
 
 
-async def test_a_request_that_no_queue_takes_is_forgotten(wired: Bus) -> None:
+async def test_an_unroutable_request_is_forgotten(bus: Bus) -> None:
     with pytest.raises(Unroutable):
-        await wired.requester.request(topology.Queue("nowhere"), BeginListing(), timeout_sec=5)
-    await until(lambda: wired.requester._waiting == {})
+        await bus.requester.request(topology.Queue("nowhere"), BeginListing(), timeout_sec=5)
+    await wait_until(lambda: bus.requester._waiting == {})
 
 
-async def test_a_reply_to_someone_who_has_gone_is_no_error(wired: Bus, consuming: AbstractConnection) -> None:
-    await wired.put(properties=Basic.Properties(reply_to="gone", correlation_id="1"))
+async def test_a_reply_to_a_missing_requester_is_not_an_error(bus: Bus, consuming: AbstractConnection) -> None:
+    await bus.put(properties=Basic.Properties(reply_to="gone", correlation_id="1"))
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)
-    await answer(wired.publisher, delivery, [Recorded(changed=True)])
+    await publish_replies(bus.publisher, delivery, [Recorded(changed=True)])
 
 
-async def test_what_expires_in_the_consumers_own_line_is_dropped(
-    clean_queues: str, wired: Bus, consuming: AbstractConnection
+async def test_a_delivery_that_expires_in_the_consumer_is_dropped(
+    clean_queues: str, bus: Bus, consuming: AbstractConnection
 ) -> None:
     subscription = await Subscription.open(consuming, QUEUE, prefetch=2)
-    await wired.put(b"late", properties=Basic.Properties(expiration="200"))
-    await wired.put(b"in time", properties=Basic.Properties(expiration="60000"))
-    await until(lambda: subscription._inbox.qsize() == 2)
-    await asyncio.sleep(0.25)  # nothing but time makes it late
+    await bus.put(b"late", properties=Basic.Properties(expiration="200"))
+    await bus.put(b"in time", properties=Basic.Properties(expiration="60000"))
+    await wait_until(lambda: subscription._inbox.qsize() == 2)
+    await asyncio.sleep(0.25)  # longer than the expiration
     deliveries = await subscription.batch(10)
     assert [delivery.body for delivery in deliveries] == [b"in time"]
-    await subscription.ack(deliveries[0])  # and not what came before it: that is settled
+    await subscription.ack(deliveries[0])  # only this delivery, because the earlier one is acknowledged
     await consuming.close()
     async with await aio_pika.connect(clean_queues) as later, later.channel() as channel:
         assert (await channel.declare_queue(QUEUE.name, passive=True)).declaration_result.message_count == 0
 
 
-async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str, wired: Bus) -> None:
+async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str, bus: Bus) -> None:
     publisher = Publisher(clean_queues, "late")
-    async with beside(consume(clean_queues, replying(publisher))):
-        asking = asyncio.ensure_future(wired.ask())
+    async with background_tasks(consume(clean_queues, replying(publisher))):
+        asking = asyncio.ensure_future(bus.ask())
         with structlog.testing.capture_logs() as logs:
-            await until(lambda: "reply.delayed" in [line["event"] for line in logs])
-        async with beside(publisher.run()):
+            await wait_until(lambda: "reply.delayed" in [line["event"] for line in logs])
+        async with background_tasks(publisher.run()):
             assert await asking == ListingBegun(listing_id=0)
 
 
-async def test_a_reply_that_cannot_be_sent_is_given_up(
-    wired: Bus, consuming: AbstractConnection, monkeypatch: pytest.MonkeyPatch
+async def test_a_reply_that_cannot_be_published_is_dropped(
+    bus: Bus, consuming: AbstractConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subscription_module, "ANSWER_PATIENCE_SEC", 0.3)
-    await wired.put(properties=Basic.Properties(reply_to="somebody", correlation_id="1"))
+    await bus.put(properties=Basic.Properties(reply_to="somebody", correlation_id="1"))
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)
     with structlog.testing.capture_logs() as logs:
-        await answer(Publisher(wired.url, "never"), delivery, [Recorded(changed=True)])
+        await publish_replies(Publisher(bus.url, "never"), delivery, [Recorded(changed=True)])
     assert "reply.lost" in [line["event"] for line in logs]
 
 
-async def test_a_deleted_reply_queue_fails_who_waits_at_once_and_is_made_again(clean_queues: str) -> None:
+async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(clean_queues: str) -> None:
     made = Bus(clean_queues)
-    its: list[AbstractConnection] = []  # nobody else may delete an exclusive queue
+    owner: list[AbstractConnection] = []  # only the owner may delete an exclusive queue
 
     async def session(opened: AbstractConnection) -> None:
-        its.append(opened)
+        owner.append(opened)
         await made.requester._session(opened)
 
-    async with beside(made.publisher.run(), keep_connected(clean_queues, "test", session)):
+    async with background_tasks(made.publisher.run(), run_with_reconnect(clean_queues, "test", session)):
         asking = asyncio.ensure_future(made.ask())
-        await until(lambda: made.requester._waiting)
+        await wait_until(lambda: made.requester._waiting)
         queue = made.requester._reply_queue
         assert queue is not None
-        async with its[0].channel() as channel:
+        async with owner[0].channel() as channel:
             await channel.queue_delete(queue)
         async with asyncio.timeout(AT_ONCE_SEC):
             with pytest.raises(Disconnected, match="lost"):
                 await asking
-        await until(lambda: made.requester.connected)
+        await wait_until(lambda: made.requester.connected)
         assert made.requester._reply_queue != queue
-        async with beside(consume(clean_queues, replying(made.publisher))):
+        async with background_tasks(consume(clean_queues, replying(made.publisher))):
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
-# When the server goes
+# Failures of the server
 
 
-async def test_a_killed_server_fails_who_waits_at_once_and_all_works_when_it_is_back(
+async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
     private: PrivateRabbitMQ, connected: Connected
 ) -> None:
     async with connected(private.url) as made:
         asking = [asyncio.ensure_future(made.ask()) for _ in range(50)]
-        await until(lambda: len(made.requester._waiting) == 50)
-        await until(lambda: not made.publisher._limits)
+        await wait_until(lambda: len(made.requester._waiting) == 50)
+        await wait_until(lambda: not made.publisher._limits)
         await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
@@ -618,32 +618,32 @@ async def test_a_killed_server_fails_who_waits_at_once_and_all_works_when_it_is_
         assert {type(result) for result in results} == {Disconnected}
         assert {type(result) for result in published} <= {Disconnected, type(None)}
         assert made.requester._waiting == {}
-        await until(lambda: not made.requester.connected and not made.publisher.connected)
+        await wait_until(lambda: not made.requester.connected and not made.publisher.connected)
         await private.start()
-        await until(lambda: made.requester.connected)
-        async with beside(consume(private.url, replying(made.publisher))):
+        await wait_until(lambda: made.requester.connected)
+        async with background_tasks(consume(private.url, replying(made.publisher))):
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
-async def test_a_queue_that_does_not_answer_is_named_and_asked_again(
+async def test_an_unresponsive_queue_is_named_and_retried(
     private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
     monkeypatch.setattr(subscription_module, "SUBSCRIBE_TIMEOUT_SEC", 0.5)
     server = f"whereis('%2F_{QUEUE.name}')"
 
-    def told() -> list[str]:
+    def errors() -> list[str]:
         return [entry["error"] for entry in logged if entry["event"] == "rabbitmq.disconnected"]
 
     async with connected(private.url) as made:
         await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
-        async with beside(consume(private.url, replying(made.publisher))):
-            await until(told)
-            assert set(told()) == {f"the queue {QUEUE.name} does not answer"}
+        async with background_tasks(consume(private.url, replying(made.publisher))):
+            await wait_until(errors)
+            assert set(errors()) == {f"the queue {QUEUE.name} does not answer"}
             await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
-async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbitMQ, connected: Connected) -> None:
+async def test_an_alarm_blocks_publishers_but_not_consumers(private: PrivateRabbitMQ, connected: Connected) -> None:
     received: list[Any] = []
 
     async def handle(_: DeliveredMessage, commands: Sequence[Any]) -> None:
@@ -658,8 +658,8 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
             for publisher in (made.publisher, other.publisher):
                 with pytest.raises(Disconnected):
                     await publisher.publish("", QUEUE.name, encode_commands([BeginListing()]), timeout_sec=0.5)
-            async with beside(consume(private.url, handle)):
-                await until(lambda: set(sent) <= set(received))
+            async with background_tasks(consume(private.url, handle)):
+                await wait_until(lambda: set(sent) <= set(received))
         finally:
             await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.4")
         await made.put(queue=FILLED, timeout_sec=15)
@@ -667,10 +667,10 @@ async def test_an_alarm_stops_publishers_and_no_consumers(private: PrivateRabbit
 
 
 @pytest.mark.parametrize("together", [False, True])
-async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
+async def test_a_channel_that_only_nacks_is_replaced(
     private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
-    """Where a limit is lifted while it is exceeded, a channel that was refused before is refused for ever."""
+    """If a limit is lifted while it is exceeded, RabbitMQ 3.10 refuses all messages on the old channel."""
     monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
     policy = '{"max-length": 1, "overflow": "reject-publish"}'
     async with connected(private.url) as made:
@@ -691,15 +691,15 @@ async def test_a_server_that_only_refuses_is_given_up_and_asked_anew(
         finally:
             await private.run_rabbitmqctl("clear_policy", "limit")
         async with asyncio.timeout(20):
-            while await refused():  # noqa: ASYNC110 (what it looks at knows no events)
+            while await refused():  # noqa: ASYNC110 (no event exists)
                 await asyncio.sleep(0.05)
         await private.run_rabbitmqctl("purge_queue", QUEUE.name)
 
 
-# Keeping connected
+# Reconnection
 
 
-async def test_a_server_that_is_not_there_is_tried_again_at_growing_intervals(
+async def test_a_missing_server_is_retried_with_a_growing_backoff(
     monkeypatch: pytest.MonkeyPatch, logged: list[structlog.typing.EventDict]
 ) -> None:
     pauses: list[float] = []
@@ -710,11 +710,11 @@ async def test_a_server_that_is_not_there_is_tried_again_at_growing_intervals(
         await sleep(0)
 
     async def never(_: AbstractConnection) -> None:
-        pytest.fail("nobody listens there")
+        pytest.fail("connected to a closed port")
 
     monkeypatch.setattr(asyncio, "sleep", note)
     try:
-        async with beside(keep_connected("amqp://guest:secret@127.0.0.1:1/", "test", never)):
+        async with background_tasks(run_with_reconnect("amqp://guest:secret@127.0.0.1:1/", "test", never)):
             async with asyncio.timeout(60):
                 while len(pauses) < 200:
                     await sleep(0.01)
@@ -722,25 +722,25 @@ async def test_a_server_that_is_not_there_is_tried_again_at_growing_intervals(
         monkeypatch.undo()
     assert 0.05 <= pauses[0] <= 0.2
     assert max(pauses) <= connection.MAX_BACKOFF_SEC
-    assert statistics.median(pauses) >= connection.MAX_BACKOFF_SEC / 2  # a try that took long begins anew
+    assert statistics.median(pauses) >= connection.MAX_BACKOFF_SEC / 2  # the backoff restarts after a long attempt
     assert len(set(pauses)) > 100
     assert {entry["event"] for entry in logged} == {"rabbitmq.disconnected"}
     assert "secret" not in repr(logged)
 
 
-async def test_a_session_that_keeps_ending_is_slowed_down(clean_queues: str) -> None:
+async def test_a_session_that_ends_repeatedly_is_delayed(clean_queues: str) -> None:
     loop = asyncio.get_running_loop()
     began: list[float] = []
 
     async def session(_: AbstractConnection) -> None:
         began.append(loop.time())
 
-    async with beside(keep_connected(clean_queues, "test", session)):
-        await until(lambda: len(began) == 4)
+    async with background_tasks(run_with_reconnect(clean_queues, "test", session)):
+        await wait_until(lambda: len(began) == 4)
     assert began[-1] - began[0] > 0.1 + 0.2 + 0.4
 
 
-async def test_a_conflicting_queue_is_told_and_tried_again(
+async def test_a_conflicting_queue_is_logged_and_retried(
     clean_queues: str, logged: list[structlog.typing.EventDict]
 ) -> None:
     name = topology.SYNC_TICKS.name
@@ -748,8 +748,8 @@ async def test_a_conflicting_queue_is_told_and_tried_again(
     async with await aio_pika.connect(clean_queues) as opened, opened.channel() as channel:
         await channel.queue_delete(name)
         await channel.declare_queue(name, durable=True)
-        async with beside(made.run()):
-            await until(lambda: logged)
+        async with background_tasks(made.run()):
+            await wait_until(lambda: logged)
             assert not made.connected
             assert logged[0]["event"] == "rabbitmq.disconnected"
             assert name in logged[0]["error"]
@@ -758,17 +758,15 @@ async def test_a_conflicting_queue_is_told_and_tried_again(
 
 
 @pytest.mark.parametrize("error", [TimeoutError("ours"), OSError("ours"), ValueError("ours"), KeyError("ours")])
-async def test_a_mistake_in_a_session_is_not_taken_for_a_lost_connection(
-    clean_queues: str, error: Exception
-) -> None:
+async def test_an_error_of_the_session_is_raised(clean_queues: str, error: Exception) -> None:
     async def session(_: AbstractConnection) -> None:
         raise error
 
     with pytest.raises(type(error), match="ours"):
-        await asyncio.wait_for(keep_connected(clean_queues, "test", session), 20)
+        await asyncio.wait_for(run_with_reconnect(clean_queues, "test", session), 20)
 
 
-async def test_connections_tell_the_server_whose_they_are(private: PrivateRabbitMQ, connected: Connected) -> None:
+async def test_connections_have_names_on_the_server(private: PrivateRabbitMQ, connected: Connected) -> None:
     async with connected(private.url):
         listed = await private.run_rabbitmqctl("list_connections", "timeout", "client_properties")
     assert "test-publish" in listed
@@ -776,82 +774,84 @@ async def test_connections_tell_the_server_whose_they_are(private: PrivateRabbit
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["answering", "silent"])
-async def test_cancelling_closes_the_connections_in_bounded_time(amqp_line: Line, silent: bool) -> None:
-    made = Bus(amqp_line.url)
+async def test_cancellation_closes_the_connections_in_bounded_time(amqp_proxy: TcpProxy, silent: bool) -> None:
+    made = Bus(amqp_proxy.url)
     loop = asyncio.get_running_loop()
-    async with beside(made.publisher.run(), made.requester.run(), consume(amqp_line.url, replying(made.publisher))):
+    async with background_tasks(
+        made.publisher.run(), made.requester.run(), consume(amqp_proxy.url, replying(made.publisher))
+    ):
         assert await made.ask() == ListingBegun(listing_id=0)
         if silent:
-            amqp_line.silence()
+            amqp_proxy.pause()
         asking = [asyncio.ensure_future(made.ask()) for _ in range(10)]
         await asyncio.sleep(0)
         cancelled_at = loop.time()
     assert loop.time() - cancelled_at < (3 * connection.CONNECT_TIMEOUT_SEC + 1 if silent else AT_ONCE_SEC)
-    amqp_line.cut()
-    amqp_line.speak()
+    amqp_proxy.reset()
+    amqp_proxy.resume()
     for task in asking:
         task.cancel()
     await asyncio.wait(asking)
 
 
-async def test_cancelling_while_it_connects_leaves_nothing(amqp_line: Line) -> None:
+async def test_cancellation_during_connect_leaks_no_connection(amqp_proxy: TcpProxy) -> None:
     for delay in (0, 0.001, 0.003, 0.01, 0.02, 0.03):
-        made = Publisher(amqp_line.url, "test")
+        made = Publisher(amqp_proxy.url, "test")
         running = asyncio.create_task(made.run())
         await asyncio.sleep(delay)
-        await cancel(running)
+        await cancel_and_wait(running)
         assert running.cancelled()
 
 
-# Metrics, ids and traces that go along
+# Metrics and ids
 
 
 def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_how_long_messages_wait_is_measured_by_their_queue(clean_queues: str, wired: Bus) -> None:
+async def test_the_queue_wait_is_measured_by_queue(clean_queues: str, bus: Bus) -> None:
     before = sample("broker_queue_wait_seconds_count", queue=QUEUE.name)
-    async with beside(consume(clean_queues, replying(wired.publisher))):
-        await wired.ask()
+    async with background_tasks(consume(clean_queues, replying(bus.publisher))):
+        await bus.ask()
     assert sample("broker_queue_wait_seconds_count", queue=QUEUE.name) == before + 1
     assert sample("broker_queue_wait_seconds_sum", queue=QUEUE.name) < 3600
 
 
-async def test_a_command_bears_the_id_of_the_request_that_it_is_sent_for(clean_queues: str, wired: Bus) -> None:
+async def test_a_command_carries_the_request_id_of_the_log_context(clean_queues: str, bus: Bus) -> None:
     seen: list[str | None] = []
 
     async def handle(delivery: DeliveredMessage, commands: Sequence[Command]) -> None:
         seen.extend(command.request_id for command in commands)
-        await replying(wired.publisher)(delivery, commands)
+        await replying(bus.publisher)(delivery, commands)
 
-    async with beside(consume(clean_queues, handle)):
+    async with background_tasks(consume(clean_queues, handle)):
         with log_context.bound(request_id="r-1"):
-            await wired.ask()
+            await bus.ask()
             own = ClaimDeletions(request_id="r-2", run_id=uuid.UUID(int=1), limit=1, claim_sec=1)
-            await wired.requester.request(QUEUE, own, timeout_sec=15)
-        await wired.ask()
+            await bus.requester.request(QUEUE, own, timeout_sec=15)
+        await bus.ask()
     assert seen == ["r-1", "r-2", None]
 
 
-async def test_who_waits_for_what_expired_is_told_in_the_log(consuming: AbstractConnection, wired: Bus) -> None:
+async def test_request_ids_of_expired_messages_are_logged(consuming: AbstractConnection, bus: Bus) -> None:
     subscription = await Subscription.open(consuming, QUEUE, prefetch=10)
     ids = [f"r-{number}" for number in range(120)]
     body = encode_commands([ReleaseSandbox(request_id=id_, sandbox_id="7", holder="ada") for id_ in ids])
-    await wired.put(body, properties=Basic.Properties(expiration="200"))
-    await wired.put(b"in time")
-    await until(lambda: subscription._inbox.qsize() == 2)
-    await asyncio.sleep(0.25)  # nothing but time makes it late
+    await bus.put(body, properties=Basic.Properties(expiration="200"))
+    await bus.put(b"in time")
+    await wait_until(lambda: subscription._inbox.qsize() == 2)
+    await asyncio.sleep(0.25)  # longer than the expiration
     with structlog.testing.capture_logs() as logs:
         await subscription.batch(10)
-    told = [line["request_ids"] for line in logs if line["event"] == "message.expired"]
-    assert [id_ for line in told for id_ in line] == ids
-    assert len(told) > 1
+    logged_ids = [line["request_ids"] for line in logs if line["event"] == "message.expired"]
+    assert [id_ for line in logged_ids for id_ in line] == ids
+    assert len(logged_ids) > 1
 
 
-async def test_lost_connections_are_counted_and_shown(amqp_line: Line, on_a_line: Bus) -> None:
+async def test_lost_connections_are_measured(amqp_proxy: TcpProxy, proxied_bus: Bus) -> None:
     assert sample("broker_rabbitmq_connected", connection="test-publish") == 1
     before = sample("broker_rabbitmq_disconnects_total", connection="test-publish")
-    amqp_line.cut()
-    await until(lambda: sample("broker_rabbitmq_disconnects_total", connection="test-publish") == before + 1)
-    await until(lambda: sample("broker_rabbitmq_connected", connection="test-publish") == 1)
+    amqp_proxy.reset()
+    await wait_until(lambda: sample("broker_rabbitmq_disconnects_total", connection="test-publish") == before + 1)
+    await wait_until(lambda: sample("broker_rabbitmq_connected", connection="test-publish") == 1)

@@ -1,4 +1,4 @@
-"""The schema: how it comes about, and what it does not let happen."""
+"""Migrations, and the constraints of the schema."""
 
 import asyncio
 import os
@@ -44,7 +44,7 @@ ORDER BY 1, 2, 3
 
 @pytest.fixture
 async def empty(empty_database_url: str) -> AsyncIterator[str]:
-    """A database of this test alone."""
+    """Create a separate database for the test."""
     name = f"broker_test_{secrets.token_hex(4)}"
     admin = await asyncpg.connect(empty_database_url)
     await admin.execute(f"CREATE DATABASE {name}")
@@ -68,14 +68,14 @@ async def catalog(url: str) -> list[tuple[str, ...]]:
         await opened.close()
 
 
-async def test_upgrading_again_is_harmless(empty: str) -> None:
+async def test_migrate_is_idempotent(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)
     await migrate(empty)
     assert await catalog(empty) == first
 
 
-async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
+async def test_concurrent_migrations_are_serialized(empty: str) -> None:
     await asyncio.gather(*(migrate(empty) for _ in range(5)))
     opened = await asyncpg.connect(empty)
     assert await opened.fetchval("SELECT count(*) FROM allocator_epoch") == 2
@@ -87,20 +87,20 @@ async def test_upgrading_several_times_at_once_is_harmless(empty: str) -> None:
     await opened.close()
 
 
-async def test_the_tables_are_described_as_they_are(empty: str, database_url: str) -> None:
-    engine = connections.engine(empty)
+async def test_the_schema_equals_the_migrated_database(empty: str, database_url: str) -> None:
+    engine = connections.create_engine(empty)
     async with engine.begin() as opened:
         await opened.run_sync(schema.metadata.create_all)
     await engine.dispose()
     assert await catalog(empty) == await catalog(database_url)
 
 
-async def test_alembic_finds_no_difference(database_url: str) -> None:
+async def test_alembic_finds_no_difference_to_the_schema(database_url: str) -> None:
     def differences(opened: Connection) -> list[object]:
         context = MigrationContext.configure(opened, opts={"compare_type": True, "compare_server_default": True})
         return list(compare_metadata(context, schema.metadata))
 
-    engine = connections.engine(database_url)
+    engine = connections.create_engine(database_url)
     async with engine.connect() as opened:
         assert await opened.run_sync(differences) == []
     await engine.dispose()
@@ -109,7 +109,7 @@ async def test_alembic_finds_no_difference(database_url: str) -> None:
 async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)
-    engine = connections.engine(empty)
+    engine = connections.create_engine(empty)
     async with engine.connect() as opened:
         await opened.run_sync(lambda plain: command.downgrade(config(plain), "base"))
     await engine.dispose()
@@ -118,7 +118,7 @@ async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     assert await catalog(empty) == first
 
 
-# What it does not let happen
+# Constraints
 
 
 async def add_sandbox(opened: asyncpg.Connection, sandbox_id: str, **values: object) -> None:
@@ -137,15 +137,17 @@ async def add_lease(opened: asyncpg.Connection, sandbox_id: str, holder: str, **
 async def insert(opened: asyncpg.Connection, table: str, **values: object) -> None:
     columns = {"expires_at": "now()"} if table == "leases" else {}
     names = [*values, *columns]
-    places = [f"${number}" for number in range(1, len(values) + 1)] + list(columns.values())
-    await opened.execute(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(places)})", *values.values())
+    values_sql = [f"${number}" for number in range(1, len(values) + 1)] + list(columns.values())
+    await opened.execute(
+        f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join(values_sql)})", *values.values()
+    )
 
 
 async def end_leases(opened: asyncpg.Connection) -> None:
     await opened.execute("UPDATE leases SET ended_at = now(), end_reason = 'student'")
 
 
-async def test_a_student_has_one_lease_at_a_time(connection: asyncpg.Connection) -> None:
+async def test_a_holder_has_one_active_lease(connection: asyncpg.Connection) -> None:
     await add_lease(connection, "1", "anna")
     with pytest.raises(asyncpg.UniqueViolationError, match="leases_one_per_holder"):
         await add_lease(connection, "2", "anna")
@@ -171,7 +173,7 @@ async def test_an_idempotency_key_names_one_lease(connection: asyncpg.Connection
     await add_lease(connection, "4", "dora")
 
 
-async def test_a_lease_ends_for_a_known_reason_or_not_at_all(connection: asyncpg.Connection) -> None:
+async def test_an_ended_lease_has_a_known_reason(connection: asyncpg.Connection) -> None:
     await add_lease(connection, "1", "anna")
     for change in ("ended_at = now()", "end_reason = 'student'", "ended_at = now(), end_reason = 'boredom'"):
         with pytest.raises(asyncpg.CheckViolationError):
@@ -189,7 +191,7 @@ async def test_an_account_has_one_live_record(connection: asyncpg.Connection) ->
     await add_sandbox(connection, "2", external_id="u")
 
 
-async def test_a_status_is_one_of_those_in_the_contract(connection: asyncpg.Connection) -> None:
+async def test_only_the_statuses_of_the_contract_are_stored(connection: asyncpg.Connection) -> None:
     statuses = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted")
     for number, status in enumerate(statuses):
         await add_sandbox(connection, str(number), status=status)
@@ -200,7 +202,7 @@ async def test_a_status_is_one_of_those_in_the_contract(connection: asyncpg.Conn
         await add_sandbox(connection, "99", status=None)
 
 
-async def test_each_queue_has_one_epoch_that_no_other_has(connection: asyncpg.Connection) -> None:
+async def test_each_queue_has_one_unique_epoch(connection: asyncpg.Connection) -> None:
     queues = {row["queue"]: row["epoch"] for row in await connection.fetch("SELECT * FROM allocator_epoch")}
     assert set(queues) == {topology.ALLOCATOR_COMMANDS.name, topology.ALLOCATOR_MAINTENANCE.name}
     for queue, epoch in queues.items():
@@ -210,7 +212,7 @@ async def test_each_queue_has_one_epoch_that_no_other_has(connection: asyncpg.Co
             await connection.execute("INSERT INTO allocator_epoch (queue, epoch) VALUES ('new', $1)", epoch)
 
 
-async def test_prefixes_are_compared_byte_by_byte(connection: asyncpg.Connection) -> None:
+async def test_names_are_sorted_by_bytes(connection: asyncpg.Connection) -> None:
     for number, name in enumerate(("b", "B", "a", "ä")):
         await add_sandbox(connection, str(number), name=name)
     assert [row[0] for row in await connection.fetch("SELECT name FROM sandboxes ORDER BY name")] == [
@@ -221,7 +223,7 @@ async def test_prefixes_are_compared_byte_by_byte(connection: asyncpg.Connection
     ]
 
 
-# As a command
+# The command
 
 
 def run_migrate(url: str, directory: Path) -> subprocess.CompletedProcess[str]:
@@ -236,7 +238,7 @@ def run_migrate(url: str, directory: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-async def test_the_command_says_nothing_when_all_is_well(empty: str, tmp_path: Path) -> None:
+async def test_the_command_prints_nothing_on_success(empty: str, tmp_path: Path) -> None:
     for _ in range(2):
         ended = await asyncio.to_thread(run_migrate, empty, tmp_path)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
@@ -255,13 +257,13 @@ async def test_the_command_says_nothing_when_all_is_well(empty: str, tmp_path: P
     ],
     ids=["refused", "host", "database", "user", "malformed", "option"],
 )
-async def test_the_command_says_in_one_line_what_is_wrong(
+async def test_the_command_reports_a_problem_in_one_line(
     database_url: str, tmp_path: Path, user: str, host: str, path: str, reason: str
 ) -> None:
     parts = urlsplit(database_url)
-    ours, _, place = parts.netloc.rpartition("@")
+    ours, _, server = parts.netloc.rpartition("@")
     path = path if path.startswith("/") else f"{parts.path}{path}"
-    url = f"postgresql://{user or ours + '@'}{host or place}{path}"
+    url = f"postgresql://{user or ours + '@'}{host or server}{path}"
     ended = await asyncio.to_thread(run_migrate, url, tmp_path)
     assert ended.returncode == 2
     assert ended.stdout == ""

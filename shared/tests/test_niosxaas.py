@@ -1,4 +1,4 @@
-"""The client of NIOSXaaS, against the simulator where it can misbehave so, else against a canned answer."""
+"""NIOSXaaS client against the simulator, or against mock answers that the simulator cannot give."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJicm9rZXIifQ.c2lnbmF0dXJl"
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[httpx.AsyncClient]:
-    """The root of a running simulator with three sandboxes, and services in two of them and at home."""
+    """Yield a client for a running simulator with three sandboxes, and services in two of them and at home."""
     app = create_app(accounts=3, email=EMAIL, password=PASSWORD)
     async with serving(app) as url, httpx.AsyncClient(base_url=url, verify=False) as client:
         first, second, _ = await external_ids(client)
@@ -54,7 +54,7 @@ async def have_services(simulator: httpx.AsyncClient, services: dict[str, list[A
 
 
 async def services(simulator: httpx.AsyncClient) -> list[list[str]]:
-    """The names that are left, by account."""
+    """Return the names of the remaining services by account."""
     left = (await simulator.get("/_control/services")).json()["services"]
     return [[record["name"] for record in records] for records in left.values()]
 
@@ -74,7 +74,7 @@ def answering(respond: Callable[[httpx.Request], httpx.Response], **options: Any
 
 
 def listing(results: object) -> Callable[[httpx.Request], httpx.Response]:
-    """Everything goes well, the account is UNKNOWN, and these are the services."""
+    """Return a handler for a session in the account UNKNOWN with these services."""
     current_user = {"result": {"account_id": f"identity/accounts/{UNKNOWN}"}}
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -86,7 +86,7 @@ def listing(results: object) -> Callable[[httpx.Request], httpx.Response]:
     return respond
 
 
-async def test_every_service_of_the_account_is_deleted_and_no_other(
+async def test_only_the_services_of_the_account_are_deleted(
     niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
 ) -> None:
     first, *_ = await external_ids(simulator)
@@ -101,7 +101,7 @@ async def test_only_services_of_the_chosen_name_are_deleted(simulator: httpx.Asy
     assert await services(simulator) == [["b"], ["b"], ["a", "b"]]
 
 
-async def test_in_shadow_mode_nothing_is_deleted_and_the_names_are_told(simulator: httpx.AsyncClient) -> None:
+async def test_shadow_mode_deletes_no_service_and_returns_the_names(simulator: httpx.AsyncClient) -> None:
     first, *_ = await external_ids(simulator)
     before = await services(simulator)
     async with NiosxaasClient(str(simulator.base_url), EMAIL, PASSWORD, shadow_mode=True) as niosxaas:
@@ -110,14 +110,14 @@ async def test_in_shadow_mode_nothing_is_deleted_and_the_names_are_told(simulato
     assert "DELETE" not in [method for method, _ in await asked(simulator)]
 
 
-async def test_cleaning_twice_is_harmless(niosxaas: NiosxaasClient, simulator: httpx.AsyncClient) -> None:
+async def test_clean_account_is_idempotent(niosxaas: NiosxaasClient, simulator: httpx.AsyncClient) -> None:
     first, _, empty = await external_ids(simulator)
     await niosxaas.clean_account(first)
     for external_id in (first, empty):
         assert await niosxaas.clean_account(external_id) == CleanedAccount((), (), ())
 
 
-async def test_many_accounts_are_cleaned_at_once_each_in_a_session_of_its_own(
+async def test_concurrent_clean_ups_use_separate_sessions(
     niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
 ) -> None:
     await simulator.post("/_control/reset", json={"accounts": 20})
@@ -129,7 +129,7 @@ async def test_many_accounts_are_cleaned_at_once_each_in_a_session_of_its_own(
     assert await services(simulator) == [[]] * 20 + [["keep"]]
 
 
-async def test_no_cookie_ties_two_sessions_together() -> None:
+async def test_sessions_share_no_cookie() -> None:
     def respond(request: httpx.Request) -> httpx.Response:
         assert "Cookie" not in request.headers
         answer = listing([])(request)
@@ -141,7 +141,7 @@ async def test_no_cookie_ties_two_sessions_together() -> None:
             await niosxaas.clean_account(UNKNOWN)
 
 
-async def test_a_service_that_cannot_be_deleted_does_not_stop_the_others(
+async def test_a_failed_deletion_does_not_stop_the_others(
     niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
 ) -> None:
     first, *_ = await external_ids(simulator)
@@ -170,7 +170,7 @@ async def test_a_service_that_cannot_be_deleted_does_not_stop_the_others(
         (httpx.Response(500, json={}), False),
     ],
 )
-async def test_what_counts_as_deleted(response: httpx.Response, deleted: bool) -> None:
+async def test_outcome_of_a_deletion(response: httpx.Response, deleted: bool) -> None:
     def respond(request: httpx.Request) -> httpx.Response:
         if request.method == "DELETE":
             assert request.url.path == f"{SERVICES}/x-1"
@@ -199,7 +199,7 @@ async def test_what_counts_as_deleted(response: httpx.Response, deleted: bool) -
         {"name": "n"},
     ],
 )
-async def test_a_record_that_cannot_be_read_is_told_and_stops_nothing(record: object) -> None:
+async def test_an_unreadable_record_is_reported_and_does_not_stop_the_others(record: object) -> None:
     sound = {"id": "infra/universal_service/y", "name": "sound"}
     async with answering(listing([record, sound])) as niosxaas:
         cleaned = await niosxaas.clean_account(UNKNOWN)
@@ -207,7 +207,7 @@ async def test_a_record_that_cannot_be_read_is_told_and_stops_nothing(record: ob
     assert cleaned.failed == ("record 0: the id or the name of the service cannot be read",)
 
 
-async def test_a_record_of_another_name_does_not_matter_whatever_its_id() -> None:
+async def test_a_record_of_another_name_is_ignored_with_any_id() -> None:
     async with answering(listing([{"id": 5, "name": "other"}]), service_name="n") as niosxaas:
         assert await niosxaas.clean_account(UNKNOWN) == CleanedAccount((), (), ())
 
@@ -219,7 +219,7 @@ async def test_an_account_may_have_no_services(results: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "oops", "[]", "null", '{"results": {"a": 1}}', "<html>", "[" * 100_000])
-async def test_an_answer_that_is_no_listing_is_unavailability(text: str) -> None:
+async def test_an_invalid_listing_raises_csp_unavailable(text: str) -> None:
     def respond(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, text=text) if request.url.path == SERVICES else listing([])(request)
 
@@ -243,7 +243,7 @@ async def test_an_answer_that_is_no_listing_is_unavailability(text: str) -> None
         (403, True, CspUnauthorized),
     ],
 )
-async def test_what_is_needed_to_know_the_services_must_succeed(
+async def test_every_call_before_the_deletion_must_succeed(
     niosxaas: NiosxaasClient,
     simulator: httpx.AsyncClient,
     operation: str,
@@ -262,14 +262,14 @@ async def test_what_is_needed_to_know_the_services_must_succeed(
     assert await services(simulator) == before
 
 
-async def test_a_wrong_password_is_its_own_error(simulator: httpx.AsyncClient) -> None:
+async def test_a_wrong_password_raises_csp_unauthorized(simulator: httpx.AsyncClient) -> None:
     first, *_ = await external_ids(simulator)
     async with NiosxaasClient(str(simulator.base_url), EMAIL, "wrong-password") as niosxaas:
         with pytest.raises(CspUnauthorized, match=r"^CSP answered the sign-in with 401$"):
             await niosxaas.clean_account(first)
 
 
-async def test_an_account_that_csp_does_not_know_is_not_taken_for_another(
+async def test_an_unknown_account_is_not_confused_with_another(
     niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
 ) -> None:
     with pytest.raises(CspUnavailable, match=r"^CSP answered the account switch with 404$"):
@@ -278,13 +278,13 @@ async def test_an_account_that_csp_does_not_know_is_not_taken_for_another(
 
 
 @pytest.mark.parametrize("jwt", [None, "", 5, "a b", "a\nb", "tøken", "x" * 20_000])
-async def test_a_session_without_a_usable_jwt_is_unavailability(jwt: object) -> None:
+async def test_a_session_without_a_valid_jwt_raises_csp_unavailable(jwt: object) -> None:
     async with answering(lambda _: httpx.Response(200, json={"jwt": jwt})) as niosxaas:
         with pytest.raises(CspUnavailable, match=r"^CSP answered the sign-in without a JWT$"):
             await niosxaas.clean_account(UNKNOWN)
 
 
-async def test_nothing_is_deleted_in_another_account_when_the_switch_had_no_effect(
+async def test_no_service_is_deleted_if_the_account_switch_had_no_effect(
     niosxaas: NiosxaasClient, simulator: httpx.AsyncClient
 ) -> None:
     first, *_ = await external_ids(simulator)
@@ -317,7 +317,7 @@ async def test_nothing_is_deleted_in_another_account_when_the_switch_had_no_effe
         '{"account_id": "identity/accounts/00000000-0000-4000-8000-00000000ffff"}',
     ],
 )
-async def test_nothing_is_deleted_when_the_current_account_cannot_be_read(text: str) -> None:
+async def test_no_service_is_deleted_if_the_current_account_is_unreadable(text: str) -> None:
     paths: list[str] = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -341,7 +341,7 @@ async def test_the_case_of_an_account_id_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("operation", ["sign_in", "account_switch", "current_user", "service_listing"])
-async def test_a_hang_is_given_up_after_the_time_out(simulator: httpx.AsyncClient, operation: str) -> None:
+async def test_a_hanging_call_times_out(simulator: httpx.AsyncClient, operation: str) -> None:
     first, *_ = await external_ids(simulator)
     await behave(simulator, **{f"{operation}_error_rate": 1, f"{operation}_error_status": "hang"})
     async with NiosxaasClient(str(simulator.base_url), EMAIL, PASSWORD, timeout_sec=0.5) as niosxaas:
@@ -349,7 +349,7 @@ async def test_a_hang_is_given_up_after_the_time_out(simulator: httpx.AsyncClien
             await niosxaas.clean_account(first)
 
 
-async def test_the_time_out_is_for_the_account_as_a_whole(simulator: httpx.AsyncClient) -> None:
+async def test_the_time_out_applies_to_the_whole_account(simulator: httpx.AsyncClient) -> None:
     first, *_ = await external_ids(simulator)
     await behave(simulator, fail_next_service_deletes=1, service_delete_error_status="hang")
     async with NiosxaasClient(str(simulator.base_url), EMAIL, PASSWORD, timeout_sec=2) as niosxaas:
@@ -364,7 +364,7 @@ async def test_the_time_out_is_for_the_account_as_a_whole(simulator: httpx.Async
 
 
 @pytest.mark.parametrize("external_id", ["", "..", f"{UNKNOWN}\n", f"identity/accounts/{UNKNOWN}"])
-async def test_only_a_uuid_is_ever_switched_to(niosxaas: NiosxaasClient, external_id: str) -> None:
+async def test_clean_account_accepts_only_a_uuid(niosxaas: NiosxaasClient, external_id: str) -> None:
     with pytest.raises(ValueError, match="must be a uuid"):
         await niosxaas.clean_account(external_id)
 
@@ -377,7 +377,7 @@ def test_blank_credentials_are_refused(user: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("where", [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER, SERVICES, f"{SERVICES}/x"])
 @pytest.mark.parametrize("status", [200, 401, 500])
-async def test_no_message_holds_a_secret_even_if_csp_sends_it_back(where: str, status: int) -> None:
+async def test_no_message_holds_a_secret_that_csp_returns(where: str, status: int) -> None:
     opaque = "opaque-jwt-0123456789"
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -390,9 +390,9 @@ async def test_no_message_holds_a_secret_even_if_csp_sends_it_back(where: str, s
 
     async with answering(respond) as niosxaas:
         try:
-            told = str(await niosxaas.clean_account(UNKNOWN))
+            message = str(await niosxaas.clean_account(UNKNOWN))
         except CspError as error:
-            told = f"{error} {error!r}"
+            message = f"{error} {error!r}"
         assert PASSWORD not in repr(niosxaas)
     for secret in ("wörd", "w\\u00f6rd", "0123456789", opaque, JWT, JWT.split(".")[1]):
-        assert secret not in told
+        assert secret not in message

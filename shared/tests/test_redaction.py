@@ -1,4 +1,4 @@
-"""Secrets are taken out of lines, in whatever form they got in; words are left alone."""
+"""Redaction hides secrets in every encoding and leaves other text unchanged."""
 
 import json
 from urllib.parse import quote
@@ -34,19 +34,19 @@ SETTINGS = Settings(
 @pytest.mark.parametrize(
     "written", [str, json.dumps, repr, lambda text: quote(text, safe=""), lambda text: json.dumps(repr(text))]
 )
-def test_no_form_of_a_secret_of_ours_stays(secret: str, written: object) -> None:
+def test_every_form_of_a_secret_setting_is_hidden(secret: str, written: object) -> None:
     assert callable(written)
     line = f"before {written(secret)} after"
     redaction = Redaction(secrets_of(SETTINGS))
-    for told in (redaction.of_text(line), redaction.of_bytes(line.encode()).decode()):
-        assert written(secret).strip("\"'") not in told
-        assert secret not in told
-        assert told.startswith("before ")
-        assert told.endswith(" after")
+    for redacted in (redaction.of_text(line), redaction.of_bytes(line.encode()).decode()):
+        assert written(secret).strip("\"'") not in redacted
+        assert secret not in redacted
+        assert redacted.startswith("before ")
+        assert redacted.endswith(" after")
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "redacted"),
     [
         (f'{{"error": "answered {JWT}"}}', '{"error": "answered ***"}'),
         ("amqp://somebody:hunter2hunter2@rabbit:5672/", "amqp://somebody:***@rabbit:5672/"),
@@ -55,10 +55,10 @@ def test_no_form_of_a_secret_of_ours_stays(secret: str, written: object) -> None
         ("Basic dXNlcjpwYXNzd29yZA==", "Basic ***"),
     ],
 )
-def test_what_looks_like_a_secret_goes_too(line: str, told: str) -> None:
+def test_text_that_looks_like_a_secret_is_hidden(line: str, redacted: str) -> None:
     redaction = Redaction(())
-    assert redaction.of_text(line) == told
-    assert redaction.of_bytes(line.encode()) == told.encode()
+    assert redaction.of_text(line) == redacted
+    assert redaction.of_bytes(line.encode()) == redacted.encode()
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_what_looks_like_a_secret_goes_too(line: str, told: str) -> None:
         "",
     ],
 )
-def test_a_line_without_secrets_stays_as_it_is(line: str) -> None:
+def test_a_line_without_secrets_is_unchanged(line: str) -> None:
     redaction = Redaction(secrets_of(SETTINGS))
     assert redaction.of_text(line) == line
     assert redaction.of_bytes(line.encode()) == line.encode()
 
 
-def test_what_is_too_short_for_a_secret_blacks_out_no_words() -> None:
+def test_short_values_are_not_hidden() -> None:
     assert Redaction(["a", "csp"]).of_text("a csp") == "a csp"

@@ -6,7 +6,7 @@ from sandbox_broker.database.schema import prefix_end
 
 
 @pytest.mark.parametrize("prefix", ["a", "lab-", "zz", "100%", "a_b", "~", " ", "a~", "\\"])
-def test_exactly_the_names_that_start_with_the_prefix_lie_before_its_end(prefix: str) -> None:
+def test_prefix_range_contains_exactly_the_names_with_the_prefix(prefix: str) -> None:
     chance = random.Random(prefix)
     letters = sorted({*prefix, *" !%*_\\az~\x7féあ\U0001f600"})
     names = [prefix + tail for tail in ("", "x", "\U0010ffff", "~~")]

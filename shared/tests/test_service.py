@@ -1,4 +1,4 @@
-"""One process with its tasks: how they start and end, and how the process does."""
+"""Service runtime: start and stop of the tasks, drain, ports and exit codes."""
 
 import asyncio
 import http.client
@@ -17,12 +17,12 @@ import structlog
 from starlette.applications import Starlette
 
 from devstack.ports import free_port
-from sandbox_broker.runtime.service import every, lifespan, uninterrupted
+from sandbox_broker.runtime.service import lifespan, run_periodically, run_uninterrupted
 from sandbox_broker.runtime.sockets import open_listeners
 
 PATIENCE_SEC = 60.0
 TOO_LONG_SEC = 600.0
-"""More than a test may take."""
+"""Longer than the time limit of a test."""
 
 PROGRAM = """
 import asyncio, sys
@@ -85,7 +85,7 @@ def serving(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def ask(port: int, path: str) -> tuple[int, str | None]:
-    """The status, and the Connection header."""
+    """Return the status and the Connection header."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SEC)
     connection.request("GET", path)
     answer = connection.getresponse()
@@ -98,7 +98,7 @@ ALL_IN_ORDER = "started first\nstarted second\nended second\nended first\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_the_tasks_and_exits_with_0(tmp_path: Path, number: signal.Signals) -> None:
     process, port = start(tmp_path, drain_sec=0.3)
     with process:
         deadline = time.monotonic() + PATIENCE_SEC
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_tasks_and_exits_with_0(tmp_path: Path, number: signal
     assert err == ""
 
 
-def test_before_it_stops_it_says_that_it_is_not_ready_and_still_serves(tmp_path: Path) -> None:
+def test_a_draining_service_is_not_ready_and_still_serves(tmp_path: Path) -> None:
     process, port = start(tmp_path, drain_sec=TOO_LONG_SEC)
     with process:
         deadline = time.monotonic() + PATIENCE_SEC
@@ -131,7 +131,7 @@ def test_before_it_stops_it_says_that_it_is_not_ready_and_still_serves(tmp_path:
     assert process.returncode == 0
 
 
-def test_whoever_waits_at_the_keyboard_need_not_wait_for_that(tmp_path: Path) -> None:
+def test_sigint_skips_the_drain(tmp_path: Path) -> None:
     process, port = start(tmp_path, drain_sec=TOO_LONG_SEC)
     with process:
         deadline = time.monotonic() + PATIENCE_SEC
@@ -157,7 +157,7 @@ def test_a_task_that_ends_stops_the_process_with_1(tmp_path: Path, failure: str)
     assert [line for line in out.splitlines() if line in ALL_IN_ORDER.splitlines()] == ALL_IN_ORDER.splitlines()
 
 
-def test_a_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
+def test_a_port_in_use_stops_the_process(tmp_path: Path) -> None:
     first, port = start(tmp_path)
     with first:
         deadline = time.monotonic() + PATIENCE_SEC
@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
         ("127.0.0.2, ::1", {"127.0.0.2", "[::1]"}),
     ],
 )
-def test_a_service_listens_on_both_families_or_on_the_addresses_that_are_listed(
+def test_a_service_listens_on_both_families_or_on_the_listed_addresses(
     tmp_path: Path, bind_host: str, answering: set[str]
 ) -> None:
     process, port = start(tmp_path, bind_host=bind_host)
@@ -203,7 +203,7 @@ def test_a_service_listens_on_both_families_or_on_the_addresses_that_are_listed(
     assert process.returncode == 0
 
 
-def test_a_second_port_drains_and_ends_with_the_first(tmp_path: Path) -> None:
+def test_a_second_port_drains_and_stops_with_the_first(tmp_path: Path) -> None:
     ops_port = free_port()
     process, port = start(tmp_path, drain_sec=TOO_LONG_SEC, ops_port=ops_port)
     with process:
@@ -226,7 +226,7 @@ def test_a_second_port_drains_and_ends_with_the_first(tmp_path: Path) -> None:
     assert not serving(ops_port)
 
 
-def test_a_second_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
+def test_a_second_port_in_use_stops_the_process(tmp_path: Path) -> None:
     (taken,) = open_listeners(free_port(), ["::"])
     with taken:
         taken.listen()
@@ -241,7 +241,7 @@ def test_a_second_port_that_is_taken_stops_the_process(tmp_path: Path) -> None:
     assert "started" not in out
 
 
-async def test_tasks_end_one_by_one_and_the_last_first() -> None:
+async def test_tasks_stop_one_by_one_in_reverse_order() -> None:
     happened: list[str] = []
 
     def holding(name: str) -> Callable[[], Coroutine[Any, Any, None]]:
@@ -262,7 +262,7 @@ async def test_tasks_end_one_by_one_and_the_last_first() -> None:
     assert not getattr(app.state, "failed", False)
 
 
-async def test_a_task_that_fails_while_it_ends_is_told_and_the_others_end() -> None:
+async def test_a_task_that_fails_on_stop_is_logged_and_the_other_tasks_stop() -> None:
     ended: list[str] = []
 
     async def first() -> None:
@@ -284,7 +284,7 @@ async def test_a_task_that_fails_while_it_ends_is_told_and_the_others_end() -> N
     assert [entry["event"] for entry in logged] == ["service.task_failed"]
 
 
-async def test_uninterrupted_work_is_finished_before_the_cancellation() -> None:
+async def test_run_uninterrupted_finishes_the_work_before_the_cancellation() -> None:
     gate = asyncio.Event()
     done: list[str] = []
 
@@ -294,11 +294,11 @@ async def test_uninterrupted_work_is_finished_before_the_cancellation() -> None:
         return "result"
 
     async def outer() -> None:
-        await uninterrupted(work())
+        await run_uninterrupted(work())
         done.append("not reached")
 
     task = asyncio.create_task(outer())
-    for _ in range(3):  # however often
+    for _ in range(3):  # repeated cancellation
         await asyncio.sleep(0)
         task.cancel()
     await asyncio.sleep(0)
@@ -309,19 +309,19 @@ async def test_uninterrupted_work_is_finished_before_the_cancellation() -> None:
     assert done == ["work"]
 
 
-async def test_uninterrupted_work_gives_its_result_or_its_error() -> None:
+async def test_run_uninterrupted_returns_the_result_or_raises_the_error() -> None:
     async def succeed() -> int:
         return 7
 
     async def fail() -> int:
         raise ValueError("boom")
 
-    assert await uninterrupted(succeed()) == 7
+    assert await run_uninterrupted(succeed()) == 7
     with pytest.raises(ValueError, match="boom"):
-        await uninterrupted(fail())
+        await run_uninterrupted(fail())
 
 
-async def test_work_that_fails_after_a_cancellation_is_told() -> None:
+async def test_work_that_fails_after_a_cancellation_is_logged() -> None:
     gate = asyncio.Event()
 
     async def fail() -> None:
@@ -329,7 +329,7 @@ async def test_work_that_fails_after_a_cancellation_is_told() -> None:
         raise ValueError("boom")
 
     with structlog.testing.capture_logs() as logged:
-        task = asyncio.create_task(uninterrupted(fail()))
+        task = asyncio.create_task(run_uninterrupted(fail()))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.sleep(0)
@@ -339,7 +339,7 @@ async def test_work_that_fails_after_a_cancellation_is_told() -> None:
     assert [entry["event"] for entry in logged] == ["service.work_failed"]
 
 
-async def test_periodic_work_begins_at_once_and_goes_on() -> None:
+async def test_run_periodically_starts_at_once_and_repeats() -> None:
     times = 0
     enough = asyncio.Event()
 
@@ -349,7 +349,7 @@ async def test_periodic_work_begins_at_once_and_goes_on() -> None:
         if times == 3:
             enough.set()
 
-    task = asyncio.create_task(every(0.001, work))
+    task = asyncio.create_task(run_periodically(0.001, work))
     await asyncio.sleep(0)
     assert times == 1
     async with asyncio.timeout(PATIENCE_SEC):

@@ -1,4 +1,4 @@
-"""Settings from the environment: what is wrong is said in one line, and secrets never are."""
+"""Settings from the environment: problems are reported in one line without secrets."""
 
 import os
 import subprocess
@@ -41,14 +41,14 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         load(Settings)
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.endswith("\n")
-    assert said.count("\n") == 1
-    assert PASSWORD not in said
-    return said
+    line = capsys.readouterr().err
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    assert PASSWORD not in line
+    return line
 
 
-def test_what_is_right_is_taken(environment: pytest.MonkeyPatch) -> None:
+def test_valid_settings_are_loaded(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("DELAY_SEC", "0.01")
     environment.setenv("LOG_LEVEL", "DEBUG")
     settings = load(Settings)
@@ -63,7 +63,7 @@ def test_the_log_level_may_be_in_any_case(environment: pytest.MonkeyPatch, level
 
 
 @pytest.mark.parametrize("value", ["", "127.0.0.1", "127.0.0.1, ::1", "0.0.0.0,::"])
-def test_a_service_may_listen_on_some_addresses_only(environment: pytest.MonkeyPatch, value: str) -> None:
+def test_bind_host_limits_the_addresses(environment: pytest.MonkeyPatch, value: str) -> None:
     assert load(Settings).bind_host == ""
     environment.setenv("BIND_HOST", value)
     assert load(Settings).bind_host == value
@@ -121,24 +121,24 @@ def test_an_empty_value_is_named(
         ("LOG_FORMAT", "xml"),
     ],
 )
-def test_a_wrong_value_is_named(
+def test_an_invalid_value_is_named(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
 ) -> None:
     environment.setenv(name, value)
     assert f"cannot start: {name}: " in refusal(capsys)
 
 
-def test_all_that_is_wrong_is_said_at_once(
+def test_all_problems_are_reported_together(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.delenv("AMQP_URL")
     environment.setenv("GATEWAY_PORT", "0")
-    said = refusal(capsys)
-    assert "AMQP_URL: is not set; " in said
-    assert "GATEWAY_PORT: " in said
+    line = refusal(capsys)
+    assert "AMQP_URL: is not set; " in line
+    assert "GATEWAY_PORT: " in line
 
 
-def test_a_process_with_a_wrong_setting_exits_with_2_and_one_line(tmp_path: Path) -> None:
+def test_a_process_with_an_invalid_setting_exits_with_2_and_one_line(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "sandbox_broker.migrate"],
         env={name: value for name, value in os.environ.items() if name != "DATABASE_URL"},
@@ -156,14 +156,14 @@ def test_secrets_are_not_shown() -> None:
         assert PASSWORD not in shown
 
 
-def test_settings_cannot_be_changed() -> None:
+def test_settings_are_frozen() -> None:
     settings = load(Settings)
     with pytest.raises(ValueError, match="frozen"):
         settings.gateway_port = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
-def test_a_database_url_is_taken_with_or_without_a_driver(environment: pytest.MonkeyPatch, scheme: str) -> None:
+def test_a_database_url_may_have_a_driver_name(environment: pytest.MonkeyPatch, scheme: str) -> None:
     environment.setenv("DATABASE_URL", f"{scheme}://broker:x@db:5432/broker?sslmode=require")
     assert load(Settings).database_url in (
         "postgresql://broker:x@db:5432/broker?sslmode=require",
@@ -192,9 +192,9 @@ def test_an_example_token_is_refused_with_the_action(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, token: str
 ) -> None:
     environment.setenv(name, token)
-    said = refusal(capsys)
-    assert said.startswith(f"cannot start: {name}: ")
-    assert "an example token, which is public; " in said
+    line = refusal(capsys)
+    assert line.startswith(f"cannot start: {name}: ")
+    assert "an example token, which is public; " in line
 
 
 @pytest.mark.parametrize("name", ["CSP_BASE_URL", "NIOSXAAS_BASE_URL"])
@@ -224,7 +224,7 @@ def test_an_unencrypted_csp_is_refused_with_the_action(
         ("http://csp-simulator:9200/v2", "csp-simulator"),
     ],
 )
-def test_an_encrypted_local_or_permitted_csp_is_taken(
+def test_an_encrypted_local_or_permitted_csp_is_accepted(
     environment: pytest.MonkeyPatch, url: str, allowed: str
 ) -> None:
     environment.setenv("CSP_BASE_URL", url)
@@ -233,7 +233,7 @@ def test_an_encrypted_local_or_permitted_csp_is_taken(
 
 
 @pytest.mark.parametrize("allowed", ["csp-simulator", "false", "", "ture"])
-def test_the_permission_for_one_host_holds_for_no_other(
+def test_the_permission_applies_to_one_host_only(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], allowed: str
 ) -> None:
     environment.setenv("CSP_BASE_URL", "http://csp.example/v2")

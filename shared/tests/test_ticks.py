@@ -1,4 +1,4 @@
-"""Ticks: any number of replicas, one at work."""
+"""Ticks: several replicas, one run at a time."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,29 +11,29 @@ from sandbox_broker.contract import topology
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.publisher import Publisher
 
-from .shared_harness import beside, nothing_stays, until
+from .shared_harness import assert_no_leaks, background_tasks, wait_until
 
 QUEUE = topology.CLEANUP_TICKS
 AT_ONCE = 0
-"""A period so short that no tick comes before its time."""
+"""A period so short that no tick is early."""
 
 
 @pytest.fixture(autouse=True)
-async def nothing_left() -> AsyncIterator[None]:
-    async with nothing_stays():
+async def check_leaks() -> AsyncIterator[None]:
+    async with assert_no_leaks():
         yield
 
 
 @pytest.fixture
 async def publisher(clean_queues: str) -> AsyncIterator[Publisher]:
     made = Publisher(clean_queues, "test")
-    async with beside(made.run()):
+    async with background_tasks(made.run()):
         await made.wait_connected()
         yield made
 
 
 class Work:
-    """Counts who is at work; each goes on until it is let go."""
+    """Work that counts concurrent runs. Each run continues until `go` is released."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -66,15 +66,15 @@ async def is_there(url: str, queue: str) -> bool:
         return True
 
 
-async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
+async def test_replicas_with_slow_work_pile_up_no_ticks_and_no_concurrent_runs(
     clean_queues: str, publisher: Publisher
 ) -> None:
     work = Work()
-    async with beside(
-        *(ticks.consume(clean_queues, QUEUE, AT_ONCE, work) for _ in range(3)),
-        *(ticks.publish(publisher, QUEUE, 0.005) for _ in range(3)),
+    async with background_tasks(
+        *(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work) for _ in range(3)),
+        *(ticks.publish_ticks(publisher, QUEUE, 0.005) for _ in range(3)),
     ):
-        await until(lambda: work.begun == 1)
+        await wait_until(lambda: work.begun == 1)
         sent = 0
 
         async def count() -> None:
@@ -88,100 +88,100 @@ async def test_many_replicas_and_slow_work_make_no_pile_and_no_second_worker(
         assert (work.begun, work.most_at_work) == (1, 1)
         for number in (2, 3, 4):
             work.go.release()
-            await until(lambda number=number: work.begun == number)  # type: ignore[misc]
+            await wait_until(lambda number=number: work.begun == number)  # type: ignore[misc]
             assert work.most_at_work == 1
             assert await waiting(clean_queues) <= 1
 
 
-async def test_a_storm_of_ticks_is_one_run(clean_queues: str, publisher: Publisher) -> None:
+async def test_many_early_ticks_cause_one_run(clean_queues: str, publisher: Publisher) -> None:
     work = Work()
     work.go.release()
-    async with beside(*(ticks.consume(clean_queues, QUEUE, 3600, work) for _ in range(2))):
+    async with background_tasks(*(ticks.consume_ticks(clean_queues, QUEUE, 3600, work) for _ in range(2))):
         await asyncio.gather(*(publisher.publish(topology.TICKS.name, QUEUE.name, b"{}") for _ in range(1000)))
-        await until(lambda: work.begun == 1)
+        await wait_until(lambda: work.begun == 1)
         async with asyncio.timeout(20):
-            while await waiting(clean_queues):  # noqa: ASYNC110 (what it looks at knows no events)
+            while await waiting(clean_queues):  # noqa: ASYNC110 (no event exists)
                 await asyncio.sleep(0.01)
         await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
         assert (work.begun, work.at_work) == (1, 0)
 
 
-async def test_any_number_of_replicas_give_one_run_a_period(clean_queues: str, publisher: Publisher) -> None:
+async def test_several_replicas_cause_one_run_per_period(clean_queues: str, publisher: Publisher) -> None:
     begun: list[float] = []
 
     async def work() -> None:
         begun.append(asyncio.get_running_loop().time())
 
-    async with beside(
-        *(ticks.consume(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
-        *(ticks.publish(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
+    async with background_tasks(
+        *(ticks.consume_ticks(clean_queues, QUEUE, 0.5, work) for _ in range(3)),
+        *(ticks.publish_ticks(publisher, QUEUE, 0.5 / number) for number in (1, 2, 3, 5, 7)),
     ):
-        await until(lambda: len(begun) == 5)
-    # The first may have been noted a while after its tick came, so of four periods three are certain.
+        await wait_until(lambda: len(begun) == 5)
+    # The first run may start late, so only three of the four periods are certain.
     assert begun[-1] - begun[0] >= 3 * 0.9 * 0.5
 
 
-async def test_after_an_outage_missed_periods_are_caught_up_once(clean_queues: str, publisher: Publisher) -> None:
-    for _ in range(5):  # nobody consumes
+async def test_an_outage_is_followed_by_one_run(clean_queues: str, publisher: Publisher) -> None:
+    for _ in range(5):  # without a consumer
         await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
     work = Work()
     work.go.release()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
-        await until(lambda: work.begun == 1 and work.at_work == 0)
+    async with background_tasks(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)):
+        await wait_until(lambda: work.begun == 1 and work.at_work == 0)
         assert await waiting(clean_queues) == 0
     assert work.begun == 1
 
 
-async def test_a_tick_whose_worker_goes_is_another_ones(clean_queues: str, publisher: Publisher) -> None:
+async def test_a_tick_of_a_stopped_worker_is_redelivered(clean_queues: str, publisher: Publisher) -> None:
     first, second = Work(), Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, second)):
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
+    async with background_tasks(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, second)):
+        async with background_tasks(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, first)):
             await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
-            await until(lambda: first.begun + second.begun == 1)
+            await wait_until(lambda: first.begun + second.begun == 1)
         if first.begun:
-            await until(lambda: second.begun == 1)
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, first)):
-        await until(lambda: first.begun)
+            await wait_until(lambda: second.begun == 1)
+    async with background_tasks(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, first)):
+        await wait_until(lambda: first.begun)
 
 
-async def test_publishing_goes_on_while_the_queue_is_away(clean_queues: str, publisher: Publisher) -> None:
+async def test_publishing_continues_while_the_queue_is_missing(clean_queues: str, publisher: Publisher) -> None:
     done = Work()
-    async with beside(ticks.publish(publisher, QUEUE, 0.005)):
+    async with background_tasks(ticks.publish_ticks(publisher, QUEUE, 0.005)):
         async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
             await channel.queue_delete(QUEUE.name)
             with pytest.raises(Exception, match="no queue"):
                 await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, done)):  # which declares it
-            await until(lambda: done.begun == 1)
+        async with background_tasks(
+            ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, done)
+        ):  # the consumer declares the queue
+            await wait_until(lambda: done.begun == 1)
 
 
 async def test_the_first_tick_waits_for_the_connection(clean_queues: str) -> None:
     made, work = Publisher(clean_queues, "late"), Work()
-    async with beside(ticks.publish(made, QUEUE, 3600), ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
+    async with background_tasks(
+        ticks.publish_ticks(made, QUEUE, 3600), ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)
+    ):
         await asyncio.sleep(0)
         assert not made.connected
-        async with beside(made.run()):
-            await until(lambda: work.begun == 1)
+        async with background_tasks(made.run()):
+            await wait_until(lambda: work.begun == 1)
 
 
-async def test_work_that_fails_ends_the_consumer_and_leaves_the_tick(
-    clean_queues: str, publisher: Publisher
-) -> None:
+async def test_failed_work_stops_the_consumer_and_keeps_the_tick(clean_queues: str, publisher: Publisher) -> None:
     async def fail() -> None:
         raise TimeoutError("a mistake, not a lost connection")
 
     await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
     with pytest.raises(TimeoutError, match="a mistake"):
-        await asyncio.wait_for(ticks.consume(clean_queues, QUEUE, AT_ONCE, fail), 20)
+        await asyncio.wait_for(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, fail), 20)
     work = Work()
-    async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work)):
-        await until(lambda: work.begun == 1)
+    async with background_tasks(ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work)):
+        await wait_until(lambda: work.begun == 1)
 
 
-async def test_the_queue_of_an_earlier_version_goes_when_its_last_consumer_has_gone(
-    clean_queues: str, publisher: Publisher
-) -> None:
-    """A rolling update: a reaper of the earlier version works beside one of this version."""
+async def test_a_replaced_queue_is_deleted_after_its_last_consumer(clean_queues: str, publisher: Publisher) -> None:
+    """Rolling update: a reaper of the earlier version runs beside a reaper of this version."""
     old = QUEUE.replaces
     assert old is not None
     ran = 0
@@ -192,7 +192,7 @@ async def test_the_queue_of_an_earlier_version_goes_when_its_last_consumer_has_g
         ran += 1
 
     async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
-        # As the earlier version declared it.
+        # With the arguments of the earlier version.
         queue = await channel.declare_queue(
             old,
             durable=True,
@@ -200,13 +200,15 @@ async def test_the_queue_of_an_earlier_version_goes_when_its_last_consumer_has_g
         )
         await queue.bind(topology.TICKS.name, old)
         await queue.consume(old_ticks.put, no_ack=True)
-        async with beside(ticks.consume(clean_queues, QUEUE, AT_ONCE, work), ticks.publish(publisher, QUEUE, 0.01)):
-            await until(lambda: ran >= 3)
+        async with background_tasks(
+            ticks.consume_ticks(clean_queues, QUEUE, AT_ONCE, work), ticks.publish_ticks(publisher, QUEUE, 0.01)
+        ):
+            await wait_until(lambda: ran >= 3)
             await publisher.publish(topology.TICKS.name, old, b"{}")
             await old_ticks.get()
             await channel.close()
             async with asyncio.timeout(60):
-                while await is_there(clean_queues, old):  # noqa: ASYNC110 (nothing tells us)
+                while await is_there(clean_queues, old):  # noqa: ASYNC110 (no event exists)
                     await asyncio.sleep(0.01)
             after = ran
-            await until(lambda: ran > after)
+            await wait_until(lambda: ran > after)

@@ -1,4 +1,4 @@
-"""The topology on the real server: what is declared, and where messages go that nobody could process."""
+"""Topology on a real server: declarations, and the routing of dead letters."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -34,7 +34,7 @@ async def put(channel: AbstractChannel, queue: Queue, body: bytes, **properties:
 
 
 async def take(channel: AbstractChannel, queue: Queue) -> AbstractIncomingMessage:
-    """The next message, unacknowledged; as a consumer, because the queues with only one give it to no others."""
+    """Consume the next message, unacknowledged. basic.get fails on queues with a single active consumer."""
     opened = await channel.get_queue(queue.name, ensure=False)
     taken: asyncio.Future[AbstractIncomingMessage] = asyncio.get_running_loop().create_future()
 
@@ -53,23 +53,23 @@ async def length(channel: AbstractChannel, queue: Queue) -> int:
     return declared.declaration_result.message_count or 0
 
 
-async def test_declaring_it_again_is_harmless(channel: AbstractChannel) -> None:
+async def test_declare_is_idempotent(channel: AbstractChannel) -> None:
     await put(channel, topology.DEAD_LETTER_QUEUE, b"kept")
     await topology.declare(channel)
     await topology.declare(channel)
     assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"kept"
 
 
-async def test_a_queue_with_other_arguments_is_told(channel: AbstractChannel, clean_queues: str) -> None:
+async def test_declare_fails_for_a_queue_with_other_arguments(channel: AbstractChannel, clean_queues: str) -> None:
     await channel.queue_delete(topology.SYNC_TICKS.name)
     await channel.declare_queue(topology.SYNC_TICKS.name, durable=True)
     with pytest.raises(ChannelPreconditionFailed, match=topology.SYNC_TICKS.name):
         await topology.declare(channel)
     async with await aio_pika.connect(clean_queues) as connection, connection.channel() as another:
-        await another.queue_delete(topology.SYNC_TICKS.name)  # the tests after this one want the right one
+        await another.queue_delete(topology.SYNC_TICKS.name)  # so that later tests declare it correctly
 
 
-def test_bindings_and_dead_letters_lead_to_what_is_declared() -> None:
+def test_bindings_and_dead_letter_exchanges_refer_to_declared_names() -> None:
     exchanges = {exchange.name for exchange in topology.EXCHANGES}
     assert len(exchanges) == len(topology.EXCHANGES)
     assert len({queue.name for queue in topology.QUEUES}) == len(topology.QUEUES)
@@ -90,7 +90,7 @@ def test_every_command_has_an_exchange_that_may_carry_it() -> None:
     assert [exchange for exchange in topology.EXCHANGES if exchange.commands] == list(SENDERS)
 
 
-def test_what_a_service_shares_with_the_gateway_is_what_an_administrator_may_start_or_follow() -> None:
+def test_exchanges_share_only_commands_of_administrators() -> None:
     reaper, syncer = topology.COMMANDS_FROM_REAPER.commands, topology.COMMANDS_FROM_SYNCER.commands
     assert topology.COMMANDS.commands & reaper == {commands.RecordJob}
     assert topology.COMMANDS.commands & syncer == {
@@ -103,19 +103,19 @@ def test_what_a_service_shares_with_the_gateway_is_what_an_administrator_may_sta
 
 
 @pytest.mark.parametrize("exchange", ["", "amq.direct", topology.REPLIES.name, topology.EVENTS.name, None])
-def test_over_any_other_exchange_no_command_comes(exchange: str | None) -> None:
+def test_other_exchanges_carry_no_commands(exchange: str | None) -> None:
     assert not topology.can_carry(exchange, commands.AllocateSandbox(request_id="r", holder="ann"))
     assert not topology.can_carry(exchange, commands.BeginListing())
 
 
 @pytest.mark.parametrize("queue", topology.QUEUES, ids=lambda queue: queue.name)
 def test_every_queue_is_a_quorum_queue(queue: Queue) -> None:
-    """RabbitMQ would make it a classic queue, which is down while its node is down."""
+    """The default would be a classic queue, which is down while its node is down."""
     assert queue.arguments["x-queue-type"] == "quorum"
 
 
 @pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
-def test_work_is_replicated_and_tried_a_limited_number_of_times(queue: Queue) -> None:
+def test_work_queues_have_a_delivery_limit(queue: Queue) -> None:
     assert 1 <= queue.arguments["x-delivery-limit"] <= 100
     assert queue.arguments["x-dead-letter-exchange"] == topology.DEAD_LETTERS.name
 
@@ -126,7 +126,7 @@ def test_commands_and_ticks_have_one_consumer_at_a_time(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("queue", DEAD_LETTERING, ids=lambda queue: queue.name)
-async def test_a_rejected_message_is_kept_with_its_reason(channel: AbstractChannel, queue: Queue) -> None:
+async def test_a_rejected_message_is_dead_lettered_with_its_reason(channel: AbstractChannel, queue: Queue) -> None:
     await put(channel, queue, b"poison")
     await (await take(channel, queue)).reject(requeue=False)
     dead = await take(channel, topology.DEAD_LETTER_QUEUE)
@@ -135,19 +135,19 @@ async def test_a_rejected_message_is_kept_with_its_reason(channel: AbstractChann
     assert dead.headers["x-first-death-queue"] == queue.name
 
 
-async def test_an_expired_message_is_nobodys_problem(channel: AbstractChannel) -> None:
+async def test_an_expired_message_is_dropped(channel: AbstractChannel) -> None:
     await put(channel, topology.ALLOCATOR_COMMANDS, b"too late", expiration=0.001)
     async with asyncio.timeout(PATIENCE_SEC):
-        while await length(channel, topology.ALLOCATOR_COMMANDS):  # noqa: ASYNC110 (nothing tells us)
+        while await length(channel, topology.ALLOCATOR_COMMANDS):  # noqa: ASYNC110 (no event exists)
             await asyncio.sleep(0.01)
-    # What came after it through the same exchange is there, so it would be, too.
+    # A later message through the same exchange has arrived, so the expired message would have arrived too.
     await put(channel, topology.ALLOCATOR_COMMANDS, b"poison")
     await (await take(channel, topology.ALLOCATOR_COMMANDS)).reject(requeue=False)
     assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"poison"
     assert await length(channel, topology.DEAD_LETTER_QUEUE) == 0
 
 
-async def test_what_crashes_its_consumer_again_and_again_ends_among_the_dead_letters(
+async def test_a_message_that_crashes_its_consumer_repeatedly_is_dead_lettered(
     channel: AbstractChannel,
 ) -> None:
     queue = topology.ALLOCATOR_COMMANDS
@@ -163,7 +163,7 @@ async def test_what_crashes_its_consumer_again_and_again_ends_among_the_dead_let
     assert (dead.body, dead.headers["x-first-death-reason"]) == (b"crash", "delivery_limit")
 
 
-async def test_a_poisoned_message_does_not_block_what_is_behind_it(channel: AbstractChannel) -> None:
+async def test_a_poison_message_does_not_block_later_messages(channel: AbstractChannel) -> None:
     for body in (b"1", b"poison", b"3"):
         await put(channel, topology.ALLOCATOR_COMMANDS, body)
     done = []
@@ -178,7 +178,7 @@ async def test_a_poisoned_message_does_not_block_what_is_behind_it(channel: Abst
     assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"poison"
 
 
-async def test_one_command_of_an_envelope_can_be_put_among_the_dead_letters(channel: AbstractChannel) -> None:
+async def test_one_command_of_an_envelope_can_be_dead_lettered(channel: AbstractChannel) -> None:
     exchange = await channel.get_exchange(topology.DEAD_LETTERS.name, ensure=False)
     await exchange.publish(
         Message(b"poison", headers={"x-first-death-reason": "rejected", "x-reason": "unknown type"}), routing_key=""
@@ -188,7 +188,7 @@ async def test_one_command_of_an_envelope_can_be_put_among_the_dead_letters(chan
 
 
 @pytest.mark.parametrize("queue", TICKS, ids=lambda queue: queue.name)
-async def test_one_tick_waits_however_many_are_published(channel: AbstractChannel, queue: Queue) -> None:
+async def test_at_most_one_tick_waits_in_a_queue(channel: AbstractChannel, queue: Queue) -> None:
     exchange = await channel.get_exchange(topology.TICKS.name, ensure=False)
     for number in range(20):
         await exchange.publish(Message(b"%d" % number), routing_key=queue.name)
@@ -197,7 +197,7 @@ async def test_one_tick_waits_however_many_are_published(channel: AbstractChanne
     assert await length(channel, queue) == 0
 
 
-async def test_a_tick_that_another_tick_replaces_is_no_dead_letter(channel: AbstractChannel) -> None:
+async def test_a_replaced_tick_is_not_dead_lettered(channel: AbstractChannel) -> None:
     exchange = await channel.get_exchange(topology.TICKS.name, ensure=False)
     all_dead = await channel.declare_queue(exclusive=True)
     for match in ("maxlen", "rejected"):
@@ -207,7 +207,7 @@ async def test_a_tick_that_another_tick_replaces_is_no_dead_letter(channel: Abst
     for number in range(20):
         await exchange.publish(Message(b"%d" % number), routing_key=topology.SYNC_TICKS.name)
     await (await take(channel, topology.SYNC_TICKS)).reject(requeue=False)
-    # RabbitMQ dead-letters in order, so what it has done with the rejected tick it has done with those before it.
+    # RabbitMQ dead-letters in order, so the replaced ticks come before the rejected tick.
     seen: list[tuple[bytes, object]] = []
     async with asyncio.timeout(PATIENCE_SEC), all_dead.iterator(no_ack=True) as messages:
         async for message in messages:
@@ -219,7 +219,7 @@ async def test_a_tick_that_another_tick_replaces_is_no_dead_letter(channel: Abst
     assert await length(channel, topology.DEAD_LETTER_QUEUE) == 0
 
 
-async def test_the_reaper_hears_of_deletion_requests_only(channel: AbstractChannel) -> None:
+async def test_the_reaper_receives_only_deletion_requests(channel: AbstractChannel) -> None:
     exchange = await channel.get_exchange(topology.EVENTS.name, ensure=False)
     for event in ("sandbox.allocated", "sandbox.deletion_requested", "sandbox.deleted"):
         await exchange.publish(Message(event.encode()), routing_key=event, mandatory=False)

@@ -1,4 +1,4 @@
-"""Tracing that is off costs nothing; what is on goes below the right parent, and a wrong one does no harm."""
+"""Tracing: no cost when it is off, correct parents when it is on, and tolerance for invalid traceparents."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ from sandbox_broker.observability import tracing
 from sandbox_broker.runtime.settings import ServiceSettings
 
 tracing.configure(ServiceSettings(_env_file=None, amqp_url="amqp://h/"), "gateway")
-assert not any(tracing.begin() for _ in range(1000))
+assert not any(tracing.should_sample() for _ in range(1000))
 assert tracing.start("work", "server") is None
-with tracing.beginning("tick") as span, tracing.within("part", parent="00-1-2-01") as part:
+with tracing.root_span("tick") as span, tracing.child_span("part", parent="00-1-2-01") as part:
     assert (span, part, tracing.traceparent()) == (None, None, None)
 tracing.shutdown()
 print(*[name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "google"))])
@@ -29,7 +29,7 @@ print(*[name for name in sys.modules if name.startswith(("opentelemetry.sdk", "o
 
 @pytest.fixture
 def traced() -> Iterator[None]:
-    """To a collector that is not there; only what is sent knows that."""
+    """Trace to a collector that does not exist. Only the exporter notices that."""
     settings = ServiceSettings(
         _env_file=None,
         amqp_url="amqp://h/",
@@ -42,7 +42,7 @@ def traced() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("module", ["gateway", "allocator", "reaper", "csp_syncer"])
-def test_without_an_endpoint_nothing_is_traced_and_no_library_loaded(module: str) -> None:
+def test_without_an_endpoint_tracing_is_off_and_the_library_is_not_loaded(module: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", OFF.format(module=module)], capture_output=True, text=True, check=True
     )
@@ -50,12 +50,12 @@ def test_without_an_endpoint_nothing_is_traced_and_no_library_loaded(module: str
 
 
 @pytest.mark.usefixtures("traced")
-def test_work_within_work_is_below_it() -> None:
+def test_a_child_span_belongs_to_the_trace_of_its_parent() -> None:
     assert tracing.traceparent() is None
-    with tracing.beginning("tick"):
+    with tracing.root_span("tick"):
         above = tracing.traceparent()
         assert above is not None
-        with tracing.within("part"):
+        with tracing.child_span("part"):
             below = tracing.traceparent()
         assert tracing.traceparent() == above
     assert tracing.traceparent() is None
@@ -65,23 +65,23 @@ def test_work_within_work_is_below_it() -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_a_traceparent_from_elsewhere_goes_on() -> None:
-    with tracing.within("part", parent=PARENT):
+def test_a_received_traceparent_is_continued() -> None:
+    with tracing.child_span("part", parent=PARENT):
         here = tracing.traceparent()
     assert here is not None
     assert here.split("-")[1] == PARENT.split("-")[1]
 
 
 @pytest.mark.usefixtures("traced")
-def test_work_for_nothing_traced_is_not_traced() -> None:
-    with tracing.within("part") as span:
+def test_work_without_a_parent_is_not_traced() -> None:
+    with tracing.child_span("part") as span:
         assert span is None
 
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("parent", ["", "nonsense", "00-0-0-01", PARENT + "0", PARENT.upper(), PARENT[:-2] + "00"])
-def test_a_traceparent_that_cannot_be_read_stops_nothing(parent: str) -> None:
-    with tracing.within("part", parent=parent) as span:
+def test_an_invalid_traceparent_is_ignored(parent: str) -> None:
+    with tracing.child_span("part", parent=parent) as span:
         assert span is None
     begun = tracing.start("work", "server", links=[parent])
     assert begun is not None

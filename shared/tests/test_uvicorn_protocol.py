@@ -1,4 +1,4 @@
-"""Strict message framing on a connection: what is executed, what is refused, and what closes."""
+"""Strict message framing: executed requests, refused requests, and closed connections."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ NEXT = b"GET /next HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
 
 @dataclass
 class RecordingApp:
-    """Answers with the request's path, after the body unless `early`; records each request that it carried out."""
+    """ASGI application that answers with the path, after the body unless `early`, and records each request."""
 
     early: bool = False
     requests: list[tuple[str, str, bytes]] = field(default_factory=list)
@@ -89,7 +89,7 @@ async def test_an_upgrade_offer_is_ignored_and_its_body_is_not_a_request(
     assert all(name != b"upgrade" for name, _ in app.headers[0])
 
 
-async def test_upgrade_offers_in_one_segment_are_requests_of_their_own() -> None:
+async def test_upgrade_offers_in_one_segment_are_separate_requests() -> None:
     app = RecordingApp()
     offer = post(OFFER.removesuffix(b"\r\n"), b"Content-Length: 2") + b"{}"
     async with served(app) as client:
@@ -150,7 +150,7 @@ async def test_a_health_check_over_http_1_0_needs_no_host() -> None:
 
 
 @pytest.mark.parametrize("closing", [b"HTTP/1.1\r\nConnection: close\r\n", b"HTTP/1.0\r\n"])
-async def test_what_follows_a_closing_request_is_not_executed(closing: bytes) -> None:
+async def test_requests_after_a_closing_request_are_not_executed(closing: bytes) -> None:
     app = RecordingApp()
     async with served(app) as client:
         await client.send(b"GET /a " + closing + HOST + b"\r\n" + NEXT)
@@ -232,7 +232,7 @@ async def test_more_than_100_fields_are_431(fields: int, status: int) -> None:
 
 @pytest.mark.parametrize("endless", [b"0\r\nX-Trailer: ", b"1;", b"0\r\n"])
 async def test_a_trailer_or_a_chunk_extension_without_an_end_is_refused(endless: bytes) -> None:
-    """The response before the end of the body has lifted no limit."""
+    """A response before the end of the body does not lift the limit."""
     filling = b"a: b\r\n" if endless == b"0\r\n" else b"x"
     async with served(RecordingApp(early=True)) as client:
         await client.send(post(b"Transfer-Encoding: chunked"))
@@ -250,7 +250,7 @@ async def test_a_large_body_needs_no_large_head() -> None:
     assert [len(body) for _, _, body in app.requests] == [100_000, 100_000]
 
 
-async def test_what_is_logged_of_a_malformed_request_is_short() -> None:
+async def test_the_log_line_of_a_malformed_request_is_short() -> None:
     target = b"http://" + b"[" * 10_000
     with capture_logs() as logs:
         async with served(RecordingApp()) as client:
@@ -260,8 +260,8 @@ async def test_what_is_logged_of_a_malformed_request_is_short() -> None:
     assert len(json.dumps(logs[0])) < 500
 
 
-async def test_a_trailer_that_closes_the_connection_does_so_after_the_response() -> None:
-    """The parser takes no request after it. HAProxy passes such a trailer on to a connection that it keeps."""
+async def test_a_trailer_connection_close_closes_after_the_response() -> None:
+    """The parser accepts no request after it. HAProxy forwards such a trailer and keeps the connection open."""
     for early in (False, True):
         async with served(RecordingApp(early=early)) as client:
             await client.send(post(b"Transfer-Encoding: chunked"))

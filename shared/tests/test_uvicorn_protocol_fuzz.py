@@ -1,4 +1,4 @@
-"""Differential test of request framing: random request streams, once through the protocol and once through h11.
+"""Differential test of request framing: random request streams, parsed by the protocol and by h11.
 
 `SEARCH=100000` runs as many pairs with a random seed; `SEARCH_SEED` repeats them.
 """
@@ -43,7 +43,7 @@ _RESPONSE = re.compile(
 
 
 class EchoApp:
-    """ASGI application that records each request which it answers."""
+    """ASGI application that records each answered request."""
 
     def __init__(self) -> None:
         self.executed: list[Request] = []
@@ -76,12 +76,12 @@ def _normalize(name: bytes, value: bytes) -> bytes:
 
 
 def _length(match: re.Match[bytes]) -> int:
-    """Length of a response, from the match of its head."""
+    """Return the length of a response from the match of its head."""
     return match.end() + int(match[2])
 
 
 class Exchange:
-    """All that was sent and received on one connection.
+    """Bytes sent and received on one connection.
 
     A plain socket, because asyncio's streams drop received bytes when a later write fails.
     """
@@ -100,7 +100,7 @@ class Exchange:
 
     @property
     def is_over(self) -> bool:
-        """The server has closed the connection, or has to close it after an error."""
+        """Return whether the server has closed the connection or must close it after an error."""
         return self._ended or self._ends_with_error
 
     @property
@@ -119,7 +119,7 @@ class Exchange:
         await self._receive(self.reading.answerable)
 
     async def finish(self) -> None:
-        """Read until the connection ends. Where the server does not have to end it, the client does."""
+        """Read until the connection ends. The client closes it unless the server has to."""
         if not (server_closes := self.is_over or self.reading.ending is Ending.CLOSED):
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)
@@ -139,7 +139,7 @@ class Exchange:
     async def _send(self, segments: tuple[bytes, ...]) -> None:
         for segment in segments:
             self.sent.append(segment)
-            with contextlib.suppress(OSError):  # closed by the server, which _receive sees
+            with contextlib.suppress(OSError):  # closed by the server, as _receive detects
                 await self._loop.sock_sendall(self._connection, segment)
             for _ in range(3):  # the server reads the segment before the next one is sent
                 await asyncio.sleep(0)
@@ -189,7 +189,7 @@ async def connect(url: str) -> AsyncIterator[socket.socket]:
 
 
 @pytest.mark.parametrize("round_number", range(ROUNDS))
-async def test_every_stream_is_read_as_by_a_strict_parser_or_refused(round_number: int) -> None:
+async def test_every_stream_is_parsed_like_h11_or_refused(round_number: int) -> None:
     numbers = range(round_number, PAIRS, ROUNDS)
     app = EchoApp()
     async with served(app) as url:

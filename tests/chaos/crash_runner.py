@@ -19,7 +19,7 @@ if module == "gateway":
     from gateway import allocator_client
     from sandbox_broker.messaging import rpc_client
 
-    rpc_client.Requester.send = crashes.wrap(rpc_client.Requester.send, "before sending", "after sending")  # type: ignore[method-assign]
+    rpc_client.RpcClient.send = crashes.wrap(rpc_client.RpcClient.send, "before sending", "after sending")  # type: ignore[method-assign]
     rpc = allocator_client.AllocatorClient
     rpc.request = crashes.wrap(rpc.request, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
@@ -35,7 +35,7 @@ if module == "allocator":
 
     # Crash only at messages of students, because maintenance replies and acknowledges continuously.
     students = topology.ALLOCATOR_COMMANDS.name
-    answer, ack = consumer.answer, subscription.Subscription.ack  # type: ignore[attr-defined]
+    answer, ack = consumer.publish_replies, subscription.Subscription.ack  # type: ignore[attr-defined]
     crashing_answer = crashes.wrap(answer, None, "after a student's reply")
     crashing_ack = crashes.wrap(ack, "before a student's ack", None)
 
@@ -47,7 +47,7 @@ if module == "allocator":
         is_answered = all_before and subscription._queue == students
         await (crashing_ack if is_answered else ack)(subscription, delivery, all_before=all_before)
 
-    consumer.answer = answer_student  # type: ignore[attr-defined]
+    consumer.publish_replies = answer_student  # type: ignore[attr-defined]
     subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
     from reaper import asking, deletion

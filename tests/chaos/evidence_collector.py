@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from sandbox_broker.messaging.connection import opened
+from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker
@@ -132,7 +132,7 @@ async def collect_stack_evidence(
 async def _read_events(amqp_url: str) -> list[Event]:
     """Read all messages of the events queue."""
     events: list[Event] = []
-    async with opened(amqp_url) as connection, connection.channel() as channel:
+    async with open_connection(amqp_url) as connection, connection.channel() as channel:
         await channel.set_qos(prefetch_count=500)
         queue = await channel.get_queue(EVENTS_QUEUE)
         left = queue.declaration_result.message_count or 0

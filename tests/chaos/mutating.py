@@ -70,7 +70,7 @@ def ack_before_commit() -> None:
 
 
 def reply_before_commit() -> None:
-    allocate, answer = leases.allocate, consumer.answer  # type: ignore[attr-defined]
+    allocate, answer = leases.allocate, consumer.publish_replies  # type: ignore[attr-defined]
     open_transactions: list[asyncpg.Connection] = []
 
     async def begin(session: write_session.WriteSession, commands: Sequence[Any]) -> list[leases.AllocationRow]:
@@ -84,7 +84,7 @@ def reply_before_commit() -> None:
             await open_transactions.pop().execute("COMMIT")
 
     leases.allocate = begin
-    consumer.answer = answer_and_commit  # type: ignore[attr-defined]
+    consumer.publish_replies = answer_and_commit  # type: ignore[attr-defined]
 
 
 def outbox_in_separate_statement() -> None:
@@ -144,14 +144,14 @@ if __name__ == "__main__":
     write_session.LOCK_TIMEOUT = f"{STATEMENT_TIMEOUT_SEC}s"
     routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
     leases.allocate = crashes.wrap(leases.allocate, "before commit", "after commit")
-    answer = consumer.answer  # type: ignore[attr-defined]
+    answer = consumer.publish_replies  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:
         await answer(publisher, delivery, replies)
         if is_of_student(delivery):
             crashes.reach("after reply")
 
-    consumer.answer = answer_and_stop  # type: ignore[attr-defined]
+    consumer.publish_replies = answer_and_stop  # type: ignore[attr-defined]
     for name in filter(None, os.environ["PLANTED"].split(",")):
         BUGS[name]()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

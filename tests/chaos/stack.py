@@ -19,7 +19,7 @@ from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import opened
+from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.disk import Disk, MountError
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, PORTS, Stack, run_stack
@@ -93,7 +93,7 @@ class ChaosBroker:
     @asynccontextmanager
     async def connect_to_rabbitmq(self) -> AsyncIterator[AbstractConnection]:
         """Open a connection to RabbitMQ, without a proxy."""
-        async with opened(self.rabbitmq.url) as connection:
+        async with open_connection(self.rabbitmq.url) as connection:
             yield connection
 
     async def find_active_allocator(self) -> str:
@@ -259,7 +259,7 @@ def _build_settings(
 
 
 async def _create_events_queue(amqp_url: str) -> None:
-    async with opened(amqp_url) as connection, connection.channel() as channel:
+    async with open_connection(amqp_url) as connection, connection.channel() as channel:
         await topology.declare(channel)
         queue = await channel.declare_queue(EVENTS_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
         await queue.bind(topology.EVENTS.name, "#")

@@ -202,7 +202,7 @@ async def test_all_valid_characters_are_kept_unchanged(stack: Stack) -> None:
 
 
 async def test_many_long_foreign_headers_are_accepted(stack: Stack) -> None:
-    others = [(b"X-Other-%d" % number, b"x" * 8192) for number in range(50)]
+    others = [(b"X-Other-%d" % number, b"x" * 256) for number in range(50)]
     assert (await allocate(stack, new_student(), *others)).status == 201
 
 

@@ -24,11 +24,11 @@ from allocator.settings import Settings
 from allocator.write_session import Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.messaging.connection import keep_connected, losses
+from sandbox_broker.messaging.connection import run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.runtime.service import run_uninterrupted
 
 MAX_PAUSE_SEC = 0.1
 """Longest pause after a batch of a lane with low priority."""
@@ -63,7 +63,7 @@ class Consumer:
 
     async def run(self) -> None:
         try:
-            await keep_connected(self._amqp_url, self._queue, self._consume)
+            await run_with_reconnect(self._amqp_url, self._queue, self._consume)
         finally:
             self._session.close()
 
@@ -75,10 +75,10 @@ class Consumer:
         while deliveries := await subscription.batch(limit):
             started = asyncio.get_running_loop().time()
             try:
-                await uninterrupted(self._handle_batch(subscription, deliveries))
+                await run_uninterrupted(self._handle_batch(subscription, deliveries))
             except Fenced:
                 log.warning("allocator.fenced", queue=self._queue, epoch=self.epoch)
-                with losses():
+                with translating_errors():
                     await connection.close()  # returns the unacknowledged messages to the queue
                 await asyncio.sleep(random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
                 return
@@ -87,7 +87,7 @@ class Consumer:
                 await asyncio.sleep(min(2 * duration, MAX_PAUSE_SEC))
 
     async def _handle_batch(self, subscription: Subscription, deliveries: Sequence[DeliveredMessage]) -> None:
-        """Handle one batch. `uninterrupted` runs it as a task of its own, so the log context of the batch ends with
+        """Handle one batch. `run_uninterrupted` runs it in its own task, so the log context of the batch ends with
         it."""
         log_context.bind(batch_id=secrets.token_hex(6), epoch=self.epoch)
         envelopes: list[tuple[DeliveredMessage, list[Command | InvalidCommand]]] = []
@@ -110,5 +110,5 @@ class Consumer:
             replies = iter(await self._dispatcher.dispatch(entries, batch_spans))
             self._relay.wake()
             answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
-            await asyncio.gather(*(answer(self._publisher, *envelope) for envelope in answers))
+            await asyncio.gather(*(publish_replies(self._publisher, *envelope) for envelope in answers))
             await subscription.ack(envelopes[-1][0], all_before=True)

@@ -90,7 +90,7 @@ class Dispatcher:
             # Before UNAVAILABLE, because asyncpg's error for an invalid parameter belongs to both.
             failure: Exception = error
         except UNAVAILABLE as error:
-            log.error("database.lost", error=connections.reason(error))
+            log.error("database.lost", error=connections.describe_error(error))
             self._session.close()
             self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
             return _refuse_all(commands)
@@ -106,11 +106,11 @@ class Dispatcher:
             ]
         (command,) = commands
         log.error("command.failed", command=command.type, request_id=command.request_id, exc_info=failure)
-        await dead_letters.keep(
+        await dead_letters.publish_dead_letter(
             self._publisher,
             self._queue,
             command.model_dump_json(),
-            f"{type(failure).__name__}: {connections.reason(failure)}",
+            f"{type(failure).__name__}: {connections.describe_error(failure)}",
         )
         return [COMMAND_FAILED]
 
@@ -131,7 +131,7 @@ class Dispatcher:
         else:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
         log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
-        await dead_letters.keep(self._publisher, self._queue, raw, reason)
+        await dead_letters.publish_dead_letter(self._publisher, self._queue, raw, reason)
         return Refused(code="INVALID_COMMAND", message=f"The allocator refuses this command: {reason}")
 
 
@@ -144,6 +144,6 @@ def _request_id(entry: Command | InvalidCommand) -> str | None:
 
 def _refuse_all(commands: Sequence[Command]) -> list[Reply]:
     request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for batch in log_context.by_line(request_ids):
+    for batch in log_context.split_by_line(request_ids):
         log.info("commands.refused", code=DATABASE_UNAVAILABLE.code, command=commands[0].type, request_ids=batch)
     return [DATABASE_UNAVAILABLE] * len(commands)

@@ -17,7 +17,7 @@ from sandbox_broker.runtime.settings import load
 
 
 def create_app(settings: Settings) -> Starlette:
-    engine = connections.engine(settings.database_url, pool_size=1, max_overflow=1)
+    engine = connections.create_engine(settings.database_url, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = OutboxRelay(settings.database_url, publisher)
     collector = DeadLetterCollector(settings.amqp_url, engine)
@@ -28,7 +28,7 @@ def create_app(settings: Settings) -> Starlette:
         return None if publisher.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await connections.ping(engine)
+        return await connections.check_connection(engine)
 
     async def update_pool_metrics() -> None:
         try:
@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> Starlette:
             await engine.dispose()
 
     async def check_invariants_periodically() -> None:
-        await service.every(
+        await service.run_periodically(
             settings.invariant_check_sec, lambda: check_invariants(settings.database_url, maintenance.epoch)
         )
 

@@ -85,5 +85,5 @@ def commit_spans(spans: BatchSpans, commands: Sequence[Command], epoch: int) -> 
             )
             if span is not None:
                 if failure is not None:
-                    tracing.failed(span, failure)
+                    tracing.mark_failed(span, failure)
                 span.end()

@@ -123,11 +123,11 @@ class WriteSession:
                 await self.open()
                 return await operation()
             except _RACES as error:
-                log.info("allocator.raced", error=connections.reason(error))
+                log.info("allocator.raced", error=connections.describe_error(error))
             except _CONNECTION_LOST as error:
                 if is_new:
                     raise
-                log.warning("database.reconnecting", error=connections.reason(error))
+                log.warning("database.reconnecting", error=connections.describe_error(error))
                 self.close()
         await self.open()
         return await operation()

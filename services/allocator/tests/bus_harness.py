@@ -22,7 +22,7 @@ from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 from .allocator_harness import wait_until
 
@@ -59,7 +59,7 @@ async def run_allocator(
 async def stop(running: Sequence[asyncio.Task[None]]) -> None:
     """Cancel the tasks in reverse order. A task must not have ended by itself."""
     for task in reversed(running):
-        await cancel(task)
+        await cancel_and_wait(task)
     for task in running:
         assert task.cancelled(), task.exception()
 

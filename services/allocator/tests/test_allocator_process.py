@@ -18,7 +18,7 @@ DIES_BEFORE_REPLY = """
 import os, signal
 import allocator.consumer
 async def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-allocator.consumer.answer = die
+allocator.consumer.publish_replies = die
 from allocator.main import main
 main()
 """

@@ -30,7 +30,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.replies import DeadLetterReplayed, Recorded, Reply
 from sandbox_broker.database import connections
 from sandbox_broker.migrate import migrate
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 from . import bus_harness
 from .allocator_harness import (
@@ -49,13 +49,13 @@ COMMANDS = topology.ALLOCATOR_COMMANDS.name
 
 @asynccontextmanager
 async def run_collector(amqp_url: str, database_url: str) -> AsyncIterator[DeadLetterCollector]:
-    engine = connections.engine(database_url, pool_size=1, max_overflow=1)
+    engine = connections.create_engine(database_url, pool_size=1, max_overflow=1)
     collector = DeadLetterCollector(amqp_url, engine)
     task = asyncio.create_task(collector.run())
     try:
         yield collector
     finally:
-        await cancel(task)
+        await cancel_and_wait(task)
         await engine.dispose()
     assert task.cancelled(), task.exception()
 
@@ -354,12 +354,12 @@ async def test_a_dead_letter_delivered_twice_is_stored_once(pool: Pool, clean_qu
 
     await client.publish(b"nonsense")
     async with run_allocator(clean_queues, pool.url):
-        engine = connections.engine(pool.url)
+        engine = connections.create_engine(pool.url)
         for _ in range(3):
             committed.clear()
             dying = asyncio.create_task(DyingCollector(clean_queues, engine).run())
             await committed.wait()
-            await cancel(dying)
+            await cancel_and_wait(dying)
             await wait_for_letters(pool, 1)
         await engine.dispose()
         async with run_collector(clean_queues, pool.url):

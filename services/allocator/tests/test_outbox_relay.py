@@ -12,7 +12,7 @@ from allocator import metrics
 from allocator.background import outbox_relay
 from allocator.background.outbox_relay import OutboxRelay
 from sandbox_broker.contract.events import Event
-from sandbox_broker.messaging.publisher import Outgoing, Publisher
+from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
 
 from .allocator_harness import Pool, wait_until
 from .bus_harness import TcpProxy, run_allocator, stop, subscribe_events
@@ -168,7 +168,7 @@ async def test_a_frozen_relay_loses_the_lock(
     thawed = asyncio.Event()
 
     class Frozen(Publisher):
-        async def publish_all(self, exchange: str, messages: Sequence[Outgoing], **__: Any) -> int:  # noqa: ARG002 (the signature of Publisher)
+        async def publish_all(self, exchange: str, messages: Sequence[OutboundMessage], **__: Any) -> int:  # noqa: ARG002 (the signature of Publisher)
             await thawed.wait()
             return len(messages)
 

@@ -5,7 +5,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Refused, Reply
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 REQUEST_TIMEOUT_SEC = 30.0
 
@@ -18,7 +18,7 @@ class CommandRefused(Exception):
         self.refusal = refusal
 
 
-async def request_reply(requester: Requester, command: Command, *, timeout_sec: float | None = None) -> Reply:
+async def request_reply(requester: RpcClient, command: Command, *, timeout_sec: float | None = None) -> Reply:
     """Return the allocator's reply. Raises CommandRefused for a refusal and when the allocator does not answer."""
     try:
         reply = await requester.request(

@@ -13,9 +13,9 @@ from csp_syncer.triggers import CommandConsumer, send_sync_command
 from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
 from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
@@ -26,7 +26,7 @@ PURGE_INTERVAL_SEC = 3600.0
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "csp-syncer")
-    requester = Requester(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
+    requester = RpcClient(url, "csp-syncer", publisher, exchange=topology.COMMANDS_FROM_SYNCER)
     csp = CspClient(
         settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=LISTING_TIMEOUT_SEC
     )
@@ -39,17 +39,19 @@ def create_app(settings: Settings) -> Starlette:
     tasks = service.lifespan(
         publisher.run,
         requester.run,
-        partial(keep_connected, url, "csp-syncer-commands", commands.consume),
+        partial(run_with_reconnect, url, "csp-syncer-commands", commands.consume),
         partial(
-            ticks.consume,
+            ticks.consume_ticks,
             url,
             topology.SYNC_TICKS,
             settings.sync_interval_sec,
             partial(send_sync_command, publisher),
         ),
-        partial(ticks.publish, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
-        partial(ticks.consume, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)),
-        partial(ticks.publish, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
+        partial(ticks.publish_ticks, publisher, topology.SYNC_TICKS, settings.sync_interval_sec),
+        partial(
+            ticks.consume_ticks, url, topology.PURGE_TICKS, PURGE_INTERVAL_SEC, partial(purge, settings, requester)
+        ),
+        partial(ticks.publish_ticks, publisher, topology.PURGE_TICKS, PURGE_INTERVAL_SEC),
     )
 
     @asynccontextmanager

@@ -6,7 +6,7 @@ from csp_syncer.asking import CommandRefused, request_reply
 from csp_syncer.settings import Settings
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
 from sandbox_broker.contract.replies import Purged
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 STALE_HOURS = 24
 BATCH_SIZE = 500
@@ -15,7 +15,7 @@ BATCH_SIZE = 500
 log = structlog.get_logger()
 
 
-async def purge(settings: Settings, requester: Requester) -> None:
+async def purge(settings: Settings, requester: RpcClient) -> None:
     """Run one purge. Work that is left after a refusal is done by the next run."""
     retention_sec = settings.record_retention_days * 24 * 3600
     try:
@@ -29,7 +29,7 @@ async def purge(settings: Settings, requester: Requester) -> None:
         log.warning("purge.postponed", error=str(error))
 
 
-async def _purge_batch(requester: Requester, command: DeleteStale | PurgeRecords) -> int:
+async def _purge_batch(requester: RpcClient, command: DeleteStale | PurgeRecords) -> int:
     reply = await request_reply(requester, command)
     assert isinstance(reply, Purged)  # noqa: S101 (the contract of both)
     return reply.count

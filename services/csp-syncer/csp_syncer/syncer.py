@@ -15,7 +15,7 @@ from sandbox_broker.contract.commands import ApplyListing, BeginListing, RecordJ
 from sandbox_broker.contract.replies import ListingApplied, ListingBegun, PoolSynced, Refused, SandboxesRefreshed
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.csp.client import CspClient, CspError, Listing
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
 
 LISTING_TIMEOUT_SEC = 60.0
@@ -43,7 +43,7 @@ class _RunningSync:
 class Syncer:
     """Runs one sync at a time. A request during a sync joins it."""
 
-    def __init__(self, settings: Settings, csp: CspClient, requester: Requester) -> None:
+    def __init__(self, settings: Settings, csp: CspClient, requester: RpcClient) -> None:
         self._settings = settings
         self._csp = csp
         self._requester = requester

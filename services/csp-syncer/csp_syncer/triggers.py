@@ -8,7 +8,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import Command, SyncPool
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.command_worker import serve_commands
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.observability import log_context, tracing
@@ -44,4 +44,4 @@ class CommandConsumer:
                 return await self._syncer.sync_pool(force=command.force, job_id=command.job_id)
             return None
 
-        await serve(connection, topology.SYNCER_COMMANDS, self._publisher, handle)
+        await serve_commands(connection, topology.SYNCER_COMMANDS, self._publisher, handle)

@@ -41,8 +41,8 @@ from sandbox_broker.contract.replies import (
     SandboxesRefreshed,
 )
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.runtime.service import cancel_and_wait
 
 M = TypeVar("M", bound=Command)
 
@@ -148,7 +148,7 @@ class Allocator:
 class Caller:
     """Sends commands to the csp-syncer like the gateway."""
 
-    requester: Requester
+    requester: RpcClient
 
     async def sync(self, *, force: bool = False, job_id: uuid.UUID | None = None) -> Reply:
         command = SyncPool(request_id="r", force=force, job_id=job_id)
@@ -166,13 +166,13 @@ class Caller:
 @asynccontextmanager
 async def calling(amqp_url: str) -> AsyncIterator[Caller]:
     publisher = Publisher(amqp_url, "test")
-    requester = Requester(amqp_url, "test", publisher)
+    requester = RpcClient(amqp_url, "test", publisher)
     tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(requester.run())]
     try:
         yield Caller(requester)
     finally:
         for task in reversed(tasks):
-            await cancel(task)
+            await cancel_and_wait(task)
 
 
 def settings(**changes: Any) -> Settings:

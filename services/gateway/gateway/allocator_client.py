@@ -19,7 +19,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
 
 MAX_IN_FLIGHT = 2000
@@ -54,7 +54,7 @@ class _PendingRequest:
 class AllocatorClient:
     """RPC client for allocator commands. The tasks `run` and `watch` must be running."""
 
-    def __init__(self, publisher: Publisher, requester: Requester) -> None:
+    def __init__(self, publisher: Publisher, requester: RpcClient) -> None:
         self._publisher = publisher
         self._requester = requester
         self._queued: deque[_PendingRequest] = deque()

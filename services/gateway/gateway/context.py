@@ -10,7 +10,7 @@ from gateway.settings import Settings
 from gateway.web.auth import Auth
 from gateway.web.rate_limit import RateLimits
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,6 @@ class Context:
     client_address: Callable[[Scope], str]
     engine: AsyncEngine
     publisher: Publisher
-    requester: Requester
+    requester: RpcClient
     allocator: AllocatorClient
     status_reporter: StatusReporter

@@ -28,7 +28,7 @@ from gateway.web import auth, client_address, cors, rate_limit, request_middlewa
 from gateway.web.connection_limit import ConnectionLimit
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
 from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
@@ -69,9 +69,11 @@ class CrossOriginGateway(Gateway):
 
 
 def create_app(settings: Settings) -> Gateway:
-    engine = connections.engine(settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
+    engine = connections.create_engine(
+        settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC
+    )
     publisher = Publisher(settings.amqp_url, "gateway")
-    requester = Requester(settings.amqp_url, "gateway", publisher)
+    requester = RpcClient(settings.amqp_url, "gateway", publisher)
     allocator = AllocatorClient(publisher, requester)
     metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
@@ -79,7 +81,7 @@ def create_app(settings: Settings) -> Gateway:
         return None if requester.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
-        return await connections.ping(engine)
+        return await connections.check_connection(engine)
 
     tasks = service.lifespan(
         publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch

@@ -13,7 +13,7 @@ from gateway import allocator_client
 from gateway.api.errors import ERRORS
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .gateway_harness import (
     ADMIN,
@@ -164,15 +164,15 @@ async def test_requests_during_a_publish_share_the_next_envelope(
 ) -> None:
     gateway.allocator.answer = reply_with_own_lease
     first_is_publishing, may_continue = asyncio.Event(), asyncio.Event()
-    real_send = Requester.send
+    real_send = RpcClient.send
 
-    async def slow_first_send(self: Requester, *args: object, **named: object) -> object:
+    async def slow_first_send(self: RpcClient, *args: object, **named: object) -> object:
         if not first_is_publishing.is_set():
             first_is_publishing.set()
             await may_continue.wait()
         return await real_send(self, *args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Requester, "send", slow_first_send)
+    monkeypatch.setattr(RpcClient, "send", slow_first_send)
     first = asyncio.create_task(allocate_for(gateway, "first"))
     await first_is_publishing.wait()
     later = [asyncio.create_task(allocate_for(gateway, f"s{number}")) for number in range(50)]

@@ -12,7 +12,7 @@ from gateway.queries import queue_metrics
 from gateway.queries.queue_metrics import QueueMetrics
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.runtime.service import cancel
+from sandbox_broker.runtime.service import cancel_and_wait
 
 from .gateway_harness import Cable, running, until
 
@@ -25,7 +25,7 @@ async def publisher(clean_queues: str) -> AsyncIterator[Publisher]:
     task = asyncio.create_task(publisher.run())
     await publisher.wait_connected()
     yield publisher
-    await cancel(task)
+    await cancel_and_wait(task)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ async def test_queue_without_an_answer_has_no_gauges_and_does_not_affect_others(
         cable.answer()
         await metrics.measure()
         assert gauges() == (0, 0, 0)
-        await cancel(task)
+        await cancel_and_wait(task)
 
 
 async def test_queue_without_an_answer_does_not_stop_allocations(

@@ -12,9 +12,9 @@ from reaper.deletion import Outcome
 from sandbox_broker.contract.commands import RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused
 from sandbox_broker.contract.types import JobState
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 REPORT_PERIOD_SEC = 10.0
 """Period of progress reports. The gateway shows a job without reports for two minutes as failed."""
@@ -39,7 +39,7 @@ class Job:
 class AdminJobs:
     """Open jobs. One clean-up run works for all of them."""
 
-    def __init__(self, requester: Requester) -> None:
+    def __init__(self, requester: RpcClient) -> None:
         self._requester = requester
         self._jobs: dict[uuid.UUID, Job] = {}
 
@@ -94,7 +94,7 @@ class AdminJobs:
                 progress = {"deleted": job.deleted, "failed": job.failed}
                 await self._record(RecordJob(job_id=job.job_id, kind="cleanup", progress=progress))
 
-        await every(REPORT_PERIOD_SEC, report_all)
+        await run_periodically(REPORT_PERIOD_SEC, report_all)
 
     async def _record(self, command: RecordJob) -> None:
         try:

@@ -5,7 +5,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Refused, Reply
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 REQUEST_TIMEOUT_SEC = 10.0
 
@@ -14,7 +14,7 @@ class CommandNotDone(Exception):
     """The allocator refused the command or did not answer. Due work stays due, so a later run finds it."""
 
 
-async def request_reply(requester: Requester, command: Command) -> Reply:
+async def request_reply(requester: RpcClient, command: Command) -> Reply:
     """Return the allocator's reply. Raises CommandNotDone, also for a refusal."""
     try:
         reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=REQUEST_TIMEOUT_SEC)

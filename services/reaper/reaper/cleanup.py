@@ -19,7 +19,7 @@ from reaper.deletion import Deleter
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
 from sandbox_broker.contract.replies import DeletionsClaimed, DeletionsHurried, Refused
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 CLAIM_MARGIN_SEC = 10.0
 EXPEDITE_BATCH_SIZE = 500
@@ -44,7 +44,7 @@ class _Batch:
 
 
 class CleanUp:
-    def __init__(self, settings: Settings, requester: Requester, deleter: Deleter, jobs: AdminJobs) -> None:
+    def __init__(self, settings: Settings, requester: RpcClient, deleter: Deleter, jobs: AdminJobs) -> None:
         self._settings = settings
         self._requester = requester
         self._deleter = deleter

@@ -15,7 +15,7 @@ from sandbox_broker.contract.commands import RecordDeletion, RecordDeletionFailu
 from sandbox_broker.contract.replies import DueDeletion
 from sandbox_broker.csp.client import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.csp.niosxaas import NiosxaasClient
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context, tracing
 
 CSP_TIMEOUT_SEC = 30.0
@@ -37,7 +37,7 @@ class Deleter:
     refusals of the token, which the first refusal opens."""
 
     def __init__(
-        self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, requester: Requester
+        self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, requester: RpcClient
     ) -> None:
         self._settings = settings
         self._csp = csp
@@ -87,7 +87,9 @@ class Deleter:
         with (
             log_context.bound(request_id=deletion.request_id, sandbox_id=deletion.sandbox_id),
             # A deletion is traced if and only if its request is.
-            tracing.within(name, parent=deletion.traceparent) if deletion.request_id else tracing.beginning(name),
+            tracing.child_span(name, parent=deletion.traceparent)
+            if deletion.request_id
+            else tracing.root_span(name),
         ):
             return await self._delete(run_id, deletion, begin_by)
 

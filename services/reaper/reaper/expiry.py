@@ -6,7 +6,7 @@ from reaper.asking import CommandNotDone, request_reply
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ExpireLeases
 from sandbox_broker.contract.replies import LeasesExpired
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 BATCH_SIZE = 50
 """Leases that one command ends. Other maintenance commands wait for one such batch at most."""
@@ -14,7 +14,7 @@ BATCH_SIZE = 50
 log = structlog.get_logger()
 
 
-async def expire_overdue(settings: Settings, requester: Requester) -> None:
+async def expire_overdue(settings: Settings, requester: RpcClient) -> None:
     """Have the allocator end all leases that are overdue by more than the grace period, by PostgreSQL's clock."""
     command = ExpireLeases(grace_sec=settings.grace_period_minutes * 60, limit=BATCH_SIZE)
     try:

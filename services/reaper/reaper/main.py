@@ -16,9 +16,9 @@ from reaper.triggers import Triggers
 from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health, logging, tracing
 from sandbox_broker.runtime import preflight, service
 from sandbox_broker.runtime.settings import load
@@ -27,7 +27,7 @@ from sandbox_broker.runtime.settings import load
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "reaper")
-    requester = Requester(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
+    requester = RpcClient(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
     niosxaas = niosxaas_cleanup.build_client(settings)
     deleter = Deleter(settings, csp, niosxaas, requester)
@@ -45,18 +45,18 @@ def create_app(settings: Settings) -> Starlette:
         requester.run,
         cleanup.run,
         jobs.report,
-        partial(keep_connected, url, "reaper-events", triggers.consume_events),
-        partial(keep_connected, url, "reaper-commands", triggers.consume_commands),
+        partial(run_with_reconnect, url, "reaper-events", triggers.consume_events),
+        partial(run_with_reconnect, url, "reaper-commands", triggers.consume_commands),
         partial(
-            ticks.consume,
+            ticks.consume_ticks,
             url,
             topology.CLEANUP_TICKS,
             settings.cleanup_interval_sec,
             triggers.handle_tick,
         ),
-        partial(ticks.consume, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
-        partial(ticks.publish, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
-        partial(ticks.publish, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
+        partial(ticks.consume_ticks, url, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec, expire),
+        partial(ticks.publish_ticks, publisher, topology.CLEANUP_TICKS, settings.cleanup_interval_sec),
+        partial(ticks.publish_ticks, publisher, topology.EXPIRY_TICKS, settings.auto_expiry_interval_sec),
     )
 
     @asynccontextmanager

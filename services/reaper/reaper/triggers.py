@@ -11,7 +11,7 @@ from reaper.cleanup import CleanUp
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import CleanUpNow, Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.command_worker import serve
+from sandbox_broker.messaging.command_worker import serve_commands
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.observability.metrics import QUEUE_WAIT
@@ -45,7 +45,7 @@ class Triggers:
                 return await self._clean_up_now(command)
             return None
 
-        await serve(connection, topology.REAPER_COMMANDS, self._publisher, handle)
+        await serve_commands(connection, topology.REAPER_COMMANDS, self._publisher, handle)
 
     async def _clean_up_now(self, command: CleanUpNow) -> Reply:
         """Join the current clean-up run, or start one, and wait for its end."""

@@ -12,7 +12,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import CleanUpNow, Command, ExpireLeases, HurryDeletions, RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused, Reply
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.rpc_client import Requester
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .reaper_harness import Allocator, Csp, empty_queues, reaping, simulated_csp, until
 
@@ -32,7 +32,7 @@ async def allocator(csp: Csp, amqp_url: str) -> AsyncIterator[Allocator]:
 
 
 class Administrator:
-    def __init__(self, requester: Requester) -> None:
+    def __init__(self, requester: RpcClient) -> None:
         self._requester = requester
 
     async def clean_up(self, job_id: uuid.UUID | None = None) -> Reply:
@@ -45,13 +45,13 @@ class Administrator:
 @pytest.fixture
 async def administrator(amqp_url: str, allocator: Allocator) -> AsyncIterator[Administrator]:
     publisher = Publisher(amqp_url, "administrator")
-    requester = Requester(amqp_url, "administrator", publisher)
+    requester = RpcClient(amqp_url, "administrator", publisher)
     async with running(publisher, requester):
         yield Administrator(requester)
 
 
 @asynccontextmanager
-async def running(*parts: Publisher | Requester) -> AsyncIterator[None]:
+async def running(*parts: Publisher | RpcClient) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(part.run()) for part in parts]
     try:
         yield

@@ -1,7 +1,7 @@
-"""`python -m sandbox_broker.contract.asyncapi`: docs/asyncapi.json, made from the topology and the messages.
+"""`python -m sandbox_broker.contract.asyncapi`: print docs/asyncapi.json, generated from topology and messages.
 
-AsyncAPI 3.0 has a channel for each address. Here that is a queue with its arguments and bindings, or an exchange.
-Whoever wants to know of events binds a queue of their own to theirs.
+AsyncAPI 3.0 has a channel for each address: here a queue with its arguments and bindings, or an exchange. A
+subscriber to events binds its own queue to `broker.events`.
 """
 
 import sys
@@ -26,14 +26,14 @@ _COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
 _REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(replies.Reply)[0])
 
 
-def document() -> dict[str, Any]:
-    """The whole document, as AsyncAPI has it."""
+def build_document() -> dict[str, Any]:
+    """Return the AsyncAPI document."""
     models: list[type[BaseModel]] = [codec.Envelope, codec.ReplyEnvelope, events.Event]
     models += [*_COMMANDS, *_REPLIES, *EVENT_DATA.values()]
     unique: dict[type[BaseModel], Literal["validation"]] = dict.fromkeys(models, "validation")
     _, schemas = models_json_schema(list(unique.items()), ref_template=_SCHEMAS + "{model}")
     for envelope, entries in (("Envelope", "commands"), ("ReplyEnvelope", "replies")):
-        # OpenAPI's way to tell them apart; here the constant `type` of each does.
+        # AsyncAPI has no `discriminator` of this form. The constant `type` of each message takes its place.
         del schemas["$defs"][envelope]["properties"][entries]["items"]["discriminator"]
     event_messages: dict[str, Any] = {name: _event(name, data) for name, data in EVENT_DATA.items()}
     return {
@@ -42,7 +42,7 @@ def document() -> dict[str, Any]:
             "title": "Sandbox Broker",
             "version": "1",
             "description": "Commands, their replies, and events, over RabbitMQ. "
-            "Events come at least once, and in order for each sandbox: drop an `id` that was seen before.",
+            "Events arrive at least once, and in order for each sandbox. Drop an `id` seen before.",
         },
         "defaultContentType": _JSON,
         "channels": {
@@ -59,8 +59,11 @@ def document() -> dict[str, Any]:
             "messages": {
                 **{name: _commands(exchange) for exchange, name in _COMMAND_MESSAGES.items()},
                 "replies": _message("ReplyEnvelope", "A reply for each command, in the same order"),
-                "tick": {"title": "A timer", "contentType": _JSON, "payload": {"type": "object"}},
-                "deadLetter": {"title": "What could not be processed, as it was", "payload": {}},
+                "tick": {"title": "Tick of a timer", "contentType": _JSON, "payload": {"type": "object"}},
+                "deadLetter": {
+                    "title": "Dead letter: the unchanged message",
+                    "payload": {},
+                },
                 **event_messages,
             },
         },
@@ -72,7 +75,7 @@ def _message(schema: str, title: str) -> dict[str, Any]:
 
 
 def _commands(exchange: topology.Exchange) -> dict[str, Any]:
-    """Envelope with the types of commands that the exchange may carry."""
+    """Return the message of an envelope, limited to the command types of the exchange."""
     types = sorted(command.__name__ for command in exchange.commands)
     entry = {"properties": {"type": {"enum": types}}}
     own = {"properties": {"commands": {"items": entry}}}
@@ -154,4 +157,4 @@ def _of_queue(queue: topology.Queue) -> dict[str, Any]:
 
 if __name__ == "__main__":
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
-    sys.stdout.write(orjson.dumps(document(), option=options).decode())
+    sys.stdout.write(orjson.dumps(build_document(), option=options).decode())

@@ -1,7 +1,7 @@
 """Encoding of commands and replies in envelopes.
 
-An envelope carries all commands that collected while the previous one was published. Its one reply message carries
-a reply for each command, in the same order.
+An envelope carries the commands that gathered while the previous envelope was published. One reply message answers
+it, with a reply for each command in the same order.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
 
 MAX_ENVELOPE = 200
-"""Commands in one envelope at most: what one SQL statement takes comfortably."""
+"""Maximum number of commands in one envelope. One SQL statement handles a batch of this size well."""
 
 
 class Envelope(BaseModel):
@@ -37,11 +37,11 @@ _command: TypeAdapter[Command] = TypeAdapter(Command)
 
 
 class InvalidEnvelope(ValueError):
-    """The body is no envelope at all."""
+    """The body is not an envelope."""
 
 
 class InvalidCommand(ValueError):
-    """One entry of an envelope that cannot be understood; its neighbours can."""
+    """An undecodable entry of an envelope. The other entries are not affected."""
 
     def __init__(self, raw: Any, reason: str) -> None:
         super().__init__(reason)
@@ -53,7 +53,7 @@ def encode_commands(commands: Sequence[Command]) -> bytes:
 
 
 def request_ids_in(body: bytes) -> list[str]:
-    """Those of the requests that an envelope is sent for, as far as it can be understood."""
+    """Return the `request_id` of each command in an envelope. Undecodable entries are left out."""
     try:
         envelope = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -61,14 +61,14 @@ def request_ids_in(body: bytes) -> list[str]:
     commands = envelope.get("commands") if isinstance(envelope, dict) else None
     if not isinstance(commands, list):
         return []
-    found = (entry.get("request_id") for entry in commands if isinstance(entry, dict))
-    return [request_id for request_id in found if isinstance(request_id, str)]
+    request_ids = (entry.get("request_id") for entry in commands if isinstance(entry, dict))
+    return [request_id for request_id in request_ids if isinstance(request_id, str)]
 
 
 def decode_commands(body: bytes) -> list[Command | InvalidCommand]:
-    """The commands of an envelope, each poisonous entry in its place as an InvalidCommand.
+    """Return the commands of an envelope, in order, with an InvalidCommand for each undecodable entry.
 
-    Raises InvalidEnvelope when there is no list of commands to speak of.
+    Raises InvalidEnvelope if the body has no list of commands.
     """
     try:
         return list(Envelope.model_validate_json(body).commands)
@@ -90,5 +90,5 @@ def _decode_command(raw: Any) -> Command | InvalidCommand:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
+    field = ".".join(str(part) for part in problem["loc"])
+    return f"{field}: {problem['msg']}" if field else problem["msg"]

@@ -1,7 +1,7 @@
-"""Commands. A command asks the service that owns a thing to change it. Its name is in the imperative.
+"""Commands. A command asks the service that owns a resource to change it. Its name is in the imperative.
 
-Every command names its reply after the arrow. All commands are frozen and carry a `version`: a receiver that does
-not know the version refuses the command.
+Every docstring names the reply after the arrow. All commands are frozen and carry a `version`. A receiver refuses a
+command with an unknown version.
 """
 
 import uuid
@@ -23,16 +23,16 @@ from sandbox_broker.contract.types import (
 
 
 class _Command(Message):
-    """The common ground of all commands."""
+    """Base class of all commands."""
 
     request_id: str | None = None
-    """Of the HTTP request, or the tick, that it is given for."""
+    """Id of the HTTP request or the tick that caused the command."""
     traceparent: str | None = None
-    """The W3C trace context of that, if it is traced."""
+    """W3C trace context of that request or tick, if it is traced."""
 
 
 class AllocateSandbox(_Command):
-    """Lease a sandbox to `holder`, or give the one they hold. → LeaseGranted or Refused."""
+    """Return the lease of `holder`, or lease a sandbox to them. → LeaseGranted or Refused."""
 
     type: Literal["AllocateSandbox"] = "AllocateSandbox"
     request_id: str
@@ -43,7 +43,7 @@ class AllocateSandbox(_Command):
 
 
 class ReleaseSandbox(_Command):
-    """The student is done: end the lease, have the sandbox deleted. → SandboxReleased or Refused."""
+    """End the lease of the student, and request the deletion of the sandbox. → SandboxReleased or Refused."""
 
     type: Literal["ReleaseSandbox"] = "ReleaseSandbox"
     request_id: str
@@ -52,7 +52,7 @@ class ReleaseSandbox(_Command):
 
 
 class ExpireLeases(_Command):
-    """End at most `limit` leases that are overdue by more than `grace_sec`. → LeasesExpired."""
+    """End at most `limit` leases that expired more than `grace_sec` seconds ago. → LeasesExpired."""
 
     type: Literal["ExpireLeases"] = "ExpireLeases"
     grace_sec: float = Field(ge=0, le=MAX_SEC)
@@ -60,8 +60,9 @@ class ExpireLeases(_Command):
 
 
 class ClaimDeletions(_Command):
-    """Take at most `limit` due deletions for `claim_sec`; a claim that is not answered in that time ends by
-    itself. For as long no other clean-up run gets any. → DeletionsClaimed."""
+    """Claim at most `limit` due deletions for `claim_sec` seconds, and renew the leader lease of the run for the
+    same time. Other clean-up runs get no claim meanwhile. A claim without a result ends after that time.
+    → DeletionsClaimed."""
 
     type: Literal["ClaimDeletions"] = "ClaimDeletions"
     run_id: uuid.UUID
@@ -70,8 +71,8 @@ class ClaimDeletions(_Command):
 
 
 class HurryDeletions(_Command):
-    """Make at most `limit` pending deletions due now that would be tried later, those that this run has claimed
-    excepted. Keeps other runs away like a claim. → DeletionsHurried."""
+    """Make at most `limit` pending deletions due now, except the deletions that this run has claimed. Renews the
+    leader lease of the run like a claim. → DeletionsHurried."""
 
     type: Literal["HurryDeletions"] = "HurryDeletions"
     run_id: uuid.UUID
@@ -80,15 +81,15 @@ class HurryDeletions(_Command):
 
 
 class EndCleanup(_Command):
-    """The run has nothing in hand any more: another may begin. → Recorded."""
+    """End the leader lease of the clean-up run, so that another run can start. → Recorded."""
 
     type: Literal["EndCleanup"] = "EndCleanup"
     run_id: uuid.UUID
 
 
 class RecordDeletion(_Command):
-    """CSP deleted the sandbox, or no longer had it. `services_error` is what went wrong with the services inside
-    it. → Recorded."""
+    """Record that CSP deleted the sandbox or no longer had it. `services_error` describes a failed clean-up of the
+    services inside it. → Recorded."""
 
     type: Literal["RecordDeletion"] = "RecordDeletion"
     sandbox_id: SandboxId
@@ -96,9 +97,8 @@ class RecordDeletion(_Command):
 
 
 class RecordDeletionFailure(_Command):
-    """CSP did not delete it. Counts for the claim that it belongs to, `attempts` being the count that came with
-    it, so that a message delivered twice counts once; without `retry_in_sec` it was the last attempt.
-    → Recorded."""
+    """Record that CSP did not delete the sandbox. `attempts` is the count that came with the claim, so a redelivery
+    counts once. Without `retry_in_sec` this was the last attempt. → Recorded."""
 
     type: Literal["RecordDeletionFailure"] = "RecordDeletionFailure"
     run_id: uuid.UUID
@@ -110,7 +110,7 @@ class RecordDeletionFailure(_Command):
 
 
 class EndLease(_Command):
-    """An administrator ends a student's lease; `note` says why. → SandboxReleased or Refused."""
+    """End a student's lease for an administrator; `note` gives the reason. → SandboxReleased or Refused."""
 
     type: Literal["EndLease"] = "EndLease"
     request_id: str
@@ -119,7 +119,7 @@ class EndLease(_Command):
 
 
 class RetryDeletion(_Command):
-    """An administrator sends a failed deletion back to be tried anew. → SandboxReleased or Refused."""
+    """Retry a failed deletion for an administrator. → SandboxReleased or Refused."""
 
     type: Literal["RetryDeletion"] = "RetryDeletion"
     request_id: str
@@ -127,13 +127,13 @@ class RetryDeletion(_Command):
 
 
 class BeginListing(_Command):
-    """A CSP listing is about to be fetched. → ListingBegun, whose id names it from then on."""
+    """Register a CSP listing before it is fetched. → ListingBegun, with the id of the listing."""
 
     type: Literal["BeginListing"] = "BeginListing"
 
 
 class ListedAccount(BaseModel):
-    """An active sandbox account, as CSP listed it."""
+    """An active sandbox account in a CSP listing."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -145,8 +145,8 @@ class ListedAccount(BaseModel):
 
 
 class StageListing(_Command):
-    """A piece of a listing, kept aside until all of it is there. `unreadable` are sandboxes that CSP lists in
-    records which lack what we need: nothing is learned of them but that they are there. → ListingStaged."""
+    """Stage a batch of a listing until the listing is complete. `unreadable` are sandboxes whose CSP records lack
+    required fields; they count as present, and no other data is read from them. → ListingStaged."""
 
     type: Literal["StageListing"] = "StageListing"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)
@@ -155,8 +155,8 @@ class StageListing(_Command):
 
 
 class ApplyListing(_Command):
-    """All `total` records of the listing are staged: bring the pool in line, as a whole or not at all.
-    Held when empty or when it lacks more than `max_stale_fraction` of the pool, unless `force`.
+    """Update the pool in one transaction from the `total` staged records of a listing. The sync is held if the
+    listing is empty or lacks more than `max_stale_fraction` of the pool, unless `force` is set.
     → ListingApplied or Refused."""
 
     type: Literal["ApplyListing"] = "ApplyListing"
@@ -167,8 +167,8 @@ class ApplyListing(_Command):
 
 
 class RefreshSandboxes(_Command):
-    """Correct the names of at most `limit` sandboxes after the listing that was applied, in the order of their ids,
-    beginning behind `after`. → SandboxesRefreshed."""
+    """Update the names of at most `limit` sandboxes from the applied listing, in the order of their ids, starting
+    behind `after`. → SandboxesRefreshed."""
 
     type: Literal["RefreshSandboxes"] = "RefreshSandboxes"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)
@@ -177,7 +177,7 @@ class RefreshSandboxes(_Command):
 
 
 class DeleteStale(_Command):
-    """Take at most `limit` sandboxes that have been stale for `stale_for_sec` as deleted. → Purged."""
+    """Mark at most `limit` sandboxes as deleted that have been stale for `stale_for_sec` seconds. → Purged."""
 
     type: Literal["DeleteStale"] = "DeleteStale"
     stale_for_sec: float = Field(ge=0, le=MAX_SEC)
@@ -185,8 +185,8 @@ class DeleteStale(_Command):
 
 
 class PurgeRecords(_Command):
-    """Forget at most `limit` sandboxes that have been in this state for `for_sec`; their leases stay. CSP is not
-    asked. → Purged."""
+    """Purge the records of at most `limit` sandboxes that have had this status for `for_sec` seconds. Their leases
+    stay. CSP accounts are not deleted. → Purged."""
 
     type: Literal["PurgeRecords"] = "PurgeRecords"
     status: Literal["stale", "deletion_failed", "deleted"]
@@ -195,8 +195,8 @@ class PurgeRecords(_Command):
 
 
 class RecordJob(_Command):
-    """How a job goes that an administrator waits for. Who works on it tells at least once a minute; once it is no
-    longer `running`, nothing changes it. → Recorded."""
+    """Record the progress or the end of a job of an administrator. The worker reports at least once a minute. A job
+    that is no longer `running` does not change any more. → Recorded."""
 
     type: Literal["RecordJob"] = "RecordJob"
     job_id: uuid.UUID
@@ -207,7 +207,7 @@ class RecordJob(_Command):
 
 
 class ReplayDeadLetter(_Command):
-    """An administrator puts a dead letter back into the queue that it died in, with the ids that it had.
+    """Publish a dead letter again to its queue, with its original ids, for an administrator.
     → DeadLetterReplayed or Refused."""
 
     type: Literal["ReplayDeadLetter"] = "ReplayDeadLetter"
@@ -216,7 +216,7 @@ class ReplayDeadLetter(_Command):
 
 
 class DropDeadLetter(_Command):
-    """An administrator has no use for a dead letter. → Recorded or Refused."""
+    """Remove a dead letter for an administrator. → Recorded or Refused."""
 
     type: Literal["DropDeadLetter"] = "DropDeadLetter"
     request_id: str
@@ -224,17 +224,17 @@ class DropDeadLetter(_Command):
 
 
 class SyncPool(_Command):
-    """Run a sync now, or join the one that runs. → PoolSynced or Refused."""
+    """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
     type: Literal["SyncPool"] = "SyncPool"
     request_id: str
     force: bool = False
     job_id: uuid.UUID | None = None
-    """Where the sync's progress and end are to be recorded."""
+    """Job for the progress and the end of the sync."""
 
 
 class CleanUpNow(_Command):
-    """Delete what is pending now, whatever its backoff says. → CleanedUp or Refused."""
+    """Delete all sandboxes with a pending deletion now, regardless of their backoff. → CleanedUp or Refused."""
 
     type: Literal["CleanUpNow"] = "CleanUpNow"
     request_id: str

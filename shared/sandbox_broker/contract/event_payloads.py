@@ -1,6 +1,6 @@
-"""What `data` of each event holds: the contract of whoever subscribes to `broker.events`.
+"""Payloads (`data`) of the events on `broker.events`: the contract for subscribers.
 
-The statements of the allocator write it as JSON; a test holds what they write against these classes.
+SQL statements of the allocator write them as JSON. A test validates that JSON against these classes.
 """
 
 from collections.abc import Mapping
@@ -15,34 +15,34 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class OfSandbox(_Data):
+class SandboxEvent(_Data):
     sandbox_id: str
     external_id: str
-    """Of the account in CSP."""
+    """UUID of the account in CSP."""
     name: str
 
 
-class Allocated(OfSandbox):
+class Allocated(SandboxEvent):
     holder: str
     track_name: str | None
     expires_at: int
     """Unix seconds."""
 
 
-class DeletionRequested(OfSandbox):
-    """`holder` and `track_name` are there when a lease ends with it."""
+class DeletionRequested(SandboxEvent):
+    """Deletion of a sandbox was requested. `holder` and `track_name` are set if this ended a lease."""
 
     reason: DeletionReason
     holder: str | None = None
     track_name: str | None = None
     request_id: str | None = None
-    """Of the request that has asked for it; none where time was up."""
+    """Id of the request that caused the deletion. None if the lease expired."""
     reopened: bool = False
-    """It was done before, and CSP still lists the account."""
+    """The sandbox was recorded as deleted before, but CSP still lists the account."""
 
 
-class DeletionFailed(OfSandbox):
-    """It was given up and waits for a person."""
+class DeletionFailed(SandboxEvent):
+    """Deletion failed for good. An administrator has to retry or purge the sandbox."""
 
     attempts: int
     error: str
@@ -51,7 +51,7 @@ class DeletionFailed(OfSandbox):
 class SyncCompleted(_Data):
     listing_id: int
     synced: int
-    """Accounts that CSP lists."""
+    """Number of accounts in the CSP listing."""
     discovered: int
     restored: int
     marked_stale: int
@@ -65,17 +65,17 @@ class SyncHeld(_Data):
 
 class PoolExhausted(_Data):
     name_prefix: str | None
-    """Of the sandboxes that were asked for; none: of all."""
+    """Prefix of the requested sandboxes. None if any sandbox was requested."""
 
 
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
-    "sandbox.discovered": OfSandbox,
+    "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
     "sandbox.deletion_requested": DeletionRequested,
-    "sandbox.deleted": OfSandbox,
+    "sandbox.deleted": SandboxEvent,
     "sandbox.deletion_failed": DeletionFailed,
-    "sandbox.stale": OfSandbox,
-    "sandbox.restored": OfSandbox,
+    "sandbox.stale": SandboxEvent,
+    "sandbox.restored": SandboxEvent,
     "sync.completed": SyncCompleted,
     "sync.held": SyncHeld,
     "pool.exhausted": PoolExhausted,

@@ -1,4 +1,4 @@
-"""Events: CloudEvents 1.0, structured JSON. An event reports a committed change, in the past tense."""
+"""Events: CloudEvents 1.0 as structured JSON. An event reports a committed change, in the past tense."""
 
 import uuid
 from datetime import datetime
@@ -22,7 +22,7 @@ EventType = Literal[
 
 
 class Event(BaseModel):
-    """A CloudEvent. `id` stays the same when it is published again; `subject` is the sandbox id, if any."""
+    """A CloudEvent. `id` stays the same when the event is published again. `subject` is the sandbox id, if any."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -39,10 +39,10 @@ class Event(BaseModel):
 EVENT_CONTENT_TYPE = "application/cloudevents+json"
 
 
-def encode_event(  # as an Event would, in a tenth of the time: there is one for every lease
+def encode_event(  # not through Event, because this takes a tenth of the time and runs for every lease
     event_id: str, event_type: str, subject: str | None, time: datetime, data: str
 ) -> bytes:
-    """The event as JSON; `data` is JSON already."""
+    """Return the event as JSON. `data` is encoded JSON."""
     attributes = {
         "specversion": "1.0",
         "id": event_id,

@@ -26,7 +26,7 @@ RefusalCode = Literal[
 
 
 class Refused(Message):
-    """The command was understood and not done. `message` says why and what to do."""
+    """The command was refused. `message` gives the reason and the action to take."""
 
     type: Literal["Refused"] = "Refused"
     code: RefusalCode
@@ -36,7 +36,7 @@ class Refused(Message):
 class LeaseGranted(Message):
     type: Literal["LeaseGranted"] = "LeaseGranted"
     new: bool
-    """False: the lease that this holder had already."""
+    """False if the holder already had this lease."""
     sandbox_id: str
     name: str
     external_id: str
@@ -65,20 +65,20 @@ class DueDeletion(BaseModel):
     name: str
     attempts: int
     missing: bool = False
-    """CSP no longer lists it: there is nothing to delete."""
+    """CSP no longer lists the sandbox, so there is no account to delete."""
     request_id: str | None = None
-    """Of the request that has asked for the deletion; None where time was up."""
+    """Id of the request that caused the deletion. None if the lease expired."""
     traceparent: str | None = None
-    """The W3C trace context of that request, if it is traced."""
+    """W3C trace context of that request, if it is traced."""
 
 
 class DeletionsClaimed(Message):
     type: Literal["DeletionsClaimed"] = "DeletionsClaimed"
     deletions: tuple[DueDeletion, ...]
     on_duty: bool = True
-    """False: another clean-up run is at work, so this one gets nothing."""
+    """False if another clean-up run holds the leader lease. This run then gets no deletions."""
     next_in_sec: float | None = None
-    """Without deletions: when asking again can give some, as things stand; None if nothing is pending."""
+    """Seconds until the next deletion can be due, if `deletions` is empty. None if no deletion is pending."""
 
 
 class DeletionsHurried(Message):
@@ -88,7 +88,7 @@ class DeletionsHurried(Message):
 
 
 class Recorded(Message):
-    """`changed` is false where the work had been done before."""
+    """The command was carried out. `changed` is false if it had been carried out before."""
 
     type: Literal["Recorded"] = "Recorded"
     changed: bool
@@ -105,8 +105,8 @@ class ListingStaged(Message):
 
 
 class ListingApplied(Message):
-    """`reopened`: CSP had deleted them and still lists them. `leaked`: CSP lists them, and they are not in the
-    pool."""
+    """Counts of an applied listing. `reopened`: recorded as deleted, but still listed by CSP. `leaked`: listed by
+    CSP, but not in the pool."""
 
     type: Literal["ListingApplied"] = "ListingApplied"
     synced: int
@@ -118,7 +118,7 @@ class ListingApplied(Message):
 
 
 class SandboxesRefreshed(Message):
-    """`last`: the last of those that were corrected, None where nothing was left to correct."""
+    """Names were updated. `last` is the id of the last updated sandbox, None if no sandbox was left to update."""
 
     type: Literal["SandboxesRefreshed"] = "SandboxesRefreshed"
     last: str | None
@@ -134,16 +134,16 @@ class DeadLetterReplayed(Message):
     dead_letter_id: uuid.UUID
     queue: str
     published: bool
-    """False: nothing was left of it."""
+    """False if all commands of the dead letter were skipped."""
     skipped: int
-    """Allocations in it whose students have had a sandbox since they asked."""
+    """Number of skipped allocations, because the student has received a sandbox since the request."""
 
 
 class CleanedUp(Message):
     type: Literal["CleanedUp"] = "CleanedUp"
     deleted: int
     failed: int
-    """Attempts."""
+    """Number of failed attempts."""
     duration_ms: int
 
 

@@ -1,8 +1,8 @@
-"""Exchanges, queues, bindings and the commands that each exchange may carry, as data, and the one function that
-declares them.
+"""Topology as data: exchanges, queues, bindings, and the commands that each exchange may carry. `declare` declares
+it.
 
-Only arguments that are valid from RabbitMQ 3.10 on are declared here; limits that an operator may want to
-tune belong in policies, which need no re-declaration.
+All arguments are valid from RabbitMQ 3.10 on. Limits for operators to tune belong in policies, because a changed
+argument would need a new queue.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Exchange:
     name: str
     kind: Literal["direct", "topic", "headers"]
     commands: frozenset[type[BaseModel]] = frozenset()
-    """Types of the commands that may be sent over it."""
+    """Command types allowed on the exchange."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Queue:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     replaces: str | None = None
-    """Name of the queue that earlier versions used instead. `connection.delete_replaced` deletes it."""
+    """Queue of earlier versions, replaced by this queue. `connection.delete_replaced` deletes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,11 @@ class Binding:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Each sender of commands has an exchange of its own, to which RabbitMQ lets no other service write. A service
-# carries out a command only if the exchange that the command was published to may carry its type. RabbitMQ names
-# that exchange in each delivery, so the sender cannot forge it:
-# docs/adr/0015-an-exchange-for-each-sender-of-commands.md.
+# Each sender of commands has its own exchange, and RabbitMQ lets no other service write to it. A service carries
+# out a command only if its exchange may carry the command type. RabbitMQ names the exchange in each delivery, so a
+# sender cannot forge it: docs/adr/0015-an-exchange-for-each-sender-of-commands.md.
 COMMANDS = Exchange(
-    "broker.commands",  # of the gateway, and of the allocator for the replay of dead letters
+    "broker.commands",  # for the gateway, and for the allocator when it replays dead letters
     "direct",
     frozenset(
         {
@@ -97,8 +96,8 @@ COMMANDS_FROM_SYNCER = Exchange(
 EVENTS = Exchange("broker.events", "topic")
 TICKS = Exchange("broker.ticks", "direct")
 DEAD_LETTERS = Exchange("broker.dead_letters", "headers")
-# Each process that asks binds a queue of its own to it, by the queue's name. Through the default exchange, whoever
-# answers could write to every queue.
+# Each RPC client binds its own reply queue to it, by the queue's name. With the default exchange, a service that
+# publishes replies could write to every queue.
 REPLIES = Exchange("broker.replies", "direct")
 
 _QUORUM: Mapping[str, Any] = {
@@ -108,12 +107,11 @@ _QUORUM: Mapping[str, Any] = {
 }
 _SINGLE: Mapping[str, Any] = {**_QUORUM, "x-single-active-consumer": True}
 
-# At most one tick waits, so replicas that all publish ticks, or an outage, never pile up work. RabbitMQ gives a
-# tick that it drops for the length to the dead-letter exchange with the reason `maxlen`, which no binding there
-# takes.
+# At most one tick waits in a queue, so several replicas or an outage never pile up work. RabbitMQ dead-letters a
+# dropped tick with the reason `maxlen`. No queue is bound for that reason.
 _TICK: Mapping[str, Any] = {**_SINGLE, "x-max-length": 1, "x-overflow": "drop-head"}
 
-# What students wait for, and what they must not wait for: pieces of listings, expiry, records of deletions.
+# Two queues, so that requests of students never wait behind listings, expiry and records of deletions.
 ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
 ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
 SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
@@ -159,8 +157,8 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
     Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),
     Binding(REAPER_EVENTS, EVENTS, "sandbox.deletion_requested"),
-    # A command whose sender has stopped waiting expires and is nobody's problem; what was refused or crashed
-    # its consumer again and again is kept, with the reason that RabbitMQ writes into the header.
+    # Expired commands are dropped, because their senders have stopped waiting. Rejected messages, and messages that
+    # crash their consumers repeatedly, are kept. RabbitMQ writes the reason into the header.
     Binding(
         DEAD_LETTER_QUEUE,
         DEAD_LETTERS,
@@ -180,16 +178,15 @@ _COMMANDS_OF: Mapping[str, frozenset[type[BaseModel]]] = {
 
 
 def can_carry(exchange: str | None, command: Command) -> bool:
-    """Whether a command of this type may be sent over the exchange of this name. False for an unknown exchange and
-    for the default exchange, whose name is empty."""
+    """Return whether the exchange of this name may carry the command. False for an unknown exchange and for the
+    default exchange, because its name is empty."""
     return type(command) in _COMMANDS_OF.get(exchange or "", frozenset())
 
 
 async def declare(channel: AbstractChannel) -> None:
-    """Declares all of it; repeating that is harmless.
+    """Declare all exchanges, queues and bindings. The function is idempotent.
 
-    Raises aio_pika.exceptions.ChannelPreconditionFailed when something exists under the same name with other
-    arguments.
+    Raises aio_pika.exceptions.ChannelPreconditionFailed if an exchange or queue exists with other arguments.
     """
     for exchange in EXCHANGES:
         await channel.declare_exchange(exchange.name, exchange.kind, durable=True)

@@ -1,4 +1,4 @@
-"""Types and bounds that commands, replies and events share. Times are Unix seconds."""
+"""Types and bounds shared by commands, replies and events. Times are Unix seconds."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_ID_LENGTH = 128
 
 MAX_SEC = 10 * 365 * 24 * 3600
-"""Ten years: no duration here is longer."""
+"""Ten years, the upper bound of all durations."""
 
 MAX_BIGINT = 2**63 - 1
 
@@ -20,16 +20,16 @@ JobKind = Literal["sync", "cleanup"]
 JobState = Literal["running", "completed", "held", "failed"]
 
 PrintableAscii = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]+$")]
-"""What a header may carry here: an id, a track name, a prefix, an idempotency key."""
+"""Value of an HTTP header: an id, a track name, a prefix or an idempotency key."""
 
 SandboxId = PrintableAscii
 
 StorableText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""PostgreSQL stores no NUL."""
+"""Text without NUL, because PostgreSQL cannot store it."""
 
 
 class Message(BaseModel):
-    """The common ground of all messages. Unknown fields are ignored, so that a newer sender can add some."""
+    """Base class of all messages. Unknown fields are ignored, so that newer senders can add fields."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

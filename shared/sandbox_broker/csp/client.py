@@ -1,4 +1,4 @@
-"""The client of the CSP API: list the accounts, delete one. Its errors are those of csp_http.py."""
+"""Client of the CSP API: list the accounts, delete an account. Its errors are defined in csp/http.py."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from sandbox_broker.csp.http import (
 
 __all__ = ["Account", "CspClient", "CspError", "CspUnauthorized", "CspUnavailable", "Listing", "Skipped"]
 
-MAX_TEXT = 255  # of a name: one that no index entry can hold would fail its whole batch
+MAX_TEXT = 255  # of a name, because a name too long for an index entry would fail its whole batch
 
 _CSP_ID = re.compile(r"0*[1-9][0-9]{0,18}")
 _TOKEN = re.compile(r"[!-~]+")
@@ -39,21 +39,21 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that is not among the accounts, though it may stand for one that CSP has."""
+    """A record that cannot be read as an account, although CSP may have that account."""
 
-    sandbox_id: str | None  # None if not even that can be read
+    sandbox_id: str | None  # None if the csp_id cannot be read
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
     accounts: tuple[Account, ...]  # no sandbox_id and no external_id twice
-    skipped: tuple[Skipped, ...]  # what lacks what we need, or was listed before
+    skipped: tuple[Skipped, ...]  # records without required fields, and duplicates
     ignored: int  # records of another type or state
 
 
 class CspClient:
-    """Makes one attempt per call; trying again, throttling and the circuit are the caller's."""
+    """CSP client with one attempt per call. Retries, throttling and the circuit breaker belong to the caller."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class CspClient:
     ) -> None:
         """`timeout_sec` bounds a whole call, from connecting to the last byte of the answer.
 
-        `transport` takes the place of the network. Raises ValueError for a token no header can carry.
+        `transport` replaces the network in tests. Raises ValueError for a token that no header can carry.
         """
         if not _TOKEN.fullmatch(token):
             raise ValueError("the CSP token must be printable ASCII without spaces")
@@ -87,39 +87,39 @@ class CspClient:
         await self._http.aclose()
 
     async def list_accounts(self) -> Listing:
-        """Fetch all accounts; a record that is wrong is skipped and never stops the rest.
+        """Fetch all accounts. An invalid record is skipped and does not affect the others.
 
-        Raises CspUnavailable or CspUnauthorized; there is no half listing.
+        Raises CspUnavailable or CspUnauthorized. A listing is never partial.
         """
         answer = await self._http.ask("GET", "/current_user/accounts", operation="list_accounts", what="GET")
         if answer.status != 200 or answer.is_html:
             raise self._http.failure(answer, what="GET")
-        # A large listing takes a second to read: in a thread, so that heartbeats go on meanwhile.
+        # In a thread, because a large listing takes a second to parse and heartbeats must go on.
         listing = await asyncio.to_thread(_read_listing, answer.body)
         if listing is None:
             raise self._http.failure(answer, what="GET")
         return listing
 
     async def delete_account(self, external_id: str) -> Literal["deleted", "already_gone"]:
-        """Delete one account; "already_gone" if CSP does not know it.
+        """Delete one account. Return "already_gone" if CSP does not know it.
 
-        Raises CspUnavailable (the deletion may have happened all the same) or CspUnauthorized, and
-        ValueError if `external_id` is not a uuid.
+        Raises CspUnavailable (the deletion may still have happened) or CspUnauthorized, and ValueError if
+        `external_id` is not a uuid.
         """
         if not EXTERNAL_ID.fullmatch(external_id):
             raise ValueError("external_id must be a uuid")
         answer = await self._http.ask(
             "DELETE", f"/sandbox/accounts/{external_id.lower()}", operation="delete_account", what="DELETE"
         )
-        # A page was written by a proxy; CSP may never have seen the call. Under 404 it would say that the
-        # base URL is wrong, not that the account is gone.
+        # An HTML page comes from a proxy, so CSP may not have seen the call. With status 404 it means a wrong base
+        # URL, not a deleted account.
         if answer.status not in (200, 204, 404) or answer.is_html:
             raise self._http.failure(answer, what="DELETE")
         return "already_gone" if answer.status == 404 else "deleted"
 
 
 def _read_listing(body: bytes) -> Listing | None:
-    """Sort the records of a listing; None if it is no listing at all."""
+    """Parse and sort the records of a listing. Return None if the body is not a listing."""
     try:
         document = json.loads(body, object_hook=_needed, parse_int=_whole_number)
     except (ValueError, RecursionError):
@@ -129,24 +129,24 @@ def _read_listing(body: bytes) -> Listing | None:
     accounts: list[Account] = []
     skipped: list[Skipped] = []
     ignored = 0
-    seen: set[str] = set()  # csp_ids and uuids, which cannot be mistaken for each other
+    seen: set[str] = set()  # csp_ids and uuids in one set, because their formats differ
     for index, record in enumerate(document["results"]):
-        found = _read_record(record)
-        if isinstance(found, Account) and not seen.isdisjoint((found.sandbox_id, found.external_id)):
-            found = Skipped(found.sandbox_id, "the csp_id or the uuid was listed before")
-        match found:
+        result = _read_record(record)
+        if isinstance(result, Account) and not seen.isdisjoint((result.sandbox_id, result.external_id)):
+            result = Skipped(result.sandbox_id, "the csp_id or the uuid was listed before")
+        match result:
             case Account():
-                seen.update((found.sandbox_id, found.external_id))
-                accounts.append(found)
+                seen.update((result.sandbox_id, result.external_id))
+                accounts.append(result)
             case Skipped():
-                skipped.append(Skipped(found.sandbox_id, f"record {index}: {found.reason}"))
+                skipped.append(Skipped(result.sandbox_id, f"record {index}: {result.reason}"))
             case None:
                 ignored += 1
     return Listing(tuple(accounts), tuple(skipped), ignored)
 
 
 def _needed(document: dict[str, Any]) -> dict[str, Any]:
-    """Drops what is not read while the rest is still being decoded: CSP may send any number of fields."""
+    """Drop unused fields during decoding, because CSP may send any number of them."""
     return {key: document[key] for key in _READ if key in document}
 
 
@@ -154,12 +154,12 @@ _READ = ("results", "account_type", "state", "csp_id", "id", "name", "sfdc_accou
 
 
 def _whole_number(digits: str) -> int | str:
-    """int() refuses numbers of thousands of digits, and with one record the whole listing would be lost."""
+    """Return long numbers as text, because int() refuses thousands of digits and would fail the whole listing."""
     return int(digits) if len(digits) < 20 else digits
 
 
 def _read_record(record: object) -> Account | Skipped | None:
-    """The account; or why there is none; or None for another type or state."""
+    """Return the account, or the reason why it is skipped, or None for another type or state."""
     if not isinstance(record, dict):
         return Skipped(None, "not an object")
     sandbox_id = _sandbox_id(record.get("csp_id"))
@@ -169,7 +169,7 @@ def _read_record(record: object) -> Account | Skipped | None:
         return _read_sandbox(record, sandbox_id)
     if any(isinstance(record.get(key), str) for key in other):
         return None
-    # What does not say what it is may well be a sandbox that we know.
+    # Without a readable type or state, the record may be a sandbox of the pool.
     return Skipped(sandbox_id, f"{' and '.join(other)} cannot be read")
 
 

@@ -1,11 +1,11 @@
-"""HTTP client of CSP: one attempt per call, bounded in time and size, and the errors of an unusable answer.
+"""HTTP client of CSP: one attempt per call, bounded in time and size, and the errors for unusable answers.
 
-    CspError                 base; `status` is the HTTP status, None if there was no answer
-    ├── CspUnavailable       no usable answer, another try can help; `retry_after` in seconds or None:
-    │                        time-out, lost connection, 429, 5xx, any status not known here,
+    CspError                 base class; `status` is the HTTP status, None without an answer
+    ├── CspUnavailable       no usable answer, a retry can help; `retry_after` in seconds or None:
+    │                        time-out, lost connection, 429, 5xx, any unknown status,
     │                        an HTML page, a listing that is not JSON or has no results,
-    │                        a body over its bound, or one that cannot be decoded
-    └── CspUnauthorized      401 or 403: token, password or JWT are wrong, and trying again cannot help
+    │                        a body over its bound or with an invalid encoding
+    └── CspUnauthorized      401 or 403: token, password or JWT are wrong, and a retry cannot help
 
 Messages are one line, bounded, and never hold a token, a password or a JWT.
 """
@@ -44,7 +44,7 @@ MAX_BODY_BYTES: Mapping[str, int] = {
 """Bound of an answer's body by operation, in decoded bytes. An answer over it is CspUnavailable."""
 MAX_RETRY_AFTER_SEC = 86_400.0
 
-# Surrogates come from broken JSON escapes; neither they nor NUL can be stored in the database.
+# Surrogates come from broken JSON escapes. The database can store neither them nor NUL.
 UNSTORABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
@@ -53,8 +53,8 @@ ACCOUNT_ID = re.compile(f"identity/accounts/({_UUID})")
 
 LATENCY = Histogram(
     "broker_csp_request_seconds",
-    "Calls of CSP by operation and outcome: ok, not_found, unauthorized, throttled, server_error, html, other, "
-    "timeout, unreachable",
+    "Duration of CSP calls by operation and outcome: ok, not_found, unauthorized, throttled, server_error, html, "
+    "other, timeout, unreachable",
     ["operation", "outcome"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60),
 )
@@ -80,7 +80,7 @@ class CspUnauthorized(CspError):
 
 @functools.cache
 def _trusted() -> ssl.SSLContext:
-    """The authorities that may vouch for CSP. They take 30 ms to read, once a process."""
+    """Return the TLS context with the trusted authorities. It is cached, because loading takes 30 ms."""
     return httpx.create_ssl_context()
 
 
@@ -92,13 +92,14 @@ class Answer:
 
     @property
     def is_html(self) -> bool:
-        """Whether a proxy wrote it, whatever the status says: CSP speaks JSON."""
+        """Return whether the answer is an HTML page. Such a page comes from a proxy, because CSP answers with
+        JSON."""
         declared = self.headers.get("Content-Type", "").lower().startswith("text/html")
         return declared or self.body[:MAX_EXCERPT].lstrip().startswith(b"<")
 
 
 class CspHttp:
-    """Makes one attempt per call, follows no redirect and keeps no cookie."""
+    """HTTP client with one attempt per call. It follows no redirects and stores no cookies."""
 
     def __init__(
         self,
@@ -109,15 +110,15 @@ class CspHttp:
         timeout_sec: float,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`secrets` are what no message may hold, `headers` go with every call, `transport` takes the place
-        of the network."""
+        """`secrets` are hidden in messages, `headers` are sent with every call, `transport` replaces the network in
+        tests."""
         self._secrets = secrets
         self._timeout_sec = timeout_sec
         self._http = httpx.AsyncClient(
             base_url=base_url,
-            # gzip alone, because _read_body decodes no other encoding.
+            # Only gzip, because _read_body decodes no other encoding.
             headers={"Accept": "application/json", "Accept-Encoding": "gzip", **(headers or {})},
-            # A cookie would tie calls together that have nothing to do with each other.
+            # No cookies, because they would connect independent calls.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=timeout_sec,
             follow_redirects=False,
@@ -139,8 +140,8 @@ class CspHttp:
         headers: Mapping[str, str] | None = None,
         deadline: float | None = None,
     ) -> Answer:
-        """Make one call, `operation` in metrics and `what` in messages, until `deadline` on the loop's clock (by
-        default `timeout_sec` from now), from connecting to the last byte of the answer.
+        """Make one call, from connecting to the last byte of the answer, until `deadline` on the loop's clock (by
+        default `timeout_sec` from now). `operation` is the label in metrics, `what` the name in messages.
 
         `operation` must be a key of MAX_BODY_BYTES. Raises CspUnavailable without an answer, and for a body that is
         over its bound or cannot be decoded. httpcore bounds the head of an answer to 100 KiB.
@@ -152,8 +153,10 @@ class CspHttp:
             raise CspUnavailable(f"no time was left for {what}")
         began, outcome = time.monotonic(), "other"
         try:
-            with tracing.within(f"CSP {operation}", "client", attributes={"http.request.method": method}) as span:
-                # httpx's own limits are for each read: an answer that drips in would never end.
+            with tracing.child_span(
+                f"CSP {operation}", "client", attributes={"http.request.method": method}
+            ) as span:
+                # httpx limits each read only, so an answer that arrives byte by byte would never end.
                 async with (
                     asyncio.timeout_at(deadline),
                     self._http.stream(method, path, json=json, headers=headers) as response,
@@ -178,9 +181,9 @@ class CspHttp:
         """Return the decoded body. Raises CspUnavailable past `max_bytes`, and if it cannot be decoded."""
         encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
         unzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if encoding in ("gzip", "x-gzip") else None
-        # One buffer, because the parts of a body that arrives byte by byte would take 40 times its size.
+        # One buffer, because a list of single bytes would take 40 times the size of the body.
         body = bytearray()
-        # httpx's own decoders decode a network chunk as a whole, and 64 KiB of gzip can hold 64 MiB.
+        # Not through httpx's decoders: they decode a whole network chunk, and 64 KiB of gzip can hold 64 MiB.
         async for chunk in response.aiter_raw():
             if unzip is not None:
                 try:
@@ -198,8 +201,7 @@ class CspHttp:
         return bytes(body)
 
     def failure(self, answer: Answer, *, what: str, quote: bool = True, hide: str = "") -> CspError:
-        """The error that an answer of no use stands for; `quote` shows the beginning of its body, except
-        what is to `hide`."""
+        """Return the error for an unusable answer. `quote` adds the start of its body, with `hide` replaced."""
         message = f"CSP answered {what} with {answer.status}"
         if quote:
             message += f": {self.line(answer.body[: 100 * MAX_EXCERPT].decode(errors='replace'), hide)}"
@@ -208,8 +210,8 @@ class CspHttp:
         return CspUnavailable(message, answer.status, _retry_after(answer.headers.get("Retry-After")))
 
     def line(self, text: str, hide: str = "") -> str:
-        """What may be shown of a text, as one line."""
-        # The secrets go first: cutting could leave a part of them that no longer matches.
+        """Return the text as one bounded line with all secrets hidden."""
+        # Hide secrets before cutting, because a cut secret would no longer match.
         for secret in filter(None, (*self._secrets, hide)):
             text = text.replace(secret, "***")
         clean = _JWT.sub("***", text)[: 10 * MAX_EXCERPT]
@@ -228,13 +230,13 @@ def _outcome(answer: Answer) -> str:
     return {200: "ok", 201: "ok", 202: "ok", 204: "ok", 404: "not_found", 429: "throttled"}.get(status, "other")
 
 
-def _unusable(response: httpx.Response, what: str, found: str) -> CspUnavailable:
+def _unusable(response: httpx.Response, what: str, problem: str) -> CspUnavailable:
     retry_after = _retry_after(response.headers.get("Retry-After"))
-    return CspUnavailable(f"CSP answered {what} with {found}", response.status_code, retry_after)
+    return CspUnavailable(f"CSP answered {what} with {problem}", response.status_code, retry_after)
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait: the header is either that or an HTTP date; None if it is neither."""
+    """Return the seconds of a Retry-After header, which holds seconds or an HTTP date. None if it is invalid."""
     if header is None:
         return None
     try:
@@ -245,5 +247,5 @@ def _retry_after(header: str | None) -> float | None:
             seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
         except (ValueError, OverflowError):
             return None
-    # Written so that "nan" and negative numbers come out as 0.
+    # In this form, "nan" and negative numbers give 0.
     return min(seconds, MAX_RETRY_AFTER_SEC) if seconds > 0 else 0.0

@@ -1,9 +1,9 @@
-"""Client of NIOSXaaS: deletes the services inside an account. Its errors are those of csp_http.py.
+"""Client of NIOSXaaS: delete the services inside an account. Its errors are defined in csp/http.py.
 
-Before it looks into an account, it proves that the session is there. `GET /v2/current_user` with the JWT of the
-switch must answer `{"result": {"account_id": "identity/accounts/<uuid>"}}` with the uuid of that account. This
-assumes that CSP derives the answer from the JWT, as it derives the account of every other call. Infoblox does not
-document the call; public scripts find the current account by it.
+The client first verifies the account of its session. `GET /v2/current_user` with the JWT of the account switch must
+answer `{"result": {"account_id": "identity/accounts/<uuid>"}}` with the uuid of that account. The client assumes
+that CSP derives this answer from the JWT, as for every other call. Infoblox does not document the call. Public
+scripts use it to find the current account.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ _JWT = re.compile(r"[!-~]{1,16384}")
 
 @dataclass(frozen=True, slots=True)
 class CleanedAccount:
-    deleted: tuple[str, ...]  # the names of the services that are gone
-    would_delete: tuple[str, ...]  # in shadow mode, what would be
-    failed: tuple[str, ...]  # a line for each service that is there still, or that cannot be told apart
+    deleted: tuple[str, ...]  # names of the deleted services
+    would_delete: tuple[str, ...]  # names of the services kept by shadow mode
+    failed: tuple[str, ...]  # a line for each failed or unreadable service
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Service:
 
 
 class NiosxaasClient:
-    """Cleans any number of accounts at once; trying again is the caller's."""
+    """NIOSXaaS client. It can clean accounts concurrently. Retries belong to the caller."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class NiosxaasClient:
         timeout_sec: float = 30,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`service_name` is the one that is deleted, empty for all; in `shadow_mode` nothing is.
+        """`service_name` limits the deletion to services of this name, empty for all. `shadow_mode` deletes no
+        service.
 
-        `timeout_sec` bounds the cleaning of one account as a whole. Raises ValueError for a blank email
-        or password.
+        `timeout_sec` bounds the whole clean-up of one account. Raises ValueError for a blank email or password.
         """
         if not email.strip() or not password.strip():
             raise ValueError("the NIOSXaaS email and password must not be blank")
@@ -63,7 +63,7 @@ class NiosxaasClient:
         self._service_name = service_name
         self._shadow_mode = shadow_mode
         self._timeout_sec = timeout_sec
-        # In an answer it would be written as JSON writes it.
+        # Also in its JSON forms, because an answer would quote it as JSON.
         secrets = (password, *(json.dumps(password, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)))
         self._http = CspHttp(base_url, secrets=secrets, timeout_sec=timeout_sec, transport=transport)
 
@@ -77,17 +77,17 @@ class NiosxaasClient:
         await self._http.aclose()
 
     async def clean_account(self, external_id: str) -> CleanedAccount:
-        """Delete the services inside one account; doing it again is harmless.
+        """Delete the services inside one account. The method is idempotent.
 
-        A service that could not be deleted does not stop the others. Raises CspUnavailable or CspUnauthorized, and
-        deletes nothing, if the session is not proved to be in this account or the services cannot be listed. Raises
+        A failed deletion of one service does not stop the others. Raises CspUnavailable or CspUnauthorized, before
+        any deletion, if the account of the session cannot be verified or the services cannot be listed. Raises
         ValueError if `external_id` is not a uuid.
         """
         if not EXTERNAL_ID.fullmatch(external_id):
             raise ValueError("external_id must be a uuid")
         deadline = asyncio.get_running_loop().time() + self._timeout_sec
-        # A session of its own for each account: a switch counts for all of a session, and in somebody
-        # else's account the same call would delete somebody else's services.
+        # A separate session for each account, because a switch affects the whole session. In another account, the
+        # same calls would delete the services of another customer.
         own = await self._jwt("sign-in", SIGN_IN, self._user, None, deadline)
         account = {"id": f"identity/accounts/{external_id.lower()}"}
         jwt = await self._jwt("account switch", ACCOUNT_SWITCH, account, own, deadline)
@@ -107,7 +107,7 @@ class NiosxaasClient:
         return CleanedAccount(deleted=tuple(deleted), would_delete=(), failed=failed)
 
     async def _jwt(self, what: str, path: str, body: dict[str, str], jwt: str | None, deadline: float) -> str:
-        """The JWT in the answer; no such answer is ever quoted, whatever its status."""
+        """Return the JWT of the answer. Errors never quote the answer, because it may hold a JWT."""
         headers = _bearer(jwt) if jwt is not None else None
         answer = await self._http.ask(
             "POST",
@@ -120,13 +120,13 @@ class NiosxaasClient:
         )
         if answer.status not in (200, 201) or answer.is_html:
             raise self._http.failure(answer, what=f"the {what}", quote=False)
-        found = (_object(answer) or {}).get("jwt")
-        if not isinstance(found, str) or not _JWT.fullmatch(found):
+        token = (_object(answer) or {}).get("jwt")
+        if not isinstance(token, str) or not _JWT.fullmatch(token):
             raise CspUnavailable(f"CSP answered the {what} without a JWT", answer.status)
-        return found
+        return token
 
     async def _require_current_account(self, account_id: str, jwt: str, deadline: float) -> None:
-        """Raise CspUnavailable unless CSP says that `jwt` acts in `account_id` (identity/accounts/<uuid>)."""
+        """Raise CspUnavailable unless CSP confirms that `jwt` acts in `account_id` (identity/accounts/<uuid>)."""
         what = "the current user"
         answer = await self._http.ask(
             "GET", CURRENT_USER, operation="current_user", what=what, headers=_bearer(jwt), deadline=deadline
@@ -144,13 +144,13 @@ class NiosxaasClient:
             )
 
     async def _services(self, jwt: str, deadline: float) -> tuple[list[_Service], tuple[str, ...]]:
-        """What is to be deleted, and a line for each record that does not tell whether it is."""
+        """Return the services to delete, and a line for each record without a readable id or name."""
         what = "the listing of services"
         answer = await self._http.ask(
             "GET", SERVICES, operation="list_services", what=what, headers=_bearer(jwt), deadline=deadline
         )
         document = _object(answer)
-        # An account without services may well be answered with an empty object.
+        # For an account without services, CSP may answer with an empty object.
         records = document.get("results") or [] if document is not None else None
         if answer.status != 200 or not isinstance(records, list):
             raise self._http.failure(answer, what=what, hide=jwt)
@@ -180,7 +180,7 @@ def _bearer(jwt: str) -> dict[str, str]:
 
 
 def _object(answer: Answer) -> dict[str, Any] | None:
-    """The body; None if it is no JSON object."""
+    """Return the body as a JSON object, None if it is not one."""
     try:
         document = json.loads(answer.body)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The schema, for reading and for comparing with the migrations. Who writes it: the allocator, alone."""
+"""Database schema, for queries and for comparison with the migrations. Only the allocator writes to it."""
 
 from datetime import timedelta
 from typing import Any
@@ -28,26 +28,29 @@ metadata = MetaData()
 
 _Time = DateTime(timezone=True)
 _Name = Text(collation="C")
-"""Prefixes are found as ranges of a btree, which needs byte order."""
+"""Names in byte order, because a prefix search is a range of a btree index."""
 
 
 def prefix_end(prefix: str) -> str:
-    """The first name, in code point order, after all that start with `prefix`: names in [prefix, prefix_end)
-    are a range that an index finds. A prefix is printable ASCII, so its last character can be raised."""
+    """Return the exclusive upper bound, in code point order, of the names that start with `prefix`.
+
+    An index finds names in [prefix, prefix_end). A prefix is printable ASCII, so its last character has a
+    successor.
+    """
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
 
 
 PROOF_GRACE = timedelta(minutes=5)
-"""A listing that was begun this long after a deletion was recorded must not show the account any more; CSP's
-listing may lag a little behind its deletions."""
+"""CSP's listing may lag behind its deletions. A listing that was begun this long after a recorded deletion must not
+contain the account any more."""
 
 
 def _while_available(name: str, kind: Text | DateTime, value: str, comment: str | None = None) -> Column[Any]:
-    """Each way to the available sandboxes has a column and an index of its own, so that no statement can be planned
-    along another's."""
-    nothing = "NULL::timestamp with time zone" if kind is _Time else "NULL::text"
-    # The lines are as PostgreSQL prints them: alembic compares the text.
-    expression = f"\nCASE\nWHEN status = 'available'::text THEN {value}\nELSE {nothing}\nEND"
+    """Return a generated column of available sandboxes. Each kind of search has its own column and index, so that
+    the planner cannot choose the index of another search."""
+    null = "NULL::timestamp with time zone" if kind is _Time else "NULL::text"
+    # In the format of PostgreSQL, because alembic compares the text.
+    expression = f"\nCASE\nWHEN status = 'available'::text THEN {value}\nELSE {null}\nEND"
     return Column(name, kind, Computed(expression, persisted=True), comment=comment)
 
 
@@ -84,7 +87,7 @@ sandboxes = Table(
         "status IN ('available', 'allocated', 'pending_deletion', 'deletion_failed', 'stale', 'deleted')",
         name="sandboxes_status",
     ),
-    # Two records of one account would be two leases of it.
+    # Unique, because two records of one account would allow two leases of it.
     Index(
         "sandboxes_one_per_account",
         "external_id",
@@ -114,7 +117,7 @@ sandboxes = Table(
         postgresql_where=text("status IN ('pending_deletion', 'deletion_failed', 'stale', 'deleted')"),
     ),
     Index("sandboxes_missing", "sandbox_id", postgresql_where=text("missing_since IS NOT NULL")),
-    # For the administrator's pages. No statement of the allocator looks up by it.
+    # For the administrator API. No statement of the allocator uses it.
     Index("sandboxes_by_name", "name", text("('' || sandbox_id)")),
 )
 
@@ -133,7 +136,7 @@ leases = Table(
     Column("end_note", Text, comment="what the administrator gave as a reason"),
     CheckConstraint("end_reason IN ('student', 'expired', 'admin')", name="leases_end_reason"),
     CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
-    # A used sandbox is never handed out again: one lease per sandbox, for good.
+    # A sandbox has at most one lease ever, because a used sandbox is never leased again.
     Index("leases_one_per_sandbox", "sandbox_id", unique=True),
     Index("leases_one_per_holder", "holder", unique=True, postgresql_where=text("ended_at IS NULL")),
     Index(
@@ -143,7 +146,7 @@ leases = Table(
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
     Index("leases_by_expiry", "expires_at", postgresql_where=text("end_reason IS NULL")),
-    # For the administrator's pages.
+    # For the administrator API.
     Index("leases_by_time", "allocated_at", text("(0 + lease_id)")),
     Index("leases_by_holder", text("('' || holder)"), "allocated_at", text("(0 + lease_id)")),
     Index(
@@ -177,8 +180,8 @@ history = Table(
     comment="the published events of each sandbox whose record is kept",
 )
 
-# Triggers on sandboxes insert into pool_changes, whatever changes them; the relay of the outbox adds up. So
-# counting makes nobody wait, and what both tables contain together is exact in every snapshot.
+# Triggers on sandboxes insert every change into pool_changes, and the outbox relay adds the changes to pool_counts.
+# Thus counting takes no row locks, and the sum of both tables is exact in every snapshot.
 pool_changes = Table(
     "pool_changes",
     metadata,
@@ -252,7 +255,7 @@ csp_listings = Table(
     Column("outcome", JSONB, comment="what it has done, or, while it is held, would do"),
 )
 
-# Unlogged: what is lost in a crash of the database, the next listing brings again.
+# Unlogged, because the next listing restores rows that a crash of the database loses.
 csp_accounts = Table(
     "csp_accounts",
     metadata,

@@ -1,4 +1,4 @@
-"""Commands that take long to carry out: each in a task of its own, so that one which comes meanwhile can join."""
+"""Worker for long commands. Each command runs in its own task, so that a later command can join its work."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Refused, Reply
 from sandbox_broker.messaging import dead_letters
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.subscription import Subscription, answer, decode_delivery
+from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context, tracing
 
 MAX_AT_ONCE = 100
@@ -23,18 +23,18 @@ log = structlog.get_logger()
 
 FAILED = Refused(
     code="INTERNAL_ERROR",
-    message="This could not be carried out; it is kept among the dead letters, with the reason.",
+    message="The command failed. It is kept among the dead letters, with the reason.",
 )
 
 Handle = Callable[[Command], Awaitable[Reply | None]]
-"""None: this command is not for us."""
+"""Handler of a command. It returns None if the command is not for this service."""
 
 
-async def serve(
+async def serve_commands(
     connection: AbstractConnection, queue: topology.Queue, publisher: Publisher, handle: Handle
 ) -> None:
-    """Answers what comes to the queue until the connection is lost. A command is acknowledged after its answer, so
-    one whose process dies is the next consumer's."""
+    """Carry out the commands of the queue and publish their replies, until the connection is lost. A delivery is
+    acknowledged after its replies, so that RabbitMQ redelivers it if the process dies."""
     subscription = await Subscription.open(connection, queue, prefetch=MAX_AT_ONCE)
     handling: set[asyncio.Task[None]] = set()
 
@@ -46,7 +46,7 @@ async def serve(
             await subscription.reject(delivery)
             return
         replies = [await _reply(publisher, queue, command, handle) for command in commands]
-        await answer(publisher, delivery, replies)
+        await publish_replies(publisher, delivery, replies)
         await subscription.ack(delivery)
 
     async with asyncio.TaskGroup() as group:
@@ -55,7 +55,7 @@ async def serve(
                 task = group.create_task(serve_one(delivery))
                 handling.add(task)
                 task.add_done_callback(handling.discard)
-        # The connection is gone: the commands come again over the next one, and join what still runs.
+        # The connection is lost. RabbitMQ redelivers the commands, and they join the work that still runs.
         for task in handling:
             task.cancel()
 
@@ -63,7 +63,7 @@ async def serve(
 async def _reply(
     publisher: Publisher, queue: topology.Queue, command: Command | InvalidCommand, handle: Handle
 ) -> Reply:
-    """What cannot be carried out is kept among the dead letters."""
+    """Return the reply to one command. Failed and refused commands go to the dead letters."""
     if isinstance(command, InvalidCommand):
         raw, reason = json.dumps(command.raw), str(command)
     else:
@@ -71,11 +71,11 @@ async def _reply(
         try:
             with (
                 log_context.bound(request_id=command.request_id),
-                tracing.within(f"process {command.type}", "consumer", parent=command.traceparent),
+                tracing.child_span(f"process {command.type}", "consumer", parent=command.traceparent),
             ):
                 if (reply := await handle(command)) is not None:
                     return reply
-        except Exception as error:  # delivered again, it would fail again, and end this process each time
+        except Exception as error:  # because a redelivery would fail again and end the process each time
             log.error(
                 "command.failed",
                 queue=queue.name,
@@ -83,9 +83,9 @@ async def _reply(
                 request_id=command.request_id,
                 exc_info=error,
             )
-            await dead_letters.keep(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
+            await dead_letters.publish_dead_letter(publisher, queue.name, raw, f"{type(error).__name__}: {error}")
             return FAILED
         reason = f"{command.type} is not for {queue.name}"
     log.error("command.rejected", queue=queue.name, reason=reason)
-    await dead_letters.keep(publisher, queue.name, raw, reason)
+    await dead_letters.publish_dead_letter(publisher, queue.name, raw, reason)
     return Refused(code="INVALID_COMMAND", message=f"This command is refused: {reason}")

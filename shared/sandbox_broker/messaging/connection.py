@@ -1,6 +1,6 @@
-"""Connections to RabbitMQ that come back. One that is lost is thrown away with all that belonged to it and built
-anew; whatever waited for it fails at once with `Disconnected`. (aio-pika's robust classes lose consumers and
-return callbacks.)
+"""Connections to RabbitMQ with reconnection. A lost connection is replaced together with its channels and
+consumers, and all operations on it fail at once with `Disconnected`. aio-pika's robust classes are not used,
+because they lose consumers and return callbacks.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ CONNECT_TIMEOUT_SEC = 5.0
 MIN_BACKOFF_SEC = 0.1
 MAX_BACKOFF_SEC = 2.0
 DELETE_TIMEOUT_SEC = 2.0
-"""RabbitMQ may not answer for a classic queue while the node of that queue is down."""
+"""Time limit, because RabbitMQ may not answer for a classic queue while the queue's node is down."""
 
 log = structlog.get_logger()
 
 
 class Disconnected(Exception):
-    """RabbitMQ does not answer or did not confirm in time: whether the message arrived is unknown."""
+    """RabbitMQ did not answer or confirm in time. The message may have arrived or not."""
 
 
 @contextmanager
-def losses() -> Iterator[None]:
-    """Around every call of the client library: what it raises when a connection is lost, as Disconnected.
+def translating_errors() -> Iterator[None]:
+    """Translate the errors of the client library for a lost connection into Disconnected.
 
-    It has no one class for that. What waits while we close the connection ourselves may get a bare Exception,
-    and what waits when the heartbeat fails is cancelled; of a real cancellation the task itself knows.
+    The library has no common class for them. It raises a bare Exception when the connection closes on our side, and
+    it cancels waiting calls when the heartbeat fails. `task.cancelling()` distinguishes a real cancellation.
     """
     try:
         yield
@@ -52,10 +52,12 @@ def losses() -> Iterator[None]:
         raise
 
 
-async def keep_connected(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
-    """Runs `session` on a fresh connection for ever; when it ends or raises Disconnected, after a pause with
-    jitter again. Each connection starts with the topology declared, where its user may do that. Ends by being
-    cancelled, or with what else `session` raises."""
+async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+    """Run `session` on a new connection, and again after each end or Disconnected, with a backoff with jitter.
+
+    The topology is declared on each connection first, if the user may do so. The function runs until it is
+    cancelled or `session` raises another error.
+    """
     loop = asyncio.get_running_loop()
     metrics.CONNECTED.labels(name).set(0)
     pause = MIN_BACKOFF_SEC
@@ -78,15 +80,14 @@ async def keep_connected(url: str, name: str, session: Callable[[AbstractConnect
             metrics.DISCONNECTS.labels(name).inc()
             log.warning("rabbitmq.disconnected", connection=name, error=str(error))
         if (task := asyncio.current_task()) is not None and task.cancelling():
-            raise asyncio.CancelledError  # the wait_for of Python 3.11, in the client library, can swallow it
+            raise asyncio.CancelledError  # because wait_for of Python 3.11 in the client library can swallow it
         pause = MIN_BACKOFF_SEC if loop.time() - began > MAX_BACKOFF_SEC else min(2 * pause, MAX_BACKOFF_SEC)
         await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 (jitter)
 
 
 @asynccontextmanager
-async def opened(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
-    """A connection that lasts as long as the block. Raises AMQPError, OSError or TimeoutError where none
-    comes about."""
+async def open_connection(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
+    """Open a connection for the block. Raises AMQPError, OSError or TimeoutError if it cannot be opened."""
     connection = Connection(make_url(url))
     try:
         await connection.connect(timeout)
@@ -96,15 +97,15 @@ async def opened(url: str, *, timeout: float | None = None) -> AsyncIterator[Con
 
 
 async def _connect(connection: Connection) -> None:
-    with losses():
+    with translating_errors():
         await connection.connect(CONNECT_TIMEOUT_SEC)
         async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
             await _declare(connection)
 
 
 async def _declare(connection: AbstractConnection) -> None:
-    """A user of least privilege may not: then `python -m sandbox_broker.declare` has done it, or what uses a queue
-    that is not there says so."""
+    """Declare the topology, unless the user may not declare. In that case `python -m sandbox_broker.declare` has
+    done it; otherwise the first use of a missing queue fails."""
     try:
         async with connection.channel() as channel:
             await topology.declare(channel)
@@ -113,14 +114,14 @@ async def _declare(connection: AbstractConnection) -> None:
 
 
 async def _close(connection: Connection) -> None:
-    """Also one that never came about, or that was lost: what is not closed aio-pika closes in its `__del__`, which
-    then needs an event loop and may come where none runs."""
-    with suppress(Disconnected), losses():
+    """Close the connection, even if it was never opened or is lost. Otherwise aio-pika closes it in `__del__`,
+    which needs an event loop and may run without one."""
+    with suppress(Disconnected), translating_errors():
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
                 await connection.close()
         finally:
-            await connection.close()  # at once: whatever came of the first, it has let go of the transport
+            await connection.close()  # returns at once, because the first call has released the transport
 
 
 async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Channel:
@@ -131,24 +132,24 @@ async def open_channel(connection: AbstractConnection, *, confirms: bool) -> Cha
 
 
 async def delete_replaced(connection: AbstractConnection, queue: topology.Queue) -> bool:
-    """Delete the queue that `queue` replaces, unless a consumer still uses it. Repeating that is harmless.
+    """Delete the queue that `queue` replaces, unless it has a consumer. The function is idempotent.
 
     Return False if a later call can succeed: a service of an earlier version consumes the old queue, or its node is
     down and RabbitMQ 3 refuses. Return True if the old queue is gone, if the user may not delete it, or if RabbitMQ
-    does not answer within DELETE_TIMEOUT_SEC; it then finishes the deletion later. Raise nothing for a lost
-    connection; the next use of it does.
+    does not answer within DELETE_TIMEOUT_SEC; RabbitMQ then finishes the deletion later. A lost connection raises
+    no error here; its next use raises one.
     """
     if queue.replaces is None:
         return True
     try:
-        with losses():
+        with translating_errors():
             async with asyncio.timeout(DELETE_TIMEOUT_SEC):
-                # A channel of its own, because a refusal closes the channel and a missing answer blocks it.
+                # On a separate channel, because a refusal closes the channel and a missing answer blocks it.
                 channel = await open_channel(connection, confirms=False)
                 await channel.queue_delete(queue.replaces, if_unused=True)
                 await channel.close()
     except Disconnected as error:
-        if isinstance(error.__cause__, ChannelAccessRefused):  # the step `sandbox_broker.declare` does it
+        if isinstance(error.__cause__, ChannelAccessRefused):  # `sandbox_broker.declare` deletes the queue
             return True
         log.info("queue.not_deleted", queue=queue.replaces, error=str(error))
         return not isinstance(error.__cause__, ChannelNotFoundEntity | ChannelPreconditionFailed)

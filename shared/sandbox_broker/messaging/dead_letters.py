@@ -1,6 +1,7 @@
-"""A command that cannot be carried out is put among the dead letters with the reason, so that it blocks nothing.
+"""Dead letters: publish a command that cannot be carried out, with the reason, so that it does not block its queue.
 
-What is no envelope at all is rejected instead: RabbitMQ moves it there itself, and that cannot be lost.
+Messages without a valid envelope are rejected instead: RabbitMQ then dead-letters them itself, and cannot lose
+them.
 """
 
 import asyncio
@@ -19,17 +20,17 @@ from sandbox_broker.observability.metrics import DEAD_LETTERED
 PATIENCE_SEC = 3.0
 PAUSE_SEC = 0.1
 MAX_REASON = 500
-"""Characters; headers have to fit one frame."""
+"""Maximum length in characters, because headers must fit into one frame."""
 
 MAX_LOGGED = 2000
-"""Characters of a command that could not be kept."""
+"""Maximum length, in characters, of a lost command in the log."""
 
 log = structlog.get_logger()
 
 
-async def keep(publisher: Publisher, queue: str, command: str, reason: str) -> None:
-    """Keeps one command, as JSON, of an envelope that came to `queue`; in an envelope of its own, so that it can be
-    put back as it is. If RabbitMQ does not take it in time, the log has it."""
+async def publish_dead_letter(publisher: Publisher, queue: str, command: str, reason: str) -> None:
+    """Publish one command from `queue`, as JSON, to the dead letters. Retry for PATIENCE_SEC after a disconnect,
+    then write the command to the log. The command gets its own envelope, so that it can be replayed unchanged."""
     headers: FieldTable = {
         "x-first-death-reason": "rejected",
         "x-first-death-queue": queue,

@@ -1,5 +1,5 @@
-"""Publishing to RabbitMQ: every message confirmed and bounded in time, over a connection that only publishes, since
-a resource alarm blocks whoever publishes."""
+"""Publisher for RabbitMQ. Each message is confirmed within a time limit. The connection only publishes, because a
+resource alarm blocks publishing connections."""
 
 import asyncio
 import contextlib
@@ -18,21 +18,20 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from sandbox_broker.messaging.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
 
 PUBLISH_TIMEOUT_SEC = 5.0
 REFUSED_SEC = 5.0
-"""After so long without a message that RabbitMQ has taken, one that it refuses ends the connection. A channel to a
-quorum queue that was full is refused for ever when the limit is lifted before there is room again
-(RabbitMQ 3.10); a new channel is not."""
+"""After this time without a confirm, the next nack closes the connection. RabbitMQ 3.10 refuses all messages on a
+channel to a quorum queue that was full, if the limit is lifted before the queue has room. A new channel works."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A durable message for `Publisher.publish_all`; its body is not empty and fits one frame."""
+class OutboundMessage:
+    """A durable message for `Publisher.publish_all`. Its body must not be empty and must fit into one frame."""
 
     routing_key: str
     body: bytes
@@ -55,11 +54,11 @@ def _publish_frame(exchange: str, routing_key: str, channel: int) -> bytes:
 
 
 class Unroutable(Exception):
-    """No queue takes messages for this exchange and routing key."""
+    """No queue is bound for this exchange and routing key."""
 
 
 class Publisher:
-    """Publishes with confirms over a connection of its own. `run` keeps it connected."""
+    """Publisher with confirms and its own connection. `run` keeps it connected."""
 
     def __init__(self, url: str, name: str) -> None:
         self._url = url
@@ -68,7 +67,7 @@ class Publisher:
         self._inspector: QueueInspector | None = None
         self._connected = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
-        self._taken_at = -math.inf
+        self._confirmed_at = -math.inf
 
     @property
     def connected(self) -> bool:
@@ -78,15 +77,15 @@ class Publisher:
         await self._connected.wait()
 
     async def run(self) -> None:
-        await keep_connected(self._url, self._name, self._session)
+        await run_with_reconnect(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        with losses():
+        with translating_errors():
             channel = await open_channel(connection, confirms=True)
-            # Channels of their own: questions about queues do not delay the messages.
+            # With separate channels, so that queue inspection does not delay messages.
             inspector = QueueInspector(connection)
             self._channel, self._inspector = channel, inspector
-            self._taken()
+            self._note_confirm()
             self._connected.set()
             try:
                 await channel.closing
@@ -94,7 +93,7 @@ class Publisher:
                 self._channel = self._inspector = None
                 inspector.close()
                 self._connected.clear()
-                # Nothing else wakes those that stand in line for a writer that is gone.
+                # Wake the callers waiting for the writer, because the library does not.
                 for limit in self._limits:
                     if not limit.expired():
                         limit.reschedule(0)
@@ -109,13 +108,13 @@ class Publisher:
         mandatory: bool = True,
         timeout_sec: float = PUBLISH_TIMEOUT_SEC,
     ) -> None:
-        """Returns when RabbitMQ has taken the message.
+        """Publish one message and wait for its confirm.
 
-        Raises Disconnected, or Unroutable where `mandatory` and no queue takes it.
+        Raises Disconnected, or Unroutable if `mandatory` is set and no queue is bound.
         """
         if self._channel is None:
             raise Disconnected("not connected to RabbitMQ")
-        with losses():
+        with translating_errors():
             async with asyncio.timeout(timeout_sec) as limit:
                 self._limits.add(limit)
                 try:
@@ -127,9 +126,9 @@ class Publisher:
                         mandatory=mandatory,
                         wait=False,
                     )
-                    self._taken()
+                    self._note_confirm()
                 except PublishError as error:
-                    self._taken()
+                    self._note_confirm()
                     raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
                 except DeliveryError:
                     await self._refused()
@@ -138,21 +137,21 @@ class Publisher:
                     self._limits.discard(limit)
 
     async def publish_all(
-        self, exchange: str, messages: Sequence[Outgoing], *, timeout_sec: float = PUBLISH_TIMEOUT_SEC
+        self, exchange: str, messages: Sequence[OutboundMessage], *, timeout_sec: float = PUBLISH_TIMEOUT_SEC
     ) -> int:
-        """Writes all messages in order and at once, then waits for their confirms. Returns how many of the first
-        were confirmed: all of them, or fewer where the connection was lost or RabbitMQ refused one. Whether a queue
-        takes them is not asked. Raises Disconnected where nothing could be written.
+        """Write all messages in order with one system call, then wait for their confirms.
 
-        One by one, each message would take locks, a timer, a task and a system call of its own in the client
-        library.
+        Return the number of confirmed leading messages. It is less than all if the connection was lost or
+        RabbitMQ refused a message. The messages are not mandatory. Raises Disconnected if no message was written.
+
+        `publish` would use locks, a timer, a task and a system call for each message in the client library.
         """
         if self._channel is None:
             raise Disconnected("not connected to RabbitMQ")
         channel = self._channel
         confirms: list[asyncio.Future[object]] = []
         try:
-            with losses():
+            with translating_errors():
                 async with asyncio.timeout(timeout_sec) as limit:
                     self._limits.add(limit)
                     try:
@@ -171,28 +170,28 @@ class Publisher:
         for confirm in confirms[confirmed:]:
             confirm.cancel()
         if confirmed:
-            self._taken()
+            self._note_confirm()
         elif any(_is_refused(confirm) for confirm in confirms):
             await self._refused()
         return confirmed
 
-    def _taken(self) -> None:
-        self._taken_at = asyncio.get_running_loop().time()
+    def _note_confirm(self) -> None:
+        self._confirmed_at = asyncio.get_running_loop().time()
 
     async def _refused(self) -> None:
-        if self._channel is not None and asyncio.get_running_loop().time() - self._taken_at > REFUSED_SEC:
+        if self._channel is not None and asyncio.get_running_loop().time() - self._confirmed_at > REFUSED_SEC:
             log.warning("rabbitmq.only_refuses", connection=self._name)
-            with contextlib.suppress(Disconnected), losses():
+            with contextlib.suppress(Disconnected), translating_errors():
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await self._channel.close()
 
     async def consumers(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> int:
-        """Return how many consumers the queue has. Raise what `look` raises."""
+        """Return the number of consumers of the queue. Raises the errors of `look`."""
         return (await self.look(queue, timeout_sec=timeout_sec)).consumers
 
     async def look(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> QueueInfo:
-        """Raise QueueUnavailable if RabbitMQ does not answer about this queue or has none of this name, and
-        Disconnected if there is no connection."""
+        """Return the counts of the queue. Raises QueueUnavailable if RabbitMQ does not answer for this queue or it
+        does not exist, and Disconnected without a connection."""
         if self._inspector is None:
             raise Disconnected("not connected to RabbitMQ")
         return await self._inspector.inspect(queue, timeout_sec=timeout_sec)
@@ -202,18 +201,20 @@ def _is_refused(confirm: asyncio.Future[object]) -> bool:
     return confirm.done() and not confirm.cancelled() and isinstance(confirm.exception(), DeliveryError)
 
 
-async def _write(channel: Channel, exchange: str, messages: Sequence[Outgoing]) -> list[asyncio.Future[object]]:
-    """Puts the messages in line for the writer as one piece; returns what will hold their confirms."""
+async def _write(
+    channel: Channel, exchange: str, messages: Sequence[OutboundMessage]
+) -> list[asyncio.Future[object]]:
+    """Queue the messages for the writer as one chunk. Return the futures of their confirms."""
     written = b"".join(message.frames(exchange, channel.number) for message in messages)
     async with channel.lock:
         before = channel.delivery_tag
-        confirms = {before + place: channel.loop.create_future() for place in range(1, len(messages) + 1)}
+        confirms = {before + index: channel.loop.create_future() for index in range(1, len(messages) + 1)}
         channel.delivery_tag += len(messages)
         channel.confirmations.update(confirms)
         try:
-            # It waits while the line is full, as it is when an alarm holds up the writer.
+            # Blocks while the write queue is full, for example when an alarm blocks the writer.
             await channel.write_queue.put(ChannelFrame(written, should_close=False))
-        except BaseException:  # not sent, whatever the reason: RabbitMQ has not counted them
+        except BaseException:  # not sent, so RabbitMQ has not counted these messages
             channel.delivery_tag = before
             for tag in confirms:
                 channel.confirmations.pop(tag, None)

@@ -1,8 +1,8 @@
-"""Questions to RabbitMQ about a queue: how many messages wait in it, and how many consumers it has.
+"""Queue inspection: the number of ready messages and of consumers of a queue.
 
-A passive declaration is such a question. It needs no right to the queue and no management API. RabbitMQ 4 does
-not answer it while the queue cannot be reached, for example a classic queue whose node is down. The answer comes
-when the node is back.
+The inspector declares the queue passively. This needs no permission for the queue and no management API. RabbitMQ 4
+does not answer while the queue is unreachable, for example a classic queue while its node is down. The answer
+arrives when the node is back.
 """
 
 import asyncio
@@ -13,53 +13,53 @@ from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
 from aiormq.exceptions import ChannelNotFoundEntity
 
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 
 
 class QueueInfo(NamedTuple):
     messages: int
-    """Messages that wait. Delivered and unacknowledged messages are not counted."""
+    """Number of ready messages. Delivered and unacknowledged messages are not counted."""
     consumers: int
 
 
 class QueueUnavailable(Disconnected):
-    """RabbitMQ does not answer about this queue in time, or there is no such queue."""
+    """RabbitMQ does not answer for this queue in time, or the queue does not exist."""
 
 
 class QueueInspector:
-    """Asks about queues over `connection`. Each queue has a channel of its own, because a channel answers its
-    questions in order: a queue that does not answer delays no question about another queue.
+    """Inspector of queues over `connection`. Each queue has its own channel, because a channel answers in order: an
+    unreachable queue must not delay the inspection of another queue.
 
-    At most one question about a queue is open. Later callers wait for the same answer, so a queue that never
-    answers costs one channel.
+    At most one inspection per queue runs. Later callers wait for the same answer, so an unreachable queue costs one
+    channel.
     """
 
     def __init__(self, connection: AbstractConnection) -> None:
         self._connection = connection
         self._channels: dict[str, Channel] = {}
-        self._questions: dict[str, asyncio.Task[QueueInfo]] = {}
+        self._inspections: dict[str, asyncio.Task[QueueInfo]] = {}
 
     async def inspect(self, queue: str, *, timeout_sec: float) -> QueueInfo:
-        """Raise QueueUnavailable, or Disconnected if the connection is lost."""
-        question = self._questions.get(queue)
-        if question is None:
-            question = self._questions[queue] = asyncio.create_task(self._ask(queue))
-            question.add_done_callback(partial(self._forget, queue))
-        await asyncio.wait([question], timeout=timeout_sec)
-        if not question.done():
-            raise QueueUnavailable(f"RabbitMQ gives no answer about the queue {queue}")
-        if question.cancelled():
+        """Return the counts of the queue. Raises QueueUnavailable, or Disconnected if the connection is lost."""
+        inspection = self._inspections.get(queue)
+        if inspection is None:
+            inspection = self._inspections[queue] = asyncio.create_task(self._ask(queue))
+            inspection.add_done_callback(partial(self._forget, queue))
+        await asyncio.wait([inspection], timeout=timeout_sec)
+        if not inspection.done():
+            raise QueueUnavailable(f"RabbitMQ does not answer for the queue {queue}")
+        if inspection.cancelled():
             raise Disconnected("not connected to RabbitMQ")
-        return question.result()
+        return inspection.result()
 
     def close(self) -> None:
-        """Cancel the open questions. The channels end with the connection."""
-        for question in list(self._questions.values()):
-            question.cancel()
+        """Cancel the running inspections. The channels close with the connection."""
+        for inspection in list(self._inspections.values()):
+            inspection.cancel()
 
     async def _ask(self, queue: str) -> QueueInfo:
         try:
-            with losses():
+            with translating_errors():
                 channel = self._channels.get(queue)
                 if channel is None or channel.is_closed:
                     channel = self._channels[queue] = await open_channel(self._connection, confirms=False)
@@ -70,7 +70,7 @@ class QueueInspector:
             raise
         return QueueInfo(declared.message_count or 0, declared.consumer_count or 0)
 
-    def _forget(self, queue: str, question: asyncio.Task[QueueInfo]) -> None:
-        del self._questions[queue]
-        if not question.cancelled():
-            question.exception()  # retrieved here, because every caller may have stopped waiting
+    def _forget(self, queue: str, inspection: asyncio.Task[QueueInfo]) -> None:
+        del self._inspections[queue]
+        if not inspection.cancelled():
+            inspection.exception()  # retrieved here, because every caller may have stopped waiting

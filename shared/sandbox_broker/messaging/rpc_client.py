@@ -1,6 +1,6 @@
 """RPC client: sends commands and waits for their replies.
 
-Replies arrive on one exclusive queue per process. A request has a deadline on the client's side.
+Replies arrive on one exclusive queue per process. Each request has a deadline on the client's side.
 """
 
 import asyncio
@@ -16,19 +16,19 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.connection import Disconnected, keep_connected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.messaging.subscription import PUBLISHED_AT
 from sandbox_broker.observability import log_context, tracing
 
 
-class Requester:
-    """Sends commands and hands out their replies. `run` keeps its reply queue open."""
+class RpcClient:
+    """RPC client for commands. `run` keeps its reply queue open."""
 
     def __init__(
         self, url: str, name: str, publisher: Publisher, *, exchange: topology.Exchange = topology.COMMANDS
     ) -> None:
-        """`exchange` is that of the sender: see topology."""
+        """`exchange` is the command exchange of this service (see topology)."""
         self._url = url
         self._name = f"{name}-replies"
         self._publisher = publisher
@@ -42,10 +42,10 @@ class Requester:
         return self._reply_queue is not None and self._publisher.connected
 
     async def run(self) -> None:
-        await keep_connected(self._url, self._name, self._session)
+        await run_with_reconnect(self._url, self._name, self._session)
 
     async def _session(self, connection: AbstractConnection) -> None:
-        with losses():
+        with translating_errors():
             channel = await open_channel(connection, confirms=False)
             lost = channel.closing
 
@@ -72,12 +72,12 @@ class Requester:
     async def _answered(self, delivery: DeliveredMessage) -> None:
         waiting = self._waiting.pop(delivery.header.properties.correlation_id or "", None)
         if waiting is None or waiting[0].done():
-            return  # its sender has stopped waiting
+            return  # the caller has stopped waiting
         future, expected = waiting
         try:
             replies = ReplyEnvelope.model_validate_json(delivery.body).replies
             if len(replies) != expected:
-                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301 (it ends like what cannot be read)
+                raise ValueError(f"{len(replies)} replies to {expected} commands")  # noqa: TRY301 (handled like a reply that cannot be decoded)
             future.set_result(replies)
         except ValueError as error:
             future.set_exception(error)
@@ -85,11 +85,12 @@ class Requester:
     async def send(
         self, queue: topology.Queue, commands: Sequence[Command], *, timeout_sec: float
     ) -> asyncio.Future[tuple[Reply, ...]]:
-        """Publishes one envelope; returns, once RabbitMQ has taken it, what will hold the replies, in order.
+        """Publish one envelope. Return after its confirm, with a future for the replies in the order of the
+        commands.
 
-        Past `timeout_sec` the future fails with TimeoutError, and RabbitMQ drops the envelope if nobody has
-        begun it. Raises Disconnected or Unroutable; the future may fail with Disconnected too, or with
-        ValueError when the reply cannot be understood.
+        After `timeout_sec` the future fails with TimeoutError, and RabbitMQ drops the envelope unless it has been
+        delivered. Raises Disconnected or Unroutable. The future may also fail with Disconnected, or with ValueError
+        if the reply cannot be decoded.
         """
         if self._reply_queue is None:
             raise Disconnected("not connected to RabbitMQ")
@@ -115,7 +116,7 @@ class Requester:
                 properties,
                 timeout_sec=min(timeout_sec, PUBLISH_TIMEOUT_SEC),
             )
-        except BaseException:  # also when cancelled: nobody waits for a reply to what was not sent
+        except BaseException:  # cancellation included, because an unsent envelope gets no reply
             future.cancel()
             raise
         return future
@@ -126,13 +127,13 @@ class Requester:
         timer.cancel()
         self._waiting.pop(correlation_id, None)
         if not done.cancelled():
-            done.exception()  # looked at, or asyncio complains where nobody waits any more
+            done.exception()  # retrieved here, because asyncio warns if the caller has stopped waiting
 
     async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
-        """Send one command, as soon as there is a connection, and return its reply.
+        """Send one command as soon as a connection is open, and return its reply.
 
-        A command without a `request_id` or `traceparent` gets those of the current log context and span. Raises
-        Disconnected, Unroutable or TimeoutError, or ValueError for an unreadable reply.
+        A command without a `request_id` or `traceparent` gets the values of the current log context and span.
+        Raises Disconnected, Unroutable or TimeoutError, or ValueError if the reply cannot be decoded.
         """
         deadline = asyncio.get_running_loop().time() + timeout_sec
         command = command.model_copy(

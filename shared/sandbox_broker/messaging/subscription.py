@@ -1,8 +1,8 @@
 """Consumption of a queue in batches.
 
 The delivery callback only stores a delivery. The consumer processes deliveries outside of the callback, in batches,
-and acknowledges them in order. Publishers have connections of their own, because a resource alarm blocks a
-connection that publishes.
+and acknowledges them in order. Publishers use separate connections, because a resource alarm blocks a connection
+that publishes.
 """
 
 import asyncio
@@ -20,26 +20,26 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands, request_ids_in
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.connection import Disconnected, losses, open_channel
+from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.observability import log_context, metrics
 
 SUBSCRIBE_TIMEOUT_SEC = 5.0
 
 ANSWER_PATIENCE_SEC = 3.0
-"""For a reply whose sending failed; then its sender has given up, or soon will."""
+"""Time limit for publishing a reply. After it, the requester has given up or soon will."""
 
 ANSWER_PAUSE_SEC = 0.1
 
 PUBLISHED_AT = "published_at"
-"""A header: Unix milliseconds, by the clock of who has published the message."""
+"""Header with the time of publication in Unix milliseconds, by the clock of the publisher."""
 
 log = structlog.get_logger()
 
 
 class Subscription:
-    """What RabbitMQ delivers from one queue, in batches, until the channel closes, the queue is deleted, or
-    `end` is called. What was delivered and not acknowledged then goes back to the queue."""
+    """Consumer of one queue in batches. It ends when the channel closes, the queue is deleted, or `end` is called.
+    RabbitMQ then returns unacknowledged deliveries to the queue."""
 
     def __init__(self, channel: Channel, queue: topology.Queue) -> None:
         self._channel = channel
@@ -50,8 +50,8 @@ class Subscription:
 
     @classmethod
     async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
-        """Raises Disconnected, also where it is the queue alone that does not answer."""
-        with losses():
+        """Start consuming. Raises Disconnected, also if only this queue does not answer."""
+        with translating_errors():
             try:
                 async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):
                     channel = await open_channel(connection, confirms=False)
@@ -71,8 +71,12 @@ class Subscription:
         self._inbox.put_nowait((delivery, asyncio.get_running_loop().time()))
 
     async def batch(self, limit: int) -> list[DeliveredMessage]:
-        """All that has gathered, up to `limit`, and at least one; empty once the subscription has ended. What has
-        expired in line here is dropped, as RabbitMQ drops what expires in the queue: nobody waits for it."""
+        """Wait for a delivery and return all stored deliveries, at most `limit`. Empty after the subscription has
+        ended.
+
+        Deliveries that expired here are acknowledged and dropped, because their requesters have stopped waiting.
+        RabbitMQ drops messages that expire in the queue for the same reason.
+        """
         deliveries: list[DeliveredMessage] = []
         while not self._ended and len(deliveries) < limit and (not deliveries or not self._inbox.empty()):
             if (arrived := await self._inbox.get()) is None:
@@ -80,7 +84,7 @@ class Subscription:
             delivery, since = arrived
             expiration = delivery.header.properties.expiration
             if expiration and (asyncio.get_running_loop().time() - since) * 1000 > int(expiration):
-                for request_ids in log_context.by_line(request_ids_in(delivery.body)):
+                for request_ids in log_context.split_by_line(request_ids_in(delivery.body)):
                     log.info("message.expired", queue=self._queue, request_ids=request_ids)
                 await self.ack(delivery)
             else:
@@ -88,18 +92,18 @@ class Subscription:
         return [] if self._ended else deliveries
 
     async def ack(self, delivery: DeliveredMessage, *, all_before: bool = False) -> None:
-        """Acknowledges this delivery, or with it all before it. Where the channel is gone it does nothing:
-        RabbitMQ delivers them again, and doing them again changes nothing."""
+        """Acknowledge this delivery, with `all_before` also all earlier ones. A lost channel is ignored, because
+        RabbitMQ redelivers them and their commands are idempotent."""
         await self._settle(self._channel.basic_ack(_tag(delivery), multiple=all_before))
 
     async def reject(self, delivery: DeliveredMessage) -> None:
-        """Sends this delivery to the dead letters."""
+        """Reject this delivery, so that RabbitMQ moves it to the dead letters."""
         metrics.DEAD_LETTERED.labels(self._queue).inc()
         await self._settle(self._channel.basic_reject(_tag(delivery), requeue=False))
 
     async def _settle(self, sending: Awaitable[None]) -> None:
         try:
-            with losses():
+            with translating_errors():
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await sending
         except Disconnected:
@@ -112,9 +116,9 @@ class Subscription:
 
 def decode_delivery(delivery: DeliveredMessage) -> list[Command | InvalidCommand]:
     """Decode the commands of a delivery. A command that its exchange may not carry becomes an InvalidCommand,
-    because its sender has no right to it.
+    because its sender may not send it.
 
-    Raise InvalidEnvelope when there is no list of commands.
+    Raises InvalidEnvelope if the body has no list of commands.
     """
     exchange = delivery.exchange
     return [
@@ -129,27 +133,27 @@ def decode_delivery(delivery: DeliveredMessage) -> list[Command | InvalidCommand
 
 def _tag(delivery: DeliveredMessage) -> int:
     tag = delivery.delivery_tag
-    assert tag is not None, "only a basic.get of an empty queue has none"  # noqa: S101 (for the type checker)
+    assert tag is not None, "only basic.get on an empty queue returns no tag"  # noqa: S101 (for the type checker)
     return tag
 
 
-async def answer(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
-    """Sends the replies to whoever asked; nobody waiting any more is no error. Again until they have arrived: of
-    two answers to one question the second is dropped by who asked."""
-    asked = delivery.header.properties
-    if not asked.reply_to:
+async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
+    """Publish the replies; retry for ANSWER_PATIENCE_SEC after a disconnect. A requester that has gone is not an
+    error. Requesters drop duplicate replies."""
+    request = delivery.header.properties
+    if not request.reply_to:
         return None
     body = ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode()
-    properties = Basic.Properties(content_type="application/json", correlation_id=asked.correlation_id)
+    properties = Basic.Properties(content_type="application/json", correlation_id=request.correlation_id)
     try:
         async with asyncio.timeout(ANSWER_PATIENCE_SEC):
             while True:
                 try:
                     return await publisher.publish(
-                        topology.REPLIES.name, asked.reply_to, body, properties, mandatory=False
+                        topology.REPLIES.name, request.reply_to, body, properties, mandatory=False
                     )
                 except Disconnected as error:
                     log.info("reply.delayed", error=str(error))
                     await asyncio.sleep(ANSWER_PAUSE_SEC)
     except TimeoutError:
-        log.warning("reply.lost")  # its sender asks again, and gets the same
+        log.warning("reply.lost")  # a retry of the requester gets the same reply

@@ -1,8 +1,8 @@
-"""Timers through RabbitMQ: every replica of a service publishes ticks, one replica gets them.
+"""Timers over RabbitMQ: every replica of a service publishes ticks, and one replica consumes them.
 
-A tick queue holds one message at most and has a single active consumer, so replicas or an outage never pile up
-work, and nothing runs twice at once. A tick that comes before its time, from another replica, is dropped: any
-number of them give one run per period. A tick that is lost costs one period.
+A tick queue holds at most one message and has a single active consumer. Therefore replicas or an outage never pile
+up work, and two runs never overlap. Early ticks from other replicas are dropped, so there is one run per period. A
+lost tick costs one period.
 """
 
 import asyncio
@@ -14,20 +14,20 @@ import structlog
 from aio_pika.abc import AbstractConnection
 
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import Disconnected, delete_replaced, keep_connected
+from sandbox_broker.messaging.connection import Disconnected, delete_replaced, run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.observability import log_context, tracing
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 TOLERANCE = 0.1
-"""Of a period: so much may a tick come early and still be the next one."""
+"""Fraction of the period by which a tick may arrive early."""
 
 log = structlog.get_logger()
 
 
-async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
-    """Publishes one tick now and then one a period, for ever."""
+async def publish_ticks(publisher: Publisher, queue: topology.Queue, period_sec: float) -> None:
+    """Publish a tick now and then once per period, until cancelled."""
 
     async def tick() -> None:
         try:
@@ -36,13 +36,13 @@ async def publish(publisher: Publisher, queue: topology.Queue, period_sec: float
             log.warning("tick.not_sent", queue=queue.name, error=str(error))
 
     await publisher.wait_connected()
-    await every(period_sec, tick)
+    await run_periodically(period_sec, tick)
 
 
-async def consume(
+async def consume_ticks(
     url: str, queue: topology.Queue, period_sec: float, work: Callable[[], Awaitable[object]]
 ) -> None:
-    """Do `work` once a period, for ever, as long as ticks come. Delete the queue that `queue` replaces."""
+    """Run `work` once per period while ticks arrive, until cancelled. Delete the queue that `queue` replaces."""
     loop = asyncio.get_running_loop()
     not_before = -math.inf
 
@@ -55,8 +55,8 @@ async def consume(
             moved = moved or await delete_replaced(connection, queue)
             if loop.time() >= not_before:
                 not_before = loop.time() + (1 - TOLERANCE) * period_sec
-                with log_context.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.beginning(queue.name):
+                with log_context.bound(request_id=f"tick-{secrets.token_hex(6)}"), tracing.root_span(queue.name):
                     await work()
             await subscription.ack(deliveries[0])
 
-    await keep_connected(url, queue.name, session)
+    await run_with_reconnect(url, queue.name, session)

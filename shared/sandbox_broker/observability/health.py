@@ -1,4 +1,4 @@
-"""The operations routes that every service has: /healthz, /readyz and /metrics."""
+"""Operations routes of every service: /healthz, /readyz and /metrics."""
 
 import asyncio
 import uuid
@@ -10,15 +10,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 Check = Callable[[], Awaitable[str | None]]
-"""Answers None when all is well, else what is wrong in a few words."""
+"""Readiness check. It returns None if the component works, otherwise a short description of the problem."""
 
 CHECK_TIMEOUT_SEC = 2.0
 RETRY_AFTER_SEC = 2
 
 
 def routes(checks: Mapping[str, Check]) -> list[Route]:
-    """`checks` are what readiness depends on, by name: {"queue": …, "database": …}. A service that is about to stop
-    (`app.state.stopping`) is not ready, whatever they say."""
+    """Return the routes. `checks` are the readiness checks by name: {"queue": …, "database": …}. A stopping service
+    (`app.state.stopping`) is not ready, regardless of the checks."""
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -30,8 +30,8 @@ def routes(checks: Mapping[str, Check]) -> list[Route]:
         report = {name: problem or "ok" for name, problem in zip(checks, problems, strict=True)}
         if not any(problems):
             return JSONResponse({"status": "ready", "checks": report})
-        wrong = "; ".join(f"{name}: {problem}" for name, problem in report.items() if problem != "ok")
-        message = f"This service cannot work now ({wrong}). It tries again by itself."
+        failures = "; ".join(f"{name}: {problem}" for name, problem in report.items() if problem != "ok")
+        message = f"This service is not ready ({failures}). It retries by itself."
         return _not_ready(request, "unavailable", report, message)
 
     async def metrics(_: Request) -> Response:

@@ -1,8 +1,8 @@
-"""The ids of the work at hand: every log line has them, and the commands that it sends carry its `request_id` on,
-so that a request's whole story is found by its id in the logs of all services.
+"""Log context: ids that every log line of the current task carries.
 
-For work in a task of its own or within one `with`. Where thousands of requests share a task, their lines name their
-ids themselves.
+Commands take their `request_id` from it, so that a search for one id finds all log lines of a request in all
+services. The context is for work in its own task or in one `with` block. If many requests share a task, each log
+call passes the ids itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 MAX_IDS = 50
-"""In one log line: at the longest they may be, less than what log drivers cut a line at (16 KiB)."""
+"""Maximum number of ids in one log line. Even with the longest ids, the line stays below the 16 KiB of log
+drivers."""
 
-# One variable with a mapping in it. structlog's own keep one for each id, and look through all that there are at
-# each line.
-_ids: ContextVar[Mapping[str, object]] = ContextVar("story", default={})  # noqa: B039 (it is never changed in place)
+# One variable with a mapping. structlog's own context keeps a variable for each id, and iterates over all variables
+# for each line.
+_ids: ContextVar[Mapping[str, object]] = ContextVar("story", default={})  # noqa: B039 (never mutated)
 
 
 def ids() -> Mapping[str, object]:
@@ -22,19 +23,19 @@ def ids() -> Mapping[str, object]:
 
 
 def request_id() -> str | None:
-    """Of the request that the work at hand is done for, if there is one."""
-    found = _ids.get().get("request_id")
-    return None if found is None else str(found)
+    """Return the `request_id` of the log context, None if there is none."""
+    value = _ids.get().get("request_id")
+    return None if value is None else str(value)
 
 
 def bind(**ids: object) -> None:
-    """From here to the end of this task."""
+    """Add ids to the log context until the current task ends."""
     _ids.set({**_ids.get(), **ids})
 
 
 @contextmanager
 def bound(**ids: object) -> Iterator[None]:
-    """Within the block, and in the tasks that are begun there. An id that is None is left out."""
+    """Add ids to the log context of the block and of tasks started in it. Ids that are None are left out."""
     token = _ids.set({**_ids.get(), **{name: value for name, value in ids.items() if value is not None}})
     try:
         yield
@@ -42,7 +43,7 @@ def bound(**ids: object) -> Iterator[None]:
         _ids.reset(token)
 
 
-def by_line(request_ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cuts a list of ids into pieces for one line each; without any there is one line all the same."""
+def split_by_line(request_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Split ids into batches of MAX_IDS, one for each log line. Without ids, yield one empty batch."""
     for start in range(0, max(1, len(request_ids)), MAX_IDS):
         yield request_ids[start : start + MAX_IDS]

@@ -1,8 +1,8 @@
-"""A line that comes again and again is written a while, and then counted.
+"""Log rate limit: write repeated log lines up to a limit, then count them.
 
-The first LINES of one kind in an interval are let through; how many more there were is told at its end. A kind
-is one event name, so that a storm of one error hides no other. Only warnings and errors are judged: a line at
-info tells of one thing that happened, and is part of somebody's story.
+The first LINES of each kind in an interval pass. At its end, the number of suppressed lines is reported. A kind is
+an event name, so many lines of one error hide no other error. The limit applies to warnings and errors only,
+because info lines are the log of single requests.
 """
 
 import threading
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LINES = 50
 INTERVAL_SEC = 10.0
 MAX_KINDS = 500
-"""That are told apart; our own event names are fewer."""
+"""Maximum number of kinds with their own limit. The event names of this project are fewer."""
 OTHER = "other"
 
 
@@ -24,25 +24,25 @@ class _Window:
     suppressed: int = 0
 
 
-class Storms:
+class LogRateLimit:
     def __init__(
         self,
-        tell: Callable[[str, int], None],
+        report: Callable[[str, int], None],
         *,
         lines: int = LINES,
         interval_sec: float = INTERVAL_SEC,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tell` is called with a kind and the number of its lines that were not let through; in a thread, since a
-        service may have stopped to log just then."""
-        self._tell = tell
+        """`report` is called with a kind and the number of its suppressed lines. It runs in a timer thread, because
+        no further log call may follow."""
+        self._report = report
         self._lines = lines
         self._interval_sec = interval_sec
         self._clock = clock
         self._windows: dict[str, _Window] = {}
         self._lock = threading.Lock()
 
-    def lets_through(self, kind: str) -> bool:
+    def allow(self, kind: str) -> bool:
         now = self._clock()
         with self._lock:
             if kind not in self._windows and len(self._windows) >= MAX_KINDS:
@@ -54,15 +54,15 @@ class Storms:
                 window.lines += 1
                 return True
             window.suppressed += 1
-            begins = window.suppressed == 1
-        if begins:
+            is_first = window.suppressed == 1
+        if is_first:
             timer = threading.Timer(window.ends_at - now, self._end, (kind, window))
             timer.daemon = True
             timer.start()
         return False
 
     def flush(self) -> None:
-        """Tells now what would be told later: the process ends."""
+        """Report all suppressed lines now, before the process ends."""
         for kind, window in list(self._windows.items()):
             self._end(kind, window)
 
@@ -70,4 +70,4 @@ class Storms:
         with self._lock:
             suppressed, window.suppressed = window.suppressed, 0
         if suppressed:
-            self._tell(kind, suppressed)
+            self._report(kind, suppressed)

@@ -1,7 +1,7 @@
-"""Log configuration: one line per event, with a dotted event name and ids, as JSON or for a terminal.
+"""Log configuration: one line per event, with a dotted event name and ids, as JSON or console text.
 
 Each line carries the log context (log_context.py) and no secret (redaction.py). Repeated warnings and errors are
-counted instead of written (log_rate_limit.py).
+counted, not written (log_rate_limit.py).
 """
 
 import atexit
@@ -14,7 +14,7 @@ import orjson
 import structlog
 
 from sandbox_broker.observability import log_context, metrics
-from sandbox_broker.observability.log_rate_limit import Storms
+from sandbox_broker.observability.log_rate_limit import LogRateLimit
 from sandbox_broker.observability.redaction import Redaction, secrets_of
 from sandbox_broker.runtime.settings import ServiceSettings
 
@@ -22,7 +22,8 @@ log = structlog.get_logger()
 
 
 def configure(settings: ServiceSettings, service: str) -> None:
-    """Sends structlog and the libraries' own loggers to standard output in one form. Call once, in main."""
+    """Configure structlog and the loggers of libraries to write to standard output in one format. Call once, in
+    main."""
     shared: list[structlog.typing.Processor] = [
         _add_ids,
         structlog.processors.add_log_level,
@@ -37,10 +38,10 @@ def configure(settings: ServiceSettings, service: str) -> None:
     foreign_renderer: structlog.typing.Processor
     factory: Callable[..., structlog.typing.WrappedLogger]
     if settings.log_format == "json":
-        # Without the local variables, which hold tokens and addresses with passwords.
+        # Without local variables, because they hold tokens and URLs with passwords.
         without_locals = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         shared.append(structlog.processors.ExceptionRenderer(without_locals))
-        # A line or two for each request: orjson and bytes take a third of the time.
+        # orjson and bytes, because they take a third of the time and every request logs a line or two.
         renderer = structlog.processors.JSONRenderer(serializer=orjson.dumps)
         factory = structlog.BytesLoggerFactory(sys.stdout.buffer)
         foreign_renderer = structlog.processors.JSONRenderer()
@@ -50,11 +51,11 @@ def configure(settings: ServiceSettings, service: str) -> None:
         )
         factory = structlog.WriteLoggerFactory(sys.stdout)
     level = logging.getLevelNamesMapping()[settings.log_level]
-    storms = Storms(_tell_suppressed)
-    atexit.register(storms.flush)
+    log_limit = LogRateLimit(_report_suppressed)
+    atexit.register(log_limit.flush)
 
-    def in_a_storm(_: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        if method not in ("info", "debug") and not storms.lets_through(event["event"]):
+    def limit_rate(_: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if method not in ("info", "debug") and not log_limit.allow(event["event"]):
             raise structlog.DropEvent
         return event
 
@@ -63,13 +64,13 @@ def configure(settings: ServiceSettings, service: str) -> None:
         return event
 
     structlog.configure(
-        processors=[in_a_storm, *shared, add_service, renderer, redact],
+        processors=[limit_rate, *shared, add_service, renderer, redact],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=factory,
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
-    handler.addFilter(lambda record: record.levelno < logging.WARNING or storms.lets_through(record.name))
+    handler.addFilter(lambda record: record.levelno < logging.WARNING or log_limit.allow(record.name))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, add_service],
@@ -81,7 +82,7 @@ def configure(settings: ServiceSettings, service: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    # They tell of every lost connection with a traceback; the bus says it in one line.
+    # These libraries log a traceback for every lost connection. messaging/connection.py logs it in one line.
     for library in ("aio_pika", "aiormq"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
@@ -91,6 +92,6 @@ def _add_ids(_: object, __: str, event: structlog.typing.EventDict) -> structlog
     return {**ids, **event} if ids else event
 
 
-def _tell_suppressed(event: str, lines: int) -> None:
+def _report_suppressed(event: str, lines: int) -> None:
     metrics.SUPPRESSED.labels(event).inc(lines)
     log.warning("log.suppressed", suppressed_event=event, lines=lines)

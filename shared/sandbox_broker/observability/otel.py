@@ -1,4 +1,4 @@
-"""What tracing.py uses of OpenTelemetry. Imported when a service begins to trace: the library takes memory."""
+"""OpenTelemetry tracer for tracing.py. Imported only if a service traces, because the library takes memory."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from opentelemetry.trace import (
 )
 
 EXPORT_TIMEOUT_SEC = 5
-"""A collector that does not answer must not keep a service from stopping."""
+"""Time limit, so that an unresponsive collector does not delay the stop of a service."""
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-01")
 
 
 class Tracer:
     def __init__(self, endpoint: str, service: str) -> None:
-        """`endpoint` is the collector's address, below which OTLP has its paths."""
+        """`endpoint` is the base URL of the collector. OTLP paths are appended to it."""
         resource = Resource.create({"service.namespace": "sandbox-broker", "service.name": service})
-        # What is not to be kept never comes here.
+        # Always on, because tracing.py has made the sampling decision.
         self._provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_SEC)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -45,7 +45,7 @@ class Tracer:
         attributes: Mapping[str, str | int | float | bool] | None,
         start_ns: int | None,
     ) -> Span | None:
-        """None where `parent` cannot be read: that is no reason to fail."""
+        """Return None if `parent` is not a valid traceparent, because tracing must not fail the work."""
         if isinstance(parent, str):
             remote = _read(parent)
             if remote is None:
@@ -60,18 +60,18 @@ class Tracer:
             start_time=start_ns,
         )
 
-    def failed(self, span: Span, code: str) -> None:
+    def mark_failed(self, span: Span, code: str) -> None:
         span.set_attribute("error.type", code)
         span.set_status(StatusCode.ERROR, code)
 
     def shutdown(self) -> None:
-        """Sends what has not been sent yet."""
+        """Export the remaining spans and stop."""
         self._provider.shutdown()
 
 
 def _read(traceparent: str) -> SpanContext | None:
-    found = _TRACEPARENT.fullmatch(traceparent)
-    if found is None:
+    match = _TRACEPARENT.fullmatch(traceparent)
+    if match is None:
         return None
     flags = TraceFlags(TraceFlags.SAMPLED)
-    return SpanContext(int(found[1], 16), int(found[2], 16), is_remote=True, trace_flags=flags)
+    return SpanContext(int(match[1], 16), int(match[2], 16), is_remote=True, trace_flags=flags)

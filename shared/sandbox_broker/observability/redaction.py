@@ -1,5 +1,5 @@
-"""Keeps secrets out of log lines, whoever wrote them: the values of our own settings wherever they turn up, and
-what looks like a secret of somebody else's."""
+"""Redaction of secrets in log lines, also in lines of libraries: values of secret settings, and text that looks
+like another secret."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings
 
 HIDDEN = "***"
 MIN_LENGTH = 6
-"""What is shorter is no secret, and hiding it would black out words."""
+"""Minimum length of a secret in characters. Hiding shorter values would black out ordinary words."""
 
 _JWT = re.compile(r"eyJ[\w-]+\.[\w.-]+")
 _USER_INFO = re.compile(r"(://[^/?#\s:@\"']*):[^/?#\s\"']+@")
@@ -20,8 +20,8 @@ _HINTS = ("eyJ", "://", "Bearer ", "Token ", "Basic ")
 
 
 def secrets_of(settings: BaseSettings) -> Iterator[str]:
-    """The tokens and passwords of the settings, those inside addresses too. A password that is the user's name as
-    well, as on a developer's machine, is left alone."""
+    """Yield the tokens and passwords of the settings, including passwords in URLs. A password that equals the user
+    name, as on a developer's machine, is left out."""
     for _, value in settings:
         if isinstance(value, SecretStr):
             yield value.get_secret_value()
@@ -36,11 +36,13 @@ def secrets_of(settings: BaseSettings) -> Iterator[str]:
 class Redaction:
     def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets if len(secret) >= MIN_LENGTH for form in _forms(secret)}
-        self._forms = sorted(forms, key=lambda form: -len(form))  # of two, one may be a part of the other
+        self._forms = sorted(
+            forms, key=lambda form: -len(form)
+        )  # longest first, because a form may contain another
         self._suspicious = [form.encode() for form in (*self._forms, *_HINTS)]
 
     def of_bytes(self, line: bytes) -> bytes:
-        """A search for each is nothing beside writing the line; what is found, seldom, is taken out with care."""
+        """Return the redacted line. A fast search for each form comes first, because few lines hold a secret."""
         for form in self._suspicious:
             if form in line:
                 return self.of_text(line.decode()).encode()
@@ -55,7 +57,7 @@ class Redaction:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """As it is, as JSON writes it, as repr() does, and as a URL has it."""
+    """Yield the secret unchanged and as encoded in JSON, repr() and URLs."""
     yield secret
     for ascii_only in (True, False):
         yield json.dumps(secret, ensure_ascii=ascii_only)[1:-1]

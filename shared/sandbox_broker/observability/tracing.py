@@ -1,11 +1,11 @@
 """OpenTelemetry traces. Off unless OTEL_EXPORTER_OTLP_ENDPOINT is set.
 
 A trace starts with an HTTP request or a tick. The sampling decision is made there, once. Work that is not sampled
-has no span and carries no context. A sampled trace travels as a W3C traceparent in commands, and in the database
-with a deletion that waits for its turn. A receiver of a traceparent continues that trace. The gateway ignores a
-traceparent from a client, because the client would decide how much is traced.
+has no span and carries no context. A sampled trace is passed on as a W3C traceparent in commands, and in the
+database for a pending deletion. A receiver of a traceparent continues the trace. The gateway ignores a traceparent
+from a client, because the client would decide how much is traced.
 
-Spans describe the work and its outcome by codes and ids. Error texts stay in the log, which hides secrets.
+Spans describe the work and its outcome by codes and ids. Error texts stay in the log, because it is redacted.
 """
 
 import random
@@ -31,30 +31,30 @@ _current: ContextVar["Span | None"] = ContextVar("span", default=None)
 
 
 def configure(settings: ServiceSettings, service: str) -> None:
-    """Begins to trace, if the settings say so. Call once, in main."""
-    global _tracer, _ratio  # noqa: PLW0603 (one for the process, as the loggers are)
+    """Enable tracing if an OTLP endpoint is set. Call once, in main."""
+    global _tracer, _ratio  # noqa: PLW0603 (one per process, like the loggers)
     if settings.otel_exporter_otlp_endpoint is not None:
-        from sandbox_broker.observability.otel import Tracer  # noqa: PLC0415 (see there)
+        from sandbox_broker.observability.otel import Tracer  # noqa: PLC0415 (see its docstring)
 
         _tracer = Tracer(settings.otel_exporter_otlp_endpoint, service)
         _ratio = settings.otel_traces_sampler_arg
 
 
 def shutdown() -> None:
-    """Sends what has not been sent yet, and ends."""
+    """Export the remaining spans and disable tracing."""
     global _tracer, _ratio
     tracer, _tracer, _ratio = _tracer, None, 0.0
     if tracer is not None:
         tracer.shutdown()
 
 
-def begin() -> bool:
-    """Whether a trace is to begin here: all that work without a trace is asked."""
-    return random.random() < _ratio  # noqa: S311 (chance, no secret)
+def should_sample() -> bool:
+    """Return whether to start a trace here, by chance. Call it for work without a trace."""
+    return random.random() < _ratio  # noqa: S311 (sampling, not a secret)
 
 
 def traceparent() -> str | None:
-    """What commands for the work at hand carry; None where it is not traced."""
+    """Return the traceparent of the current span for commands. None without a span."""
     span = _current.get()
     if span is None:
         return None
@@ -71,21 +71,21 @@ def start(
     attributes: Attributes | None = None,
     start_ns: int | None = None,
 ) -> "Span | None":
-    """A span for the caller to end; None where this service does not trace. `parent` is a span or a traceparent,
-    and without one a trace begins; `links` are traceparents."""
+    """Start a span. The caller ends it. Return None if tracing is off. `parent` is a span or a traceparent;
+    without one, a new trace starts. `links` are traceparents."""
     if _tracer is None:
         return None
     return _tracer.start(name, kind, parent=parent, links=links, attributes=attributes, start_ns=start_ns)
 
 
-def failed(span: "Span", code: str) -> None:
+def mark_failed(span: "Span", code: str) -> None:
     if _tracer is not None:
-        _tracer.failed(span, code)
+        _tracer.mark_failed(span, code)
 
 
 @contextmanager
-def using(span: "Span | None") -> Iterator[None]:
-    """Within the block, and in tasks begun there, the work at hand is this span's."""
+def use_span(span: "Span | None") -> Iterator[None]:
+    """Make `span` the current span of the block and of tasks started in it."""
     if span is None:
         yield
         return
@@ -97,35 +97,35 @@ def using(span: "Span | None") -> Iterator[None]:
 
 
 @contextmanager
-def within(
+def child_span(
     name: str, kind: Kind = "internal", *, parent: str | None = None, attributes: Attributes | None = None
 ) -> Iterator["Span | None"]:
-    """A span around the block, below the traceparent `parent` or else the span of the work at hand. None where
-    neither is."""
-    above = parent or _current.get()
-    span = None if above is None else start(name, kind, parent=above, attributes=attributes)
-    with _around(span):
+    """Run the block in a child span of the traceparent `parent`, or of the current span. Yield None without a
+    parent."""
+    parent_span = parent or _current.get()
+    span = None if parent_span is None else start(name, kind, parent=parent_span, attributes=attributes)
+    with _ended_span(span):
         yield span
 
 
 @contextmanager
-def beginning(name: str) -> Iterator["Span | None"]:
-    """A trace around the block, if one is to begin here."""
-    span = start(name, "internal") if begin() else None
-    with _around(span):
+def root_span(name: str) -> Iterator["Span | None"]:
+    """Run the block in the root span of a new trace, if it is sampled. Otherwise yield None."""
+    span = start(name, "internal") if should_sample() else None
+    with _ended_span(span):
         yield span
 
 
 @contextmanager
-def _around(span: "Span | None") -> Iterator[None]:
+def _ended_span(span: "Span | None") -> Iterator[None]:
     if span is None:
         yield
         return
-    with using(span):
+    with use_span(span):
         try:
             yield
         except BaseException as error:
-            failed(span, type(error).__name__)
+            mark_failed(span, type(error).__name__)
             raise
         finally:
             span.end()

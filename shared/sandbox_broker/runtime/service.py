@@ -1,4 +1,4 @@
-"""Runs a service: one process, one event loop, an HTTP port, and the tasks that do its work."""
+"""Service runtime: one process with one event loop, an HTTP port, and background tasks."""
 
 import asyncio
 import os
@@ -20,8 +20,8 @@ from sandbox_broker.runtime.uvicorn_protocol import StrictProtocol
 from sandbox_broker.runtime.uvicorn_server import STOP_SEC, Server
 
 KEEP_ALIVE_SEC = 75
-"""Longer than clients and proxies keep an idle connection (mostly up to 60 s). Were it the server that closes
-first, a request could be sent into the closing and be lost."""
+"""Longer than the idle time-out of clients and proxies (mostly up to 60 s). If the server closed first, a request
+sent at that moment could be lost."""
 
 T = TypeVar("T")
 
@@ -31,9 +31,11 @@ log = structlog.get_logger()
 def lifespan(
     *tasks: Callable[[], Coroutine[Any, Any, None]],
 ) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
-    """Runs `tasks` as long as the application lives. At the end they are cancelled one by one, the last first,
-    so that what a task builds on outlives it. One that ends by itself stops the process: whoever runs it
-    starts it afresh."""
+    """Return a lifespan that runs `tasks` while the application runs.
+
+    At the end it cancels them one by one in reverse order, so that a task never outlives the tasks it depends on. A
+    task that ends by itself stops the process, and the platform restarts it.
+    """
 
     @asynccontextmanager
     async def run_tasks(app: Starlette) -> AsyncIterator[None]:
@@ -51,23 +53,23 @@ def lifespan(
         finally:
             for task in reversed(running):
                 task.remove_done_callback(ended)
-                await cancel(task)
+                await cancel_and_wait(task)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("service.task_failed", task=task.get_name(), exc_info=error)
 
     return run_tasks
 
 
-async def cancel(task: asyncio.Task[Any]) -> None:
-    """Cancels until the task has ended. Once may not be enough: the wait_for of Python 3.11, in the client
-    library, loses a cancellation that comes just when its wait is over."""
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
+    """Cancel the task and wait until it has ended. Repeat the cancellation, because wait_for of Python 3.11 in the
+    client library can lose one that arrives when its wait ends."""
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=1)
 
 
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work` to its end, even when cancelled meanwhile; the cancellation comes after it."""
+async def run_uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` until it ends, even if the caller is cancelled. Then raise the cancellation."""
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -82,8 +84,8 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     raise cancelled
 
 
-async def every(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
-    """Runs `work` now and then once a period, for ever."""
+async def run_periodically(period_sec: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` now and then after each pause of `period_sec`, until cancelled."""
     while True:
         await work()
         await asyncio.sleep(period_sec)
@@ -98,16 +100,15 @@ def run(
     protocol: type[StrictProtocol] = StrictProtocol,
     drain_sec: float = 0,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests and tasks finish. Exits with 1 if a task failed, and with 2
-    and one line if the port is taken.
+    """Serve until SIGTERM or SIGINT, then let requests and tasks finish. Exit with 1 if a task failed, and with 2
+    and one line if a port is in use.
 
-    `ops_port` is a second port of the same application, which tells the two apart by `scope["server"]`. It is
-    served as long as the first one and drains with it. `bind_host` is a comma-separated list of the addresses to
-    listen on; empty for all.
+    `ops_port` is a second port of the same application, which distinguishes the ports by `scope["server"]`. Both
+    ports drain together. `bind_host` is a comma-separated list of addresses to listen on, empty for all.
     """
     raise_open_file_limit()
     try:
-        # Before the tasks start: a service that cannot listen takes no work from a queue.
+        # Before the tasks start, so that a service that cannot listen consumes no messages.
         addresses = parse_addresses(bind_host)
         listeners = [
             listener
@@ -139,8 +140,8 @@ def run(
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn has handlers of its own while it serves: this is for a signal that comes before, and for the
-        # one that it raises again when it is done, when a stop is no failure.
+        # uvicorn installs its own handlers while it serves. These handle a signal before that, and the signal that
+        # uvicorn raises again at its end, so that the process exits with 0.
         signal.signal(number, request_exit)
     server.run(listeners)
     tracing.shutdown()

@@ -1,4 +1,4 @@
-"""Settings come from environment variables or a `.env` file; a wrong one stops the service with one line."""
+"""Settings from environment variables or a `.env` file. An invalid setting stops the service with one line."""
 
 import ipaddress
 import sys
@@ -16,7 +16,7 @@ MIN_TOKEN_LENGTH = 12
 EXAMPLE_TOKENS = frozenset({"dev-track-token", "dev-admin-token", "dev-csp-token"})
 """The fixed tokens of `make run` in earlier versions. They are public, so every service refuses them."""
 
-_NEW_TOKEN = "make a new one with `openssl rand -hex 24`"  # noqa: S105 (an advice)
+_NEW_TOKEN = "make a new one with `openssl rand -hex 24`"  # noqa: S105 (not a password)
 
 
 def _url(*schemes: str, example: str) -> Callable[[str], str]:
@@ -24,7 +24,7 @@ def _url(*schemes: str, example: str) -> Callable[[str], str]:
         try:
             parts = urlsplit(value)
             valid = parts.scheme in schemes and bool(parts.hostname)
-            _ = parts.port  # raises on a port that is no number
+            _ = parts.port  # raises ValueError if the port is not a number
         except ValueError:
             valid = False
         if not valid:
@@ -35,12 +35,12 @@ def _url(*schemes: str, example: str) -> Callable[[str], str]:
 
 
 def _driver_neutral(value: str) -> str:
-    """asyncpg knows no SQLAlchemy driver names."""
+    """Remove the driver name of SQLAlchemy, because asyncpg does not accept it."""
     return value.replace("postgresql+asyncpg://", "postgresql://", 1)
 
 
 def none_if_empty(value: object) -> object:
-    """Compose hands on a variable that is set to nothing as an empty one."""
+    """Return None for an empty string, because Compose passes unset variables as empty strings."""
     return None if value == "" else value
 
 
@@ -49,7 +49,7 @@ def _to_upper(value: object) -> object:
 
 
 def split_tokens(listed: SecretStr) -> list[str]:
-    """Return the tokens of a comma-separated list, without blanks around them."""
+    """Return the tokens of a comma-separated list, without surrounding blanks."""
     return [part.strip() for part in listed.get_secret_value().split(",") if part.strip()]
 
 
@@ -121,19 +121,19 @@ CspUrl = Annotated[HttpUrl, AfterValidator(_require_tls)]
 """A URL of CSP. http:// needs a loopback host or `allow_insecure_csp`, a field that must come before this one."""
 CspToken = Annotated[SecretStr, Field(min_length=1), AfterValidator(_refuse_example_token)]
 Tokens = Annotated[SecretStr, AfterValidator(_check_token_list)]
-"""A comma-separated list of tokens, so that a token is rotated without downtime."""
+"""A comma-separated list of tokens, so that tokens can be rotated without downtime."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class ServiceSettings(BaseSettings):
-    """What every service has. The field names are the variables' names in lower case."""
+    """Settings of every service. A field name is the name of its environment variable in lower case."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     amqp_url: AmqpUrl = Field(repr=False)
     bind_host: Annotated[str, AfterValidator(_addresses)] = ""
-    """The addresses that the service listens on; empty for all addresses, IPv4 and IPv6."""
+    """Listening addresses of the service. Empty for all addresses, IPv4 and IPv6."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_to_upper)] = "INFO"
     log_format: Literal["json", "console"] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None
@@ -144,7 +144,7 @@ class CspSettings(ServiceSettings):
     """Settings of a service that calls CSP."""
 
     allow_insecure_csp: Annotated[str, AfterValidator(_normalize_insecure_csp)] = ""
-    """Empty: https:// only. `true`: http:// to any host. Otherwise the one host that may be called with http://."""
+    """Empty: https:// only. `true`: http:// to any host. Otherwise the only host that may be called with http://."""
     csp_base_url: CspUrl = "https://csp.infoblox.com/v2"
     csp_api_token: CspToken
 
@@ -153,7 +153,7 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S]) -> S:
-    """The settings from the environment; exits with status 2 and one line that names what is wrong."""
+    """Return the settings from the environment. Exit with status 2 and one line if a setting is invalid."""
     try:
         return settings()
     except ValidationError as error:
@@ -162,7 +162,7 @@ def load(settings: type[S]) -> S:
 
 
 def stop(line: str) -> NoReturn:
-    """Ends the process with one line for the person who starts it."""
+    """Exit with status 2 and one line for the operator."""
     sys.stderr.write(f"cannot start: {line}\n")
     raise SystemExit(2)
 

@@ -21,7 +21,7 @@ def parse_addresses(listed: str) -> list[str]:
 def open_listeners(port: int, addresses: Sequence[str] = ()) -> list[socket.socket]:
     """Bind `port` on each of `addresses`; without any, on all addresses of IPv4 and IPv6.
 
-    Where the kernel has no IPv6, IPv6 addresses are left out as long as an IPv4 address remains.
+    Without IPv6 in the kernel, IPv6 addresses are left out as long as an IPv4 address remains.
     Raises OSError with a text for the operator, such as "cannot listen on [::]:8080: Address already in use".
     """
     wanted = addresses or ALL_ADDRESSES
@@ -73,8 +73,8 @@ def _bind(address: str, port: int) -> socket.socket:
 
 
 def _has_ipv6() -> bool:
-    """Return whether the kernel has IPv6. It may be left out of the kernel, or disabled for all interfaces: then
-    even ::1 does not exist."""
+    """Return whether IPv6 is available. The kernel may lack IPv6, or it may be disabled for all interfaces. In both
+    cases even ::1 does not exist."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
             probe.bind(("::1", 0))

@@ -1,17 +1,18 @@
-"""HTTP/1.1 on the server side, for every service: uvicorn's protocol with strict message framing.
+"""HTTP/1.1 protocol of every service: uvicorn's protocol with strict message framing.
 
-A proxy and a server that disagree on where a request ends can be made to mix up the requests of two clients
+If a proxy and a server disagree on the end of a request, an attacker can mix up the requests of two clients
 (request smuggling). Therefore each message here has exactly one possible end, or the connection closes:
 
-- An offer to upgrade the protocol is ignored. httptools skips the body of a request with such an offer, so uvicorn
-  would take the body for the next request.
+- Upgrade offers are ignored. httptools skips the body of a request with an upgrade offer, so uvicorn would parse
+the
+  body as the next request.
 - No Host or two Hosts in HTTP/1.1, any Transfer-Encoding but exactly one `chunked`, CONNECT, and versions other
   than 1.0 and 1.1 are refused. llhttp, the parser, refuses further forms by itself: two Content-Lengths,
   Content-Length beside Transfer-Encoding, folded fields, bare CR or LF, spaces before a colon.
 - Trailer fields are dropped, because uvicorn would add them to the header fields of the request.
 - After a request that closes the connection, no further byte is parsed.
 
-This module holds all that the services know of uvicorn's and httptools' internals on the reading side.
+This module holds all dependencies on uvicorn's and httptools' internals for reading.
 """
 
 import json
@@ -25,17 +26,17 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 16 * 1024
-"""Longest request head: the request line and all header fields."""
+"""Maximum size of a request head: the request line and all header fields."""
 MAX_HEAD_FIELDS = 100
 MAX_LOGGED = 200
-"""Characters of the parser's report, which can quote a whole target."""
+"""Maximum length, in characters, of the parser error in the log. The error can quote a whole request target."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The answer to a message that is not passed on to the application."""
+    """Response to a message refused before the application."""
 
     status: int
     code: str
@@ -56,7 +57,7 @@ HEAD_TOO_LARGE = Refusal(
 
 
 class _RefusedError(Exception):
-    """Leaves a parser callback. httptools keeps it as the context of the error that it raises itself."""
+    """Raised in a parser callback. httptools keeps it as the context of its own error."""
 
     def __init__(self, refusal: Refusal, problem: str) -> None:
         super().__init__(problem)
@@ -64,7 +65,7 @@ class _RefusedError(Exception):
 
 
 class _DiscardedFields(list[tuple[bytes, bytes]]):
-    """Takes the trailer fields of a chunked body, and keeps none."""
+    """List that drops the trailer fields of a chunked body."""
 
     def append(self, _: tuple[bytes, bytes]) -> None:
         pass
@@ -74,24 +75,24 @@ _DISCARDED_FIELDS = _DiscardedFields()
 
 
 class StrictProtocol(HttpToolsProtocol):
-    """One connection. Subclasses may override `render_refusal`."""
+    """Protocol of one connection. Subclasses may override `render_refusal`."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        # uvicorn's own parser goes on after a request that closes the connection. This one stops.
+        # uvicorn's default parser continues after a request that closes the connection. This parser stops.
         self.parser = httptools.HttpRequestParser(self)
         self._message_complete = True
         self._upgrade_offered = False
         self._stopped = False
-        """Nothing more is read from this connection."""
+        """True when no more bytes are read from this connection."""
         self._running: RequestResponseCycle | None = None
-        """The request that the application works on. Pipelined requests wait in `self.pipeline`."""
+        """Request that the application handles. Pipelined requests wait in `self.pipeline`."""
         self._pending_bytes = 0
-        """Bytes of the slices before this one, since the parser last reported a new message or body data."""
+        """Bytes of earlier slices since the parser last reported a new message or body data."""
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        # In slices, because httptools collects an unfinished header field without a limit.
+        # In slices, because httptools buffers an unfinished header field without a limit.
         for start in range(0, len(data), MAX_HEAD_BYTES):
             if self._stopped or self.transport.is_closing():
                 return
@@ -141,14 +142,14 @@ class StrictProtocol(HttpToolsProtocol):
         self._pending_bytes = 0
         super().on_message_complete()
         if not self.parser.should_keep_alive():
-            # For most requests that is known already. A trailer `Connection: close` ends the parsing only here, and
-            # the next request on the connection would be refused.
+            # Usually known from the head. A trailer `Connection: close` is known only here. Without this, the next
+            # request on the connection would be refused.
             self.cycle.keep_alive = False
             if self.cycle.response_complete:
                 self.transport.close()
 
     def _check_head(self) -> None:
-        """Raise _RefusedError for a head that is too large, or that leaves the end of its message open."""
+        """Raise _RefusedError if the head is too large, or the end of its message is ambiguous."""
         if len(self.headers) > MAX_HEAD_FIELDS:
             raise _RefusedError(HEAD_TOO_LARGE, "too many header fields")
         # Only a head that needed several slices can be too large.
@@ -167,10 +168,10 @@ class StrictProtocol(HttpToolsProtocol):
             if hosts != 1 or encodings > 1:
                 raise _RefusedError(MALFORMED, f"{hosts} Host and {encodings} Transfer-Encoding fields")
         elif version != "1.0" or hosts > 1 or encodings:
-            # HTTP/1.0 knows no Transfer-Encoding (RFC 9112, 6.1), and its health checks send no Host.
+            # HTTP/1.0 has no Transfer-Encoding (RFC 9112, 6.1), and health checks over HTTP/1.0 send no Host.
             raise _RefusedError(MALFORMED, f"HTTP/{version}, {hosts} Host and {encodings} Transfer-Encoding fields")
         else:
-            self.expect_100_continue = False  # an HTTP/1.0 client takes "100 Continue" for the final response
+            self.expect_100_continue = False  # because an HTTP/1.0 client reads "100 Continue" as final
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise _RefusedError(MALFORMED, "CONNECT")
@@ -191,8 +192,8 @@ class StrictProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def refuse(self, refusal: Refusal, problem: str) -> None:
-        """Stop reading. Answer the message at hand with `refusal`, unless an earlier request still waits for its
-        response: then close the connection after that response, because a client would take the refusal for it."""
+        """Stop reading, and answer the current message with `refusal`. If an earlier request still waits for its
+        response, close the connection after that response instead, because the client would mix up the two."""
         self._stopped = True
         if self.transport.is_closing():
             return
@@ -211,17 +212,17 @@ class StrictProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
         request_id = str(uuid.uuid4())
-        # A warning, because the logs limit how many warnings of one kind they take.
+        # A warning, because the log rate limit applies to warnings.
         log.warning("request.malformed", request_id=request_id, problem=problem[:MAX_LOGGED])
         self.transport.write(self.render_refusal(refusal, request_id))
         self.transport.close()
 
     def _cycle_of_message(self) -> RequestResponseCycle | None:
-        """The request whose body is being read; None while its head is."""
+        """Return the request whose body is being read. None while a head is being read."""
         return self.cycle if self.cycle is not None and self.cycle.scope is self.scope else None
 
     def render_refusal(self, refusal: Refusal, request_id: str) -> bytes:
-        """Return the whole response."""
+        """Return the response, head and body."""
         detail = {"code": refusal.code, "message": refusal.message, "request_id": request_id}
         body = json.dumps({"detail": detail}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -229,6 +230,6 @@ class StrictProtocol(HttpToolsProtocol):
 
 
 def render_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """Return a response that closes the connection. `headers` include Content-Type and Content-Length."""
+    """Return a response that closes the connection. `headers` must have Content-Type and Content-Length."""
     fields = b"".join(b"%b: %b\r\n" % field for field in headers)
     return STATUS_LINE[status] + fields + b"connection: close\r\n\r\n" + body

@@ -19,7 +19,7 @@ from devstack.errors import CannotRun
 from devstack.main import SERVICES, Launcher, admin_token, run_stack
 from devstack.output import Terminal
 from devstack.settings import Settings
-from sandbox_broker.messaging.connection import opened
+from sandbox_broker.messaging.connection import open_connection
 
 SPEED = 100
 ACCOUNTS = 150
@@ -113,7 +113,7 @@ class Player:
         await self._control_csp("PUT", "script", {"name": "bad-day", "speed": SPEED})
 
     async def send_unreadable_message(self) -> None:
-        async with opened(self._amqp_url) as connection, connection.channel() as channel:
+        async with open_connection(self._amqp_url) as connection, connection.channel() as channel:
             message = Message(b'{"kind": "of an older version"}', content_type="application/json")
             await channel.default_exchange.publish(message, "allocator.maintenance")
 

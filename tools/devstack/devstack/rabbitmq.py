@@ -17,7 +17,7 @@ from devstack.ports import free_port, is_free
 from devstack.private import make_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.connection import opened
+from sandbox_broker.messaging.connection import open_connection
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _HOST = "127.0.0.1"
@@ -33,7 +33,7 @@ async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
             return "the format is amqp://user:password@host:5672/"
         async with asyncio.timeout(timeout):
             await _connect_tcp(url)
-            async with opened(url):
+            async with open_connection(url):
                 pass
     except TimeoutError:
         return f"no response within {timeout:.0f} s"
@@ -44,7 +44,7 @@ async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
 
 async def has_consumers(url: str, queue: str) -> bool:
     """Return True if the queue has a consumer, and False if the queue does not exist."""
-    async with opened(url, timeout=5) as connection:
+    async with open_connection(url, timeout=5) as connection:
         channel = await connection.channel()
         try:
             declared = await channel.declare_queue(queue, passive=True)
@@ -60,7 +60,7 @@ async def delete_outdated(url: str) -> list[str]:
     database contains the work. A queue with a consumer is kept.
     """
     outdated: list[str] = []
-    async with opened(url, timeout=5) as connection:
+    async with open_connection(url, timeout=5) as connection:
         for queue in topology.QUEUES:
             channel = await connection.channel()
             try:

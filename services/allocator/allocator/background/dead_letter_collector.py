@@ -24,9 +24,9 @@ from allocator import domain
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
 from sandbox_broker.database import connections, schema
-from sandbox_broker.messaging.connection import keep_connected
+from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.subscription import Subscription
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.runtime.service import run_uninterrupted
 
 PREFETCH = 20
 MAX_STORED = 100_000
@@ -54,16 +54,16 @@ class DeadLetterCollector:
         self._trimmed_at = -math.inf
 
     async def run(self) -> None:
-        await keep_connected(self._amqp_url, "allocator-dead-letters", self._consume)
+        await run_with_reconnect(self._amqp_url, "allocator-dead-letters", self._consume)
 
     async def _consume(self, connection: AbstractConnection) -> None:
         # Subscribe only while the database answers. RabbitMQ 4 counts returned messages against the delivery limit.
-        while (problem := await connections.ping(self._engine)) is not None:
+        while (problem := await connections.check_connection(self._engine)) is not None:
             log.warning("dead_letters.postponed", error=problem)
             await asyncio.sleep(PAUSE_SEC)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
-            if not await uninterrupted(self._store(deliveries)):
+            if not await run_uninterrupted(self._store(deliveries)):
                 return
             await subscription.ack(deliveries[-1], all_before=True)
 
@@ -80,7 +80,7 @@ class DeadLetterCollector:
                     if deleted:
                         log.warning("dead_letters.forgotten", count=deleted)
         except connections.CONNECTION_ERRORS as error:
-            log.warning("dead_letters.postponed", error=connections.reason(error))
+            log.warning("dead_letters.postponed", error=connections.describe_error(error))
             return False
         for letter in letters:
             fields = {name: letter[name] for name in ("queue", "reason", "commands")}

@@ -130,7 +130,7 @@ async def check_invariants(database_url: str, epoch: int) -> None:
     try:
         violations = await _fetch_violations_under(database_url, epoch)
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # a damaged index raises the latter
-        log.warning("invariants.not_checked", error=connections.reason(error))
+        log.warning("invariants.not_checked", error=connections.describe_error(error))
         violations = None
     if violations is None:
         metrics.INVARIANT_VIOLATIONS.clear()

@@ -21,8 +21,8 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.publisher import Outgoing, Publisher
-from sandbox_broker.runtime.service import uninterrupted
+from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
+from sandbox_broker.runtime.service import run_uninterrupted
 
 BATCH_SIZE = 100
 """Events per batch. Encoding a batch blocks the event loop, and with it the requests of students."""
@@ -93,7 +93,7 @@ class OutboxRelay:
                 finally:
                     connection.terminate()
             except UNAVAILABLE as error:
-                log.warning("outbox.database_lost", error=connections.reason(error))
+                log.warning("outbox.database_lost", error=connections.describe_error(error))
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:
@@ -103,10 +103,10 @@ class OutboxRelay:
         while True:
             now = asyncio.get_running_loop().time()
             if now - counted_at >= COUNTER_PERIOD_SEC:
-                await uninterrupted(_update_counters(connection))
+                await run_uninterrupted(_update_counters(connection))
                 counted_at = now
             self._wake.clear()
-            if await uninterrupted(self._publish_batch(connection)) < BATCH_SIZE:
+            if await run_uninterrupted(self._publish_batch(connection)) < BATCH_SIZE:
                 try:
                     async with asyncio.timeout(POLL_SEC):
                         await self._wake.wait()
@@ -139,6 +139,6 @@ async def _update_counters(connection: asyncpg.Connection) -> None:
     await connection.execute(DELETE_ZERO_COUNTERS)
 
 
-def _message(row: asyncpg.Record) -> Outgoing:
+def _message(row: asyncpg.Record) -> OutboundMessage:
     body = encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"])
-    return Outgoing(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)
+    return OutboundMessage(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)

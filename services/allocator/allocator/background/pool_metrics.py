@@ -59,7 +59,7 @@ class PoolMetrics:
         self._forecast = DepletionForecast()
 
     async def run(self) -> None:
-        await service.every(PERIOD_SEC, self._update)
+        await service.run_periodically(PERIOD_SEC, self._update)
 
     async def _update(self) -> None:
         try:
@@ -71,7 +71,7 @@ class PoolMetrics:
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
                 leases = await connection.scalar(text(COUNT_LEASES_EVER))
         except connections.CONNECTION_ERRORS as error:
-            log.warning("pool.not_counted", error=connections.reason(error))
+            log.warning("pool.not_counted", error=connections.describe_error(error))
             return
         counts = {status: int(number) for status, number in rows}
         metrics.SYNC_HELD.set(sync.held)

@@ -17,7 +17,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
-from sandbox_broker.runtime.service import every
+from sandbox_broker.runtime.service import run_periodically
 
 PERIOD_SEC = 5.0
 ANSWER_TIMEOUT_SEC = 2.0
@@ -37,7 +37,7 @@ class QueueMetrics:
 
     async def watch(self) -> None:
         """Measure every PERIOD_SEC until cancelled."""
-        await every(PERIOD_SEC, self.measure)
+        await run_periodically(PERIOD_SEC, self.measure)
 
     async def measure(self) -> None:
         """Measure all queues concurrently, so that a queue without an answer does not delay the others."""

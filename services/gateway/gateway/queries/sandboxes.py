@@ -238,7 +238,7 @@ def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
 async def read_connection(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Yield a database connection. Connection errors become ApiError DATABASE_UNAVAILABLE."""
     try:
-        with tracing.within("read", "client", attributes={"db.system.name": "postgresql"}):
+        with tracing.child_span("read", "client", attributes={"db.system.name": "postgresql"}):
             async with engine.connect() as connection:
                 yield connection
     except connections.CONNECTION_ERRORS as error:

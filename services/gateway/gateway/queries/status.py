@@ -59,7 +59,7 @@ class Probe(Generic[T]):
         try:
             return self._task.result()
         except ApiError as error:
-            return error.message if error.__cause__ is None else connections.reason(error.__cause__)
+            return error.message if error.__cause__ is None else connections.describe_error(error.__cause__)
 
     async def _run_check(self) -> T:
         return await self._check()

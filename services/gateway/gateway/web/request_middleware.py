@@ -83,7 +83,7 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif tracing.begin() and scope["path"].startswith("/v1"):
+        elif tracing.should_sample() and scope["path"].startswith("/v1"):
             await self._trace(scope, receive, send)
         else:
             await self._handle(scope, receive, send)
@@ -91,7 +91,7 @@ class RequestMiddleware:
     async def _trace(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
         span = tracing.start(scope["method"], "server")
-        with tracing.using(span):
+        with tracing.use_span(span):
             try:
                 await self._handle(scope, receive, send)
             finally:
@@ -188,7 +188,7 @@ def _annotate_span(span: "Span", state: Mapping[str, Any]) -> None:
         }
     )
     if status >= 500:
-        tracing.failed(span, state.get("code", str(status)))
+        tracing.mark_failed(span, state.get("code", str(status)))
 
 
 def _log_fields(state: Mapping[str, Any]) -> dict[str, Any]:

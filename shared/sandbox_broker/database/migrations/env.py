@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the migrations on the connection that sandbox_broker.migrate hands over."""
+"""Entry point of Alembic. It runs the migrations on the connection from sandbox_broker.migrate."""
 
 from alembic import context
 
