@@ -112,7 +112,7 @@ class Player:
     async def fail_for_15_minutes(self) -> None:
         await self._control_csp("PUT", "script", {"name": "bad-day", "speed": SPEED})
 
-    async def send_nonsense(self) -> None:
+    async def send_unreadable_message(self) -> None:
         async with open_connection(self._amqp_url) as connection, connection.channel() as channel:
             message = Message(b'{"kind": "of an older version"}', content_type="application/json")
             await channel.default_exchange.publish(message, "allocator.maintenance")

@@ -43,7 +43,7 @@ async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
 
 
 async def has_consumers(url: str, queue: str) -> bool:
-    """Whether somebody consumes from the queue; a queue that is not there has no consumers."""
+    """Return True if the queue has a consumer, and False if the queue does not exist."""
     async with open_connection(url, timeout=5) as connection:
         channel = await connection.channel()
         try:
