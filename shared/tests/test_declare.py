@@ -50,9 +50,9 @@ async def test_the_command_deletes_replaced_queues_without_a_consumer(tmp_path: 
 
         await channel.declare_queue(used.name, passive=True)
         for queue in unused:
-            async with connection.channel() as asking:
+            async with connection.channel() as probe_channel:
                 with pytest.raises(ChannelNotFoundEntity):
-                    await asking.declare_queue(queue.name, passive=True)
+                    await probe_channel.declare_queue(queue.name, passive=True)
 
 
 def test_a_missing_setting_or_server_is_reported_in_one_line(tmp_path: Path) -> None:

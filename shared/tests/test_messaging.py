@@ -516,11 +516,11 @@ async def test_an_invalid_reply_fails_only_its_request(clean_queues: str, bus: B
 
 
 async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
-    asking = [asyncio.ensure_future(bus.ask()) for _ in range(20)]
+    requests = [asyncio.ensure_future(bus.ask()) for _ in range(20)]
     await wait_until(lambda: len(bus.requester._waiting) == 20)
-    for task in asking:
+    for task in requests:
         task.cancel()
-    await asyncio.wait(asking)
+    await asyncio.wait(requests)
     await wait_until(lambda: bus.requester._waiting == {})
 
 
@@ -556,11 +556,11 @@ async def test_a_delivery_that_expires_in_the_consumer_is_dropped(
 async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str, bus: Bus) -> None:
     publisher = Publisher(clean_queues, "late")
     async with background_tasks(consume(clean_queues, replying(publisher))):
-        asking = asyncio.ensure_future(bus.ask())
+        requests = asyncio.ensure_future(bus.ask())
         with structlog.testing.capture_logs() as logs:
             await wait_until(lambda: "reply.delayed" in [line["event"] for line in logs])
         async with background_tasks(publisher.run()):
-            assert await asking == ListingBegun(listing_id=0)
+            assert await requests == ListingBegun(listing_id=0)
 
 
 async def test_a_reply_that_cannot_be_published_is_dropped(
@@ -584,7 +584,7 @@ async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(c
         await made.requester._session(opened)
 
     async with background_tasks(made.publisher.run(), run_with_reconnect(clean_queues, "test", session)):
-        asking = asyncio.ensure_future(made.ask())
+        requests = asyncio.ensure_future(made.ask())
         await wait_until(lambda: made.requester._waiting)
         queue = made.requester._reply_queue
         assert queue is not None
@@ -592,7 +592,7 @@ async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(c
             await channel.queue_delete(queue)
         async with asyncio.timeout(AT_ONCE_SEC):
             with pytest.raises(Disconnected, match="lost"):
-                await asking
+                await requests
         await wait_until(lambda: made.requester.connected)
         assert made.requester._reply_queue != queue
         async with background_tasks(consume(clean_queues, replying(made.publisher))):
@@ -606,14 +606,14 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
     private: PrivateRabbitMQ, connected: Connected
 ) -> None:
     async with connected(private.url) as made:
-        asking = [asyncio.ensure_future(made.ask()) for _ in range(50)]
+        requests = [asyncio.ensure_future(made.ask()) for _ in range(50)]
         await wait_until(lambda: len(made.requester._waiting) == 50)
         await wait_until(lambda: not made.publisher._limits)
         await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
         async with asyncio.timeout(AT_ONCE_SEC):
-            results = await asyncio.gather(*asking, return_exceptions=True)
+            results = await asyncio.gather(*requests, return_exceptions=True)
             published = await asyncio.gather(*publishing, return_exceptions=True)
         assert {type(result) for result in results} == {Disconnected}
         assert {type(result) for result in published} <= {Disconnected, type(None)}
@@ -783,15 +783,15 @@ async def test_cancellation_closes_the_connections_in_bounded_time(amqp_proxy: T
         assert await made.ask() == ListingBegun(listing_id=0)
         if silent:
             amqp_proxy.pause()
-        asking = [asyncio.ensure_future(made.ask()) for _ in range(10)]
+        requests = [asyncio.ensure_future(made.ask()) for _ in range(10)]
         await asyncio.sleep(0)
         cancelled_at = loop.time()
     assert loop.time() - cancelled_at < (3 * connection.CONNECT_TIMEOUT_SEC + 1 if silent else AT_ONCE_SEC)
     amqp_proxy.reset()
     amqp_proxy.resume()
-    for task in asking:
+    for task in requests:
         task.cancel()
-    await asyncio.wait(asking)
+    await asyncio.wait(requests)
 
 
 async def test_cancellation_during_connect_leaks_no_connection(amqp_proxy: TcpProxy) -> None:

@@ -50,10 +50,10 @@ if module == "allocator":
     consumer.publish_replies = answer_student  # type: ignore[attr-defined]
     subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
-    from reaper import asking, deletion
+    from reaper import allocator_requests, deletion
     from sandbox_broker.csp import client as csp_client
 
-    asking.REQUEST_TIMEOUT_SEC = 3
+    allocator_requests.REQUEST_TIMEOUT_SEC = 3
     deletion.CSP_TIMEOUT_SEC = 5
 
     from reaper import cleanup
@@ -64,10 +64,10 @@ if module == "reaper":
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
-    from csp_syncer import asking as syncer_asking
+    from csp_syncer import allocator_requests as syncer_requests
     from csp_syncer import syncer
 
-    request_reply = syncer_asking.request_reply
+    request_reply = syncer_requests.request_reply
 
     async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
         kind = type(command).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from devstack.crashes import CrashPoints
-from reaper import asking, deletion
+from reaper import allocator_requests, deletion
 from sandbox_broker.csp import client as csp_client
 from sandbox_broker.messaging import subscription
 
@@ -29,7 +29,7 @@ CRASH_COMMANDS = (
 module = sys.argv.pop(1)
 crashes = CrashPoints(Path(os.environ["DIE_AT"]), module)
 
-asking.REQUEST_TIMEOUT_SEC = 1
+allocator_requests.REQUEST_TIMEOUT_SEC = 1
 deletion.CSP_TIMEOUT_SEC = 1
 
 from reaper import cleanup  # noqa: E402 (derives constants from the time-outs above)
@@ -65,11 +65,11 @@ if module == "allocator":
     listings.apply_listing = apply_listing_and_crash
     subscription.Subscription.ack = crashes.wrap(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
-    from csp_syncer import asking as syncer_asking
+    from csp_syncer import allocator_requests as syncer_requests
     from csp_syncer import chunking, syncer
 
     chunking.BATCH_SIZE = 10  # a small listing then needs several commands
-    request_reply = syncer_asking.request_reply
+    request_reply = syncer_requests.request_reply
 
     async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
         name = type(command).__name__

@@ -2,7 +2,7 @@
 
 import structlog
 
-from csp_syncer.asking import CommandRefused, request_reply
+from csp_syncer.allocator_requests import CommandRefused, request_reply
 from csp_syncer.settings import Settings
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
 from sandbox_broker.contract.replies import Purged

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from csp_syncer import metrics
-from csp_syncer.asking import CommandRefused, request_reply
+from csp_syncer.allocator_requests import CommandRefused, request_reply
 from csp_syncer.chunking import split_listing
 from csp_syncer.settings import Settings
 from sandbox_broker.contract.commands import ApplyListing, BeginListing, RecordJob, RefreshSandboxes

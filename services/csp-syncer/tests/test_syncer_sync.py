@@ -8,7 +8,7 @@ import pytest
 from aio_pika.abc import AbstractConnection
 from structlog.testing import capture_logs
 
-from csp_syncer import asking, chunking, syncer
+from csp_syncer import allocator_requests, chunking, syncer
 from csp_syncer.triggers import CommandConsumer, send_sync_command
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -245,7 +245,7 @@ async def test_a_sync_without_an_allocator_is_a_refusal_and_the_next_one_works(
 ) -> None:
     async with syncing(queues, csp):
         with monkeypatch.context() as patch:
-            patch.setattr(asking, "REQUEST_TIMEOUT_SEC", 0.3)
+            patch.setattr(allocator_requests, "REQUEST_TIMEOUT_SEC", 0.3)
             reply = await caller.sync()
         assert isinstance(reply, Refused)
         assert reply.code == "ALLOCATOR_UNAVAILABLE"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from reaper.asking import CommandNotDone, request_reply
+from reaper.allocator_requests import CommandNotDone, request_reply
 from reaper.deletion import Outcome
 from sandbox_broker.contract.commands import RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused

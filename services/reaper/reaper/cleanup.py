@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from reaper.admin_jobs import AdminJobs
-from reaper.asking import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
+from reaper.allocator_requests import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
 from reaper.circuit_breaker import State
 from reaper.deletion import Deleter
 from reaper.settings import Settings

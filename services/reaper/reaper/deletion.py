@@ -7,7 +7,7 @@ from enum import Enum, auto
 import structlog
 
 from reaper import metrics, niosxaas_cleanup
-from reaper.asking import CommandNotDone, request_reply
+from reaper.allocator_requests import CommandNotDone, request_reply
 from reaper.backoff import compute_retry_delay
 from reaper.circuit_breaker import CircuitBreaker, State
 from reaper.settings import Settings

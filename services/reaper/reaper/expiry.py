@@ -2,7 +2,7 @@
 
 import structlog
 
-from reaper.asking import CommandNotDone, request_reply
+from reaper.allocator_requests import CommandNotDone, request_reply
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ExpireLeases
 from sandbox_broker.contract.replies import LeasesExpired
