@@ -207,7 +207,7 @@ async def test_dead_letters_are_listed_shown_and_dropped(stack: Stack) -> None:
     shown = await run_brokerctl(stack, "dlq", "show", unreadable["dead_letter_id"])
     assert "nonsense" in shown.out
     assert "\x1b" not in shown.out  # control characters of the message are escaped
-    assert "no envelope" in shown.out
+    assert "not an envelope" in shown.out
     unknown_command = next(letter for letter in letters if letter["commands"])
     letter = (await run_brokerctl(stack, "dlq", "show", unknown_command["dead_letter_id"], "--json")).json
     assert json.loads(letter["payload"]) == {"commands": [{"type": "Unknown"}]}
