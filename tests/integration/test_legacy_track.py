@@ -97,7 +97,9 @@ async def test_the_script_reads_errors_from_the_body(ada: Track) -> None:
     code, output = await ada.run("allocate", SANDBOX_NAME_PREFIX="nothing-")
     assert code == 1
     assert output.startswith("409 POOL_EXHAUSTED No available sandboxes in pool with the name prefix 'nothing-'")
-    assert (await ada.run("allocate", BROKER_API_TOKEN="wrong"))[1].startswith("401 UNAUTHORIZED This token")
+    assert (await ada.run("allocate", BROKER_API_TOKEN="wrong"))[1].startswith(
+        "401 UNAUTHORIZED The token is unknown."
+    )
     await ada.run("allocate")
     code, output = await ada.run("cleanup", INSTRUQT_PARTICIPANT_ID="inst-eve")
     assert (code, output.split()[:2]) == (1, ["403", "NOT_SANDBOX_OWNER"])

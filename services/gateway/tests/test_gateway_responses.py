@@ -97,7 +97,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError("SELECT secret FROM somewhere")
 
-    monkeypatch.setattr(track, "_ask", crash)
+    monkeypatch.setattr(track, "_request", crash)
     return create_app_without_servers()
 
 
