@@ -165,7 +165,7 @@ async def test_publishing_without_a_connection_fails_at_once(clean_queues: str) 
         with pytest.raises(Disconnected):
             await made.put()
         with pytest.raises(Disconnected):
-            await made.publisher.consumers(QUEUE.name)
+            await made.publisher.count_consumers(QUEUE.name)
         with pytest.raises(Disconnected):
             await made.requester.send(QUEUE, [BeginListing()], timeout_sec=1)
     assert not made.requester.connected
@@ -178,19 +178,19 @@ async def test_an_invalid_message_does_not_close_the_connection(bus: Bus) -> Non
 
 
 async def test_consumers_counts_the_consumers_of_a_queue(bus: Bus, consuming: AbstractConnection) -> None:
-    assert await bus.publisher.consumers(QUEUE.name) == 0
+    assert await bus.publisher.count_consumers(QUEUE.name) == 0
     await Subscription.open(consuming, QUEUE, prefetch=1)
-    assert await bus.publisher.consumers(QUEUE.name) == 1
+    assert await bus.publisher.count_consumers(QUEUE.name) == 1
 
 
 async def test_inspection_of_a_missing_queue_does_not_affect_publishing(bus: Bus) -> None:
     publishing = [asyncio.ensure_future(bus.put()) for _ in range(50)]
     for _ in range(3):
         with pytest.raises(Disconnected):
-            await bus.publisher.consumers("nowhere")
+            await bus.publisher.count_consumers("nowhere")
     await asyncio.gather(*publishing)
     assert bus.publisher.connected
-    assert await bus.publisher.consumers(QUEUE.name) == 0
+    assert await bus.publisher.count_consumers(QUEUE.name) == 0
 
 
 async def test_a_reset_connection_fails_all_open_publishes_and_reconnects(
@@ -566,7 +566,7 @@ async def test_a_reply_waits_until_its_publisher_is_connected(clean_queues: str,
 async def test_a_reply_that_cannot_be_published_is_dropped(
     bus: Bus, consuming: AbstractConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subscription_module, "ANSWER_PATIENCE_SEC", 0.3)
+    monkeypatch.setattr(subscription_module, "REPLY_RETRY_SEC", 0.3)
     await bus.put(properties=Basic.Properties(reply_to="somebody", correlation_id="1"))
     subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
     (delivery,) = await subscription.batch(1)

@@ -41,9 +41,9 @@ async def run_job(
     job_id = uuid.uuid4()
     code, service = unavailable
     try:
-        if await context.publisher.consumers(queue.name) == 0:
+        if await context.publisher.count_consumers(queue.name) == 0:
             raise ApiError(code, f"No {service} is running. Start it, then try again.")
-        if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
+        if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         request.scope["state"]["ids"] = {"job_id": str(job_id)}
         await _record_job(

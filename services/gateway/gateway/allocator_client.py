@@ -145,7 +145,9 @@ class AllocatorClient:
     async def _count_consumers(self) -> None:
         try:
             timeout_sec = PROBE_TIMEOUT_WHEN_UP_SEC if self._present else PROBE_TIMEOUT_WHEN_DOWN_SEC
-            present = await self._publisher.consumers(topology.ALLOCATOR_COMMANDS.name, timeout_sec=timeout_sec) > 0
+            present = (
+                await self._publisher.count_consumers(topology.ALLOCATOR_COMMANDS.name, timeout_sec=timeout_sec) > 0
+            )
         except Disconnected:
             present = False
         if present != self._present:

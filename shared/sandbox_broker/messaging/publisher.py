@@ -185,11 +185,11 @@ class Publisher:
                 async with asyncio.timeout(PUBLISH_TIMEOUT_SEC):
                     await self._channel.close()
 
-    async def consumers(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> int:
-        """Return the number of consumers of the queue. Raises the errors of `look`."""
-        return (await self.look(queue, timeout_sec=timeout_sec)).consumers
+    async def count_consumers(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> int:
+        """Return the number of consumers of the queue. Raises the errors of `inspect_queue`."""
+        return (await self.inspect_queue(queue, timeout_sec=timeout_sec)).consumers
 
-    async def look(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> QueueInfo:
+    async def inspect_queue(self, queue: str, *, timeout_sec: float = PUBLISH_TIMEOUT_SEC) -> QueueInfo:
         """Return the counts of the queue. Raises QueueUnavailable if RabbitMQ does not answer for this queue or it
         does not exist, and Disconnected without a connection."""
         if self._inspector is None:

@@ -26,10 +26,10 @@ from sandbox_broker.observability import log_context, metrics
 
 SUBSCRIBE_TIMEOUT_SEC = 5.0
 
-ANSWER_PATIENCE_SEC = 3.0
+REPLY_RETRY_SEC = 3.0
 """Time limit for publishing a reply. After it, the requester has given up or soon will."""
 
-ANSWER_PAUSE_SEC = 0.1
+REPLY_PAUSE_SEC = 0.1
 
 PUBLISHED_AT = "published_at"
 """Header with the time of publication in Unix milliseconds, by the clock of the publisher."""
@@ -138,7 +138,7 @@ def _tag(delivery: DeliveredMessage) -> int:
 
 
 async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
-    """Publish the replies; retry for ANSWER_PATIENCE_SEC after a disconnect. A requester that has gone is not an
+    """Publish the replies; retry for REPLY_RETRY_SEC after a disconnect. A requester that has gone is not an
     error. Requesters drop duplicate replies."""
     request = delivery.header.properties
     if not request.reply_to:
@@ -146,7 +146,7 @@ async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, repl
     body = ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode()
     properties = Basic.Properties(content_type="application/json", correlation_id=request.correlation_id)
     try:
-        async with asyncio.timeout(ANSWER_PATIENCE_SEC):
+        async with asyncio.timeout(REPLY_RETRY_SEC):
             while True:
                 try:
                     return await publisher.publish(
@@ -154,6 +154,6 @@ async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, repl
                     )
                 except Disconnected as error:
                     log.info("reply.delayed", error=str(error))
-                    await asyncio.sleep(ANSWER_PAUSE_SEC)
+                    await asyncio.sleep(REPLY_PAUSE_SEC)
     except TimeoutError:
         log.warning("reply.lost")  # a retry of the requester gets the same reply

@@ -46,7 +46,7 @@ class QueueMetrics:
     async def _measure_queue(self, name: str) -> None:
         """Set the gauges of a queue. Remove them without an answer, because an old value would hide the problem."""
         try:
-            info = await self._publisher.look(name, timeout_sec=ANSWER_TIMEOUT_SEC)
+            info = await self._publisher.inspect_queue(name, timeout_sec=ANSWER_TIMEOUT_SEC)
         except Disconnected as error:
             for gauge in (metrics.QUEUE_DEPTH, metrics.QUEUE_AGE, metrics.QUEUE_CONSUMERS):
                 gauge.remove(name)

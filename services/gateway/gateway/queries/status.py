@@ -132,7 +132,7 @@ async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
 async def _inspect_queue(publisher: Publisher, name: str) -> QueueStatus:
     """Raise Disconnected if the connection is lost."""
     try:
-        info = await publisher.look(name, timeout_sec=PROBE_TIMEOUT_SEC)
+        info = await publisher.inspect_queue(name, timeout_sec=PROBE_TIMEOUT_SEC)
     except QueueUnavailable as error:
         problem = _no_answer() if error.__cause__ is None else str(error)
         return QueueStatus(queue=name, messages=None, consumers=None, problem=problem)

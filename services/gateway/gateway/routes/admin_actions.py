@@ -103,7 +103,7 @@ async def request_maintenance(request: Request, command: Command, reply_type: ty
     """
     context: Context = request.app.state.context
     try:
-        if await context.publisher.consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
+        if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         with log_context.bound(request_id=request.state.request_id):
             reply = await context.requester.request(
