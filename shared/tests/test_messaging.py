@@ -416,7 +416,7 @@ async def test_settling_a_delivery_of_a_lost_channel_is_harmless(bus: Bus, consu
 
 async def test_a_missing_queue_raises_disconnected(consuming: AbstractConnection) -> None:
     with pytest.raises(Disconnected, match="nowhere"):
-        await Subscription.open(consuming, topology.Queue("nowhere"), prefetch=1)
+        await Subscription.open(consuming, topology.Queue("nowhere", "allocator"), prefetch=1)
 
 
 async def test_a_consumer_recovers_from_the_deletion_of_its_queue(
@@ -526,7 +526,7 @@ async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
 
 async def test_an_unroutable_request_is_forgotten(bus: Bus) -> None:
     with pytest.raises(Unroutable):
-        await bus.requester.request(topology.Queue("nowhere"), BeginListing(), timeout_sec=5)
+        await bus.requester.request(topology.Queue("nowhere", "allocator"), BeginListing(), timeout_sec=5)
     await wait_until(lambda: bus.requester._waiting == {})
 
 

@@ -81,6 +81,20 @@ def test_bindings_and_dead_letter_exchanges_refer_to_declared_names() -> None:
         assert queue.arguments.get("x-dead-letter-exchange", topology.DEAD_LETTERS.name) in exchanges
 
 
+@pytest.mark.parametrize(
+    ("queue", "service"),
+    [
+        *((queue.name, queue.owner) for queue in topology.QUEUES),
+        (topology.DEAD_LETTER_QUEUE.name, "allocator"),
+        *((queue.replaces, queue.owner) for queue in topology.QUEUES if queue.replaces),
+        ("forged", "forged"),
+        ("", ""),
+    ],
+)
+def test_the_owner_of_a_queue_name_is_its_consumer(queue: str, service: str) -> None:
+    assert topology.owner_of(queue) == service
+
+
 SENDERS = (topology.COMMANDS, topology.COMMANDS_FROM_REAPER, topology.COMMANDS_FROM_SYNCER)
 
 

@@ -12,7 +12,7 @@ from sandbox_broker.contract import topology
 
 def without_single_active_consumer(queue: topology.Queue) -> topology.Queue:
     arguments = {name: value for name, value in queue.arguments.items() if name != "x-single-active-consumer"}
-    return topology.Queue(queue.name, arguments)
+    return dataclasses.replace(queue, arguments=arguments)
 
 
 commands = without_single_active_consumer(topology.ALLOCATOR_COMMANDS)

@@ -55,7 +55,13 @@ async def test_service_state_follows_the_consumers_of_its_queues(
         async with gateway.allocator.consuming(clean_queues), gateway.maintenance.consuming(clean_queues):
             report = await get_status(gateway)
     assert services(report) == {"allocator": "partly", "csp-syncer": "down", "reaper": "down"}
-    commands = {"queue": "allocator.commands", "messages": 0, "consumers": 1, "problem": None}
+    commands = {
+        "queue": "allocator.commands",
+        "service": "allocator",
+        "messages": 0,
+        "consumers": 1,
+        "problem": None,
+    }
     assert commands in report["queues"]
     up = {"state": "up", "problem": None}
     assert (report["rabbitmq"], report["database"]) == (up, up)
@@ -121,6 +127,7 @@ async def test_report_names_a_queue_without_an_answer(
         cable.answer()
     silent = {
         "queue": topology.EXPIRY_TICKS.name,
+        "service": "reaper",
         "messages": None,
         "consumers": None,
         "problem": "no answer in 2 s",

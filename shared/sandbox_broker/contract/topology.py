@@ -15,6 +15,9 @@ from pydantic import BaseModel
 from sandbox_broker.contract import commands
 from sandbox_broker.contract.commands import Command
 
+Service = Literal["allocator", "csp-syncer", "reaper"]
+"""Services that consume queues."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -27,6 +30,8 @@ class Exchange:
 @dataclass(frozen=True, slots=True)
 class Queue:
     name: str
+    owner: Service
+    """Service that consumes the queue."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     replaces: str | None = None
     """Queue of earlier versions, replaced by this queue. `connection.delete_replaced` deletes it."""
@@ -112,16 +117,16 @@ _SINGLE: Mapping[str, Any] = {**_QUORUM, "x-single-active-consumer": True}
 _TICK: Mapping[str, Any] = {**_SINGLE, "x-max-length": 1, "x-overflow": "drop-head"}
 
 # Two queues, so that requests of students never wait behind listings, expiry and records of deletions.
-ALLOCATOR_COMMANDS = Queue("allocator.commands", _SINGLE)
-ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", _SINGLE)
-SYNCER_COMMANDS = Queue("csp-syncer.commands", _SINGLE)
-REAPER_COMMANDS = Queue("reaper.commands", _SINGLE)
-SYNC_TICKS = Queue("csp-syncer.ticks.sync", _TICK, replaces="csp-syncer.ticks")
-PURGE_TICKS = Queue("csp-syncer.ticks.purge", _TICK, replaces="csp-syncer.purge_ticks")
-CLEANUP_TICKS = Queue("reaper.ticks.cleanup", _TICK, replaces="reaper.cleanup_ticks")
-EXPIRY_TICKS = Queue("reaper.ticks.expiry", _TICK, replaces="reaper.expiry_ticks")
-REAPER_EVENTS = Queue("reaper.events", _SINGLE)
-DEAD_LETTER_QUEUE = Queue("broker.dead_letters", {"x-queue-type": "quorum"})
+ALLOCATOR_COMMANDS = Queue("allocator.commands", "allocator", _SINGLE)
+ALLOCATOR_MAINTENANCE = Queue("allocator.maintenance", "allocator", _SINGLE)
+SYNCER_COMMANDS = Queue("csp-syncer.commands", "csp-syncer", _SINGLE)
+REAPER_COMMANDS = Queue("reaper.commands", "reaper", _SINGLE)
+SYNC_TICKS = Queue("csp-syncer.ticks.sync", "csp-syncer", _TICK, replaces="csp-syncer.ticks")
+PURGE_TICKS = Queue("csp-syncer.ticks.purge", "csp-syncer", _TICK, replaces="csp-syncer.purge_ticks")
+CLEANUP_TICKS = Queue("reaper.ticks.cleanup", "reaper", _TICK, replaces="reaper.cleanup_ticks")
+EXPIRY_TICKS = Queue("reaper.ticks.expiry", "reaper", _TICK, replaces="reaper.expiry_ticks")
+REAPER_EVENTS = Queue("reaper.events", "reaper", _SINGLE)
+DEAD_LETTER_QUEUE = Queue("broker.dead_letters", "allocator", {"x-queue-type": "quorum"})
 
 EXCHANGES: tuple[Exchange, ...] = (
     COMMANDS,
@@ -175,6 +180,15 @@ BINDINGS: tuple[Binding, ...] = (
 _COMMANDS_OF: Mapping[str, frozenset[type[BaseModel]]] = {
     exchange.name: exchange.commands for exchange in EXCHANGES
 }
+
+
+_OWNERS: Mapping[str, Service] = {queue.name: queue.owner for queue in QUEUES}
+
+
+def owner_of(queue: str) -> str:
+    """Return the service that consumes the queue of this name. The name of any other queue begins with its service,
+    for example a queue of an earlier version in a dead letter."""
+    return _OWNERS.get(queue) or queue.partition(".")[0]
 
 
 def can_carry(exchange: str | None, command: Command) -> bool:

@@ -90,8 +90,9 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
                 name, "Its queues have no consumer.", SERVICE_DOWN_ADVICE.get(name, "Start the service.")
             )
         elif state == "partly":
+            # A gateway of an earlier version does not name the service of a queue.
             unconsumed = [
-                entry["queue"] for entry in queues if entry["consumers"] == 0 and _is_queue_of(entry["queue"], name)
+                entry["queue"] for entry in queues if entry["consumers"] == 0 and entry.get("service", name) == name
             ]
             yield AttentionItem(
                 name, f"No consumer on {', '.join(unconsumed)}.", "Its log has the reason. Restart it."
@@ -109,10 +110,6 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
                 f"{entry['messages']} messages wait.",
                 "Check that its consumer makes progress, and read its log.",
             )
-
-
-def _is_queue_of(queue: str, service: str) -> bool:
-    return queue.startswith(f"{service}.") or (service == "allocator" and queue.startswith("broker."))
 
 
 def _check_pool(pool: Mapping[str, int]) -> Iterator[AttentionItem]:

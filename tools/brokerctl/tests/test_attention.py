@@ -11,13 +11,14 @@ from brokerctl import output
 from brokerctl.attention import find_attention_items
 
 UP = {"state": "up", "problem": None}
-QUEUES = (
-    "allocator.commands",
-    "allocator.maintenance",
-    "reaper.events",
-    "csp-syncer.commands",
-    "broker.dead_letters",
-)
+QUEUES = {
+    "allocator.commands": "allocator",
+    "allocator.maintenance": "allocator",
+    "reaper.events": "reaper",
+    "csp-syncer.commands": "csp-syncer",
+    "broker.dead_letters": "allocator",
+}
+"""Queue -> service."""
 
 
 def build_status(**changes: Any) -> dict[str, Any]:
@@ -46,7 +47,9 @@ def build_status(**changes: Any) -> dict[str, Any]:
         "rabbitmq": UP,
         "database": UP,
         "services": [{"service": service, "state": state} for service, state in states.items()],
-        "queues": [{"queue": queue, "messages": 0, "consumers": 1} for queue in QUEUES],
+        "queues": [
+            {"queue": queue, "service": service, "messages": 0, "consumers": 1} for queue, service in QUEUES.items()
+        ],
         "pool": {**pool, **changes.pop("pool", {})},
         "csp": {**csp, **changes.pop("csp", {})},
         "dead_letters": 0,
@@ -104,6 +107,16 @@ def test_pending_deletion_is_reported_after_an_hour(age_sec: float, reported: bo
 
 def test_queues_without_a_consumer_are_named() -> None:
     status = build_status(states={"allocator": "partly"})
+    for entry in status["queues"][2:]:
+        entry["consumers"] = 0
+    assert find_problems(UP, status) == [("allocator", "No consumer on broker.dead_letters.")]
+
+
+def test_queues_without_a_consumer_are_named_with_an_earlier_gateway() -> None:
+    """Its status does not name the service of a queue."""
+    status = build_status(states={"allocator": "partly"})
+    for entry in status["queues"]:
+        del entry["service"]
     status["queues"][-1]["consumers"] = 0
     assert find_problems(UP, status) == [("allocator", "No consumer on broker.dead_letters.")]
 

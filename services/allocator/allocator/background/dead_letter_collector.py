@@ -134,7 +134,7 @@ def _reason(headers: Mapping[str, Any], queue: str, body: bytes) -> str:
         return _to_text(f"The message is not an envelope of commands: {error}")
     problems = (str(entry) for entry in entries if isinstance(entry, InvalidCommand))
     return _to_text(
-        next(problems, f"The message was rejected. See the log of the {queue.partition('.')[0]} for the cause.")
+        next(problems, f"The message was rejected. See the log of the {topology.owner_of(queue)} for the cause.")
     )
 
 

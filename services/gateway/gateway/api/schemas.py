@@ -293,6 +293,7 @@ class DeadLetterDropped(BaseModel):
 
 class QueueStatus(BaseModel):
     queue: QueueName
+    service: str = Field(examples=["allocator"], description="the service that consumes the queue")
     messages: MaybeCount = Field(
         description="waiting messages; null while RabbitMQ does not respond for this queue"
     )

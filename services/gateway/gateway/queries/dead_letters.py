@@ -6,12 +6,13 @@ import uuid
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import func, literal, select, tuple_
+from sqlalchemy import RowMapping, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.schemas import DeadLetter, DeadLetterPage, DeadLetterSummary
 from gateway.queries import cursors
 from gateway.queries.sandboxes import read_connection, unix_seconds
+from sandbox_broker.contract import topology
 from sandbox_broker.database.schema import dead_letters
 
 LISTING = "dead_letters"
@@ -24,7 +25,6 @@ MAX_PAYLOAD_BYTES = 64 * 1024
 _SUMMARY = (
     dead_letters.c.dead_letter_id,
     unix_seconds(dead_letters.c.died_at).label("died_at"),
-    func.split_part(dead_letters.c.queue, ".", 1).label("service"),
     dead_letters.c.queue,
     dead_letters.c.reason,
     dead_letters.c.commands,
@@ -42,7 +42,7 @@ async def dead_letters_page(engine: AsyncEngine, *, limit: int, cursor: str) -> 
         query = query.where(key < tuple_(*map(literal, cursors.decode(cursor, KEY_TYPES, LISTING))))
     async with read_connection(engine) as connection:
         rows = (await connection.execute(query.limit(limit + 1))).mappings().all()
-    page = [DeadLetterSummary.model_validate(row) for row in rows[:limit]]
+    page = [DeadLetterSummary.model_validate(_with_service(row)) for row in rows[:limit]]
     next_cursor = None
     if len(rows) > limit:
         last = rows[limit - 1]
@@ -64,7 +64,11 @@ async def dead_letter(engine: AsyncEngine, dead_letter_id: uuid.UUID) -> DeadLet
     if row is None:
         return None
     payload, encoding = _encode_payload(row["beginning"], complete=row["size"] <= MAX_PAYLOAD_BYTES)
-    return DeadLetter.model_validate({**row, "payload": payload, "encoding": encoding})
+    return DeadLetter.model_validate({**_with_service(row), "payload": payload, "encoding": encoding})
+
+
+def _with_service(row: RowMapping) -> dict[str, object]:
+    return {**row, "service": topology.owner_of(row["queue"])}
 
 
 def _encode_payload(body: bytes, *, complete: bool) -> tuple[str, Literal["utf-8", "base64"]]:

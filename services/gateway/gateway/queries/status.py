@@ -27,6 +27,8 @@ PROBE_TIMEOUT_SEC = 0.3
 MAX_PENDING_DELETIONS = 1000
 """Limit of pending deletions to examine, oldest first."""
 
+SERVICES = tuple(dict.fromkeys(queue.owner for queue in topology.QUEUES))
+
 T = TypeVar("T")
 
 
@@ -96,22 +98,11 @@ def _part_status(result: object) -> PartStatus:
     return PartStatus(state="up", problem=None)
 
 
-def _consuming_service(queue: str) -> str:
-    """Return the service that consumes the queue.
-
-    A queue name begins with its service. The allocator consumes the dead-letter queue.
-    """
-    return "allocator" if queue == topology.DEAD_LETTER_QUEUE.name else queue.partition(".")[0]
-
-
-SERVICES = tuple(dict.fromkeys(_consuming_service(queue.name) for queue in topology.QUEUES))
-
-
 def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> ServiceState:
     """Return the state of a service by the consumers of its queues. Queues without an answer do not count."""
     if isinstance(queues, str):
         return "unknown"
-    consumers = [status.consumers for status in queues if _consuming_service(status.queue) == service]
+    consumers = [status.consumers for status in queues if status.service == service]
     consumed = [number > 0 for number in consumers if number is not None]
     if not consumed:
         return "unknown"
@@ -121,7 +112,7 @@ def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> Service
 async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
     """Return the status of each queue, or the problem if RabbitMQ answers about no queue."""
     try:
-        queues = await asyncio.gather(*(_inspect_queue(publisher, queue.name) for queue in topology.QUEUES))
+        queues = await asyncio.gather(*(_inspect_queue(publisher, queue) for queue in topology.QUEUES))
     except Disconnected as error:
         return str(error)
     if all(status.problem == _no_answer() for status in queues):
@@ -129,14 +120,16 @@ async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
     return queues
 
 
-async def _inspect_queue(publisher: Publisher, name: str) -> QueueStatus:
+async def _inspect_queue(publisher: Publisher, queue: topology.Queue) -> QueueStatus:
     """Raise Disconnected if the connection is lost."""
     try:
-        info = await publisher.inspect_queue(name, timeout_sec=PROBE_TIMEOUT_SEC)
+        info = await publisher.inspect_queue(queue.name, timeout_sec=PROBE_TIMEOUT_SEC)
     except QueueUnavailable as error:
         problem = _no_answer() if error.__cause__ is None else str(error)
-        return QueueStatus(queue=name, messages=None, consumers=None, problem=problem)
-    return QueueStatus(queue=name, messages=info.messages, consumers=info.consumers, problem=None)
+        return QueueStatus(queue=queue.name, service=queue.owner, messages=None, consumers=None, problem=problem)
+    return QueueStatus(
+        queue=queue.name, service=queue.owner, messages=info.messages, consumers=info.consumers, problem=None
+    )
 
 
 def _no_answer() -> str:
