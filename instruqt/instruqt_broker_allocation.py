@@ -13,8 +13,6 @@ Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh into
 A repeated run returns the same sandbox. Exit code: 0 done, 1 refused or no response, 2 misconfigured.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -23,6 +21,7 @@ import queue
 import random
 import re
 import shlex
+import stat
 import sys
 import tempfile
 import threading
@@ -31,7 +30,7 @@ import urllib.parse
 import urllib.request
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage
-from typing import Any, Mapping, NamedTuple, NoReturn, Sequence, TextIO
+from typing import Any, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO
 
 SCRIPT = "instruqt_broker_allocation"
 OPTIONAL_HEADERS = {
@@ -39,6 +38,8 @@ OPTIONAL_HEADERS = {
     "X-Sandbox-Name-Prefix": "SANDBOX_NAME_PREFIX",
 }
 LEASE_FIELDS = ("sandbox_id", "external_id", "name")
+SANDBOX_FILE, ACCOUNT_FILE, NAME_FILE = "sandbox_id.txt", "external_id.txt", "sandbox_name.txt"
+SHELL_FILE = "sandbox_env.sh"
 ADVICE = {
     400: "Check INSTRUQT_PARTICIPANT_ID, INSTRUQT_TRACK_SLUG and SANDBOX_NAME_PREFIX.",
     401: "Check BROKER_API_TOKEN in the track's secrets. The broker rejects it. It may have been replaced.",
@@ -57,6 +58,7 @@ MIN_REQUEST_TIMEOUT_SEC = 0.05
 BACKOFF_SEC = (0.5, 10.0)  # first and longest pause
 MAX_PAUSE_SEC = 86400.0
 MAX_BODY_BYTES = 1 << 20
+MIN_PYTHON = (3, 8)
 
 
 class Response(NamedTuple):
@@ -64,11 +66,11 @@ class Response(NamedTuple):
 
     status: int
     headers: HTTPMessage
-    body: dict[str, Any]
+    body: Dict[str, Any]
     failure: str = ""
 
     @property
-    def error(self) -> dict[str, Any]:
+    def error(self) -> Dict[str, Any]:
         """Error object of the broker. Empty if a WAF, proxy or load balancer in front of it responded."""
         detail = self.body.get("detail")
         return detail if isinstance(detail, dict) and is_text(detail.get("code")) else {}
@@ -84,7 +86,7 @@ class Response(NamedTuple):
         return f"HTTP {self.status} without the broker's JSON (did a WAF, proxy or load balancer answer?)"
 
 
-def print_line(message: str, stream: TextIO | None = None) -> None:
+def print_line(message: str, stream: Optional[TextIO] = None) -> None:
     """Print one line of printable ASCII, with the token masked in case a server echoed it."""
     token = os.environ.get("BROKER_API_TOKEN", "").strip()
     message = message.replace(token, "***") if token else message
@@ -95,6 +97,13 @@ def exit_with_error(exit_code: int, message: str) -> NoReturn:
     """End the script: code 1 for a refusal or no response, code 2 for a mistake in the track's setup."""
     print_line(f"ERROR: {message}", sys.stderr)
     sys.exit(exit_code)
+
+
+def check_python_version() -> None:
+    """End the script with one line on an older Python. Python 3.6 parses this file, so the check runs there."""
+    if sys.version_info < MIN_PYTHON:
+        found, required = platform.python_version(), ".".join(map(str, MIN_PYTHON))
+        exit_with_error(2, f"this is Python {found}. Run the script with Python {required} or newer.")
 
 
 def is_text(value: object) -> bool:
@@ -117,7 +126,7 @@ def read_header_value(variable: str, if_missing: str = "") -> str:
     return value
 
 
-def build_headers() -> dict[str, str]:
+def build_headers() -> Dict[str, str]:
     token = read_header_value("BROKER_API_TOKEN", "Add it to the track's secrets. The broker's operator has it.")
     holder = read_header_value("INSTRUQT_PARTICIPANT_ID", "Instruqt sets it in lifecycle scripts only.")
     return {
@@ -159,7 +168,7 @@ class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def post_once(url: str, headers: dict[str, str], seconds: float) -> Response:
+def post_once(url: str, headers: Dict[str, str], seconds: float) -> Response:
     """Send one POST without a body. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(AnyStatusProcessor, urllib.request.ProxyHandler({} if is_local else None))
@@ -177,9 +186,9 @@ def post_once(url: str, headers: dict[str, str], seconds: float) -> Response:
     return Response(response.status, response.headers, body if isinstance(body, dict) else {})
 
 
-def post_with_deadline(url: str, headers: dict[str, str], seconds: float) -> Response:
+def post_with_deadline(url: str, headers: Dict[str, str], seconds: float) -> Response:
     """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
-    responses: queue.Queue[Response] = queue.Queue()
+    responses: "queue.Queue[Response]" = queue.Queue()
     threading.Thread(target=lambda: responses.put(post_once(url, headers, seconds)), daemon=True).start()
     try:
         return responses.get(timeout=seconds)
@@ -188,10 +197,13 @@ def post_with_deadline(url: str, headers: dict[str, str], seconds: float) -> Res
 
 
 def is_final(response: Response, required_fields: Sequence[str]) -> bool:
-    """Return True if a retry cannot help: after a complete success or a refusal by the broker itself."""
+    """Return True if a retry cannot help: after a complete success or a refusal by the broker itself.
+
+    A 403 without the broker's JSON comes from a WAF, a 404 from an ingress that restarts. Both pass.
+    """
     if response.status // 100 == 2:
         return all(is_text(response.body.get(field)) for field in required_fields)
-    if response.status == 403:
+    if response.status in (403, 404):
         return bool(response.error)
     return response.status not in (0, 408, 429) and response.status < 500
 
@@ -209,7 +221,7 @@ def read_retry_after(response: Response) -> float:
     return min(MAX_PAUSE_SEC, max(0.0, seconds))
 
 
-def post_with_retries(url: str, headers: dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
+def post_with_retries(url: str, headers: Dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
     """Send the request until the response is final. End the script when the time budget is used up."""
     deadline = time.monotonic() + budget
     backoff, max_backoff = BACKOFF_SEC
@@ -226,7 +238,7 @@ def post_with_retries(url: str, headers: dict[str, str], required_fields: Sequen
                 1,
                 f"gave up at attempt {attempt}: {response}. The next attempt would be in {pause:.1f} s, past the"
                 f" {budget:g} s of BROKER_TIMEOUT_SEC. It is safe to run this again. If it keeps failing,"
-                f" check that this machine reaches {url}, or contact the broker's operator.",
+                f" check BROKER_API_URL and that this machine reaches {url}, or contact the broker's operator.",
             )
         print_line(f"attempt {attempt}: {response}. Trying again in {pause:.1f} s, for {left:.0f} s at most.")
         time.sleep(pause)
@@ -241,12 +253,12 @@ def exit_refused(response: Response, advice: Mapping[int, str]) -> NoReturn:
 # --- End of the shared lines. ---
 
 
-def exit_unwritable(path: str, error: OSError) -> NoReturn:
-    exit_with_error(2, f"cannot write {path}: {error.strerror}. Run this in a writable directory.")
+def exit_unwritable(path: str, reason: Optional[str]) -> NoReturn:
+    exit_with_error(2, f"cannot write {path}: {reason}. Run this in a writable directory.")
 
 
 def check_working_directory() -> str:
-    """Return the path of the working directory. End the script if it is not writable.
+    """Return the path of the working directory. End the script if it or a file of an earlier run is not writable.
 
     The check runs before the allocation, because the cleanup could not release a sandbox without a record of it.
     """
@@ -254,14 +266,34 @@ def check_working_directory() -> str:
     try:
         directory = os.getcwd()
         tempfile.TemporaryFile(dir=directory).close()
+        for name in (SANDBOX_FILE, ACCOUNT_FILE, NAME_FILE, SHELL_FILE):
+            path = os.path.join(directory, name)
+            obstacle = find_obstacle(path)
+            if obstacle:
+                exit_with_error(2, f"cannot replace {path}: {obstacle}. Remove it or use another directory.")
     except OSError as error:
-        exit_unwritable(directory, error)
+        exit_unwritable(directory, error.strerror)
     return directory
+
+
+def find_obstacle(path: str) -> str:
+    """Return the reason why the file at `path` cannot be replaced, or "" if it can or does not exist."""
+    try:
+        file, directory = os.lstat(path), os.stat(os.path.dirname(path))
+    except FileNotFoundError:
+        return ""
+    if stat.S_ISDIR(file.st_mode):
+        return "it is a directory"
+    # In a sticky directory, for example /tmp, only root and the owner of the file or the directory can replace it.
+    user = os.geteuid() if hasattr(os, "geteuid") else 0  # Windows has no user ids and no sticky directories
+    if directory.st_mode & stat.S_ISVTX and user not in (0, file.st_uid, directory.st_uid):
+        return "it belongs to another user, and the directory is sticky"
+    return ""
 
 
 def write_files(directory: str, contents: Mapping[str, str]) -> None:
     """Write each file atomically. All are on disk under temporary names before the first is renamed."""
-    staged: dict[str, str] = {}
+    staged: Dict[str, str] = {}
     try:
         for name, text in contents.items():
             with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, encoding="utf-8") as file:
@@ -269,15 +301,24 @@ def write_files(directory: str, contents: Mapping[str, str]) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-                os.fchmod(file.fileno(), 0o644)  # readable for hooks of other users; contains no secrets
+            os.chmod(file.name, 0o644)  # readable for hooks of other users; contains no secrets
         for temporary, path in staged.items():
             os.replace(temporary, path)
     except OSError as error:
-        exit_unwritable(error.filename2 or directory, error)
+        exit_unwritable(error.filename2 or directory, error.strerror)
     finally:
         for temporary in staged:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def read_earlier_sandbox_id(directory: str) -> str:
+    """Return the sandbox id in the file of an earlier run, or "" without one."""
+    try:
+        with open(os.path.join(directory, SANDBOX_FILE), encoding="utf-8") as file:
+            return file.read(1000).strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def write_lease(lease: Mapping[str, str], directory: str) -> None:
@@ -288,21 +329,23 @@ def write_lease(lease: Mapping[str, str], directory: str) -> None:
     }
     exports = " ".join(f"{variable}={shlex.quote(value)}" for variable, value in variables.items())
     contents = {
-        "sandbox_id.txt": lease["sandbox_id"],  # first, because the cleanup needs it
-        "external_id.txt": lease["external_id"],
-        "sandbox_name.txt": lease["name"],
-        "sandbox_env.sh": f"export {exports}\n",
+        SANDBOX_FILE: lease["sandbox_id"],  # first, because the cleanup needs it
+        ACCOUNT_FILE: lease["external_id"],
+        NAME_FILE: lease["name"],
+        SHELL_FILE: f"export {exports}\n",
     }
     write_files(directory, contents)
 
 
 def main() -> None:
+    check_python_version()
     headers, url, budget = build_headers(), read_api_url(), read_time_budget()
     for header, variable in OPTIONAL_HEADERS.items():
         value = read_header_value(variable)
         if value:
             headers[header] = value
     directory = check_working_directory()
+    earlier_id = read_earlier_sandbox_id(directory)
     print_line(f"requesting a sandbox from {url}")
     response = post_with_retries(f"{url}/allocate", headers, LEASE_FIELDS, budget)
     if response.status // 100 != 2:
@@ -311,6 +354,11 @@ def main() -> None:
     write_lease(lease, directory)
     outcome = "allocated" if response.status == 201 else "this student already holds"
     print_line(f"{outcome} sandbox {lease['name']} (id {lease['sandbox_id']}, account {lease['external_id']})")
+    if earlier_id not in ("", lease["sandbox_id"]):
+        print_line(
+            f"THIS IS ANOTHER SANDBOX THAN BEFORE. The files named sandbox {earlier_id}, which this student does"
+            " not hold. Work done in that sandbox is not in this one."
+        )
     print_line(f"the files are in {directory}")
 
 

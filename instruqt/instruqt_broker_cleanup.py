@@ -11,8 +11,6 @@ run and a run after the end of the lease are success. Requires Python 3.8 or new
 Exit code: 0 done or nothing to do, 1 refused or no response, 2 misconfigured.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -26,7 +24,7 @@ import urllib.parse
 import urllib.request
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage
-from typing import Any, Mapping, NamedTuple, NoReturn, Sequence, TextIO
+from typing import Any, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO
 
 SCRIPT = "instruqt_broker_cleanup"
 SANDBOX_FILE = "sandbox_id.txt"
@@ -47,6 +45,7 @@ MIN_REQUEST_TIMEOUT_SEC = 0.05
 BACKOFF_SEC = (0.5, 10.0)  # first and longest pause
 MAX_PAUSE_SEC = 86400.0
 MAX_BODY_BYTES = 1 << 20
+MIN_PYTHON = (3, 8)
 
 
 class Response(NamedTuple):
@@ -54,11 +53,11 @@ class Response(NamedTuple):
 
     status: int
     headers: HTTPMessage
-    body: dict[str, Any]
+    body: Dict[str, Any]
     failure: str = ""
 
     @property
-    def error(self) -> dict[str, Any]:
+    def error(self) -> Dict[str, Any]:
         """Error object of the broker. Empty if a WAF, proxy or load balancer in front of it responded."""
         detail = self.body.get("detail")
         return detail if isinstance(detail, dict) and is_text(detail.get("code")) else {}
@@ -74,7 +73,7 @@ class Response(NamedTuple):
         return f"HTTP {self.status} without the broker's JSON (did a WAF, proxy or load balancer answer?)"
 
 
-def print_line(message: str, stream: TextIO | None = None) -> None:
+def print_line(message: str, stream: Optional[TextIO] = None) -> None:
     """Print one line of printable ASCII, with the token masked in case a server echoed it."""
     token = os.environ.get("BROKER_API_TOKEN", "").strip()
     message = message.replace(token, "***") if token else message
@@ -85,6 +84,13 @@ def exit_with_error(exit_code: int, message: str) -> NoReturn:
     """End the script: code 1 for a refusal or no response, code 2 for a mistake in the track's setup."""
     print_line(f"ERROR: {message}", sys.stderr)
     sys.exit(exit_code)
+
+
+def check_python_version() -> None:
+    """End the script with one line on an older Python. Python 3.6 parses this file, so the check runs there."""
+    if sys.version_info < MIN_PYTHON:
+        found, required = platform.python_version(), ".".join(map(str, MIN_PYTHON))
+        exit_with_error(2, f"this is Python {found}. Run the script with Python {required} or newer.")
 
 
 def is_text(value: object) -> bool:
@@ -107,7 +113,7 @@ def read_header_value(variable: str, if_missing: str = "") -> str:
     return value
 
 
-def build_headers() -> dict[str, str]:
+def build_headers() -> Dict[str, str]:
     token = read_header_value("BROKER_API_TOKEN", "Add it to the track's secrets. The broker's operator has it.")
     holder = read_header_value("INSTRUQT_PARTICIPANT_ID", "Instruqt sets it in lifecycle scripts only.")
     return {
@@ -149,7 +155,7 @@ class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
-def post_once(url: str, headers: dict[str, str], seconds: float) -> Response:
+def post_once(url: str, headers: Dict[str, str], seconds: float) -> Response:
     """Send one POST without a body. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(AnyStatusProcessor, urllib.request.ProxyHandler({} if is_local else None))
@@ -167,9 +173,9 @@ def post_once(url: str, headers: dict[str, str], seconds: float) -> Response:
     return Response(response.status, response.headers, body if isinstance(body, dict) else {})
 
 
-def post_with_deadline(url: str, headers: dict[str, str], seconds: float) -> Response:
+def post_with_deadline(url: str, headers: Dict[str, str], seconds: float) -> Response:
     """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
-    responses: queue.Queue[Response] = queue.Queue()
+    responses: "queue.Queue[Response]" = queue.Queue()
     threading.Thread(target=lambda: responses.put(post_once(url, headers, seconds)), daemon=True).start()
     try:
         return responses.get(timeout=seconds)
@@ -178,10 +184,13 @@ def post_with_deadline(url: str, headers: dict[str, str], seconds: float) -> Res
 
 
 def is_final(response: Response, required_fields: Sequence[str]) -> bool:
-    """Return True if a retry cannot help: after a complete success or a refusal by the broker itself."""
+    """Return True if a retry cannot help: after a complete success or a refusal by the broker itself.
+
+    A 403 without the broker's JSON comes from a WAF, a 404 from an ingress that restarts. Both pass.
+    """
     if response.status // 100 == 2:
         return all(is_text(response.body.get(field)) for field in required_fields)
-    if response.status == 403:
+    if response.status in (403, 404):
         return bool(response.error)
     return response.status not in (0, 408, 429) and response.status < 500
 
@@ -199,7 +208,7 @@ def read_retry_after(response: Response) -> float:
     return min(MAX_PAUSE_SEC, max(0.0, seconds))
 
 
-def post_with_retries(url: str, headers: dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
+def post_with_retries(url: str, headers: Dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
     """Send the request until the response is final. End the script when the time budget is used up."""
     deadline = time.monotonic() + budget
     backoff, max_backoff = BACKOFF_SEC
@@ -216,7 +225,7 @@ def post_with_retries(url: str, headers: dict[str, str], required_fields: Sequen
                 1,
                 f"gave up at attempt {attempt}: {response}. The next attempt would be in {pause:.1f} s, past the"
                 f" {budget:g} s of BROKER_TIMEOUT_SEC. It is safe to run this again. If it keeps failing,"
-                f" check that this machine reaches {url}, or contact the broker's operator.",
+                f" check BROKER_API_URL and that this machine reaches {url}, or contact the broker's operator.",
             )
         print_line(f"attempt {attempt}: {response}. Trying again in {pause:.1f} s, for {left:.0f} s at most.")
         time.sleep(pause)
@@ -243,6 +252,7 @@ def read_sandbox_id() -> str:
 
 
 def main() -> None:
+    check_python_version()
     sandbox_id = read_sandbox_id()
     if not sandbox_id:
         print_line(f"nothing to clean up: {SANDBOX_FILE} is missing or empty")

@@ -181,6 +181,13 @@ class Track:
     def allocate(self, *launcher: str, **variables: str | None) -> Run:
         return self.run(*launcher, *INTERPRETER, str(SCRIPTS / "instruqt_broker_allocation.py"), **variables)
 
+    def run_patched(self, statements: str, script: Path) -> Run:
+        """Run `script` after `statements`, which change the modules os, platform and sys of its process."""
+        code = (
+            f"import os, platform, runpy, sys; {statements}; runpy.run_path({str(script)!r}, run_name='__main__')"
+        )
+        return self.run(*INTERPRETER, "-c", code)
+
     def clean_up(self, **variables: str | None) -> Run:
         return self.run(*INTERPRETER, str(SCRIPTS / "instruqt_broker_cleanup.py"), **variables)
 

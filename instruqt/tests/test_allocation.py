@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LEASE, CannedServer, Reply, Track, build_json_reply, build_lease_reply, build_refusal
+from .conftest import LEASE, SCRIPTS, CannedServer, Reply, Track, build_json_reply, build_lease_reply, build_refusal
 
+ALLOCATION_SCRIPT = SCRIPTS / "instruqt_broker_allocation.py"
+AS_ANOTHER_USER = "os.geteuid = lambda: 12345"
 FILES = {
     "sandbox_id.txt": "2012224",
     "external_id.txt": "af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3",
@@ -51,6 +53,39 @@ def test_a_repeated_run_replaces_the_files_and_reports_the_existing_lease(
     run = track.allocate()
     assert run.code == 0
     assert "already holds" in run.out
+    assert track.files() == FILES
+
+
+@pytest.mark.parametrize("status", [200, 201])
+def test_a_rerun_says_in_capitals_that_it_received_another_sandbox(
+    track: Track, broker: CannedServer, status: int
+) -> None:
+    (track.directory / "sandbox_id.txt").write_text("2012223\n")
+    broker.replies = [build_lease_reply(status)]
+    run = track.allocate()
+    assert run.code == 0
+    assert "THIS IS ANOTHER SANDBOX THAN BEFORE. The files named sandbox 2012223" in run.out
+    assert track.files() == FILES
+
+
+@pytest.mark.parametrize("earlier", [None, b"", b"2012224\n"], ids=["first run", "empty file", "same sandbox"])
+def test_a_run_with_the_sandbox_of_the_files_mentions_no_other(
+    track: Track, broker: CannedServer, earlier: bytes | None
+) -> None:
+    if earlier is not None:
+        (track.directory / "sandbox_id.txt").write_bytes(earlier)
+    run = track.allocate()
+    assert (run.code, run.err) == (0, "")
+    assert "ANOTHER" not in run.out
+
+
+@pytest.mark.parametrize("earlier", [b"\xff\xfe", b"\x1b[31m" + b"x" * 5000], ids=["no UTF-8", "long"])
+def test_an_unusual_earlier_file_is_replaced(track: Track, broker: CannedServer, earlier: bytes) -> None:
+    (track.directory / "sandbox_id.txt").write_bytes(earlier)
+    run = track.allocate()
+    assert (run.code, run.err) == (0, "")
+    assert max(len(line) for line in run.out.splitlines()) < 1300
+    assert "\x1b" not in run.out
     assert track.files() == FILES
 
 
@@ -130,12 +165,45 @@ def test_a_2xx_response_without_a_lease_is_retried_and_writes_no_file(
     assert track.files() == {}
 
 
-def test_an_error_names_the_file_that_is_a_directory(track: Track, broker: CannedServer) -> None:
+def test_a_directory_in_place_of_a_file_prevents_the_request(track: Track, broker: CannedServer) -> None:
     (track.directory / "external_id.txt").mkdir()
     run = track.allocate()
     assert run.code == 2
-    assert str(track.directory / "external_id.txt") in run.err
-    assert track.files() == {"sandbox_id.txt": "2012224"}, "a temporary file was left behind"
+    assert f"cannot replace {track.directory / 'external_id.txt'}: it is a directory." in run.err
+    assert broker.calls == []
+    assert track.files() == {}, "a temporary file was left behind"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_user_in_a_sticky_directory_prevents_the_request(
+    track: Track, broker: CannedServer, name: str
+) -> None:
+    (track.directory / name).write_text("2012223")
+    track.directory.chmod(0o1777)
+    run = track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
+    assert run.code == 2
+    assert f"cannot replace {track.directory / name}: it belongs to another user" in run.err
+    assert broker.calls == []
+    assert track.files() == {name: "2012223"}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["foreign file", "foreign sticky directory without files"])
+def test_a_directory_of_another_user_is_usable_if_the_files_can_be_replaced(
+    track: Track, broker: CannedServer, mode: int
+) -> None:
+    if mode == 0o777:
+        (track.directory / "sandbox_id.txt").write_text("2012224")
+    track.directory.chmod(mode)
+    run = track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
+    assert (run.code, run.err) == (0, "")
+    assert track.files() == FILES
+
+
+def test_a_platform_without_unix_functions_loses_no_lease(track: Track, broker: CannedServer) -> None:
+    (track.directory / "sandbox_id.txt").write_text("2012224")
+    run = track.run_patched("del os.fchmod, os.fchown, os.geteuid, os.getuid, os.umask", ALLOCATION_SCRIPT)
+    assert (run.code, run.err) == (0, "")
+    assert track.files() == FILES
 
 
 def test_a_full_disk_leaves_the_old_files_intact(track: Track, broker: CannedServer) -> None:

@@ -30,13 +30,16 @@ ONE_ATTEMPT = "0.2"
     [
         build_html_reply(403),
         build_json_reply(403, {"message": "Forbidden"}),
+        build_html_reply(404),
+        Reply(404, b"404 page not found\n"),
+        build_json_reply(404, {"detail": "Not Found"}),
         build_html_reply(429),
         build_html_reply(502),
         build_refusal(503, "ALLOCATOR_UNAVAILABLE"),
         build_refusal(504, "ALLOCATION_TIMEOUT"),
         Reply(drops=True),
     ],
-    ids=["WAF", "WAF JSON", "429", "502", "503", "504", "hang-up"],
+    ids=["WAF", "WAF JSON", "ingress", "ingress text", "other JSON", "429", "502", "503", "504", "hang-up"],
 )
 def test_a_transient_fault_is_retried(track: Track, broker: CannedServer, reply: Reply) -> None:
     broker.replies = [reply]
@@ -53,7 +56,7 @@ def test_a_transient_fault_is_retried(track: Track, broker: CannedServer, reply:
         (build_refusal(401, "UNAUTHORIZED"), "Check BROKER_API_TOKEN"),
         (build_refusal(403, "FORBIDDEN"), "Check that BROKER_API_TOKEN"),
         (build_html_reply(401), "Check BROKER_API_TOKEN"),
-        (build_html_reply(404), "Check BROKER_API_URL"),
+        (build_refusal(404, "NOT_FOUND"), "Check BROKER_API_URL"),
         (build_refusal(405, "METHOD_NOT_ALLOWED"), "Check BROKER_API_URL"),
     ],
     ids=["400", "401", "403", "401 HTML", "404", "405"],
@@ -77,6 +80,13 @@ def test_pauses_grow_and_are_logged_until_a_retry_succeeds(track: Track, broker:
     first, second, third = (call.at for call in broker.calls)
     assert second - first >= 0.25
     assert third - second >= 0.5
+
+
+def test_an_ingress_that_restarts_is_retried_until_the_broker_answers(track: Track, broker: CannedServer) -> None:
+    not_found = Reply(404, b"404 page not found\n")
+    broker.replies = [not_found, not_found, build_lease_reply()]
+    assert track.allocate().code == 0
+    assert len(broker.calls) == 3
 
 
 def test_retry_after_extends_the_pause(track: Track, broker: CannedServer) -> None:

@@ -1,4 +1,4 @@
-"""Script files: compatibility with Python 3.8, identical shared lines, and test_allocation.sh."""
+"""Script files: Python versions, identical shared lines, and test_allocation.sh."""
 
 import ast
 import re
@@ -13,8 +13,19 @@ PYTHON_FILES = sorted(SCRIPTS.glob("instruqt_broker_*.py"))
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.name)
-def test_a_script_has_python_3_8_syntax(path: Path) -> None:
-    ast.parse(path.read_text("utf-8"), feature_version=(3, 8))
+def test_python_3_6_parses_a_script(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"), feature_version=(3, 6))
+    # `ast` does not check this: an unknown future feature is a syntax error before Python 3.7.
+    assert not [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.name)
+def test_an_older_python_ends_a_script_with_one_line(track: Track, broker: CannedServer, path: Path) -> None:
+    (track.directory / "sandbox_id.txt").write_text("2012224")
+    run = track.run_patched("sys.version_info = (3, 7, 17); platform.python_version = lambda: '3.7.17'", path)
+    assert (run.code, run.out) == (2, "")
+    assert run.err == "sandbox broker: ERROR: this is Python 3.7.17. Run the script with Python 3.8 or newer.\n"
+    assert broker.calls == []
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.name)
