@@ -11,9 +11,8 @@ from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.observability import health, logging, tracing
-from sandbox_broker.runtime import preflight, service
-from sandbox_broker.runtime.settings import load
+from sandbox_broker.observability import health
+from sandbox_broker.runtime import service, startup
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -57,8 +56,5 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def main() -> None:
-    settings = load(Settings)
-    logging.configure(settings, "allocator")
-    tracing.configure(settings, "allocator")
-    preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    settings = startup.prepare(Settings, "allocator")
     service.run(create_app(settings), settings.allocator_port, bind_host=settings.bind_host)

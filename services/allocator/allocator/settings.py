@@ -1,10 +1,9 @@
 from pydantic import Field
 
-from sandbox_broker.runtime.settings import DatabaseUrl, Port, ServiceSettings
+from sandbox_broker.runtime.settings import DatabaseSettings, Port
 
 
-class Settings(ServiceSettings):
-    database_url: DatabaseUrl = Field(repr=False)
+class Settings(DatabaseSettings):
     allocator_port: Port = 9101
     lab_duration_hours: float = Field(default=4, gt=0)
     invariant_check_sec: float = Field(default=60, gt=0)

@@ -29,9 +29,8 @@ from gateway.web.connection_limit import ConnectionLimit
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
-from sandbox_broker.observability import health, logging, tracing
-from sandbox_broker.runtime import preflight, service
-from sandbox_broker.runtime.settings import load
+from sandbox_broker.observability import health
+from sandbox_broker.runtime import service, startup
 
 POOL_TIMEOUT_SEC = 2
 """Longest wait of a read for a database connection."""
@@ -183,10 +182,7 @@ def _field(problem: Mapping[str, object]) -> str:
 
 
 def main() -> None:
-    settings = load(Settings)
-    logging.configure(settings, "gateway")
-    tracing.configure(settings, "gateway")
-    preflight.check(amqp_url=settings.amqp_url, database_url=settings.database_url)
+    settings = startup.prepare(Settings, "gateway")
     connection_limit = ConnectionLimit(
         settings.max_connections_per_address, client_address.parse_networks(settings.trusted_proxies)
     )

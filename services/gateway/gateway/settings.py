@@ -3,7 +3,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
 from gateway.web import client_address, cors, rate_limit
-from sandbox_broker.runtime.settings import DatabaseUrl, Port, ServiceSettings, Tokens, none_if_empty, split_tokens
+from sandbox_broker.runtime.settings import DatabaseSettings, Port, Tokens, none_if_empty, split_tokens
 
 
 def _validate_rate(value: str) -> str:
@@ -34,8 +34,7 @@ def _validate_ops_port(value: int | None, info: ValidationInfo) -> int | None:
     return value
 
 
-class Settings(ServiceSettings):
-    database_url: DatabaseUrl = Field(repr=False)
+class Settings(DatabaseSettings):
     broker_api_token: Tokens
     broker_admin_token: Tokens
     gateway_port: Port = 8080

@@ -19,9 +19,8 @@ from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import run_with_reconnect
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
-from sandbox_broker.observability import health, logging, tracing
-from sandbox_broker.runtime import preflight, service
-from sandbox_broker.runtime.settings import load
+from sandbox_broker.observability import health
+from sandbox_broker.runtime import service, startup
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -75,8 +74,5 @@ def create_app(settings: Settings) -> Starlette:
 
 
 def main() -> None:
-    settings = load(Settings)
-    logging.configure(settings, "reaper")
-    tracing.configure(settings, "reaper")
-    preflight.check(amqp_url=settings.amqp_url)
+    settings = startup.prepare(Settings, "reaper")
     service.run(create_app(settings), settings.reaper_port, bind_host=settings.bind_host)

@@ -140,6 +140,12 @@ class ServiceSettings(BaseSettings):
     otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
 
 
+class DatabaseSettings(ServiceSettings):
+    """Settings of a service that uses the database."""
+
+    database_url: DatabaseUrl = Field(repr=False)
+
+
 class CspSettings(ServiceSettings):
     """Settings of a service that calls CSP."""
 
