@@ -13,7 +13,7 @@ import asyncpg
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port
-from devstack.private import make_directory, service_account, wait_until, write
+from devstack.private import make_directory, named_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 
 _DEBIAN = Path("/usr/lib/postgresql")
@@ -48,7 +48,12 @@ def location(url: str) -> str:
 
 
 def find_binaries() -> Path | None:
-    """Return the directory of `initdb` and `postgres`: Debian's newest version, or the one in PATH."""
+    """Return the directory of `initdb` and `postgres`: POSTGRES_BIN_DIR, Debian's newest version, or that in PATH.
+
+    Raises CannotRun if POSTGRES_BIN_DIR lacks one of them.
+    """
+    if (named := named_directory("POSTGRES_BIN_DIR", ("initdb", "postgres"))) is not None:
+        return named
     versions = [
         path for path in _DEBIAN.glob("*/bin") if (path / "initdb").exists() and (path / "postgres").exists()
     ]

@@ -6,7 +6,7 @@ import pwd
 import shutil
 import stat
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from devstack.errors import CannotRun
@@ -25,6 +25,19 @@ def service_account(preferred: str) -> str | None:
     except KeyError:
         return None
     return preferred
+
+
+def named_directory(variable: str, programs: Sequence[str]) -> Path | None:
+    """Return the directory of server programs that an environment variable names, or None if it is not set.
+
+    Raises CannotRun if a program is missing there.
+    """
+    if not (value := os.environ.get(variable)):
+        return None
+    missing = [name for name in programs if not (Path(value) / name).exists()]
+    if missing:
+        raise CannotRun(f"{variable} is {value}, and {' and '.join(missing)} are not there; set another directory")
+    return Path(value)
 
 
 def make_directory(name: str, user: str | None, *, within: Path | None = None) -> Path:

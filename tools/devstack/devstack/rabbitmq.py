@@ -14,12 +14,13 @@ from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity, ChannelPrecond
 
 from devstack.errors import CannotRun
 from devstack.ports import free_port, is_free
-from devstack.private import make_directory, service_account, wait_until, write
+from devstack.private import make_directory, named_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import open_connection
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
+_PROGRAMS = ("rabbitmq-server", "rabbitmqctl")
 _HOST = "127.0.0.1"
 _STOP_SEC = 30.0
 _CTL_SEC = 150.0
@@ -82,15 +83,18 @@ def location(url: str) -> str:
 
 
 def find_binaries() -> Path | None:
-    """Return the directory of `rabbitmq-server` and `rabbitmqctl`.
+    """Return the directory of `rabbitmq-server` and `rabbitmqctl`: RABBITMQ_BIN_DIR, Debian's, or the one in PATH.
 
     Debian's wrappers in PATH require root and fixed directories. The wrapped programs are therefore searched first.
+    RABBITMQ_BIN_DIR may contain Erlang's `erl` and `epmd`, too. Raises CannotRun if it lacks a program of RabbitMQ.
     """
+    if (named := named_directory("RABBITMQ_BIN_DIR", _PROGRAMS)) is not None:
+        return named
     candidates = [_DEBIAN]
     if (found := shutil.which("rabbitmq-server")) is not None:
         candidates.append(Path(found).parent)
     for candidate in candidates:
-        if all((candidate / name).exists() for name in ("rabbitmq-server", "rabbitmqctl")):
+        if all((candidate / name).exists() for name in _PROGRAMS):
             return candidate if shutil.which("erl") else None
     return None
 
@@ -198,7 +202,7 @@ class PrivateRabbitMQ:
 
     async def _start_mapper(self, directory: Path) -> None:
         """Start a private epmd, because Erlang would start a shared one that never ends."""
-        epmd = shutil.which("epmd")
+        epmd = shutil.which("epmd", path=_search_path())
         if epmd is None:
             raise CannotRun("Erlang's epmd is not installed on this machine")
         self._mapper = await spawn(
@@ -233,6 +237,7 @@ class PrivateRabbitMQ:
             if not name.startswith(("RABBITMQ_", "ERL_")) and name != "NOTIFY_SOCKET"
         }
         return environment | {
+            "PATH": _search_path(),
             "HOME": str(directory),
             "ERL_EPMD_ADDRESS": _HOST,
             "ERL_EPMD_PORT": str(self._mapper_port),
@@ -258,6 +263,11 @@ async def _connect_tcp(url: str) -> None:
     _, writer = await asyncio.open_connection(parts.hostname, parts.port or 5672)
     writer.close()
     await writer.wait_closed()
+
+
+def _search_path() -> str:
+    """Return PATH with the directory of RabbitMQ's programs first, because it may contain another Erlang."""
+    return f"{_required_binaries()}:{os.environ.get('PATH', os.defpath)}"
 
 
 def _required_binaries() -> Path:

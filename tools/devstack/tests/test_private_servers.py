@@ -1,6 +1,9 @@
 """Private PostgreSQL and RabbitMQ servers."""
 
 import asyncio
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import aio_pika
@@ -9,7 +12,9 @@ import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
 from devstack import postgres, rabbitmq
+from devstack.errors import CannotRun
 from devstack.postgres import PrivatePostgres
+from devstack.private import make_directory, service_account, write
 from devstack.rabbitmq import PrivateRabbitMQ
 
 pytest_plugins = ("devstack.fixtures",)
@@ -31,6 +36,51 @@ def find_processes(directory: Path) -> list[str]:
 def shared_memory_segments() -> set[str]:
     segments = Path("/proc/sysvipc/shm")
     return {line.split()[1] for line in segments.read_text().splitlines()[1:]} if segments.exists() else set()
+
+
+@pytest.mark.parametrize(
+    ("variable", "find", "programs"),
+    [
+        ("POSTGRES_BIN_DIR", postgres.find_binaries, ("initdb", "postgres")),
+        ("RABBITMQ_BIN_DIR", rabbitmq.find_binaries, ("rabbitmq-server", "rabbitmqctl")),
+    ],
+    ids=["postgresql", "rabbitmq"],
+)
+def test_a_variable_names_the_directory_of_the_programs(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variable: str,
+    find: Callable[[], Path | None],
+    programs: tuple[str, str],
+) -> None:
+    monkeypatch.setenv(variable, str(tmp_path))
+    first, second = programs
+    (tmp_path / first).touch()
+    with pytest.raises(CannotRun, match=f"{variable} is {tmp_path}, and {second} "):
+        find()
+    (tmp_path / second).touch()
+    assert find() == tmp_path
+
+
+@pytest.mark.usefixtures("rabbitmq_binaries")
+async def test_a_private_rabbitmq_prefers_the_erlang_beside_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    binaries = rabbitmq.find_binaries()
+    assert binaries is not None
+    account = service_account("rabbitmq")
+    directory = make_directory("programs", account)
+    try:
+        for program in binaries.iterdir():
+            (directory / program.name).symlink_to(program.resolve())
+        real = shutil.which("erl", path=f"{binaries}:{os.environ['PATH']}")
+        (directory / "erl").unlink(missing_ok=True)
+        write(directory / "erl", f'#!/bin/sh\ntouch "$HOME/erl-used"\nexec {real} "$@"\n', account, mode=0o700)
+        monkeypatch.setenv("RABBITMQ_BIN_DIR", str(directory))
+
+        async with PrivateRabbitMQ() as server:
+            assert server._directory is not None
+            assert (server._directory / "erl-used").exists()
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.mark.usefixtures("postgres_binaries")
