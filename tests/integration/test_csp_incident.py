@@ -1,6 +1,7 @@
-"""Replay of a real CSP incident of 15 minutes, accelerated: every deletion succeeds in the end."""
+"""Replay of a real CSP incident of 15 minutes, accelerated, and accounts that CSP never deletes."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ SPEED = 120
 CLASSES_END_AT_SEC = (0, 250, 400, 650, 850, 1000)
 """The last class ends after the last failure of the script has begun."""
 CLASS_SIZE = 30
+UNDELETABLE, DELETABLE = 60, 20
 STUDENTS = len(CLASSES_END_AT_SEC) * CLASS_SIZE
 FAILURES = 56
 """Number of calls to which the script responds with 500."""
@@ -91,3 +93,37 @@ async def test_every_account_is_deleted_without_intervention(stack: Stack) -> No
     assert max_concurrent_calls(calls) <= 2
     assert largest_batch(calls) <= BATCH_SIZE
     await stack.assert_sound()
+
+
+@pytest.mark.timeout(200)
+async def test_undeletable_accounts_do_not_delay_the_deletion_of_others(stack: Stack) -> None:
+    await stack.fill(UNDELETABLE + 2 * DELETABLE)
+    await stack.control("PATCH", "behaviour", {"delete_latency_sec": 0.1})
+    leases = [(await stack.allocate(f"student-{number}")).json() for number in range(UNDELETABLE + 2 * DELETABLE)]
+    alone, undeletable, others = leases[:DELETABLE], leases[DELETABLE:-DELETABLE], leases[-DELETABLE:]
+    await stack.control("PATCH", "behaviour", {"undeletable": [lease["external_id"] for lease in undeletable]})
+
+    async def release(released: list[dict[str, Any]]) -> float:
+        for lease in released:
+            student = f"student-{leases.index(lease)}"
+            assert (await stack.release(lease["sandbox_id"], student)).status_code == 200
+        return time.time()
+
+    async def delete(released: list[dict[str, Any]]) -> float:
+        """Release the sandboxes. Return the time until CSP has deleted the last of them."""
+        released_at, ids = await release(released), [lease["sandbox_id"] for lease in released]
+
+        async def are_deleted() -> bool:
+            count = "SELECT count(*) FROM sandboxes WHERE sandbox_id = ANY($1) AND status = 'deleted'"
+            return bool(await stack.database.fetchval(count, ids) == len(ids))
+
+        await eventually(are_deleted)
+        return time.time() - released_at
+
+    alone_sec = await delete(alone)
+    blocked_since = await release(undeletable)
+    others_sec = await delete(others)
+    calls = [call for call in await stack.deletions() if call["at"] > blocked_since]
+    last_success = max(end_time(call) for call in calls if call["status"] == 204)
+    failures = [call for call in calls if call["status"] == 500 and call["at"] < last_success]
+    assert len(failures) < DELETABLE, f"alone {alone_sec:.1f} s, behind failing ones {others_sec:.1f} s"

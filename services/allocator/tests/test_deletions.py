@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from typing import Literal
 
 import pytest
 
@@ -103,6 +104,23 @@ async def test_a_claim_returns_the_longest_due_deletions_first(pool: Pool) -> No
     assert (first.external_id, first.attempts) == (f"account-{ids[0]}", 0)
     assert [due.sandbox_id for due in await claim(session, limit=2)] == ids[2:]
     assert await claim(session) == []
+
+
+async def test_a_claim_of_untried_deletions_prefers_them_in_its_order(pool: Pool) -> None:
+    ids = await make_due(pool, 4)
+    await pool.execute("UPDATE sandboxes SET deletion_attempts = 1 WHERE sandbox_id = ANY($1)", [ids[0], ids[3]])
+    session = await pool.write_session()
+
+    async def claim_one(untried: Literal["oldest", "newest"]) -> list[str]:
+        command = ClaimDeletions(run_id=RUN, limit=1, claim_sec=60, untried=untried)
+        reply = await claim_deletions(session, command)
+        assert isinstance(reply, DeletionsClaimed)
+        return [due.sandbox_id for due in reply.deletions]
+
+    assert await claim_one("newest") == [ids[2]]
+    assert await claim_one("oldest") == [ids[1]]
+    assert [await claim_one("newest"), await claim_one("oldest")] == [[ids[0]], [ids[3]]]
+    assert await claim_one("oldest") == []
 
 
 async def test_only_due_deletions_are_claimed(pool: Pool) -> None:

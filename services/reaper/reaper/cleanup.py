@@ -3,19 +3,25 @@
 A run claims one deletion after the other from the allocator. Each claim also renews the run's leader lease. While
 the lease lasts, the allocator gives no deletion to another run of any replica. So the throttles hold for all
 replicas together. When the process of a run dies or freezes, another run takes over once the last claim has ended.
+
+A run starts with the deletion that has been due longest. After a failure it prefers deletions that never failed,
+and each further failure moves it to the other end of their queue. So accounts that CSP cannot delete do not block
+the others, neither while the circuit breaker is closed nor while it is half open and permits one deletion. Once no
+deletion is due, the next run starts with the longest due one again.
 """
 
 import asyncio
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 
 from reaper.admin_jobs import AdminJobs
 from reaper.allocator_requests import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
 from reaper.circuit_breaker import State
-from reaper.deletion import Deleter
+from reaper.deletion import Deleter, Outcome
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
 from sandbox_broker.contract.replies import DeletionsClaimed, DeletionsHurried, Refused
@@ -51,6 +57,7 @@ class CleanUp:
         self._jobs = jobs
         self._wake_event = asyncio.Event()
         self._run_id = uuid.uuid4()
+        self._untried: Literal["oldest", "newest"] | None = None
         # A claim lasts for its request, the deletion in CSP, the record, and the pause before the next claim.
         pause_sec = max(settings.cleanup_batch_delay_sec, settings.cleanup_per_sandbox_delay_sec)
         self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.max_duration_sec + pause_sec + CLAIM_MARGIN_SEC
@@ -101,6 +108,8 @@ class CleanUp:
                 if not batch.is_leader or batch.next_in_sec is None or batch.next_in_sec > self._claim_sec:
                     self._deleter.clear_unauthorized()
                 if batch.is_leader:
+                    if self._deleter.state is State.CLOSED:
+                        self._untried = None
                     await self._jobs.complete()
                 return None if batch.next_in_sec is None else max(batch.next_in_sec, MIN_PAUSE_SEC)
             await asyncio.sleep(self._settings.cleanup_batch_delay_sec)
@@ -153,7 +162,8 @@ class CleanUp:
         while batch.remaining > 0:
             batch.remaining -= 1
             requested_at = time.monotonic()
-            claimed = await self._claim(batch.run_id)
+            untried = self._untried
+            claimed = await self._claim(batch.run_id, untried)
             if not claimed.deletions:
                 batch.remaining, batch.is_leader, batch.next_in_sec = 0, claimed.on_duty, claimed.next_in_sec
                 return
@@ -161,12 +171,14 @@ class CleanUp:
                 batch.attempted += 1
                 outcome = await self._deleter.delete(batch.run_id, deletion, requested_at + REQUEST_TIMEOUT_SEC)
                 self._jobs.count_outcome(outcome)
+                if outcome is Outcome.FAILED and untried == self._untried:
+                    self._untried = "oldest" if untried == "newest" else "newest"
             if self._deleter.state is not State.CLOSED:
                 batch.remaining = 0
             await asyncio.sleep(self._settings.cleanup_per_sandbox_delay_sec)
 
-    async def _claim(self, run_id: uuid.UUID) -> DeletionsClaimed:
-        command = ClaimDeletions(run_id=run_id, limit=1, claim_sec=self._claim_sec)
+    async def _claim(self, run_id: uuid.UUID, untried: Literal["oldest", "newest"] | None) -> DeletionsClaimed:
+        command = ClaimDeletions(run_id=run_id, limit=1, claim_sec=self._claim_sec, untried=untried)
         reply = await request_reply(self._requester, command)
         assert isinstance(reply, DeletionsClaimed)  # noqa: S101 (the contract of ClaimDeletions)
         return reply

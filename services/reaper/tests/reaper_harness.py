@@ -137,6 +137,8 @@ class Allocator:
                 if not self._renew_leader_lease(command, now):
                     return DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=self.leader[1] - now)
                 ready = [due for key, due in self.due.items() if self.due_at.get(key, 0) <= now]
+                if command.untried and (untried := [due for due in ready if due.attempts == 0]):
+                    ready = untried if command.untried == "oldest" else untried[::-1]
                 claimed = tuple(ready[: command.limit])
                 for due in claimed:
                     self.due_at[due.sandbox_id] = now + command.claim_sec

@@ -105,3 +105,40 @@ async def test_a_half_open_breaker_allows_one_deletion(csp: Csp, allocator: Allo
         await csp.behave(delete_error_rate=0, delete_latency_sec=0)
         await until(lambda: not allocator.due)
         assert sample("broker_circuit_state") == 0
+
+
+@pytest.mark.parametrize("undeletable_first", [True, False])
+@pytest.mark.parametrize("concurrency", [1, 2, 8])
+async def test_undeletable_accounts_do_not_delay_the_deletion_of_others(
+    csp: Csp, allocator: Allocator, amqp_url: str, concurrency: int, undeletable_first: bool
+) -> None:
+    accounts = await csp.accounts()
+    ids = list(accounts) if undeletable_first else list(accounts)[::-1]
+    undeletable, deletable = ids[:9], ids[9:]
+    await csp.behave(undeletable=[accounts[sandbox_id] for sandbox_id in undeletable])
+    await allocator.add_due()
+    quick = {"circuit_breaker_timeout_sec": 0.2, "deletion_backoff_base_sec": 0.1}
+    async with reaping(amqp_url, csp, cleanup_concurrency=concurrency, **quick):
+        await until(lambda: not allocator.due.keys() & set(deletable))
+        statuses = [call["status"] for call in await csp.deletions()]
+        failures_before = statuses[: len(statuses) - statuses[::-1].index(204)].count(500)
+    # The calls in flight at the first failure, and one call of the circuit breaker.
+    assert failures_before <= concurrency + 1
+
+
+async def test_a_half_open_breaker_tries_deletions_that_never_failed_first(
+    csp: Csp, allocator: Allocator, amqp_url: str
+) -> None:
+    accounts = await csp.accounts()
+    *failed, late = accounts
+    await csp.behave(undeletable=[accounts[sandbox_id] for sandbox_id in failed])
+    for sandbox_id in failed:
+        allocator.add(sandbox_id, accounts[sandbox_id])
+    quick = {"circuit_breaker_timeout_sec": 1, "deletion_backoff_base_sec": 0.01, "deletion_max_attempts": 99}
+    async with reaping(amqp_url, csp, cleanup_concurrency=1, **quick):
+        await until(lambda: all(due.attempts for due in allocator.due.values()))
+        await until(lambda: sample("broker_circuit_state") == 2)
+        failures = len(await csp.deletions())
+        allocator.add(late, accounts[late])
+        await until(lambda: late not in allocator.due)
+        assert len(await csp.deletions()) == failures + 1

@@ -62,12 +62,13 @@ class ExpireLeases(_Command):
 class ClaimDeletions(_Command):
     """Claim at most `limit` due deletions for `claim_sec` seconds, and renew the leader lease of the run for the
     same time. Other clean-up runs get no claim meanwhile. A claim without a result ends after that time.
-    → DeletionsClaimed."""
+    `untried` prefers deletions without a failed attempt, in this order of their due times. → DeletionsClaimed."""
 
     type: Literal["ClaimDeletions"] = "ClaimDeletions"
     run_id: uuid.UUID
     limit: int = Field(ge=1, le=1000)
     claim_sec: float = Field(gt=0, le=MAX_SEC)
+    untried: Literal["oldest", "newest"] | None = None
 
 
 class HurryDeletions(_Command):

@@ -40,14 +40,16 @@ class CspApi:
     async def delete_account(self, request: Request) -> Response:
         if self._is_unauthorized(request):
             return UNAUTHORIZED
+        external_id = request.path_params["external_id"]
         stay_listed = self._faults.settings["deleted_stay_listed"]
+        is_undeletable = external_id in self._faults.settings["undeletable"]
 
         def delete() -> Response:
-            if not self._accounts.delete_sandbox(request.path_params["external_id"], stay_listed):
+            if not self._accounts.delete_sandbox(external_id, stay_listed):
                 return build_error(404, "account not found")
             return Response(status_code=204)
 
-        return await self._faults.respond("delete", delete)
+        return await self._faults.respond("delete", delete, must_fail=is_undeletable)
 
     def _is_unauthorized(self, request: Request) -> bool:
         accepted = f"Token {self._token}"

@@ -45,13 +45,13 @@ class FaultInjector:
             raise ValueError("; ".join(problems))
         self.settings |= changes
 
-    async def respond(self, operation: str, effect: Callable[[], Response]) -> Response:
+    async def respond(self, operation: str, effect: Callable[[], Response], *, must_fail: bool = False) -> Response:
         """Decide the outcome at the arrival of a call, wait for its latency, then run its effect.
 
         An account therefore stays listed until its deletion is answered. Of two concurrent deletions of one
         account, the later one gets 404. The effect happens even if the client disconnects during the wait.
         """
-        outcome = self._decide_outcome(operation)
+        outcome = self._decide_outcome(operation, must_fail)
         await asyncio.sleep(outcome.latency_sec)
         if outcome.failure is None:
             return effect()
@@ -59,13 +59,13 @@ class FaultInjector:
             effect()
         return outcome.failure
 
-    def _decide_outcome(self, operation: str) -> Outcome:
+    def _decide_outcome(self, operation: str, must_fail: bool) -> Outcome:
         settings = self.settings
         # Always draw three numbers, because a switch must not shift the random sequence of the other switches.
         latency_draw, failure_draw, status_draw = (self._random[operation].random() for _ in range(3))
         fail_next = f"fail_next_{OPERATIONS[operation]}"
         failure = None
-        if settings[fail_next] > 0 or failure_draw < settings[f"{operation}_error_rate"]:
+        if must_fail or settings[fail_next] > 0 or failure_draw < settings[f"{operation}_error_rate"]:
             settings[fail_next] = max(0, settings[fail_next] - 1)
             status = settings[f"{operation}_error_status"]
             failure = build_failure(

@@ -79,6 +79,12 @@ PER_OPERATION: Mapping[str, Switch] = {
 
 COMMON: Mapping[str, Switch] = {
     "delete_error_after_effect": _flag_switch("a failed deletion takes effect"),
+    "undeletable": Switch(
+        [],
+        "must be a list of account UUIDs",
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        "accounts whose deletions always fail",
+    ),
     "service_delete_error_after_effect": _flag_switch("a failed deletion takes effect"),
     "deleted_stay_listed": Switch(
         0,

@@ -47,6 +47,14 @@ async def test_failure_has_the_configured_status(csp: httpx.AsyncClient, status:
     assert "retry-after" not in response.headers
 
 
+async def test_deletions_of_undeletable_accounts_always_fail(csp: httpx.AsyncClient) -> None:
+    first, second, *_ = await fetch_sandboxes(csp)
+    await set_behaviour(csp, undeletable=[get_external_id(first)])
+    statuses = [(await csp.delete(get_account_path(account))).status_code for account in (first, first, second)]
+    assert statuses == [500, 500, 204]
+    assert first in await fetch_sandboxes(csp)
+
+
 async def test_error_status_is_chosen_from_a_list_at_random(csp: httpx.AsyncClient) -> None:
     await set_behaviour(csp, listing_error_rate=1, listing_error_status=[500, 502, 503])
     statuses = [(await csp.get(LISTING)).status_code for _ in range(60)]

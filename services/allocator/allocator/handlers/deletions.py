@@ -23,7 +23,11 @@ log = structlog.get_logger()
 
 async def claim_deletions(session: WriteSession, command: ClaimDeletions) -> Reply:
     rows = await deletions.claim_deletions(
-        session, run_id=command.run_id, claim=timedelta(seconds=command.claim_sec), limit=command.limit
+        session,
+        run_id=command.run_id,
+        claim=timedelta(seconds=command.claim_sec),
+        limit=command.limit,
+        untried=command.untried,
     )
     claimed = tuple(
         replies.DueDeletion(

@@ -2,7 +2,7 @@
 
 import uuid
 from datetime import timedelta
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from allocator.write_session import GUARD, WriteSession
 
@@ -18,7 +18,9 @@ duty AS (
 )
 """
 
-CLAIM_DELETIONS = f"""
+
+def _claim_statement(condition: str, order: str) -> str:
+    return f"""
 WITH {GUARD},
 {_LEADER_LEASE},
 due AS MATERIALIZED (
@@ -26,7 +28,8 @@ due AS MATERIALIZED (
     FROM duty CROSS JOIN LATERAL (
         SELECT sandbox_id FROM sandboxes
         WHERE status = 'pending_deletion' AND deletion_due_at <= now() AND duty.run_id = $2
-        ORDER BY deletion_due_at LIMIT $4 FOR UPDATE SKIP LOCKED
+            {condition}
+        ORDER BY deletion_due_at {order} LIMIT $4 FOR UPDATE SKIP LOCKED
     ) s
 ),
 claimed AS (
@@ -46,6 +49,13 @@ SELECT epoch, EXISTS (SELECT FROM duty) AS on_duty,
     c.*
 FROM guard LEFT JOIN claimed c ON true ORDER BY c.deletion_requested_at
 """
+
+
+CLAIM_DELETIONS = _claim_statement("", "")
+CLAIM_UNTRIED_DELETIONS = {
+    "oldest": _claim_statement("AND deletion_attempts = 0", ""),
+    "newest": _claim_statement("AND deletion_attempts = 0", "DESC"),
+}
 
 # Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice.
 HURRY_DELETIONS = f"""
@@ -173,9 +183,21 @@ class RetryRow(TypedDict):
 
 
 async def claim_deletions(
-    session: WriteSession, *, run_id: uuid.UUID, claim: timedelta, limit: int
+    session: WriteSession,
+    *,
+    run_id: uuid.UUID,
+    claim: timedelta,
+    limit: int,
+    untried: Literal["oldest", "newest"] | None = None,
 ) -> list[ClaimRow]:
-    """Take or extend the leader lease, and claim up to `limit` due deletions, both for the duration `claim`."""
+    """Take or extend the leader lease, and claim up to `limit` due deletions, both for the duration `claim`.
+
+    With `untried`, deletions that have failed before are claimed only if no other deletion is due.
+    """
+    if untried is not None:
+        rows: list[ClaimRow] = await session.fetch(CLAIM_UNTRIED_DELETIONS[untried], run_id, claim, limit)
+        if rows[0]["sandbox_id"] is not None:
+            return rows
     return await session.fetch(CLAIM_DELETIONS, run_id, claim, limit)
 
 
