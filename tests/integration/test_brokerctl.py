@@ -290,7 +290,7 @@ async def test_an_error_has_its_exit_status_and_names_the_remedy(
 async def test_a_server_other_than_the_broker_is_detected(stack: Stack) -> None:
     result = await run_brokerctl(stack, "pool", url=stack.simulator)
     assert result.status == 3
-    assert "is not the broker" in result.err
+    assert "it is not this broker's API" in result.err
 
 
 async def test_settings_are_read_from_a_file(stack: Stack, tmp_path: object) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from brokerctl.answers import CspState, PoolCounts, Status
 from brokerctl.client import AdminClient, BackgroundCall, describe_unreachable_gateway
-from brokerctl.errors import Unavailable
+from brokerctl.errors import OtherApi, Unavailable
 
 STATUS_TIMEOUT_SEC = 0.5
 """Default time for the gateway's answer. The gateway limits each of its probes to 0.3 s."""
@@ -39,21 +40,23 @@ def fetch_status(client: AdminClient, timeout_sec: float) -> dict[str, Any]:
     A gateway that is down or slower than `timeout_sec` is part of the result. Raises `CommandError` for everything
     else, such as a wrong token.
     """
+    status: Status | None = None
     try:
-        status = BackgroundCall(lambda: client.get("status")).result(timeout_sec)
+        status = BackgroundCall(lambda: client.get("status", Status)).result(timeout_sec)
         gateway: dict[str, Any] = {"state": "up", "problem": None}
     except TimeoutError as error:
-        status = {}
         gateway = {"state": "down", "problem": describe_unreachable_gateway(client.url, str(error))}
+    except OtherApi:
+        raise
     except Unavailable as error:
-        status, gateway = {}, {"state": "down", "problem": error.message}
+        gateway = {"state": "down", "problem": error.message}
     items = [asdict(item) for item in find_attention_items(gateway, status)]
-    return {"gateway": gateway, **status, "attention": items}
+    return {"gateway": gateway, **(status or {}), "attention": items}
 
 
-def find_attention_items(gateway: Mapping[str, Any], status: Mapping[str, Any]) -> Iterator[AttentionItem]:
+def find_attention_items(gateway: Mapping[str, Any], status: Status | None) -> Iterator[AttentionItem]:
     """Yield the problems in a status, the most severe first."""
-    if gateway["state"] != "up":
+    if status is None:
         yield AttentionItem(
             "gateway", gateway["problem"], "The components behind the gateway cannot be seen from here."
         )
@@ -62,6 +65,7 @@ def find_attention_items(gateway: Mapping[str, Any], status: Mapping[str, Any]) 
     yield from _check_services(status)
     if status["pool"] is not None:
         yield from _check_pool(status["pool"])
+    if status["csp"] is not None:
         yield from _check_csp(status["csp"])
     if status["dead_letters"]:
         yield AttentionItem(
@@ -71,17 +75,17 @@ def find_attention_items(gateway: Mapping[str, Any], status: Mapping[str, Any]) 
         )
 
 
-def _check_servers(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
-    for key, name in (("rabbitmq", "RabbitMQ"), ("database", "PostgreSQL")):
-        if status[key]["state"] != "up":
+def _check_servers(status: Status) -> Iterator[AttentionItem]:
+    for name, server in (("RabbitMQ", status["rabbitmq"]), ("PostgreSQL", status["database"])):
+        if server["state"] != "up":
             yield AttentionItem(
                 name,
-                status[key]["problem"],
+                server["problem"] or "It is down.",
                 "Students get 503 until it is back. All services reconnect by themselves.",
             )
 
 
-def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
+def _check_services(status: Status) -> Iterator[AttentionItem]:
     queues = status["queues"] or []
     for service in status["services"]:
         name, state = service["service"], service["state"]
@@ -104,7 +108,7 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
                 f"RabbitMQ gives no information about it: {entry['problem']}.",
                 "Run rabbitmqctl cluster_status: is the node of this queue down? Start that node.",
             )
-        elif entry["messages"] >= LONG_QUEUE_MESSAGES:
+        elif (entry["messages"] or 0) >= LONG_QUEUE_MESSAGES:
             yield AttentionItem(
                 entry["queue"],
                 f"{entry['messages']} messages wait.",
@@ -112,7 +116,7 @@ def _check_services(status: Mapping[str, Any]) -> Iterator[AttentionItem]:
             )
 
 
-def _check_pool(pool: Mapping[str, int]) -> Iterator[AttentionItem]:
+def _check_pool(pool: PoolCounts) -> Iterator[AttentionItem]:
     existing = pool["total"] - pool["deleted"]
     if pool["available"] == 0:
         yield AttentionItem(
@@ -140,7 +144,7 @@ def _check_pool(pool: Mapping[str, int]) -> Iterator[AttentionItem]:
         )
 
 
-def _check_csp(csp: Mapping[str, Any]) -> Iterator[AttentionItem]:
+def _check_csp(csp: CspState) -> Iterator[AttentionItem]:
     now = time.time()
     unfinished, listed, pending = csp["unfinished_since"], csp["listed_at"], csp["pending_since"]
     if csp["held"]:

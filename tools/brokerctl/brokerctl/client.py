@@ -5,19 +5,34 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 from urllib.error import URLError
 from urllib.parse import quote, urlencode
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request, UnknownHandler
 
+from brokerctl.answers import InvalidAnswer, Shape, validate_answer
 from brokerctl.config import Config
-from brokerctl.errors import CommandError, Misconfigured, Refused, Unavailable
+from brokerctl.errors import CommandError, Misconfigured, OtherApi, Refused, Unavailable
 
 TIMEOUT_SEC = 30.0
 """Longer than the gateway's own limit for an admin request (ADMIN_WAIT_SEC)."""
 MAX_PAGE_SIZE = 500
+MAX_ANSWER_BYTES = 64 << 20
 
 T = TypeVar("T")
+
+
+class _ErrorDetail(TypedDict):
+    code: str
+    message: str
+
+
+class _ErrorBody(TypedDict):
+    detail: _ErrorDetail
+
+
+class _Page(TypedDict):
+    cursor: str | None
 
 
 class AdminClient:
@@ -37,36 +52,45 @@ class AdminClient:
             self._opener.add_handler(HTTPSHandler())
         self._opener.add_handler(UnknownHandler())
 
-    def get(self, path: str, **parameters: Any) -> dict[str, Any]:
-        """Return the JSON body. Raises `CommandError`, like every method of this class."""
-        return self.request("GET", path, **parameters)
+    def get(self, path: str, shape: type[Shape], **parameters: Any) -> Shape:
+        """Return the JSON body, which has the shape. Raises `CommandError`, like every method of this class."""
+        return self.request("GET", path, shape, **parameters)
 
-    def post(self, path: str, **parameters: Any) -> dict[str, Any]:
-        return self.request("POST", path, **parameters)
+    def post(self, path: str, shape: type[Shape], **parameters: Any) -> Shape:
+        return self.request("POST", path, shape, **parameters)
 
-    def delete(self, path: str) -> dict[str, Any]:
-        return self.request("DELETE", path)
+    def delete(self, path: str, shape: type[Shape]) -> Shape:
+        return self.request("DELETE", path, shape)
 
-    def iterate_entries(self, path: str, field: str, limit: int, **parameters: Any) -> Iterator[dict[str, Any]]:
+    def iterate_entries(
+        self, path: str, field: str, shape: type[Shape], limit: int, **parameters: Any
+    ) -> Iterator[Shape]:
         """Yield at most `limit` entries of a paginated route. Each page holds its entries in `field`."""
         cursor: str | None = None
         left = limit
         while left > 0:
-            page = self.get(path, **parameters, limit=min(left, MAX_PAGE_SIZE), cursor=cursor)
-            yield from page[field]
-            left -= len(page[field])
-            cursor = page["cursor"]
-            if cursor is None:
+            page = self.get(path, dict[str, Any], **parameters, limit=min(left, MAX_PAGE_SIZE), cursor=cursor)
+            try:
+                entries = validate_answer(page.get(field), list[shape])  # type: ignore[valid-type]
+                next_cursor = validate_answer(page, _Page)["cursor"]
+            except InvalidAnswer as error:
+                raise self._reject_answer(str(error)) from None
+            yield from entries
+            left -= len(entries)
+            if next_cursor is None:
                 return
+            if next_cursor == cursor:
+                raise self._reject_answer("the cursor of a page leads to the same page")
+            cursor = next_cursor
 
-    def request(self, method: str, path: str, **parameters: Any) -> dict[str, Any]:
+    def request(self, method: str, path: str, shape: type[Shape], **parameters: Any) -> Shape:
         """Send a request for `path` below /v1/admin. The query omits parameters with the value None."""
         query = urlencode({name: value for name, value in parameters.items() if value is not None})
         url = f"{self.url}/v1/admin/{path}?{query}".rstrip("?")
         request = Request(url, method=method, headers=self._headers)
         try:
             with self._opener.open(request, timeout=TIMEOUT_SEC) as response:
-                status, content = response.status, response.read()
+                status, content = response.status, response.read(MAX_ANSWER_BYTES + 1)
         except (OSError, HTTPException, UnicodeError) as error:
             reason = error.reason if isinstance(error, URLError) else error
             if isinstance(reason, TimeoutError):
@@ -78,17 +102,35 @@ class AdminClient:
                 describe_unreachable_gateway(self.url, str(reason) or type(reason).__name__)
             ) from None
         try:
-            body: dict[str, Any] = json.loads(content)
+            body = _parse_json(content)
             if 200 <= status < 300:
-                return body
-            detail = body["detail"]
-            detail["code"], detail["message"]
-        except (ValueError, LookupError, TypeError):
-            raise Unavailable(
-                f"The server at {self.url} is not the broker (HTTP {status}). "
-                "Check BROKER_API_URL and the proxies in front of the gateway."
-            ) from None
-        raise _build_error(status, detail)
+                return validate_answer(body, shape)
+            detail = validate_answer(body, _ErrorBody)["detail"]
+        except InvalidAnswer as error:
+            if status >= 500:
+                raise Unavailable(
+                    f"{self.url} answers HTTP {status} without this broker's JSON. No gateway behind the load "
+                    "balancer or proxy seems to be ready."
+                ) from None
+            raise self._reject_answer(f"HTTP {status}: {error}") from None
+        raise _build_error(status, dict(detail))
+
+    def _reject_answer(self, reason: str) -> OtherApi:
+        return OtherApi(
+            f"{self.url} answers, but it is not this broker's API ({reason}). Check BROKER_API_URL, the proxies in "
+            "front of the gateway, and whether brokerctl has the version of the gateway."
+        )
+
+
+def _parse_json(content: bytes) -> Any:
+    if len(content) > MAX_ANSWER_BYTES:
+        raise InvalidAnswer(f"more than {MAX_ANSWER_BYTES >> 20} MiB")
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise InvalidAnswer("no JSON") from None
+    except RecursionError:
+        raise InvalidAnswer("JSON that is nested too deeply") from None
 
 
 def quote_segment(value: str) -> str:

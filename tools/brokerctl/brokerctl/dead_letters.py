@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
 from brokerctl import output
+from brokerctl.answers import DeadLetter, DeadLetterDropped, DeadLetterReplayed, DeadLetterSummary
 from brokerctl.client import AdminClient, quote_segment
 from brokerctl.errors import CommandError, Misconfigured
 from brokerctl.options import JsonOption, LimitOption, YesOption, confirm_action, create_client, print_result
 
 MAX_DEAD_LETTERS = 100_000
 """The broker keeps no more than this."""
+
+T = TypeVar("T")
 
 app = typer.Typer(help="Dead letters: messages that could not be processed.", no_args_is_help=True)
 
@@ -23,7 +26,7 @@ AllOption = Annotated[bool, typer.Option("--all", help="All dead letters.")]
 @app.command("list")
 def list_dead_letters(context: typer.Context, as_json: JsonOption = False, limit: LimitOption = 50) -> None:
     """List the dead letters, newest first: time, service and reason."""
-    result = list(create_client(context).iterate_entries("dead-letters", "dead_letters", limit))
+    result = list(create_client(context).iterate_entries("dead-letters", "dead_letters", DeadLetterSummary, limit))
     if not result and not as_json:
         output.console.print("There are no dead letters.")
         return
@@ -37,7 +40,7 @@ def show_dead_letter(
     as_json: JsonOption = False,
 ) -> None:
     """Show one dead letter with its payload."""
-    result = create_client(context).get(f"dead-letters/{quote_segment(dead_letter_id)}")
+    result = create_client(context).get(f"dead-letters/{quote_segment(dead_letter_id)}", DeadLetter)
     print_result(as_json, result, lambda: output.render_dead_letter(result))
 
 
@@ -55,13 +58,13 @@ def replay_dead_letters(
     """
     client = create_client(context)
 
-    def replay(dead_letter_id: str) -> dict[str, Any]:
-        return client.post(f"dead-letters/{quote_segment(dead_letter_id)}/replay")
+    def replay(dead_letter_id: str) -> DeadLetterReplayed:
+        return client.post(f"dead-letters/{quote_segment(dead_letter_id)}/replay", DeadLetterReplayed)
 
     _run_for_each(_select_ids(client, ids, all_, yes, "Replay"), replay, _describe_replay, as_json)
 
 
-def _describe_replay(answer: dict[str, Any]) -> str:
+def _describe_replay(answer: DeadLetterReplayed) -> str:
     skipped = (
         f", without {answer['skipped']} allocations of students who have got a sandbox since"
         if answer["skipped"]
@@ -83,8 +86,8 @@ def drop_dead_letters(
     """Remove dead letters without processing them."""
     client = create_client(context)
 
-    def drop(dead_letter_id: str) -> dict[str, Any]:
-        return client.delete(f"dead-letters/{quote_segment(dead_letter_id)}")
+    def drop(dead_letter_id: str) -> DeadLetterDropped:
+        return client.delete(f"dead-letters/{quote_segment(dead_letter_id)}", DeadLetterDropped)
 
     selected = _select_ids(client, ids, all_, yes, "Drop")
     _run_for_each(selected, drop, lambda answer: f"{answer['dead_letter_id']} is dropped.", as_json)
@@ -96,8 +99,8 @@ def _select_ids(client: AdminClient, ids: list[str] | None, all_: bool, yes: boo
         raise Misconfigured("Give ids of dead letters, or --all. brokerctl dlq list shows the ids.")
     if ids:
         return ids
-    entries = client.iterate_entries("dead-letters", "dead_letters", MAX_DEAD_LETTERS)
-    all_ids = [str(entry["dead_letter_id"]) for entry in entries]
+    entries = client.iterate_entries("dead-letters", "dead_letters", DeadLetterSummary, MAX_DEAD_LETTERS)
+    all_ids = [entry["dead_letter_id"] for entry in entries]
     if all_ids:
         confirm_action(yes, f"{verb} {len(all_ids)} dead letters?")
     return all_ids
@@ -105,8 +108,8 @@ def _select_ids(client: AdminClient, ids: list[str] | None, all_: bool, yes: boo
 
 def _run_for_each(
     ids: list[str],
-    action: Callable[[str], dict[str, Any]],
-    describe: Callable[[dict[str, Any]], str],
+    action: Callable[[str], T],
+    describe: Callable[[T], str],
     as_json: bool,
 ) -> None:
     """Run the action for every id, also after an error. Print all errors but the last, and raise the last."""

@@ -4,6 +4,7 @@
     ├── Refused        1  the broker refused the command: repeating it gives the same result
     ├── Misconfigured  2  the command line, a setting or the token is wrong
     └── Unavailable    3  the broker did not answer, or a component is down: a retry can help
+        └── OtherApi      another server answered
 
 0 means done or all well. 4 means something needs attention.
 """
@@ -40,3 +41,7 @@ class Misconfigured(CommandError):
 
 class Unavailable(CommandError):
     exit_status = 3
+
+
+class OtherApi(Unavailable):
+    """The server answered, but not with the answers of this broker's API."""

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from brokerctl import dead_letters, output, progress
+from brokerctl.answers import Allocation, Sandbox, SandboxSummary, StateCounts, Stats, SyncState, TransitionResult
 from brokerctl.attention import STATUS_TIMEOUT_SEC, fetch_status
 from brokerctl.client import AdminClient, quote_segment
 from brokerctl.errors import EXIT_ATTENTION, EXIT_INTERRUPTED, CommandError, Refused
@@ -116,17 +118,17 @@ def show_pool(
     client = create_client(context)
     if status or prefix or track:
         filters = {"status": status, "name_prefix": prefix, "track_name": track}
-        entries = list(client.iterate_entries("sandboxes", "sandboxes", limit, **filters))
+        entries = list(client.iterate_entries("sandboxes", "sandboxes", SandboxSummary, limit, **filters))
         print_result(as_json, entries, lambda: output.render_sandboxes(entries))
         return
-    counts = client.get("stats", by=by, limit=min(limit, 500) if by else None)
+    counts = client.get("stats", Stats, by=by, limit=min(limit, 500) if by else None)
     print_result(as_json, counts, lambda: output.render_pool_counts(counts))
 
 
 @app.command("sandbox")
 def show_sandbox(context: typer.Context, sandbox_id: SandboxIdArgument, as_json: JsonOption = False) -> None:
     """Show one sandbox with its history: each transition, its time, reason and actor."""
-    result = create_client(context).get(f"sandboxes/{quote_segment(sandbox_id)}")
+    result = create_client(context).get(f"sandboxes/{quote_segment(sandbox_id)}", Sandbox)
     print_result(as_json, result, lambda: output.render_sandbox(result))
 
 
@@ -138,7 +140,9 @@ def show_leases_of_student(
     limit: LimitOption = 50,
 ) -> None:
     """List the present and past sandboxes of a student, newest first."""
-    entries = list(create_client(context).iterate_entries("allocations", "allocations", limit, holder=student))
+    entries = list(
+        create_client(context).iterate_entries("allocations", "allocations", Allocation, limit, holder=student)
+    )
     if not entries and not as_json:
         output.console.print(output.printable_text(f"{student} never had a sandbox."))
         return
@@ -158,14 +162,14 @@ def sync_pool(
     """Bring the pool in line with CSP now. The broker holds a listing in which too many sandboxes are missing."""
     client = create_client(context)
     if show_only:
-        state = client.get("sync")
+        state = client.get("sync", SyncState)
         print_result(as_json, state, lambda: output.render_sync_state(state))
         if state["held"] is not None:
             raise typer.Exit(EXIT_ATTENTION)
         return
     if force:
         if not as_json:
-            output.console.print(output.render_sync_state(client.get("sync")))
+            output.console.print(output.render_sync_state(client.get("sync", SyncState)))
         confirm_action(yes, "Fetch a new listing and apply it, even if sandboxes are missing from it?")
     try:
         result = progress.run_job(
@@ -179,7 +183,7 @@ def sync_pool(
         if error.code != "SYNC_HELD":
             raise
         if not as_json:
-            output.console.print(output.render_sync_state(client.get("sync")))
+            output.console.print(output.render_sync_state(client.get("sync", SyncState)))
         message = f"{error.message} brokerctl sync --force applies it."
         raise Refused(message, detail={**error.detail, "message": message}) from None
     print_result(as_json, result, lambda: _render_job_result(result))
@@ -198,12 +202,12 @@ def run_cleanup(context: typer.Context, as_json: JsonOption = False) -> None:
     print_result(as_json, result, lambda: _render_job_result(result))
 
 
-def _render_job_result(result: dict[str, Any]) -> RenderableType:
+def _render_job_result(result: Mapping[str, Any]) -> RenderableType:
     return output.build_field_list({name.replace("_", " "): value for name, value in result.items()})
 
 
 def _format_state_counts(client: AdminClient, *states: str) -> str:
-    counts = client.get("stats")
+    counts: Mapping[str, Any] = client.get("stats", StateCounts)
     return ", ".join(f"{counts[state]} {state.replace('_', ' ')}" for state in states)
 
 
@@ -215,18 +219,20 @@ def release_sandbox(
     as_json: JsonOption = False,
 ) -> None:
     """End a student's lease. The sandbox is deleted, and the student can get another one."""
-    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/release", reason=reason)
+    result = create_client(context).post(
+        f"sandboxes/{quote_segment(sandbox_id)}/release", TransitionResult, reason=reason
+    )
     _print_transition(result, as_json)
 
 
 @app.command("retry")
 def retry_deletion(context: typer.Context, sandbox_id: SandboxIdArgument, as_json: JsonOption = False) -> None:
     """Retry a permanently failed deletion."""
-    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/retry-deletion")
+    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/retry-deletion", TransitionResult)
     _print_transition(result, as_json)
 
 
-def _print_transition(result: dict[str, Any], as_json: bool) -> None:
+def _print_transition(result: TransitionResult, as_json: bool) -> None:
     requested_at = output.format_time(result["deletion_requested_at"])
     line = f"Sandbox {result['sandbox_id']} is {result['status']}, since {requested_at}."
     print_result(as_json, result, lambda: output.printable_text(line))

@@ -34,10 +34,13 @@ def print_error(error: CommandError, as_json: bool) -> None:
         error_console.print(printable_text(f"brokerctl: {error.message}"), soft_wrap=True)
 
 
-def printable_text(value: object, style: str = "") -> Text:
-    """Return the value as text without control characters, because untrusted input must not drive the terminal."""
+def printable_text(value: object, style: str = "", *, kept: str = "") -> Text:
+    """Return the value as text without control characters, because untrusted input must not drive the terminal.
+
+    `kept` are control characters that stay, such as the line breaks of a payload.
+    """
     shown = "-" if value is None else str(value)
-    safe = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in shown)
+    safe = "".join(char if char.isprintable() or char in kept else "\N{REPLACEMENT CHARACTER}" for char in shown)
     return Text(safe, style=style)
 
 
@@ -53,7 +56,7 @@ def build_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, num
     """Build a table. The columns in `numbers` are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        table.add_column(printable_text(column), justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(printable_text(value) for value in row))
     return table
@@ -66,14 +69,14 @@ def build_field_list(fields: Mapping[str, object]) -> Table:
     grid.add_column(overflow="fold")
     for name, value in fields.items():
         if value is not None:
-            grid.add_row(name, value if isinstance(value, Text) else printable_text(value))
+            grid.add_row(printable_text(name), value if isinstance(value, Text) else printable_text(value))
     return grid
 
 
 def render_status(url: str, status: Mapping[str, Any]) -> RenderableType:
     """Render the result of `attention.fetch_status` as one screen."""
     components = Text("   ").join(
-        Text.assemble(f"{name} ", printable_text(state, COMPONENT_COLOURS[state]))
+        Text.assemble(printable_text(f"{name} "), printable_text(state, COMPONENT_COLOURS.get(state, "")))
         for name, state in _collect_component_states(status).items()
     )
     summary = build_field_list(
@@ -266,5 +269,5 @@ def render_dead_letter(letter: Mapping[str, Any]) -> RenderableType:
     if letter["encoding"] == "utf-8":
         with contextlib.suppress(ValueError):  # a payload that is not JSON is shown unchanged
             payload = json.dumps(json.loads(payload), indent=2, ensure_ascii=False)
-    heading = Text(f"payload ({letter['encoding']})", style="bold")
-    return Group(build_field_list(fields), Text(), heading, printable_text(payload))
+    heading = printable_text(f"payload ({letter['encoding']})", "bold")
+    return Group(build_field_list(fields), Text(), heading, printable_text(payload, kept="\n\t"))

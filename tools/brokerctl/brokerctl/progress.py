@@ -1,15 +1,16 @@
 """Long-running admin requests. The gateway answers with the result, or with the id of a job to poll."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from rich.status import Status
 
+from brokerctl.answers import Job, JobAnswer
 from brokerctl.client import TIMEOUT_SEC, AdminClient, BackgroundCall
 from brokerctl.errors import CommandError, Refused, Unavailable
-from brokerctl.output import error_console
+from brokerctl.output import error_console, printable_text
 
 POLL_INTERVAL_SEC = 1.0
 
@@ -18,13 +19,13 @@ DescribeProgress = Callable[[], str]
 
 def run_job(
     client: AdminClient, path: str, *, title: str, describe: DescribeProgress, **parameters: Any
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Send POST `path`, wait for the end of the work and return its result. Raises `CommandError`.
 
     A terminal shows `describe()` until the gateway answers, then the progress of the job.
     """
     with ProgressLine(title) as progress:
-        call = BackgroundCall(lambda: client.post(path, **parameters))
+        call = BackgroundCall(lambda: client.post(path, JobAnswer, **parameters))
         deadline = time.monotonic() + TIMEOUT_SEC + POLL_INTERVAL_SEC
         while True:
             try:
@@ -37,19 +38,19 @@ def run_job(
         if "job_id" not in answer:
             return answer
         while True:
-            job = client.get(f"jobs/{answer['job_id']}")
+            job = client.get(f"jobs/{answer['job_id']}", Job)
             if job["state"] != "running":
                 return _read_job_result(job)
             progress.update(partial(_format_job_progress, job))
             time.sleep(POLL_INTERVAL_SEC)
 
 
-def _format_job_progress(job: dict[str, Any]) -> str:
+def _format_job_progress(job: Job) -> str:
     return ", ".join(f"{count} {name}" for name, count in job["progress"].items())
 
 
-def _read_job_result(job: dict[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = job["result"] or {}
+def _read_job_result(job: Job) -> dict[str, Any]:
+    result = job["result"] or {}
     if job["state"] == "completed":
         return {"status": "completed", **result}
     code = str(result.get("code", "JOB_FAILED"))
@@ -80,4 +81,6 @@ class ProgressLine:
             progress = describe()
         except CommandError as error:
             progress = error.message
-        self._line.update(f"{self._title} ({time.monotonic() - self._started_at:.0f} s): {progress}")
+        # As Text, because rich reads markup in a plain string.
+        line = f"{self._title} ({time.monotonic() - self._started_at:.0f} s): {progress}"
+        self._line.update(printable_text(line))

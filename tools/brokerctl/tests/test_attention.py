@@ -57,7 +57,7 @@ def build_status(**changes: Any) -> dict[str, Any]:
     }
 
 
-def find_problems(gateway: dict[str, Any], status: dict[str, Any]) -> list[tuple[str, str]]:
+def find_problems(gateway: dict[str, Any], status: Any) -> list[tuple[str, str]]:
     items = list(find_attention_items(gateway, status))
     assert all(item.advice for item in items)
     return [(item.part, item.problem) for item in items]
@@ -146,4 +146,4 @@ def test_status_screen_shows_queue_without_information() -> None:
 
 
 def test_gateway_that_is_down_is_the_only_problem_reported() -> None:
-    assert find_problems({"state": "down", "problem": "refused"}, {}) == [("gateway", "refused")]
+    assert find_problems({"state": "down", "problem": "refused"}, None) == [("gateway", "refused")]

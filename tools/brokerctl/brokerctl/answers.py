@@ -1,0 +1,210 @@
+"""Shapes of the admin API's answers, limited to the fields that brokerctl reads.
+
+`validate_answer` checks an answer against a shape. Fields that a gateway of another version adds are allowed.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar
+
+import msgspec
+
+Shape = TypeVar("Shape")
+
+Timestamp = Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)]
+"""Unix seconds, at most the end of the year 9999."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Identifier = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z-]{1,64}\Z")]
+
+
+class InvalidAnswer(Exception):
+    """The answer does not have the expected shape. The message names the first difference."""
+
+
+class StateCounts(TypedDict):
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    deleted: Count
+    total: Count
+
+
+class PoolCounts(StateCounts):
+    missing: Count
+
+
+class GroupCounts(StateCounts):
+    value: str
+
+
+class Stats(StateCounts):
+    by: NotRequired[str]
+    groups: NotRequired[list[GroupCounts]]
+
+
+class ServerState(TypedDict):
+    state: str
+    problem: str | None
+
+
+class ServiceState(TypedDict):
+    service: str
+    state: str
+
+
+class QueueState(TypedDict):
+    queue: str
+    messages: Count | None
+    consumers: Count | None
+    service: NotRequired[str]
+    """A gateway of an earlier version does not name the service of a queue."""
+    problem: NotRequired[str | None]
+
+
+class CspState(TypedDict):
+    listed_at: Timestamp | None
+    unfinished_since: Timestamp | None
+    held: bool
+    pending_since: Timestamp | None
+    failing: Count
+    error: str | None
+
+
+class Status(TypedDict):
+    rabbitmq: ServerState
+    database: ServerState
+    services: list[ServiceState]
+    queues: list[QueueState] | None
+    pool: PoolCounts | None
+    csp: CspState | None
+    dead_letters: Count | None
+
+
+class SandboxSummary(TypedDict):
+    sandbox_id: str
+    name: str
+    status: str
+    status_since: Timestamp
+    holder: str | None
+    track_name: str | None
+    deletion_error: str | None
+
+
+class Transition(TypedDict):
+    at: Timestamp
+    event: str
+    by: str
+    holder: str | None
+    error: str | None
+    reason: str | None
+
+
+class Sandbox(SandboxSummary):
+    missing_since: Timestamp | None
+    allocated_at: Timestamp | None
+    expires_at: Timestamp | None
+    ended_at: Timestamp | None
+    deletion_requested_at: Timestamp | None
+    deletion_due_at: Timestamp | None
+    deleted_at: Timestamp | None
+    history: list[Transition]
+
+
+class Allocation(TypedDict):
+    sandbox_id: str
+    name: str | None
+    track_name: str | None
+    allocated_at: Timestamp
+    ended_at: Timestamp | None
+    end_note: str | None
+    end_reason: str | None
+
+
+class AppliedSync(TypedDict):
+    applied_at: Timestamp
+    synced: Count
+    discovered: Count
+    restored: Count
+    marked_stale: Count
+    reopened: Count
+    leaked: NotRequired[Count]
+
+
+class SandboxName(TypedDict):
+    name: str
+
+
+class Change(TypedDict):
+    count: Count
+    examples: list[SandboxName]
+
+
+class HeldSync(TypedDict):
+    held_at: Timestamp
+    reason: str
+    stale: Change
+    missing: Change
+    moved: Change
+    discovered: Change
+    restored: Change
+
+
+class SyncState(TypedDict):
+    applied: AppliedSync | None
+    held: HeldSync | None
+
+
+class TransitionResult(TypedDict):
+    """Answer to a release and to a retry of a deletion."""
+
+    sandbox_id: str
+    status: str
+    deletion_requested_at: Timestamp
+
+
+class JobAnswer(TypedDict):
+    """Answer to a request that can take long: the result, or the id of the job that is still running."""
+
+    status: Literal["completed", "running"]
+    job_id: NotRequired[Identifier]
+
+
+class Job(TypedDict):
+    job_id: Identifier
+    state: str
+    progress: dict[str, Count]
+    result: dict[str, str | int | float | None] | None
+
+
+class DeadLetterSummary(TypedDict):
+    dead_letter_id: Identifier
+    died_at: Timestamp
+    service: str
+    commands: list[str]
+    reason: str
+
+
+class DeadLetter(DeadLetterSummary):
+    payload: str
+    encoding: str
+
+
+class DeadLetterReplayed(TypedDict):
+    dead_letter_id: Identifier
+    queue: str
+    published: bool
+    skipped: Count
+
+
+class DeadLetterDropped(TypedDict):
+    dead_letter_id: Identifier
+
+
+def validate_answer(answer: Any, shape: type[Shape]) -> Shape:
+    """Return the parsed JSON unchanged, with the type `shape`. Raises InvalidAnswer."""
+    try:
+        msgspec.convert(answer, shape)
+    except (msgspec.ValidationError, RecursionError, UnicodeError) as error:  # UnicodeError: a lone surrogate
+        raise InvalidAnswer(str(error)) from None
+    checked: Shape = answer
+    return checked
