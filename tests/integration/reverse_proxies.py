@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from devstack import packages
@@ -141,18 +141,31 @@ async def run_nginx(upstream: int, headers: str) -> AsyncIterator[int]:
         yield port
 
 
-@asynccontextmanager
-async def run_haproxy(upstream: int) -> AsyncIterator[int]:
+def run_haproxy(upstream: int) -> AbstractAsyncContextManager[int]:
     """Run HAProxy before the server on port `upstream` and yield its port. Raises CannotRun without HAProxy."""
+    return run_haproxy_with(lambda port: _HAPROXY.format(port=port, upstream=upstream))
+
+
+@asynccontextmanager
+async def run_haproxy_with(configuration: Callable[[int], str]) -> AsyncIterator[int]:
+    """Run HAProxy with the configuration for a port, and yield that port. Raises CannotRun without HAProxy."""
     program = await packages.find_or_install(["haproxy"], "haproxy", Terminal())
 
     def command(directory: Path, port: int) -> list[str]:
         file = directory / "haproxy.cfg"
-        file.write_text(_HAPROXY.format(port=port, upstream=upstream))
+        file.write_text(configuration(port))
         return [program, "-db", "-f", str(file)]
 
     async with _run("haproxy", command) as port:
         yield port
+
+
+def replace_once(text: str, changes: Mapping[str, str]) -> str:
+    """Return the text with the changes. Each key must occur once."""
+    for before, after in changes.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
 
 
 @asynccontextmanager
@@ -176,7 +189,7 @@ async def _run(name: str, command: Callable[[Path, int], list[str]]) -> AsyncIte
             await process.stop()
 
 
-PROXIES: Mapping[str, Callable[[int], contextlib.AbstractAsyncContextManager[int]]] = {
+PROXIES: Mapping[str, Callable[[int], AbstractAsyncContextManager[int]]] = {
     "nginx for websockets": lambda upstream: run_nginx(upstream, _NGINX_WEBSOCKET),
     "nginx with keep-alive": lambda upstream: run_nginx(upstream, _NGINX_KEEP_ALIVE),
     "HAProxy": run_haproxy,

@@ -1,6 +1,10 @@
-"""`brokerctl status` during an outage of each component, and of all: it names the failed components."""
+"""`brokerctl status` during an outage of each component, and of all: it names the failed components.
+
+The last tests run it behind HAProxy, with the configuration for several gateways of docs/deployment.md.
+"""
 
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -8,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 
 from brokerctl.attention import STATUS_TIMEOUT_SEC
+from devstack.ports import free_port
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from gateway.queries.status import PROBE_TIMEOUT_SEC
 from tests.integration.ctl import CommandResult, run_brokerctl, wait_for_status
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.reverse_proxies import replace_once, run_haproxy_with
+from tests.integration.stack import ROOT, Stack, eventually, run_stack, track_headers
 
 SERVICES = {"allocator": "allocator", "reaper": "reaper", "csp_syncer": "csp-syncer"}
 """Module -> name in the status."""
@@ -213,4 +220,61 @@ async def test_a_hanging_server_is_reported_after_the_timeout(broker: Broker, pa
     async with component_frozen(broker, part):
         result = await wait_for_result(broker, lambda result: name in failed_components(result))
         assert result.status == 4
+    await wait_for_result(broker, is_healthy)
+
+
+def build_configuration(port: int, gateways: list[str]) -> str:
+    """Return deploy/haproxy/haproxy.cfg with the lines of docs/deployment.md, and the addresses of this test."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    lines: str
+    (lines,) = re.findall(r"^```\n( {4}use_backend admin .*?)^```$", page, re.M | re.S)
+    configuration = (ROOT / "deploy" / "haproxy" / "haproxy.cfg").read_text()
+    before, _ = configuration.split("    default_backend gateway\n")
+    for number, gateway in enumerate(gateways, 1):
+        lines = re.sub(rf"10\.0\.0\.1{number}:8080 check port 9100", f"{gateway} check", lines)
+    assert "10.0.0" not in lines
+    changes = {
+        "bind :443 ssl crt /etc/haproxy/broker.pem alpn h2,http/1.1": f"bind 127.0.0.1:{port}",
+        "acl operator src 10.0.0.0/8": "acl operator src 127.0.0.1",
+        **({} if os.geteuid() == 0 else {"    user haproxy\n    group haproxy\n": ""}),
+    }
+    return replace_once(before, changes) + lines
+
+
+@pytest.fixture(scope="module")
+async def balancer_url(running_broker: Broker) -> AsyncIterator[str]:
+    """URL of HAProxy in front of two gateways."""
+    port = free_port()
+    stack = running_broker.stack
+    second = await stack.start_service("gateway", name="second gateway", settings={"GATEWAY_PORT": str(port)})
+    addresses = [stack.url.removeprefix("http://"), f"127.0.0.1:{port}"]
+    async with run_haproxy_with(lambda own_port: build_configuration(own_port, addresses)) as own_port:
+        yield f"http://127.0.0.1:{own_port}"
+    await second.stop()
+
+
+@pytest.mark.parametrize(("part", "name"), [("rabbitmq", "RabbitMQ"), ("postgres", "PostgreSQL")])
+async def test_status_behind_a_load_balancer_names_the_server_that_is_down(
+    broker: Broker, balancer_url: str, part: str, name: str
+) -> None:
+    async def allocate() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=balancer_url, trust_env=False, timeout=30) as client:
+            return await client.post("/v1/allocate", headers=track_headers("ada"))
+
+    async def is_served() -> bool:
+        return (await allocate()).status_code in (200, 201)
+
+    async def no_gateway_is_ready() -> bool:
+        response = await allocate()
+        return response.status_code == 503 and "json" not in response.headers.get("Content-Type", "")
+
+    async def is_named() -> bool:
+        result = await run_brokerctl(broker.stack, "status", "--json", "--within", "60", url=balancer_url)
+        return result.status == 4 and name in failed_components(result)
+
+    await eventually(is_served)
+    async with component_stopped(broker, part):
+        await eventually(no_gateway_is_ready)
+        await eventually(is_named)
+    await eventually(is_served)
     await wait_for_result(broker, is_healthy)

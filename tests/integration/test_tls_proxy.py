@@ -16,6 +16,7 @@ from devstack.ports import free_port
 from devstack.private import wait_until
 from devstack.processes import run, spawn
 from devstack.testing import NewDatabase, NewVhost
+from tests.integration.reverse_proxies import replace_once
 from tests.integration.stack import ADMIN, ROOT, run_stack, track_headers
 
 CONFIGURATION = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
@@ -69,13 +70,14 @@ async def front(
         port, states_port = free_port(), free_port()
         file = folder / "haproxy.cfg"
         file.write_text(
-            adapted(
+            replace_once(
+                CONFIGURATION.read_text(),
                 {
                     "bind :443 ssl crt /etc/haproxy/broker.pem": f"bind 127.0.0.1:{port} ssl crt {certificate}",
                     "acl operator src 10.0.0.0/8": f"acl operator src {OPERATOR}",
                     "server gateway 127.0.0.1:8080": f"server gateway {stack.url.removeprefix('http://')}",
                     **({} if os.geteuid() == 0 else {"    user haproxy\n    group haproxy\n": ""}),
-                }
+                },
             )
             + STATES.format(port=states_port)
         )
@@ -98,15 +100,6 @@ async def front(
             yield found
         finally:
             await process.stop()
-
-
-def adapted(changes: Mapping[str, str]) -> str:
-    """Return the configuration with the addresses and files of this test."""
-    text = CONFIGURATION.read_text()
-    for before, after in changes.items():
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    return text
 
 
 async def make_certificate(folder: Path) -> Path:
