@@ -142,7 +142,23 @@ async def test_a_record_without_a_csp_id_is_skipped_without_a_sandbox_id(csp_id:
     async with answering(lambda _: httpx.Response(200, text=body)) as csp:
         listing = await csp.list_accounts()
     assert listing.accounts == (account(1), account(3))
-    assert listing.skipped == (Skipped(None, "record 1: csp_id is not a positive integer"),)
+    reason = "record 1: csp_id is not a positive integer"
+    assert listing.skipped == (Skipped(None, reason, "00000000-0000-4000-8000-000000000002"),)
+
+
+@pytest.mark.parametrize("csp_id", ["5003", "5003.0", "5.003e3", '"5003"', '"0005003"'])
+async def test_every_spelling_of_a_csp_id_names_the_same_sandbox(csp_id: str) -> None:
+    body = json.dumps({"results": [record(1, csp_id="…")]}).replace('"\\u2026"', csp_id)
+    async with answering(lambda _: httpx.Response(200, text=body)) as csp:
+        assert [account.sandbox_id for account in (await csp.list_accounts()).accounts] == ["5003"]
+
+
+@pytest.mark.parametrize("csp_id", ["5003.5", "1e16", "1e400", "-5003.0", '" 5003 "', '"5003.0"', "null"])
+async def test_a_record_with_an_unusable_csp_id_keeps_its_uuid(csp_id: str) -> None:
+    body = json.dumps({"results": [record(1, csp_id="…")]}).replace('"\\u2026"', csp_id)
+    async with answering(lambda _: httpx.Response(200, text=body)) as csp:
+        [skipped] = (await csp.list_accounts()).skipped
+    assert (skipped.sandbox_id, skipped.external_id) == (None, "00000000-0000-4000-8000-000000000001")
 
 
 async def test_a_number_too_long_for_int_affects_only_its_record() -> None:
@@ -277,6 +293,121 @@ async def test_an_html_page_as_listing_is_refused(csp: CspClient, simulator: htt
     await behave(simulator, fail_next_listings=1, listing_error_status=200, listing_error_html=True)
     with pytest.raises(CspUnavailable):
         await csp.list_accounts()
+
+
+# Pages
+
+
+@pytest.mark.parametrize("form", ["total", "token", "next", "header"])
+@pytest.mark.parametrize("size", [1, 3, 6, 7, 8, 100])
+async def test_a_listing_in_pages_is_read_to_its_end(
+    csp: CspClient, simulator: httpx.AsyncClient, form: str, size: int
+) -> None:
+    whole = await csp.list_accounts()
+    await behave(simulator, listing_page_size=size, listing_page_form=form)
+    assert await csp.list_accounts() == whole
+
+
+@pytest.mark.parametrize("form", ["total", "token", "next", "header"])
+async def test_a_listing_without_its_last_page_is_refused(
+    csp: CspClient, simulator: httpx.AsyncClient, form: str
+) -> None:
+    await behave(simulator, listing_page_size=3, listing_page_form=form, listing_pages_missing=1)
+    with pytest.raises(CspUnavailable, match="incomplete"):
+        await csp.list_accounts()
+
+
+def page(*records: object, **fields: object) -> httpx.Response:
+    return httpx.Response(200, json={"results": records, **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"page": {"total_size": 3}},
+        {"page": {"total_size": 3, "page_token": "next"}},
+        {"total": 3},
+        {"meta": {"total_count": 3}},
+        {"page": {"page_token": "again"}},
+        {"pagination": {"next_page_token": "again"}},
+        {"next": "/v2/current_user/accounts?page=2"},
+        {"links": {"next": "?page=2"}},
+        {"_links": {"next": {"href": "accounts?page=2"}}},
+        {"has_more": True},
+        {"page": {"is_last_page": False}},
+    ],
+)
+async def test_a_listing_whose_further_pages_repeat_the_first_is_refused(fields: dict[str, object]) -> None:
+    async with answering(lambda _: page(record(1), record(2), **fields)) as csp:
+        with pytest.raises(CspUnavailable, match="incomplete"):
+            await csp.list_accounts()
+
+
+async def test_a_listing_that_changes_between_two_pages_is_refused() -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
+        if "_offset" in request.url.params:
+            return page(record(3), page={"total_size": 3})
+        return page(record(1), record(2), page={"total_size": 4})
+
+    async with answering(respond) as csp:
+        with pytest.raises(CspUnavailable, match="changed between two pages"):
+            await csp.list_accounts()
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "https://other.test/v2/current_user/accounts?page=2",
+        "//other.test/v2/current_user/accounts?page=2",
+        "http://csp.test@other.test/v2?page=2",
+        "http://csp.test.other.test/",
+        "http://csp.test:port/",
+    ],
+)
+async def test_a_link_to_another_host_is_refused(link: str) -> None:
+    hosts = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        return page(record(1), next=link)
+
+    async with answering(respond) as csp:
+        with pytest.raises(CspUnavailable, match="link to the next page"):
+            await csp.list_accounts()
+    assert hosts == ["csp.test"]
+
+
+@pytest.mark.parametrize("link", ["https://csp.test:8443/v2/list?page=2", "http://CSP.test/v2/list?page=2"])
+async def test_a_link_is_followed_at_the_origin_of_the_base_url(link: str) -> None:
+    urls: list[str] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        urls.append(str(request.url))
+        return page(record(2)) if "page" in request.url.params else page(record(1), next=link)
+
+    async with answering(respond) as csp:
+        assert (await csp.list_accounts()).accounts == (account(1), account(2))
+    assert urls[1] == "http://csp.test/v2/list?page=2"
+
+
+async def test_a_listing_ends_at_the_bounds_of_its_pages_bytes_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(10_000))
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        number = next(numbers)
+        return page(record(number), page={"page_token": str(number)})
+
+    async with answering(respond) as csp:
+        monkeypatch.setattr("sandbox_broker.csp.client.MAX_PAGES", 5)
+        with pytest.raises(CspUnavailable, match="more than 5 pages"):
+            await csp.list_accounts()
+        monkeypatch.setattr(csp_http, "MAX_BODY_BYTES", {**csp_http.MAX_BODY_BYTES, "list_accounts": 800})
+        monkeypatch.setattr("sandbox_broker.csp.client.MAX_BODY_BYTES", csp_http.MAX_BODY_BYTES)
+        with pytest.raises(CspUnavailable, match="more than 800 bytes"):
+            await csp.list_accounts()
+        monkeypatch.setattr("sandbox_broker.csp.client.MAX_LISTING_SEC", 0)
+        with pytest.raises(CspUnavailable, match="no time was left"):
+            await csp.list_accounts()
 
 
 async def test_unused_fields_take_no_memory() -> None:

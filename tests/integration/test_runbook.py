@@ -2,8 +2,11 @@
 
 import asyncio
 import re
+from asyncio.subprocess import PIPE
+from pathlib import Path
 
 import asyncpg
+import pytest
 
 from tests.integration.stack import ROOT, Stack, eventually
 
@@ -14,6 +17,32 @@ def find_statement(pattern: str) -> str:
     """Return the statement that begins with the pattern, to the end of its code block."""
     [match] = re.findall(rf"(?:`|```sql\n *)({pattern}[^`]*?);?\s*`", PAGE)
     return str(match)
+
+
+def find_commands(heading: str) -> str:
+    """Return the first block of commands in the section."""
+    [section] = re.findall(rf"^## {re.escape(heading)}\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)
+    [commands, *_] = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return str(commands)
+
+
+async def run_commands(commands: str, environment: dict[str, str], folder: Path) -> str:
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-ec", commands, env=environment, cwd=folder, stdout=PIPE, stderr=PIPE
+    )
+    output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()
+
+
+@pytest.mark.parametrize(
+    ("form", "shown"), [("total", '"total_size":54'), ("token", '"page_token":"page-16"'), ("header", "rel=")]
+)
+async def test_the_first_page_of_a_listing_is_shown(stack: Stack, tmp_path: Path, form: str, shown: str) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_page_size": 16, "listing_page_form": form})
+    output = await run_commands(find_commands("A listing in pages"), stack.environment, tmp_path)
+    assert '{"records":16' in output
+    assert shown in output
 
 
 async def test_a_blocking_session_is_found_and_terminated(stack: Stack) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from tests.integration.stack import Stack, eventually
 
 
@@ -100,6 +102,34 @@ async def test_a_malformed_record_does_not_make_a_sandbox_stale(stack: Stack) ->
     await stack.control("PUT", "accounts", {"raw": records})
     synced = (await stack.sync()).json()
     assert (synced["synced"], synced["marked_stale"]) == (0, 0)
+    assert (await stack.stats())["available"] == 50
+
+
+async def test_records_with_an_unusable_csp_id_do_not_change_their_sandboxes(stack: Stack) -> None:
+    records = (await stack.control("GET", "accounts"))["accounts"]
+    unusable: list[object] = [None, 1.5, f" {records[2]['csp_id']} ", {}]
+    csp_ids = {record["id"]: record["csp_id"] for record in records}
+    for record, csp_id in zip(records, unusable * 20, strict=False):
+        record["csp_id"] = csp_id
+    for record in records[-20:-10]:
+        record["csp_id"] = float(csp_ids[record["id"]])
+    await stack.control("PUT", "accounts", {"raw": records})
+    lease = (await stack.allocate("ada")).json()
+    synced = (await stack.sync()).json()
+    assert synced["marked_stale"] == 0
+    assert (await stack.stats())["available"] == 49
+    missing = "SELECT missing_since IS NULL FROM sandboxes WHERE sandbox_id = $1"
+    assert await stack.database.fetchval(missing, lease["sandbox_id"]) is True
+
+
+@pytest.mark.parametrize("form", ["total", "token", "next", "header"])
+async def test_a_listing_in_pages_is_applied_completely_or_not_at_all(stack: Stack, form: str) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_page_size": 16, "listing_page_form": form})
+    synced = (await stack.sync()).json()
+    assert (synced["synced"], synced["marked_stale"]) == (50, 0)
+    await stack.control("PATCH", "behaviour", {"listing_pages_missing": 1})
+    incomplete = await stack.sync()
+    assert (incomplete.status_code, incomplete.json()["detail"]["code"]) == (502, "CSP_UNAVAILABLE")
     assert (await stack.stats())["available"] == 50
 
 

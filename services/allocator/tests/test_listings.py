@@ -378,6 +378,17 @@ async def test_an_unreadable_record_still_lists_its_sandbox(pool: Pool) -> None:
     assert await pool.column("SELECT sandboxes::text FROM sandboxes ORDER BY sandbox_id") == before
 
 
+async def test_an_unreadable_record_lists_the_sandbox_of_its_account(pool: Pool) -> None:
+    ids = [*await pool.fill(2), *await pool.fill(1, "stale")]
+    leased = await pool.lease("ann")
+    session = await pool.write_session()
+    before = await pool.column("SELECT sandboxes::text FROM sandboxes ORDER BY sandbox_id")
+    unreadable = [f"account account-{sandbox_id}" for sandbox_id in (*ids[1:], leased, "900")]
+    for _ in range(2):
+        assert counts(await sync(session, [account(int(ids[0]))], unreadable)) == (1, 0, 0, 0)
+        assert await pool.column("SELECT sandboxes::text FROM sandboxes ORDER BY sandbox_id") == before
+
+
 async def delete(pool: Pool, sandbox_id: str) -> None:
     await deletions.record_deletion(await pool.write_session(), RecordDeletion(sandbox_id=sandbox_id))
 

@@ -11,7 +11,13 @@ from csp_syncer import metrics
 from csp_syncer.allocator_requests import CommandRefused, request_reply
 from csp_syncer.chunking import split_listing
 from csp_syncer.settings import Settings
-from sandbox_broker.contract.commands import ApplyListing, BeginListing, RecordJob, RefreshSandboxes
+from sandbox_broker.contract.commands import (
+    UNREADABLE_ACCOUNT,
+    ApplyListing,
+    BeginListing,
+    RecordJob,
+    RefreshSandboxes,
+)
 from sandbox_broker.contract.replies import ListingApplied, ListingBegun, PoolSynced, Refused, SandboxesRefreshed
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.csp.client import CspClient, CspError, Listing
@@ -158,13 +164,18 @@ class Syncer:
 
 
 def _find_unreadable(listing: Listing) -> tuple[str, ...]:
-    """Return the ids of sandboxes whose records lack a required field. CSP lists these sandboxes, so they exist.
+    """Return the sandboxes whose records lack a required field, as StageListing names them. CSP lists these
+    sandboxes, so they exist.
 
     A sandbox with another, complete record is left out.
     """
-    readable = {account.sandbox_id for account in listing.accounts}
-    skipped = (skipped.sandbox_id for skipped in listing.skipped if skipped.sandbox_id not in readable)
-    return tuple(dict.fromkeys(sandbox_id for sandbox_id in skipped if sandbox_id is not None))
+    readable = {key for account in listing.accounts for key in (account.sandbox_id, account.external_id)}
+    skipped = (
+        skipped.sandbox_id or f"{UNREADABLE_ACCOUNT}{skipped.external_id}"
+        for skipped in listing.skipped
+        if (key := skipped.sandbox_id or skipped.external_id) is not None and key not in readable
+    )
+    return tuple(dict.fromkeys(skipped))
 
 
 def _build_final_report(job_id: uuid.UUID, progress: dict[str, int], reply: PoolSynced | Refused) -> RecordJob:

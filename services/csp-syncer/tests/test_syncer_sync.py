@@ -26,6 +26,8 @@ from sandbox_broker.contract.types import JobState
 
 from .syncer_harness import Allocator, Caller, Csp, calling, emptied, sample, simulated_csp, syncing, until
 
+UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
+
 
 @pytest.fixture
 async def queues(amqp_url: str) -> str:
@@ -129,18 +131,33 @@ async def test_incomplete_records_are_counted_and_logged_and_do_not_stop_the_syn
     nameless = {**sandbox, "csp_id": 77}
     complete = [record for record in records if sandbox.items() <= record.items()]
     repeated = {**complete[0], "id": "broken"}
-    await csp.list_raw([None, 5, {**sandbox}, {**sandbox, "csp_id": "x"}, nameless, nameless, *records, repeated])
+    without_id = {**sandbox, "csp_id": None, "id": f"identity/accounts/{UNKNOWN}"}
+    known = {**complete[1], "csp_id": " 1 "}
+    await csp.list_raw(
+        [
+            None,
+            5,
+            {**sandbox},
+            {**sandbox, "csp_id": "x"},
+            nameless,
+            nameless,
+            without_id,
+            known,
+            *records,
+            repeated,
+        ]
+    )
     before = sample("broker_sync_skipped_records_total")
     with capture_logs() as logs:
         reply = await caller.sync()
     assert isinstance(reply, PoolSynced)
     assert reply.synced == 7
-    assert sample("broker_sync_skipped_records_total") == before + 7
-    # An incomplete record with a readable id is staged as unreadable, unless a complete record has the same id.
-    assert [command.unreadable for command in allocator.all(StageListing)] == [("77",)]
-    assert [apply.total for apply in allocator.all(ApplyListing)] == [8]
+    assert sample("broker_sync_skipped_records_total") == before + 9
+    # An incomplete record with a readable csp_id or UUID is staged as unreadable, unless a complete one has it too.
+    assert [command.unreadable for command in allocator.all(StageListing)] == [("77", f"account {UNKNOWN}")]
+    assert [apply.total for apply in allocator.all(ApplyListing)] == [9]
     (line,) = [line for line in logs if line["event"] == "sync.records_skipped"]
-    assert line["skipped"] == 7
+    assert line["skipped"] == 9
 
 
 async def test_a_request_during_a_sync_joins_it(

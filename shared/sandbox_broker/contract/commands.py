@@ -145,9 +145,14 @@ class ListedAccount(BaseModel):
     created_at: datetime | None = None
 
 
+UNREADABLE_ACCOUNT = "account "
+"""Prefix of an account UUID that stands for an unreadable csp_id in StageListing. No csp_id begins with it."""
+
+
 class StageListing(_Command):
     """Stage a batch of a listing until the listing is complete. `unreadable` are sandboxes whose CSP records lack
-    required fields; they count as present, and no other data is read from them. → ListingStaged."""
+    required fields, by their id or, without a readable csp_id, as `account <uuid>`. They count as present, and no
+    other data is read from them. → ListingStaged."""
 
     type: Literal["StageListing"] = "StageListing"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)

@@ -4,15 +4,17 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Self, TypeGuard
 
 import httpx
 
+from sandbox_broker.csp import pages
 from sandbox_broker.csp.http import (
     ACCOUNT_ID,
     EXTERNAL_ID,
+    MAX_BODY_BYTES,
     UNSTORABLE,
     CspError,
     CspHttp,
@@ -22,6 +24,9 @@ from sandbox_broker.csp.http import (
 
 __all__ = ["Account", "CspClient", "CspError", "CspUnauthorized", "CspUnavailable", "Listing", "Skipped"]
 
+MAX_LISTING_SEC = 300.0
+MAX_PAGES = 2000
+MAX_EXACT_FLOAT = 2.0**53
 MAX_TEXT = 255  # of a name, because a name too long for an index entry would fail its whole batch
 
 _CSP_ID = re.compile(r"0*[1-9][0-9]{0,18}")
@@ -43,6 +48,7 @@ class Skipped:
 
     sandbox_id: str | None  # None if the csp_id cannot be read
     reason: str
+    external_id: str | None = None  # of a record without a readable csp_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,13 @@ class CspClient:
         timeout_sec: float = 30,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_sec` bounds a whole call, from connecting to the last byte of the answer.
+        """`timeout_sec` bounds a call, from connecting to the last byte of the answer, and each page of a listing.
 
         `transport` replaces the network in tests. Raises ValueError for a token that no header can carry.
         """
         if not _TOKEN.fullmatch(token):
             raise ValueError("the CSP token must be printable ASCII without spaces")
+        self._timeout_sec = timeout_sec
         self._http = CspHttp(
             base_url,
             secrets=(token,),
@@ -87,18 +94,45 @@ class CspClient:
         await self._http.aclose()
 
     async def list_accounts(self) -> Listing:
-        """Fetch all accounts. An invalid record is skipped and does not affect the others.
+        """Fetch all accounts, page by page. An invalid record is skipped and does not affect the others.
 
-        Raises CspUnavailable or CspUnauthorized. A listing is never partial.
+        Raises CspUnavailable or CspUnauthorized. A listing is never partial: if it lacks a page, exceeds a bound,
+        or changes between two pages, this raises CspUnavailable.
         """
-        answer = await self._http.ask("GET", "/current_user/accounts", operation="list_accounts", what="GET")
-        if answer.status != 200 or answer.is_html:
-            raise self._http.failure(answer, what="GET")
-        # In a thread, because a large listing takes a second to parse and heartbeats must go on.
-        listing = await asyncio.to_thread(_read_listing, answer.body)
-        if listing is None:
-            raise self._http.failure(answer, what="GET")
-        return listing
+        loop = asyncio.get_running_loop()
+        until = loop.time() + MAX_LISTING_SEC
+        reader = _ListingReader()
+        url: httpx.URL | None = self._http.base_url.join("current_user/accounts")
+        fetched: set[httpx.URL] = set()
+        size, total = 0, None
+        while url is not None:
+            fetched.add(url)
+            deadline = min(until, loop.time() + self._timeout_sec)
+            answer = await self._http.ask("GET", url, operation="list_accounts", what="GET", deadline=deadline)
+            if answer.status != 200 or answer.is_html:
+                raise self._http.failure(answer, what="GET")
+            size += len(answer.body)
+            if size > MAX_BODY_BYTES["list_accounts"]:
+                raise _incomplete(f"it has more than {MAX_BODY_BYTES['list_accounts']} bytes")
+            # In a thread, because a large listing takes a second to parse and heartbeats must go on.
+            document = await asyncio.to_thread(reader.read, answer.body)
+            if document is None:
+                raise self._http.failure(answer, what="GET")
+            stated = pages.read_total(document)
+            if reader.repeated or (len(fetched) > 1 and stated != total):
+                raise _incomplete("it changed between two pages, or CSP repeats a page")
+            total = stated
+            try:
+                url = pages.find_next(
+                    url, document, answer.headers.get("Link"), received=reader.records, total=total
+                )
+            except pages.InvalidLink as error:
+                raise _incomplete(str(error)) from None
+            if url in fetched:
+                raise _incomplete("CSP names a page again that was read before")
+            if len(fetched) == MAX_PAGES:
+                raise _incomplete(f"it has more than {MAX_PAGES} pages")
+        return Listing(tuple(reader.accounts), tuple(reader.skipped), reader.ignored)
 
     async def delete_account(self, external_id: str) -> Literal["deleted", "already_gone"]:
         """Delete one account. Return "already_gone" if CSP does not know it.
@@ -118,39 +152,68 @@ class CspClient:
         return "already_gone" if answer.status == 404 else "deleted"
 
 
-def _read_listing(body: bytes) -> Listing | None:
-    """Parse and sort the records of a listing. Return None if the body is not a listing."""
-    try:
-        document = json.loads(body, object_hook=_needed, parse_int=_whole_number)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(document, dict) or not isinstance(document.get("results"), list):
-        return None
-    accounts: list[Account] = []
-    skipped: list[Skipped] = []
-    ignored = 0
-    seen: set[str] = set()  # csp_ids and uuids in one set, because their formats differ
-    for index, record in enumerate(document["results"]):
-        result = _read_record(record)
-        if isinstance(result, Account) and not seen.isdisjoint((result.sandbox_id, result.external_id)):
-            result = Skipped(result.sandbox_id, "the csp_id or the uuid was listed before")
-        match result:
-            case Account():
-                seen.update((result.sandbox_id, result.external_id))
-                accounts.append(result)
-            case Skipped():
-                skipped.append(Skipped(result.sandbox_id, f"record {index}: {result.reason}"))
-            case None:
-                ignored += 1
-    return Listing(tuple(accounts), tuple(skipped), ignored)
+def _incomplete(reason: str) -> CspUnavailable:
+    return CspUnavailable(f"CSP's listing is incomplete: {reason}", 200)
+
+
+class _ListingReader:
+    """Parses and sorts the records of a listing, page by page."""
+
+    def __init__(self) -> None:
+        self.accounts: list[Account] = []
+        self.skipped: list[Skipped] = []
+        self.ignored = 0
+        self.records = 0
+        self.repeated = False
+        """Whether a page repeats an account of an earlier page, or brings no record."""
+        self._seen: set[str] = set()  # csp_ids and uuids in one set, because their formats differ
+
+    def read(self, body: bytes) -> dict[str, Any] | None:
+        """Add the records of a page. Return the fields that describe the page, None if the body is no page."""
+        try:
+            document = json.loads(body, object_hook=_needed, parse_int=_whole_number)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(document, dict) or not isinstance(document.get("results"), list):
+            return None
+        records = document.pop("results")
+        self.repeated = self.records > 0 and not records
+        listed: set[str] = set()
+        for index, record in enumerate(records, self.records):
+            result = _read_record(record)
+            if isinstance(result, Account):
+                keys = {result.sandbox_id, result.external_id}
+                self.repeated |= not self._seen.isdisjoint(keys)
+                if not listed.isdisjoint(keys):
+                    result = Skipped(result.sandbox_id, "the csp_id or the uuid was listed before")
+            match result:
+                case Account():
+                    listed |= {result.sandbox_id, result.external_id}
+                    self.accounts.append(result)
+                case Skipped():
+                    self.skipped.append(replace(result, reason=f"record {index}: {result.reason}"))
+                case None:
+                    self.ignored += 1
+        self._seen |= listed
+        self.records += len(records)
+        return document
 
 
 def _needed(document: dict[str, Any]) -> dict[str, Any]:
     """Drop unused fields during decoding, because CSP may send any number of them."""
-    return {key: document[key] for key in _READ if key in document}
+    return {key: document[key] for key in document.keys() & _READ}
 
 
-_READ = ("results", "account_type", "state", "csp_id", "id", "name", "sfdc_account_id", "created_at")
+_READ = pages.KEYS | {
+    "results",
+    "account_type",
+    "state",
+    "csp_id",
+    "id",
+    "name",
+    "sfdc_account_id",
+    "created_at",
+}
 
 
 def _whole_number(digits: str) -> int | str:
@@ -162,29 +225,32 @@ def _read_record(record: object) -> Account | Skipped | None:
     """Return the account, or the reason why it is skipped, or None for another type or state."""
     if not isinstance(record, dict):
         return Skipped(None, "not an object")
-    sandbox_id = _sandbox_id(record.get("csp_id"))
+    sandbox_id, external_id = _sandbox_id(record.get("csp_id")), _external_id(record.get("id"))
     wanted = {"account_type": "sandbox", "state": "active"}
     other = [key for key, value in wanted.items() if record.get(key) != value]
     if not other:
-        return _read_sandbox(record, sandbox_id)
+        return _read_sandbox(record, sandbox_id, external_id)
     if any(isinstance(record.get(key), str) for key in other):
         return None
     # Without a readable type or state, the record may be a sandbox of the pool.
-    return Skipped(sandbox_id, f"{' and '.join(other)} cannot be read")
+    return _skip(f"{' and '.join(other)} cannot be read", sandbox_id, external_id)
 
 
-def _read_sandbox(record: Mapping[str, Any], sandbox_id: str | None) -> Account | Skipped:
+def _skip(reason: str, sandbox_id: str | None, external_id: str | None) -> Skipped:
+    return Skipped(sandbox_id, reason, external_id if sandbox_id is None else None)
+
+
+def _read_sandbox(record: Mapping[str, Any], sandbox_id: str | None, external_id: str | None) -> Account | Skipped:
     if sandbox_id is None:
-        return Skipped(None, "csp_id is not a positive integer")
-    account_id, name, sfdc_account_id = (record.get(key) for key in ("id", "name", "sfdc_account_id"))
-    match = ACCOUNT_ID.fullmatch(account_id) if isinstance(account_id, str) else None
-    if match is None:
+        return _skip("csp_id is not a positive integer", sandbox_id, external_id)
+    if external_id is None:
         return Skipped(sandbox_id, "id is not identity/accounts/<uuid>")
+    name, sfdc_account_id = record.get("name"), record.get("sfdc_account_id")
     if not _is_text(name):
         return Skipped(sandbox_id, "name is blank, too long, or has control characters")
     return Account(
         sandbox_id=sandbox_id,
-        external_id=match[1].lower(),
+        external_id=external_id,
         name=name,
         sfdc_account_id=sfdc_account_id if _is_text(sfdc_account_id) else None,
         created_at=_moment(record.get("created_at")),
@@ -192,9 +258,16 @@ def _read_sandbox(record: Mapping[str, Any], sandbox_id: str | None) -> Account 
 
 
 def _sandbox_id(csp_id: object) -> str | None:
+    if isinstance(csp_id, float) and csp_id.is_integer() and csp_id < MAX_EXACT_FLOAT:
+        csp_id = int(csp_id)
     if isinstance(csp_id, bool) or not isinstance(csp_id, int | str) or not _CSP_ID.fullmatch(str(csp_id)):
         return None
     return str(csp_id).lstrip("0")
+
+
+def _external_id(account_id: object) -> str | None:
+    match = ACCOUNT_ID.fullmatch(account_id) if isinstance(account_id, str) else None
+    return match[1].lower() if match else None
 
 
 def _is_text(value: object) -> TypeGuard[str]:

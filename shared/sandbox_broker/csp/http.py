@@ -126,13 +126,17 @@ class CspHttp:
             verify=_trusted(),
         )
 
+    @property
+    def base_url(self) -> httpx.URL:
+        return self._http.base_url
+
     async def aclose(self) -> None:
         await self._http.aclose()
 
     async def ask(
         self,
         method: str,
-        path: str,
+        path: httpx.URL | str,
         *,
         operation: str,
         what: str,

@@ -1,5 +1,9 @@
 """The part of the CSP API that the broker uses: list accounts, delete an account."""
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -31,9 +35,12 @@ class CspApi:
             body = self._accounts.build_listing(
                 settings["listing_fraction"], settings["listing_duplicates"], settings["listing_malformed"]
             )
+            headers: dict[str, str] = {}
+            if settings["listing_page_size"]:
+                body, headers = _cut_page(body, settings, request)
             if settings["listing_cut_short"]:
                 body = body[: len(body) // 2]
-            return Response(body, media_type="application/json")
+            return Response(body, media_type="application/json", headers=headers)
 
         return await self._faults.respond("listing", build_response)
 
@@ -57,3 +64,25 @@ class CspApi:
 
 
 UNAUTHORIZED = build_error(401, "the token is missing or wrong")
+
+
+def _cut_page(listing: bytes, settings: Mapping[str, Any], request: Request) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of the page that the request asks for."""
+    size, form = settings["listing_page_size"], settings["listing_page_form"]
+    records = json.loads(listing)["results"]
+    query = request.query_params
+    start = int(query.get("_offset") or query.get("_page_token", "").removeprefix("page-") or 0)
+    end, total = start + size, len(records)
+    last = total - settings["listing_pages_missing"] * size
+    document: dict[str, Any] = {"results": records[start : min(end, max(last, 0))]}
+    headers: dict[str, str] = {}
+    link = str(request.url.include_query_params(_offset=end))
+    if form == "total":
+        document["page"] = {"total_size": total, "offset": start}
+    elif form == "token":
+        document["page"] = {"page_token": f"page-{end}" if end < total else "null"}
+    elif form == "next":
+        document["next"] = link if end < total else None
+    elif end < total:
+        headers["Link"] = f'<{link}>; rel="next"'
+    return json.dumps(document).encode(), headers

@@ -15,6 +15,8 @@ OPERATIONS = {
 }
 """Operations of the APIs, each with the plural for its `fail_next_…` switch."""
 
+PAGE_FORMS = ("total", "token", "next", "header")
+
 HANG, CUT, BOMB, FLOOD, DRIP = SPECIAL_STATUSES = "hang", "cut", "bomb", "flood", "drip"
 
 
@@ -98,6 +100,18 @@ COMMON: Mapping[str, Switch] = {
     "listing_cut_short": _flag_switch("truncate the listing to half its bytes, with a matching Content-Length"),
     "listing_duplicates": _count_switch("number of sandboxes, from the first, to list again at the end"),
     "listing_malformed": _count_switch("number of sandboxes, from the last, to list with a missing or wrong field"),
+    "listing_page_size": _count_switch(
+        "records on a page of the listing, 0: one page; the parameter _offset or _page_token asks for another page,"
+        " and each page counts as a listing"
+    ),
+    "listing_page_form": Switch(
+        "total",
+        f"must be one of {', '.join(PAGE_FORMS)}",
+        lambda value: value in PAGE_FORMS,
+        "how a page names the next one: the total number of records only, a page_token, or a link in the field next"
+        " or in the header Link",
+    ),
+    "listing_pages_missing": _count_switch("number of last pages that the listing states and does not contain"),
     "retry_after_sec": Switch(
         None,
         "must be seconds from 0 to 3600, or null",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -55,6 +56,28 @@ async def test_missing_or_wrong_token_is_401_in_json(csp: httpx.AsyncClient, hea
         response = await csp.request(method, path, headers=headers)
         assert response.status_code == 401
         assert "token" in response.json()["error"][0]["message"]
+
+
+@pytest.mark.parametrize("form", ["token", "next", "header"])
+async def test_pages_name_the_next_one_and_contain_all_records(csp: httpx.AsyncClient, form: str) -> None:
+    records = await fetch_records(csp)
+    await set_behaviour(csp, listing_page_size=3, listing_page_form=form)
+    url: str | None = LISTING
+    found: list[Any] = []
+    while url:
+        answer = await csp.get(url)
+        found += answer.json()["results"]
+        token = answer.json().get("page", {}).get("page_token", "null")
+        link = answer.json().get("next") or answer.links.get("next", {}).get("url")
+        url = f"{LISTING}?_page_token={token}" if token != "null" else link
+    assert found == records
+
+
+async def test_pages_may_state_more_records_than_they_contain(csp: httpx.AsyncClient) -> None:
+    records = await fetch_records(csp)
+    await set_behaviour(csp, listing_page_size=3, listing_pages_missing=1)
+    page = (await csp.get(LISTING, params={"_offset": 3})).json()
+    assert page == {"results": records[3 : len(records) - 3], "page": {"total_size": len(records), "offset": 3}}
 
 
 async def test_deleted_account_is_not_listed(csp: httpx.AsyncClient) -> None:

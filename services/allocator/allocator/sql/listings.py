@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from allocator.write_session import GUARD, WriteSession
-from sandbox_broker.contract.commands import ListedAccount
+from sandbox_broker.contract.commands import UNREADABLE_ACCOUNT, ListedAccount
 from sandbox_broker.database.schema import PROOF_GRACE
 
 MAX_EXAMPLES = 20
@@ -54,7 +54,14 @@ WITH {GUARD}, staged AS (
 SELECT epoch, (SELECT count(*) FROM staged) AS staged FROM guard
 """
 
-_IS_LISTED = "EXISTS (SELECT FROM csp_accounts a WHERE a.listing_id = $2 AND a.sandbox_id = s.sandbox_id)"
+# A record without a readable csp_id lists the sandbox of its account. NOT applies to each EXISTS, because the
+# planner turns only NOT EXISTS into a join.
+_BY_ID = "EXISTS (SELECT FROM csp_accounts a WHERE a.listing_id = $2 AND a.sandbox_id = s.sandbox_id)"
+_BY_ACCOUNT = f"""EXISTS (
+    SELECT FROM csp_accounts a WHERE a.listing_id = $2 AND a.sandbox_id = '{UNREADABLE_ACCOUNT}' || s.external_id
+)"""
+_IS_LISTED = f"({_BY_ID} OR {_BY_ACCOUNT})"
+_IS_UNLISTED = f"(NOT {_BY_ID} AND NOT {_BY_ACCOUNT})"
 
 # Sandboxes with different account ids in the listing and the pool.
 _MOVING = """
@@ -72,7 +79,7 @@ WITH {GUARD},
 {_MOVING.format(listing_id="$2")},
 lacking AS MATERIALIZED (
     SELECT s.status FROM guard, sandboxes s
-    WHERE (s.status = 'available' OR s.status = 'allocated' AND s.missing_since IS NULL) AND NOT {_IS_LISTED}
+    WHERE (s.status = 'available' OR s.status = 'allocated' AND s.missing_since IS NULL) AND {_IS_UNLISTED}
 )
 SELECT epoch,
     l.applied_at IS NOT NULL AS applied,
@@ -102,11 +109,11 @@ def _change(table: str) -> str:
 HOLD_LISTING = f"""
 WITH {GUARD},
 stale AS MATERIALIZED (
-    SELECT s.sandbox_id, s.name FROM guard, sandboxes s WHERE s.status = 'available' AND NOT {_IS_LISTED}
+    SELECT s.sandbox_id, s.name FROM guard, sandboxes s WHERE s.status = 'available' AND {_IS_UNLISTED}
 ),
 missing AS MATERIALIZED (
     SELECT s.sandbox_id, s.name FROM guard, sandboxes s
-    WHERE s.status = 'allocated' AND s.missing_since IS NULL AND NOT {_IS_LISTED}
+    WHERE s.status = 'allocated' AND s.missing_since IS NULL AND {_IS_UNLISTED}
 ),
 discovered AS MATERIALIZED (
     SELECT a.sandbox_id, a.name FROM guard, csp_accounts a
@@ -206,7 +213,7 @@ discovered AS (
 ),
 unlisted AS MATERIALIZED (
     SELECT s.sandbox_id FROM opening, sandboxes s
-    WHERE s.status = 'available' AND NOT {_IS_LISTED}
+    WHERE s.status = 'available' AND {_IS_UNLISTED}
     FOR NO KEY UPDATE OF s SKIP LOCKED
 ),
 gone AS (
