@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import Connection, text
 
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.runtime.settings import DatabaseUrl, load, stop
 
 _LOCK = 0x5A4DB0
@@ -28,7 +29,7 @@ class Settings(BaseSettings):
 
 async def migrate(database_url: str) -> None:
     """Migrate the database. Raises the errors of asyncpg if the database does not answer."""
-    engine = connections.create_engine(database_url, statement_timeout_sec=0)
+    engine = connections.create_engine(Primary(database_url), statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)

@@ -2,8 +2,9 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -112,6 +113,10 @@ class TcpProxy:
         user, at, _ = self._to.netloc.rpartition("@")
         self.url = urlunsplit(self._to._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
 
+    @property
+    def connected(self) -> bool:
+        return bool(self._writers)
+
     def pause(self) -> None:
         """Stop forwarding bytes. The connections stay open."""
         self._flowing.clear()
@@ -149,6 +154,21 @@ class TcpProxy:
         except OSError:
             pass
         writer.close()
+
+
+@contextmanager
+def open_silent_port() -> Iterator[int]:
+    """Yield a port of 127.0.0.1 that drops packets: the queue of its listener is full and never emptied."""
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        for _ in range(3):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(address)
+        yield address[1]
 
 
 @asynccontextmanager

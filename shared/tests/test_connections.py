@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 
 from .shared_harness import TcpProxy, assert_no_leaks, open_tcp_proxy
 
@@ -30,7 +31,7 @@ async def database_proxy(clean_database: str) -> AsyncIterator[TcpProxy]:
 @pytest.fixture
 async def engine(database_proxy: TcpProxy) -> AsyncIterator[AsyncEngine]:
     created = connections.create_engine(
-        database_proxy.url, statement_timeout_sec=1, pool_size=1, max_overflow=0, pool_timeout=0.2
+        Primary(database_proxy.url), statement_timeout_sec=1, pool_size=1, max_overflow=0, pool_timeout=0.2
     )
     yield created
     await created.dispose()
@@ -41,7 +42,9 @@ async def query(
     request: pytest.FixtureRequest, engine: AsyncEngine, database_proxy: TcpProxy
 ) -> AsyncIterator[Query]:
     if request.param == "asyncpg":
-        connection = await connections.connect(database_proxy.url, application_name="test", statement_timeout_sec=1)
+        connection = await connections.connect(
+            Primary(database_proxy.url), application_name="test", statement_timeout_sec=1
+        )
         yield connection.fetch
         connection.terminate()
         return
@@ -81,8 +84,8 @@ async def test_a_terminated_backend_is_a_connection_error(query: Query, admin: a
 async def test_every_server_error_on_connect_is_a_connection_error(clean_database: str) -> None:
     refused = f"{clean_database}?no_such_setting=1"
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
-        await connections.connect(refused, application_name="test", statement_timeout_sec=1)
-    engine = connections.create_engine(refused)
+        await connections.connect(Primary(refused), application_name="test", statement_timeout_sec=1)
+    engine = connections.create_engine(Primary(refused))
     with pytest.raises(connections.CONNECTION_ERRORS, match="no_such_setting"):
         await engine.connect()
     assert "no_such_setting" in (await connections.check_connection(engine) or "")
@@ -150,7 +153,7 @@ async def test_an_exhausted_pool_is_a_connection_error(engine: AsyncEngine) -> N
 
 
 async def test_asyncpg_parses_the_options_of_the_url(clean_database: str) -> None:
-    engine = connections.create_engine(f"{clean_database}?sslmode=prefer")
+    engine = connections.create_engine(Primary(f"{clean_database}?sslmode=prefer"))
     try:
         assert await connections.check_connection(engine) is None
     finally:
@@ -158,7 +161,7 @@ async def test_asyncpg_parses_the_options_of_the_url(clean_database: str) -> Non
 
 
 async def test_check_connection_reports_a_missing_server() -> None:
-    engine = connections.create_engine("postgresql://anna:hunter2@127.0.0.1:1/x")
+    engine = connections.create_engine(Primary("postgresql://anna:hunter2@127.0.0.1:1/x"))
     problem = await connections.check_connection(engine)
     assert problem is not None
     assert "hunter2" not in problem

@@ -8,6 +8,7 @@ import pytest
 from starlette.applications import Starlette
 
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.observability import health
 from sandbox_broker.observability.health import Check
 
@@ -97,7 +98,7 @@ async def test_metrics_have_the_format_of_prometheus() -> None:
 async def test_an_unresponsive_database_fails_the_check_until_it_answers_again(
     database_proxy: TcpProxy,
 ) -> None:
-    engine = connections.create_engine(database_proxy.url, pool_size=1, max_overflow=0)
+    engine = connections.create_engine(Primary(database_proxy.url), pool_size=1, max_overflow=0)
 
     async def database() -> str | None:
         return await connections.check_connection(engine)

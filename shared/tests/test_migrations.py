@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections, schema
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.migrate import config, migrate
 
 CATALOG = """
@@ -88,7 +89,7 @@ async def test_concurrent_migrations_are_serialized(empty: str) -> None:
 
 
 async def test_the_schema_equals_the_migrated_database(empty: str, database_url: str) -> None:
-    engine = connections.create_engine(empty)
+    engine = connections.create_engine(Primary(empty))
     async with engine.begin() as opened:
         await opened.run_sync(schema.metadata.create_all)
     await engine.dispose()
@@ -100,7 +101,7 @@ async def test_alembic_finds_no_difference_to_the_schema(database_url: str) -> N
         context = MigrationContext.configure(opened, opts={"compare_type": True, "compare_server_default": True})
         return list(compare_metadata(context, schema.metadata))
 
-    engine = connections.create_engine(database_url)
+    engine = connections.create_engine(Primary(database_url))
     async with engine.connect() as opened:
         assert await opened.run_sync(differences) == []
     await engine.dispose()
@@ -109,7 +110,7 @@ async def test_alembic_finds_no_difference_to_the_schema(database_url: str) -> N
 async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)
-    engine = connections.create_engine(empty)
+    engine = connections.create_engine(Primary(empty))
     async with engine.connect() as opened:
         await opened.run_sync(lambda plain: command.downgrade(config(plain), "base"))
     await engine.dispose()

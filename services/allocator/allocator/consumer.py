@@ -24,6 +24,7 @@ from allocator.settings import Settings
 from allocator.write_session import Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.connection import run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
@@ -39,14 +40,16 @@ log = structlog.get_logger()
 class Consumer:
     """Consumer of the queue of one lane."""
 
-    def __init__(self, lane: Lane, settings: Settings, publisher: Publisher, relay: OutboxRelay) -> None:
+    def __init__(
+        self, lane: Lane, settings: Settings, primary: Primary, publisher: Publisher, relay: OutboxRelay
+    ) -> None:
         self._lane = lane
         self._queue = lane.queue.name
         self._amqp_url = settings.amqp_url
         self._publisher = publisher
         self._relay = relay
         self._session = WriteSession(
-            settings.database_url,
+            primary,
             lane.queue.name,
             publisher,
             lab_duration=timedelta(hours=settings.lab_duration_hours),

@@ -10,18 +10,22 @@ from allocator.consumer import Consumer
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.observability import health
 from sandbox_broker.runtime import service, startup
 
 
 def create_app(settings: Settings) -> Starlette:
-    engine = connections.create_engine(settings.database_url, pool_size=1, max_overflow=1)
+    primary = Primary(settings.database_url)
+    engine = connections.create_engine(primary, pool_size=1, max_overflow=1)
     publisher = Publisher(settings.amqp_url, "allocator")
-    relay = OutboxRelay(settings.database_url, publisher)
+    relay = OutboxRelay(primary, publisher)
     collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics = PoolMetrics(engine)
-    students, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
+    students, maintenance = (
+        Consumer(lane, settings, primary, publisher, relay) for lane in (STUDENTS, MAINTENANCE)
+    )
 
     async def queue() -> str | None:
         return None if publisher.connected else "not connected to RabbitMQ"
@@ -37,7 +41,7 @@ def create_app(settings: Settings) -> Starlette:
 
     async def check_invariants_periodically() -> None:
         await service.run_periodically(
-            settings.invariant_check_sec, lambda: check_invariants(settings.database_url, maintenance.epoch)
+            settings.invariant_check_sec, lambda: check_invariants(primary, maintenance.epoch)
         )
 
     return Starlette(
@@ -45,6 +49,7 @@ def create_app(settings: Settings) -> Starlette:
         # Tasks stop in reverse order: each task stops before its dependencies.
         lifespan=service.lifespan(
             publisher.run,
+            primary.watch,
             update_pool_metrics,
             check_invariants_periodically,
             collector.run,

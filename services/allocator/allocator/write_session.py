@@ -9,6 +9,7 @@ import structlog
 
 from allocator import metrics
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.observability import log_context
 
@@ -68,6 +69,7 @@ _CONNECTION_LOST = (
     asyncpg.PostgresConnectionError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+    asyncpg.ReadOnlySQLTransactionError,  # another server is the primary now
 )
 
 
@@ -76,7 +78,7 @@ class WriteSession:
 
     def __init__(
         self,
-        database_url: str,
+        primary: Primary,
         queue: str,
         publisher: Publisher,
         *,
@@ -85,7 +87,7 @@ class WriteSession:
         planner_settings: str,
     ) -> None:
         """`planner_settings` is GENERIC_PLANS or CUSTOM_PLANS."""
-        self._database_url = database_url
+        self._primary = primary
         self._queue = queue
         self._statement_timeout_sec = statement_timeout_sec
         self._planner_settings = planner_settings
@@ -144,7 +146,7 @@ class WriteSession:
     async def connect(self) -> None:
         """Open the connection; its application name is the queue. Raises one of UNAVAILABLE."""
         connection = await connections.connect(
-            self._database_url,
+            self._primary,
             application_name=self._queue,
             statement_timeout_sec=self._statement_timeout_sec,
         )

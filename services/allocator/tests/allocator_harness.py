@@ -33,6 +33,7 @@ from sandbox_broker.contract.replies import (
     Reply,
     SandboxesRefreshed,
 )
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 
 LAB = timedelta(hours=4)
@@ -90,7 +91,7 @@ class Pool:
     async def write_session(self, epoch: int | None = None, *, lane: Lane = STUDENTS) -> WriteSession:
         """Connect a write session under the current epoch of the lane, or under `epoch`."""
         session = WriteSession(
-            self.url,
+            Primary(self.url),
             lane.queue.name,
             self.publisher,
             lab_duration=LAB,

@@ -21,6 +21,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.runtime.service import cancel_and_wait
 
@@ -45,8 +46,11 @@ async def run_allocator(
     """Run an allocator wired like in main.py. A task must not end by itself."""
     settings = Settings(amqp_url=amqp_url, database_url=database_url, _env_file=None)
     publisher = publisher or Publisher(amqp_url, "allocator-test")
-    relay = OutboxRelay(database_url, publisher)
-    consumer, maintenance = (Consumer(lane, settings, publisher, relay) for lane in (STUDENTS, MAINTENANCE))
+    primary = Primary(database_url)
+    relay = OutboxRelay(primary, publisher)
+    consumer, maintenance = (
+        Consumer(lane, settings, primary, publisher, relay) for lane in (STUDENTS, MAINTENANCE)
+    )
     tasks = (publisher.run, relay.run, maintenance.run, consumer.run)
     running = [asyncio.create_task(task()) for task in tasks]
     try:

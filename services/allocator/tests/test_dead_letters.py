@@ -29,6 +29,7 @@ from sandbox_broker.contract.commands import (
 )
 from sandbox_broker.contract.replies import DeadLetterReplayed, Recorded, Reply
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.migrate import migrate
 from sandbox_broker.runtime.service import cancel_and_wait
 
@@ -49,7 +50,7 @@ COMMANDS = topology.ALLOCATOR_COMMANDS.name
 
 @asynccontextmanager
 async def run_collector(amqp_url: str, database_url: str) -> AsyncIterator[DeadLetterCollector]:
-    engine = connections.create_engine(database_url, pool_size=1, max_overflow=1)
+    engine = connections.create_engine(Primary(database_url), pool_size=1, max_overflow=1)
     collector = DeadLetterCollector(amqp_url, engine)
     task = asyncio.create_task(collector.run())
     try:
@@ -354,7 +355,7 @@ async def test_a_dead_letter_delivered_twice_is_stored_once(pool: Pool, clean_qu
 
     await client.publish(b"nonsense")
     async with run_allocator(clean_queues, pool.url):
-        engine = connections.create_engine(pool.url)
+        engine = connections.create_engine(Primary(pool.url))
         for _ in range(3):
             committed.clear()
             dying = asyncio.create_task(DyingCollector(clean_queues, engine).run())

@@ -25,6 +25,7 @@ from devstack.processes import spawn
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import ClaimDeletions, ExpireLeases, RecordDeletion
 from sandbox_broker.contract.replies import DeletionsClaimed
+from sandbox_broker.database.primary import Primary
 
 from .allocator_harness import (
     RUN,
@@ -289,27 +290,29 @@ async def current_epoch(pool: Pool) -> int:
 
 async def test_the_metric_of_a_rule_returns_to_zero(pool: Pool) -> None:
     (sandbox_id,) = await pool.fill(1, "allocated")
-    await invariant_check.check_invariants(pool.url, await current_epoch(pool))
+    await invariant_check.check_invariants(Primary(pool.url), await current_epoch(pool))
     assert exported() == {**dict.fromkeys(invariant_check.RULES, 0.0), "allocated_is_leased": 1.0}
     await pool.execute("DELETE FROM sandboxes WHERE sandbox_id = $1", sandbox_id)
-    await invariant_check.check_invariants(pool.url, await current_epoch(pool))
+    await invariant_check.check_invariants(Primary(pool.url), await current_epoch(pool))
     assert exported() == dict.fromkeys(invariant_check.RULES, 0.0)
 
 
 @pytest.mark.parametrize("at_work", ["never", "no longer"])
 async def test_an_allocator_without_the_current_epoch_exports_no_violations(pool: Pool, at_work: str) -> None:
     await pool.fill(1, "allocated")
-    await invariant_check.check_invariants(pool.url, await current_epoch(pool))
+    await invariant_check.check_invariants(Primary(pool.url), await current_epoch(pool))
     assert exported()
-    await invariant_check.check_invariants(pool.url, 0 if at_work == "never" else await current_epoch(pool) + 1)
+    await invariant_check.check_invariants(
+        Primary(pool.url), 0 if at_work == "never" else await current_epoch(pool) + 1
+    )
     assert exported() == {}
 
 
 async def test_a_failed_check_exports_no_violations(pool: Pool) -> None:
-    await invariant_check.check_invariants(pool.url, await current_epoch(pool))
+    await invariant_check.check_invariants(Primary(pool.url), await current_epoch(pool))
     assert exported()
     await invariant_check.check_invariants(
-        pool.url.replace("/broker_test", "/not_there"), await current_epoch(pool)
+        Primary(pool.url.replace("/broker_test", "/not_there")), await current_epoch(pool)
     )
     assert exported() == {}
 

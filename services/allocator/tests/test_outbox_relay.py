@@ -12,6 +12,7 @@ from allocator import metrics
 from allocator.background import outbox_relay
 from allocator.background.outbox_relay import OutboxRelay
 from sandbox_broker.contract.events import Event
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
 
 from .allocator_harness import Pool, wait_until
@@ -173,7 +174,7 @@ async def test_a_frozen_relay_loses_the_lock(
             return len(messages)
 
     frozen = Frozen(clean_queues, "frozen")
-    relay = OutboxRelay(pool.url, frozen)
+    relay = OutboxRelay(Primary(pool.url), frozen)
     running = [asyncio.create_task(frozen.run()), asyncio.create_task(relay.run())]
     try:
         await frozen.wait_connected()

@@ -27,6 +27,7 @@ from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
 from gateway.web.connection_limit import ConnectionLimit
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health
@@ -68,9 +69,8 @@ class CrossOriginGateway(Gateway):
 
 
 def create_app(settings: Settings) -> Gateway:
-    engine = connections.create_engine(
-        settings.database_url, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC
-    )
+    primary = Primary(settings.database_url)
+    engine = connections.create_engine(primary, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
     requester = RpcClient(settings.amqp_url, "gateway", publisher)
     allocator = AllocatorClient(publisher, requester)
@@ -83,7 +83,7 @@ def create_app(settings: Settings) -> Gateway:
         return await connections.check_connection(engine)
 
     tasks = service.lifespan(
-        publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch
+        publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch, primary.watch
     )
 
     @asynccontextmanager

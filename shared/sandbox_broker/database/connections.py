@@ -1,7 +1,6 @@
 """Connections to PostgreSQL: a pooled engine for reads, and a dedicated connection for the writer."""
 
 import asyncio
-from urllib.parse import urlsplit
 
 import asyncpg
 from sqlalchemy import event, text
@@ -9,7 +8,9 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-CONNECT_TIMEOUT_SEC = 3.0
+from sandbox_broker.database.primary import Primary
+from sandbox_broker.runtime.server_urls import format_database
+
 RETRY_SEC = 0.2
 
 CONNECTION_ERRORS = (
@@ -22,20 +23,20 @@ CONNECTION_ERRORS = (
     asyncpg.OperatorInterventionError,  # the server shuts down, or has cancelled the statement
     asyncpg.InternalClientError,  # the server has just closed the connection
     asyncpg.InsufficientResourcesError,  # no connections, memory or disk space left
-    asyncpg.ReadOnlySQLTransactionError,  # after a failover, this server is not the primary
+    asyncpg.ReadOnlySQLTransactionError,  # after a fail-over, this server is not the primary
     asyncpg.PostgresSystemError,
     PoolExhausted,
 )
 """Errors of the connection, not of the statement: the database is down, shuts down, or did not answer in time."""
 
 
-def create_engine(database_url: str, *, statement_timeout_sec: float = 10, **options: object) -> AsyncEngine:
+def create_engine(primary: Primary, *, statement_timeout_sec: float = 10, **options: object) -> AsyncEngine:
     """Create an engine with a connection pool that tests connections before use. `statement_timeout_sec` 0 means no
     limit. The engine raises the errors of asyncpg, so that callers can catch CONNECTION_ERRORS."""
 
     async def connection() -> asyncpg.Connection:
         # asyncpg parses the URL, because SQLAlchemy would pass its options (sslmode, …) on as keyword arguments.
-        return await connect(database_url, application_name="pool", statement_timeout_sec=statement_timeout_sec)
+        return await connect(primary, application_name="pool", statement_timeout_sec=statement_timeout_sec)
 
     created = create_async_engine("postgresql+asyncpg://", pool_pre_ping=True, async_creator=connection, **options)
     event.listen(created.sync_engine, "handle_error", _asyncpg_error, retval=True)
@@ -47,23 +48,16 @@ def _asyncpg_error(context: ExceptionContext) -> BaseException | None:
     return None if context.is_pre_ping else context.original_exception.__cause__
 
 
-async def connect(database_url: str, *, application_name: str, statement_timeout_sec: float) -> asyncpg.Connection:
-    """Open one connection. The server cancels statements after `statement_timeout_sec`. The client gives up on a
-    silent server two seconds later.
+async def connect(primary: Primary, *, application_name: str, statement_timeout_sec: float) -> asyncpg.Connection:
+    """Open one connection (see Primary.connect).
 
     Raises one of CONNECTION_ERRORS for every error of the server, because a server with a full disk may report
     another error class.
     """
     try:
-        return await asyncpg.connect(
-            database_url,
-            timeout=CONNECT_TIMEOUT_SEC,
-            command_timeout=statement_timeout_sec + 2 if statement_timeout_sec else None,
-            server_settings={
-                "application_name": application_name,
-                "statement_timeout": f"{statement_timeout_sec * 1000:.0f}",
-                "jit": "off",
-            },
+        return await primary.connect(
+            application_name=application_name,
+            statement_timeout_sec=statement_timeout_sec,
         )
     except CONNECTION_ERRORS:
         raise
@@ -76,32 +70,30 @@ def describe_error(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def format_address(database_url: str) -> str:
-    parts = urlsplit(database_url)
-    return f"{parts.hostname}:{parts.port or 5432}{parts.path}"
-
-
 async def find_problem(database_url: str, *, patience_sec: float) -> str | None:
     """Return None if the database answers and has the schema, otherwise the problem. Retry for `patience_sec` while
-    the server refuses connections. A wrong password or database name is returned at once."""
+    no primary accepts connections. A wrong password or database name is returned at once."""
     deadline = asyncio.get_running_loop().time() + patience_sec
+    reason: BaseException | None = None
     while True:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(deadline) as limit:
                 return await _problem(database_url)
-        except (OSError, TimeoutError, asyncpg.CannotConnectNowError) as error:
+        except (OSError, asyncpg.CannotConnectNowError, asyncpg.ReadOnlySQLTransactionError) as error:
+            # The deadline interrupts the last attempt. The error of the attempt before it says more.
+            reason = reason if reason is not None and limit.expired() else error
             if asyncio.get_running_loop().time() + RETRY_SEC > deadline:
-                return f"no PostgreSQL answers at {format_address(database_url)} ({describe_error(error)})"
+                return f"no PostgreSQL answers at {format_database(database_url)} ({describe_error(reason)})"
             await asyncio.sleep(RETRY_SEC)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-            return f"{format_address(database_url)}: {describe_error(error)}"
+            return f"{format_database(database_url)}: {describe_error(error)}"
 
 
 async def _problem(database_url: str) -> str | None:
-    connection = await connect(database_url, application_name="preflight", statement_timeout_sec=3)
+    connection = await connect(Primary(database_url), application_name="preflight", statement_timeout_sec=3)
     try:
         if await connection.fetchval("SELECT to_regclass('allocator_epoch')") is None:
-            return f"{format_address(database_url)} has no tables yet: run python -m sandbox_broker.migrate"
+            return f"{format_database(database_url)} has no tables yet: run python -m sandbox_broker.migrate"
         return None
     finally:
         connection.terminate()

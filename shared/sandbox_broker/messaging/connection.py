@@ -13,17 +13,31 @@ from aio_pika import Connection
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import make_url
 from aiormq.channel import Channel
-from aiormq.exceptions import AMQPError, ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.exceptions import (
+    AMQPError,
+    AuthenticationError,
+    ChannelAccessRefused,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+    InvalidFrameError,
+    ProbableAuthenticationError,
+)
 
 from sandbox_broker.contract import topology
 from sandbox_broker.observability import metrics
+from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls
 
 HEARTBEAT_SEC = 5
 CONNECT_TIMEOUT_SEC = 5.0
+NODE_TIMEOUT_SEC = 2.0
+"""Time limit of one node of several. A frozen node, or one behind a silent address, delays a connection by this."""
 MIN_BACKOFF_SEC = 0.1
 MAX_BACKOFF_SEC = 2.0
 DELETE_TIMEOUT_SEC = 2.0
 """Time limit, because RabbitMQ may not answer for a classic queue while the queue's node is down."""
+
+REFUSALS = (AuthenticationError, ProbableAuthenticationError, InvalidFrameError)
+"""Errors of a node that answers but refuses the credentials or the virtual host."""
 
 log = structlog.get_logger()
 
@@ -64,11 +78,8 @@ async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractCon
     while True:
         began = loop.time()
         try:
-            connection = Connection(
-                make_url(url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
-            )
+            connection = await _connect_to_any(url, name)
             try:
-                await _connect(connection)
                 log.info("rabbitmq.connected", connection=name)
                 metrics.CONNECTED.labels(name).set(1)
                 await session(connection)
@@ -87,18 +98,57 @@ async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractCon
 
 @asynccontextmanager
 async def open_connection(url: str, *, timeout: float | None = None) -> AsyncIterator[Connection]:
-    """Open a connection for the block. Raises AMQPError, OSError or TimeoutError if it cannot be opened."""
-    connection = Connection(make_url(url))
-    try:
-        await connection.connect(timeout)
-        yield connection
-    finally:
-        await _close(connection)
+    """Open a connection for the block. `url` may list several nodes; `timeout` applies to each.
+
+    Raises AMQPError, OSError or TimeoutError if no node accepts the connection. A refusal of the credentials or of
+    the virtual host takes precedence.
+    """
+    errors: list[Exception] = []
+    for node_url, limit in _nodes_in_random_order(url, timeout):
+        connection = Connection(make_url(node_url))
+        try:
+            try:
+                await connection.connect(limit)
+            except (AMQPError, OSError, TimeoutError) as error:
+                errors.append(error)
+                continue
+            yield connection
+            return
+        finally:
+            await _close(connection)
+    raise next((error for error in errors if isinstance(error, REFUSALS)), errors[-1])
 
 
-async def _connect(connection: Connection) -> None:
+async def _connect_to_any(url: str, name: str) -> Connection:
+    """Connect to the first node that answers, in random order. Raises Disconnected if none does."""
+    nodes = _nodes_in_random_order(url, CONNECT_TIMEOUT_SEC)
+    while True:
+        node_url, timeout_sec = nodes.pop()
+        connection = Connection(
+            make_url(node_url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
+        )
+        try:
+            await _connect(connection, timeout_sec)
+        except BaseException as error:
+            await _close(connection)
+            if not nodes or not isinstance(error, Disconnected):
+                raise
+            log.info("rabbitmq.node_skipped", connection=name, node=str(amqp_host(node_url)), error=str(error))
+        else:
+            return connection
+
+
+def _nodes_in_random_order(url: str, timeout_sec: float | None) -> list[tuple[str, float | None]]:
+    """Return each node with its time limit. The random order spreads connections over the nodes."""
+    nodes = split_amqp_urls(url)
+    if len(nodes) > 1:
+        timeout_sec = NODE_TIMEOUT_SEC if timeout_sec is None else min(timeout_sec, NODE_TIMEOUT_SEC)
+    return [(node, timeout_sec) for node in random.sample(nodes, len(nodes))]
+
+
+async def _connect(connection: Connection, timeout_sec: float | None) -> None:
     with translating_errors():
-        await connection.connect(CONNECT_TIMEOUT_SEC)
+        await connection.connect(timeout_sec)
         async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
             await _declare(connection)
 

@@ -4,10 +4,12 @@ like another secret."""
 import json
 import re
 from collections.abc import Iterable, Iterator
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import quote
 
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings
+
+from sandbox_broker.runtime.server_urls import passwords
 
 HIDDEN = "***"
 MIN_LENGTH = 6
@@ -20,17 +22,13 @@ _HINTS = ("eyJ", "://", "Bearer ", "Token ", "Basic ")
 
 
 def secrets_of(settings: BaseSettings) -> Iterator[str]:
-    """Yield the tokens and passwords of the settings, including passwords in URLs. A password that equals the user
-    name, as on a developer's machine, is left out."""
+    """Yield the tokens and passwords of the settings, including passwords in URLs."""
     for _, value in settings:
         if isinstance(value, SecretStr):
             yield value.get_secret_value()
             yield from (part.strip() for part in value.get_secret_value().split(","))
         elif isinstance(value, str) and "://" in value:
-            parts = urlsplit(value)
-            if parts.password is not None and parts.password != parts.username:
-                yield unquote(parts.password)
-            yield from (text for name, text in parse_qsl(parts.query) if "password" in name)
+            yield from passwords(value)
 
 
 class Redaction:

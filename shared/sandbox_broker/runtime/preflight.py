@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
 from sandbox_broker.messaging.connection import open_connection
+from sandbox_broker.runtime.server_urls import format_amqp_servers, split_amqp_urls
 from sandbox_broker.runtime.settings import stop
 
 PATIENCE_SEC = 5.0
@@ -30,8 +31,7 @@ async def _problems(amqp_url: str, database_url: str | None) -> list[str]:
 
 
 async def _amqp_problem(amqp_url: str) -> str | None:
-    parts = urlsplit(amqp_url)
-    address = f"{parts.hostname}:{parts.port or 5672}"
+    address = format_amqp_servers(amqp_url)
     deadline = asyncio.get_running_loop().time() + PATIENCE_SEC
     while True:
         try:
@@ -43,7 +43,8 @@ async def _amqp_problem(amqp_url: str) -> str | None:
         except (AMQPError, OSError, TimeoutError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, InvalidFrameError) and "OpenOk" in text:  # RabbitMQ closes the connection instead
-                return f"RabbitMQ at {address} refuses the virtual host {parts.path or '/'!r}"
+                paths = sorted({urlsplit(url).path or "/" for url in split_amqp_urls(amqp_url)})
+                return f"RabbitMQ at {address} refuses the virtual host {', '.join(map(repr, paths))}"
             if asyncio.get_running_loop().time() > deadline:
                 return f"no RabbitMQ answers at {address} ({text})"
             await asyncio.sleep(0.2)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls, split_database_url
 from sandbox_broker.runtime.sockets import parse_addresses
 
 MIN_TOKEN_LENGTH = 12
@@ -32,6 +33,19 @@ def _url(*schemes: str, example: str) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def _amqp_urls(value: str) -> str:
+    """Return the URLs, separated by one comma each."""
+    urls = split_amqp_urls(value.strip().rstrip(", "))
+    for url in urls:
+        amqp_host(url)
+    return ",".join(urls)
+
+
+def _database_url(value: str) -> str:
+    split_database_url(value)
+    return value
 
 
 def _driver_neutral(value: str) -> str:
@@ -113,9 +127,11 @@ def _addresses(value: str) -> str:
 DatabaseUrl = Annotated[
     str,
     AfterValidator(_driver_neutral),
-    AfterValidator(_url("postgresql", "postgres", example="postgresql://user:password@host:5432/database")),
+    AfterValidator(_database_url),
 ]
-AmqpUrl = Annotated[str, AfterValidator(_url("amqp", "amqps", example="amqp://user:password@host:5672/"))]
+"""A URL with one host, or several hosts separated by commas."""
+AmqpUrl = Annotated[str, AfterValidator(_amqp_urls)]
+"""One URL for each node of the RabbitMQ cluster, separated by commas."""
 HttpUrl = Annotated[str, AfterValidator(_url("http", "https", example="https://host/path"))]
 CspUrl = Annotated[HttpUrl, AfterValidator(_require_tls)]
 """A URL of CSP. http:// needs a loopback host or `allow_insecure_csp`, a field that must come before this one."""

@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -15,6 +14,7 @@ from devstack.errors import CannotRun
 from devstack.ports import free_port
 from devstack.private import make_directory, named_directory, service_account, wait_until, write
 from devstack.processes import Process, run, spawn
+from sandbox_broker.runtime.server_urls import format_database, split_database_url
 
 _DEBIAN = Path("/usr/lib/postgresql")
 _HOST = "127.0.0.1"
@@ -24,9 +24,7 @@ _SUPERUSER = "postgres"
 async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
     """Return one line with the reason why a connection fails, or None if it succeeds."""
     try:
-        if not urlsplit(url).hostname:
-            # Without a host, asyncpg would choose one itself.
-            return "the format is postgresql://user:password@host:5432/database"
+        split_database_url(driver_neutral(url))  # because asyncpg would choose a host itself if there is none
         connection = await asyncpg.connect(driver_neutral(url), timeout=timeout)
     except TimeoutError:
         return f"no response within {timeout:.0f} s"
@@ -43,8 +41,7 @@ def driver_neutral(url: str) -> str:
 
 def location(url: str) -> str:
     """Return host, port and database of a URL, without the password."""
-    parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or 5432}{parts.path}".removesuffix("/")
+    return format_database(driver_neutral(url)).removesuffix("/")
 
 
 def find_binaries() -> Path | None:

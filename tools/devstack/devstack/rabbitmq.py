@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from devstack.private import make_directory, named_directory, service_account, w
 from devstack.processes import Process, run, spawn
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import open_connection
+from sandbox_broker.runtime.server_urls import HostPort, amqp_host, split_amqp_urls
 
 _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _PROGRAMS = ("rabbitmq-server", "rabbitmqctl")
@@ -30,10 +32,9 @@ _CTL_SEC = 150.0
 async def unavailable_reason(url: str, *, timeout: float = 5.0) -> str | None:
     """Return one line with the reason why a connection fails, or None if it succeeds."""
     try:
-        if urlsplit(url).scheme not in {"amqp", "amqps"} or not urlsplit(url).hostname:
-            return "the format is amqp://user:password@host:5672/"
+        servers = [amqp_host(node) for node in split_amqp_urls(url)]
         async with asyncio.timeout(timeout):
-            await _connect_tcp(url)
+            await _connect_tcp(servers)
             async with open_connection(url):
                 pass
     except TimeoutError:
@@ -78,8 +79,8 @@ async def delete_outdated(url: str) -> list[str]:
 
 def location(url: str) -> str:
     """Return host, port and virtual host of a URL, without the password."""
-    parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port or 5672}{parts.path}".removesuffix("/")
+    nodes = split_amqp_urls(url)
+    return ", ".join(f"{amqp_host(node)}{urlsplit(node).path}".removesuffix("/") for node in nodes)
 
 
 def find_binaries() -> Path | None:
@@ -257,12 +258,18 @@ class PrivateRabbitMQ:
         }
 
 
-async def _connect_tcp(url: str) -> None:
-    """Raise OSError without a listener. aio-pika would log each failed attempt as an error."""
-    parts = urlsplit(url)
-    _, writer = await asyncio.open_connection(parts.hostname, parts.port or 5672)
-    writer.close()
-    await writer.wait_closed()
+async def _connect_tcp(servers: Sequence[HostPort]) -> None:
+    """Raise OSError if no server listens. aio-pika would log each failed attempt as an error."""
+    for position, server in enumerate(servers, start=1):
+        try:
+            _, writer = await asyncio.open_connection(*server)
+        except OSError:
+            if position == len(servers):
+                raise
+        else:
+            writer.close()
+            await writer.wait_closed()
+            return
 
 
 def _search_path() -> str:

@@ -13,6 +13,7 @@ import structlog
 
 from allocator import metrics
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.database.schema import metadata
 
 STATEMENT_TIMEOUT_SEC = 10
@@ -121,14 +122,14 @@ SESSION_SETTINGS = "SET default_transaction_read_only = on; SET max_parallel_wor
 log = structlog.get_logger()
 
 
-async def check_invariants(database_url: str, epoch: int) -> None:
+async def check_invariants(primary: Primary, epoch: int) -> None:
     """Set the metric of every rule and log each violation.
 
     `epoch` is the maintenance epoch of this allocator, 0 on standby. Without a current epoch, or if the database
     does not answer, clear the metric.
     """
     try:
-        violations = await _fetch_violations_under(database_url, epoch)
+        violations = await _fetch_violations_under(primary, epoch)
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:  # a damaged index raises the latter
         log.warning("invariants.not_checked", error=connections.describe_error(error))
         violations = None
@@ -142,12 +143,12 @@ async def check_invariants(database_url: str, epoch: int) -> None:
         log.error("invariant.violated", rule=row["rule"], number=row["number"], ids=row["ids"])
 
 
-async def _fetch_violations_under(database_url: str, epoch: int) -> list[asyncpg.Record] | None:
+async def _fetch_violations_under(primary: Primary, epoch: int) -> list[asyncpg.Record] | None:
     """Return the violations, or None if `epoch` is not current."""
     if epoch == 0:
         return None
     connection = await connections.connect(
-        database_url, application_name="allocator-invariants", statement_timeout_sec=STATEMENT_TIMEOUT_SEC
+        primary, application_name="allocator-invariants", statement_timeout_sec=STATEMENT_TIMEOUT_SEC
     )
     try:
         await connection.execute(SESSION_SETTINGS)

@@ -20,6 +20,7 @@ from allocator.write_session import UNAVAILABLE
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
 from sandbox_broker.database import connections
+from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
 from sandbox_broker.runtime.service import run_uninterrupted
@@ -71,8 +72,8 @@ class OutboxRelay:
     """Publisher of outbox events. It reads the outbox after each `wake` and at least once per second, so a lost
     wake-up delays an event by at most one second."""
 
-    def __init__(self, database_url: str, publisher: Publisher) -> None:
-        self._database_url = database_url
+    def __init__(self, primary: Primary, publisher: Publisher) -> None:
+        self._primary = primary
         self._publisher = publisher
         self._wake = asyncio.Event()
 
@@ -83,7 +84,7 @@ class OutboxRelay:
         while True:
             try:
                 connection = await connections.connect(
-                    self._database_url,
+                    self._primary,
                     application_name="allocator-outbox",
                     statement_timeout_sec=STATEMENT_TIMEOUT_SEC,
                 )
