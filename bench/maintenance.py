@@ -13,9 +13,8 @@ from bench.servers import ADMIN_TOKEN, Servers
 from devstack.errors import CannotRun
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import PurgeRecords
-from sandbox_broker.contract.replies import Purged
-from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.publisher import Publisher, Unroutable
+from sandbox_broker.messaging.outcome import CommandNotDone, CommandRefused
+from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.runtime.service import cancel_and_wait
 
@@ -108,6 +107,8 @@ async def purge_batch(requester: RpcClient, *, deleted_for_sec: float) -> int | 
     command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_BATCH_SIZE)
     try:
         reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_REPLY_TIMEOUT_SEC)
-    except (Disconnected, Unroutable, TimeoutError) as error:
+    except CommandRefused:
+        return None
+    except CommandNotDone as error:
         raise CannotRun(f"the purge got no reply: {error}", status=1) from error
-    return reply.count if isinstance(reply, Purged) else None
+    return reply.count

@@ -17,6 +17,7 @@ from sandbox_broker.contract.commands import CleanUpNow, Command, SyncPool
 from sandbox_broker.contract.replies import PoolSynced, Refused, Reply
 from sandbox_broker.messaging.command_worker import serve_commands
 from sandbox_broker.messaging.connection import run_with_reconnect
+from sandbox_broker.messaging.outcome import CommandRefused
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 
@@ -70,7 +71,12 @@ async def dead_letter(channel: AbstractChannel) -> tuple[Any, dict[str, Any]]:
 
 
 async def ask(requester: RpcClient, command: Command) -> Reply:
-    return await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
+    """Return the reply, also if it is a refusal."""
+    try:
+        reply: Reply = await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
+    except CommandRefused as error:
+        return error.refusal
+    return reply
 
 
 async def test_a_failed_command_is_dead_lettered_and_does_not_block_the_queue(

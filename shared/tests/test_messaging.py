@@ -20,10 +20,11 @@ from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import decode_commands, encode_commands
 from sandbox_broker.contract.commands import BeginListing, ClaimDeletions, Command, RecordDeletion, ReleaseSandbox
-from sandbox_broker.contract.replies import ListingBegun, Recorded, Reply
+from sandbox_broker.contract.replies import ListingBegun, Recorded, Refused
 from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
 from sandbox_broker.messaging.connection import Disconnected, run_with_reconnect
+from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable, UnexpectedReply
 from sandbox_broker.messaging.publisher import OutboundMessage, Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.messaging.subscription import Subscription, publish_replies
@@ -61,7 +62,7 @@ class Bus:
     def put(self, body: bytes = b"{}", queue: topology.Queue = QUEUE, **options: Any) -> Awaitable[None]:
         return self.publisher.publish("", queue.name, body, **options)
 
-    def ask(self, timeout_sec: float = 15.0) -> Awaitable[Reply]:
+    def ask(self, timeout_sec: float = 15.0) -> Awaitable[ListingBegun]:
         return self.requester.request(QUEUE, BeginListing(), timeout_sec=timeout_sec)
 
 
@@ -428,7 +429,7 @@ async def test_a_consumer_recovers_from_the_deletion_of_its_queue(
             await channel.queue_delete(QUEUE.name)
         async with asyncio.timeout(20):
             while True:
-                with contextlib.suppress(Unroutable):
+                with contextlib.suppress(ServiceUnavailable):
                     assert await bus.ask() == ListingBegun(listing_id=0)
                     break
                 await asyncio.sleep(0.01)
@@ -453,7 +454,7 @@ async def test_concurrent_requests_are_answered(clean_queues: str, bus: Bus) -> 
 async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
     bus: Bus, consuming: AbstractConnection
 ) -> None:
-    with pytest.raises(TimeoutError, match="no reply in"):
+    with pytest.raises(NoReply, match="no reply in"):
         await bus.ask(timeout_sec=0.3)
     replies = await bus.requester.send(QUEUE, [BeginListing()], timeout_sec=0.3)
     with pytest.raises(TimeoutError, match="no reply"):
@@ -472,7 +473,7 @@ async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
 
 async def test_the_time_out_includes_the_wait_for_a_connection(clean_queues: str) -> None:
     made = Bus(clean_queues)
-    with pytest.raises(TimeoutError, match=r"no reply in 0\.05 s"):
+    with pytest.raises(NoReply, match=r"no reply in 0\.05 s"):
         await made.ask(timeout_sec=0.05)
 
 
@@ -483,7 +484,7 @@ async def test_a_late_or_duplicate_reply_is_ignored(clean_queues: str, bus: Bus)
         late.append(delivery)
 
     async with background_tasks(consume(clean_queues, keep)):
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NoReply):
             await bus.ask(timeout_sec=0.5)
         await wait_until(lambda: late)
     async with background_tasks(consume(clean_queues, replying(bus.publisher, times=3))):
@@ -502,7 +503,7 @@ async def test_an_invalid_reply_fails_only_its_request(clean_queues: str, bus: B
         nonlocal spoilt
         request = delivery.header.properties
         if spoilt:
-            await publish_replies(bus.publisher, delivery, [Recorded(changed=True)] * len(commands))
+            await publish_replies(bus.publisher, delivery, [ListingBegun(listing_id=0)] * len(commands))
             return
         spoilt = True
         properties = Basic.Properties(correlation_id=request.correlation_id)
@@ -510,9 +511,28 @@ async def test_an_invalid_reply_fails_only_its_request(clean_queues: str, bus: B
 
     async with background_tasks(consume(clean_queues, handle)):
         results = await asyncio.gather(*(bus.ask() for _ in range(3)), return_exceptions=True)
-    assert sum(isinstance(result, ValueError) for result in results) == 1
-    assert results.count(Recorded(changed=True)) == 2
+    assert sum(isinstance(result, UnexpectedReply) for result in results) == 1
+    assert results.count(ListingBegun(listing_id=0)) == 2
     assert bus.requester._waiting == {}
+
+
+async def test_a_refusal_raises_its_code(clean_queues: str, bus: Bus) -> None:
+    async def refuse(delivery: DeliveredMessage, _: Sequence[Command]) -> None:
+        await publish_replies(bus.publisher, delivery, [Refused(code="SYNC_HELD", message="because")])
+
+    async with background_tasks(consume(clean_queues, refuse)):
+        with pytest.raises(CommandRefused) as refused:
+            await bus.ask()
+    assert refused.value.code == "SYNC_HELD"
+
+
+async def test_a_reply_to_another_command_is_unexpected(clean_queues: str, bus: Bus) -> None:
+    async def reply_wrongly(delivery: DeliveredMessage, _: Sequence[Command]) -> None:
+        await publish_replies(bus.publisher, delivery, [Recorded(changed=True)])
+
+    async with background_tasks(consume(clean_queues, reply_wrongly)):
+        with pytest.raises(UnexpectedReply, match="Recorded is no reply to BeginListing"):
+            await bus.ask()
 
 
 async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
@@ -525,7 +545,7 @@ async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
 
 
 async def test_an_unroutable_request_is_forgotten(bus: Bus) -> None:
-    with pytest.raises(Unroutable):
+    with pytest.raises(ServiceUnavailable, match="nowhere"):
         await bus.requester.request(topology.Queue("nowhere", "allocator"), BeginListing(), timeout_sec=5)
     await wait_until(lambda: bus.requester._waiting == {})
 
@@ -591,7 +611,7 @@ async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(c
         async with owner[0].channel() as channel:
             await channel.queue_delete(queue)
         async with asyncio.timeout(AT_ONCE_SEC):
-            with pytest.raises(Disconnected, match="lost"):
+            with pytest.raises(ServiceUnavailable, match="lost"):
                 await requests
         await wait_until(lambda: made.requester.connected)
         assert made.requester._reply_queue != queue
@@ -615,7 +635,7 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
         async with asyncio.timeout(AT_ONCE_SEC):
             results = await asyncio.gather(*requests, return_exceptions=True)
             published = await asyncio.gather(*publishing, return_exceptions=True)
-        assert {type(result) for result in results} == {Disconnected}
+        assert {type(result) for result in results} == {ServiceUnavailable}
         assert {type(result) for result in published} <= {Disconnected, type(None)}
         assert made.requester._waiting == {}
         await wait_until(lambda: not made.requester.connected and not made.publisher.connected)
@@ -829,7 +849,8 @@ async def test_a_command_carries_the_request_id_of_the_log_context(clean_queues:
         with log_context.bound(request_id="r-1"):
             await bus.ask()
             own = ClaimDeletions(request_id="r-2", run_id=uuid.UUID(int=1), limit=1, claim_sec=1)
-            await bus.requester.request(QUEUE, own, timeout_sec=15)
+            with pytest.raises(UnexpectedReply):
+                await bus.requester.request(QUEUE, own, timeout_sec=15)
         await bus.ask()
     assert seen == ["r-1", "r-2", None]
 

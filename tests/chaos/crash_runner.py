@@ -50,29 +50,28 @@ if module == "allocator":
     consumer.publish_replies = answer_student  # type: ignore[attr-defined]
     subscription.Subscription.ack = ack_student  # type: ignore[method-assign, assignment]
 if module == "reaper":
-    from reaper import allocator_requests, deletion
+    from reaper import deletion
     from sandbox_broker.csp import client as csp_client
 
-    allocator_requests.REQUEST_TIMEOUT_SEC = 3
     deletion.CSP_TIMEOUT_SEC = 5
 
-    from reaper import cleanup
+    from reaper import cleanup, main
 
+    main.REQUEST_TIMEOUT_SEC = 3
     cleanup.CLAIM_MARGIN_SEC = 2
     client, deleter = csp_client.CspClient, deletion.Deleter
     client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "csp_syncer":
-    from csp_syncer import allocator_requests as syncer_requests
-    from csp_syncer import syncer
+    from sandbox_broker.messaging import maintenance_client
 
-    request_reply = syncer_requests.request_reply
+    request = maintenance_client.MaintenanceClient.request
 
-    async def crashing_request_reply(requester: Any, command: Any, **named: Any) -> Any:
-        kind = type(command).__name__
-        return await crashes.wrap(request_reply, f"before {kind}", f"after {kind}")(requester, command, **named)
+    async def request_and_crash(client: Any, command: Any, **options: Any) -> Any:
+        name = type(command).__name__
+        return await crashes.wrap(request, f"before {name}", f"after {name}")(client, command, **options)
 
-    syncer.request_reply = crashing_request_reply  # type: ignore[attr-defined]
+    maintenance_client.MaintenanceClient.request = request_and_crash  # type: ignore[assignment]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from devstack.crashes import CrashPoints
-from reaper import allocator_requests, deletion
+from reaper import deletion
 from sandbox_broker.csp import client as csp_client
 from sandbox_broker.messaging import subscription
 
@@ -29,11 +29,11 @@ CRASH_COMMANDS = (
 module = sys.argv.pop(1)
 crashes = CrashPoints(Path(os.environ["DIE_AT"]), module)
 
-allocator_requests.REQUEST_TIMEOUT_SEC = 1
 deletion.CSP_TIMEOUT_SEC = 1
 
-from reaper import cleanup  # noqa: E402 (derives constants from the time-outs above)
+from reaper import cleanup, main  # noqa: E402 (derive constants from the time-out above)
 
+main.REQUEST_TIMEOUT_SEC = 1
 cleanup.CLAIM_MARGIN_SEC = 0.5
 cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
@@ -65,16 +65,16 @@ if module == "allocator":
     listings.apply_listing = apply_listing_and_crash
     subscription.Subscription.ack = crashes.wrap(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
-    from csp_syncer import allocator_requests as syncer_requests
-    from csp_syncer import chunking, syncer
+    from csp_syncer import chunking
+    from sandbox_broker.messaging import maintenance_client
 
     chunking.BATCH_SIZE = 10  # a small listing then needs several commands
-    request_reply = syncer_requests.request_reply
+    request = maintenance_client.MaintenanceClient.request
 
-    async def request_reply_and_crash(requester: Any, command: Any, **options: Any) -> Any:
+    async def request_and_crash(client: Any, command: Any, **options: Any) -> Any:
         name = type(command).__name__
-        return await crashes.wrap(request_reply, f"before {name}", f"after {name}")(requester, command, **options)
+        return await crashes.wrap(request, f"before {name}", f"after {name}")(client, command, **options)
 
-    syncer.request_reply = request_reply_and_crash  # type: ignore[attr-defined]
+    maintenance_client.MaintenanceClient.request = request_and_crash  # type: ignore[assignment]
 
 runpy.run_module(module, run_name="__main__", alter_sys=True)

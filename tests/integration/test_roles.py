@@ -307,7 +307,7 @@ async def test_a_user_cannot_publish_to_other_exchanges(servers_with_roles: Serv
 
 
 def test_the_commands_include_each_type() -> None:
-    assert {type(command) for command in COMMANDS} == set(get_args(get_args(commands.Command)[0]))
+    assert {type(command) for command in COMMANDS} == set(get_args(get_args(commands.AnyCommand)[0]))
 
 
 @pytest.mark.parametrize(("user", "exchange"), SENDS.items())

@@ -2,11 +2,10 @@
 
 import structlog
 
-from csp_syncer.allocator_requests import CommandRefused, request_reply
 from csp_syncer.settings import Settings
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
-from sandbox_broker.contract.replies import Purged
-from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
+from sandbox_broker.messaging.outcome import CommandNotDone
 
 STALE_HOURS = 24
 BATCH_SIZE = 500
@@ -15,7 +14,7 @@ BATCH_SIZE = 500
 log = structlog.get_logger()
 
 
-async def purge(settings: Settings, requester: RpcClient) -> None:
+async def purge(settings: Settings, allocator: MaintenanceClient) -> None:
     """Run one purge. Work that is left after a refusal is done by the next run."""
     retention_sec = settings.record_retention_days * 24 * 3600
     try:
@@ -23,13 +22,7 @@ async def purge(settings: Settings, requester: RpcClient) -> None:
             DeleteStale(stale_for_sec=STALE_HOURS * 3600, limit=BATCH_SIZE),
             PurgeRecords(status="deleted", for_sec=retention_sec, limit=BATCH_SIZE),
         ):
-            while await _purge_batch(requester, command) == BATCH_SIZE:
+            while (await allocator.request(command)).count == BATCH_SIZE:
                 pass
-    except CommandRefused as error:
+    except CommandNotDone as error:
         log.warning("purge.postponed", error=str(error))
-
-
-async def _purge_batch(requester: RpcClient, command: DeleteStale | PurgeRecords) -> int:
-    reply = await request_reply(requester, command)
-    assert isinstance(reply, Purged)  # noqa: S101 (the contract of both)
-    return reply.count

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import structlog
 
 from csp_syncer import metrics
-from csp_syncer.allocator_requests import CommandRefused, request_reply
 from csp_syncer.chunking import split_listing
 from csp_syncer.settings import Settings
 from sandbox_broker.contract.commands import (
@@ -18,10 +17,11 @@ from sandbox_broker.contract.commands import (
     RecordJob,
     RefreshSandboxes,
 )
-from sandbox_broker.contract.replies import ListingApplied, ListingBegun, PoolSynced, Refused, SandboxesRefreshed
+from sandbox_broker.contract.replies import ListingApplied, PoolSynced, Refused
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.csp.client import CspClient, CspError, Listing
-from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
+from sandbox_broker.messaging.outcome import CommandNotDone, CommandRefused
 from sandbox_broker.observability import log_context
 
 LISTING_TIMEOUT_SEC = 60.0
@@ -49,10 +49,10 @@ class _RunningSync:
 class Syncer:
     """Runs one sync at a time. A request during a sync joins it."""
 
-    def __init__(self, settings: Settings, csp: CspClient, requester: RpcClient) -> None:
+    def __init__(self, settings: Settings, csp: CspClient, allocator: MaintenanceClient) -> None:
         self._settings = settings
         self._csp = csp
-        self._requester = requester
+        self._allocator = allocator
         self._running: dict[bool, _RunningSync] = {}
         """By `force`: a forced sync may apply a listing that an unforced one refuses, so the two never join."""
         self._lock = asyncio.Lock()
@@ -88,10 +88,11 @@ class Syncer:
             started = time.monotonic()
             try:
                 applied = await self._fetch_and_apply(progress, force=force)
-            except CommandRefused as error:
-                log.warning("sync.refused", code=error.refusal.code, reason=error.refusal.message)
-                metrics.SYNCS.labels(outcome=error.refusal.code.lower()).inc()
-                return error.refusal
+            except CommandNotDone as error:
+                refusal = _build_refusal(error)
+                log.warning("sync.refused", code=refusal.code, reason=refusal.message)
+                metrics.SYNCS.labels(outcome=refusal.code.lower()).inc()
+                return refusal
             duration_sec = time.monotonic() - started
             duration_ms = round(duration_sec * 1000)
             metrics.DURATION.observe(duration_sec)
@@ -107,14 +108,13 @@ class Syncer:
 
     async def _fetch_and_apply(self, progress: dict[str, int], *, force: bool) -> ListingApplied:
         # Begin before CSP is asked: the allocator then knows which deletions the listing cannot contain yet.
-        begun = await request_reply(self._requester, BeginListing())
-        assert isinstance(begun, ListingBegun)  # noqa: S101 (the contract of BeginListing)
+        begun = await self._allocator.request(BeginListing())
         log_context.bind(listing_id=begun.listing_id)
         listing = await self._fetch_listing()
         unreadable = _find_unreadable(listing)
         progress.update(listed=len(listing.accounts) + len(unreadable), staged=0)
         for command in split_listing(begun.listing_id, listing.accounts, unreadable):
-            await request_reply(self._requester, command)
+            await self._allocator.request(command)
             progress["staged"] += len(command.accounts) + len(command.unreadable)
         apply = ApplyListing(
             listing_id=begun.listing_id,
@@ -122,12 +122,11 @@ class Syncer:
             max_stale_fraction=self._settings.sync_max_stale_fraction,
             force=force,
         )
-        applied = await request_reply(self._requester, apply, timeout_sec=APPLY_TIMEOUT_SEC)
-        assert isinstance(applied, ListingApplied)  # noqa: S101 (the contract of ApplyListing)
+        applied = await self._allocator.request(apply, timeout_sec=APPLY_TIMEOUT_SEC)
         try:
             await self._refresh_names(begun.listing_id)
-        except CommandRefused as error:  # the next sync corrects the remaining names
-            log.warning("sync.names_postponed", reason=error.refusal.message)
+        except CommandNotDone as error:  # the next sync corrects the remaining names
+            log.warning("sync.names_postponed", reason=str(error))
         return applied
 
     async def _fetch_listing(self) -> Listing:
@@ -149,8 +148,7 @@ class Syncer:
         after: str | None = None
         while True:
             command = RefreshSandboxes(listing_id=listing_id, after=after, limit=REFRESH_BATCH_SIZE)
-            reply = await request_reply(self._requester, command)
-            assert isinstance(reply, SandboxesRefreshed)  # noqa: S101 (the contract of RefreshSandboxes)
+            reply = await self._allocator.request(command)
             if reply.last is None:
                 return
             after = reply.last
@@ -158,9 +156,16 @@ class Syncer:
     async def _report_job(self, command: RecordJob) -> None:
         """Report to the job. A lost report does not fail the sync: the gateway shows a silent job as failed."""
         try:
-            await request_reply(self._requester, command, timeout_sec=JOB_REPORT_TIMEOUT_SEC)
-        except CommandRefused as error:
-            log.warning("job.not_recorded", job_id=str(command.job_id), reason=error.refusal.message)
+            await self._allocator.request(command, timeout_sec=JOB_REPORT_TIMEOUT_SEC)
+        except CommandNotDone as error:
+            log.warning("job.not_recorded", job_id=str(command.job_id), reason=str(error))
+
+
+def _build_refusal(error: CommandNotDone) -> Refused:
+    """Return the reply to the command of a failed sync."""
+    if isinstance(error, CommandRefused):
+        return error.refusal
+    return Refused(code="ALLOCATOR_UNAVAILABLE", message=f"The allocator did not answer: {error}")
 
 
 def _find_unreadable(listing: Listing) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from sandbox_broker.contract.replies import (
     Reply,
     SandboxesRefreshed,
 )
+from sandbox_broker.messaging.outcome import CommandRefused
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.runtime.service import cancel_and_wait
@@ -148,14 +149,18 @@ class Allocator:
 class Caller:
     """Sends commands to the csp-syncer like the gateway."""
 
-    requester: RpcClient
+    rpc_client: RpcClient
 
     async def sync(self, *, force: bool = False, job_id: uuid.UUID | None = None) -> Reply:
-        command = SyncPool(request_id="r", force=force, job_id=job_id)
-        return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
+        return await self.send(SyncPool(request_id="r", force=force, job_id=job_id))
 
     async def send(self, command: Command) -> Reply:
-        return await self.requester.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
+        """Return the reply, also if it is a refusal."""
+        try:
+            reply: Reply = await self.rpc_client.request(topology.SYNCER_COMMANDS, command, timeout_sec=20)
+        except CommandRefused as error:
+            return error.refusal
+        return reply
 
     async def all_arrived(self) -> None:
         """Return when the csp-syncer has started on all earlier commands. It handles commands in order, and refuses
@@ -166,10 +171,10 @@ class Caller:
 @asynccontextmanager
 async def calling(amqp_url: str) -> AsyncIterator[Caller]:
     publisher = Publisher(amqp_url, "test")
-    requester = RpcClient(amqp_url, "test", publisher)
-    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(requester.run())]
+    rpc_client = RpcClient(amqp_url, "test", publisher)
+    tasks = [asyncio.create_task(publisher.run()), asyncio.create_task(rpc_client.run())]
     try:
-        yield Caller(requester)
+        yield Caller(rpc_client)
     finally:
         for task in reversed(tasks):
             await cancel_and_wait(task)

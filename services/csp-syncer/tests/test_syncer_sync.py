@@ -8,7 +8,7 @@ import pytest
 from aio_pika.abc import AbstractConnection
 from structlog.testing import capture_logs
 
-from csp_syncer import allocator_requests, chunking, syncer
+from csp_syncer import chunking, main, syncer
 from csp_syncer.triggers import CommandConsumer, send_sync_command
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -260,10 +260,9 @@ async def test_a_refused_step_is_the_reply_and_ends_the_sync(
 async def test_a_sync_without_an_allocator_is_a_refusal_and_the_next_one_works(
     csp: Csp, queues: str, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(main, "REQUEST_TIMEOUT_SEC", 1)
     async with syncing(queues, csp):
-        with monkeypatch.context() as patch:
-            patch.setattr(allocator_requests, "REQUEST_TIMEOUT_SEC", 0.3)
-            reply = await caller.sync()
+        reply = await caller.sync()
         assert isinstance(reply, Refused)
         assert reply.code == "ALLOCATOR_UNAVAILABLE"
         async with Allocator().consuming(queues):
@@ -309,7 +308,7 @@ async def test_a_foreign_command_is_refused_and_does_not_block_the_queue(
     reply = await caller.send(ReleaseSandbox(request_id="r", sandbox_id="1", holder="h"))
     assert isinstance(reply, Refused)
     assert reply.code == "INVALID_COMMAND"
-    await caller.requester._publisher.publish(
+    await caller.rpc_client._publisher.publish(
         topology.COMMANDS.name, topology.SYNCER_COMMANDS.name, b"not an envelope"
     )
     assert isinstance(await caller.sync(), PoolSynced)
@@ -355,7 +354,7 @@ async def test_a_tick_joins_the_sync_of_an_administrator(
     async with syncing(amqp_url, csp):
         await until(lambda: allocator.all(ApplyListing))  # by the sync of the first tick
         requested = asyncio.create_task(caller.sync())
-        await send_sync_command(caller.requester._publisher)
+        await send_sync_command(caller.rpc_client._publisher)
         await caller.all_arrived()
         gate.set()
         assert isinstance(await requested, PoolSynced)

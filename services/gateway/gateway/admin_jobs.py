@@ -3,21 +3,17 @@
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
 
 from fastapi import Request, Response
 
-from gateway.api.errors import ApiError, raise_for_refusal
+from gateway.api.errors import ApiError, from_refusal
 from gateway.api.schemas import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
-from sandbox_broker.contract.commands import Command, RecordJob
-from sandbox_broker.contract.replies import Recorded
-from sandbox_broker.contract.types import JobKind, Message
+from sandbox_broker.contract.commands import Command, R, RecordJob
+from sandbox_broker.contract.types import JobKind
 from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.publisher import Unroutable
-
-R = TypeVar("R", bound=Message)
+from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
 
 
 async def run_job(
@@ -25,9 +21,8 @@ async def run_job(
     response: Response,
     kind: JobKind,
     queue: topology.Queue,
-    build_command: Callable[[uuid.UUID], Command],
+    build_command: Callable[[uuid.UUID], Command[R]],
     *,
-    reply_type: type[R],
     unavailable: tuple[str, str],
 ) -> R | JobRunning:
     """Start the job. Return its reply, or the 202 response with the job id if there is no reply in time.
@@ -49,24 +44,21 @@ async def run_job(
         await _record_job(
             context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
         )
-        reply = await context.requester.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
-    except (Disconnected, Unroutable) as error:
+        return await context.rpc_client.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
+    except CommandRefused as error:
+        raise from_refusal(error.refusal) from error
+    except (Disconnected, ServiceUnavailable) as error:
         raise ApiError(code, "The queue is down. Try again shortly.") from error
-    except TimeoutError:
+    except NoReply:
         running = JobRunning(job_id=job_id, job_url=f"/v1/admin/jobs/{job_id}")
         response.status_code = 202
         response.headers["Location"] = running.job_url
         return running
-    if not isinstance(reply, reply_type):
-        raise_for_refusal(reply)
-    return reply
 
 
 async def _record_job(context: Context, command: RecordJob, deadline: float) -> None:
     remaining_sec = deadline - asyncio.get_running_loop().time()
     try:
-        reply = await context.requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
-    except TimeoutError as error:
+        await context.rpc_client.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
+    except NoReply as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not reply. Try again shortly.") from error
-    if not isinstance(reply, Recorded):
-        raise_for_refusal(reply)

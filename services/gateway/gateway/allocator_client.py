@@ -15,9 +15,10 @@ from starlette.types import Scope
 
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import MAX_ENVELOPE
-from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.commands import Command, R
 from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.outcome import NoReply, ServiceUnavailable, UnexpectedReply, read_reply
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import log_context
@@ -35,10 +36,6 @@ _PENDING_REPLY = "gateway.pending_reply"
 log = structlog.get_logger()
 
 
-class AllocatorUnavailable(Exception):
-    """RabbitMQ or the allocator is down, or too many requests are in flight."""
-
-
 class ClientDisconnected(Exception):
     """The HTTP client has disconnected."""
 
@@ -54,9 +51,9 @@ class _PendingRequest:
 class AllocatorClient:
     """RPC client for allocator commands. The tasks `run` and `watch` must be running."""
 
-    def __init__(self, publisher: Publisher, requester: RpcClient) -> None:
+    def __init__(self, publisher: Publisher, rpc_client: RpcClient) -> None:
         self._publisher = publisher
-        self._requester = requester
+        self._rpc_client = rpc_client
         self._queued: deque[_PendingRequest] = deque()
         self._wake = asyncio.Event()
         self._in_flight: set[_PendingRequest] = set()
@@ -68,19 +65,19 @@ class AllocatorClient:
         """Number of requests that wait for a reply."""
         return len(self._in_flight)
 
-    async def request(self, command: Command, *, timeout_sec: float, scope: Scope | None = None) -> Reply:
+    async def request(self, command: Command[R], *, timeout_sec: float, scope: Scope | None = None) -> R:
         """Send the command and return its reply.
 
         `scope` is the ASGI scope of the HTTP request; `cancel_pending` cancels the request by it. Raises
-        AllocatorUnavailable, TimeoutError or ClientDisconnected. The allocator may still execute the command after
-        any of these errors.
+        ClientDisconnected, or the errors of `RpcClient.request`: CommandRefused, ServiceUnavailable (also if too
+        many requests are in flight), NoReply or UnexpectedReply.
         """
         if not self._present:
             await self._refresh_presence()  # an allocator may have started since the last probe
-        if not (self._present and self._requester.connected):
-            raise AllocatorUnavailable("The queue or the allocator is down.")
+        if not (self._present and self._rpc_client.connected):
+            raise ServiceUnavailable("The queue or the allocator is down.")
         if self.in_flight >= MAX_IN_FLIGHT:
-            raise AllocatorUnavailable("Too many requests are in flight.")
+            raise ServiceUnavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
         pending = _PendingRequest(command, loop.time() + timeout_sec, loop.create_future())
         timer = loop.call_at(pending.deadline, _expire, pending)
@@ -90,12 +87,17 @@ class AllocatorClient:
         self._queued.append(pending)
         self._wake.set()
         try:
-            return await pending.reply
+            reply = await pending.reply
         except Disconnected as error:
-            raise AllocatorUnavailable("The connection to the queue or the allocator was lost.") from error
+            raise ServiceUnavailable("The connection to the queue or the allocator was lost.") from error
+        except TimeoutError as error:
+            raise NoReply("no reply in time") from error
+        except ValueError as error:
+            raise UnexpectedReply(str(error)) from error
         finally:
             timer.cancel()
             self._in_flight.discard(pending)
+        return read_reply(command, reply)
 
     async def run(self) -> None:
         """Publish queued requests until cancelled."""
@@ -116,7 +118,7 @@ class AllocatorClient:
     async def _send(self, batch: Sequence[_PendingRequest]) -> None:
         remaining_sec = max(pending.deadline for pending in batch) - asyncio.get_running_loop().time()
         try:
-            replies = await self._requester.send(
+            replies = await self._rpc_client.send(
                 topology.ALLOCATOR_COMMANDS,
                 [pending.command for pending in batch],
                 timeout_sec=max(remaining_sec, 0.001),

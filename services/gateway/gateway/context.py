@@ -23,6 +23,6 @@ class Context:
     client_address: Callable[[Scope], str]
     engine: AsyncEngine
     publisher: Publisher
-    requester: RpcClient
+    rpc_client: RpcClient
     allocator: AllocatorClient
     status_reporter: StatusReporter

@@ -72,18 +72,18 @@ def create_app(settings: Settings) -> Gateway:
     primary = Primary(settings.database_url)
     engine = connections.create_engine(primary, pool_size=5, max_overflow=5, pool_timeout=POOL_TIMEOUT_SEC)
     publisher = Publisher(settings.amqp_url, "gateway")
-    requester = RpcClient(settings.amqp_url, "gateway", publisher)
-    allocator = AllocatorClient(publisher, requester)
+    rpc_client = RpcClient(settings.amqp_url, "gateway", publisher)
+    allocator = AllocatorClient(publisher, rpc_client)
     metrics.IN_FLIGHT.set_function(lambda: allocator.in_flight)
 
     async def queue() -> str | None:
-        return None if requester.connected else "not connected to RabbitMQ"
+        return None if rpc_client.connected else "not connected to RabbitMQ"
 
     async def database() -> str | None:
         return await connections.check_connection(engine)
 
     tasks = service.lifespan(
-        publisher.run, requester.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch, primary.watch
+        publisher.run, rpc_client.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch, primary.watch
     )
 
     @asynccontextmanager
@@ -120,7 +120,15 @@ def create_app(settings: Settings) -> Gateway:
     )
     status_reporter = StatusReporter(publisher, engine)
     app.state.context = Context(
-        settings, authentication, rate_limits, find_client, engine, publisher, requester, allocator, status_reporter
+        settings,
+        authentication,
+        rate_limits,
+        find_client,
+        engine,
+        publisher,
+        rpc_client,
+        allocator,
+        status_reporter,
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])

@@ -151,7 +151,7 @@ class Gateway:
     async def present(self) -> None:
         """Wait until the gateway is connected and has seen a consumer of its commands."""
         await until(
-            lambda: self.app.state.context.allocator._present and self.app.state.context.requester.connected
+            lambda: self.app.state.context.allocator._present and self.app.state.context.rpc_client.connected
         )
 
     async def absent(self) -> None:
@@ -207,7 +207,7 @@ async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> A
     services = [FarSide(queue) for queue in queues]
     async with app.router.lifespan_context(app), client(app) as http:
         gateway = Gateway(app, http, *services)
-        await until(lambda: app.state.context.requester.connected)
+        await until(lambda: app.state.context.rpc_client.connected)
         if not far_sides:
             yield gateway
             return

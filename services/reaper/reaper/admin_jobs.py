@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from reaper.allocator_requests import CommandNotDone, request_reply
 from reaper.deletion import Outcome
 from sandbox_broker.contract.commands import RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused
 from sandbox_broker.contract.types import JobState
-from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
+from sandbox_broker.messaging.outcome import CommandNotDone
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import run_periodically
 
@@ -39,8 +39,8 @@ class Job:
 class AdminJobs:
     """Open jobs. One clean-up run works for all of them."""
 
-    def __init__(self, requester: RpcClient) -> None:
-        self._requester = requester
+    def __init__(self, allocator: MaintenanceClient) -> None:
+        self._allocator = allocator
         self._jobs: dict[uuid.UUID, Job] = {}
 
     def join(self, job_id: uuid.UUID, request_id: str) -> asyncio.Future[JobReply]:
@@ -98,6 +98,6 @@ class AdminJobs:
 
     async def _record(self, command: RecordJob) -> None:
         try:
-            await request_reply(self._requester, command)
+            await self._allocator.request(command)
         except CommandNotDone as error:
             log.warning("job.not_recorded", job_id=str(command.job_id), error=str(error))

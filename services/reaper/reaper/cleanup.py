@@ -19,13 +19,13 @@ from typing import Literal
 import structlog
 
 from reaper.admin_jobs import AdminJobs
-from reaper.allocator_requests import REQUEST_TIMEOUT_SEC, CommandNotDone, request_reply
 from reaper.circuit_breaker import State
 from reaper.deletion import Deleter, Outcome
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
-from sandbox_broker.contract.replies import DeletionsClaimed, DeletionsHurried, Refused
-from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.contract.replies import DeletionsClaimed, Refused
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
+from sandbox_broker.messaging.outcome import CommandNotDone
 
 CLAIM_MARGIN_SEC = 10.0
 EXPEDITE_BATCH_SIZE = 500
@@ -50,9 +50,9 @@ class _Batch:
 
 
 class CleanUp:
-    def __init__(self, settings: Settings, requester: RpcClient, deleter: Deleter, jobs: AdminJobs) -> None:
+    def __init__(self, settings: Settings, allocator: MaintenanceClient, deleter: Deleter, jobs: AdminJobs) -> None:
         self._settings = settings
-        self._requester = requester
+        self._allocator = allocator
         self._deleter = deleter
         self._jobs = jobs
         self._wake_event = asyncio.Event()
@@ -60,7 +60,7 @@ class CleanUp:
         self._untried: Literal["oldest", "newest"] | None = None
         # A claim lasts for its request, the deletion in CSP, the record, and the pause before the next claim.
         pause_sec = max(settings.cleanup_batch_delay_sec, settings.cleanup_per_sandbox_delay_sec)
-        self._claim_sec = 3 * REQUEST_TIMEOUT_SEC + deleter.max_duration_sec + pause_sec + CLAIM_MARGIN_SEC
+        self._claim_sec = 3 * allocator.timeout_sec + deleter.max_duration_sec + pause_sec + CLAIM_MARGIN_SEC
 
     def wake(self) -> None:
         """Start a run, because a deletion may be due."""
@@ -85,7 +85,7 @@ class CleanUp:
         try:
             pause_sec = await self._drain(self._run_id)
             # If this process dies before this line, the leader lease ends with the last claim.
-            await request_reply(self._requester, EndCleanup(run_id=self._run_id))
+            await self._allocator.request(EndCleanup(run_id=self._run_id))
         except CommandNotDone as error:
             log.warning("cleanup.postponed", error=str(error))
             message = f"The allocator did not answer: {error}. Pending sandboxes are deleted later, automatically."
@@ -140,8 +140,7 @@ class CleanUp:
         jobs = self._jobs.waiting
         command = HurryDeletions(run_id=run_id, limit=EXPEDITE_BATCH_SIZE, claim_sec=self._claim_sec)
         while True:
-            reply = await request_reply(self._requester, command)
-            assert isinstance(reply, DeletionsHurried)  # noqa: S101 (the contract of HurryDeletions)
+            reply = await self._allocator.request(command)
             if not reply.on_duty:
                 return False
             if reply.hurried < EXPEDITE_BATCH_SIZE:
@@ -169,7 +168,9 @@ class CleanUp:
                 return
             for deletion in claimed.deletions:
                 batch.attempted += 1
-                outcome = await self._deleter.delete(batch.run_id, deletion, requested_at + REQUEST_TIMEOUT_SEC)
+                outcome = await self._deleter.delete(
+                    batch.run_id, deletion, requested_at + self._allocator.timeout_sec
+                )
                 self._jobs.count_outcome(outcome)
                 if outcome is Outcome.FAILED and untried == self._untried:
                     self._untried = "oldest" if untried == "newest" else "newest"
@@ -178,7 +179,6 @@ class CleanUp:
             await asyncio.sleep(self._settings.cleanup_per_sandbox_delay_sec)
 
     async def _claim(self, run_id: uuid.UUID, untried: Literal["oldest", "newest"] | None) -> DeletionsClaimed:
-        command = ClaimDeletions(run_id=run_id, limit=1, claim_sec=self._claim_sec, untried=untried)
-        reply = await request_reply(self._requester, command)
-        assert isinstance(reply, DeletionsClaimed)  # noqa: S101 (the contract of ClaimDeletions)
-        return reply
+        return await self._allocator.request(
+            ClaimDeletions(run_id=run_id, limit=1, claim_sec=self._claim_sec, untried=untried)
+        )

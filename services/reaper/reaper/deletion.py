@@ -7,7 +7,6 @@ from enum import Enum, auto
 import structlog
 
 from reaper import metrics, niosxaas_cleanup
-from reaper.allocator_requests import CommandNotDone, request_reply
 from reaper.backoff import compute_retry_delay
 from reaper.circuit_breaker import CircuitBreaker, State
 from reaper.settings import Settings
@@ -15,7 +14,8 @@ from sandbox_broker.contract.commands import RecordDeletion, RecordDeletionFailu
 from sandbox_broker.contract.replies import DueDeletion
 from sandbox_broker.csp.client import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.csp.niosxaas import NiosxaasClient
-from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
+from sandbox_broker.messaging.outcome import CommandNotDone
 from sandbox_broker.observability import log_context, tracing
 
 CSP_TIMEOUT_SEC = 30.0
@@ -37,12 +37,12 @@ class Deleter:
     refusals of the token, which the first refusal opens."""
 
     def __init__(
-        self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, requester: RpcClient
+        self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, allocator: MaintenanceClient
     ) -> None:
         self._settings = settings
         self._csp = csp
         self._niosxaas = niosxaas
-        self._requester = requester
+        self._allocator = allocator
         self._failures = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
         self._refusals = CircuitBreaker(1, settings.circuit_breaker_timeout_sec)
 
@@ -159,7 +159,7 @@ class Deleter:
 
     async def _record(self, command: RecordDeletion | RecordDeletionFailure) -> None:
         try:
-            await request_reply(self._requester, command)
+            await self._allocator.request(command)
         except CommandNotDone as error:  # the deletion is due again when its claim ends
             log.warning("deletion.not_recorded", error=str(error))
 

@@ -17,31 +17,36 @@ from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import run_with_reconnect
+from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health
 from sandbox_broker.runtime import service, startup
 
+REQUEST_TIMEOUT_SEC = 10.0
+"""Longest wait for a reply of the allocator."""
+
 
 def create_app(settings: Settings) -> Starlette:
     url = settings.amqp_url
     publisher = Publisher(url, "reaper")
-    requester = RpcClient(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
+    rpc_client = RpcClient(url, "reaper", publisher, exchange=topology.COMMANDS_FROM_REAPER)
+    allocator = MaintenanceClient(rpc_client, REQUEST_TIMEOUT_SEC)
     csp = CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value(), timeout_sec=CSP_TIMEOUT_SEC)
     niosxaas = niosxaas_cleanup.build_client(settings)
-    deleter = Deleter(settings, csp, niosxaas, requester)
-    jobs = AdminJobs(requester)
-    cleanup = CleanUp(settings, requester, deleter, jobs)
+    deleter = Deleter(settings, csp, niosxaas, allocator)
+    jobs = AdminJobs(allocator)
+    cleanup = CleanUp(settings, allocator, deleter, jobs)
     triggers = Triggers(cleanup, jobs, publisher)
-    expire = partial(expire_overdue, settings, requester)
+    expire = partial(expire_overdue, settings, allocator)
     metrics.CIRCUIT.set_function(lambda: deleter.state)
 
     async def queue() -> str | None:
-        return None if requester.connected else "not connected to RabbitMQ"
+        return None if rpc_client.connected else "not connected to RabbitMQ"
 
     tasks = service.lifespan(
         publisher.run,
-        requester.run,
+        rpc_client.run,
         cleanup.run,
         jobs.report,
         partial(run_with_reconnect, url, "reaper-events", triggers.consume_events),

@@ -11,6 +11,7 @@ from reaper import admin_jobs
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import CleanUpNow, Command, ExpireLeases, HurryDeletions, RecordJob
 from sandbox_broker.contract.replies import CleanedUp, Refused, Reply
+from sandbox_broker.messaging.outcome import CommandRefused
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 
@@ -32,22 +33,27 @@ async def allocator(csp: Csp, amqp_url: str) -> AsyncIterator[Allocator]:
 
 
 class Administrator:
-    def __init__(self, requester: RpcClient) -> None:
-        self._requester = requester
+    def __init__(self, rpc_client: RpcClient) -> None:
+        self._rpc_client = rpc_client
 
     async def clean_up(self, job_id: uuid.UUID | None = None) -> Reply:
         return await self.send(CleanUpNow(request_id="r", job_id=job_id or uuid.uuid4()))
 
     async def send(self, command: Command) -> Reply:
-        return await self._requester.request(topology.REAPER_COMMANDS, command, timeout_sec=20)
+        """Return the reply, also if it is a refusal."""
+        try:
+            reply: Reply = await self._rpc_client.request(topology.REAPER_COMMANDS, command, timeout_sec=20)
+        except CommandRefused as error:
+            return error.refusal
+        return reply
 
 
 @pytest.fixture
 async def administrator(amqp_url: str, allocator: Allocator) -> AsyncIterator[Administrator]:
     publisher = Publisher(amqp_url, "administrator")
-    requester = RpcClient(amqp_url, "administrator", publisher)
-    async with running(publisher, requester):
-        yield Administrator(requester)
+    rpc_client = RpcClient(amqp_url, "administrator", publisher)
+    async with running(publisher, rpc_client):
+        yield Administrator(rpc_client)
 
 
 @asynccontextmanager

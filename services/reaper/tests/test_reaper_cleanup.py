@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from structlog.testing import capture_logs
 
-from reaper import allocator_requests, cleanup, deletion, main
+from reaper import cleanup, deletion, main
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, RecordDeletion, RecordDeletionFailure
 
@@ -116,7 +116,7 @@ async def test_a_claim_outlasts_the_slowest_deletion_and_its_pause(
 ) -> None:
     async with reaping(amqp_url, csp, cleanup_batch_delay_sec=delays[0], cleanup_per_sandbox_delay_sec=delays[1]):
         await until(lambda: allocator.all(ClaimDeletions))
-    slowest = 3 * allocator_requests.REQUEST_TIMEOUT_SEC + deletion.CSP_TIMEOUT_SEC + max(delays)
+    slowest = 3 * main.REQUEST_TIMEOUT_SEC + deletion.CSP_TIMEOUT_SEC + max(delays)
     assert allocator.all(ClaimDeletions)[0].claim_sec > slowest
 
 
@@ -368,7 +368,7 @@ async def test_a_reaper_takes_over_when_the_claim_of_a_dead_one_ends(
 async def test_deletions_continue_after_the_allocator_was_away(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allocator_requests, "REQUEST_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(main, "REQUEST_TIMEOUT_SEC", 0.2)
     monkeypatch.setattr(cleanup, "NO_REPLY_PAUSE_SEC", 0.1)
     allocator = Allocator(csp)
     await allocator.add_due()

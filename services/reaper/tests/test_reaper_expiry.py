@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 from structlog.testing import capture_logs
 
-from reaper import allocator_requests
+from reaper import main
 from reaper.expiry import BATCH_SIZE
 from sandbox_broker.contract.commands import ExpireLeases
 
@@ -37,7 +37,7 @@ async def test_expiry_runs_until_no_lease_is_overdue(csp: Csp, queues: str) -> N
 async def test_expiry_continues_at_the_next_tick_after_the_allocator_was_away(
     csp: Csp, queues: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allocator_requests, "REQUEST_TIMEOUT_SEC", 0.2)
+    monkeypatch.setattr(main, "REQUEST_TIMEOUT_SEC", 0.2)
     allocator = Allocator(csp, overdue_leases=5)
     with capture_logs() as logs:
         async with reaping(queues, csp, auto_expiry_interval_sec=0.1):

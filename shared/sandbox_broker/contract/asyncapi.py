@@ -17,7 +17,7 @@ from sandbox_broker.contract.event_payloads import EVENT_DATA
 
 _JSON = "application/json"
 _SCHEMAS = "#/components/schemas/"
-_COMMANDS: tuple[type[BaseModel], ...] = get_args(get_args(commands.Command)[0])
+_COMMANDS: tuple[type[BaseModel], ...] = get_args(get_args(commands.AnyCommand)[0])
 _COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
     topology.COMMANDS: "commands",
     topology.COMMANDS_FROM_REAPER: "commandsFromReaper",

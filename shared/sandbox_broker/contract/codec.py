@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.commands import AnyCommand, Command
 from sandbox_broker.contract.replies import Reply
 
 MAX_ENVELOPE = 200
@@ -20,7 +20,7 @@ MAX_ENVELOPE = 200
 class Envelope(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    commands: tuple[Command, ...] = Field(min_length=1, max_length=MAX_ENVELOPE)
+    commands: tuple[AnyCommand, ...] = Field(min_length=1, max_length=MAX_ENVELOPE)
 
 
 class ReplyEnvelope(BaseModel):
@@ -33,7 +33,7 @@ class _LooseEnvelope(BaseModel):
     commands: list[Any] = Field(min_length=1, max_length=MAX_ENVELOPE)
 
 
-_command: TypeAdapter[Command] = TypeAdapter(Command)
+_command: TypeAdapter[AnyCommand] = TypeAdapter(AnyCommand)
 
 
 class InvalidEnvelope(ValueError):
@@ -49,7 +49,7 @@ class InvalidCommand(ValueError):
 
 
 def encode_commands(commands: Sequence[Command]) -> bytes:
-    return Envelope(commands=tuple(commands)).model_dump_json(exclude_none=True).encode()
+    return Envelope.model_validate({"commands": commands}).model_dump_json(exclude_none=True).encode()
 
 
 def request_ids_in(body: bytes) -> list[str]:

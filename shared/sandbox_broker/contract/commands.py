@@ -4,12 +4,30 @@ Every docstring names the reply after the arrow. All commands are frozen and car
 command with an unknown version.
 """
 
+import builtins
 import uuid
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypeVar
 
+from sandbox_broker.contract.replies import (
+    CleanedUp,
+    DeadLetterReplayed,
+    DeletionsClaimed,
+    DeletionsHurried,
+    LeaseGranted,
+    LeasesExpired,
+    ListingApplied,
+    ListingBegun,
+    ListingStaged,
+    PoolSynced,
+    Purged,
+    Recorded,
+    SandboxesRefreshed,
+    SandboxReleased,
+)
 from sandbox_broker.contract.types import (
     MAX_BIGINT,
     MAX_SEC,
@@ -21,17 +39,32 @@ from sandbox_broker.contract.types import (
     StorableText,
 )
 
+R = TypeVar("R", bound=Message, default=Any)
 
-class _Command(Message):
-    """Base class of all commands."""
 
+class Command(Message, Generic[R]):
+    """Base class of all commands. `R` is the type of the reply to a command that is not refused."""
+
+    _reply_type: ClassVar[type[Any]] = Message
+
+    type: str
+    """Name of the class."""
     request_id: str | None = None
     """Id of the HTTP request or the tick that caused the command."""
     traceparent: str | None = None
     """W3C trace context of that request or tick, if it is traced."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if arguments := cls.__pydantic_generic_metadata__["args"]:
+            cls._reply_type = arguments[0]
 
-class AllocateSandbox(_Command):
+    @property
+    def reply_type(self) -> builtins.type[R]:
+        return self._reply_type
+
+
+class AllocateSandbox(Command[LeaseGranted]):
     """Return the lease of `holder`, or lease a sandbox to them. → LeaseGranted or Refused."""
 
     type: Literal["AllocateSandbox"] = "AllocateSandbox"
@@ -42,7 +75,7 @@ class AllocateSandbox(_Command):
     idempotency_key: PrintableAscii | None = None
 
 
-class ReleaseSandbox(_Command):
+class ReleaseSandbox(Command[SandboxReleased]):
     """End the lease of the student, and request the deletion of the sandbox. → SandboxReleased or Refused."""
 
     type: Literal["ReleaseSandbox"] = "ReleaseSandbox"
@@ -51,7 +84,7 @@ class ReleaseSandbox(_Command):
     holder: PrintableAscii
 
 
-class ExpireLeases(_Command):
+class ExpireLeases(Command[LeasesExpired]):
     """End at most `limit` leases that expired more than `grace_sec` seconds ago. → LeasesExpired."""
 
     type: Literal["ExpireLeases"] = "ExpireLeases"
@@ -59,7 +92,7 @@ class ExpireLeases(_Command):
     limit: int = Field(ge=1, le=1000)
 
 
-class ClaimDeletions(_Command):
+class ClaimDeletions(Command[DeletionsClaimed]):
     """Claim at most `limit` due deletions for `claim_sec` seconds, and renew the leader lease of the run for the
     same time. Other clean-up runs get no claim meanwhile. A claim without a result ends after that time.
     `untried` prefers deletions without a failed attempt, in this order of their due times. → DeletionsClaimed."""
@@ -71,7 +104,7 @@ class ClaimDeletions(_Command):
     untried: Literal["oldest", "newest"] | None = None
 
 
-class HurryDeletions(_Command):
+class HurryDeletions(Command[DeletionsHurried]):
     """Make at most `limit` pending deletions due now, except the deletions that this run has claimed. Renews the
     leader lease of the run like a claim. → DeletionsHurried."""
 
@@ -81,14 +114,14 @@ class HurryDeletions(_Command):
     claim_sec: float = Field(gt=0, le=MAX_SEC)
 
 
-class EndCleanup(_Command):
+class EndCleanup(Command[Recorded]):
     """End the leader lease of the clean-up run, so that another run can start. → Recorded."""
 
     type: Literal["EndCleanup"] = "EndCleanup"
     run_id: uuid.UUID
 
 
-class RecordDeletion(_Command):
+class RecordDeletion(Command[Recorded]):
     """Record that CSP deleted the sandbox or no longer had it. `services_error` describes a failed clean-up of the
     services inside it. → Recorded."""
 
@@ -97,7 +130,7 @@ class RecordDeletion(_Command):
     services_error: StorableText | None = Field(default=None, max_length=500)
 
 
-class RecordDeletionFailure(_Command):
+class RecordDeletionFailure(Command[Recorded]):
     """Record that CSP did not delete the sandbox. `attempts` is the count that came with the claim, so a redelivery
     counts once. Without `retry_in_sec` this was the last attempt. → Recorded."""
 
@@ -110,7 +143,7 @@ class RecordDeletionFailure(_Command):
     services_error: StorableText | None = Field(default=None, max_length=500)
 
 
-class EndLease(_Command):
+class EndLease(Command[SandboxReleased]):
     """End a student's lease for an administrator; `note` gives the reason. → SandboxReleased or Refused."""
 
     type: Literal["EndLease"] = "EndLease"
@@ -119,7 +152,7 @@ class EndLease(_Command):
     note: StorableText = Field(min_length=1, max_length=500)
 
 
-class RetryDeletion(_Command):
+class RetryDeletion(Command[SandboxReleased]):
     """Retry a failed deletion for an administrator. → SandboxReleased or Refused."""
 
     type: Literal["RetryDeletion"] = "RetryDeletion"
@@ -127,7 +160,7 @@ class RetryDeletion(_Command):
     sandbox_id: SandboxId
 
 
-class BeginListing(_Command):
+class BeginListing(Command[ListingBegun]):
     """Register a CSP listing before it is fetched. → ListingBegun, with the id of the listing."""
 
     type: Literal["BeginListing"] = "BeginListing"
@@ -149,7 +182,7 @@ UNREADABLE_ACCOUNT = "account "
 """Prefix of an account UUID that stands for an unreadable csp_id in StageListing. No csp_id begins with it."""
 
 
-class StageListing(_Command):
+class StageListing(Command[ListingStaged]):
     """Stage a batch of a listing until the listing is complete. `unreadable` are sandboxes whose CSP records lack
     required fields, by their id or, without a readable csp_id, as `account <uuid>`. They count as present, and no
     other data is read from them. → ListingStaged."""
@@ -160,7 +193,7 @@ class StageListing(_Command):
     unreadable: tuple[SandboxId, ...] = Field(default=(), max_length=1000)
 
 
-class ApplyListing(_Command):
+class ApplyListing(Command[ListingApplied]):
     """Update the pool in one transaction from the `total` staged records of a listing. The sync is held if the
     listing is empty or lacks more than `max_stale_fraction` of the pool, unless `force` is set.
     → ListingApplied or Refused."""
@@ -172,7 +205,7 @@ class ApplyListing(_Command):
     force: bool = False
 
 
-class RefreshSandboxes(_Command):
+class RefreshSandboxes(Command[SandboxesRefreshed]):
     """Update the names of at most `limit` sandboxes from the applied listing, in the order of their ids, starting
     behind `after`. → SandboxesRefreshed."""
 
@@ -182,7 +215,7 @@ class RefreshSandboxes(_Command):
     limit: int = Field(ge=1, le=1000)
 
 
-class DeleteStale(_Command):
+class DeleteStale(Command[Purged]):
     """Mark at most `limit` sandboxes as deleted that have been stale for `stale_for_sec` seconds. → Purged."""
 
     type: Literal["DeleteStale"] = "DeleteStale"
@@ -190,7 +223,7 @@ class DeleteStale(_Command):
     limit: int = Field(ge=1, le=1000)
 
 
-class PurgeRecords(_Command):
+class PurgeRecords(Command[Purged]):
     """Purge the records of at most `limit` sandboxes that have had this status for `for_sec` seconds. Their leases
     stay. CSP accounts are not deleted. → Purged."""
 
@@ -200,7 +233,7 @@ class PurgeRecords(_Command):
     limit: int = Field(ge=1, le=1000)
 
 
-class RecordJob(_Command):
+class RecordJob(Command[Recorded]):
     """Record the progress or the end of a job of an administrator. The worker reports at least once a minute. A job
     that is no longer `running` does not change any more. → Recorded."""
 
@@ -212,7 +245,7 @@ class RecordJob(_Command):
     result: dict[str, int | StorableText] | None = Field(default=None, max_length=20)
 
 
-class ReplayDeadLetter(_Command):
+class ReplayDeadLetter(Command[DeadLetterReplayed]):
     """Publish a dead letter again to its queue, with its original ids, for an administrator.
     → DeadLetterReplayed or Refused."""
 
@@ -221,7 +254,7 @@ class ReplayDeadLetter(_Command):
     dead_letter_id: uuid.UUID
 
 
-class DropDeadLetter(_Command):
+class DropDeadLetter(Command[Recorded]):
     """Remove a dead letter for an administrator. → Recorded or Refused."""
 
     type: Literal["DropDeadLetter"] = "DropDeadLetter"
@@ -229,7 +262,7 @@ class DropDeadLetter(_Command):
     dead_letter_id: uuid.UUID
 
 
-class SyncPool(_Command):
+class SyncPool(Command[PoolSynced]):
     """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
     type: Literal["SyncPool"] = "SyncPool"
@@ -239,7 +272,7 @@ class SyncPool(_Command):
     """Job for the progress and the end of the sync."""
 
 
-class CleanUpNow(_Command):
+class CleanUpNow(Command[CleanedUp]):
     """Delete all sandboxes with a pending deletion now, regardless of their backoff. → CleanedUp or Refused."""
 
     type: Literal["CleanUpNow"] = "CleanUpNow"
@@ -247,7 +280,7 @@ class CleanUpNow(_Command):
     job_id: uuid.UUID
 
 
-Command = Annotated[
+AnyCommand = Annotated[
     AllocateSandbox
     | ReleaseSandbox
     | ExpireLeases

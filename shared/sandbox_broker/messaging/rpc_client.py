@@ -14,10 +14,11 @@ from pamqp.commands import Basic
 
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
-from sandbox_broker.contract.commands import Command
+from sandbox_broker.contract.commands import Command, R
 from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
-from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
+from sandbox_broker.messaging.outcome import NoReply, ServiceUnavailable, UnexpectedReply, read_reply
+from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher, Unroutable
 from sandbox_broker.messaging.subscription import PUBLISHED_AT
 from sandbox_broker.observability import log_context, tracing
 
@@ -129,11 +130,11 @@ class RpcClient:
         if not done.cancelled():
             done.exception()  # retrieved here, because asyncio warns if the caller has stopped waiting
 
-    async def request(self, queue: topology.Queue, command: Command, *, timeout_sec: float) -> Reply:
+    async def request(self, queue: topology.Queue, command: Command[R], *, timeout_sec: float) -> R:
         """Send one command as soon as a connection is open, and return its reply.
 
         A command without a `request_id` or `traceparent` gets the values of the current log context and span.
-        Raises Disconnected, Unroutable or TimeoutError, or ValueError if the reply cannot be decoded.
+        Raises CommandRefused, ServiceUnavailable, NoReply or UnexpectedReply.
         """
         deadline = asyncio.get_running_loop().time() + timeout_sec
         command = command.model_copy(
@@ -148,9 +149,13 @@ class RpcClient:
                 await self._connected.wait()
                 left = deadline - asyncio.get_running_loop().time()
                 (reply,) = await (await self.send(queue, [command], timeout_sec=left))
-                return reply
+        except (Disconnected, Unroutable) as error:
+            raise ServiceUnavailable(str(error)) from error
         except TimeoutError:
-            raise TimeoutError(f"no reply in {timeout_sec:g} s") from None
+            raise NoReply(f"no reply in {timeout_sec:g} s") from None
+        except ValueError as error:
+            raise UnexpectedReply(str(error)) from error
+        return read_reply(command, reply)
 
 
 def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:

@@ -9,11 +9,11 @@ in the `Retry-After` header.
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.responses import JSONResponse
 
-from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.contract.replies import Refused
 from sandbox_broker.observability import health
 
 
@@ -216,11 +216,11 @@ def build_response(error: ApiError, state: MutableMapping[str, Any]) -> JSONResp
     return JSONResponse({"detail": detail}, spec.status, headers)
 
 
-def raise_for_refusal(reply: Reply) -> NoReturn:
-    """Raise the ApiError of a refusal, or RuntimeError for any other reply, because the route did not expect it."""
-    if isinstance(reply, Refused) and reply.code in ERRORS:
-        raise ApiError(reply.code, reply.message)
-    raise RuntimeError(f"unexpected reply: {reply!r}")
+def from_refusal(refusal: Refused) -> ApiError:
+    """Return the error of a refusal. Raises RuntimeError for a code that is a defect of the broker."""
+    if refusal.code not in ERRORS:
+        raise RuntimeError(f"unexpected refusal: {refusal!r}")
+    return ApiError(refusal.code, refusal.message)
 
 
 def internal_error() -> ApiError:

@@ -3,21 +3,20 @@
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
-from gateway.api.errors import ApiError, raise_for_refusal
+from gateway.api.errors import ApiError, from_refusal
 from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
 from sandbox_broker.contract import topology
-from sandbox_broker.contract.commands import CleanUpNow, Command, EndLease, RetryDeletion
-from sandbox_broker.contract.replies import CleanedUp, SandboxReleased
-from sandbox_broker.contract.types import Message
+from sandbox_broker.contract.commands import CleanUpNow, Command, EndLease, R, RetryDeletion
+from sandbox_broker.contract.replies import SandboxReleased
 from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.publisher import Unroutable
+from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
 from sandbox_broker.observability import log_context
 
 COMMON_ERRORS = (
@@ -28,8 +27,6 @@ COMMON_ERRORS = (
     "RATE_LIMITED",
     "INTERNAL_ERROR",
 )
-
-R = TypeVar("R", bound=Message)
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -50,7 +47,6 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
         "cleanup",
         topology.REAPER_COMMANDS,
         lambda job_id: CleanUpNow(request_id=request.state.request_id, job_id=job_id),
-        reply_type=CleanedUp,
         unavailable=("REAPER_UNAVAILABLE", "reaper"),
     )
     if isinstance(reply, JobRunning):
@@ -87,16 +83,16 @@ async def retry_deletion(request: Request, sandbox_id: str) -> Release:
     return await _release_by(request, partial(RetryDeletion, sandbox_id=sandbox_id))
 
 
-async def _release_by(request: Request, build_command: Callable[..., Command]) -> Release:
+async def _release_by(request: Request, build_command: Callable[..., Command[SandboxReleased]]) -> Release:
     try:
         command = build_command(request_id=request.state.request_id)
     except ValueError:  # invalid sandbox id
         raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
-    reply = await request_maintenance(request, command, SandboxReleased)
+    reply = await request_maintenance(request, command)
     return Release.model_validate(reply, from_attributes=True)
 
 
-async def request_maintenance(request: Request, command: Command, reply_type: type[R]) -> R:
+async def request_maintenance(request: Request, command: Command[R]) -> R:
     """Send a command to the maintenance queue of the allocator and return its reply.
 
     Raises ApiError ALLOCATOR_UNAVAILABLE, MAINTENANCE_TIMEOUT or the code of a refusal.
@@ -106,19 +102,18 @@ async def request_maintenance(request: Request, command: Command, reply_type: ty
         if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
         with log_context.bound(request_id=request.state.request_id):
-            reply = await context.requester.request(
+            return await context.rpc_client.request(
                 topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
             )
-    except (Disconnected, Unroutable) as error:
+    except CommandRefused as error:
+        raise from_refusal(error.refusal) from error
+    except (Disconnected, ServiceUnavailable) as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", "The queue is down. Try again shortly.") from error
-    except TimeoutError as error:
+    except NoReply as error:
         raise ApiError(
             "MAINTENANCE_TIMEOUT",
             "The allocator did not reply in time. The action may still take effect. Check before you repeat it.",
         ) from error
-    if not isinstance(reply, reply_type):
-        raise_for_refusal(reply)
-    return reply
 
 
 @router.get("/jobs/{job_id}", responses=responses(*COMMON_ERRORS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))

@@ -10,7 +10,6 @@ from gateway.context import Context
 from gateway.queries import dead_letters
 from gateway.routes.admin_actions import COMMON_ERRORS, request_maintenance
 from gateway.routes.admin_read import LISTING_ERRORS, Cursor, Limit
-from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
 
 ACTION_ERRORS = (*COMMON_ERRORS, "DEAD_LETTER_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT")
@@ -43,7 +42,7 @@ async def replay_dead_letter(request: Request, dead_letter_id: str) -> DeadLette
     """Put the message back into its queue, with its original ids. Completed commands do not take effect twice. If
     the service still cannot process the message, it becomes a new dead letter."""
     command = ReplayDeadLetter(request_id=request.state.request_id, dead_letter_id=_parse_id(dead_letter_id))
-    reply = await request_maintenance(request, command, replies.DeadLetterReplayed)
+    reply = await request_maintenance(request, command)
     return DeadLetterReplayed.model_validate(reply, from_attributes=True)
 
 
@@ -51,7 +50,7 @@ async def replay_dead_letter(request: Request, dead_letter_id: str) -> DeadLette
 async def drop_dead_letter(request: Request, dead_letter_id: str) -> DeadLetterDropped:
     """Delete the record of the dead letter."""
     command = DropDeadLetter(request_id=request.state.request_id, dead_letter_id=_parse_id(dead_letter_id))
-    await request_maintenance(request, command, replies.Recorded)
+    await request_maintenance(request, command)
     return DeadLetterDropped(dead_letter_id=command.dead_letter_id)
 
 

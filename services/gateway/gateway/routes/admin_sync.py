@@ -13,7 +13,6 @@ from gateway.queries import sandboxes
 from gateway.routes.admin_actions import COMMON_ERRORS, request_maintenance
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import DeleteStale, PurgeRecords, SyncPool
-from sandbox_broker.contract.replies import PoolSynced, Purged
 
 BATCH_SIZE = 500
 """Limit of records per command. The gateway repeats the command until no records are left."""
@@ -45,7 +44,6 @@ async def sync(request: Request, response: Response, force: bool = False) -> Syn
         "sync",
         topology.SYNCER_COMMANDS,
         lambda job_id: SyncPool(request_id=request.state.request_id, force=force, job_id=job_id),
-        reply_type=PoolSynced,
         unavailable=("SYNCER_UNAVAILABLE", "csp-syncer"),
     )
     if isinstance(reply, JobRunning):
@@ -85,7 +83,7 @@ async def _purge_all(request: Request, command: DeleteStale | PurgeRecords) -> P
     started = loop.time()
     deleted = 0
     while True:
-        reply = await request_maintenance(request, command, Purged)
+        reply = await request_maintenance(request, command)
         deleted += reply.count
         elapsed_sec = loop.time() - started
         if reply.count < command.limit:

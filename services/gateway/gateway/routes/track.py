@@ -1,21 +1,18 @@
 """Track routes. The scripts of lab authors call them for a student."""
 
-from typing import TypeVar
-
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from gateway import metrics
-from gateway.allocator_client import AllocatorUnavailable, ClientDisconnected
-from gateway.api.errors import ApiError, raise_for_refusal
+from gateway.allocator_client import ClientDisconnected
+from gateway.api.errors import ApiError, from_refusal
 from gateway.api.schemas import Lease, Release, Sandbox, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.web import headers
 from gateway.web.headers import Allocation, Holder
-from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox
-from sandbox_broker.contract.replies import LeaseGranted, SandboxReleased
-from sandbox_broker.contract.types import Message
+from sandbox_broker.contract.commands import AllocateSandbox, Command, R, ReleaseSandbox
+from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
 from sandbox_broker.observability import tracing
 
 _COMMON_ERRORS = (
@@ -31,8 +28,6 @@ router = APIRouter(prefix="/v1", tags=["track"])
 
 
 ALLOCATE = "/v1/allocate"
-
-R = TypeVar("R", bound=Message)
 
 
 async def fast_allocate(scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +54,7 @@ async def _lease(request: Request) -> Response:
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
-            reply = await _request(request, command, LeaseGranted, timeout_code="ALLOCATION_TIMEOUT")
+            reply = await _request(request, command, timeout_code="ALLOCATION_TIMEOUT")
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
@@ -115,7 +110,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     except ValueError:
         raise _sandbox_not_found() from None
     try:
-        reply = await _request(request, command, SandboxReleased, timeout_code="RELEASE_TIMEOUT")
+        reply = await _request(request, command, timeout_code="RELEASE_TIMEOUT")
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise
@@ -142,26 +137,25 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sand
     return held.sandbox
 
 
-async def _request(request: Request, command: Command, reply_type: type[R], *, timeout_code: str) -> R:
+async def _request(request: Request, command: Command[R], *, timeout_code: str) -> R:
     """Send a command to the allocator and return its reply.
 
     Raises ClientDisconnected, or ApiError ALLOCATOR_UNAVAILABLE, `timeout_code` or the code of a refusal.
     """
     context: Context = request.app.state.context
     try:
-        reply = await context.allocator.request(
+        return await context.allocator.request(
             command, timeout_sec=context.settings.allocate_timeout_sec, scope=request.scope
         )
-    except AllocatorUnavailable as error:
+    except CommandRefused as error:
+        raise from_refusal(error.refusal) from error
+    except ServiceUnavailable as error:
         raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} No data is lost. Try again shortly.") from error
-    except TimeoutError as error:
+    except NoReply as error:
         raise ApiError(
             timeout_code,
             "The allocator did not reply in time. The request may still succeed. Repeat it to get its result.",
         ) from error
-    if not isinstance(reply, reply_type):
-        raise_for_refusal(reply)
-    return reply
 
 
 def _sandbox_not_found() -> ApiError:
