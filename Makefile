@@ -15,7 +15,7 @@ COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --
 help: ## List all targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: setup ## Run the whole broker on this machine, in the foreground, until Ctrl-C
+run: setup ## Run the whole broker on this machine until Ctrl-C; CLUSTER=1 starts three RabbitMQ nodes and two PostgreSQL servers
 	@$(PYTHON) -m devstack
 
 demo: setup ## Like run, with simulated class days at 100 times their speed, for brokerctl and the dashboards

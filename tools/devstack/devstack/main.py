@@ -14,6 +14,7 @@ from typing import Any
 
 from devstack import database, infrastructure, local_tokens, pool, ports, processes, summary
 from devstack import settings as environment
+from devstack.cluster import start_cluster
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.processes import Process, ProcessDied, run_unless_process_dies, spawn
@@ -89,7 +90,11 @@ async def _run_until_lost(
     settings.state_directory.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_exclusive_run(settings))
     local_tokens.write_brokerctl_file(settings)
-    database_server, rabbitmq_server = await infrastructure.find_servers(settings, terminal, stack)
+    cluster = await start_cluster(terminal, stack) if settings.cluster else None
+    if cluster is None:
+        database_server, rabbitmq_server = await infrastructure.find_servers(settings, terminal, stack)
+    else:
+        database_server, rabbitmq_server = cluster.servers
     await infrastructure.claim_vhost(rabbitmq_server, terminal)
     dependencies_ready = time.monotonic()
     started = [*database_server.processes, *rabbitmq_server.processes]
@@ -116,14 +121,16 @@ async def _run_until_lost(
         settings, counts, seconds=now - started_at, set_up=dependencies_ready - started_at
     ):
         terminal.print_line(line)
-    await run_unless_process_dies(
-        _wait_until_lost(terminal, None if follow_up is None else follow_up(launcher, stack)), started
-    )
+    for line in () if cluster is None else cluster.summary_lines():
+        terminal.print_line(line)
+    work = [] if follow_up is None else [follow_up(launcher, stack)]
+    work += [] if cluster is None else [cluster.replace_ended_nodes(terminal)]
+    await run_unless_process_dies(_wait_until_lost(terminal, work), started)
 
 
-async def _wait_until_lost(terminal: Terminal, work: Coroutine[Any, Any, None] | None) -> None:
+async def _wait_until_lost(terminal: Terminal, work: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Wait until the terminal is closed. Runs `work` meanwhile and raises its exceptions."""
-    tasks = [asyncio.create_task(terminal.lost.wait()), *([asyncio.create_task(work)] if work else [])]
+    tasks = [asyncio.create_task(terminal.lost.wait()), *(asyncio.create_task(one) for one in work)]
     try:
         for ended in (await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))[0]:
             ended.result()

@@ -1,9 +1,11 @@
 """PostgreSQL: connection check and private servers."""
 
+import contextlib
 import os
 import secrets
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,13 +69,17 @@ class PrivatePostgres:
 
     The context manager starts it and, on exit, stops it and removes all files. Writes are not synced to disk, so
     they survive a kill of the server but not a crash of the machine.
+
+    `name` is the cluster name, under which a standby connects to its primary. `password` is for a standby, because
+    it has the password of its primary.
     """
 
-    def __init__(self, *, within: Path | None = None) -> None:
+    def __init__(self, *, within: Path | None = None, name: str = "", password: str | None = None) -> None:
         self.port = free_port()
         self.process: Process | None = None
+        self.name = name
         self._within = within
-        self._password = secrets.token_urlsafe(12)
+        self._password = password or secrets.token_urlsafe(12)
         self._user = service_account("postgres")
         self._directory: Path | None = None
 
@@ -97,9 +103,7 @@ class PrivatePostgres:
 
     async def start(self) -> None:
         """Start the server, after a stop with the same data. Returns after the first successful connection."""
-        binary = find_binaries()
-        if binary is None:
-            raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
+        binary = _required_binaries()
         if self._directory is None:
             self._directory = make_directory("postgres", self._user, within=self._within)
             await self._initialise(binary, self._directory)
@@ -127,6 +131,45 @@ class PrivatePostgres:
             self.process.kill()
             await self.process.wait()
 
+    async def start_as_standby(self, primary: Self) -> None:
+        """Stop the server, replace its data by a copy of the primary, and start it as a standby of the primary."""
+        self.thaw()  # frozen processes would survive the death of the server
+        await self.kill()
+        if self._directory is None:
+            self._directory = make_directory("postgres", self._user, within=self._within)
+        data = self._directory / "data"
+        await self._remove_shared_memory(data / "postmaster.pid")
+        shutil.rmtree(data, ignore_errors=True)
+        await _run_tool(
+            [
+                _required_binaries() / "pg_basebackup",
+                f"--dbname={primary.url}",
+                f"--pgdata={data}",
+                "--write-recovery-conf",
+                "--checkpoint=fast",
+                "--no-sync",
+            ],
+            cwd=self._directory,
+            user=self._user,
+        )
+        await self.start()
+
+    def freeze(self) -> None:
+        """Suspend all processes of the server until `thaw`."""
+        self._send_to_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send_to_all(signal.SIGCONT)
+
+    def _send_to_all(self, number: signal.Signals) -> None:
+        if self.process is None or not self.process.running:
+            return
+        # The server first, because it starts processes. Each of them is the leader of its own group.
+        self.process.send(number)
+        for pid in _list_children(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     async def restart(self) -> None:
         await self.stop()
         await self.start()
@@ -145,7 +188,7 @@ class PrivatePostgres:
         write(password_file, self._password, self._user)
         # --no-locale, because only the C locale exists on every machine.
         options = ["--no-sync", "--no-instructions", "--no-locale", "-E", "UTF8", "-U", _SUPERUSER]
-        code, output = await run(
+        await _run_tool(
             [
                 binary / "initdb",
                 "-D",
@@ -155,17 +198,15 @@ class PrivatePostgres:
                 f"--pwfile={password_file}",
                 *options,
             ],
-            env=_environment(),
             cwd=directory,
             user=self._user,
         )
-        if code != 0:
-            raise CannotRun(f"initdb ended with exit code {code}: {output.replace(chr(10), ' / ')}", status=1)
 
     def _options(self) -> list[str]:
         settings = {
             "listen_addresses": _HOST,
             "port": str(self.port),
+            "cluster_name": self.name,
             "unix_socket_directories": "",
             "fsync": "off",
             # Log to files, because a pipe not read by a busy test would fill up and block the server.
@@ -180,6 +221,29 @@ class PrivatePostgres:
         segment = _segment(pid_file)
         if segment is not None and shutil.which("ipcrm") is not None:
             await run(["ipcrm", "-m", segment], cwd=Path("/"), user=self._user)
+
+
+async def _run_tool(command: Sequence[str | Path], *, cwd: Path, user: str | None) -> None:
+    """Run a program of PostgreSQL. Raises CannotRun with its output if it fails."""
+    code, output = await run(command, env=_environment(), cwd=cwd, user=user)
+    if code != 0:
+        program = Path(command[0]).name
+        raise CannotRun(f"{program} ended with exit code {code}: {output.replace(chr(10), ' / ')}", status=1)
+
+
+def _required_binaries() -> Path:
+    binary = find_binaries()
+    if binary is None:
+        raise CannotRun("PostgreSQL's initdb and postgres are not installed on this machine")
+    return binary
+
+
+def _list_children(pid: int) -> list[int]:
+    """Return the child processes. Linux only: elsewhere the list is empty."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _segment(pid_file: Path) -> str | None:

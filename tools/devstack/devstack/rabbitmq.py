@@ -105,22 +105,30 @@ class PrivateRabbitMQ:
 
     The context manager starts it and, on exit, stops it and removes all files. The user is guest with password
     guest. The node accepts connections from this machine only.
+
+    `cookie` and `configuration`, lines of rabbitmq.conf, are for the nodes of a cluster.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cookie: str | None = None, configuration: Sequence[str] = ()) -> None:
         self.port = free_port()
         self.process: Process | None = None
         self.node = f"sandbox-broker-{secrets.token_hex(4)}@localhost"
-        self._distribution_port = free_port()
-        self._mapper_port = free_port()
+        self.distribution_port = free_port()
+        self.mapper_port = free_port()
+        self.configuration = tuple(configuration)
         self._mapper: Process | None = None
+        self._cookie = cookie or secrets.token_hex(16)
         self._user = service_account("rabbitmq")
         self._directory: Path | None = None
 
     @property
     def url(self) -> str:
         """URL of the virtual host `/`."""
-        return f"amqp://guest:guest@{_HOST}:{self.port}/"
+        return self.build_url(self.port)
+
+    def build_url(self, port: int) -> str:
+        """URL of the virtual host `/` at another port, for example the port of a proxy."""
+        return f"amqp://guest:guest@{_HOST}:{port}/"
 
     async def __aenter__(self) -> Self:
         try:
@@ -138,20 +146,25 @@ class PrivateRabbitMQ:
     async def start(self) -> None:
         """Start the node, after a stop with the same data. Returns after the first successful connection."""
         binary = _required_binaries()
+        directory = await self.start_mapper()
+        self.process = await spawn(
+            "rabbitmq",
+            [binary / "rabbitmq-server"],
+            env=self._environment(directory),
+            cwd=directory,
+            user=self._user,
+            parent_death_signal=signal.SIGTERM,
+        )
+        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private RabbitMQ")
+
+    async def start_mapper(self) -> Path:
+        """Create the files and start the port mapper, unless that has been done. Return the node's directory."""
         if self._directory is None:
             self._directory = make_directory("rabbitmq", self._user)
             self._write_files(self._directory)
         if self._mapper is None or not self._mapper.running:
             await self._start_mapper(self._directory)
-        self.process = await spawn(
-            "rabbitmq",
-            [binary / "rabbitmq-server"],
-            env=self._environment(self._directory),
-            cwd=self._directory,
-            user=self._user,
-            parent_death_signal=signal.SIGTERM,
-        )
-        await wait_until(lambda: unavailable_reason(self.url), self.process, "the private RabbitMQ")
+        return self._directory
 
     async def stop(self) -> None:
         """Stop the node and keep durable queues and messages."""
@@ -170,6 +183,15 @@ class PrivateRabbitMQ:
         if self.process is not None:
             self.process.kill()
             await self.process.wait()
+
+    def freeze(self) -> None:
+        """Suspend the node until `thaw`."""
+        if self.process is not None:
+            self.process.send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        if self.process is not None:
+            self.process.send(signal.SIGCONT)
 
     async def restart(self) -> None:
         await self.stop()
@@ -208,19 +230,19 @@ class PrivateRabbitMQ:
             raise CannotRun("Erlang's epmd is not installed on this machine")
         self._mapper = await spawn(
             "epmd",
-            [epmd, "-port", str(self._mapper_port), "-address", _HOST],
+            [epmd, "-port", str(self.mapper_port), "-address", _HOST],
             env=os.environ,
             cwd=directory,
             user=self._user,
         )
 
         async def check() -> str | None:
-            return "it does not listen" if is_free(self._mapper_port, host=_HOST) else None
+            return "it does not listen" if is_free(self.mapper_port, host=_HOST) else None
 
         await wait_until(check, self._mapper, "the private epmd")
 
     def _write_files(self, directory: Path) -> None:
-        write(directory / ".erlang.cookie", secrets.token_hex(16), self._user, mode=0o400)
+        write(directory / ".erlang.cookie", self._cookie, self._user, mode=0o400)
         write(directory / "enabled_plugins", "[].\n", self._user)
         write(directory / "rabbitmq-env.conf", "", self._user)
         lines = (
@@ -228,6 +250,7 @@ class PrivateRabbitMQ:
             "disk_free_limit.absolute = 64MB",
             "log.file.level = warning",
             "log.console = false",
+            *self.configuration,
         )
         write(directory / "rabbitmq.conf", "".join(f"{line}\n" for line in lines), self._user)
 
@@ -241,9 +264,9 @@ class PrivateRabbitMQ:
             "PATH": _search_path(),
             "HOME": str(directory),
             "ERL_EPMD_ADDRESS": _HOST,
-            "ERL_EPMD_PORT": str(self._mapper_port),
+            "ERL_EPMD_PORT": str(self.mapper_port),
             "RABBITMQ_NODENAME": self.node,
-            "RABBITMQ_DIST_PORT": str(self._distribution_port),
+            "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),

@@ -58,6 +58,8 @@ class Settings:
     rabbitmq_server: str
     postgres_image: str
     rabbitmq_image: str
+    cluster: bool = False
+    """Start a RabbitMQ cluster and a PostgreSQL pair."""
     demo: bool = False
     """True for `make demo`, which has its own accounts and database."""
 
@@ -126,6 +128,7 @@ def load(
         rabbitmq_server=f"amqp://guest:guest@127.0.0.1:{rabbitmq_port}/",
         postgres_image=value("POSTGRES_IMAGE") or POSTGRES_IMAGE,
         rabbitmq_image=value("RABBITMQ_IMAGE") or RABBITMQ_IMAGE,
+        cluster=_cluster(value("CLUSTER"), [name for name in ("DATABASE_URL", "AMQP_URL") if value(name)]),
         demo=demo,
     )
 
@@ -146,6 +149,14 @@ def _postgres_servers(value: Callable[[str], str | None]) -> tuple[str, ...]:
     password = value("PGPASSWORD")
     secret = f":{quote(password, safe='')}" if password else ""
     return tuple(f"postgresql://{quote(user, safe='')}{secret}@{host}:{port}" for user in users)
+
+
+def _cluster(value: str | None, named_servers: list[str]) -> bool:
+    if value not in (None, "0", "1"):
+        raise CannotRun(f"CLUSTER must be 1 or empty, not {value!r}")
+    if value == "1" and named_servers:
+        raise CannotRun(f"CLUSTER=1 starts servers of its own; remove {' and '.join(named_servers)}")
+    return value == "1"
 
 
 def _port(name: str, value: str | None, default: int) -> int:

@@ -78,3 +78,12 @@ def test_libpq_variables_set_the_address_and_user_of_postgresql(settings_from: S
 
 def test_the_default_superuser_is_tried_first(settings_from: SettingsFrom) -> None:
     assert settings_from().postgres_servers[0] == "postgresql://postgres@127.0.0.1:5432"
+
+
+def test_a_cluster_is_started_only_without_named_servers(settings_from: SettingsFrom) -> None:
+    assert settings_from(CLUSTER="1").cluster
+    assert not settings_from().cluster
+    with pytest.raises(CannotRun, match="remove AMQP_URL"):
+        settings_from(CLUSTER="1", AMQP_URL="amqp://127.0.0.1/")
+    with pytest.raises(CannotRun, match="CLUSTER must be 1"):
+        settings_from(CLUSTER="yes")
