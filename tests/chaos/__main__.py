@@ -41,6 +41,19 @@ def main() -> int:
     parser.add_argument(
         "--every", type=float, default=0, metavar="SECONDS", help="shortest time from one fault to the next"
     )
+    parser.add_argument("--times", type=int, help="run every fault alone, this number of times")
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="run a RabbitMQ cluster and a PostgreSQL pair, with faults of their nodes",
+    )
+    parser.add_argument(
+        "--rabbitmq",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="additional line of the nodes' rabbitmq.conf, such as 'net_ticktime = 60'",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the logs of a successful round too")
     arguments = parser.parse_args()
     for library in ("aio_pika", "aiormq", "asyncpg"):  # failed connection attempts are expected here
@@ -53,14 +66,15 @@ def main() -> int:
 
 
 async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    if not matrix.plan_short_round(random.Random(arguments.seed), arguments.only):
+    if not matrix.plan_short_round(random.Random(arguments.seed), arguments.only, cluster=arguments.cluster):
         raise CannotRun(f"no fault has any of {arguments.only!r} in its name")
     libfaketime = await faketime.find_library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
     terminal.print_line(f"SEED={arguments.seed}; logs in {directory}")
-    async with start_broker(directory, libfaketime) as broker:
+    configuration = arguments.rabbitmq if arguments.cluster else None
+    async with start_broker(directory, libfaketime, cluster=configuration) as broker:
         terminal.print_step("PostgreSQL, RabbitMQ and two of each service are ready")
-        steps = _plan_steps(arguments.seed, arguments.only, arguments.minutes)
+        steps = _plan_steps(arguments)
         round_ = await rounds.run_round(
             broker, steps, arguments.seed, terminal.print_step, every_sec=arguments.every
         )
@@ -82,11 +96,13 @@ async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _plan_steps(seed: str, words: str, minutes: float | None) -> Iterable[Step]:
-    rng = random.Random(seed)
-    if minutes is None:
-        return matrix.plan_short_round(rng, words)
-    return _limit_duration(60 * minutes, matrix.plan_long_round(rng, words))
+def _plan_steps(arguments: argparse.Namespace) -> Iterable[Step]:
+    rng, words, cluster = random.Random(arguments.seed), arguments.only, arguments.cluster
+    if arguments.times is not None:
+        return matrix.plan_repeated_round(rng, arguments.times, words, cluster=cluster)
+    if arguments.minutes is None:
+        return matrix.plan_short_round(rng, words, cluster=cluster)
+    return _limit_duration(60 * arguments.minutes, matrix.plan_long_round(rng, words, cluster=cluster))
 
 
 def _limit_duration(seconds: float, steps: Iterable[Step]) -> Iterator[Step]:

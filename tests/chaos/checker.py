@@ -134,6 +134,21 @@ def releases_are_kept(evidence: Evidence) -> Iterator[str]:
             yield f"{refusal}: {_format_leases([lease])}"
 
 
+def reads_show_answered_leases(evidence: Evidence) -> Iterator[str]:
+    """Require that a student who reads a sandbox after its allocation was answered is its holder, for ever.
+
+    A gateway that reads from a former primary of PostgreSQL answers 403 or 404.
+    """
+    granted_at: dict[tuple[str | None, str], float] = {}
+    for answer in _select_granted(evidence):
+        key = (answer.sandbox_id, answer.student)
+        granted_at[key] = min(answer.ended_at, granted_at.get(key, answer.ended_at))
+    for read in _select_kind(evidence, "read"):
+        since = granted_at.get((read.sandbox_id, read.student))
+        if read.status in (403, 404) and since is not None and since < read.invoked_at:
+            yield f"{_format_operation(read)} got {read.code}, but the lease was answered at {_format_time(since)}"
+
+
 def every_unknown_resolves_to_once_or_never(evidence: Evidence) -> Iterator[str]:
     """Require a request for every lease: a granted allocation with this sandbox, or one with an unknown outcome.
 
@@ -315,6 +330,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     every_answer_is_a_lease,
     the_same_sandbox_while_the_lease_lasts,
     releases_are_kept,
+    reads_show_answered_leases,
     every_unknown_resolves_to_once_or_never,
     only_the_specs_transitions,
     every_event_is_published,
@@ -383,7 +399,7 @@ def _format_leases(leases: Iterable[Lease]) -> str:
 
 
 def _format_operation(operation: Operation) -> str:
-    request = f"{operation.kind} of {operation.sandbox_id}" if operation.kind == "release" else operation.kind
+    request = operation.kind if operation.kind == "allocate" else f"{operation.kind} of {operation.sandbox_id}"
     return (
         f"operation {operation.number}, {operation.student}'s {request} "
         f"from {_format_time(operation.invoked_at)} to {_format_time(operation.ended_at)},"

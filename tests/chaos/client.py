@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ PAUSE_SEC = (0.2, 1.5)
 """Pause between two requests of a student."""
 PROBE_TIMEOUT_SEC = 1.0
 PROBE_PAUSE_SEC = 0.1
+METER_PAUSE_SEC = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,12 @@ class History:
 
     def next_number(self) -> int:
         return next(self._numbers)
+
+    def measure_longest_gap(self, since: float = 0, until: float = float("inf")) -> float:
+        """Return the longest time without a served allocation or release in a period, in seconds."""
+        served = sorted(one.ended_at for one in self.operations if one.outcome == "ok" and one.kind != "read")
+        times = [since, *(at for at in served if since < at < until), until] if since else served
+        return max((after - before for before, after in pairwise(times)), default=0)
 
 
 class Students:
@@ -108,6 +116,16 @@ class Students:
             await asyncio.sleep(PROBE_PAUSE_SEC)
         raise AssertionError("unreachable")
 
+    async def measure(self) -> None:
+        """Send allocations of new students at a fixed rate without end, so that every gap in the service shows."""
+        rng = random.Random(self._rng.random())
+        async with asyncio.TaskGroup() as requests:
+            for number in itertools.count():
+                requests.create_task(
+                    self.send_request("allocate", f"meter-{number}", rng=rng, timeout_sec=PROBE_TIMEOUT_SEC)
+                )
+                await asyncio.sleep(METER_PAUSE_SEC)
+
     async def wait_for_pending(self) -> None:
         """Wait until all requests pending now have ended."""
         pending = set(self._pending)
@@ -125,7 +143,7 @@ class Students:
         timeout_sec: float = REQUEST_TIMEOUT_SEC,
     ) -> Operation:
         """Send one request to a random gateway, as a load balancer would, and record it."""
-        path = "allocate" if kind == "allocate" else f"sandboxes/{sandbox_id}/mark-for-deletion"
+        method, path = _build_route(kind, sandbox_id)
         headers = track_headers(student)
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
@@ -136,7 +154,7 @@ class Students:
         try:
             async with asyncio.timeout(timeout_sec):
                 url = f"{rng.choice(self._gateways)}/v1/{path}"
-                response = await self._client.post(url, headers=headers, timeout=timeout_sec)
+                response = await self._client.request(method, url, headers=headers, timeout=timeout_sec)
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
         finally:
@@ -205,6 +223,7 @@ class _Student:
             if lease.outcome != "ok" or lease.sandbox_id is None:
                 await self._pause()
                 return
+            await self._read(lease.sandbox_id)
             await self._pause()
             if self.rng.random() < 0.4:
                 await self._allocate(key)
@@ -220,11 +239,22 @@ class _Student:
     async def _allocate(self, key: str | None) -> Operation:
         return await self.students.run_script("allocate", self.name, rng=self.rng, idempotency_key=key)
 
+    async def _read(self, sandbox_id: str) -> Operation:
+        return await self.students.send_request("read", self.name, sandbox_id, rng=self.rng)
+
     async def _release(self, sandbox_id: str) -> Operation:
         return await self.students.run_script("release", self.name, sandbox_id, rng=self.rng)
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.rng.uniform(*PAUSE_SEC))
+
+
+def _build_route(kind: OperationKind, sandbox_id: str | None) -> tuple[str, str]:
+    if kind == "allocate":
+        return "POST", "allocate"
+    if kind == "read":
+        return "GET", f"sandboxes/{sandbox_id}"
+    return "POST", f"sandboxes/{sandbox_id}/mark-for-deletion"
 
 
 def _classify_outcome(response: httpx.Response | None, failure: str) -> Outcome:

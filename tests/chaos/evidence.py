@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-OperationKind = Literal["allocate", "release"]
+OperationKind = Literal["allocate", "release", "read"]
 Outcome = Literal["ok", "refused", "unknown"]
 """refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later."""
 
@@ -21,7 +21,7 @@ class Operation:
     kind: OperationKind
     student: str
     sandbox_id: str | None = None
-    """Sandbox to release, or sandbox in the response to an allocation."""
+    """Sandbox to release or read, or sandbox in the response to an allocation."""
     idempotency_key: str | None = None
     invoked_at: float
     ended_at: float

@@ -31,13 +31,14 @@ SELECT count(*) FROM (
 """
 
 
-async def record_epochs(database_url: str, epochs: list[EpochObservation]) -> None:
-    """Record the fencing epochs without end. Reconnect when the database was unavailable."""
+async def record_epochs(broker: ChaosBroker, epochs: list[EpochObservation]) -> None:
+    """Record the fencing epochs of the primary without end. Reconnect when the database was unavailable."""
     while True:
+        primary = broker.postgres
         try:
-            connection = await asyncpg.connect(database_url, timeout=CONNECT_SEC, command_timeout=CONNECT_SEC)
+            connection = await asyncpg.connect(primary.url, timeout=CONNECT_SEC, command_timeout=CONNECT_SEC)
             try:
-                while True:
+                while broker.postgres is primary:
                     seen_at = time.time()
                     for row in await connection.fetch("SELECT queue, epoch, backend_pid FROM allocator_epoch"):
                         epochs.append(EpochObservation(seen_at=seen_at, **row))

@@ -33,7 +33,7 @@ def build_link_fault(
     disturbed: list[tuple[Proxy, int]] = []
 
     async def inject(broker: ChaosBroker) -> None:
-        links = [broker.links[f"{name} to {server}"] for name in await select(broker)]
+        links = [link for name in await select(broker) for link in broker.links[f"{name} to {server}"]]
         disturbed.extend((link, link.bytes_carried) for link in links)
         for link in links:
             disturb(link)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from tests.chaos import (
     clock_faults,
+    cluster_faults,
     delivery_faults,
     link_faults,
     process_faults,
@@ -19,23 +20,24 @@ LONG_SEC = 5.0
 """Shortest duration of a fault that can overlap with a second one."""
 
 
-def list_faults(rng: random.Random) -> list[Fault]:
+def list_faults(rng: random.Random, *, cluster: bool = False) -> list[Fault]:
+    """List all faults of single servers, or of clusters: the loss of a node in place of the loss of a server."""
     return [
         *process_faults.list_faults(),
         *link_faults.list_faults(),
-        *server_faults.list_faults(),
+        *(cluster_faults.list_faults(rng) if cluster else server_faults.list_faults()),
         *queue_faults.list_faults(),
         *delivery_faults.list_faults(rng),
         *clock_faults.list_faults(),
     ]
 
 
-def plan_short_round(rng: random.Random, words: str = "") -> list[Step]:
+def plan_short_round(rng: random.Random, words: str = "", *, cluster: bool = False) -> list[Step]:
     """Plan one fault of each kind.
 
     To keep the round short, each long fault is paired with the longest remaining fault it can be combined with.
     """
-    faults = _select_by_name(list_faults(rng), words)
+    faults = _select_by_name(list_faults(rng, cluster=cluster), words)
     rng.shuffle(faults)
     of_kind = {fault.kind: fault for fault in faults}
     left = sorted(of_kind.values(), key=lambda fault: -fault.duration_sec)
@@ -49,9 +51,19 @@ def plan_short_round(rng: random.Random, words: str = "") -> list[Step]:
     return steps
 
 
-def plan_long_round(rng: random.Random, words: str = "") -> Iterator[Step]:
+def plan_repeated_round(
+    rng: random.Random, times: int, words: str = "", *, cluster: bool = False
+) -> Iterator[Step]:
+    """Plan every fault alone, this number of times."""
+    faults = _select_by_name(list_faults(rng, cluster=cluster), words)
+    for _ in range(times):
+        rng.shuffle(faults)
+        yield from ((fault,) for fault in faults)
+
+
+def plan_long_round(rng: random.Random, words: str = "", *, cluster: bool = False) -> Iterator[Step]:
     """Plan every fault alone, then random pairs of all faults without end."""
-    faults = _select_by_name(list_faults(rng), words)
+    faults = _select_by_name(list_faults(rng, cluster=cluster), words)
     rng.shuffle(faults)
     yield from ((fault,) for fault in faults)
     while True:

@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 
 from tests.chaos.client import ScriptRun
@@ -45,23 +44,31 @@ def describe_failed_run(run: ScriptRun) -> str:
 
 
 def _format_faults(injected: Sequence[InjectedStep]) -> Iterator[str]:
-    """Format number of each kind of fault and the waiting time of new students after single faults, in seconds."""
+    """Format the number of faults by kind.
+
+    For single faults: the wait of a new student, and the longest time without a served student until the end of the
+    fault, in seconds.
+    """
     alone: dict[str, list[float]] = defaultdict(list)
     in_pairs = Counter[str]()
     pair_waits: list[float] = []
+    gaps: dict[str, list[float]] = defaultdict(list)
     limits: dict[str, float] = {}
     for step in injected:
         served_at = step.recovery.served_at
         wait = float("inf") if served_at is None else served_at - step.recovery.since
         if len(step.faults) == 1:
             alone[step.faults[0].kind].append(wait)
+            gaps[step.faults[0].kind].append(step.longest_gap_sec)
         else:
             in_pairs.update(fault.kind for fault in step.faults)
             pair_waits.append(wait)
         limits |= {fault.kind: fault.served_within_sec for fault in step.faults}
-    yield f"{'fault':<44}{'alone':>7}{'in pairs':>10}{'p50 s':>8}{'p99 s':>8}{'limit':>8}"
+    waits = f"{'p50 s':>8}{'p99 s':>8}{'limit':>8}{'gap p50':>9}{'gap max':>9}"
+    yield f"{'fault':<44}{'alone':>7}{'in pairs':>10}{waits}"
     for kind, limit in sorted(limits.items()):
-        yield f"{kind:<44}{len(alone[kind]):>7}{in_pairs[kind]:>10}{_format_quantiles(alone[kind])}{limit:>8.0f}"
+        counts = f"{len(alone[kind]):>7}{in_pairs[kind]:>10}"
+        yield f"{kind:<44}{counts}{_format_quantiles(alone[kind])}{limit:>8.0f}{_format_gaps(gaps[kind])}"
     number = sum(len(step.faults) for step in injected)
     yield f"{'all':<44}{number - 2 * len(pair_waits):>7}{2 * len(pair_waits):>10}"
     yield f"{'pairs':<44}{'':>7}{len(pair_waits):>10}{_format_quantiles(pair_waits)}"
@@ -87,7 +94,8 @@ def _format_operations(round_: Round) -> Iterator[str]:
     yield f"{'leases':<44}{len(round_.evidence.leases):>7}"
     yield f"{'  without a successful response':<44}{_count_unanswered_leases(round_):>7}"
     yield f"{'events with duplicates':<44}{len(round_.evidence.events):>7}"
-    yield f"{'longest time without a served student, s':<44}{_measure_longest_gap(operations):>7.1f}"
+    longest_gap = round_.history.measure_longest_gap()
+    yield f"{'longest time without a served student, s':<44}{longest_gap:>7.1f}"
     stalled = sum(stall.until - stall.since for stall in round_.evidence.stalls)
     yield f"{'time in which the machine stalled, s':<44}{stalled:>7.1f}"
 
@@ -111,10 +119,9 @@ def _format_quantiles(seconds: Sequence[float]) -> str:
     return f"{compute_quantile(seconds, 0.5):>8.1f}{compute_quantile(seconds, 0.99):>8.1f}"
 
 
+def _format_gaps(seconds: Sequence[float]) -> str:
+    return f"{compute_quantile(seconds, 0.5):>9.1f}{max(seconds):>9.1f}" if seconds else ""
+
+
 def _describe_failure(operation: Operation) -> str:
     return " ".join(filter(None, (str(operation.status or ""), operation.code)))
-
-
-def _measure_longest_gap(operations: Sequence[Operation]) -> float:
-    served = sorted(one.ended_at for one in operations if one.outcome == "ok")
-    return max((after - before for before, after in pairwise(served)), default=0)

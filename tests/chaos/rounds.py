@@ -42,6 +42,8 @@ class InjectedStep:
 
     faults: Step
     recovery: Recovery
+    longest_gap_sec: float
+    """Longest time without a served student, from the beginning of the fault to its end and the recovery."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +72,10 @@ async def run_round(
     say("the pool is filled; students start")
     async with (
         Students(broker.gateways, history, random.Random(rng.random())) as students,
-        _run_in_background(record_epochs(broker.postgres.url, epochs)),
+        _run_in_background(record_epochs(broker, epochs)),
         _run_in_background(record_stalls(stalls)),
         _run_in_background(_refill_pool(broker)),
+        _run_in_background(students.measure() if broker.servers.cluster is not None else _do_nothing()),
     ):
         async with _run_in_background(students.run(PLACES)) as work:
             await asyncio.sleep(WARM_UP_SEC)
@@ -92,8 +95,10 @@ async def run_round(
                 if recovery is None:
                     say(f"     -  {'; '.join(runner.not_reached)}")
                 else:
-                    injected.append(InjectedStep(tuple(runner.reached), recovery))
-                    say("; ".join([f"{_format_wait(recovery)}  {recovery.fault}", *runner.not_reached]))
+                    gap_sec = history.measure_longest_gap(began_at, max(time.time(), recovery.served_at or 0))
+                    injected.append(InjectedStep(tuple(runner.reached), recovery, gap_sec))
+                    times = f"{_format_wait(recovery)}  {gap_sec:5.1f}s"
+                    say("; ".join([f"{times}  {recovery.fault}", *runner.not_reached]))
                 pause_sec = rng.uniform(*PAUSE_SEC)
                 await asyncio.sleep(max(pause_sec, began_at + every_sec - time.time()))
             say("all faults are healed; students finish and release their sandboxes")
@@ -186,6 +191,10 @@ async def _run_in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator["
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def _do_nothing() -> None:
+    pass
 
 
 def _format_wait(recovery: Recovery) -> str:

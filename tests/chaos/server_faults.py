@@ -47,9 +47,9 @@ async def _end_alarm(broker: ChaosBroker) -> None:
 
 
 async def _fill_disk(broker: ChaosBroker) -> None:
-    if broker.disk is None:
+    if broker.servers.disk is None:
         raise FaultNotReached("no file system can be mounted here")
-    await broker.disk.fill()
+    await broker.servers.disk.fill()
     try:
         await broker.stack.database.execute(CREATE_FILLER)
     except asyncpg.DiskFullError:
@@ -61,8 +61,8 @@ async def _fill_disk(broker: ChaosBroker) -> None:
 
 async def _empty_disk(broker: ChaosBroker) -> None:
     """Free space, and start PostgreSQL if it has stopped, as an operator would."""
-    assert broker.disk is not None
-    await broker.disk.empty()
+    assert broker.servers.disk is not None
+    await broker.servers.disk.empty()
     if not (broker.postgres.process and broker.postgres.process.running):
         await broker.postgres.start()
 

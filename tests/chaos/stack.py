@@ -5,7 +5,7 @@ Most services have two processes. Dead processes are restarted, as Kubernetes wo
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ from devstack.processes import Process
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import open_connection
-from tests.chaos.disk import Disk, MountError
 from tests.chaos.proxy import Proxy
+from tests.chaos.servers import Servers, start_cluster, start_single_servers
 from tests.integration.stack import ADMIN, PORTS, Stack, run_stack
 
 SERVICES = {
@@ -42,12 +42,15 @@ GRACE_SEC = 25.0
 """Together longer than a script keeps retrying, as in production, so that a retry after a lost response still finds
 the lease.
 """
+QUERY_SEC = 5.0
 RESTART_SEC = 1.0
 """Pause between the exit of a process and its restart."""
 SETTINGS = {
     "LAB_DURATION_HOURS": str(LAB_SEC / 3600),
     "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
     "CLEANUP_INTERVAL_SEC": "2",
+    "CLEANUP_BATCH_SIZE": "50",
+    "CLEANUP_CONCURRENCY": "8",
     "DELETION_BACKOFF_BASE_SEC": "0.5",
     "DELETION_BACKOFF_MAX_SEC": "2",
     "DELETION_MAX_ATTEMPTS": "1000",  # a permanently failed deletion would wait for an operator
@@ -61,18 +64,25 @@ class ChaosBroker:
     """Running broker with handles to its servers, processes and links."""
 
     stack: Stack
-    postgres: PrivatePostgres
-    rabbitmq: PrivateRabbitMQ
-    links: dict[str, Proxy]
-    """By name, such as `second gateway to RabbitMQ`."""
+    servers: Servers
+    links: dict[str, list[Proxy]]
+    """By name, such as `second gateway to RabbitMQ`. One proxy for each address of the server."""
     gateways: list[str]
     """URLs of the gateways."""
     directory: Path
-    disk: Disk | None
-    """Disk of PostgreSQL, if a tmpfs can be mounted."""
     exits: list[tuple[str, str]] = field(default_factory=list)
     """Name of each exited process, and how it exited."""
     _restart_tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def postgres(self) -> PrivatePostgres:
+        """The server, or the primary of the pair."""
+        return self.servers.postgres if self.servers.pair is None else self.servers.pair.primary
+
+    @property
+    def rabbitmq(self) -> PrivateRabbitMQ:
+        """The server, or the first node of the cluster."""
+        return self.servers.rabbitmq
 
     def process(self, name: str) -> Process:
         return self.stack.processes[name]
@@ -98,13 +108,15 @@ class ChaosBroker:
 
     async def find_active_allocator(self) -> str:
         """Return the allocator with the newest statement. Raises OSError if none is connected to the database."""
-        backends = await self.stack.database.fetch(
-            "SELECT client_port FROM pg_stat_activity WHERE application_name = $1 ORDER BY query_start DESC",
-            topology.ALLOCATOR_COMMANDS.name,
-        )
+        async with asyncio.timeout(QUERY_SEC):
+            backends = await self.stack.database.fetch(
+                "SELECT client_port FROM pg_stat_activity WHERE application_name = $1 ORDER BY query_start DESC",
+                topology.ALLOCATOR_COMMANDS.name,
+            )
         for backend in backends:
             for name in ("allocator", "second allocator"):
-                if backend["client_port"] in self.links[f"{name} to PostgreSQL"].outgoing_ports:
+                links = self.links[f"{name} to PostgreSQL"]
+                if any(backend["client_port"] in link.outgoing_ports for link in links):
                     return name
         raise OSError("no allocator is connected to the database")
 
@@ -157,30 +169,35 @@ class ChaosBroker:
 
 @asynccontextmanager
 async def start_broker(
-    directory: Path, clocks: Path, *, environment: dict[str, str] | None = None
+    directory: Path,
+    clocks: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    cluster: Sequence[str] | None = None,
 ) -> AsyncIterator[ChaosBroker]:
     """Start the whole broker with an empty pool.
 
-    Each process logs to a file in `directory`. `clocks` is the path of libfaketime.
+    Each process logs to a file in `directory`. `clocks` is the path of libfaketime. With `cluster`, which
+    contains additional lines of rabbitmq.conf, RabbitMQ has three nodes and PostgreSQL a synchronous standby.
     """
     async with AsyncExitStack() as resources:
         resources.callback(faketime.remove_shared_memory)
-        disk = await _mount_disk(resources)
-        postgres, rabbitmq = PrivatePostgres(within=None if disk is None else disk.path), PrivateRabbitMQ()
-        await resources.enter_async_context(postgres)
-        await resources.enter_async_context(rabbitmq)
-        await _create_events_queue(rabbitmq.url)
+        if cluster is None:
+            servers = await start_single_servers(resources)
+        else:
+            servers = await start_cluster(resources, configuration=cluster)
+        await _create_events_queue(servers.rabbitmq.url)
         simulator_port = free_port()
         links = {
-            f"{name} to {server}": await resources.enter_async_context(Proxy(port))
+            f"{name} to {server}": [await resources.enter_async_context(Proxy(port)) for port in ports]
             for name, module in SERVICES.items()
-            for server, port in _list_proxied_servers(module, postgres.port, rabbitmq.port, simulator_port).items()
+            for server, ports in _list_proxied_servers(module, servers, simulator_port).items()
         }
         for name in SERVICES:
             faketime.set_offset(_get_clock_file(directory, name), 0)
         settings_of = {
             name: {
-                **_build_settings(name, links, postgres, rabbitmq),
+                **_build_settings(name, links, servers),
                 "CRASH_AT": str(_get_crash_file(directory, module)),
                 **faketime.build_environment(clocks, _get_clock_file(directory, name)),
             }
@@ -191,8 +208,8 @@ async def start_broker(
         }
         stack = await resources.enter_async_context(
             run_stack(
-                postgres.url,
-                rabbitmq.url,
+                servers.database_url,
+                servers.amqp_url,
                 launcher=(str(LAUNCHER),),
                 settings={**SETTINGS, **(environment or {})},
                 settings_of=settings_of,
@@ -206,7 +223,7 @@ async def start_broker(
             if module == "gateway"
         ]
         stack.environment["GATEWAY_PORT"] = settings_of["gateway"]["GATEWAY_PORT"]
-        broker = ChaosBroker(stack, postgres, rabbitmq, links, gateways, directory, disk)
+        broker = ChaosBroker(stack, servers, links, gateways, directory)
         try:
             for name, module in SERVICES.items():
                 if name != module:
@@ -217,13 +234,6 @@ async def start_broker(
             await broker.stop_restarting()
 
 
-async def _mount_disk(resources: AsyncExitStack) -> Disk | None:
-    try:
-        return await resources.enter_async_context(Disk())
-    except MountError:
-        return None
-
-
 def _get_crash_file(directory: Path, module: str) -> Path:
     return directory / f"crash-at-{module}"
 
@@ -232,29 +242,25 @@ def _get_clock_file(directory: Path, name: str) -> Path:
     return directory / f"clock-of-{name.replace(' ', '-')}"
 
 
-def _list_proxied_servers(module: str, postgres: int, rabbitmq: int, simulator: int) -> dict[str, int]:
-    """Return name and port of each server that a service reaches through a proxy."""
-    servers = {"RabbitMQ": rabbitmq}
+def _list_proxied_servers(module: str, servers: Servers, simulator: int) -> dict[str, list[int]]:
+    """Return name and ports of each server that a service reaches through proxies."""
+    ports = {"RabbitMQ": servers.amqp_ports}
     if module == "allocator":
-        servers["PostgreSQL"] = postgres
+        ports["PostgreSQL"] = servers.postgres_ports
     if module in ("reaper", "csp_syncer"):
-        servers["CSP"] = simulator
-    return servers
+        ports["CSP"] = [simulator]
+    return ports
 
 
-def _build_settings(
-    name: str, links: dict[str, Proxy], postgres: PrivatePostgres, rabbitmq: PrivateRabbitMQ
-) -> dict[str, str]:
-    module = SERVICES[name]
-    rabbitmq_link = links[f"{name} to RabbitMQ"]
+def _build_settings(name: str, links: dict[str, list[Proxy]], servers: Servers) -> dict[str, str]:
     settings = {
-        PORTS[module]: str(free_port()),
-        "AMQP_URL": rabbitmq.url.replace(f":{rabbitmq.port}/", f":{rabbitmq_link.port}/"),
+        PORTS[SERVICES[name]]: str(free_port()),
+        "AMQP_URL": servers.build_amqp_url([link.port for link in links[f"{name} to RabbitMQ"]]),
     }
-    if postgres_link := links.get(f"{name} to PostgreSQL"):
-        settings["DATABASE_URL"] = postgres.url.replace(f":{postgres.port}/", f":{postgres_link.port}/")
-    if csp_link := links.get(f"{name} to CSP"):
-        settings["CSP_BASE_URL"] = f"http://127.0.0.1:{csp_link.port}/v2"
+    if postgres_links := links.get(f"{name} to PostgreSQL"):
+        settings["DATABASE_URL"] = servers.build_database_url([link.port for link in postgres_links])
+    if csp_links := links.get(f"{name} to CSP"):
+        settings["CSP_BASE_URL"] = f"http://127.0.0.1:{csp_links[0].port}/v2"
     return settings
 
 

@@ -106,6 +106,9 @@ CORRECT = Evidence(
         build_operation(10, "dan", "unknown", "4", kind="release", at=70, took=10),
         build_operation(11, "dan", "ok", "4", kind="release", at=81, status=200),
         build_granted(12, "dan", "5", 201, at=90, since=90.5),
+        # Dan reads his sandbox before the response to his allocation, and after it.
+        build_operation(14, "dan", "refused", "5", kind="read", at=90.1, status=404, code="SANDBOX_NOT_FOUND"),
+        build_operation(15, "dan", "ok", "5", kind="read", at=92, status=200),
     ],
     leases=[
         build_lease(1, "1", "ada", 2.5, 20.5, end_reason="student", idempotency_key="a"),
@@ -254,6 +257,18 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.the_same_sandbox_while_the_lease_lasts,
         {"operations": append_item(CORRECT.operations, build_granted(13, "ada", "1", 200, at=30, since=2.5))},
         "not leased at that time",
+    ),
+    "a gateway reads from a former primary": (
+        checker.reads_show_answered_leases,
+        {
+            "operations": append_item(
+                CORRECT.operations,
+                build_operation(
+                    13, "cyd", "refused", "3", kind="read", at=55, status=404, code="SANDBOX_NOT_FOUND"
+                ),
+            )
+        },
+        "operation 13, cyd's read of 3",
     ),
     "a confirmed release has no effect": (
         checker.releases_are_kept,
