@@ -1,13 +1,16 @@
 """Preflight: servers that do not answer are reported in one line, within a time limit."""
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from devstack.ports import free_port
+from sandbox_broker.database import schema_version
 from sandbox_broker.runtime import preflight
 
 from .shared_harness import TcpProxy, assert_no_leaks, open_tcp_proxy
@@ -32,6 +35,26 @@ async def amqp_proxy(clean_queues: str) -> AsyncIterator[TcpProxy]:
 async def database_proxy(clean_database: str) -> AsyncIterator[TcpProxy]:
     async with open_tcp_proxy(clean_database, 5432) as line:
         yield line
+
+
+@pytest.fixture
+async def stamped_database(empty_database_url: str) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+    """Yield a function that creates a database with a schema version in Alembic's table, and returns its URL."""
+    name = f"broker_test_{secrets.token_hex(4)}"
+    url = f"{empty_database_url.rsplit('/', 1)[0]}/{name}"
+    admin = await asyncpg.connect(empty_database_url)
+    await admin.execute(f"CREATE DATABASE {name}")
+
+    async def stamp(revision: str) -> str:
+        connection = await asyncpg.connect(url)
+        await connection.execute("CREATE TABLE allocator_epoch (); CREATE TABLE alembic_version (version_num text)")
+        await connection.execute("INSERT INTO alembic_version VALUES ($1)", revision)
+        await connection.close()
+        return url
+
+    yield stamp
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
 
 
 async def refusal(capsys: pytest.CaptureFixture[str], **urls: str) -> tuple[str, float]:
@@ -141,6 +164,21 @@ async def test_a_database_without_tables_is_reported_with_the_action(
 ) -> None:
     line, _ = await refusal(capsys, amqp_url=amqp_url, database_url=f"{database_url.rpartition('/')[0]}/postgres")
     assert "python -m sandbox_broker.migrate" in line
+
+
+async def test_a_schema_older_than_the_code_is_reported_with_the_action(
+    capsys: pytest.CaptureFixture[str], amqp_url: str, stamped_database: Callable[[str], Awaitable[str]]
+) -> None:
+    line, _ = await refusal(capsys, amqp_url=amqp_url, database_url=await stamped_database("0001"))
+    assert f"has the schema 0001, and this version needs {schema_version.read_required()}" in line
+    assert "python -m sandbox_broker.migrate" in line
+
+
+async def test_a_schema_newer_than_the_code_passes(
+    amqp_url: str, stamped_database: Callable[[str], Awaitable[str]]
+) -> None:
+    url = await stamped_database("9999")
+    await asyncio.to_thread(preflight.check, amqp_url=amqp_url, database_url=url)
 
 
 @pytest.mark.parametrize("place", ["no-such-host.invalid", "127.0.0.1:1"])

@@ -11,7 +11,7 @@ from devstack import packages
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.private import wait_until
-from devstack.processes import spawn
+from devstack.processes import run, spawn
 
 SEGMENT_GAP_SEC = 0.01
 """Pause between two segments, so that the server reads them one by one. TCP does not report reads of the peer."""
@@ -158,6 +158,19 @@ async def run_haproxy_with(configuration: Callable[[int], str]) -> AsyncIterator
 
     async with _run("haproxy", command) as port:
         yield port
+
+
+async def make_certificate(folder: Path) -> Path:
+    """Return a file with a certificate for localhost and its key."""
+    openssl = await packages.find_or_install(["openssl"], "openssl", Terminal())
+    options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    options += ["-addext", "subjectAltName=DNS:localhost"]
+    options += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")]
+    code, said = await run([openssl, "req", *options])
+    assert code == 0, said
+    both = folder / "broker.pem"
+    both.write_text((folder / "certificate.pem").read_text() + (folder / "key.pem").read_text())
+    return both
 
 
 def replace_once(text: str, changes: Mapping[str, str]) -> str:

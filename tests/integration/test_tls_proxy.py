@@ -5,7 +5,6 @@ import os
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,9 +13,9 @@ from devstack import packages
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.private import wait_until
-from devstack.processes import run, spawn
+from devstack.processes import spawn
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.reverse_proxies import replace_once
+from tests.integration.reverse_proxies import make_certificate, replace_once
 from tests.integration.stack import ADMIN, ROOT, run_stack, track_headers
 
 CONFIGURATION = ROOT / "deploy" / "haproxy" / "haproxy.cfg"
@@ -100,19 +99,6 @@ async def front(
             yield found
         finally:
             await process.stop()
-
-
-async def make_certificate(folder: Path) -> Path:
-    """Return a file with a certificate for localhost and its key."""
-    openssl = await packages.find_or_install(["openssl"], "openssl", Terminal())
-    options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    options += ["-addext", "subjectAltName=DNS:localhost"]
-    options += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")]
-    code, said = await run([openssl, "req", *options])
-    assert code == 0, said
-    both = folder / "broker.pem"
-    both.write_text((folder / "certificate.pem").read_text() + (folder / "key.pem").read_text())
-    return both
 
 
 async def test_a_student_is_served_over_tls(front: Front) -> None:

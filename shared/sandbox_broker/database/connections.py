@@ -8,6 +8,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from sandbox_broker.database import schema_version
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.runtime.server_urls import format_database
 
@@ -94,6 +95,14 @@ async def _problem(database_url: str) -> str | None:
     try:
         if await connection.fetchval("SELECT to_regclass('allocator_epoch')") is None:
             return f"{format_database(database_url)} has no tables yet: run python -m sandbox_broker.migrate"
+        # A newer schema suits this code, too, so an earlier version can be started again.
+        required = schema_version.read_required()
+        version = await connection.fetchval("SELECT version_num FROM alembic_version")
+        if version is None or version < required:
+            return (
+                f"{format_database(database_url)} has the schema {version}, and this version needs {required}: run "
+                "python -m sandbox_broker.migrate"
+            )
         return None
     finally:
         connection.terminate()

@@ -6,17 +6,16 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
-from k8s_check import exposure, programs
+from k8s_check import programs
 from k8s_check.manifests import (
     Manifest,
     PodTemplate,
     find_manifest,
-    format_title,
     is_selector_match,
     list_pod_templates,
-    select_kind,
 )
 from k8s_check.programs import Program
+from k8s_check.published_routes import list_published_routes
 from k8s_check.references import resolve_backend_ports, resolve_port
 from sandbox_broker.observability.health import CHECK_TIMEOUT_SEC
 
@@ -31,7 +30,7 @@ def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
         for container in pod.containers:
             problems = _check_container(manifests, pod, container)
             yield from (f"{pod.title}, container {container['name']}: {problem}" for problem in problems)
-    yield from _check_ingresses(manifests)
+    yield from _check_published_routes(manifests)
 
 
 def _check_container(
@@ -80,7 +79,8 @@ def read_environment(
 
 
 def _check_variables(program: Program, variables: Mapping[str, str | None]) -> Iterator[str]:
-    for name in sorted(set(variables) - {field.upper() for field in program.fields}):
+    known = {field.upper() for field in program.fields} | programs.list_proxy_variables(program)
+    for name in sorted(set(variables) - known):
         yield f"{name} is not a setting of this program"
     for field in sorted(program.required):
         if field.upper() not in variables:
@@ -140,22 +140,18 @@ def _check_probes(
             yield f"{kind}: use /healthz, because a restart does not help when another server is down"
 
 
-def _check_ingresses(manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_published_routes(manifests: Sequence[Manifest]) -> Iterator[str]:
     paths_by_service: dict[str, dict[str, int]] = {}
-    for ingress in select_kind(manifests, "Ingress"):
-        for rule in ingress["spec"]["rules"]:
-            for path in rule["http"]["paths"]:
-                backend = path["backend"]["service"]
-                name = backend["name"]
-                if name not in paths_by_service:  # read once, because building an OpenAPI document is slow
-                    paths_by_service[name] = _map_paths_behind(manifests, name)
-                served_paths = paths_by_service[name]
-                ports = {port for route, port in served_paths.items() if exposure.is_path_match(path, route)}
-                if served_paths and not ports:
-                    yield f"{format_title(ingress)}: {name} serves no path for {path['path']} ({path['pathType']})"
-                for port in resolve_backend_ports(manifests, backend):
-                    if ports and port not in ports:
-                        yield f"{format_title(ingress)}: {name} does not serve {path['path']} on port {port}"
+    for route in list_published_routes(manifests):
+        if route.service not in paths_by_service:  # read once, because building an OpenAPI document is slow
+            paths_by_service[route.service] = _map_paths_behind(manifests, route.service)
+        served_paths = paths_by_service[route.service]
+        ports = {port for path, port in served_paths.items() if route.is_match(path)}
+        if served_paths and not ports:
+            yield f"{route.title}: {route.service} serves no path for {route}"
+        for port in resolve_backend_ports(manifests, route):
+            if ports and port not in ports:
+                yield f"{route.title}: {route.service} does not serve {route.path} on port {port}"
 
 
 def _map_paths_behind(manifests: Sequence[Manifest], service_name: str) -> dict[str, int]:

@@ -12,35 +12,39 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from k8s_check.manifests import Manifest, format_title
-from k8s_check.schemas import OPERATOR_API_VERSIONS
+from k8s_check.operators import API_VERSIONS
 
 Schema = dict[str, Any]
 Schemas = Mapping[tuple[str, str], Schema]
 """Schemas by apiVersion and kind."""
 
 
-def load_schemas(files: Sequence[Path]) -> Schemas:
+def load_resources(files: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """Load the resources in YAML files. A document is one resource, or a list of them as kubectl prints it."""
+    return [
+        resource
+        for file in files
+        for document in yaml.safe_load_all(file.read_text())
+        if document
+        for resource in document.get("items", [document])
+    ]
+
+
+def build_schemas(resources: Sequence[Mapping[str, Any]]) -> Schemas:
     return {
         (
             f"{definition['spec']['group']}/{version['name']}",
             definition["spec"]["names"]["kind"],
         ): _forbid_unknown_fields(version["schema"]["openAPIV3Schema"])
-        for file in files
-        for document in yaml.safe_load_all(file.read_text())
-        for definition in _extract_definitions(document)
+        for definition in resources
+        if definition["kind"] == "CustomResourceDefinition"
         for version in definition["spec"]["versions"]
     }
 
 
-def _extract_definitions(document: Any) -> list[Mapping[str, Any]]:
-    """Return the definitions in a document. It is one resource, or a list of them as kubectl prints it."""
-    resources = document.get("items", [document]) if document else []
-    return [resource for resource in resources if resource["kind"] == "CustomResourceDefinition"]
-
-
 def find_problems(manifests: Sequence[Manifest], schemas: Schemas) -> Iterator[str]:
     for manifest in manifests:
-        if manifest["apiVersion"] not in OPERATOR_API_VERSIONS:
+        if manifest["apiVersion"] not in API_VERSIONS:
             continue
         schema = schemas.get((manifest["apiVersion"], manifest["kind"]))
         if schema is None:

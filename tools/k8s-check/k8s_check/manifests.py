@@ -1,8 +1,10 @@
 """Manifests of an overlay after kustomize, and look-ups in them."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,20 @@ def build_overlay(overlay: Path) -> list[Manifest]:
     if result.returncode != 0:
         raise BuildError(result.stderr.strip())
     return [manifest for manifest in yaml.safe_load_all(result.stdout) if manifest]
+
+
+def build_with_components(overlay: Path, components: Sequence[Path]) -> list[Manifest]:
+    """Build an overlay of its own that adds `components` to `overlay`. Raises `BuildError`."""
+    with tempfile.TemporaryDirectory() as folder:
+        kustomization = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "namespace": "sandbox-broker",
+            "resources": [os.path.relpath(overlay.resolve(), Path(folder).resolve())],
+            "components": [os.path.relpath(path.resolve(), Path(folder).resolve()) for path in components],
+        }
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return build_overlay(Path(folder))
 
 
 def _find_kustomize() -> Sequence[str]:
@@ -68,8 +84,40 @@ class PodTemplate:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
 
+@dataclass(frozen=True, slots=True)
+class OperatorPods:
+    """Pods that an operator creates for a custom resource, with the labels and the priority that they get."""
+
+    title: str
+    labels: Mapping[str, str]
+    priority_class: str | None
+
+
+def list_operator_pods(manifests: Sequence[Manifest]) -> list[OperatorPods]:
+    """List the pods of the servers. Their custom resources have no complete pod template."""
+    pods = []
+    for manifest in manifests:
+        spec = manifest.get("spec", {})
+        if manifest["kind"] == "Cluster":
+            labels = spec["inheritedMetadata"]["labels"]
+            pods.append(OperatorPods(format_title(manifest), labels, spec.get("priorityClassName")))
+        elif manifest["kind"] == "RabbitmqCluster":
+            labels = {"app.kubernetes.io/name": manifest["metadata"]["name"]}  # set by the operator
+            priority_class = override_pod_spec(manifest).get("priorityClassName")
+            pods.append(OperatorPods(format_title(manifest), labels, priority_class))
+    return pods
+
+
+def override_pod_spec(cluster: Manifest) -> Mapping[str, Any]:
+    """Return the fields of the pod that a RabbitmqCluster overrides."""
+    spec: Mapping[str, Any] = cluster["spec"]
+    for field in ("override", "statefulSet", "spec", "template", "spec"):
+        spec = spec.get(field, {})
+    return spec
+
+
 def list_pod_templates(manifests: Sequence[Manifest]) -> list[PodTemplate]:
-    """List the pod templates in the manifests. Operators create their pods without one."""
+    """List the pod templates in the manifests. `list_operator_pods` has the pods without one."""
     return [
         PodTemplate(
             format_title(manifest),

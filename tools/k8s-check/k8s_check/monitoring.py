@@ -12,9 +12,11 @@ import yaml
 
 from k8s_check.manifests import (
     Manifest,
+    OperatorPods,
     PodTemplate,
     find_manifest,
     is_selector_match,
+    list_operator_pods,
     list_pod_templates,
     select_kind,
 )
@@ -47,6 +49,9 @@ def find_problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
         ports = {port.get("name") for container in pod.containers for port in container.get("ports", [])}
         if PORT_NAME in ports and not any(_is_scraped_by(pod, monitor) for monitor in monitors):
             yield f"{pod.title}: no PodMonitor scrapes it as job {JOB}"
+    for pods in list_operator_pods(manifests):
+        if not any(_is_server_scraped_by(pods, monitor) for monitor in monitors):
+            yield f"{pods.title}: no PodMonitor scrapes its pods"
 
 
 def _is_scraped_by(pod: PodTemplate, monitor: Manifest) -> bool:
@@ -56,6 +61,11 @@ def _is_scraped_by(pod: PodTemplate, monitor: Manifest) -> bool:
         and pod.labels.get(spec.get("jobLabel")) == JOB
         and any(endpoint["port"] == PORT_NAME for endpoint in spec["podMetricsEndpoints"])
     )
+
+
+def _is_server_scraped_by(pods: OperatorPods, monitor: Manifest) -> bool:
+    spec = monitor["spec"]
+    return is_selector_match(spec["selector"], pods.labels) and spec.get("jobLabel") in pods.labels
 
 
 if __name__ == "__main__":

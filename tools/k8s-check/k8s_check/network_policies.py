@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+from urllib.parse import urlsplit
 
 from k8s_check import monitoring, programs
 from k8s_check.manifests import (
@@ -16,24 +17,38 @@ from k8s_check.manifests import (
     PodTemplate,
     find_manifest,
     is_selector_match,
+    list_operator_pods,
     list_pod_templates,
     select_kind,
 )
+from k8s_check.published_routes import list_published_routes
 from k8s_check.references import resolve_backend_ports, resolve_port
 
-POSTGRES, RABBITMQ, CSP = "PostgreSQL", "RabbitMQ", "CSP"
-INGRESS, MONITORING, DNS = "the ingress controller", "Prometheus", "DNS"
-OTHER_NAMESPACE, PRIVATE_NETWORK = "a pod of another namespace", "an address of the private network"
+POSTGRES, RABBITMQ, PROXY = "PostgreSQL", "RabbitMQ", "the forward proxy"
+INGRESS, GATEWAY_API, MONITORING = "the ingress controller", "the proxy of the Gateway API", "Prometheus"
+OTHER_NAMESPACE = "a pod of another namespace"
 
-SERVER_BY_SETTING = {
-    "database_url": (POSTGRES, 5432),
-    "amqp_url": (RABBITMQ, 5672),
-    "csp_base_url": (CSP, 443),
+_CSP = {
+    "CSP": "203.0.113.10",
+    "CSP over IPv6": "2001:db8::10",
+    "CSP over NAT64": "64:ff9b::203.0.113.10",
 }
-"""Server and port by the setting with its address."""
+"""Addresses like those of CSP, by name. CSP is anywhere on the internet."""
 
-_OUTSIDERS = {OTHER_NAMESPACE, PRIVATE_NETWORK, CSP, INGRESS, DNS}
-_OPERATOR_NAMESPACES = {"cnpg-system", "rabbitmq-system", "keda"}
+_PRIVATE = {
+    "an address of the private network": "10.96.0.1",
+    "a private IPv6 address": "fd00::1",
+    "the metadata service of the cloud": "169.254.169.254",
+}
+
+_DNS_PORTS = {"DNS": 53, "NodeLocal DNSCache": 53, "NodeLocal DNSCache as a pod": 53, "DNS of OpenShift": 5353}
+
+_AMQP_PORT, _AMQPS_PORT = 5672, 5671
+_MANAGEMENT_PORT, _MANAGEMENT_TLS_PORT = 15672, 15671
+_METRICS_PORTS = {"prometheus": 15692, "prometheus-tls": 15691, "metrics": 9187}
+"""Ports of the servers, by the name that a PodMonitor selects."""
+
+_OUTSIDERS = {OTHER_NAMESPACE, INGRESS, GATEWAY_API, *_CSP, *_PRIVATE, *_DNS_PORTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +79,21 @@ def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
     endpoints = [
         *(Endpoint(pod.name, pod.labels) for pod in pods),
         *_list_servers(manifests),
-        *_list_outside_endpoints(),
+        *_list_outside_endpoints(manifests),
     ]
     needed = set(_list_needed_connections(manifests, pods))
+    needed |= set(_list_needed_server_connections(manifests))
     allowed = set(_list_allowed_connections(manifests, endpoints))
     names = {pod.name for pod in pods}
     for connection in sorted(needed - allowed, key=str):
         yield f"NetworkPolicy: {connection} is needed, but not allowed"
     for connection in sorted(allowed - needed, key=str):
+        if (
+            connection.target == RABBITMQ
+            and connection.port in (_AMQP_PORT, _AMQPS_PORT)
+            and (Connection(connection.source, RABBITMQ, _find_amqp_port(manifests)) in needed)
+        ):
+            continue  # RabbitMQ listens on one of both, so the policies allow both
         # Connections between servers, their operators and Prometheus are not defined by our code.
         to_server = connection.target in {POSTGRES, RABBITMQ} and connection.source in _OUTSIDERS
         if connection.source in names or connection.target in names or to_server:
@@ -93,54 +115,89 @@ def _list_programs(pod: PodTemplate) -> list[programs.Program]:
 
 def _list_servers(manifests: Sequence[Manifest]) -> Iterator[Endpoint]:
     """List the pods of PostgreSQL and RabbitMQ, with or without an operator."""
-    for manifest in manifests:
-        name = manifest["metadata"]["name"]
-        if manifest["kind"] == "StatefulSet":
-            server = {"postgres": POSTGRES, "rabbitmq": RABBITMQ}[name]
-            yield Endpoint(server, manifest["spec"]["template"]["metadata"]["labels"])
-        elif manifest["kind"] == "Cluster":
-            yield Endpoint(POSTGRES, manifest["spec"]["inheritedMetadata"]["labels"])
-        elif manifest["kind"] == "RabbitmqCluster":
-            yield Endpoint(RABBITMQ, {"app.kubernetes.io/name": name})  # set by the operator
+    for manifest in select_kind(manifests, "StatefulSet"):
+        server = {"postgres": POSTGRES, "rabbitmq": RABBITMQ}[manifest["metadata"]["name"]]
+        yield Endpoint(server, manifest["spec"]["template"]["metadata"]["labels"])
+    for pods in list_operator_pods(manifests):
+        yield Endpoint(RABBITMQ if pods.title.startswith("RabbitmqCluster") else POSTGRES, pods.labels)
 
 
-def _list_outside_endpoints() -> Iterator[Endpoint]:
+def _list_outside_endpoints(manifests: Sequence[Manifest]) -> Iterator[Endpoint]:
     yield Endpoint(INGRESS, {}, namespace="ingress-nginx")
+    yield Endpoint(GATEWAY_API, {}, namespace="envoy-gateway-system")
     yield Endpoint(MONITORING, {}, namespace="monitoring")
-    yield Endpoint(DNS, {"k8s-app": "kube-dns"}, namespace="kube-system")
+    yield Endpoint("DNS", {"k8s-app": "kube-dns"}, namespace="kube-system")
+    yield Endpoint("NodeLocal DNSCache", address="169.254.20.10")
+    yield Endpoint("NodeLocal DNSCache as a pod", {"k8s-app": "node-local-dns"}, namespace="kube-system")
+    openshift = {"dns.operator.openshift.io/daemonset-dns": "default"}
+    yield Endpoint("DNS of OpenShift", openshift, namespace="openshift-dns")
     yield Endpoint(OTHER_NAMESPACE, {}, namespace="default")
-    yield Endpoint(CSP, address="203.0.113.10")  # any public address
-    yield Endpoint(PRIVATE_NETWORK, address="10.96.0.1")
-    for namespace in sorted(_OPERATOR_NAMESPACES):
+    for name, address in (_CSP | _PRIVATE).items():
+        yield Endpoint(name, address=address)
+    for host in {host for pod in list_pod_templates(manifests) for host, _ in _list_proxies(manifests, pod)}:
+        yield Endpoint(PROXY, address=host)
+    for namespace in ("cnpg-system", "rabbitmq-system", "keda"):
         yield Endpoint(namespace, {}, namespace=namespace)
+
+
+def _list_proxies(manifests: Sequence[Manifest], pod: PodTemplate) -> Iterator[tuple[str, int]]:
+    """Yield address and port of the forward proxy of each container that has one."""
+    for container in pod.containers:
+        for source in container.get("envFrom", []):
+            config_map = find_manifest(manifests, "ConfigMap", source.get("configMapRef", {}).get("name", ""))
+            if config_map is not None and (proxy := config_map.get("data", {}).get("HTTPS_PROXY")):
+                parts = urlsplit(proxy)
+                yield parts.hostname or "", parts.port or 80
+
+
+def _find_amqp_port(manifests: Sequence[Manifest]) -> int:
+    return _AMQPS_PORT if _is_tls_only(manifests) else _AMQP_PORT
+
+
+def _is_tls_only(manifests: Sequence[Manifest]) -> bool:
+    return any(
+        cluster["spec"].get("tls", {}).get("disableNonTLSListeners")
+        for cluster in select_kind(manifests, "RabbitmqCluster")
+    )
 
 
 def _list_needed_connections(manifests: Sequence[Manifest], pods: Sequence[PodTemplate]) -> Iterator[Connection]:
     for pod in pods:
-        yield Connection(pod.name, DNS, 53)
+        for name, port in _DNS_PORTS.items():
+            yield Connection(pod.name, name, port)
+        proxies = list(_list_proxies(manifests, pod))
         for program in _list_programs(pod):
-            for setting, (target, port) in SERVER_BY_SETTING.items():
-                if setting in program.fields:
-                    yield Connection(pod.name, target, port)
+            if "database_url" in program.fields:
+                yield Connection(pod.name, POSTGRES, 5432)
+            if "amqp_url" in program.fields:
+                yield Connection(pod.name, RABBITMQ, _find_amqp_port(manifests))
+            if "csp_base_url" in program.fields:
+                yield from (Connection(pod.name, PROXY, port) for _, port in proxies)
+                yield from (Connection(pod.name, name, 443) for name in _CSP if not proxies)
         if (metrics_port := resolve_port(pod, monitoring.PORT_NAME)) is not None:
             yield Connection(MONITORING, pod.name, metrics_port)
-    for name, port in _list_ingress_backends(manifests, pods):
-        yield Connection(INGRESS, name, port)
+    for route in list_published_routes(manifests):
+        service = find_manifest(manifests, "Service", route.service)
+        selector = {"matchLabels": service["spec"]["selector"]} if service is not None else None
+        source = INGRESS if route.title.startswith("Ingress") else GATEWAY_API
+        for pod in pods:
+            if selector is not None and is_selector_match(selector, pod.labels):
+                for port in resolve_backend_ports(manifests, route):
+                    yield Connection(source, pod.name, port)
 
 
-def _list_ingress_backends(manifests: Sequence[Manifest], pods: Sequence[PodTemplate]) -> Iterator[tuple[str, int]]:
-    """Yield the name of every pod behind an Ingress, with each port that the Ingress forwards to."""
-    backends = [
-        path["backend"]["service"]
-        for ingress in select_kind(manifests, "Ingress")
-        for rule in ingress["spec"]["rules"]
-        for path in rule["http"]["paths"]
-    ]
-    for backend, pod in product(backends, pods):
-        service = find_manifest(manifests, "Service", backend["name"])
-        if service is not None and is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels):
-            for port in resolve_backend_ports(manifests, backend):
-                yield pod.name, port
+def _list_needed_server_connections(manifests: Sequence[Manifest]) -> Iterator[Connection]:
+    """Yield the connections of the operators' servers: metrics, and the management API of RabbitMQ."""
+    if any(select_kind(manifests, "RabbitmqCluster")):
+        port = _MANAGEMENT_TLS_PORT if _is_tls_only(manifests) else _MANAGEMENT_PORT
+        yield Connection("rabbitmq-system", RABBITMQ, port)
+    if not list_operator_pods(manifests):
+        return
+    for server in _list_servers(manifests):
+        for monitor in select_kind(manifests, "PodMonitor"):
+            if server.labels is not None and is_selector_match(monitor["spec"]["selector"], server.labels):
+                for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+                    yield Connection(MONITORING, server.name, _METRICS_PORTS[endpoint["port"]])
 
 
 def _list_allowed_connections(manifests: Sequence[Manifest], endpoints: Sequence[Endpoint]) -> Iterator[Connection]:

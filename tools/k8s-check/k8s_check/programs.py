@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -66,6 +67,9 @@ SECRET_SETTINGS = frozenset(
 )
 """Settings with a password or a token. A test compares them with the types of the settings."""
 
+PROXY_VARIABLES = frozenset({"HTTPS_PROXY", "NO_PROXY"})
+"""Variables of the HTTP client of CSP. They are no settings."""
+
 OPS_PATHS = frozenset(route.path for route in health.routes({}))
 
 PLACEHOLDERS: Mapping[str, str] = {
@@ -97,12 +101,17 @@ def find_program(container: Mapping[str, Any]) -> Program | None:
     return COMMANDS[module]
 
 
+def list_proxy_variables(program: Program) -> frozenset[str]:
+    return PROXY_VARIABLES if "csp_base_url" in program.fields else frozenset()
+
+
 def list_ports(program: Program, settings: BaseSettings) -> list[int]:
     """List the ports that the program listens on: its main port, then its ops port."""
     values = [getattr(settings, name) for name in (program.port, program.ops_port) if name is not None]
     return [value for value in values if value is not None]
 
 
+@cache  # building the application of the gateway is slow
 def map_get_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
     """Return the port of each GET route, by path."""
     if program.create_app is None or program.port is None:
@@ -115,6 +124,7 @@ def map_get_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
     }
 
 
+@cache
 def map_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
     """Return the port of each route of any method, by path."""
     if program.create_app is None or program.port is None:

@@ -1,7 +1,6 @@
 """References between manifests: every object and port they refer to must exist."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from k8s_check.manifests import (
     Manifest,
@@ -9,9 +8,11 @@ from k8s_check.manifests import (
     find_manifest,
     format_title,
     is_selector_match,
+    list_operator_pods,
     list_pod_templates,
     select_kind,
 )
+from k8s_check.published_routes import PublishedRoute, list_published_routes
 
 
 def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -24,11 +25,12 @@ def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
         yield from _check_pod(manifests, pod)
     for service in select_kind(manifests, "Service"):
         yield from _check_service(service, pods)
+    all_labels = [pod.labels for pod in pods] + [pods.labels for pods in list_operator_pods(manifests)]
     for budget in select_kind(manifests, "PodDisruptionBudget"):
-        if not any(is_selector_match(budget["spec"]["selector"], pod.labels) for pod in pods):
+        if not any(is_selector_match(budget["spec"]["selector"], labels) for labels in all_labels):
             yield f"{format_title(budget)}: selects no pods"
-    for ingress in select_kind(manifests, "Ingress"):
-        yield from _check_ingress(manifests, ingress)
+    for route in list_published_routes(manifests):
+        yield from _check_route(manifests, route)
     yield from _check_autoscalers(manifests)
 
 
@@ -70,33 +72,27 @@ def resolve_port(pod: PodTemplate, target: int | str) -> int | None:
     return None
 
 
-def resolve_backend_ports(manifests: Sequence[Manifest], backend: Mapping[str, Any]) -> set[int]:
-    """Return the container ports behind the backend of an Ingress, given its name and port."""
-    service = find_manifest(manifests, "Service", backend["name"])
+def resolve_backend_ports(manifests: Sequence[Manifest], route: PublishedRoute) -> set[int]:
+    """Return the container ports behind a published route."""
+    service = find_manifest(manifests, "Service", route.service)
     if service is None:
         return set()
-    wanted = set(backend["port"].values())
     return {
         number
         for port in service["spec"]["ports"]
-        if wanted & {port.get("name"), port["port"]}
+        if route.port in (port.get("name"), port["port"])
         for pod in list_pod_templates(manifests)
         if is_selector_match({"matchLabels": service["spec"]["selector"]}, pod.labels)
         if (number := resolve_port(pod, port.get("targetPort", port["port"]))) is not None
     }
 
 
-def _check_ingress(manifests: Sequence[Manifest], ingress: Manifest) -> Iterator[str]:
-    for rule in ingress["spec"]["rules"]:
-        for path in rule["http"]["paths"]:
-            backend: Mapping[str, Any] = path["backend"]["service"]
-            service = find_manifest(manifests, "Service", backend["name"])
-            if service is None:
-                yield f"{format_title(ingress)}: Service {backend['name']} does not exist"
-                continue
-            wanted = backend["port"].get("name") or backend["port"].get("number")
-            if not any(wanted in (port.get("name"), port["port"]) for port in service["spec"]["ports"]):
-                yield f"{format_title(ingress)}: Service {backend['name']} has no port {wanted}"
+def _check_route(manifests: Sequence[Manifest], route: PublishedRoute) -> Iterator[str]:
+    service = find_manifest(manifests, "Service", route.service)
+    if service is None:
+        yield f"{route.title}: Service {route.service} does not exist"
+    elif not any(route.port in (port.get("name"), port["port"]) for port in service["spec"]["ports"]):
+        yield f"{route.title}: Service {route.service} has no port {route.port}"
 
 
 def _check_autoscalers(manifests: Sequence[Manifest]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from functools import cache
 
 import kubernetes_validate
 
+from k8s_check import operators
 from k8s_check.manifests import Manifest, format_title
 
 SUPPORTED_MINORS = 3
@@ -15,19 +16,11 @@ _MAJOR, _MINOR = (int(part) for part in kubernetes_validate.latest_version().spl
 VERSIONS = (f"{_MAJOR}.{_MINOR - SUPPORTED_MINORS + 1}", f"{_MAJOR}.{_MINOR}")
 """The oldest and the newest maintained version, counted from the newest version of the locked schemas."""
 
-OPERATOR_API_VERSIONS = {
-    "postgresql.cnpg.io/v1",
-    "rabbitmq.com/v1beta1",
-    "keda.sh/v1alpha1",
-    "monitoring.coreos.com/v1",
-}
-"""API versions of custom resources. The module `crds` checks these, because Kubernetes' schemas lack them."""
-
 
 def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
     for manifest in manifests:
-        if manifest["apiVersion"] in OPERATOR_API_VERSIONS:
-            continue
+        if manifest["apiVersion"] in operators.API_VERSIONS:
+            continue  # the module `crds` validates these
         for version in VERSIONS:
             if (problem := _validate(json.dumps(manifest), version)) is not None:
                 yield f"{format_title(manifest)}: Kubernetes {version} {problem}"

@@ -55,7 +55,7 @@ VALID_SPEC = {
 def schemas(request: pytest.FixtureRequest, tmp_path: Path) -> crds.Schemas:
     file = tmp_path / "crds.yaml"
     file.write_text(request.param)
-    return crds.load_schemas([file])
+    return crds.build_schemas(crds.load_resources([file]))
 
 
 def build_scaled_object(spec: Any) -> dict[str, Any]:

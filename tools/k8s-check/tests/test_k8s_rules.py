@@ -8,7 +8,9 @@ import pytest
 from pydantic import SecretStr
 
 from k8s_check import (
+    availability,
     containers,
+    monitoring,
     network_policies,
     pod_security,
     programs,
@@ -168,7 +170,7 @@ def test_ingress_path_without_a_route_is_reported(manifests: list[Any]) -> None:
 
     problems = list(containers.find_problems(manifests))
 
-    assert any("gateway serves no path for /v2 (Prefix)" in problem for problem in problems)
+    assert any("gateway serves no path for /v2 (prefix)" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,162 @@ def test_broken_reference_is_reported(
     assert any(message in problem for problem in references.find_problems(manifests))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "message"),
+    [
+        (
+            "PodDisruptionBudget",
+            "rabbitmq",
+            lambda manifest: manifest["spec"].update(maxUnavailable=2),
+            "RabbitmqCluster rabbitmq: needs one PodDisruptionBudget with maxUnavailable 1",
+        ),
+        (
+            "PodDisruptionBudget",
+            "gateway",
+            lambda manifest: manifest["spec"]["selector"].update(matchLabels={"a": "b"}),
+            "Deployment gateway: needs one PodDisruptionBudget",
+        ),
+        (
+            "Deployment",
+            "allocator",
+            lambda manifest: manifest["spec"]["strategy"]["rollingUpdate"].update(maxUnavailable=1),
+            "Deployment allocator: set maxUnavailable to 0",
+        ),
+        (
+            "Deployment",
+            "gateway",
+            lambda manifest: manifest["spec"]["template"]["spec"].pop("priorityClassName"),
+            "Deployment gateway: needs a priorityClassName of these manifests, and has none",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"].update(priorityClassName="high"),
+            "Cluster postgres: needs a priorityClassName of these manifests, and has high",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"].pop("override"),
+            "RabbitmqCluster rabbitmq: needs a priorityClassName",
+        ),
+        (
+            "PriorityClass",
+            "sandbox-broker-background",
+            lambda manifest: manifest.update(value=100000),
+            "Deployment csp-syncer: needs a lower priority",
+        ),
+        (
+            "Job",
+            "migration",
+            lambda manifest: manifest["spec"].update(ttlSecondsAfterFinished=300),
+            "Job migration: remove ttlSecondsAfterFinished",
+        ),
+        (
+            "Job",
+            "migration",
+            lambda manifest: manifest["metadata"].pop("annotations"),
+            "Job migration: set the annotation kustomize.toolkit.fluxcd.io/force: enabled",
+        ),
+        (
+            "Job",
+            "migration",
+            lambda manifest: manifest["metadata"]["annotations"].update(
+                {"argocd.argoproj.io/sync-options": "Replace=true"}
+            ),
+            "Job migration: set the annotation argocd.argoproj.io/sync-options: Force=true,Replace=true",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"].update(replicas=2),
+            "RabbitmqCluster rabbitmq: set replicas to 3 or 5",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"]["rabbitmq"].update(
+                additionalConfig="cluster_partition_handling = ignore"
+            ),
+            "RabbitmqCluster rabbitmq: set cluster_partition_handling to pause_minority",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"].update(terminationGracePeriodSeconds=60),
+            "RabbitmqCluster rabbitmq: remove terminationGracePeriodSeconds",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"].pop("affinity"),
+            "RabbitmqCluster rabbitmq: needs a required anti-affinity",
+        ),
+        (
+            "RabbitmqCluster",
+            "rabbitmq",
+            lambda manifest: manifest["spec"]["override"]["statefulSet"]["spec"]["template"]["spec"].update(
+                containers=[{"name": "rabbitmq", "securityContext": {}}]
+            ),
+            "RabbitmqCluster rabbitmq: must not override securityContext",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"].update(instances=2),
+            "Cluster postgres: set instances to 3 or more",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"]["postgresql"].pop("synchronous"),
+            "Cluster postgres: needs a synchronous standby",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"]["postgresql"]["synchronous"].update(dataDurability="preferred"),
+            "Cluster postgres: needs a synchronous standby",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"]["postgresql"]["synchronous"].pop("failoverQuorum"),
+            "Cluster postgres: set failoverQuorum to true",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"].update(enablePDB=False),
+            "Cluster postgres: must not disable its PodDisruptionBudgets",
+        ),
+        (
+            "Cluster",
+            "postgres",
+            lambda manifest: manifest["spec"]["affinity"].update(podAntiAffinityType="preferred"),
+            "Cluster postgres: set podAntiAffinityType to required",
+        ),
+    ],
+)
+def test_risk_for_availability_is_reported(
+    manifests: list[Any], kind: str, name: str, change: Change, message: str
+) -> None:
+    assert list(availability.find_problems(manifests)) == []
+    change(find_manifest(manifests, kind, name))
+
+    assert any(problem.startswith(message) for problem in availability.find_problems(manifests))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("rabbitmq", "RabbitmqCluster rabbitmq: no PodMonitor"), ("postgres", "Cluster postgres: no PodMonitor")],
+)
+def test_server_without_a_monitor_is_reported(manifests: list[Any], name: str, message: str) -> None:
+    find_manifest(manifests, "PodMonitor", name)["spec"]["selector"]["matchLabels"] = {"a": "b"}
+
+    assert any(problem.startswith(message) for problem in monitoring.find_problems(manifests, ROOT / "deploy"))
+
+
 def add_policy_rule(manifests: list[Any], policy: str, direction: str, rule: dict[str, Any]) -> None:
     find_manifest(manifests, "NetworkPolicy", policy)["spec"].setdefault(direction, []).append(rule)
 
@@ -242,8 +400,12 @@ def test_csp_rule_must_exclude_the_private_network(manifests: list[Any]) -> None
     problems = list(network_policies.find_problems(manifests))
 
     assert problems == [
-        "NetworkPolicy: csp-syncer to an address of the private network, port 443 is allowed, but the code does "
-        "not need it"
+        f"NetworkPolicy: csp-syncer to {target}, port 443 is allowed, but the code does not need it"
+        for target in (
+            "NodeLocal DNSCache",
+            "an address of the private network",
+            "the metadata service of the cloud",
+        )
     ]
 
 
@@ -259,6 +421,39 @@ def test_pods_without_a_policy_are_open_if_default_deny_is_missing(manifests: li
         "a pod of another namespace to PostgreSQL" in problem
         for problem in network_policies.find_problems(remaining)
     )
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        ("kube-dns", "reaper to DNS, port 53 is needed"),
+        ("node-local-dns", "reaper to NodeLocal DNSCache as a pod, port 53 is needed"),
+        ("169.254.20.10/32", "reaper to NodeLocal DNSCache, port 53 is needed"),
+        ("openshift-dns", "reaper to DNS of OpenShift, port 5353 is needed"),
+        ("2000::/3", "reaper to CSP over IPv6, port 443 is needed"),
+        ("64:ff9b::/96", "reaper to CSP over NAT64, port 443 is needed"),
+    ],
+)
+def test_missing_peer_of_dns_or_csp_is_reported(manifests: list[Any], peer: str, message: str) -> None:
+    for policy in ("dns", "reaper"):
+        for rule in find_manifest(manifests, "NetworkPolicy", policy)["spec"]["egress"]:
+            rule["to"] = [entry for entry in rule["to"] if f"'{peer}'" not in str(entry)] or [
+                {"ipBlock": {"cidr": "192.0.2.1/32"}}
+            ]
+
+    assert any(message in problem for problem in network_policies.find_problems(manifests))
+
+
+def test_private_ipv6_address_and_metadata_service_are_closed(manifests: list[Any]) -> None:
+    policy = find_manifest(manifests, "NetworkPolicy", "reaper")["spec"]
+    policy["egress"].append({"to": [{"ipBlock": {"cidr": "::/0"}}], "ports": [{"port": 443}]})
+    policy["egress"].append({"to": [{"ipBlock": {"cidr": "169.254.169.254/32"}}], "ports": [{"port": 80}]})
+
+    assert list(network_policies.find_problems(manifests)) == [
+        "NetworkPolicy: reaper to a private IPv6 address, port 443 is allowed, but the code does not need it",
+        "NetworkPolicy: reaper to the metadata service of the cloud, port 80 is allowed, but the code does not "
+        "need it",
+    ]
 
 
 @pytest.mark.parametrize("policy", ["gateway", "rabbitmq", "dns"])
