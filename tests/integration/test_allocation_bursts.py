@@ -42,7 +42,7 @@ async def test_of_300_students_100_get_pool_exhausted(stack: Stack) -> None:
 async def test_concurrent_labs_with_prefixes_get_only_matching_sandboxes(stack: Stack) -> None:
     await stack.control("POST", "accounts", {"count": 30, "name_prefix": "lab-a-"})
     await stack.control("POST", "accounts", {"count": 30, "name_prefix": "lab-a-advanced-"})
-    assert (await stack.sync()).status_code == 200
+    assert (await stack.sync(force="true")).status_code == 200
     responses = await asyncio.gather(
         *(stack.allocate(f"advanced-{n}", X_Sandbox_Name_Prefix="lab-a-advanced-") for n in range(30)),
         *(stack.allocate(f"basic-{n}", X_Sandbox_Name_Prefix="lab-a-") for n in range(30)),

@@ -43,6 +43,15 @@ async def test_a_listing_without_a_third_of_the_pool_is_held(stack: Stack) -> No
     assert (await stack.stats())["available"] == 50
 
 
+async def test_a_listing_of_more_than_twice_the_usual_size_is_held(stack: Stack) -> None:
+    await stack.control("POST", "accounts", {"count": 51, "name_prefix": "colleague-"})
+    held = await stack.sync()
+    assert (held.status_code, held.json()["detail"]["code"]) == (409, "SYNC_HELD")
+    assert (await stack.stats())["available"] == 50
+    assert (await stack.sync(force="true")).json()["synced"] == 101
+    assert (await stack.stats())["available"] == 101
+
+
 async def test_a_failed_listing_does_not_change_the_pool(stack: Stack) -> None:
     for fault in ({"listing_cut_short": True}, {"fail_next_listings": 1}):
         await stack.control("PATCH", "behaviour", fault)

@@ -18,6 +18,9 @@ DedupKey = tuple[str, str | None, str | None]
 MAX_GROUP = 500
 """Allocations per statement. Larger statements gain little and hold many locks."""
 
+MIN_GROWTH = 20
+"""New accounts that a listing may have in any case, because a small pool grows by large fractions."""
+
 
 class RedeliveredAllocation(AllocateSandbox):
     """Allocation from a redelivered message. It may have been completed, and its lease may have ended
@@ -207,6 +210,24 @@ def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) 
         )
     else:
         return None
+    return _hold(problem)
+
+
+def check_growth(discovered: int, usual: int, max_growth_fraction: float | None) -> Refused | None:
+    """Return None if the listing may be applied, else the refusal. This keeps the accounts of others out of the
+    pool, for example after a change of the token.
+
+    `usual` is the size of the largest listing or of the pool. An unused pool may be filled at once.
+    """
+    if max_growth_fraction is None or usual == 0 or discovered <= max(MIN_GROWTH, max_growth_fraction * usual):
+        return None
+    return _hold(
+        f"{discovered} accounts of CSP's listing are new, "
+        f"more than the {max_growth_fraction:.0%} of {usual} that are allowed"
+    )
+
+
+def _hold(problem: str) -> Refused:
     return Refused(
         code="SYNC_HELD",
         message=f"{problem}; nothing was changed. Inspect the planned changes of the held sync. If CSP is right, "

@@ -251,10 +251,17 @@ async def apply(
     *,
     force: bool = False,
     max_stale_fraction: float = 1,
+    max_growth_fraction: float | None = None,
 ) -> Reply:
     return await listings.apply_listing(
         session,
-        ApplyListing(listing_id=listing_id, total=total, max_stale_fraction=max_stale_fraction, force=force),
+        ApplyListing(
+            listing_id=listing_id,
+            total=total,
+            max_stale_fraction=max_stale_fraction,
+            max_growth_fraction=max_growth_fraction,
+            force=force,
+        ),
     )
 
 

@@ -2,7 +2,9 @@
 
 import random
 
-from allocator.domain import MAX_GROUP, check_listing, conflict_free_groups, split_on_conflict
+import pytest
+
+from allocator.domain import MAX_GROUP, check_growth, check_listing, conflict_free_groups, split_on_conflict
 from sandbox_broker.contract.commands import AllocateSandbox, ExpireLeases
 
 from .allocator_harness import allocate_command, release_command
@@ -128,6 +130,27 @@ def test_a_listing_above_the_limit_is_held() -> None:
 
 def test_an_empty_listing_is_held_even_for_an_empty_pool() -> None:
     assert check_listing(listed=0, lost=0, pool=0, max_stale_fraction=1) is not None
+
+
+@pytest.mark.parametrize(
+    ("discovered", "usual", "limit", "is_held"),
+    [
+        (50, 50, 1, False),
+        (51, 50, 1, True),
+        (20, 5, 0, False),
+        (21, 5, 0, True),
+        (500, 0, 0, False),
+        (99, 1, None, False),
+    ],
+)
+def test_a_listing_with_too_many_new_accounts_is_held(
+    discovered: int, usual: int, limit: float | None, is_held: bool
+) -> None:
+    refusal = check_growth(discovered, usual, limit)
+    assert (refusal is not None) == is_held
+    if refusal is not None:
+        assert refusal.code == "SYNC_HELD"
+        assert f"{discovered} accounts" in refusal.message
 
 
 def test_the_first_listing_of_an_empty_pool_is_applied() -> None:

@@ -290,6 +290,26 @@ async def test_a_listing_that_lacks_too_many_sandboxes_is_held_until_it_is_force
     assert counts(await sync(session, listed, max_stale_fraction=0.5))[3] == 2
 
 
+async def test_a_listing_with_too_many_new_accounts_is_held_until_it_is_forced(pool: Pool) -> None:
+    session = await pool.write_session()
+    usual = [account(number) for number in range(1, 31)]
+    assert counts(await sync(session, usual, max_growth_fraction=1))[1] == 30  # the first listing
+    grown = [account(number) for number in range(1, 62)]
+    assert refusal_code(await sync(session, grown, max_growth_fraction=1)) == "SYNC_HELD"
+    assert "31 accounts" in await pool.value("SELECT data->>'reason' FROM outbox WHERE type = 'sync.held'")
+    assert await pool.column("SELECT count(*) FROM sandboxes") == [30]
+    assert counts(await sync(session, grown[:-1], max_growth_fraction=1))[1] == 30
+    assert counts(await sync(session, grown, max_growth_fraction=1, force=True))[1] == 1
+
+
+async def test_a_used_up_pool_is_refilled_to_its_usual_size(pool: Pool) -> None:
+    session = await pool.write_session()
+    await sync(session, [account(number) for number in range(1, 31)])
+    await sync(session, [account(1)], force=True)
+    refilled = [account(number) for number in range(101, 131)]
+    assert counts(await sync(session, refilled, max_growth_fraction=1))[1] == 30
+
+
 async def test_a_listing_skips_locked_rows(pool: Pool) -> None:
     (sandbox_id,) = await pool.fill(1)
     other = await pool.lease("bob")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -34,6 +34,8 @@ JOB_REPORT_SEC = 5.0
 JOB_REPORT_TIMEOUT_SEC = 5.0
 MAX_LOGGED_REASONS = 20
 """Reasons for skipped records in one log line."""
+
+MAX_LOGGED_NAMES = 5
 
 log = structlog.get_logger()
 
@@ -120,6 +122,7 @@ class Syncer:
             listing_id=begun.listing_id,
             total=progress["listed"],
             max_stale_fraction=self._settings.sync_max_stale_fraction,
+            max_growth_fraction=self._settings.sync_max_growth_fraction,
             force=force,
         )
         applied = await self._allocator.request(apply, timeout_sec=APPLY_TIMEOUT_SEC)
@@ -142,7 +145,19 @@ class Syncer:
                 skipped=len(listing.skipped),
                 reasons=[skipped.reason for skipped in listing.skipped[:MAX_LOGGED_REASONS]],
             )
-        return listing
+        return self._without_other_names(listing)
+
+    def _without_other_names(self, listing: Listing) -> Listing:
+        """Return the listing without accounts whose names are not allowed, as if CSP did not list them."""
+        prefixes = self._settings.name_prefixes
+        others = [account for account in listing.accounts if not account.name.startswith(prefixes)]
+        metrics.NOT_ALLOWED.set(len(others))
+        if not others:
+            return listing
+        examples = [account.name for account in others[:MAX_LOGGED_NAMES]]
+        log.info("sync.names_not_allowed", accounts=len(others), examples=examples)
+        allowed = tuple(account for account in listing.accounts if account.name.startswith(prefixes))
+        return replace(listing, accounts=allowed)
 
     async def _refresh_names(self, listing_id: int) -> None:
         after: str | None = None

@@ -440,3 +440,25 @@ async def test_a_refused_purge_is_left_to_the_next_run(
         async with syncing(amqp_url, csp):
             await until(lambda: any(line["event"] == "purge.postponed" for line in logs))
             assert isinstance(await caller.sync(), PoolSynced)
+
+
+@pytest.mark.parametrize("allowed", ["lab-, sandbox-", "sandbox-", "sandbox-1,sandbox-2"])
+async def test_only_accounts_with_an_allowed_name_are_imported(
+    csp: Csp, allocator: Allocator, caller: Caller, amqp_url: str, allowed: str
+) -> None:
+    prefixes = tuple(allowed.replace(" ", "").split(","))
+    records = await csp.records()
+    other = {**records[-1], "csp_id": 1, "id": f"identity/accounts/{UNKNOWN}", "name": "colleague-sandbox-1"}
+    await csp.list_raw([*records, other])
+    async with syncing(amqp_url, csp, sync_name_allow=allowed):
+        await until(lambda: allocator.all(RefreshSandboxes))
+    names = [account.name for command in allocator.all(StageListing) for account in command.accounts]
+    expected = [
+        record["name"]
+        for record in records
+        if (record["account_type"], record["state"]) == ("sandbox", "active")
+        and record["name"].startswith(prefixes)
+    ]
+    assert names == expected
+    assert sample("broker_sync_not_allowed_accounts") == 8 - len(expected)
+    assert [apply.max_growth_fraction for apply in allocator.all(ApplyListing)] == [1]

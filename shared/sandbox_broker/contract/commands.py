@@ -195,13 +195,15 @@ class StageListing(Command[ListingStaged]):
 
 class ApplyListing(Command[ListingApplied]):
     """Update the pool in one transaction from the `total` staged records of a listing. The sync is held if the
-    listing is empty or lacks more than `max_stale_fraction` of the pool, unless `force` is set.
-    → ListingApplied or Refused."""
+    listing is empty, lacks more than `max_stale_fraction` of the pool, or has unusually many new accounts
+    (`max_growth_fraction` of the largest listing so far), unless `force` is set. → ListingApplied or Refused."""
 
     type: Literal["ApplyListing"] = "ApplyListing"
     listing_id: int = Field(ge=1, le=MAX_BIGINT)
     total: int = Field(ge=0)
     max_stale_fraction: float = Field(ge=0, le=1)
+    max_growth_fraction: float | None = Field(default=None, ge=0, le=1000)
+    """None: a csp-syncer of an earlier version, without a limit."""
     force: bool = False
 
 

@@ -41,6 +41,10 @@ async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
             assessment["lacking"] + assessment["moving_in_pool"],
             assessment["pool"],
             command.max_stale_fraction,
+        ) or domain.check_growth(
+            assessment["discovered"],
+            max(assessment["largest"], assessment["pool"]),
+            command.max_growth_fraction,
         )
         if refusal and not command.force:
             await listings.hold_listing(session, listing_id=listing_id, reason=refusal.message)

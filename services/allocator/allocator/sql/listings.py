@@ -73,10 +73,21 @@ moving AS MATERIALIZED (
 )
 """
 
+# Accounts that are new to the pool.
+_DISCOVERED = """
+discovered AS MATERIALIZED (
+    SELECT a.sandbox_id, a.name FROM guard, csp_accounts a
+    WHERE a.listing_id = $2 AND a.external_id IS NOT NULL
+      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.sandbox_id = a.sandbox_id)
+      AND NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)
+)
+"""
+
 # Facts for the decision whether to apply a listing. outdated: a newer listing has been applied.
 ASSESS_LISTING = f"""
 WITH {GUARD},
 {_MOVING.format(listing_id="$2")},
+{_DISCOVERED},
 lacking AS MATERIALIZED (
     SELECT s.status FROM guard, sandboxes s
     WHERE (s.status = 'available' OR s.status = 'allocated' AND s.missing_since IS NULL) AND {_IS_UNLISTED}
@@ -88,6 +99,9 @@ SELECT epoch,
     ) AS outdated,
     (SELECT count(*) FROM csp_accounts WHERE listing_id = $2) AS listed,
     (SELECT count(*) FROM sandboxes WHERE status IN ('available', 'allocated')) AS pool,
+    (SELECT coalesce(max((outcome->>'synced')::bigint), 0) FROM csp_listings WHERE applied_at IS NOT NULL)
+        AS largest,
+    (SELECT count(*) FROM discovered) AS discovered,
     (SELECT count(*) FROM lacking) AS lacking,
     (SELECT count(*) FROM moving) AS moving,
     (SELECT count(*) FROM moving WHERE status <> 'stale') AS moving_in_pool
@@ -115,12 +129,7 @@ missing AS MATERIALIZED (
     SELECT s.sandbox_id, s.name FROM guard, sandboxes s
     WHERE s.status = 'allocated' AND s.missing_since IS NULL AND {_IS_UNLISTED}
 ),
-discovered AS MATERIALIZED (
-    SELECT a.sandbox_id, a.name FROM guard, csp_accounts a
-    WHERE a.listing_id = $2 AND a.external_id IS NOT NULL
-      AND NOT EXISTS (SELECT FROM sandboxes s WHERE s.sandbox_id = a.sandbox_id)
-      AND NOT EXISTS (SELECT FROM leases l WHERE l.sandbox_id = a.sandbox_id)
-),
+{_DISCOVERED},
 restored AS MATERIALIZED (
     SELECT s.sandbox_id, s.name FROM guard, sandboxes s WHERE s.status = 'stale' AND {_IS_LISTED}
 ),
@@ -330,6 +339,10 @@ class AssessmentRow(TypedDict):
     """Number of staged accounts."""
     pool: int
     """Number of available and leased sandboxes."""
+    largest: int
+    """Accounts of the largest applied listing of the last 30 days, 0 before the first one."""
+    discovered: int
+    """Accounts that are new to the pool."""
     lacking: int
     """Sandboxes of the pool without an account in the listing."""
     moving: int

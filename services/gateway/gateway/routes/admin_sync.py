@@ -35,9 +35,9 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
     },
 )
 async def sync(request: Request, response: Response, force: bool = False) -> Sync | JobRunning:
-    """Sync the pool with CSP now. If a sync is running, the call joins it. A listing that is empty, or lacks too
-    many sandboxes of the pool, is held. `GET /v1/admin/sync` shows its changes. `force` fetches a new listing and
-    applies it even then. It affects this sync only."""
+    """Sync the pool with CSP now. If a sync is running, the call joins it. A listing that is empty, lacks too many
+    sandboxes of the pool, or has too many new accounts, is held. `GET /v1/admin/sync` shows its changes. `force`
+    fetches a new listing and applies it even then. It affects this sync only."""
     reply = await admin_jobs.run_job(
         request,
         response,
