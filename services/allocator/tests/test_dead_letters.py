@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aio_pika
 import pytest
 from aio_pika.abc import AbstractQueue
+from structlog.testing import capture_logs
 
 from allocator.background import dead_letter_collector
 from allocator.background.dead_letter_collector import DeadLetterCollector
@@ -17,6 +19,7 @@ from allocator.handlers.dead_letters import replay_dead_letter
 from allocator.routing import STUDENTS
 from allocator.write_session import WriteSession
 from devstack.postgres import PrivatePostgres
+from devstack.testing import NewDatabase
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import MAX_ENVELOPE, encode_commands
 from sandbox_broker.contract.commands import (
@@ -410,3 +413,79 @@ async def test_dead_letters_wait_in_their_queue_while_the_database_is_down(
             await server.start()
             async with pool_in(server.url) as pool:
                 assert [letter["body"] for letter in await wait_for_letters(pool, 2)] == [b"first", b"second"]
+
+
+@asynccontextmanager
+async def limit_deliveries(client: Client, monkeypatch: pytest.MonkeyPatch, limit: int) -> AsyncIterator[None]:
+    """Declare the dead-letter queue with a delivery limit, as RabbitMQ 4 does by itself."""
+    queue = topology.DEAD_LETTER_QUEUE
+    limited = dataclasses.replace(queue, arguments={**queue.arguments, "x-delivery-limit": limit})
+    queues = tuple(limited if each is queue else each for each in topology.QUEUES)
+    await client.channel.queue_delete(queue.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(topology, "QUEUES", queues)
+        await topology.declare(client.channel)
+        try:
+            yield
+        finally:
+            await client.channel.queue_delete(queue.name)
+    await topology.declare(client.channel)
+
+
+READ_ONLY = (
+    "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); "
+    "PERFORM pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND application_name = 'pool'; END $$"
+)
+WRITABLE = (
+    "SET default_transaction_read_only = off; DO $$ BEGIN "
+    "EXECUTE format('ALTER DATABASE %I RESET default_transaction_read_only', current_database()); "
+    "PERFORM pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND application_name = 'pool'; END $$"
+)
+REFUSING_TRIGGER = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = 'disk_full'; END $$;
+CREATE TRIGGER refuse BEFORE INSERT ON dead_letters FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
+
+
+@pytest.mark.parametrize(
+    ("refuse", "permit"),
+    [(READ_ONLY, WRITABLE), (REFUSING_TRIGGER, "DROP FUNCTION refuse CASCADE")],
+    ids=["read-only", "disk full"],
+)
+async def test_dead_letters_survive_a_database_that_refuses_writes(
+    clean_queues: str,
+    client: Client,
+    new_database: NewDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: str,
+    permit: str,
+) -> None:
+    monkeypatch.setattr(dead_letter_collector, "PAUSE_SEC", 0.02)
+
+    async def wait_for_refusals(count: int) -> None:
+        seen = len(logs)
+
+        async def are_logged() -> bool:
+            return [line["event"] for line in logs[seen:]].count("dead_letters.postponed") >= count
+
+        await wait_until(are_logged)
+
+    async with new_database() as url, limit_deliveries(client, monkeypatch, 3):
+        await migrate(url)
+        async with pool_in(url) as pool:
+            with capture_logs() as logs:
+                async with run_collector(clean_queues, url):
+                    await pool.execute(refuse)
+                    exchange = await client.channel.get_exchange(topology.DEAD_LETTERS.name, ensure=False)
+                    headers: dict[str, Any] = {"x-first-death-reason": "rejected", "x-first-death-queue": COMMANDS}
+                    await exchange.publish(aio_pika.Message(b"garbage", headers=headers), COMMANDS)
+                    await wait_for_refusals(10)
+                for _ in range(4):  # an allocator that is restarted meanwhile takes no message
+                    async with run_collector(clean_queues, url):
+                        await wait_for_refusals(1)
+                await pool.execute(permit)
+                async with run_collector(clean_queues, url):
+                    assert [letter["body"] for letter in await wait_for_letters(pool, 1)] == [b"garbage"]

@@ -9,10 +9,12 @@ import asyncio
 import hashlib
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+import asyncpg
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
@@ -42,6 +44,14 @@ DELETE FROM dead_letters WHERE dead_letter_id IN (
 )
 """
 
+INSERT_PROBE = """
+INSERT INTO dead_letters (dead_letter_id, died_at, queue, reason, commands, body)
+VALUES (gen_random_uuid(), now(), 'probe', 'probe', '{}', '')
+"""
+
+REFUSALS = (*connections.CONNECTION_ERRORS, asyncpg.PostgresError)
+"""Errors after which the collector waits and tries again: a dead letter must survive each of them."""
+
 log = structlog.get_logger()
 
 
@@ -57,15 +67,24 @@ class DeadLetterCollector:
         await run_with_reconnect(self._amqp_url, "allocator-dead-letters", self._consume)
 
     async def _consume(self, connection: AbstractConnection) -> None:
-        # Subscribe only while the database answers. RabbitMQ 4 counts returned messages against the delivery limit.
-        while (problem := await connections.check_connection(self._engine)) is not None:
-            log.warning("dead_letters.postponed", error=problem)
-            await asyncio.sleep(PAUSE_SEC)
+        # RabbitMQ 4 drops a dead letter that was returned 20 times, because its queue has no dead-letter exchange.
+        # So subscribe only while the database accepts writes, and never return a delivery that it refuses.
+        await _retry_until_done(self._check_writable)
         subscription = await Subscription.open(connection, topology.DEAD_LETTER_QUEUE, prefetch=PREFETCH)
         while deliveries := await subscription.batch(PREFETCH):
-            if not await run_uninterrupted(self._store(deliveries)):
-                return
+            await _retry_until_done(partial(self._store, deliveries))
             await subscription.ack(deliveries[-1], all_before=True)
+
+    async def _check_writable(self) -> bool:
+        """Insert a row and roll back, because a full disk refuses only real writes."""
+        try:
+            async with self._engine.connect() as connection:
+                await connection.execute(text(INSERT_PROBE))
+                await connection.rollback()
+        except REFUSALS as error:
+            log.warning("dead_letters.postponed", error=connections.describe_error(error))
+            return False
+        return True
 
     async def _store(self, deliveries: Sequence[DeliveredMessage]) -> bool:
         """Insert the dead letters; return whether the transaction committed."""
@@ -79,13 +98,20 @@ class DeadLetterCollector:
                     self._trimmed_at = now
                     if deleted:
                         log.warning("dead_letters.forgotten", count=deleted)
-        except connections.CONNECTION_ERRORS as error:
+        except REFUSALS as error:
             log.warning("dead_letters.postponed", error=connections.describe_error(error))
             return False
         for letter in letters:
             fields = {name: letter[name] for name in ("queue", "reason", "commands")}
             log.error("dead_letter.kept", dead_letter_id=str(letter["dead_letter_id"]), **fields)
         return True
+
+
+async def _retry_until_done(attempt: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    while True:
+        if await run_uninterrupted(attempt()):
+            return
+        await asyncio.sleep(PAUSE_SEC)
 
 
 def build_row(delivery: DeliveredMessage) -> dict[str, Any]:
