@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import structlog
 from aio_pika.abc import AbstractConnection
-from aiormq.abc import ChannelFrame
 from aiormq.channel import Channel
 from aiormq.exceptions import DeliveryError, PublishError
 from pamqp import frame
@@ -18,6 +17,7 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+from sandbox_broker.messaging.aiormq_internals import write_publishes
 from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
 
@@ -155,7 +155,8 @@ class Publisher:
                 async with asyncio.timeout(timeout_sec) as limit:
                     self._limits.add(limit)
                     try:
-                        confirms = await _write(channel, exchange, messages)
+                        frames = b"".join(message.frames(exchange, channel.number) for message in messages)
+                        confirms = await write_publishes(channel, frames, len(messages))
                         await asyncio.wait(confirms)
                     finally:
                         self._limits.discard(limit)
@@ -199,24 +200,3 @@ class Publisher:
 
 def _is_refused(confirm: asyncio.Future[object]) -> bool:
     return confirm.done() and not confirm.cancelled() and isinstance(confirm.exception(), DeliveryError)
-
-
-async def _write(
-    channel: Channel, exchange: str, messages: Sequence[OutboundMessage]
-) -> list[asyncio.Future[object]]:
-    """Queue the messages for the writer as one chunk. Return the futures of their confirms."""
-    written = b"".join(message.frames(exchange, channel.number) for message in messages)
-    async with channel.lock:
-        before = channel.delivery_tag
-        confirms = {before + index: channel.loop.create_future() for index in range(1, len(messages) + 1)}
-        channel.delivery_tag += len(messages)
-        channel.confirmations.update(confirms)
-        try:
-            # Blocks while the write queue is full, for example when an alarm blocks the writer.
-            await channel.write_queue.put(ChannelFrame(written, should_close=False))
-        except BaseException:  # not sent, so RabbitMQ has not counted these messages
-            channel.delivery_tag = before
-            for tag in confirms:
-                channel.confirmations.pop(tag, None)
-            raise
-    return list(confirms.values())

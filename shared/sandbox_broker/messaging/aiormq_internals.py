@@ -1,0 +1,29 @@
+"""All dependencies on aiormq's internals: how a channel counts, confirms and writes messages.
+
+shared/pyproject.toml bounds the version of aiormq, and shared/tests/test_aiormq_internals.py fails if one of these
+internals changes.
+"""
+
+import asyncio
+
+from aiormq.abc import ChannelFrame
+from aiormq.channel import Channel
+
+
+async def write_publishes(channel: Channel, frames: bytes, count: int) -> list[asyncio.Future[object]]:
+    """Queue the frames of `count` publishes for the writer as one chunk. Return the futures of their confirms, in
+    order."""
+    async with channel.lock:
+        before = channel.delivery_tag
+        confirms = {before + index: channel.loop.create_future() for index in range(1, count + 1)}
+        channel.delivery_tag += count
+        channel.confirmations.update(confirms)
+        try:
+            # Blocks while the write queue is full, for example when an alarm blocks the writer.
+            await channel.write_queue.put(ChannelFrame(frames, should_close=False))
+        except BaseException:  # not sent, so RabbitMQ has not counted these messages
+            channel.delivery_tag = before
+            for tag in confirms:
+                channel.confirmations.pop(tag, None)
+            raise
+    return list(confirms.values())
