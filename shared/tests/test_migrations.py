@@ -107,6 +107,47 @@ async def test_alembic_finds_no_difference_to_the_schema(database_url: str) -> N
     await engine.dispose()
 
 
+async def test_the_schema_has_the_columns_of_each_view(database_url: str) -> None:
+    opened = await asyncpg.connect(database_url)
+    columns = await opened.fetch(
+        "SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position) AS columns "
+        "FROM information_schema.columns JOIN information_schema.views USING (table_schema, table_name) "
+        "WHERE table_schema = 'public' GROUP BY table_name"
+    )
+    await opened.close()
+    assert {row["table_name"]: row["columns"] for row in columns} == {
+        view.name: [column.name for column in view.columns] for view in schema.VIEWS
+    }
+
+
+async def test_the_listing_views_return_the_newest_listing_of_their_kind(connection: asyncpg.Connection) -> None:
+    async def listings() -> tuple[int | None, int | None]:
+        applied = await connection.fetchval("SELECT listing_id FROM applied_listing")
+        return applied, await connection.fetchval("SELECT listing_id FROM decided_listing")
+
+    assert await listings() == (None, None)
+    begin = "INSERT INTO csp_listings DEFAULT VALUES RETURNING listing_id"
+    first, second, unfinished = [await connection.fetchval(begin) for _ in range(3)]
+    assert await listings() == (None, None)
+    await connection.execute("UPDATE csp_listings SET applied_at = now() WHERE listing_id = $1", first)
+    assert await listings() == (first, first)
+    await connection.execute("UPDATE csp_listings SET held_at = now() WHERE listing_id = $1", second)
+    assert await listings() == (first, second)
+    await connection.execute("UPDATE csp_listings SET applied_at = now() WHERE listing_id = $1", unfinished)
+    assert await listings() == (unfinished, unfinished)
+
+
+async def test_pool_totals_include_changes_that_are_not_added_up(connection: asyncpg.Connection) -> None:
+    for number, status in enumerate(("available", "available", "stale")):
+        await add_sandbox(connection, str(number), status=status)
+    await connection.execute(
+        "INSERT INTO pool_counts VALUES ('pool', '', 'deleted', 4), ('name_prefix', 'n', 'deleted', 4)"
+    )
+    await connection.execute("UPDATE sandboxes SET status = 'stale' WHERE sandbox_id = '0'")
+    totals = await connection.fetch("SELECT status, number FROM pool_totals WHERE number > 0")
+    assert {row["status"]: row["number"] for row in totals} == {"available": 1, "stale": 2, "deleted": 4}
+
+
 async def test_a_downgrade_can_be_upgraded_again(empty: str) -> None:
     await migrate(empty)
     first = await catalog(empty)

@@ -47,7 +47,7 @@ from sandbox_broker.contract.commands import (
     SyncPool,
 )
 from sandbox_broker.contract.replies import Refused, Reply
-from sandbox_broker.database.schema import metadata
+from sandbox_broker.database.schema import VIEWS, metadata
 from sandbox_broker.declare import declare
 from sandbox_broker.messaging.connection import open_channel
 from sandbox_broker.migrate import migrate
@@ -233,9 +233,9 @@ async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -
     await eventually(can_allocate)
 
 
-async def test_the_gateway_can_read_every_table(servers_with_roles: Servers) -> None:
+async def test_the_gateway_can_read_every_table_and_view(servers_with_roles: Servers) -> None:
     connection = await asyncpg.connect(servers_with_roles.database_url(GATEWAY))
-    for table in TABLES:
+    for table in (*TABLES, *(view.name for view in VIEWS)):
         await connection.execute(f"SELECT FROM {table}")
     await connection.close()
 

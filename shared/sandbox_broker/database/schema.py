@@ -19,7 +19,9 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    column,
     func,
+    table,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -281,3 +283,26 @@ allocator_epoch = Table(
     Index("allocator_epoch_once", "epoch", unique=True),
     comment="who may write: for each queue of the allocator the epoch of its newest consumer",
 )
+
+# Views. The migrations contain their definitions.
+pool_totals = table("pool_totals", column("status", Text), column("number", BigInteger))
+"""Number of sandboxes in each status, exact in every snapshot. A status without sandboxes may have no row."""
+applied_listing = table(
+    "applied_listing",
+    column("listing_id", BigInteger),
+    column("begun_at", _Time),
+    column("applied_at", _Time),
+    column("outcome", JSONB),
+)
+"""The last applied listing. No row before the first one."""
+decided_listing = table(
+    "decided_listing",
+    column("listing_id", BigInteger),
+    column("begun_at", _Time),
+    column("applied_at", _Time),
+    column("held_at", _Time),
+    column("outcome", JSONB),
+)
+"""The newest listing that was applied or is held. No row before the first one."""
+
+VIEWS = (pool_totals, applied_listing, decided_listing)

@@ -61,16 +61,9 @@ actual AS (
     SELECT status, count(*) FROM sandboxes
     WHERE status IN ('pending_deletion', 'deletion_failed', 'stale', 'deleted') GROUP BY status
 ),
-counted AS (
-    SELECT status, sum(number) AS number
-    FROM (
-        SELECT status, number FROM pool_counts WHERE kind = 'pool' UNION ALL SELECT status, number FROM pool_changes
-    ) changes
-    GROUP BY status
-),
 compared AS MATERIALIZED (
     SELECT status, coalesce(actual.number, 0) AS actual, coalesce(counted.number, 0) AS counted
-    FROM actual FULL JOIN counted USING (status)
+    FROM actual FULL JOIN pool_totals counted USING (status)
 ),
 unleased AS MATERIALIZED (
     SELECT s.sandbox_id FROM sandboxes s

@@ -13,13 +13,7 @@ from sandbox_broker.runtime import service
 
 PERIOD_SEC = 5
 
-COUNT_BY_STATUS = """
-SELECT status, sum(number)::bigint
-FROM (
-    SELECT status, number FROM pool_counts WHERE kind = 'pool' UNION ALL SELECT status, number FROM pool_changes
-) counted
-GROUP BY status
-"""
+COUNT_BY_STATUS = "SELECT status, number FROM pool_totals"
 # The 1,000 longest pending sandboxes contain the oldest request: a retried or reopened deletion was
 # requested before it became pending again.
 OLDEST_DELETION = """
@@ -33,14 +27,8 @@ COUNT_DEAD_LETTERS = "SELECT count(*) FROM dead_letters"
 # in the pool. missing: leased sandboxes without an account in CSP.
 SYNC_STATE = """
 SELECT
-    coalesce((
-        SELECT held_at IS NOT NULL FROM csp_listings
-        WHERE coalesce(applied_at, held_at) IS NOT NULL ORDER BY listing_id DESC LIMIT 1
-    ), false) AS held,
-    coalesce((
-        SELECT (outcome->>'leaked')::bigint FROM csp_listings
-        WHERE applied_at IS NOT NULL ORDER BY listing_id DESC LIMIT 1
-    ), 0) AS leaked,
+    coalesce((SELECT held_at IS NOT NULL FROM decided_listing), false) AS held,
+    coalesce((SELECT (outcome->>'leaked')::bigint FROM applied_listing), 0) AS leaked,
     (SELECT count(*) FROM sandboxes WHERE status = 'allocated' AND missing_since IS NOT NULL) AS missing
 """
 OUTBOX_LAG = """
@@ -64,7 +52,8 @@ class PoolMetrics:
     async def _update(self) -> None:
         try:
             async with self._engine.connect() as connection:
-                rows = (await connection.execute(text(COUNT_BY_STATUS))).all()
+                totals = await connection.execute(text(COUNT_BY_STATUS))
+                counts: dict[str, int] = dict(totals.all())
                 oldest_deletion_sec = await connection.scalar(text(OLDEST_DELETION))
                 dead_letters = await connection.scalar(text(COUNT_DEAD_LETTERS))
                 sync = (await connection.execute(text(SYNC_STATE))).one()
@@ -73,7 +62,6 @@ class PoolMetrics:
         except connections.CONNECTION_ERRORS as error:
             log.warning("pool.not_counted", error=connections.describe_error(error))
             return
-        counts = {status: int(number) for status, number in rows}
         metrics.SYNC_HELD.set(sync.held)
         metrics.LEAKS.labels("in_csp").set(sync.leaked)
         metrics.LEAKS.labels("missing").set(sync.missing)

@@ -28,7 +28,7 @@ MAX_EXAMPLES = 20
 BEGIN_LISTING = f"""
 WITH {GUARD},
 kept AS MATERIALIZED (
-    SELECT (SELECT max(listing_id) FROM csp_listings WHERE applied_at IS NOT NULL) AS listing_id FROM guard
+    SELECT (SELECT listing_id FROM applied_listing) AS listing_id FROM guard
 ),
 begun AS (
     INSERT INTO csp_listings (begun_at) SELECT now() FROM guard RETURNING listing_id

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from gateway.api.schemas import Leak, Leaks
 from gateway.queries import cursors
 from gateway.queries.sandboxes import read_connection, unix_seconds
-from sandbox_broker.database.schema import PROOF_GRACE, csp_accounts, csp_listings, sandboxes
+from sandbox_broker.database.schema import PROOF_GRACE, applied_listing, csp_accounts, sandboxes
 
 KEY_TYPES = (str,)
 """Types of the key of a cursor: the sandbox id."""
@@ -27,13 +27,10 @@ async def leaks_page(engine: AsyncEngine, *, limit: int, cursor: str) -> Leaks:
     Raises ApiError INVALID_CURSOR or DATABASE_UNAVAILABLE.
     """
     after = cursors.decode(cursor, KEY_TYPES, "leaks")[0] if cursor else ""
-    latest = (
-        select(
-            csp_listings.c.listing_id, csp_listings.c.begun_at, unix_seconds(csp_listings.c.begun_at).label("at")
-        )
-        .where(csp_listings.c.applied_at.is_not(None))
-        .order_by(csp_listings.c.listing_id.desc())
-        .limit(1)
+    latest = select(
+        applied_listing.c.listing_id,
+        applied_listing.c.begun_at,
+        unix_seconds(applied_listing.c.begun_at).label("at"),
     )
     async with read_connection(engine) as connection:
         listing = (await connection.execute(latest)).one_or_none()

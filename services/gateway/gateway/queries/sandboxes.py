@@ -25,13 +25,13 @@ from gateway.api.schemas import (
 from sandbox_broker.contract.types import SandboxStatus
 from sandbox_broker.database import connections
 from sandbox_broker.database.schema import (
-    csp_listings,
+    applied_listing,
+    decided_listing,
     history,
     jobs,
     leases,
     outbox,
-    pool_changes,
-    pool_counts,
+    pool_totals,
     sandboxes,
 )
 from sandbox_broker.observability import tracing
@@ -167,41 +167,33 @@ def _transition(event_type: str, at: int, data: Mapping[str, Any]) -> Transition
 
 async def pool_stats(engine: AsyncEngine) -> Stats:
     """Return the number of sandboxes in each status, and of allocated sandboxes that CSP no longer lists."""
-    pool = pool_counts.c.kind == "pool"
-    both = union_all(
-        select(pool_counts.c.status, pool_counts.c.number).where(pool),
-        select(pool_changes.c.status, pool_changes.c.number),
-    ).subquery()
-    query = select(both.c.status, func.sum(both.c.number)).group_by(both.c.status)
     missing = select(func.count()).where(sandboxes.c.status == "allocated", sandboxes.c.missing_since.is_not(None))
     async with read_connection(engine) as connection:
-        rows = (await connection.execute(query)).all()
+        totals = await connection.execute(select(pool_totals.c.status, pool_totals.c.number))
         missing_count = (await connection.execute(missing)).scalar_one()
-    counts = {**ZERO_COUNTS, **{status: int(number) for status, number in rows}}
+    counts = {**ZERO_COUNTS, **dict(totals.all())}
     return Stats(total=sum(counts.values()), missing=missing_count, **counts)
 
 
 async def sync_state(engine: AsyncEngine) -> SyncState:
     """Return the last applied listing, and the newest listing if it is held."""
-    listing = (
-        select(
-            csp_listings.c.listing_id,
-            unix_seconds(csp_listings.c.begun_at).label("begun_at"),
-            unix_seconds(csp_listings.c.applied_at).label("applied_at"),
-            unix_seconds(csp_listings.c.held_at).label("held_at"),
-            csp_listings.c.outcome,
-        )
-        .order_by(csp_listings.c.listing_id.desc())
-        .limit(1)
+    applied_query = select(
+        applied_listing.c.listing_id,
+        unix_seconds(applied_listing.c.begun_at).label("begun_at"),
+        unix_seconds(applied_listing.c.applied_at).label("applied_at"),
+        applied_listing.c.outcome,
     )
-    applied = csp_listings.c.applied_at.is_not(None)
+    held_query = select(
+        decided_listing.c.listing_id,
+        unix_seconds(decided_listing.c.begun_at).label("begun_at"),
+        unix_seconds(decided_listing.c.held_at).label("held_at"),
+        decided_listing.c.outcome,
+    ).where(decided_listing.c.held_at.is_not(None))
     async with read_connection(engine) as connection:
-        newest_rows = await connection.execute(listing.where(applied | csp_listings.c.held_at.is_not(None)))
-        applied_rows = await connection.execute(listing.where(applied))
-        newest, last = newest_rows.mappings().one_or_none(), applied_rows.mappings().one_or_none()
-    held = newest if newest and newest["held_at"] is not None else None
+        held = (await connection.execute(held_query)).mappings().one_or_none()
+        applied = (await connection.execute(applied_query)).mappings().one_or_none()
     return SyncState(
-        applied=AppliedSync.model_validate({**last, **last["outcome"]}) if last else None,
+        applied=AppliedSync.model_validate({**applied, **applied["outcome"]}) if applied else None,
         held=HeldSync.model_validate({**held, **held["outcome"]}) if held else None,
     )
 

@@ -17,7 +17,7 @@ from gateway.api.schemas import CspStatus, PartStatus, QueueStatus, ServiceState
 from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections
-from sandbox_broker.database.schema import csp_listings, dead_letters, sandboxes
+from sandbox_broker.database.schema import applied_listing, csp_listings, dead_letters, sandboxes
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
@@ -139,10 +139,15 @@ def _no_answer() -> str:
 async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     """Raises ApiError DATABASE_UNAVAILABLE."""
     pool = await pool_stats(engine)
-    listings = select(
-        unix_seconds(csp_listings.c.begun_at).label("begun_at"), csp_listings.c.held_at, csp_listings.c.applied_at
+    newest = (
+        select(
+            unix_seconds(csp_listings.c.begun_at).label("begun_at"),
+            csp_listings.c.held_at,
+            csp_listings.c.applied_at,
+        )
+        .order_by(csp_listings.c.listing_id.desc())
+        .limit(1)
     )
-    newest = listings.order_by(csp_listings.c.listing_id.desc()).limit(1)
     pending = (
         select(sandboxes.c.deletion_requested_at, sandboxes.c.deletion_attempts, sandboxes.c.deletion_error)
         .where(sandboxes.c.status == "pending_deletion")
@@ -158,12 +163,12 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     )
     async with read_connection(engine) as connection:
         last = (await connection.execute(newest)).one_or_none()
-        applied = (await connection.execute(newest.where(csp_listings.c.applied_at.is_not(None)))).one_or_none()
+        listed_at = await connection.scalar(select(unix_seconds(applied_listing.c.begun_at)))
         deletions = (await connection.execute(pending_summary)).one()
         letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
     unfinished = last is not None and last.applied_at is None and last.held_at is None
     csp = CspStatus(
-        listed_at=applied and applied.begun_at,
+        listed_at=listed_at,
         unfinished_since=last.begun_at if last is not None and unfinished else None,
         held=last is not None and last.held_at is not None and last.applied_at is None,
         pending_since=deletions.pending_since,
