@@ -3,10 +3,10 @@
 import json
 import uuid
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sandbox_broker.contract.codec import (
     MAX_ENVELOPE,
@@ -61,6 +61,7 @@ from sandbox_broker.contract.replies import (
     Reply,
     SandboxesRefreshed,
     SandboxReleased,
+    refuse,
 )
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
@@ -105,7 +106,7 @@ COMMANDS: list[Command] = [
     CleanUpNow(request_id="r", job_id=uuid.UUID(int=7)),
 ]
 REPLIES: list[Reply] = [
-    Refused(code="POOL_EXHAUSTED", message="No available sandboxes in pool"),
+    refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-"),
     LeaseGranted(
         new=True,
         sandbox_id="7",
@@ -294,3 +295,31 @@ def test_encode_event_writes_the_same_json_as_the_model() -> None:
         assert json.loads(body) == json.loads(event.model_dump_json(exclude_none=True)) | {
             "time": "2025-03-27T16:53:47.605459+00:00"
         }
+
+
+class PreviousRefused(BaseModel):
+    """Refused of the previous version, which runs beside this one during a rolling upgrade."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    type: Literal["Refused"] = "Refused"
+    version: Literal[1] = 1
+    code: str
+    message: str
+
+
+def test_the_previous_version_reads_a_refusal_with_its_facts() -> None:
+    refusal = refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-")
+    (raw,) = json.loads(ReplyEnvelope(replies=(refusal,)).model_dump_json())["replies"]
+    read = PreviousRefused.model_validate(raw)
+    assert (read.code, read.message) == ("POOL_EXHAUSTED", "POOL_EXHAUSTED (cause: name_prefix, name_prefix: lab-)")
+    assert PreviousRefused.model_validate(refuse("POOL_EXHAUSTED").model_dump()).message == "POOL_EXHAUSTED"
+
+
+def test_a_refusal_of_the_previous_version_has_no_parameters() -> None:
+    raw = PreviousRefused(code="POOL_EXHAUSTED", message="No available sandboxes in pool").model_dump()
+    assert Refused.model_validate(raw).parameters is None
+    assert Refused.model_validate(raw).to_job_result() == {
+        "code": "POOL_EXHAUSTED",
+        "message": "No available sandboxes in pool",
+    }

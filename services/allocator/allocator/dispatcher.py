@@ -16,7 +16,7 @@ from allocator.routing import Handler, Lane
 from allocator.write_session import UNAVAILABLE, ConcurrentUpdate, Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.contract.replies import Reply, refuse
 from sandbox_broker.database import connections
 from sandbox_broker.messaging import dead_letters
 from sandbox_broker.messaging.publisher import Publisher
@@ -25,14 +25,8 @@ from sandbox_broker.observability import log_context
 DATABASE_PAUSE_SEC = 1.0
 """Time after a database failure in which commands are refused at once, without an attempt."""
 
-DATABASE_UNAVAILABLE = Refused(
-    code="ALLOCATOR_UNAVAILABLE",
-    message="The allocator cannot reach its database. No data is lost. Try again in a few seconds.",
-)
-COMMAND_FAILED = Refused(
-    code="INTERNAL_ERROR",
-    message="The allocator could not process this request. Operators find the cause among the dead letters.",
-)
+DATABASE_UNAVAILABLE = refuse("ALLOCATOR_UNAVAILABLE", cause="database")
+COMMAND_FAILED = refuse("INTERNAL_ERROR", cause="dead_letter")
 
 log = structlog.get_logger()
 
@@ -132,7 +126,7 @@ class Dispatcher:
             raw, reason = entry.model_dump_json(), f"{entry.type} is not for {self._queue}"
         log.error("command.rejected", queue=self._queue, request_id=_request_id(entry), reason=reason)
         await dead_letters.publish_dead_letter(self._publisher, self._queue, raw, reason)
-        return Refused(code="INVALID_COMMAND", message=f"The allocator refuses this command: {reason}")
+        return refuse("INVALID_COMMAND", reason=reason)
 
 
 def _request_id(entry: Command | InvalidCommand) -> str | None:

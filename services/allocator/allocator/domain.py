@@ -1,6 +1,5 @@
-"""Rules of the pool without a database: batching of commands, and refusals."""
+"""Rules of the pool without a database: batching of commands, and the check of a listing."""
 
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -9,7 +8,6 @@ import orjson
 
 from sandbox_broker.contract.codec import InvalidCommand
 from sandbox_broker.contract.commands import AllocateSandbox, Command
-from sandbox_broker.contract.replies import Refused
 
 T = TypeVar("T")
 
@@ -113,123 +111,31 @@ def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:
     yield from (entry for entry in (commands if isinstance(commands, list) else []) if isinstance(entry, dict))
 
 
-def exhausted(command: AllocateSandbox) -> Refused:
-    where = f" with the name prefix '{command.name_prefix}'" if command.name_prefix else ""
-    return Refused(
-        code="POOL_EXHAUSTED",
-        message=f"No available sandboxes in pool{where}. Try again later, or ask the operator for more.",
-    )
-
-
-def key_conflict(*, own: bool) -> Refused:
-    owner = "an ended lease of this student" if own else "a lease of another student"
-    return Refused(
-        code="IDEMPOTENCY_KEY_CONFLICT",
-        message=f"This idempotency key belongs to {owner}. Send a new key, or none.",
-    )
-
-
-def not_found(sandbox_id: str) -> Refused:
-    return Refused(
-        code="SANDBOX_NOT_FOUND",
-        message=f"There is no sandbox '{sandbox_id}'. Use the sandbox_id of the allocation.",
-    )
-
-
-def not_owner(sandbox_id: str) -> Refused:
-    return Refused(
-        code="NOT_SANDBOX_OWNER",
-        message=f"Sandbox '{sandbox_id}' is not leased to this student. Send the student id of its allocation.",
-    )
-
-
-def not_allocated(sandbox_id: str, status: str) -> Refused:
-    return Refused(
-        code="NOT_ALLOCATED",
-        message=f"Sandbox '{sandbox_id}' is {status} and was never leased. There is no lease to end.",
-    )
-
-
-def not_deletion_failed(sandbox_id: str, status: str) -> Refused:
-    return Refused(
-        code="NOT_DELETION_FAILED",
-        message=f"Sandbox '{sandbox_id}' is {status}. Only a deletion_failed one can be retried.",
-    )
-
-
-def no_such_dead_letter(dead_letter_id: uuid.UUID) -> Refused:
-    return Refused(
-        code="DEAD_LETTER_NOT_FOUND",
-        message=f"There is no dead letter {dead_letter_id}. It may have been replayed or dropped.",
-    )
-
-
-def not_replayable(queue: str) -> Refused:
-    return Refused(
-        code="NOT_REPLAYABLE",
-        message=f"The dead letter names the queue '{queue}', which is not a queue of commands. Drop it.",
-    )
-
-
-def sent_by_service_only() -> Refused:
-    return Refused(
-        code="NOT_REPLAYABLE",
-        message="Only the reaper or the csp-syncer may send the commands of this dead letter. They repeat their "
-        "pending work. Drop the dead letter.",
-    )
-
-
-def not_replayed(reason: str) -> Refused:
-    return Refused(
-        code="ALLOCATOR_UNAVAILABLE",
-        message=f"RabbitMQ did not accept the message: {reason}. The dead letter remains. Try again shortly.",
-    )
-
-
-ALREADY_COMPLETED = Refused(
-    code="ALLOCATOR_UNAVAILABLE",
-    message="An earlier delivery of this request may have been completed, and its lease ended. Send a new request.",
-)
-LISTING_OUTDATED = Refused(
-    code="LISTING_OUTDATED",
-    message="A newer listing was applied, or a batch of this one is missing. Run the sync again.",
-)
-
-
-def check_listing(listed: int, lost: int, pool: int, max_stale_fraction: float) -> Refused | None:
-    """Return None if the listing may be applied, else the refusal. This guards the pool against a faulty listing.
+def find_loss_problem(listed: int, lost: int, pool: int, max_stale_fraction: float) -> str | None:
+    """Return None if the listing may be applied, else the reason to hold it. This guards the pool against a faulty
+    listing. The reason is stored, announced, and sent with the refusal.
 
     `lost` is the number of sandboxes in the pool that are missing in the listing or have another account there.
     """
     if listed == 0:
-        problem = "CSP listed no sandbox at all"
-    elif lost > max_stale_fraction * pool:
-        problem = (
+        return "CSP listed no sandbox at all"
+    if lost > max_stale_fraction * pool:
+        return (
             f"{lost} of {pool} sandboxes are missing from CSP's listing or have another account there, "
             f"more than the {max_stale_fraction:.0%} allowed"
         )
-    else:
-        return None
-    return _hold(problem)
+    return None
 
 
-def check_growth(discovered: int, usual: int, max_growth_fraction: float | None) -> Refused | None:
-    """Return None if the listing may be applied, else the refusal. This keeps the accounts of others out of the
-    pool, for example after a change of the token.
+def find_growth_problem(discovered: int, usual: int, max_growth_fraction: float | None) -> str | None:
+    """Return None if the listing may be applied, else the reason to hold it. This keeps the accounts of others out
+    of the pool, for example after a change of the token.
 
     `usual` is the size of the largest listing or of the pool. An unused pool may be filled at once.
     """
     if max_growth_fraction is None or usual == 0 or discovered <= max(MIN_GROWTH, max_growth_fraction * usual):
         return None
-    return _hold(
+    return (
         f"{discovered} accounts of CSP's listing are new, "
         f"more than the {max_growth_fraction:.0%} of {usual} that are allowed"
-    )
-
-
-def _hold(problem: str) -> Refused:
-    return Refused(
-        code="SYNC_HELD",
-        message=f"{problem}; nothing was changed. Inspect the planned changes of the held sync. If CSP is right, "
-        "force the sync.",
     )

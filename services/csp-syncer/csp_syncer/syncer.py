@@ -17,7 +17,7 @@ from sandbox_broker.contract.commands import (
     RecordJob,
     RefreshSandboxes,
 )
-from sandbox_broker.contract.replies import ListingApplied, PoolSynced, Refused
+from sandbox_broker.contract.replies import ListingApplied, PoolSynced, Refused, refuse
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.csp.client import CspClient, CspError, Listing
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
@@ -136,8 +136,8 @@ class Syncer:
         try:
             listing = await self._csp.list_accounts()
         except CspError as error:
-            message = f"CSP could not be listed, and nothing was changed: {error}"
-            raise CommandRefused(Refused(code="CSP_UNAVAILABLE", message=message)) from error
+            refusal = refuse("CSP_UNAVAILABLE", cause="not_listed", problem=str(error))
+            raise CommandRefused(refusal) from error
         if listing.skipped:
             metrics.SKIPPED.inc(len(listing.skipped))
             log.warning(
@@ -180,7 +180,7 @@ def _build_refusal(error: CommandNotDone) -> Refused:
     """Return the reply to the command of a failed sync."""
     if isinstance(error, CommandRefused):
         return error.refusal
-    return Refused(code="ALLOCATOR_UNAVAILABLE", message=f"The allocator did not answer: {error}")
+    return refuse("ALLOCATOR_UNAVAILABLE", cause="no_reply", problem=str(error))
 
 
 def _find_unreadable(listing: Listing) -> tuple[str, ...]:
@@ -205,5 +205,5 @@ def _build_final_report(job_id: uuid.UUID, progress: dict[str, int], reply: Pool
         state, result = "completed", reply.model_dump(exclude={"type", "version"})
     else:
         state = "held" if reply.code == "SYNC_HELD" else "failed"
-        result = {"code": reply.code, "message": reply.message}
+        result = reply.to_job_result()
     return RecordJob(job_id=job_id, kind="sync", state=state, progress=progress, result=result)

@@ -21,7 +21,7 @@ from sandbox_broker.contract.commands import (
     ReleaseSandbox,
     StageListing,
 )
-from sandbox_broker.contract.replies import PoolSynced, RefusalCode, Refused
+from sandbox_broker.contract.replies import PoolSynced, RefusalCode, Refused, refuse
 from sandbox_broker.contract.types import JobState
 
 from .syncer_harness import Allocator, Caller, Csp, calling, emptied, sample, simulated_csp, syncing, until
@@ -222,7 +222,9 @@ async def test_an_unusable_answer_of_csp_is_a_refusal_and_applies_no_listing(
     reply = await caller.sync()
     assert isinstance(reply, Refused)
     assert reply.code == "CSP_UNAVAILABLE"
-    assert "nothing was changed" in reply.message
+    assert reply.parameters is not None
+    assert reply.parameters["cause"] == "not_listed"
+    assert reply.parameters["problem"]
     assert "simulator-token" not in reply.message
     assert [type(command) for command in allocator.received] == [BeginListing]
     assert sample("broker_sync_total", outcome="csp_unavailable") == before + 1
@@ -417,6 +419,19 @@ async def test_a_job_gets_the_reason_of_a_refused_sync(
         state,
         {"code": code, "message": f"no {kind.__name__} now"},
     )
+
+
+async def test_a_job_gets_the_parameters_of_a_refusal(
+    allocator: Allocator, running_syncer: None, caller: Caller
+) -> None:
+    refusal = refuse("SYNC_HELD", reason="CSP listed no sandbox at all")
+    allocator.refusal = lambda command: refusal if isinstance(command, ApplyListing) else None
+    assert await caller.sync(job_id=uuid.uuid4()) == refusal
+    assert allocator.jobs[-1].result == {
+        "code": "SYNC_HELD",
+        "message": "SYNC_HELD (reason: CSP listed no sandbox at all)",
+        "parameters": '{"reason": "CSP listed no sandbox at all"}',
+    }
 
 
 async def test_the_purge_runs_until_its_work_is_done(csp: Csp, allocator: Allocator, amqp_url: str) -> None:

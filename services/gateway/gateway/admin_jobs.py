@@ -23,23 +23,22 @@ async def run_job(
     queue: topology.Queue,
     build_command: Callable[[uuid.UUID], Command[R]],
     *,
-    unavailable: tuple[str, str],
+    unavailable: str,
 ) -> R | JobRunning:
     """Start the job. Return its reply, or the 202 response with the job id if there is no reply in time.
 
     The job is recorded before the command is sent, so that the job in a 202 response always exists. `unavailable`
-    is the error code and the name of the service, for a queue without consumers. Raises ApiError.
+    is the error code for a queue without consumers. Raises ApiError.
     """
     context: Context = request.app.state.context
     loop = asyncio.get_running_loop()
     deadline = loop.time() + context.settings.admin_wait_sec
     job_id = uuid.uuid4()
-    code, service = unavailable
     try:
         if await context.publisher.count_consumers(queue.name) == 0:
-            raise ApiError(code, f"No {service} is running. Start it, then try again.")
+            raise ApiError(unavailable, parameters={"cause": "not_running"})
         if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
-            raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
+            raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "not_running"})
         request.scope["state"]["ids"] = {"job_id": str(job_id)}
         await _record_job(
             context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
@@ -48,7 +47,7 @@ async def run_job(
     except CommandRefused as error:
         raise from_refusal(error.refusal) from error
     except (Disconnected, ServiceUnavailable) as error:
-        raise ApiError(code, "The queue is down. Try again shortly.") from error
+        raise ApiError(unavailable, parameters={"cause": "queue_down"}) from error
     except NoReply:
         running = JobRunning(job_id=job_id, job_url=f"/v1/admin/jobs/{job_id}")
         response.status_code = 202
@@ -61,4 +60,5 @@ async def _record_job(context: Context, command: RecordJob, deadline: float) -> 
     try:
         await context.rpc_client.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
     except NoReply as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", "The allocator does not reply. Try again shortly.") from error
+        parameters = {"cause": "no_reply", "problem": f"{error}. Try again shortly."}
+        raise ApiError("ALLOCATOR_UNAVAILABLE", parameters=parameters) from error

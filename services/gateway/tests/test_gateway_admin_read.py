@@ -1,11 +1,15 @@
 """Tests of the read queries: sandboxes, pool statistics, jobs and readiness."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
+
+from gateway.api.errors import from_refusal
+from sandbox_broker.contract.replies import Refused, refuse
 
 from .gateway_harness import ADMIN, STUDENT, TRACK, Gateway, client, create_app_without_servers, detail, running
 
@@ -194,6 +198,26 @@ async def test_job_includes_its_progress(gateway: Gateway, database: asyncpg.Con
         "result": None,
         "started_at": 1728054123,
     }
+
+
+async def test_message_of_a_refused_job_is_worded_by_the_table(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    refused = refuse("SYNC_HELD", reason="CSP listed no sandbox at all")
+    of_previous_version = Refused(code="SYNC_HELD", message="Nothing was changed.")
+    for number, refusal in enumerate([refused, of_previous_version]):
+        await database.execute(
+            "INSERT INTO jobs (job_id, kind, state, progress, result) VALUES ($1, 'sync', 'held', '{}', $2)",
+            uuid.UUID(int=number),
+            json.dumps(refusal.to_job_result()),
+        )
+    first, second = [
+        (await gateway.client.get(f"/v1/admin/jobs/{uuid.UUID(int=number)}", headers=ADMIN)).json()["result"]
+        for number in range(2)
+    ]
+    assert first == {"code": "SYNC_HELD", "message": from_refusal(refused).message}
+    assert first["message"].startswith("CSP listed no sandbox at all; nothing was changed.")
+    assert second == {"code": "SYNC_HELD", "message": "Nothing was changed."}
 
 
 @pytest.mark.parametrize(

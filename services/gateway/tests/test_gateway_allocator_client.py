@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from csp_simulator.testing import serving
 from gateway import allocator_client
 from gateway.api.errors import ERRORS
+from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply
 from sandbox_broker.messaging.outcome import NoReply
@@ -125,6 +126,16 @@ async def test_refusal_returns_the_status_of_its_code(
         assert detail(response).get("retry_after") == retry_after
     assert sample("broker_allocate_total", outcome=code.lower()) == allocations + 1
     assert sample("broker_deletion_marked_total", outcome=code.lower()) == releases + 1
+
+
+async def test_refusal_with_parameters_is_worded_by_the_table(gateway: Gateway) -> None:
+    async def answer(_: Command) -> Reply:
+        return replies.refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-")
+
+    gateway.allocator.answer = answer
+    assert detail(await gateway.allocate())["message"] == (
+        "No available sandboxes in pool with the name prefix 'lab-'. Try again later, or ask the operator for more."
+    )
 
 
 @pytest.mark.parametrize("code", ["INVALID_COMMAND", "wrong reply"])

@@ -78,7 +78,7 @@ class AdminJobs:
         if isinstance(reply, CleanedUp):
             state, result = "completed", reply.model_dump(include={"deleted", "failed", "duration_ms"})
         else:
-            state, result = "failed", reply.model_dump(include={"code", "message"})
+            state, result = "failed", reply.to_job_result()
         progress = {"deleted": job.deleted, "failed": job.failed}
         command = RecordJob(job_id=job.job_id, kind="cleanup", state=state, progress=progress, result=result)
         with log_context.bound(request_id=job.request_id):

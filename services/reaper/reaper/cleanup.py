@@ -23,7 +23,7 @@ from reaper.circuit_breaker import State
 from reaper.deletion import Deleter, Outcome
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
-from sandbox_broker.contract.replies import DeletionsClaimed, Refused
+from sandbox_broker.contract.replies import DeletionsClaimed, refuse
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.outcome import CommandNotDone
 
@@ -88,8 +88,7 @@ class CleanUp:
             await self._allocator.request(EndCleanup(run_id=self._run_id))
         except CommandNotDone as error:
             log.warning("cleanup.postponed", error=str(error))
-            message = f"The allocator did not answer: {error}. Pending sandboxes are deleted later, automatically."
-            await self._jobs.fail(Refused(code="ALLOCATOR_UNAVAILABLE", message=message))
+            await self._jobs.fail(refuse("ALLOCATOR_UNAVAILABLE", cause="cleanup_postponed", problem=str(error)))
             # Keep the run id, because this run may still hold the leader lease.
             return NO_REPLY_PAUSE_SEC
         self._run_id = uuid.uuid4()
@@ -125,11 +124,14 @@ class CleanUp:
         """Fail the open jobs, because the circuit breaker is open. Return the seconds until it is half open."""
         pause_sec = self._deleter.seconds_until_half_open
         log.warning("cleanup.paused", reason=self._deleter.obstacle, pause_sec=round(pause_sec, 1))
-        message = (
-            f"{self._deleter.obstacle}, so deletions pause. They continue automatically; "
-            f"the next attempt is in {pause_sec:.0f} s."
+        await self._jobs.fail(
+            refuse(
+                "CSP_UNAVAILABLE",
+                cause="deletions_paused",
+                problem=self._deleter.obstacle,
+                pause_sec=round(pause_sec),
+            )
         )
-        await self._jobs.fail(Refused(code="CSP_UNAVAILABLE", message=message))
         return pause_sec
 
     async def _expedite(self, run_id: uuid.UUID) -> bool:

@@ -1,6 +1,8 @@
 """Replies to commands."""
 
+import json
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,12 +27,31 @@ RefusalCode = Literal[
 ]
 
 
+Parameters = Mapping[str, int | str]
+"""Facts of a refusal. `cause` distinguishes the causes of a code that has several."""
+
+
 class Refused(Message):
-    """The command was refused. `message` gives the reason and the action to take."""
+    """The command was refused. The gateway words the reason from `code` and `parameters`. A sender of the previous
+    version has no `parameters`, and its `message` states the reason. Otherwise `message` repeats code and facts for
+    receivers of that version."""
 
     type: Literal["Refused"] = "Refused"
     code: RefusalCode
+    parameters: dict[str, int | str] | None = None
     message: str
+
+    def to_job_result(self) -> dict[str, int | str]:
+        """Return the result of a job that ended with this refusal. `parameters` are JSON there."""
+        result: dict[str, int | str] = {"code": self.code, "message": self.message}
+        if self.parameters is not None:
+            result["parameters"] = json.dumps(self.parameters)
+        return result
+
+
+def refuse(code: RefusalCode, **parameters: int | str) -> Refused:
+    facts = ", ".join(f"{name}: {value}" for name, value in parameters.items())
+    return Refused(code=code, parameters=parameters, message=f"{code} ({facts})" if facts else code)
 
 
 class LeaseGranted(Message):

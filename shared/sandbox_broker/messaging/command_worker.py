@@ -11,7 +11,7 @@ from aiormq.abc import DeliveredMessage
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.contract.replies import Reply, refuse
 from sandbox_broker.messaging import dead_letters
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
@@ -21,10 +21,7 @@ MAX_AT_ONCE = 100
 
 log = structlog.get_logger()
 
-FAILED = Refused(
-    code="INTERNAL_ERROR",
-    message="The command failed. It is kept among the dead letters, with the reason.",
-)
+FAILED = refuse("INTERNAL_ERROR", cause="dead_letter")
 
 Handle = Callable[[Command], Awaitable[Reply | None]]
 """Handler of a command. It returns None if the command is not for this service."""
@@ -88,4 +85,4 @@ async def _reply(
         reason = f"{command.type} is not for {queue.name}"
     log.error("command.rejected", queue=queue.name, reason=reason)
     await dead_letters.publish_dead_letter(publisher, queue.name, raw, reason)
-    return Refused(code="INVALID_COMMAND", message=f"This command is refused: {reason}")
+    return refuse("INVALID_COMMAND", reason=reason)

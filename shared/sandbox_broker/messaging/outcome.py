@@ -1,7 +1,7 @@
 """Outcome of a command at its sender: the reply, or the error that takes its place."""
 
 from sandbox_broker.contract.commands import Command, R
-from sandbox_broker.contract.replies import RefusalCode, Refused, Reply
+from sandbox_broker.contract.replies import Parameters, RefusalCode, Refused, Reply
 
 
 class CommandNotDone(Exception):
@@ -16,6 +16,10 @@ class CommandRefused(CommandNotDone):
     @property
     def code(self) -> RefusalCode:
         return self.refusal.code
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.refusal.parameters or {}
 
 
 class ServiceUnavailable(CommandNotDone):

@@ -13,7 +13,7 @@ from allocator.write_session import WriteSession
 from sandbox_broker.contract import replies, topology
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope, decode_commands
 from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
-from sandbox_broker.contract.replies import Reply
+from sandbox_broker.contract.replies import Reply, refuse
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Unroutable
 
@@ -31,11 +31,11 @@ async def replay_dead_letter(session: WriteSession, command: ReplayDeadLetter) -
     """
     letter = await dead_letters.find(session, dead_letter_id=command.dead_letter_id)
     if letter is None:
-        return domain.no_such_dead_letter(command.dead_letter_id)
+        return refuse("DEAD_LETTER_NOT_FOUND", dead_letter_id=str(command.dead_letter_id))
     if letter["queue"] not in REPLAYABLE:
-        return domain.not_replayable(letter["queue"])
+        return refuse("NOT_REPLAYABLE", cause="queue", queue=letter["queue"])
     if not _has_replayable_command(letter["body"]):
-        return domain.sent_by_service_only()
+        return refuse("NOT_REPLAYABLE", cause="sender")
     body, skipped = await _remove_completed_allocations(session, letter)
     if body is not None:
         properties = Basic.Properties(
@@ -47,7 +47,7 @@ async def replay_dead_letter(session: WriteSession, command: ReplayDeadLetter) -
         try:
             await session.publisher.publish(topology.COMMANDS.name, letter["queue"], body, properties)
         except (Disconnected, Unroutable) as error:
-            return domain.not_replayed(str(error))
+            return refuse("ALLOCATOR_UNAVAILABLE", cause="not_published", problem=str(error))
     await dead_letters.delete(session, dead_letter_id=command.dead_letter_id)
     log.info(
         "dead_letter.replayed",
@@ -64,7 +64,7 @@ async def replay_dead_letter(session: WriteSession, command: ReplayDeadLetter) -
 
 async def drop_dead_letter(session: WriteSession, command: DropDeadLetter) -> Reply:
     if not await dead_letters.delete(session, dead_letter_id=command.dead_letter_id):
-        return domain.no_such_dead_letter(command.dead_letter_id)
+        return refuse("DEAD_LETTER_NOT_FOUND", dead_letter_id=str(command.dead_letter_id))
     log.info("dead_letter.dropped", request_id=command.request_id, dead_letter_id=str(command.dead_letter_id))
     return replies.Recorded(changed=True)
 

@@ -4,7 +4,6 @@ from datetime import timedelta
 
 import structlog
 
-from allocator import domain
 from allocator.sql import deletions
 from allocator.write_session import WriteSession
 from sandbox_broker.contract import replies
@@ -16,7 +15,7 @@ from sandbox_broker.contract.commands import (
     RecordDeletionFailure,
     RetryDeletion,
 )
-from sandbox_broker.contract.replies import Reply
+from sandbox_broker.contract.replies import Reply, refuse
 
 log = structlog.get_logger()
 
@@ -96,9 +95,9 @@ async def retry_deletion(session: WriteSession, command: RetryDeletion) -> Reply
         traceparent=command.traceparent,
     )
     if row["status"] is None:
-        return domain.not_found(command.sandbox_id)
+        return refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
     if not row["changed"]:
-        return domain.not_deletion_failed(command.sandbox_id, row["status"])
+        return refuse("NOT_DELETION_FAILED", sandbox_id=command.sandbox_id, status=row["status"])
     log.info("sandbox.deletion_retried", sandbox_id=command.sandbox_id)
     return replies.SandboxReleased(
         sandbox_id=command.sandbox_id,

@@ -9,16 +9,18 @@ from allocator import domain, metrics
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
-from sandbox_broker.contract.replies import LeaseGranted, LeasesExpired, Refused, Reply, SandboxReleased
+from sandbox_broker.contract.replies import LeaseGranted, LeasesExpired, Refused, Reply, SandboxReleased, refuse
 
 log = structlog.get_logger()
+
+_ALREADY_COMPLETED = refuse("ALLOCATOR_UNAVAILABLE", cause="redelivered")
 
 
 async def allocate_sandbox(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
     """Grant new leases, or repeat the active leases of the holders."""
     completed = await _holders_already_served(session, commands)
     replies = iter(await _allocate(session, [command for command in commands if command.holder not in completed]))
-    return [domain.ALREADY_COMPLETED if command.holder in completed else next(replies) for command in commands]
+    return [_ALREADY_COMPLETED if command.holder in completed else next(replies) for command in commands]
 
 
 async def _holders_already_served(session: WriteSession, commands: Sequence[AllocateSandbox]) -> set[str]:
@@ -80,8 +82,12 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow) -> Re
         name_prefix=command.name_prefix,
     )
     if outcome == "exhausted":
-        return domain.exhausted(command)
-    return domain.key_conflict(own=outcome == "key_used_up")
+        if command.name_prefix is None:
+            return refuse("POOL_EXHAUSTED")
+        return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=command.name_prefix)
+    if outcome == "key_used_up":
+        return refuse("IDEMPOTENCY_KEY_CONFLICT", cause="own_ended_lease")
+    return refuse("IDEMPOTENCY_KEY_CONFLICT", cause="other_student")
 
 
 def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:
@@ -106,9 +112,9 @@ async def release_sandbox(session: WriteSession, commands: Sequence[ReleaseSandb
 def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
     refusal: Refused | None = None
     if not row["exists"]:
-        refusal = domain.not_found(command.sandbox_id)
+        refusal = refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
     elif not row["own"]:
-        refusal = domain.not_owner(command.sandbox_id)
+        refusal = refuse("NOT_SANDBOX_OWNER", sandbox_id=command.sandbox_id)
     if refusal is not None:
         log.info(
             "release.refused",
@@ -151,9 +157,9 @@ async def end_lease(session: WriteSession, command: EndLease) -> Reply:
         traceparent=command.traceparent,
     )
     if row["status"] is None:
-        return domain.not_found(command.sandbox_id)
+        return refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
     if row["lease_id"] is None:
-        return domain.not_allocated(command.sandbox_id, row["status"])
+        return refuse("NOT_ALLOCATED", sandbox_id=command.sandbox_id, status=row["status"])
     if row["deletion_requested_at"] is None:
         raise ConcurrentUpdate
     if row["changed"]:

@@ -9,7 +9,7 @@ from allocator.sql import listings
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import ApplyListing, BeginListing, RefreshSandboxes, StageListing
-from sandbox_broker.contract.replies import Reply
+from sandbox_broker.contract.replies import Reply, refuse
 
 log = structlog.get_logger()
 
@@ -34,22 +34,22 @@ async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
     listing_id = command.listing_id
     assessment = await listings.assess_listing(session, listing_id=listing_id)
     if assessment["outdated"] or assessment["listed"] != command.total:
-        return domain.LISTING_OUTDATED
+        return refuse("LISTING_OUTDATED")
     if not assessment["applied"]:
-        refusal = domain.check_listing(
+        problem = domain.find_loss_problem(
             assessment["listed"],
             assessment["lacking"] + assessment["moving_in_pool"],
             assessment["pool"],
             command.max_stale_fraction,
-        ) or domain.check_growth(
+        ) or domain.find_growth_problem(
             assessment["discovered"],
             max(assessment["largest"], assessment["pool"]),
             command.max_growth_fraction,
         )
-        if refusal and not command.force:
-            await listings.hold_listing(session, listing_id=listing_id, reason=refusal.message)
-            log.warning("sync.held", listing_id=listing_id, reason=refusal.message)
-            return refusal
+        if problem and not command.force:
+            await listings.hold_listing(session, listing_id=listing_id, reason=problem)
+            log.warning("sync.held", listing_id=listing_id, reason=problem)
+            return refuse("SYNC_HELD", reason=problem)
         if assessment["moving"]:
             await listings.move_accounts(session, listing_id=listing_id)
         row = await listings.apply_listing(session, listing_id=listing_id)

@@ -1,5 +1,6 @@
 """Read queries of the gateway: sandboxes, pool statistics, syncs and jobs. The gateway never writes."""
 
+import json
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway.api.errors import ApiError
+from gateway.api.errors import ERRORS, ApiError
 from gateway.api.schemas import (
     Actor,
     AppliedSync,
@@ -215,10 +216,18 @@ async def find_job(engine: AsyncEngine, job_id: uuid.UUID) -> Job | None:
         row = (await connection.execute(query)).mappings().one_or_none()
     if row is None:
         return None
-    job = Job.model_validate(row)
+    job = Job.model_validate({**row, "result": _word_result(row["result"])})
     if row["abandoned"]:
         return job.model_copy(update={"state": "failed", "result": {"message": WORKER_LOST}})
     return job
+
+
+def _word_result(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the result of a job with the message of its refusal (see `Refused.to_job_result`)."""
+    if result is None or "parameters" not in result or result["code"] not in ERRORS:
+        return result
+    code, parameters = result["code"], json.loads(result["parameters"])
+    return {"code": code, "message": ERRORS[code].word(parameters)}
 
 
 def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:

@@ -47,7 +47,7 @@ async def cleanup(request: Request, response: Response) -> Cleanup | JobRunning:
         "cleanup",
         topology.REAPER_COMMANDS,
         lambda job_id: CleanUpNow(request_id=request.state.request_id, job_id=job_id),
-        unavailable=("REAPER_UNAVAILABLE", "reaper"),
+        unavailable="REAPER_UNAVAILABLE",
     )
     if isinstance(reply, JobRunning):
         return reply
@@ -87,7 +87,7 @@ async def _release_by(request: Request, build_command: Callable[..., Command[San
     try:
         command = build_command(request_id=request.state.request_id)
     except ValueError:  # invalid sandbox id
-        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.") from None
+        raise ApiError("SANDBOX_NOT_FOUND", parameters={"cause": "unknown_to_admin"}) from None
     reply = await request_maintenance(request, command)
     return Release.model_validate(reply, from_attributes=True)
 
@@ -100,7 +100,7 @@ async def request_maintenance(request: Request, command: Command[R]) -> R:
     context: Context = request.app.state.context
     try:
         if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
-            raise ApiError("ALLOCATOR_UNAVAILABLE", "No allocator is running. Start it, then try again.")
+            raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "not_running"})
         with log_context.bound(request_id=request.state.request_id):
             return await context.rpc_client.request(
                 topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=context.settings.admin_wait_sec
@@ -108,12 +108,9 @@ async def request_maintenance(request: Request, command: Command[R]) -> R:
     except CommandRefused as error:
         raise from_refusal(error.refusal) from error
     except (Disconnected, ServiceUnavailable) as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", "The queue is down. Try again shortly.") from error
+        raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "queue_down"}) from error
     except NoReply as error:
-        raise ApiError(
-            "MAINTENANCE_TIMEOUT",
-            "The allocator did not reply in time. The action may still take effect. Check before you repeat it.",
-        ) from error
+        raise ApiError("MAINTENANCE_TIMEOUT") from error
 
 
 @router.get("/jobs/{job_id}", responses=responses(*COMMON_ERRORS, "JOB_NOT_FOUND", "DATABASE_UNAVAILABLE"))

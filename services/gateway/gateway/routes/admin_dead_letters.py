@@ -62,4 +62,4 @@ def _parse_id(dead_letter_id: str) -> uuid.UUID:
 
 
 def _not_found() -> ApiError:
-    return ApiError("DEAD_LETTER_NOT_FOUND", "There is no such dead letter. See GET /v1/admin/dead-letters.")
+    return ApiError("DEAD_LETTER_NOT_FOUND", parameters={"cause": "unknown_id"})

@@ -79,7 +79,7 @@ async def get_sandbox(request: Request, sandbox_id: str) -> SandboxStory:
     context: Context = request.app.state.context
     details = await sandboxes.sandbox_details(context.engine, sandbox_id) if "\0" not in sandbox_id else None
     if details is None:
-        raise ApiError("SANDBOX_NOT_FOUND", "There is no such sandbox. See GET /v1/admin/sandboxes.")
+        raise ApiError("SANDBOX_NOT_FOUND", parameters={"cause": "unknown_to_admin"})
     return details
 
 

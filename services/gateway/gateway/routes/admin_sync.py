@@ -44,7 +44,7 @@ async def sync(request: Request, response: Response, force: bool = False) -> Syn
         "sync",
         topology.SYNCER_COMMANDS,
         lambda job_id: SyncPool(request_id=request.state.request_id, force=force, job_id=job_id),
-        unavailable=("SYNCER_UNAVAILABLE", "csp-syncer"),
+        unavailable="SYNCER_UNAVAILABLE",
     )
     if isinstance(reply, JobRunning):
         return reply
@@ -89,7 +89,4 @@ async def _purge_all(request: Request, command: DeleteStale | PurgeRecords) -> P
         if reply.count < command.limit:
             return Purge(deleted=deleted, duration_ms=round(elapsed_sec * 1000))
         if elapsed_sec > context.settings.admin_wait_sec:
-            raise ApiError(
-                "MAINTENANCE_TIMEOUT",
-                f"{deleted} records are done, and more are left. Repeat the request to continue.",
-            )
+            raise ApiError("MAINTENANCE_TIMEOUT", parameters={"cause": "more_records", "done": deleted})

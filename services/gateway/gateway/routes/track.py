@@ -130,10 +130,7 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sand
     if held is None:
         raise _sandbox_not_found()
     if held.sandbox is None or held.holder != holder:
-        raise ApiError(
-            "NOT_SANDBOX_OWNER",
-            "This sandbox is not leased to this student. Send the X-Instruqt-Sandbox-ID of its allocation.",
-        )
+        raise ApiError("NOT_SANDBOX_OWNER", parameters={"sandbox_id": sandbox_id})
     return held.sandbox
 
 
@@ -150,15 +147,11 @@ async def _request(request: Request, command: Command[R], *, timeout_code: str) 
     except CommandRefused as error:
         raise from_refusal(error.refusal) from error
     except ServiceUnavailable as error:
-        raise ApiError("ALLOCATOR_UNAVAILABLE", f"{error} No data is lost. Try again shortly.") from error
+        parameters = {"cause": "unreachable", "problem": str(error)}
+        raise ApiError("ALLOCATOR_UNAVAILABLE", parameters=parameters) from error
     except NoReply as error:
-        raise ApiError(
-            timeout_code,
-            "The allocator did not reply in time. The request may still succeed. Repeat it to get its result.",
-        ) from error
+        raise ApiError(timeout_code) from error
 
 
 def _sandbox_not_found() -> ApiError:
-    return ApiError(
-        "SANDBOX_NOT_FOUND", "There is no such sandbox. Use the sandbox_id that the allocation returned."
-    )
+    return ApiError("SANDBOX_NOT_FOUND", parameters={"cause": "unknown_id"})
