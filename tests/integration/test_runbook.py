@@ -98,3 +98,14 @@ async def test_a_restore_without_logs_deletes_sandboxes_possibly_in_use(stack: S
     await stack.control("POST", "accounts", {"count": 1})
     assert (await stack.sync()).status_code == 200
     assert (await stack.allocate("ada")).status_code == 201
+
+
+async def test_the_allocators_of_the_database_are_listed(stack: Stack) -> None:
+    query = find_statement("SELECT allocator_id, presence_queue")
+
+    async def is_listed() -> bool:
+        return bool(await stack.database.fetch(query))
+
+    await eventually(is_listed)
+    newest, *_ = await stack.database.fetch(query)
+    assert newest["other_broker_at"] is None

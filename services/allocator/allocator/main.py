@@ -1,11 +1,14 @@
 """Wiring of the allocator: command consumers and background tasks."""
 
+from functools import partial
+
 from starlette.applications import Starlette
 
 from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.background.invariant_check import check_invariants
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_metrics import PoolMetrics
+from allocator.background.presence import Presence
 from allocator.consumer import Consumer
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
@@ -18,11 +21,12 @@ from sandbox_broker.runtime import service, startup
 
 def create_app(settings: Settings) -> Starlette:
     primary = Primary(settings.database_url)
-    engine = connections.create_engine(primary, pool_size=1, max_overflow=1)
+    engine = connections.create_engine(primary, pool_size=1, max_overflow=2)
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = OutboxRelay(primary, publisher)
     collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics = PoolMetrics(engine)
+    presence = Presence(settings.amqp_url, engine)
     students, maintenance = (
         Consumer(lane, settings, primary, publisher, relay) for lane in (STUDENTS, MAINTENANCE)
     )
@@ -54,10 +58,17 @@ def create_app(settings: Settings) -> Starlette:
             check_invariants_periodically,
             collector.run,
             relay.run,
-            maintenance.run,
-            students.run,
+            presence.run,
+            partial(run_when_checked, presence, maintenance),
+            partial(run_when_checked, presence, students),
         ),
     )
+
+
+async def run_when_checked(presence: Presence, consumer: Consumer) -> None:
+    """Run the consumer after the check for another broker, because its first command would fence that broker."""
+    await presence.wait_checked()
+    await consumer.run()
 
 
 def main() -> None:

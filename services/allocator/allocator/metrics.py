@@ -30,6 +30,9 @@ LEAKS = Gauge(
     "missing: leased sandboxes without an account in CSP",
     ["kind"],
 )
+OTHER_BROKER = Gauge(
+    "broker_other_broker", "1 for ten minutes after an allocator of another broker used the same database, else 0"
+)
 INVARIANT_VIOLATIONS = Gauge(
     "broker_invariant_violations",
     "Violations of a rule of the pool, as last counted by the active allocator; must be 0",

@@ -306,3 +306,20 @@ decided_listing = table(
 """The newest listing that was applied or is held. No row before the first one."""
 
 VIEWS = (pool_totals, applied_listing, decided_listing)
+
+allocators = Table(
+    "allocators",
+    metadata,
+    Column("allocator_id", Uuid, primary_key=True),
+    Column(
+        "presence_queue",
+        Text,
+        nullable=False,
+        comment="its exclusive queue, which exists only in the RabbitMQ of its broker",
+    ),
+    Column("reports", BigInteger, nullable=False, server_default=text("0")),
+    Column("started_at", _Time, nullable=False, server_default=func.now()),
+    Column("seen_at", _Time, nullable=False, server_default=func.now()),
+    Column("other_broker_at", _Time, comment="last time it has seen an allocator of another broker"),
+    comment="allocators that report about twice a second",
+)

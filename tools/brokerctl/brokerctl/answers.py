@@ -78,6 +78,7 @@ class Status(TypedDict):
     pool: PoolCounts | None
     csp: CspState | None
     dead_letters: Count | None
+    other_broker_at: NotRequired[Timestamp | None]
 
 
 class SandboxSummary(TypedDict):

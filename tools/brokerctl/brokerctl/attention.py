@@ -62,6 +62,12 @@ def find_attention_items(gateway: Mapping[str, Any], status: Status | None) -> I
         )
         return
     yield from _check_servers(status)
+    if (other_broker_at := status.get("other_broker_at")) is not None:
+        yield AttentionItem(
+            "PostgreSQL",
+            f"Another broker used the same database {format_age(other_broker_at, time.time())}.",
+            "Find the allocator that stopped, and correct its DATABASE_URL or AMQP_URL.",
+        )
     yield from _check_services(status)
     if status["pool"] is not None:
         yield from _check_pool(status["pool"])

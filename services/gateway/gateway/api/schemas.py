@@ -348,6 +348,9 @@ class Status(BaseModel):
     pool: Stats | None = Field(description="null while the database does not respond, like all fields below")
     csp: CspStatus | None
     dead_letters: Count | None
+    other_broker_at: UnixSeconds | None = Field(
+        description="last time that an allocator of another broker used the database, null after ten minutes"
+    )
 
 
 class Purge(BaseModel):

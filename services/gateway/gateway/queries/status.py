@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 from sqlalchemy import func, select
@@ -17,7 +18,7 @@ from gateway.api.schemas import CspStatus, PartStatus, QueueStatus, ServiceState
 from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections
-from sandbox_broker.database.schema import applied_listing, csp_listings, dead_letters, sandboxes
+from sandbox_broker.database.schema import allocators, applied_listing, csp_listings, dead_letters, sandboxes
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
@@ -26,6 +27,8 @@ PROBE_TIMEOUT_SEC = 0.3
 
 MAX_PENDING_DELETIONS = 1000
 """Limit of pending deletions to examine, oldest first."""
+
+OTHER_BROKER_WARNING = timedelta(minutes=10)
 
 SERVICES = tuple(dict.fromkeys(queue.owner for queue in topology.QUEUES))
 
@@ -39,6 +42,7 @@ class DatabaseReport:
     pool: Stats
     csp: CspStatus
     dead_letters: int
+    other_broker_at: int | None
 
 
 class Probe(Generic[T]):
@@ -89,6 +93,7 @@ class StatusReporter:
             pool=known and known.pool,
             csp=known and known.csp,
             dead_letters=known and known.dead_letters,
+            other_broker_at=known and known.other_broker_at,
         )
 
 
@@ -161,11 +166,14 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         func.count().filter(failing).label("failing"),
         func.max(pending.c.deletion_error).filter(failing).label("error"),
     )
+    seen_at = func.max(allocators.c.other_broker_at)
+    other_broker_at = select(unix_seconds(seen_at)).having(seen_at > func.now() - OTHER_BROKER_WARNING)
     async with read_connection(engine) as connection:
         last = (await connection.execute(newest)).one_or_none()
         listed_at = await connection.scalar(select(unix_seconds(applied_listing.c.begun_at)))
         deletions = (await connection.execute(pending_summary)).one()
         letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
+        other_broker = (await connection.execute(other_broker_at)).scalar_one_or_none()
     unfinished = last is not None and last.applied_at is None and last.held_at is None
     csp = CspStatus(
         listed_at=listed_at,
@@ -175,4 +183,4 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         failing=deletions.failing,
         error=deletions.error,
     )
-    return DatabaseReport(pool, csp, letters)
+    return DatabaseReport(pool, csp, letters, other_broker)
