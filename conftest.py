@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest_plugins = ["devstack.testing"]
+pytest_plugins = ["devstack.lanes", "devstack.testing"]
 
 
 @pytest.hookimpl(trylast=True)

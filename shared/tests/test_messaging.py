@@ -94,7 +94,7 @@ async def proxied_bus(amqp_proxy: TcpProxy, connected: Connected) -> AsyncIterat
 
 
 @pytest.fixture(scope="module")
-async def private() -> AsyncIterator[PrivateRabbitMQ]:
+async def private(server_programs: None) -> AsyncIterator[PrivateRabbitMQ]:
     async with PrivateRabbitMQ() as server:
         yield server
 

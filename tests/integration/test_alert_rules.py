@@ -24,7 +24,7 @@ from tests.integration.stack import PORTS, Stack
 
 
 @pytest.fixture
-async def promtool() -> str:
+async def promtool(server_programs: None) -> str:
     try:
         return await prometheus.find_promtool(Terminal())
     except CannotRun as reason:

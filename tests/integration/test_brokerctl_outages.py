@@ -56,7 +56,7 @@ class Broker:
 
 
 @pytest.fixture(scope="module")
-async def running_broker() -> AsyncIterator[Broker]:
+async def running_broker(server_programs: None) -> AsyncIterator[Broker]:
     async with (
         PrivatePostgres() as postgres,
         PrivateRabbitMQ() as rabbitmq,

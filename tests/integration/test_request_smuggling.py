@@ -270,6 +270,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+@pytest.mark.usefixtures("server_programs")
 @pytest.mark.parametrize("proxy", PROXIES)
 async def test_random_framing_through_a_proxy_never_changes_the_response_to_another_client(proxy: str) -> None:
     served = 0

@@ -138,7 +138,7 @@ def _with_user(url: str, user: str) -> str:
 
 
 @pytest.fixture(scope="module")
-async def servers_with_roles() -> AsyncIterator[Servers]:
+async def servers_with_roles(server_programs: None) -> AsyncIterator[Servers]:
     async with PrivatePostgres() as postgres, PrivateRabbitMQ() as rabbitmq:
         servers = Servers(postgres.url.removesuffix("/postgres") + f"/{DATABASE}", rabbitmq.url)
         await _create_roles(postgres, servers)

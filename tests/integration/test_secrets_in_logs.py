@@ -67,7 +67,7 @@ def _with_credentials(url: str, user: str, password: str) -> str:
 
 
 @pytest.fixture(scope="module")
-async def servers() -> AsyncIterator[tuple[PrivatePostgres, PrivateRabbitMQ]]:
+async def servers(server_programs: None) -> AsyncIterator[tuple[PrivatePostgres, PrivateRabbitMQ]]:
     async with PrivatePostgres() as postgres, PrivateRabbitMQ() as rabbitmq:
         administrator = await asyncpg.connect(postgres.url)
         await administrator.execute(f"CREATE ROLE broker SUPERUSER LOGIN PASSWORD '{DATABASE_PASSWORD}'")

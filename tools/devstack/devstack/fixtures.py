@@ -47,12 +47,12 @@ def settings_from(tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture(scope="session")
-def postgres_binaries() -> None:
+def postgres_binaries(server_programs: None) -> None:  # noqa: ARG001 - puts the test into the server lane
     _require("PostgreSQL", "postgresql", postgres.find_binaries)
 
 
 @pytest.fixture(scope="session")
-def rabbitmq_binaries() -> None:
+def rabbitmq_binaries(server_programs: None) -> None:  # noqa: ARG001 - puts the test into the server lane
     _require("RabbitMQ", "rabbitmq-server", rabbitmq.find_binaries)
 
 

@@ -50,7 +50,10 @@ def pytest_configure_node(node: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-async def servers(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Server, Server]]:
+async def servers(
+    request: pytest.FixtureRequest,
+    server_programs: None,  # noqa: ARG001 - puts the test into the server lane
+) -> AsyncIterator[tuple[Server, Server]]:
     """Return the PostgreSQL server and the RabbitMQ server."""
     async with AsyncExitStack() as stack:
         try:

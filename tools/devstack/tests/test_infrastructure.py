@@ -39,7 +39,7 @@ def unused_ports() -> Mapping[str, str]:
 
 
 @pytest.fixture
-def no_docker(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_docker(server_programs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # An unreachable address has the same effect on machines with and without Docker.
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
 

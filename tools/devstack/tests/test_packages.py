@@ -17,6 +17,7 @@ rmdir "$BUSY"
 """
 
 
+@pytest.mark.usefixtures("server_programs")
 async def test_concurrent_installations_run_one_at_a_time(
     tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
