@@ -16,6 +16,10 @@ RUNBOOK = ROOT / "docs" / "runbook.md"
 
 
 def read_alerts() -> list[dict[str, Any]]:
+    return [rule for rule in _read_rules() if "alert" in rule]
+
+
+def _read_rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load(ALERTS.read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
@@ -28,9 +32,9 @@ def list_queries(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_expressions() -> list[str]:
-    """Return the expressions of all alerts and dashboards."""
+    """Return the expressions of all alerts, recorded values and dashboards."""
     dashboard_queries = [query for file in DASHBOARDS for _, query in list_queries(json.loads(file.read_text()))]
-    return [alert["expr"] for alert in read_alerts()] + dashboard_queries
+    return [rule["expr"] for rule in _read_rules()] + dashboard_queries
 
 
 def find_metrics(expression: str) -> set[str]:
