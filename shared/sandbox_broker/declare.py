@@ -9,18 +9,15 @@ import logging
 
 from aio_pika.exceptions import AMQPError
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import delete_replaced, open_connection
-from sandbox_broker.runtime.settings import AmqpUrl, load, stop
+from sandbox_broker.runtime.settings import AmqpUrl, EnvironmentSettings, load, stop
 
 TIMEOUT_SEC = 30.0
 
 
-class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
-
+class Settings(EnvironmentSettings):
     amqp_url: AmqpUrl = Field(repr=False)
 
 

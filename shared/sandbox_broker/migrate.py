@@ -10,20 +10,17 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import Connection, text
 
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
-from sandbox_broker.runtime.settings import DatabaseUrl, load, stop
+from sandbox_broker.runtime.settings import DatabaseUrl, EnvironmentSettings, load, stop
 
 _LOCK = 0x5A4DB0
 """Number of the advisory lock, an arbitrary constant."""
 
 
-class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
-
+class Settings(EnvironmentSettings):
     database_url: DatabaseUrl = Field(repr=False)
 
 

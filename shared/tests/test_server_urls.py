@@ -57,7 +57,7 @@ def test_an_unescaped_password_is_reported_without_a_part_of_it(rest: str) -> No
 @pytest.mark.parametrize(
     "url",
     ["", "h:1", "u:hunter2@h", "//h", "http://h", "amqp://", "amqp://u:hunter2@", "amqp://u:hunter2@h:port/",
-     "amqp://h:65536/", "amqp://h:0/", "amqp://[h/", "amqp://h]/", "amqp://a b/", "amqp://a,b/", "amqp://a,/"],
+     "amqp://h:65536/", "amqp://h:0/", "amqp://[h/", "amqp://h]/", "amqp://a,b/", "amqp://a,/"],
 )  # fmt: skip
 def test_an_invalid_amqp_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"^(must be a URL like|has several hosts)") as caught:

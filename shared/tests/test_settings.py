@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from sandbox_broker.csp.client import CspClient
 from sandbox_broker.runtime.settings import EXAMPLE_TOKENS, CspSettings, CspUrl, DatabaseUrl, Port, Tokens, load
 
 PASSWORD = "hunter2-7f3a"
@@ -17,6 +18,7 @@ GOOD = {
     "BROKER_API_TOKEN": f"{PASSWORD}-a, {PASSWORD}-b",
     "CSP_API_TOKEN": f"{PASSWORD}-c",
 }
+OUTGOING = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
 
 
 class Settings(CspSettings):
@@ -30,8 +32,9 @@ class Settings(CspSettings):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
-    for name in Settings.model_fields:
+    for name in (*Settings.model_fields, *OUTGOING):
         monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
@@ -60,6 +63,86 @@ def test_valid_settings_are_loaded(environment: pytest.MonkeyPatch) -> None:
 def test_the_log_level_may_be_in_any_case(environment: pytest.MonkeyPatch, level: str) -> None:
     environment.setenv("LOG_LEVEL", level)
     assert load(Settings).log_level == "WARNING"
+
+
+@pytest.mark.parametrize("value", ["json", "JSON", "Console", " console\n"])
+def test_the_log_format_may_be_in_any_case(environment: pytest.MonkeyPatch, value: str) -> None:
+    environment.setenv("LOG_FORMAT", value)
+    assert load(Settings).log_format == value.strip().lower()
+
+
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", " {} ", "\t{}\n\n"])
+def test_blanks_and_line_ends_around_values_are_removed(environment: pytest.MonkeyPatch, around: str) -> None:
+    values = {**GOOD, "CSP_BASE_URL": "https://csp.example/v2", "GATEWAY_PORT": "81", "LOG_LEVEL": "info"}
+    for name, value in values.items():
+        environment.setenv(name, around.format(value))
+    settings = load(Settings)
+    assert settings.amqp_url == values["AMQP_URL"]
+    assert settings.database_url == values["DATABASE_URL"]
+    assert settings.csp_api_token.get_secret_value() == values["CSP_API_TOKEN"]
+    assert settings.broker_api_token.get_secret_value() == values["BROKER_API_TOKEN"]
+    assert settings.csp_base_url == values["CSP_BASE_URL"]
+    assert (settings.gateway_port, settings.log_level) == (81, "INFO")
+
+
+def test_a_list_of_amqp_urls_is_normalized(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("AMQP_URL", " amqp://a/ ,\n amqp://b/v, \n")
+    assert load(Settings).amqp_url == "amqp://a/,amqp://b/v"
+
+
+@pytest.mark.parametrize(
+    "no_proxy", ["localhost,10.0.0.0/8,fd00::/8", "[::1]", "[::1]:80, .example ,*.test", "fd00::/8 10.0.0.1"]
+)
+def test_networks_and_ipv6_addresses_in_no_proxy_are_accepted(
+    environment: pytest.MonkeyPatch, no_proxy: str
+) -> None:
+    environment.setenv("HTTPS_PROXY", "http://127.0.0.1:9\n")
+    environment.setenv("NO_PROXY", no_proxy)
+    settings = load(Settings)
+    CspClient(settings.csp_base_url, settings.csp_api_token.get_secret_value())
+
+
+def test_a_proxy_that_is_not_used_may_be_invalid(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("ALL_PROXY", "socks5://proxy:1080")
+    environment.setenv("NO_PROXY", "infoblox.com")
+    load(Settings)
+    environment.delenv("NO_PROXY")
+    environment.setenv("HTTPS_PROXY", "proxy:3128")
+    load(Settings)
+
+
+def test_a_file_env_in_another_encoding_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    environment.delenv("AMQP_URL")
+    (tmp_path / ".env").write_bytes("AMQP_URL=amqp://h/ä".encode("latin-1"))
+    assert ".env" in refusal(capsys)
+
+
+@pytest.mark.parametrize("service", ["gateway", "allocator", "reaper", "csp_syncer"])
+def test_each_service_ends_with_one_line(service: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", service],
+        env={
+            "PATH": os.environ["PATH"],
+            **GOOD,
+            "BROKER_ADMIN_TOKEN": "an-administrator-token",
+            "AMQP_URL": f"amqp://u:{PASSWORD}/4711@rabbit/",
+            "DATABASE_URL": f"postgresql://u:{PASSWORD}/4711@localhost:5432/db",
+            "SSL_CERT_FILE": "/nonexistent.pem",
+            "LAB_DURATION_HOURS": "1e300",
+            "GRACE_PERIOD_MINUTES": "inf",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("cannot start: AMQP_URL: percent-encode special characters")
+    assert ("DATABASE_URL: percent-encode" in ended.stderr) == (service in ("gateway", "allocator"))
+    assert PASSWORD not in ended.stderr
+    assert "4711" not in ended.stderr
 
 
 @pytest.mark.parametrize("value", ["", "127.0.0.1", "127.0.0.1, ::1", "0.0.0.0,::"])
@@ -104,13 +187,61 @@ def test_an_empty_value_is_named(
         ("DATABASE_URL", f"postgresql+psycopg2://broker:{PASSWORD}@db/broker"),
         ("DATABASE_URL", f"postgresql://broker:{PASSWORD}"),
         ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@[db/broker"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@a,b/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@a/,amqp://b:port/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@a..b/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}/x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}?x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}#x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}@x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD} x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}[x@rabbit/"),
+        ("AMQP_URL", f"amqp://broker:{PASSWORD}\N{CARE OF}@rabbit/"),
+        ("AMQP_URL", f"amqps://broker:{PASSWORD}@rabbit/?cafile=/nonexistent.pem"),
+        ("AMQP_URL", f"amqps://broker:{PASSWORD}@rabbit/?ssl=true"),
+        ("AMQP_URL", f"amqps://broker:{PASSWORD}@rabbit/?heartbeat=often"),
+        ("AMQP_URL", f"amqps://broker:{PASSWORD}@rabbit/?auth=kerberos"),
+        ("DATABASE_URL", f"postgresql://broker:4711{PASSWORD}/abc@localhost:5432/db"),
+        ("DATABASE_URL", f"postgresql://broker:4711{PASSWORD}?abc@localhost:5432/db"),
+        ("DATABASE_URL", f"postgresql://broker:4711{PASSWORD}#abc@localhost:5432/db"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@p@ss@host/db"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}]x@host/db"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}\N{CARE OF}@host/db"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@a:5432,b:x/db"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?sslmode"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?sslmode="),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?sslmode=on"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?sslmode=verify-full&sslrootcert=/nonexistent"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?connect_timeout=5"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?prepareThreshold=0"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?pgbouncer=true"),
+        ("DATABASE_URL", f"postgresql://broker:{PASSWORD}@db/broker?target_session_attrs=standby"),
         ("CSP_BASE_URL", "csp.infoblox.com"),
+        ("CSP_BASE_URL", "https://csp.infoblox.com/v2?x=1"),
+        ("CSP_BASE_URL", f"https://u:{PASSWORD}/x@csp.infoblox.com/v2"),
+        ("CSP_BASE_URL", "https://csp..com/v2"),
+        ("CSP_API_TOKEN", f"Token {PASSWORD}"),
+        ("CSP_API_TOKEN", f"{PASSWORD}\n{PASSWORD}"),
+        ("CSP_API_TOKEN", f"{PASSWORD}ä"),
+        ("BROKER_API_TOKEN", f"{PASSWORD}\x7f{PASSWORD}"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+        ("SSL_CERT_FILE", "/etc/hostname"),
+        ("SSL_CERT_FILE", "/etc"),
+        ("SSL_CERT_DIR", "/nonexistent"),
+        ("HTTPS_PROXY", f"socks5://u:{PASSWORD}@proxy:1080"),
+        ("HTTPS_PROXY", f"http://u:{PASSWORD}@proxy:port"),
+        ("HTTPS_PROXY", f"http://u:{PASSWORD}/x@proxy"),
+        ("HTTPS_PROXY", f"http://u:{PASSWORD}@x@proxy"),
+        ("ALL_PROXY", "socks5h://proxy:1080"),
+        ("https_proxy", f"ftp://u:{PASSWORD}@proxy"),
         ("BROKER_API_TOKEN", " , ,"),
         ("GATEWAY_PORT", "0"),
         ("GATEWAY_PORT", "65536"),
         ("GATEWAY_PORT", "http"),
         ("DELAY_SEC", "-1"),
         ("DELAY_SEC", "nan"),
+        ("DELAY_SEC", "inf"),
         ("DELAY_SEC", PASSWORD),
         ("BIND_HOST", "localhost"),
         ("BIND_HOST", "127.0.0.1 ::1"),

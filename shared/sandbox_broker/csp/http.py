@@ -26,6 +26,7 @@ import httpx
 from prometheus_client import Histogram
 
 from sandbox_broker.observability import tracing
+from sandbox_broker.runtime.proxy import find_proxy
 
 MAX_EXCERPT = 200
 
@@ -124,6 +125,9 @@ class CspHttp:
             follow_redirects=False,
             transport=transport,
             verify=_trusted(),
+            # Not by httpx, which fails on a network in NO_PROXY.
+            trust_env=False,
+            proxy=find_proxy(base_url) if transport is None else None,
         )
 
     @property

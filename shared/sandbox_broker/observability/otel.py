@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -19,6 +21,8 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
+from sandbox_broker.runtime.proxy import is_loopback
+
 EXPORT_TIMEOUT_SEC = 5
 """Time limit, so that an unresponsive collector does not delay the stop of a service."""
 
@@ -31,7 +35,11 @@ class Tracer:
         resource = Resource.create({"service.namespace": "sandbox-broker", "service.name": service})
         # Always on, because tracing.py has made the sampling decision.
         self._provider = TracerProvider(sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_SEC)
+        session = requests.Session()
+        session.trust_env = not is_loopback(urlsplit(endpoint).hostname or "")  # no proxy for this machine
+        exporter = OTLPSpanExporter(
+            f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_SEC, session=session
+        )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("sandbox_broker")
 
