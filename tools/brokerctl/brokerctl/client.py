@@ -46,7 +46,9 @@ class AdminClient:
         self._headers = {"Authorization": f"Bearer {config.token}", "User-Agent": "brokerctl"}
         # No HTTPRedirectHandler, because a redirect would send the token to another host.
         self._opener = OpenerDirector()
-        self._opener.add_handler(ProxyHandler())
+        self._opener.add_handler(
+            ProxyHandler({"http": config.proxy, "https": config.proxy} if config.proxy else {})
+        )
         self._opener.add_handler(HTTPHandler())
         if config.url.startswith("https:"):  # only then, because the handler loads all CA certificates
             self._opener.add_handler(HTTPSHandler())

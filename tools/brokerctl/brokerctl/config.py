@@ -1,6 +1,8 @@
 """Address and token of the broker, from the environment or from a file of the same variables."""
 
+import ipaddress
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ class Config:
     url: str
     """Base URL of the gateway, without /v1."""
     token: str = field(repr=False)
+    proxy: str | None = field(default=None, repr=False)
+    """HTTP proxy for `url`, unless NO_PROXY names its host."""
 
 
 def default_config_file(environ: Mapping[str, str]) -> Path:
@@ -53,16 +57,47 @@ def load_config(
     token = read_value("BROKER_ADMIN_TOKEN").split(",")[0].strip()
     if not token:
         raise Misconfigured(f"BROKER_ADMIN_TOKEN is not set. Set it, or write it into {path}; make run prints it.")
-    return Config(_normalize_url(read_value("BROKER_API_URL") or DEFAULT_URL), token)
+    if not (token.isascii() and token.isprintable()):
+        raise Misconfigured("BROKER_ADMIN_TOKEN must be one line of printable ASCII. Set the token alone.")
+    url = _normalize_url(read_value("BROKER_API_URL") or DEFAULT_URL)
+    return Config(url, token, _find_proxy(url, environ))
 
 
 def _normalize_url(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        _ = parts.port  # raises ValueError if the port is not a number
-    except ValueError:
-        valid = False
-    if not valid:
-        raise Misconfigured(f"BROKER_API_URL must be like https://broker.example.com/v1, not {value!r}.")
+    if not _is_url(value):
+        # Without the value, because it may hold a password.
+        raise Misconfigured("BROKER_API_URL must be like https://broker.example.com/v1.")
     return value.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _find_proxy(url: str, environ: Mapping[str, str]) -> str | None:
+    """Return the proxy of the environment. A gateway on this machine is never called through a proxy."""
+    parts = urlsplit(url)
+    if _is_loopback(parts.hostname or ""):
+        return None
+    for name in (f"{parts.scheme}_proxy", f"{parts.scheme}_proxy".upper()):
+        if value := environ.get(name, "").strip():
+            proxy = value if "://" in value else f"http://{value}"
+            if not _is_url(proxy, may_have_user=True):
+                raise Misconfigured(
+                    f"{name} must be like http://proxy.example.com:3128, an HTTP proxy. Percent-encode special "
+                    "characters in its user name and password."
+                )
+            return proxy
+    return None
+
+
+def _is_url(value: str, *, may_have_user: bool = False) -> bool:
+    """Return whether `value` is an http or https URL without a query. An unescaped password makes it invalid."""
+    user = r"([^@/?#\[\]\s]+@)?" if may_have_user else ""
+    matched = re.fullmatch(
+        rf"https?://{user}(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:(?P<port>\d{{1,5}}))?(/[^@?#\s]*)?", value
+    )
+    return matched is not None and 0 < int(matched["port"] or 80) < 65536
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -30,10 +30,51 @@ def test_url_may_end_with_v1_as_for_the_instruqt_scripts(tmp_path: Path, value: 
     assert load_config(None, {**TOKEN, "BROKER_API_URL": value, "HOME": str(tmp_path)}).url == url
 
 
-@pytest.mark.parametrize("value", ["broker.example.com", "ftp://broker.example.com", "http://", "http://a:b/"])
-def test_invalid_url_is_refused(tmp_path: Path, value: str) -> None:
-    with pytest.raises(Misconfigured, match="BROKER_API_URL"):
+@pytest.mark.parametrize(
+    "value",
+    ["broker.example.com", "ftp://broker.example.com", "http://", "http://a:b/", "http://a:0/", "http://a:70000/",
+     "http://u:hunter2@a/", "http://u:hunter2/x@a/", "http://u:hunter2#x@a/", "http://a?hunter2@b", "http://a b/"],
+)  # fmt: skip
+def test_invalid_url_is_refused_without_a_secret(tmp_path: Path, value: str) -> None:
+    with pytest.raises(Misconfigured, match="BROKER_API_URL") as caught:
         load_config(None, {**TOKEN, "BROKER_API_URL": value, "HOME": str(tmp_path)})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["hunter2\nhunter2", "hunter2\x7f", "hunter2ä"])
+def test_a_token_that_no_header_can_carry_is_refused_without_it(tmp_path: Path, token: str) -> None:
+    with pytest.raises(Misconfigured, match="BROKER_ADMIN_TOKEN") as caught:
+        load_config(None, {"BROKER_ADMIN_TOKEN": token, "HOME": str(tmp_path)})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "http://127.3.2.1", "http://[::1]:1", "http://localhost"])
+def test_a_gateway_on_this_machine_is_never_called_through_a_proxy(tmp_path: Path, url: str) -> None:
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "socks5://u:p@ss@proxy"}
+    assert load_config(None, {**TOKEN, **proxies, "BROKER_API_URL": url, "HOME": str(tmp_path)}).proxy is None
+
+
+@pytest.mark.parametrize(
+    ("proxy", "used"),
+    [("http://proxy:3128\n", "http://proxy:3128"), ("proxy:3128", "http://proxy:3128"), ("", None),
+     ("http://u:p%40@[fd00::1]:3128/", "http://u:p%40@[fd00::1]:3128/")],
+)  # fmt: skip
+def test_another_gateway_is_called_through_the_proxy(tmp_path: Path, proxy: str, used: str | None) -> None:
+    environ = {**TOKEN, "HTTPS_PROXY": proxy, "BROKER_API_URL": "https://broker.example.com", "HOME": str(tmp_path)}
+    config = load_config(None, environ)
+    assert config.proxy == used
+    assert "p%40" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["socks5://u:hunter2@proxy", "http://u:hunter2@proxy:port", "http://u:hunter2/x@proxy", "http://u@hunter2@p"],
+)
+def test_an_invalid_proxy_is_refused_without_a_secret(tmp_path: Path, proxy: str) -> None:
+    environ = {**TOKEN, "https_proxy": proxy, "BROKER_API_URL": "https://broker.example.com", "HOME": str(tmp_path)}
+    with pytest.raises(Misconfigured, match=r"^https_proxy must be like") as caught:
+        load_config(None, environ)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_environment_wins_over_the_file(tmp_path: Path) -> None:
