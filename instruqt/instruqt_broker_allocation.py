@@ -14,13 +14,16 @@ A repeated run returns the same sandbox. Exit code: 0 done, 1 refused or no resp
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import queue
 import random
 import re
+import selectors
 import shlex
+import socket
 import stat
 import sys
 import tempfile
@@ -29,8 +32,8 @@ import time
 import urllib.parse
 import urllib.request
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPMessage
-from typing import Any, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO
+from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection
+from typing import Any, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO, Tuple
 
 SCRIPT = "instruqt_broker_allocation"
 OPTIONAL_HEADERS = {
@@ -55,6 +58,7 @@ DEFAULT_API_URL = "https://api-sandbox-broker.highvelocitynetworking.com/v1"
 DEFAULT_BUDGET_SEC = 120.0
 REQUEST_TIMEOUT_SEC = 10.0  # the broker itself responds within 5 s
 MIN_REQUEST_TIMEOUT_SEC = 0.05
+CONNECT_STAGGER_SEC = 0.25  # as RFC 8305 recommends
 BACKOFF_SEC = (0.5, 10.0)  # first and longest pause
 MAX_PAUSE_SEC = 86400.0
 MAX_BODY_BYTES = 1 << 20
@@ -168,10 +172,74 @@ class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
+def start_connecting(info: Tuple[Any, ...]) -> socket.socket:
+    """Begin a connection without waiting. `info` is of getaddrinfo. Raises OSError, for example without IPv6."""
+    family, kind, protocol, _, address = info
+    attempt = socket.socket(family, kind, protocol)
+    attempt.setblocking(False)
+    code = attempt.connect_ex(address)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        attempt.close()
+        raise OSError(code, os.strerror(code))
+    return attempt
+
+
+def connect_to_first(address: Tuple[str, int], timeout: float, *_: object) -> socket.socket:
+    """Connect to the address of the name that answers first. Try one more address each CONNECT_STAGGER_SEC.
+
+    `socket.create_connection`, which this replaces, waits `timeout` for a silent address, as with broken IPv6.
+    """
+    waiting = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
+    error = OSError("the name has no address")
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as cleanup, selectors.DefaultSelector() as selector:
+        while waiting or selector.get_map():
+            if waiting:
+                try:
+                    attempt = start_connecting(waiting.pop(0))
+                except OSError as refused:
+                    error = refused
+                else:
+                    cleanup.callback(attempt.close)
+                    selector.register(attempt, selectors.EVENT_WRITE, attempt)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("timed out")
+            for key, _events in selector.select(min(left, CONNECT_STAGGER_SEC) if waiting else left):
+                selector.unregister(key.data)
+                code = key.data.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code == 0:
+                    connected = key.data.dup()  # the other sockets and this one are closed here
+                    connected.settimeout(timeout)
+                    return connected  # type: ignore[no-any-return]
+                error = OSError(code, os.strerror(code))
+    raise error
+
+
+def race_addresses(connection: HTTPConnection) -> HTTPConnection:
+    connection._create_connection = connect_to_first  # type: ignore[attr-defined]
+    return connection
+
+
+class RacingHTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: race_addresses(HTTPConnection(host, **options)), request)
+
+
+class RacingHTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(lambda host, **options: race_addresses(HTTPSConnection(host, **options)), request)
+
+
 def post_once(url: str, headers: Dict[str, str], seconds: float) -> Response:
     """Send one POST without a body. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(AnyStatusProcessor, urllib.request.ProxyHandler({} if is_local else None))
+    opener = urllib.request.build_opener(
+        AnyStatusProcessor,
+        RacingHTTPHandler,
+        RacingHTTPSHandler,
+        urllib.request.ProxyHandler({} if is_local else None),
+    )
     # A new Request per attempt, because urllib modifies a proxied one and would not tunnel it again.
     request = urllib.request.Request(url, data=b"", headers=headers, method="POST")
     try:

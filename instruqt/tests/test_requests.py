@@ -3,7 +3,9 @@
 The tests run the allocation script only.
 """
 
+import contextlib
 import re
+import socket
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -11,6 +13,8 @@ from email.utils import formatdate
 import pytest
 
 from .conftest import (
+    LEASE,
+    SCRIPTS,
     TOKEN,
     CannedServer,
     Reply,
@@ -247,3 +251,33 @@ def test_https_goes_through_a_proxy_tunnel_at_each_attempt(track: Track, broker:
         ("CONNECT", "api-sandbox-broker.highvelocitynetworking.com:443")
     }
     assert all("Authorization" not in call.headers for call in broker.calls)
+
+
+@pytest.mark.parametrize("first", ["silent", "closed"])
+@pytest.mark.parametrize("script", ["instruqt_broker_allocation.py", "instruqt_broker_cleanup.py"])
+def test_one_attempt_reaches_the_second_address_of_a_name(
+    track: Track, broker: CannedServer, script: str, first: str
+) -> None:
+    """The first address drops packets, as with broken IPv6, or refuses."""
+    port = broker.server_address[1]
+    (track.directory / "sandbox_id.txt").write_text("2012224")
+    broker.replies = [build_json_reply(201, {**LEASE, "status": "pending_deletion"})]
+    patch = (
+        "import socket; resolve = socket.getaddrinfo; socket.getaddrinfo = lambda host, *rest: "
+        "[info for address in ('127.0.0.2', '127.0.0.1') for info in resolve(address, *rest)]"
+    )
+    track.environment["BROKER_API_URL"] = f"http://two-addresses.test:{port}/v1"
+    track.environment["NO_PROXY"] = "*"
+    with contextlib.ExitStack() as sockets:
+        if first == "silent":
+            listener = sockets.enter_context(socket.socket())
+            listener.bind(("127.0.0.2", port))
+            listener.listen(0)
+            for _ in range(3):  # fills the queue of the listener, so that the kernel drops further packets
+                client = sockets.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.2", port))
+        run = track.run_patched(patch, SCRIPTS / script)
+    assert run.code == 0, run.err
+    assert "attempt 1" not in run.out + run.err
+    assert len(broker.calls) == 1

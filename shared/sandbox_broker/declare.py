@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import delete_replaced, open_connection
+from sandbox_broker.runtime import event_loop
 from sandbox_broker.runtime.settings import AmqpUrl, EnvironmentSettings, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -35,7 +36,7 @@ def main() -> None:
     for library in ("aio_pika", "aiormq"):  # because they also log the errors that they raise
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        asyncio.run(declare(url))
+        event_loop.run(declare(url))
     except (AMQPError, OSError, TimeoutError) as error:
         stop(f"AMQP_URL: {' '.join(str(error).split()) or type(error).__name__}")
 

@@ -3,7 +3,6 @@
 The command is idempotent. An advisory lock serializes concurrent runs.
 """
 
-import asyncio
 from pathlib import Path
 
 import asyncpg
@@ -14,6 +13,7 @@ from sqlalchemy import Connection, text
 
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
+from sandbox_broker.runtime import event_loop
 from sandbox_broker.runtime.settings import DatabaseUrl, EnvironmentSettings, load, stop
 
 _LOCK = 0x5A4DB0
@@ -56,7 +56,7 @@ def config(connection: Connection) -> Config:
 def main() -> None:
     url = load(Settings).database_url
     try:
-        asyncio.run(migrate(url))
+        event_loop.run(migrate(url))
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
         stop(f"DATABASE_URL: {connections.describe_error(error)}")
 

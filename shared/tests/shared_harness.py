@@ -106,9 +106,9 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self.url = ""
 
-    async def open(self, default_port: int) -> None:
+    async def open(self, default_port: int, *, port: int = 0) -> None:
         self._port = self._to.port or default_port
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         port = self._server.sockets[0].getsockname()[1]
         user, at, _ = self._to.netloc.rpartition("@")
         self.url = urlunsplit(self._to._replace(netloc=f"{user}{at}127.0.0.1:{port}"))
@@ -157,11 +157,11 @@ class TcpProxy:
 
 
 @contextmanager
-def open_silent_port() -> Iterator[int]:
-    """Yield a port of 127.0.0.1 that drops packets: the queue of its listener is full and never emptied."""
+def open_silent_port(host: str = "127.0.0.1") -> Iterator[int]:
+    """Yield a port of `host` that drops packets: the queue of its listener is full and never emptied."""
     with ExitStack() as sockets:
         listener = sockets.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         listener.listen(0)
         address = listener.getsockname()
         for _ in range(3):

@@ -130,7 +130,8 @@ async def test_a_standby_is_no_primary(pair: PostgresPair) -> None:
 async def test_a_server_that_hides_its_identity_is_used(pair: PostgresPair) -> None:
     await execute(
         pair.url,
-        "CREATE ROLE reader LOGIN PASSWORD 'reader-reader'; REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC",
+        "CREATE ROLE reader LOGIN PASSWORD 'reader-reader';"
+        "REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC",
     )
     url = pair.url.replace(pair.url.partition("://")[2].partition("@")[0], "reader:reader-reader")
     connection = await connections.connect(Primary(url), application_name="test", statement_timeout_sec=1)

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from aiormq.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
 from sandbox_broker.messaging.connection import open_connection
+from sandbox_broker.runtime import event_loop
 from sandbox_broker.runtime.server_urls import format_amqp_servers, split_amqp_urls
 from sandbox_broker.runtime.settings import stop
 
@@ -15,7 +16,7 @@ PATIENCE_SEC = 5.0
 
 def check(*, amqp_url: str, database_url: str | None = None) -> None:
     """Exit with status 2 and one line that names the setting of each server that does not answer."""
-    problems = asyncio.run(_problems(amqp_url, database_url))
+    problems = event_loop.run(_problems(amqp_url, database_url))
     if problems:
         stop("; ".join(problems))
 

@@ -121,7 +121,7 @@ def run(
     server = Server(
         uvicorn.Config(
             app,
-            loop="uvloop",
+            loop="sandbox_broker.runtime.event_loop:EventLoop",
             http=protocol,
             lifespan="on",
             ws="none",

@@ -37,15 +37,16 @@ class AttentionItem:
 def fetch_status(client: AdminClient, timeout_sec: float) -> dict[str, Any]:
     """Return the body of GET /v1/admin/status, plus `gateway` (its state) and `attention` (a list of items).
 
-    A gateway that is down or slower than `timeout_sec` is part of the result. Raises `CommandError` for everything
-    else, such as a wrong token.
+    A gateway that is down, or unknown because it is slower than `timeout_sec`, is part of the result. Raises
+    `CommandError` for everything else, such as a wrong token.
     """
     status: Status | None = None
     try:
         status = BackgroundCall(lambda: client.get("status", Status)).result(timeout_sec)
         gateway: dict[str, Any] = {"state": "up", "problem": None}
     except TimeoutError as error:
-        gateway = {"state": "down", "problem": describe_unreachable_gateway(client.url, str(error))}
+        problem = f"{describe_unreachable_gateway(client.url, str(error))} --within waits longer."
+        gateway = {"state": "unknown", "problem": problem}
     except OtherApi:
         raise
     except Unavailable as error:
@@ -83,7 +84,13 @@ def find_attention_items(gateway: Mapping[str, Any], status: Status | None) -> I
 
 def _check_servers(status: Status) -> Iterator[AttentionItem]:
     for name, server in (("RabbitMQ", status["rabbitmq"]), ("PostgreSQL", status["database"])):
-        if server["state"] != "up":
+        if server["state"] == "unknown":
+            yield AttentionItem(
+                name,
+                f"It has not answered yet: {server['problem']}.",
+                "Run the command again. A busy machine is slow; a component without an answer for 5 s is down.",
+            )
+        elif server["state"] != "up":
             yield AttentionItem(
                 name,
                 server["problem"] or "It is down.",

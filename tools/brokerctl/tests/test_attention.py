@@ -75,6 +75,11 @@ DOWN = {"state": "down", "problem": "no answer in 0.3 s"}
     [
         ({"rabbitmq": DOWN, "queues": None}, "RabbitMQ", "no answer in 0.3 s"),
         ({"database": DOWN}, "PostgreSQL", "no answer in 0.3 s"),
+        (
+            {"rabbitmq": {"state": "unknown", "problem": "no answer in 0.3 s"}},
+            "RabbitMQ",
+            "It has not answered yet: no answer in 0.3 s.",
+        ),
         ({"states": {"reaper": "down"}}, "reaper", "Its queues have no consumer."),
         ({"pool": {"available": 0}}, "pool", "No sandbox is available: students get 409."),
         ({"pool": {"available": 4}}, "pool", "Only 4 of 50 sandboxes are available."),

@@ -317,7 +317,10 @@ class ServiceStatus(BaseModel):
 
 
 class PartStatus(BaseModel):
-    state: Literal["up", "down"]
+    state: Literal["up", "down", "unknown"] = Field(
+        description="`unknown`: no answer yet, which a busy machine can cause. "
+        "`down`: it refused, or has not answered for 5 s"
+    )
     problem: str | None = Field(examples=[None, "no answer in 0.3 s"])
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,6 +24,8 @@ from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
 
 PROBE_TIMEOUT_SEC = 0.3
+DOWN_AFTER_SEC = 5.0
+"""Time without an answer after which a component counts as down. Before, its state is unknown."""
 
 MAX_PENDING_DELETIONS = 1000
 """Limit of pending deletions to examine, oldest first."""
@@ -33,6 +35,14 @@ OTHER_BROKER_WARNING = timedelta(minutes=10)
 SERVICES = tuple(dict.fromkeys(queue.owner for queue in topology.QUEUES))
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A component without a result, and the reason."""
+
+    state: Literal["down", "unknown"]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +61,34 @@ class Probe(Generic[T]):
     def __init__(self, check: Callable[[], Awaitable[T]]) -> None:
         """`check` raises ApiError when the component fails."""
         self._check = check
-        self._task: asyncio.Task[T] | None = None
+        self._task: asyncio.Task[T | Problem] | None = None
+        self._began = 0.0
+        self._failure: Problem | None = None
+        """Result of the previous check, if the component failed."""
 
-    async def run(self) -> T | str:
-        """Return the result of the check, or a description of the problem."""
+    async def run(self) -> T | Problem:
+        """Return the result of the check, or the problem."""
+        clock = asyncio.get_running_loop().time
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run_check())
+            self._task, self._began = asyncio.create_task(self._run_check()), clock()
             # Retrieve the exception here, because all callers may have timed out before the check fails.
             self._task.add_done_callback(lambda task: None if task.cancelled() else task.exception())
         done, _ = await asyncio.wait([self._task], timeout=PROBE_TIMEOUT_SEC)
-        if not done:
-            return _no_answer()
-        try:
+        if done:
             return self._task.result()
-        except ApiError as error:
-            return error.message if error.__cause__ is None else connections.describe_error(error.__cause__)
+        if self._failure is not None:
+            return self._failure
+        return Problem("unknown" if clock() - self._began < DOWN_AFTER_SEC else "down", _no_answer())
 
-    async def _run_check(self) -> T:
-        return await self._check()
+    async def _run_check(self) -> T | Problem:
+        try:
+            result = await self._check()
+        except ApiError as error:
+            reason = error.message if error.__cause__ is None else connections.describe_error(error.__cause__)
+            self._failure = Problem("down", reason)
+            return self._failure
+        self._failure = None
+        return result
 
 
 class StatusReporter:
@@ -81,7 +101,7 @@ class StatusReporter:
     async def report(self) -> Status:
         """Return the status. Fields of a component that is down are None."""
         queues, database = await asyncio.gather(_inspect_queues(self._publisher), self._database.run())
-        known = None if isinstance(database, str) else database
+        known = None if isinstance(database, Problem) else database
         return Status(
             checked_at=int(time.time()),
             rabbitmq=_part_status(queues),
@@ -89,7 +109,7 @@ class StatusReporter:
             services=[
                 ServiceStatus(service=service, state=_service_state(service, queues)) for service in SERVICES
             ],
-            queues=None if isinstance(queues, str) else queues,
+            queues=None if isinstance(queues, Problem) else queues,
             pool=known and known.pool,
             csp=known and known.csp,
             dead_letters=known and known.dead_letters,
@@ -98,14 +118,14 @@ class StatusReporter:
 
 
 def _part_status(result: object) -> PartStatus:
-    if isinstance(result, str):
-        return PartStatus(state="down", problem=result)
+    if isinstance(result, Problem):
+        return PartStatus(state=result.state, problem=result.reason)
     return PartStatus(state="up", problem=None)
 
 
-def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> ServiceState:
+def _service_state(service: str, queues: Sequence[QueueStatus] | Problem) -> ServiceState:
     """Return the state of a service by the consumers of its queues. Queues without an answer do not count."""
-    if isinstance(queues, str):
+    if isinstance(queues, Problem):
         return "unknown"
     consumers = [status.consumers for status in queues if status.service == service]
     consumed = [number > 0 for number in consumers if number is not None]
@@ -114,14 +134,15 @@ def _service_state(service: str, queues: Sequence[QueueStatus] | str) -> Service
     return "up" if all(consumed) else "partly" if any(consumed) else "down"
 
 
-async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | str:
+async def _inspect_queues(publisher: Publisher) -> list[QueueStatus] | Problem:
     """Return the status of each queue, or the problem if RabbitMQ answers about no queue."""
     try:
         queues = await asyncio.gather(*(_inspect_queue(publisher, queue) for queue in topology.QUEUES))
     except Disconnected as error:
-        return str(error)
+        return Problem("down", str(error))
     if all(status.problem == _no_answer() for status in queues):
-        return _no_answer()
+        # Not down: if RabbitMQ does not answer at all, the heartbeats end the connection.
+        return Problem("unknown", _no_answer())
     return queues
 
 
