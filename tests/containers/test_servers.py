@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from devstack import containers, infrastructure, postgres, rabbitmq
+from devstack import infrastructure, postgres, rabbitmq, shared_servers
 from devstack.errors import CannotRun
 from devstack.infrastructure import find_servers
 from devstack.ports import free_port
@@ -62,7 +62,7 @@ async def test_the_containers_are_shared_by_all_workers_and_removed_afterwards(
 
 async def test_a_server_named_by_a_variable_gets_no_container(settings_from: SettingsFrom) -> None:
     url = "amqp://guest:guest@broker.example/"
-    async with containers.start_containers(settings_from(AMQP_URL=url)) as started:
+    async with shared_servers.start_shared_servers(settings_from(AMQP_URL=url)) as started:
         assert started.amqp_url is None
         assert await postgres.unavailable_reason(f"{started.postgres_url}/postgres") is None
 
@@ -75,7 +75,7 @@ async def test_an_unavailable_image_is_reported_with_its_variable(
     with pytest.raises(
         CannotRun, match=r"cannot run sandbox-broker\.invalid/nothing:0: .* set TEST_POSTGRES_IMAGE"
     ):
-        async with containers.start_containers(settings_from()):
+        async with shared_servers.start_shared_servers(settings_from()):
             pass
 
 

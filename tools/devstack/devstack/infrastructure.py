@@ -1,6 +1,7 @@
 """Find or start PostgreSQL and RabbitMQ, independently of each other, in the order given in the README.
 
-The order: the variable, a server on this machine, Docker, Debian's packages. Otherwise an error names the remedies.
+The order: the variable, the directory of programs (POSTGRES_BIN_DIR, RABBITMQ_BIN_DIR), a server on this machine,
+Docker, Debian's packages. Otherwise an error names the remedies.
 """
 
 import asyncio
@@ -50,11 +51,18 @@ async def find_servers(
     started.
     """
     # Check both servers before starting one, so that a wrong variable fails at once and not after a long set-up.
-    database = database or await _named_database(settings, terminal) or await _local_postgres(settings, terminal)
-    broker = broker or await _named_broker(settings, terminal) or await _local_rabbitmq(settings, terminal)
+    named_database = postgres.named_binaries() is not None
+    named_broker = rabbitmq.named_binaries() is not None
+    database = database or await _named_database(settings, terminal)
+    if database is None and not named_database:
+        database = await _local_postgres(settings, terminal)
+    broker = broker or await _named_broker(settings, terminal)
+    if broker is None and not named_broker:
+        broker = await _local_rabbitmq(settings, terminal)
     if database is not None and broker is not None:
         return database, broker
-    no_docker = await docker.unavailable_reason()
+    needs_docker = (database is None and not named_database) or (broker is None and not named_broker)
+    no_docker = await docker.unavailable_reason() if needs_docker else None
     if no_docker is not None:
         terminal.print_step(f"Docker: {no_docker}")
         missing = (["PostgreSQL"] if database is None else []) + (["RabbitMQ"] if broker is None else [])
@@ -64,14 +72,14 @@ async def find_servers(
     async def start_database() -> Server:
         if database is not None:
             return database
-        if no_docker is None:
+        if no_docker is None and not named_database:
             return await _docker_postgres(settings, terminal, database_stack)
         return await _private_postgres(terminal, database_stack)
 
     async def start_broker() -> Server:
         if broker is not None:
             return broker
-        if no_docker is None:
+        if no_docker is None and not named_broker:
             return await _docker_rabbitmq(settings, terminal, broker_stack)
         return await _private_rabbitmq(terminal, broker_stack)
 

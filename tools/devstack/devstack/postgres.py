@@ -46,12 +46,17 @@ def location(url: str) -> str:
     return format_database(driver_neutral(url)).removesuffix("/")
 
 
+def named_binaries() -> Path | None:
+    """Return the directory of POSTGRES_BIN_DIR, or None if it is not set."""
+    return named_directory("POSTGRES_BIN_DIR", ("initdb", "postgres"))
+
+
 def find_binaries() -> Path | None:
     """Return the directory of `initdb` and `postgres`: POSTGRES_BIN_DIR, Debian's newest version, or that in PATH.
 
     Raises CannotRun if POSTGRES_BIN_DIR lacks one of them.
     """
-    if (named := named_directory("POSTGRES_BIN_DIR", ("initdb", "postgres"))) is not None:
+    if (named := named_binaries()) is not None:
         return named
     versions = [
         path for path in _DEBIAN.glob("*/bin") if (path / "initdb").exists() and (path / "postgres").exists()

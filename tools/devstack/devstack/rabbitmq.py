@@ -83,13 +83,18 @@ def location(url: str) -> str:
     return ", ".join(f"{amqp_host(node)}{urlsplit(node).path}".removesuffix("/") for node in nodes)
 
 
+def named_binaries() -> Path | None:
+    """Return the directory of RABBITMQ_BIN_DIR, or None if it is not set."""
+    return named_directory("RABBITMQ_BIN_DIR", _PROGRAMS)
+
+
 def find_binaries() -> Path | None:
     """Return the directory of `rabbitmq-server` and `rabbitmqctl`: RABBITMQ_BIN_DIR, Debian's, or the one in PATH.
 
     Debian's wrappers in PATH require root and fixed directories. The wrapped programs are therefore searched first.
     RABBITMQ_BIN_DIR may contain Erlang's `erl` and `epmd`, too. Raises CannotRun if it lacks a program of RabbitMQ.
     """
-    if (named := named_directory("RABBITMQ_BIN_DIR", _PROGRAMS)) is not None:
+    if (named := named_binaries()) is not None:
         return named
     candidates = [_DEBIAN]
     if (found := shutil.which("rabbitmq-server")) is not None:
@@ -101,21 +106,24 @@ def find_binaries() -> Path | None:
 
 
 class PrivateRabbitMQ:
-    """Private RabbitMQ node with its own name, ports, port mapper (epmd), cookie and files, without plugins.
+    """Private RabbitMQ node with its own name, ports, port mapper (epmd), cookie and files.
 
     The context manager starts it and, on exit, stops it and removes all files. The user is guest with password
-    guest. The node accepts connections from this machine only.
+    guest. The node accepts connections from this machine only. Its only plugin is the HTTP API, with `management`.
 
     `cookie` and `configuration`, lines of rabbitmq.conf, are for the nodes of a cluster.
     """
 
-    def __init__(self, *, cookie: str | None = None, configuration: Sequence[str] = ()) -> None:
+    def __init__(
+        self, *, cookie: str | None = None, configuration: Sequence[str] = (), management: bool = False
+    ) -> None:
         self.port = free_port()
         self.process: Process | None = None
         self.node = f"sandbox-broker-{secrets.token_hex(4)}@localhost"
         self.distribution_port = free_port()
         self.mapper_port = free_port()
         self.configuration = tuple(configuration)
+        self._management_port = free_port() if management else None
         self._mapper: Process | None = None
         self._cookie = cookie or secrets.token_hex(16)
         self._user = service_account("rabbitmq")
@@ -129,6 +137,12 @@ class PrivateRabbitMQ:
     def build_url(self, port: int) -> str:
         """URL of the virtual host `/` at another port, for example the port of a proxy."""
         return f"amqp://guest:guest@{_HOST}:{port}/"
+
+    @property
+    def management_url(self) -> str | None:
+        """URL of the HTTP API, or None without `management`."""
+        port = self._management_port
+        return None if port is None else f"http://guest:guest@{_HOST}:{port}"
 
     async def __aenter__(self) -> Self:
         try:
@@ -212,6 +226,11 @@ class PrivateRabbitMQ:
             raise RuntimeError(f"rabbitmqctl {' '.join(arguments)}: {output}")
         return output
 
+    def read_log(self) -> str:
+        """Return the node's log since its first start: warnings and errors."""
+        files = [] if self._directory is None else sorted((self._directory / "log").glob("*.log"))
+        return "".join(file.read_text(errors="replace") for file in files)
+
     async def close(self) -> None:
         """Stop the node and its port mapper, and remove its files."""
         await self.stop()
@@ -243,16 +262,22 @@ class PrivateRabbitMQ:
 
     def _write_files(self, directory: Path) -> None:
         write(directory / ".erlang.cookie", self._cookie, self._user, mode=0o400)
-        write(directory / "enabled_plugins", "[].\n", self._user)
+        plugins = "" if self._management_port is None else "rabbitmq_management"
+        write(directory / "enabled_plugins", f"[{plugins}].\n", self._user)
         write(directory / "rabbitmq-env.conf", "", self._user)
         lines = (
             f"listeners.tcp.1 = {_HOST}:{self.port}",
             "disk_free_limit.absolute = 64MB",
             "log.file.level = warning",
             "log.console = false",
+            *self._management_lines(),
             *self.configuration,
         )
         write(directory / "rabbitmq.conf", "".join(f"{line}\n" for line in lines), self._user)
+
+    def _management_lines(self) -> tuple[str, ...]:
+        port = self._management_port
+        return () if port is None else (f"management.tcp.ip = {_HOST}", f"management.tcp.port = {port}")
 
     def _environment(self, directory: Path) -> dict[str, str]:
         environment = {

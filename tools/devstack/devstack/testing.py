@@ -1,9 +1,10 @@
 """Fixtures for tests with real PostgreSQL and RabbitMQ servers.
 
-The servers are those of DATABASE_URL and AMQP_URL. Otherwise they run in containers if a Docker engine is
-available, or are found in the order of `make run`. Each test session has its own database and virtual host, so
-sessions can run in parallel and beside `make run`. With pytest-xdist, the controller starts and removes the
-containers shared by all workers.
+The servers are those of DATABASE_URL and AMQP_URL. Otherwise the programs in POSTGRES_BIN_DIR and RABBITMQ_BIN_DIR
+are started. Otherwise the servers run in containers if a Docker engine is available, or are found in the order of
+`make run`. Each test session has its own database and virtual host, so
+sessions can run in parallel and beside `make run`. With pytest-xdist, the controller starts and
+stops the servers shared by all workers.
 """
 
 import asyncio
@@ -17,36 +18,38 @@ import asyncpg
 import pytest
 from aio_pika import connect
 
-from devstack import containers, infrastructure, temporary
-from devstack.containers import Containers
+from devstack import infrastructure, shared_servers, temporary
 from devstack.errors import CannotRun
 from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.settings import load
+from devstack.shared_servers import SharedServers
 from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
 _PREFIX = "broker_test"
 
 
-_shared = pytest.StashKey[Containers]()
+_shared = pytest.StashKey[SharedServers]()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Start the shared containers in the controller before the first worker, and pass their URLs to each worker."""
+    """Start the shared servers in the controller before the first worker, and pass their URLs to each worker."""
     config: pytest.Config = node.config
     if _shared not in config.stash:
-        # This event loop outlives the call, because the containers stop at the end of the test run.
+        # This event loop outlives the call, because the servers stop at the end of the test run.
         runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         config.add_cleanup(runner.close)
         stack = AsyncExitStack()
         config.add_cleanup(lambda: runner.run(stack.aclose()))
         try:
-            config.stash[_shared] = runner.run(stack.enter_async_context(containers.start_containers(load())))
+            config.stash[_shared] = runner.run(
+                stack.enter_async_context(shared_servers.start_shared_servers(load()))
+            )
         except CannotRun as reason:
             _exit_without_servers(reason)
-    node.workerinput["containers"] = asdict(config.stash[_shared])
+    node.workerinput["shared_servers"] = asdict(config.stash[_shared])
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +61,14 @@ async def servers(
     async with AsyncExitStack() as stack:
         try:
             settings = load()
-            shared = getattr(request.config, "workerinput", {}).get("containers")
-            shared_servers: Containers = (
-                Containers(**shared)
+            shared = getattr(request.config, "workerinput", {}).get("shared_servers")
+            started: SharedServers = (
+                SharedServers(**shared)
                 if shared is not None
-                else await stack.enter_async_context(containers.start_containers(settings))
+                else await stack.enter_async_context(shared_servers.start_shared_servers(settings))
             )
             yield await infrastructure.find_servers(
-                settings, Terminal(), stack, database=shared_servers.database, broker=shared_servers.broker
+                settings, Terminal(), stack, database=started.database, broker=started.broker
             )
         except CannotRun as reason:
             _exit_without_servers(reason)

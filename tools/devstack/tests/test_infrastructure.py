@@ -13,12 +13,12 @@ import asyncpg
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
-from devstack import containers, infrastructure, packages, postgres, rabbitmq
-from devstack.containers import Containers
+from devstack import infrastructure, packages, postgres, rabbitmq, shared_servers, temporary
 from devstack.errors import CannotRun
 from devstack.infrastructure import Server, claim_vhost, find_servers
 from devstack.ports import free_port
 from devstack.settings import Settings
+from devstack.shared_servers import SharedServers
 from sandbox_broker.contract import topology
 
 pytest_plugins = ("devstack.fixtures",)
@@ -222,5 +222,43 @@ async def test_without_any_server_the_error_names_the_remedies(
 
 @pytest.mark.usefixtures("no_docker")
 async def test_without_docker_no_container_is_started(settings_from: SettingsFrom) -> None:
-    async with containers.start_containers(settings_from()) as started:
-        assert started == Containers()
+    async with shared_servers.start_shared_servers(settings_from()) as started:
+        assert started == SharedServers()
+
+
+@pytest.mark.usefixtures("no_docker", "postgres_binaries", "rabbitmq_binaries")
+async def test_servers_start_from_the_directories_that_variables_name(
+    settings_from: SettingsFrom, terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers on this machine are not used: they may have another version."""
+    monkeypatch.setenv("POSTGRES_BIN_DIR", str(postgres.find_binaries()))
+    monkeypatch.setenv("RABBITMQ_BIN_DIR", str(rabbitmq.find_binaries()))
+
+    async with AsyncExitStack() as stack:
+        database, broker = await find_servers(settings_from(), terminal, stack)
+
+        assert len(database.processes) == len(broker.processes) == 1
+        assert [line for line in terminal.lines if "found on" in line] == []
+        assert await postgres.unavailable_reason(f"{database.url}/postgres") is None
+        assert await rabbitmq.unavailable_reason(broker.url) is None
+
+
+@pytest.mark.usefixtures("postgres_binaries", "rabbitmq_binaries")
+async def test_a_test_run_shares_servers_from_the_directories_that_variables_name(
+    settings_from: SettingsFrom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_BIN_DIR", str(postgres.find_binaries()))
+    monkeypatch.setenv("RABBITMQ_BIN_DIR", str(rabbitmq.find_binaries()))
+
+    async with shared_servers.start_shared_servers(settings_from()) as shared:
+        assert shared.database is not None
+        assert shared.broker is not None
+        async with (
+            temporary.create_database(shared.database, "broker_test") as database_url,
+            temporary.create_vhost(shared.broker, "broker_test") as amqp_url,
+        ):
+            assert await postgres.unavailable_reason(database_url) is None
+            assert await rabbitmq.unavailable_reason(amqp_url) is None
+        assert await rabbitmq.unavailable_reason(amqp_url) is not None, "the virtual host still exists"
+
+    assert await rabbitmq.unavailable_reason(shared.broker.url) is not None

@@ -1,7 +1,8 @@
-"""PostgreSQL and RabbitMQ in containers, for tests.
+"""PostgreSQL and RabbitMQ shared by all processes of a test run.
 
-Uses testcontainers, which finds the address of the engine and removes the containers of a killed test run. `make
-run` uses docker.py instead, because its containers stay in the foreground.
+They run from the programs in POSTGRES_BIN_DIR and RABBITMQ_BIN_DIR, or in containers. Containers use
+testcontainers, which finds the address of the engine and removes the containers of a killed test run. `make run`
+uses docker.py instead, because its containers stay in the foreground.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 from docker.errors import DockerException
@@ -27,8 +28,8 @@ _USER = "broker"
 
 
 @dataclass(frozen=True, slots=True)
-class Containers:
-    """URLs of the servers in containers, None for other servers. Plain text, for transfer between processes."""
+class SharedServers:
+    """URLs of the started servers, None for other servers. Plain text, for transfer between processes."""
 
     postgres_url: str | None = None
     amqp_url: str | None = None
@@ -44,32 +45,53 @@ class Containers:
 
 
 @asynccontextmanager
-async def start_containers(settings: Settings) -> AsyncIterator[Containers]:
-    """Run a container for each server not named by a variable. Without a Docker engine, start none.
+async def start_shared_servers(settings: Settings) -> AsyncIterator[SharedServers]:
+    """Start each server that is not named by a variable: from its directory of programs, or in a container.
 
-    Raises CannotRun if the engine cannot start a container.
+    Without a directory and without a Docker engine, the server is not started. Raises CannotRun if a start fails.
     """
-    all_named = settings.database_url is not None and settings.amqp_url is not None
-    if all_named or await docker.unavailable_reason() is not None:
-        yield Containers()
-        return
-    password = secrets.token_urlsafe(12)
     async with AsyncExitStack() as stack:
-        # Start both containers first, because they become ready in parallel.
-        database = broker = None
-        if settings.database_url is None:
-            environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
-            database = await stack.enter_async_context(
-                _start_container("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
+        private_database = private_broker = None
+        if settings.database_url is None and postgres.named_binaries() is not None:
+            private_database = await stack.enter_async_context(postgres.PrivatePostgres())
+        if settings.amqp_url is None and rabbitmq.named_binaries() is not None:
+            private_broker = await stack.enter_async_context(rabbitmq.PrivateRabbitMQ(management=True))
+        containers = await _start_containers(
+            stack,
+            database=settings.database_url is None and private_database is None,
+            broker=settings.amqp_url is None and private_broker is None,
+        )
+        if private_database is not None:
+            containers = replace(containers, postgres_url=private_database.url.removesuffix("/postgres"))
+        if private_broker is not None:
+            containers = replace(
+                containers, amqp_url=private_broker.url, management_url=private_broker.management_url
             )
-        if settings.amqp_url is None:
-            environment = {"RABBITMQ_DEFAULT_USER": _USER, "RABBITMQ_DEFAULT_PASS": password}
-            broker = await stack.enter_async_context(
-                _start_container("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
-            )
-        postgres_url = None if database is None else await _wait_for_postgres(database, password)
-        amqp_url, management_url = (None, None) if broker is None else await _wait_for_rabbitmq(broker, password)
-        yield Containers(postgres_url, amqp_url, management_url)
+        yield containers
+
+
+async def _start_containers(stack: AsyncExitStack, *, database: bool, broker: bool) -> SharedServers:
+    """Run a container for each of the wanted servers. Without a Docker engine, start none."""
+    if not (database or broker) or await docker.unavailable_reason() is not None:
+        return SharedServers()
+    password = secrets.token_urlsafe(12)
+    # Start both containers first, because they become ready in parallel.
+    database_container = broker_container = None
+    if database:
+        environment = {"POSTGRES_USER": _USER, "POSTGRES_PASSWORD": password}
+        database_container = await stack.enter_async_context(
+            _start_container("TEST_POSTGRES_IMAGE", POSTGRES_IMAGE, [5432], environment)
+        )
+    if broker:
+        environment = {"RABBITMQ_DEFAULT_USER": _USER, "RABBITMQ_DEFAULT_PASS": password}
+        broker_container = await stack.enter_async_context(
+            _start_container("TEST_RABBITMQ_IMAGE", RABBITMQ_IMAGE, [5672, 15672], environment)
+        )
+    postgres_url = None if database_container is None else await _wait_for_postgres(database_container, password)
+    amqp_url, management_url = (
+        (None, None) if broker_container is None else await _wait_for_rabbitmq(broker_container, password)
+    )
+    return SharedServers(postgres_url, amqp_url, management_url)
 
 
 @asynccontextmanager
