@@ -595,6 +595,27 @@ async def test_a_reply_that_cannot_be_published_is_dropped(
     assert "reply.lost" in [line["event"] for line in logs]
 
 
+async def test_a_connection_declares_a_missing_exchange(clean_queues: str) -> None:
+    async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
+        await channel.exchange_delete(topology.EVENTS.name)
+        async with background_tasks((publisher := Publisher(clean_queues, "declares")).run()):
+            await asyncio.wait_for(publisher.wait_connected(), PATIENCE_SEC)
+            await channel.declare_exchange(topology.EVENTS.name, passive=True)
+
+
+async def test_a_connection_does_not_declare_an_existing_topology(
+    clean_queues: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A declaration would wait for the leader of each queue, and RabbitMQ would log its refusal as an error."""
+
+    async def declare(channel: object) -> None:
+        raise AssertionError("declared again")
+
+    monkeypatch.setattr(topology, "declare", declare)
+    async with background_tasks((publisher := Publisher(clean_queues, "asks")).run()):
+        await asyncio.wait_for(publisher.wait_connected(), PATIENCE_SEC)
+
+
 async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(clean_queues: str) -> None:
     made = Bus(clean_queues)
     owner: list[AbstractConnection] = []  # only the owner may delete an exclusive queue
@@ -766,6 +787,7 @@ async def test_a_conflicting_queue_is_logged_and_retried(
     name = topology.SYNC_TICKS.name
     made = Publisher(clean_queues, "test")
     async with await aio_pika.connect(clean_queues) as opened, opened.channel() as channel:
+        await channel.exchange_delete(topology.marker_name())  # another version has declared the queue
         await channel.queue_delete(name)
         await channel.declare_queue(name, durable=True)
         async with background_tasks(made.run()):

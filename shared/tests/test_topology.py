@@ -60,6 +60,24 @@ async def test_declare_is_idempotent(channel: AbstractChannel) -> None:
     assert (await take(channel, topology.DEAD_LETTER_QUEUE)).body == b"kept"
 
 
+async def test_the_topology_is_complete_after_its_declaration(channel: AbstractChannel) -> None:
+    assert await topology.is_declared(channel)
+    await channel.exchange_delete(topology.marker_name())  # as after a declaration that was interrupted
+    assert not await topology.is_declared(channel)
+
+
+async def test_a_topology_without_an_exchange_is_not_complete(channel: AbstractChannel) -> None:
+    await channel.exchange_delete(topology.EVENTS.name)
+    assert not await topology.is_declared(channel)
+
+
+def test_each_topology_has_its_own_marker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services of a new version declare a binding that is added to existing queues and exchanges."""
+    earlier = topology.marker_name()
+    monkeypatch.setattr(topology, "BINDINGS", topology.BINDINGS[1:])
+    assert topology.marker_name() != earlier
+
+
 async def test_declare_fails_for_a_queue_with_other_arguments(channel: AbstractChannel, clean_queues: str) -> None:
     await channel.queue_delete(topology.SYNC_TICKS.name)
     await channel.declare_queue(topology.SYNC_TICKS.name, durable=True)

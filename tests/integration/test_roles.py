@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 from urllib.parse import urlsplit, urlunsplit
@@ -11,8 +11,8 @@ from urllib.parse import urlsplit, urlunsplit
 import aio_pika
 import asyncpg
 import pytest
-from aio_pika.abc import AbstractIncomingMessage
-from aiormq.exceptions import ChannelAccessRefused, ChannelPreconditionFailed
+from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
 from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
@@ -51,7 +51,7 @@ from sandbox_broker.database.schema import VIEWS, metadata
 from sandbox_broker.declare import declare
 from sandbox_broker.messaging.connection import open_channel
 from sandbox_broker.migrate import migrate
-from tests.integration.stack import ROOT, Stack, eventually, run_stack
+from tests.integration.stack import PORTS, ROOT, Stack, eventually, run_stack
 
 PASSWORD = "secret"
 DATABASE = "sandbox_broker"
@@ -124,6 +124,7 @@ class Servers:
     """URL of the broker's database for the superuser."""
     rabbitmq: str
     """URL for the administrator."""
+    read_rabbitmq_log: Callable[[], str]
 
     def database_url(self, role: str) -> str:
         return _with_user(self.postgres, role)
@@ -140,7 +141,7 @@ def _with_user(url: str, user: str) -> str:
 @pytest.fixture(scope="module")
 async def servers_with_roles(server_programs: None) -> AsyncIterator[Servers]:
     async with PrivatePostgres() as postgres, PrivateRabbitMQ() as rabbitmq:
-        servers = Servers(postgres.url.removesuffix("/postgres") + f"/{DATABASE}", rabbitmq.url)
+        servers = Servers(postgres.url.removesuffix("/postgres") + f"/{DATABASE}", rabbitmq.url, rabbitmq.read_log)
         await _create_roles(postgres, servers)
         await _create_users(rabbitmq)
         await migrate(servers.database_url(OWNER))
@@ -231,6 +232,57 @@ async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -
         return (await stack.allocate("student-9")).status_code in (200, 201)
 
     await eventually(can_allocate)
+
+
+async def test_the_start_of_the_services_causes_no_refusal(
+    servers_with_roles: Servers, stack_with_roles: Stack
+) -> None:
+    """Every refusal is an error in RabbitMQ's log, and would hide those of an attack."""
+    stack = stack_with_roles
+    replaced = [queue.replaces for queue in topology.QUEUES if queue.replaces is not None]
+    connection = await aio_pika.connect(servers_with_roles.rabbitmq)
+    async with connection, connection.channel() as channel:
+        for name in replaced:
+            await channel.declare_queue(name, durable=True)
+        await _mark_log(servers_with_roles, "begin")
+        for module in PORTS:
+            await stack.processes[module].stop()
+            await stack.start_service(module)
+
+        async def are_replaced_queues_deleted() -> bool:
+            listed = [await _exists(connection, name) for name in replaced]
+            return not any(listed)
+
+        await eventually(are_replaced_queues_deleted)  # the last step of the start, with the first tick
+
+    await _mark_log(servers_with_roles, "end")
+    lines = servers_with_roles.read_rabbitmq_log().splitlines()
+    begin, end = (next(n for n, line in enumerate(lines) if f"'{mark}'" in line) for mark in ("begin", "end"))
+    assert [line for line in lines[begin + 1 : end] if "access_refused" in line] == []
+
+
+async def _mark_log(servers: Servers, mark: str) -> None:
+    """Write a refusal that contains the mark into RabbitMQ's log. The log arrives in its file with a delay."""
+    connection = await aio_pika.connect(servers.amqp_url("keda"))
+    async with connection:
+        channel = await open_channel(connection, confirms=False)
+        with pytest.raises(ChannelAccessRefused):
+            await channel.queue_declare(mark, durable=True)
+
+    async def is_written() -> bool:
+        return f"'{mark}'" in servers.read_rabbitmq_log()
+
+    await eventually(is_written)
+
+
+async def _exists(connection: AbstractConnection, queue: str) -> bool:
+    channel = await open_channel(connection, confirms=False)
+    try:
+        await channel.queue_declare(queue, passive=True)
+    except ChannelNotFoundEntity:
+        return False
+    await channel.close()
+    return True
 
 
 async def test_the_gateway_can_read_every_table_and_view(servers_with_roles: Servers) -> None:

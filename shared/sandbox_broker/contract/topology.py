@@ -5,11 +5,13 @@ All arguments are valid from RabbitMQ 3.10 on. Limits for operators to tune belo
 argument would need a new queue.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aio_pika.abc import AbstractChannel
+from aiormq.exceptions import ChannelNotFoundEntity
 from pydantic import BaseModel
 
 from sandbox_broker.contract import commands
@@ -198,7 +200,7 @@ def can_carry(exchange: str | None, command: Command) -> bool:
 
 
 async def declare(channel: AbstractChannel) -> None:
-    """Declare all exchanges, queues and bindings. The function is idempotent.
+    """Declare all exchanges, queues and bindings, and then the marker. The function is idempotent.
 
     Raises aio_pika.exceptions.ChannelPreconditionFailed if an exchange or queue exists with other arguments.
     """
@@ -211,3 +213,37 @@ async def declare(channel: AbstractChannel) -> None:
         await queue_object.bind(
             binding.exchange.name, binding.routing_key, arguments=dict(binding.arguments) or None
         )
+    await channel.declare_exchange(marker_name(), "direct", durable=True, internal=True)
+
+
+async def is_declared(channel: AbstractChannel) -> bool:
+    """Return whether all exchanges exist and `declare` has completed for this topology. Needs no permission.
+
+    The function asks for no queue, because RabbitMQ may not answer for a queue whose leader is frozen. It closes
+    the channel if an exchange is missing.
+    """
+    try:
+        for name in (marker_name(), *(exchange.name for exchange in EXCHANGES)):
+            await channel.declare_exchange(name, passive=True)
+    except ChannelNotFoundEntity:
+        return False
+    return True
+
+
+def marker_name() -> str:
+    """Return the name of the exchange that `declare` creates last. It differs for each topology.
+
+    The exchange carries no message. Without a marker, only a user that may declare could see that a binding is
+    missing, and RabbitMQ logs each refused declaration as an error.
+    """
+    described = repr(
+        (
+            [(exchange.name, exchange.kind) for exchange in EXCHANGES],
+            [(queue.name, sorted(queue.arguments.items())) for queue in QUEUES],
+            [
+                (binding.queue.name, binding.exchange.name, binding.routing_key, sorted(binding.arguments.items()))
+                for binding in BINDINGS
+            ],
+        )
+    )
+    return f"broker.topology.{hashlib.sha256(described.encode()).hexdigest()[:12]}"

@@ -69,7 +69,7 @@ def translating_errors() -> Iterator[None]:
 async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
     """Run `session` on a new connection, and again after each end or Disconnected, with a backoff with jitter.
 
-    The topology is declared on each connection first, if the user may do so. The function runs until it is
+    A missing topology is declared first, if the user may do so. The function runs until it is
     cancelled or `session` raises another error.
     """
     loop = asyncio.get_running_loop()
@@ -150,17 +150,26 @@ async def _connect(connection: Connection, timeout_sec: float | None) -> None:
     with translating_errors():
         await connection.connect(timeout_sec)
         async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
-            await _declare(connection)
+            await _declare_if_missing(connection)
 
 
-async def _declare(connection: AbstractConnection) -> None:
-    """Declare the topology, unless the user may not declare. In that case `python -m sandbox_broker.declare` has
-    done it; otherwise the first use of a missing queue fails."""
+async def _declare_if_missing(connection: AbstractConnection) -> None:
+    """Declare the topology unless it is complete. An existing topology is not declared again, because RabbitMQ
+    logs a refusal as an error, and because a declaration waits for the leader of each queue."""
+    async with connection.channel() as channel:
+        if await topology.is_declared(channel):
+            return
+    await declare(connection)
+
+
+async def declare(connection: AbstractConnection) -> None:
+    """Declare the topology. Without the right to declare, log a warning: `python -m sandbox_broker.declare` must do
+    it, and the first use of a missing queue fails."""
     try:
         async with connection.channel() as channel:
             await topology.declare(channel)
     except ChannelAccessRefused as error:
-        log.debug("rabbitmq.not_declared", error=str(error))
+        log.warning("rabbitmq.not_declared", error=str(error), action="run python -m sandbox_broker.declare")
 
 
 async def _close(connection: Connection) -> None:

@@ -14,13 +14,14 @@ import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
+from aiormq.exceptions import ChannelNotFoundEntity
 from pamqp.commands import Basic
 
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands, request_ids_in
 from sandbox_broker.contract.commands import Command
 from sandbox_broker.contract.replies import Reply
-from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
+from sandbox_broker.messaging.connection import Disconnected, declare, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.observability import log_context, metrics
 
@@ -50,7 +51,10 @@ class Subscription:
 
     @classmethod
     async def open(cls, connection: AbstractConnection, queue: topology.Queue, *, prefetch: int) -> Self:
-        """Start consuming. Raises Disconnected, also if only this queue does not answer."""
+        """Start consuming. Raises Disconnected, also if only this queue does not answer.
+
+        If the queue is missing, the topology is declared before Disconnected is raised.
+        """
         with translating_errors():
             try:
                 async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):
@@ -60,6 +64,9 @@ class Subscription:
                     channel.on_consumer_cancel_callbacks.add(lambda _: subscription.end())
                     await channel.basic_qos(prefetch_count=prefetch)
                     await channel.basic_consume(queue.name, subscription._deliver)
+            except ChannelNotFoundEntity as error:
+                await declare(connection)
+                raise Disconnected(f"the queue {queue.name} was missing") from error
             except TimeoutError as error:
                 raise Disconnected(f"the queue {queue.name} does not answer") from error
         return subscription
