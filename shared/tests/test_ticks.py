@@ -152,6 +152,7 @@ async def is_unroutable(publisher: Publisher) -> bool:
     except Unroutable:
         return True
     except Disconnected:
+        await asyncio.sleep(0.01)  # RabbitMQ 3.10 can close the connection of a publisher to a deleted queue
         return False
     return False
 
