@@ -8,6 +8,7 @@ from gateway.allocator_client import AllocatorClient
 from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
+from gateway.web.client_address import ClientAddress
 from gateway.web.rate_limit import RateLimits
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
@@ -20,7 +21,7 @@ class Context:
     settings: Settings
     auth: Auth
     rate_limits: RateLimits | None
-    client_address: Callable[[Scope], str]
+    client_address: Callable[[Scope], ClientAddress]
     engine: AsyncEngine
     publisher: Publisher
     rpc_client: RpcClient

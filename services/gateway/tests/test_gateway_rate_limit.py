@@ -257,7 +257,7 @@ async def test_x_forwarded_for_of_untrusted_clients_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peer", "forwarded", "counted"),
+    ("peer", "forwarded", "expected"),
     [
         ("203.0.113.1", ["198.51.100.1"], "203.0.113.1"),
         (PROXY, [], PROXY),
@@ -267,8 +267,9 @@ async def test_x_forwarded_for_of_untrusted_clients_is_ignored() -> None:
         (PROXY, ["198.51.100.1, 10.9.9.9"], "198.51.100.1"),
         (PROXY, ["10.9.9.9, 10.9.9.8"], "10.9.9.9"),
         (PROXY, ["198.51.100.1:4711"], "198.51.100.1"),
-        (PROXY, ["[2001:db8::1]:4711"], "2001:db8::/64"),
-        (PROXY, ["2001:db8::1"], "2001:db8::/64"),
+        (PROXY, ["[2001:db8::1]:4711"], "2001:db8::1"),
+        (PROXY, ["2001:db8::1"], "2001:db8::1"),
+        (PROXY, ["fe80::1%eth0 level=error"], "fe80::1"),
         (PROXY, ["::ffff:198.51.100.1"], "198.51.100.1"),
         (PROXY, ["198.51.100.1, nonsense"], PROXY),
         (PROXY, [""], PROXY),
@@ -277,14 +278,17 @@ async def test_x_forwarded_for_of_untrusted_clients_is_ignored() -> None:
     ],
 )
 def test_the_client_is_the_last_address_that_is_not_a_trusted_proxy(
-    peer: str, forwarded: list[str], counted: str
+    peer: str, forwarded: list[str], expected: str
 ) -> None:
     find_client = client_address.build_client_address(client_address.parse_networks("10.0.0.0/8,fd00::/8"))
     scope: dict[str, Any] = {
         "client": (peer, 1),
         "headers": [(b"x-forwarded-for", value.encode()) for value in forwarded],
     }
-    assert find_client(scope) == counted
+    found = find_client(scope)
+    assert found.full == expected
+    network = {"2001:db8::1": "2001:db8::/64", "fe80::1": "fe80::/64"}
+    assert found.counted == network.get(expected, expected)
 
 
 async def test_authentication_failures_are_counted_by_reason() -> None:

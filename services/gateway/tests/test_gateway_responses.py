@@ -326,3 +326,42 @@ async def test_the_log_of_a_request_is_short_for_any_path(
     assert sum(len(json.dumps(line)) for line in logs) < 1_900  # without the service, the level and the time
     if response.status_code in (404, 405):
         assert len(response.content) < 1_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/v1/allocate", 401), ("GET", "/v1/sandboxes/1", 401), ("GET", "/v1/admin/stats", 401)],
+)
+async def test_the_log_of_an_unauthorized_request_names_the_client_and_the_claimed_track(
+    gateway: Gateway, method: str, path: str, status: int
+) -> None:
+    headers = {"Authorization": "Bearer revoked", "X-Instruqt-Track-ID": " dns-101 "}
+    with capture_logs() as logs:
+        response = await gateway.client.request(method, path, headers=headers)
+    assert response.status_code == status
+    (line,) = (line for line in logs if line["event"] == "request.handled")
+    assert (line["code"], line["claimed_track"], line["client"]) == ("UNAUTHORIZED", "dns-101", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("sent", "logged"),
+    [
+        (b"dns\tevent=lease.granted", "dns?event=lease.granted"),
+        (b"\x1b[31mred", "?[31mred"),
+        ("dns-ü".encode(), "dns-??"),
+        (b"x" * 300, "x" * 128),
+    ],
+)
+async def test_a_claimed_track_is_printable_and_short(gateway: Gateway, sent: bytes, logged: str) -> None:
+    with capture_logs() as logs:
+        await gateway.client.post("/v1/allocate", headers=[(b"x-instruqt-track-id", sent)])
+    (line,) = (line for line in logs if line["event"] == "request.handled")
+    assert line["claimed_track"] == logged
+
+
+async def test_the_log_of_an_authorized_request_names_the_client_and_claims_no_track(gateway: Gateway) -> None:
+    with capture_logs() as logs:
+        await gateway.client.get("/v1/sandboxes/0", headers={**STUDENT, "X-Instruqt-Track-ID": "dns-101"})
+    (line,) = (line for line in logs if line["event"] == "request.handled")
+    assert line["client"] == "127.0.0.1"
+    assert "claimed_track" not in line

@@ -14,6 +14,7 @@ from starlette.types import Scope
 from gateway import metrics
 from gateway.api.errors import ApiError
 from gateway.web import rate_limit
+from gateway.web.client_address import ClientAddress
 from gateway.web.headers import BLANKS, Fields
 from gateway.web.rate_limit import RateLimit
 
@@ -64,7 +65,7 @@ class Auth:
         track_tokens: SecretStr,
         admin_tokens: SecretStr,
         failures: RateLimit | None,
-        client_address: Callable[[Scope], str],
+        client_address: Callable[[Scope], ClientAddress],
     ) -> None:
         """The tokens are comma-separated lists. A token in both lists is an admin token."""
         admins, tracks = _split_tokens(admin_tokens), _split_tokens(track_tokens)
@@ -113,7 +114,7 @@ class Auth:
     def _unauthorized(self, scope: Scope, caller: Caller) -> ApiError:
         metrics.AUTH_FAILURES.labels(reason=caller.role).inc()
         if self._failures is not None:
-            status = self._failures.hit(self._client_address(scope))
+            status = self._failures.hit(self._client_address(scope).counted)
             if status.is_exceeded:
                 return rate_limit.build_error(status, known_token=False)
         return ApiError("UNAUTHORIZED", _PROBLEMS[caller.role], headers={"WWW-Authenticate": "Bearer"})

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import NamedTuple
 
 from starlette.types import Scope
 
@@ -17,27 +18,37 @@ def parse_networks(listed: str) -> list[Network]:
     return [ip_network(part.strip(), strict=False) for part in listed.split(",") if part.strip()]
 
 
-def build_address_resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[str, bool] | None]:
+class ClientAddress(NamedTuple):
+    full: str
+    """The address for logs: an IP address without a zone, or `unknown`."""
+    counted: str
+    """The address for limits: an IPv6 address as its /64."""
+
+
+UNKNOWN = ClientAddress("unknown", "unknown")
+
+
+def build_address_resolver(trusted: Sequence[Network]) -> Callable[[str], tuple[ClientAddress, bool] | None]:
     """Return a function that resolves the text of an address.
 
-    Its result is the address for counting (an IPv6 address as its /64) and True for a trusted proxy, or None for an
-    invalid address.
+    Its result is the address and True for a trusted proxy, or None for an invalid address.
     """
 
     @lru_cache(maxsize=10_000)
-    def resolve(written: str) -> tuple[str, bool] | None:
+    def resolve(written: str) -> tuple[ClientAddress, bool] | None:
         address = _parse(written)
         if address is None:
             return None
-        counted = (
-            IPv6Network((int(address), _IPV6_BITS), strict=False) if isinstance(address, IPv6Address) else address
-        )
-        return str(counted), any(address in network for network in trusted)
+        full = counted = str(address)
+        if isinstance(address, IPv6Address):
+            full = str(IPv6Address(int(address)))  # without the zone, which may be any text
+            counted = str(IPv6Network((int(address), _IPV6_BITS), strict=False))
+        return ClientAddress(full, counted), any(address in network for network in trusted)
 
     return resolve
 
 
-def build_client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
+def build_client_address(trusted: Sequence[Network]) -> Callable[[Scope], ClientAddress]:
     """Return a function that finds the client address of a request.
 
     The client is the peer, unless the peer is a trusted proxy. A proxy appends the address of its own peer to
@@ -46,21 +57,21 @@ def build_client_address(trusted: Sequence[Network]) -> Callable[[Scope], str]:
     """
     resolve = build_address_resolver(trusted)
 
-    def find_client(scope: Scope) -> str:
+    def find_client(scope: Scope) -> ClientAddress:
         peer = scope["client"]
         result = resolve(peer[0]) if peer else None
         if result is None:
-            return "unknown"
-        counted, is_proxy = result
+            return UNKNOWN
+        client, is_proxy = result
         if is_proxy:
             for hop in reversed(_forwarded(scope)):
                 result = resolve(hop)
                 if result is None:
                     break
-                counted, is_proxy = result
+                client, is_proxy = result
                 if not is_proxy:
                     break
-        return counted
+        return client
 
     return find_client
 

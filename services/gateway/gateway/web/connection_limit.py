@@ -22,9 +22,12 @@ class ConnectionLimit:
     def acquire(self, host: str) -> Callable[[], None] | None:
         """Count a connection, and return the function to call when it closes; None if `host` has too many."""
         resolved = self._resolve(host)
-        address, is_proxy = resolved or (host, False)
-        if is_proxy:
-            return _do_nothing
+        address = host
+        if resolved is not None:
+            client, is_proxy = resolved
+            if is_proxy:
+                return _do_nothing
+            address = client.counted
         if self._open[address] >= self._max:
             return None
         self._open[address] += 1

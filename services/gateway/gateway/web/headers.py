@@ -26,6 +26,7 @@ KEY = "Idempotency-Key"
 _FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY)}
 
 _PRINTABLE = re.compile(rb"[\x20-\x7e]*")
+_UNPRINTABLE = re.compile(rb"[^\x20-\x7e]")
 
 Fields = Mapping[bytes, bytes]
 
@@ -80,6 +81,16 @@ def read_unchecked_holder(fields: Fields) -> bytes:
     if value is None:
         value = fields.get(_FIELDS[STUDENT_OLD], b"")
     return value.strip(BLANKS)[:MAX_ID_LENGTH]
+
+
+def read_claimed_track(fields: Fields) -> str:
+    """Return the lab name for the log of a request without a known token; empty if the request has none.
+
+    A client without a token sends any text, so the result is cut at the longest valid length, and every character
+    other than printable ASCII becomes `?`.
+    """
+    value = fields.get(_FIELDS[TRACK], b"").strip(BLANKS)[:MAX_ID_LENGTH]
+    return _UNPRINTABLE.sub(b"?", value).decode("ascii")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from gateway.allocator_client import ClientDisconnected
 from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web import rate_limit
-from gateway.web.headers import Fields, read_unchecked_holder
+from gateway.web.headers import Fields, read_claimed_track, read_unchecked_holder
 from gateway.web.rate_limit import RateLimitStatus
 from sandbox_broker.observability import tracing
 
@@ -142,9 +142,9 @@ class RequestMiddleware:
                 raise  # the response has started, so the server can only close the connection
             await errors.build_response(errors.internal_error(), state)(scope, receive, send_decorated)
         finally:
-            self._record(scope, method, status, time.perf_counter() - started)
+            self._record(scope, fields, method, status, time.perf_counter() - started)
 
-    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, fields: Fields, method: str, status: int, seconds: float) -> None:
         """Record the metric of the request, and its log line if its path is in the API."""
         path, state = scope["path"], scope["state"]
         endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
@@ -159,7 +159,8 @@ class RequestMiddleware:
                 path=quote(path[:MAX_LOGGED], errors="replace")[:MAX_LOGGED],
                 status=status,
                 duration_ms=round(seconds * 1000, 1),
-                **_log_fields(state),
+                client=scope["app"].state.context.client_address(scope).full,
+                **_log_fields(state, fields),
             )
 
     def _count_request(self, scope: Scope, fields: Fields) -> RateLimitStatus | None:
@@ -172,7 +173,7 @@ class RequestMiddleware:
             return None
         if caller.has_known_token:
             return context.rate_limits.students.hit(caller.token_hash + read_unchecked_holder(fields))
-        return context.rate_limits.addresses.hit(context.client_address(scope))
+        return context.rate_limits.addresses.hit(context.client_address(scope).counted)
 
 
 def _annotate_span(span: "Span", state: Mapping[str, Any]) -> None:
@@ -191,12 +192,19 @@ def _annotate_span(span: "Span", state: Mapping[str, Any]) -> None:
         tracing.mark_failed(span, state.get("code", str(status)))
 
 
-def _log_fields(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ids that the route has read so far and the error code, for the log line of a request."""
-    fields = {name: value[:MAX_LOGGED] for name, value in state.get("ids", {}).items()}
+def _log_fields(state: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return the ids that the route has read so far and the error code, for the log line of a request.
+
+    Without a known token, no route reads the headers. The lab that the request claims to come from then helps to
+    find a lab with an old token.
+    """
+    logged = {name: value[:MAX_LOGGED] for name, value in state.get("ids", {}).items()}
     if "code" in state:
-        fields["code"] = state["code"]
-    return fields
+        logged["code"] = state["code"]
+    caller = state.get("caller")
+    if caller is not None and not caller.has_known_token and (track := read_claimed_track(fields)):
+        logged["claimed_track"] = track
+    return logged
 
 
 def _check_early(scope: Scope, status: RateLimitStatus | None) -> None:
