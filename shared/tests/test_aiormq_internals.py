@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aio_pika
 import pytest
@@ -13,6 +14,7 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from sandbox_broker.contract import topology
+from sandbox_broker.messaging import connection as connection_module
 from sandbox_broker.messaging.aiormq_internals import write_publishes
 from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import OutboundMessage
@@ -106,3 +108,21 @@ async def test_a_closed_channel_refuses_publishes(channel: Channel) -> None:
         await write(channel, b"late")
     with pytest.raises(Disconnected), translating_errors():
         await write(channel, b"late")
+
+
+async def test_a_silent_node_is_noticed_within_eleven_seconds(clean_queues: str) -> None:
+    grace_sec: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def session(opened: AbstractConnection) -> None:
+        underlying: Any = opened.transport
+        if not grace_sec.done():
+            grace_sec.set_result(underlying.connection._Connection__heartbeat_grace_timeout)
+
+    running = asyncio.create_task(connection_module.run_with_reconnect(clean_queues, "silent", session))
+    try:
+        async with asyncio.timeout(PATIENCE_SEC):
+            longest_check_sec = connection_module.HEARTBEAT_SEC // 2
+            assert await grace_sec + longest_check_sec <= 11
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -24,6 +24,7 @@ from aiormq.exceptions import (
 )
 
 from sandbox_broker.contract import topology
+from sandbox_broker.messaging.aiormq_internals import limit_silence
 from sandbox_broker.observability import metrics
 from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls
 
@@ -72,6 +73,7 @@ async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractCon
     A missing topology is declared first, if the user may do so. The function runs until it is
     cancelled or `session` raises another error.
     """
+    limit_silence()
     loop = asyncio.get_running_loop()
     metrics.CONNECTED.labels(name).set(0)
     pause = MIN_BACKOFF_SEC
