@@ -1,0 +1,192 @@
+"""The broker without one node of a RabbitMQ cluster, and after the fail-over of a PostgreSQL pair.
+
+Students work meanwhile, with the retry rules of the track script. `make chaos ARGS=--cluster` injects these and all
+other faults of clusters.
+"""
+
+import asyncio
+import random
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import asyncpg
+import pytest
+
+from devstack.postgres_pair import PostgresPair
+from devstack.processes import run
+from devstack.rabbitmq_cluster import RabbitMQCluster
+from sandbox_broker.contract import topology
+from tests.chaos.client import History, Students
+from tests.integration.stack import ADMIN, PORTS, ROOT, Stack, eventually, run_stack, track_headers
+
+pytest_plugins = ("devstack.fixtures",)
+pytestmark = pytest.mark.timeout(600)  # the start of the servers counts as well
+
+SANDBOXES = 1000
+WORKING_STUDENTS = 5
+READS = 50
+
+
+@dataclass
+class Broker:
+    stack: Stack
+    rabbitmq: RabbitMQCluster
+    postgres: PostgresPair
+
+
+@pytest.fixture(scope="module")
+async def running_broker(rabbitmq_binaries: None, postgres_binaries: None) -> AsyncIterator[Broker]:
+    async with (
+        PostgresPair() as postgres,
+        RabbitMQCluster() as rabbitmq,
+        run_stack(postgres.url, rabbitmq.url, settings={"SYNC_INTERVAL_SEC": "2"}) as stack,
+    ):
+        yield Broker(stack, rabbitmq, postgres)
+
+
+@pytest.fixture
+async def broker(running_broker: Broker) -> AsyncIterator[Broker]:
+    """Broker with available sandboxes, and students at work. Then checks that no student was refused."""
+    await running_broker.stack.fill(SANDBOXES)
+    history = History()
+    async with run_students(running_broker.stack, history):
+        yield running_broker
+    assert [one for one in history.script_runs if not one.succeeded] == []
+    assert len(history.script_runs) > WORKING_STUDENTS
+    await running_broker.stack.assert_sound()
+
+
+@asynccontextmanager
+async def run_students(stack: Stack, history: History) -> AsyncIterator[None]:
+    """Let students allocate and release sandboxes one after the other until the block ends."""
+    stopping = asyncio.Event()
+
+    async def run_student(number: int, students: Students) -> None:
+        student, rng = f"student-{number}", random.Random(number)
+        while not stopping.is_set():
+            lease = await students.run_script("allocate", student, rng=rng)
+            await students.run_script("release", student, lease.sandbox_id, rng=rng)
+            await asyncio.sleep(1)  # pace of the load, not a wait for a condition
+
+    async with Students([stack.url], history, random.Random(0)) as students, asyncio.TaskGroup() as tasks:
+        for number in range(WORKING_STUDENTS):
+            tasks.create_task(run_student(number, students))
+        try:
+            yield
+        finally:
+            stopping.set()
+
+
+async def test_all_work_continues_while_the_leader_of_the_queues_is_down(broker: Broker) -> None:
+    stack = broker.stack
+    leader = await broker.rabbitmq.find_leader(topology.ALLOCATOR_COMMANDS.name)
+    await leader.kill()
+    await allocate(stack, "ada")
+
+    await assert_leases_expire(stack)
+    await assert_periodic_syncs_run(stack)
+    await assert_status_shows_every_queue(stack)
+    for module in PORTS:
+        await restart_service(stack, module)
+    await allocate(stack, "cyd")
+    await assert_topology_can_be_declared(stack)
+
+    await leader.start()
+    await broker.rabbitmq.wait_until_complete()
+    await allocate(stack, "dan")
+
+
+async def test_a_former_primary_is_never_read_after_the_fail_over(broker: Broker) -> None:
+    stack, pair = broker.stack, broker.postgres
+    pair.primary.freeze()
+    await pair.promote()
+    sandbox_id = await allocate(stack, "eve")
+
+    async def is_read() -> bool:
+        return (await read(stack, "eve", sandbox_id)) == 200
+
+    await eventually(is_read)
+    pair.standby.thaw()
+    assert await count_leases(pair.standby.url, "eve") == 0  # the former primary runs, without the lease
+
+    assert [await read(stack, "eve", sandbox_id) for _ in range(READS)] == READS * [200]
+    await restart_service(stack, "gateway")
+    assert [await read(stack, "eve", sandbox_id) for _ in range(READS)] == READS * [200]
+    await pair.rebuild_standby()
+    await allocate(stack, "fay")
+
+
+async def allocate(stack: Stack, student: str) -> str:
+    """Send allocations until one succeeds. Return the id of the sandbox."""
+    sandbox_id: str | None = None
+
+    async def is_served() -> bool:
+        nonlocal sandbox_id
+        response = await stack.allocate(student)
+        sandbox_id = response.json().get("sandbox_id")
+        return response.status_code in (200, 201)
+
+    await eventually(is_served, within_sec=60)
+    assert sandbox_id is not None
+    return sandbox_id
+
+
+async def read(stack: Stack, student: str, sandbox_id: str) -> int:
+    """Return the status of a read of the student's sandbox."""
+    response = await stack.client.get(f"{stack.url}/v1/sandboxes/{sandbox_id}", headers=track_headers(student))
+    return response.status_code
+
+
+async def count_leases(database_url: str, student: str) -> int:
+    connection = await asyncpg.connect(database_url)
+    try:
+        return int(await connection.fetchval("SELECT count(*) FROM leases WHERE holder = $1", student))
+    finally:
+        connection.terminate()
+
+
+async def assert_leases_expire(stack: Stack) -> None:
+    sandbox_id = await allocate(stack, "bob")
+    await stack.database.execute("UPDATE leases SET expires_at = now() - interval '1 day' WHERE holder = 'bob'")
+
+    async def has_expired() -> bool:
+        query = "SELECT end_reason FROM leases WHERE sandbox_id = $1"
+        return bool(await stack.database.fetchval(query, sandbox_id) == "expired")
+
+    await eventually(has_expired, within_sec=60)
+
+
+async def assert_periodic_syncs_run(stack: Stack) -> None:
+    total = (await stack.stats())["total"]
+    await stack.control("POST", "accounts", {"count": 1, "name_prefix": "late-"})
+
+    async def is_imported() -> bool:
+        return (await stack.stats())["total"] == total + 1
+
+    await eventually(is_imported, within_sec=60)
+
+
+async def assert_status_shows_every_queue(stack: Stack) -> None:
+    async def is_complete() -> bool:
+        response = await stack.client.get(f"{stack.url}/v1/admin/status", headers=ADMIN)
+        status = response.json()
+        return bool(
+            status["rabbitmq"]["state"] == "up" and not [queue for queue in status["queues"] if queue["problem"]]
+        )
+
+    await eventually(is_complete, within_sec=60)
+
+
+async def restart_service(stack: Stack, module: str) -> None:
+    await stack.processes[module].stop()
+    await stack.start_service(module)
+
+
+async def assert_topology_can_be_declared(stack: Stack) -> None:
+    """Run the job of a deployment that declares the queues."""
+    code, output = await run(
+        [sys.executable, "-m", "sandbox_broker.declare"], env=stack.environment, cwd=ROOT / "tests"
+    )
+    assert code == 0, output
