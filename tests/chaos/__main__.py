@@ -19,6 +19,7 @@ from pathlib import Path
 from devstack import faketime
 from devstack.errors import CannotRun
 from devstack.output import Terminal
+from devstack.rabbitmq_cluster import NET_TICKTIME_SEC
 from tests.chaos import checker, matrix, report, rounds
 from tests.chaos.matrix import Step
 from tests.chaos.stack import start_broker
@@ -48,11 +49,11 @@ def main() -> int:
         help="run a RabbitMQ cluster and a PostgreSQL pair, with faults of their nodes",
     )
     parser.add_argument(
-        "--rabbitmq",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="additional line of the nodes' rabbitmq.conf, such as 'net_ticktime = 60'",
+        "--net-ticktime",
+        type=int,
+        default=NET_TICKTIME_SEC,
+        metavar="SECONDS",
+        help="net_ticktime of the RabbitMQ nodes of --cluster",
     )
     parser.add_argument("--keep", action="store_true", help="keep the logs of a successful round too")
     arguments = parser.parse_args()
@@ -71,8 +72,8 @@ async def _run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     libfaketime = await faketime.find_library(terminal)
     directory = Path(tempfile.mkdtemp(prefix="sandbox-broker-chaos-"))
     terminal.print_line(f"SEED={arguments.seed}; logs in {directory}")
-    configuration = arguments.rabbitmq if arguments.cluster else None
-    async with start_broker(directory, libfaketime, cluster=configuration) as broker:
+    net_ticktime_sec = arguments.net_ticktime if arguments.cluster else None
+    async with start_broker(directory, libfaketime, net_ticktime_sec=net_ticktime_sec) as broker:
         terminal.print_step("PostgreSQL, RabbitMQ and two of each service are ready")
         steps = _plan_steps(arguments)
         round_ = await rounds.run_round(

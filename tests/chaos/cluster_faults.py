@@ -21,8 +21,8 @@ SILENT_WITHIN_SEC = 15.0
 """For a node that is frozen or cut off, which the others must first notice."""
 PROMOTED_WITHIN_SEC = 5.0
 RETURNED_WITHIN_SEC = 10.0
-DOWN_SEC = 15.0
-SILENT_SEC = 40.0
+DOWN_SEC = 10.0
+SILENT_SEC = 25.0
 """Longer than RabbitMQ takes to notice a silent node."""
 PROMOTION_DELAY_SEC = 5.0
 """Time that a fail-over manager takes to detect the loss of the primary."""

@@ -64,10 +64,10 @@ async def start_single_servers(resources: AsyncExitStack) -> Servers:
     return Servers(postgres=postgres, rabbitmq=rabbitmq, disk=disk)
 
 
-async def start_cluster(resources: AsyncExitStack, *, configuration: Sequence[str] = ()) -> Servers:
-    """Start the cluster and the pair. `configuration` contains additional lines of rabbitmq.conf."""
+async def start_cluster(resources: AsyncExitStack, *, net_ticktime_sec: int) -> Servers:
+    """Start the cluster and the pair."""
     pair = await resources.enter_async_context(PostgresPair())
-    cluster = RabbitMQCluster(configuration=configuration)
+    cluster = RabbitMQCluster(net_ticktime_sec=net_ticktime_sec)
     peer_links = {
         (node, peer): await resources.enter_async_context(Proxy(port))
         for (node, peer), port in cluster.peer_ports.items()

@@ -5,7 +5,7 @@ Most services have two processes. Dead processes are restarted, as Kubernetes wo
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,19 +173,19 @@ async def start_broker(
     clocks: Path,
     *,
     environment: dict[str, str] | None = None,
-    cluster: Sequence[str] | None = None,
+    net_ticktime_sec: int | None = None,
 ) -> AsyncIterator[ChaosBroker]:
     """Start the whole broker with an empty pool.
 
-    Each process logs to a file in `directory`. `clocks` is the path of libfaketime. With `cluster`, which
-    contains additional lines of rabbitmq.conf, RabbitMQ has three nodes and PostgreSQL a synchronous standby.
+    Each process logs to a file in `directory`. `clocks` is the path of libfaketime. With
+    `net_ticktime_sec`, RabbitMQ is a cluster of three nodes and PostgreSQL has a synchronous standby.
     """
     async with AsyncExitStack() as resources:
         resources.callback(faketime.remove_shared_memory)
-        if cluster is None:
+        if net_ticktime_sec is None:
             servers = await start_single_servers(resources)
         else:
-            servers = await start_cluster(resources, configuration=cluster)
+            servers = await start_cluster(resources, net_ticktime_sec=net_ticktime_sec)
         await _create_events_queue(servers.rabbitmq.url)
         simulator_port = free_port()
         links = {

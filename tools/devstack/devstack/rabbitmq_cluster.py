@@ -3,12 +3,14 @@
 import asyncio
 import secrets
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from devstack.rabbitmq import PrivateRabbitMQ
 
+NET_TICKTIME_SEC = 8
+"""Value of the Kubernetes component `rabbitmq-operator`."""
 _HOST = "127.0.0.1"
 _SIZE = 3
 _JOINED_SEC = 120.0
@@ -30,8 +32,8 @@ class RabbitMQCluster:
     `peer_ports[node, peer]`, so that a proxy can be placed on each link between two nodes before the start.
     """
 
-    def __init__(self, *, configuration: Sequence[str] = ()) -> None:
-        """`configuration` contains additional lines of rabbitmq.conf."""
+    def __init__(self, *, net_ticktime_sec: int = NET_TICKTIME_SEC) -> None:
+        """`net_ticktime_sec` is the time after which a node considers a silent node down."""
         cookie = secrets.token_hex(16)
         self.nodes = tuple(PrivateRabbitMQ(cookie=cookie) for _ in range(_SIZE))
         names = (f"cluster_formation.classic_config.nodes.{n} = {one.node}" for n, one in enumerate(self.nodes, 1))
@@ -39,7 +41,7 @@ class RabbitMQCluster:
             "cluster_formation.peer_discovery_backend = classic_config",
             *names,
             "cluster_partition_handling = pause_minority",
-            *configuration,
+            f"net_ticktime = {net_ticktime_sec}",
         )
         for node in self.nodes:
             node.configuration = lines
