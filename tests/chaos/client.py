@@ -23,7 +23,7 @@ PAUSE_SEC = (0.2, 1.5)
 """Pause between two requests of a student."""
 PROBE_TIMEOUT_SEC = 1.0
 PROBE_PAUSE_SEC = 0.1
-METER_PAUSE_SEC = 1.0
+METER_PAUSE_SEC = 0.5
 
 
 @dataclass(frozen=True, slots=True)

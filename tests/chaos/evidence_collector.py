@@ -15,7 +15,7 @@ from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Le
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker
 from tests.integration.stack import Stack, eventually
 
-IDLE_TIMEOUT_SEC = 600.0
+IDLE_TIMEOUT_SEC = 180.0
 POLL_INTERVAL_SEC = 0.5
 CONNECT_SEC = 3.0
 TICK_SEC = 0.05

@@ -75,9 +75,9 @@ async def run_round(
         _run_in_background(record_epochs(broker, epochs)),
         _run_in_background(record_stalls(stalls)),
         _run_in_background(_refill_pool(broker)),
-        _run_in_background(students.measure() if broker.servers.cluster is not None else _do_nothing()),
     ):
-        async with _run_in_background(students.run(PLACES)) as work:
+        measuring = students.measure() if broker.servers.cluster is not None else _do_nothing()
+        async with _run_in_background(students.run(PLACES)) as work, _run_in_background(measuring):
             await asyncio.sleep(WARM_UP_SEC)
             for number, step in enumerate(steps):
                 is_failover = len(step) == 1 and step[0].standby_answers_pending
