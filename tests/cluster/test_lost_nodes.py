@@ -128,7 +128,7 @@ async def allocate(stack: Stack, student: str) -> str:
         sandbox_id = response.json().get("sandbox_id")
         return response.status_code in (200, 201)
 
-    await eventually(is_served, within_sec=60)
+    await eventually(is_served)
     assert sandbox_id is not None
     return sandbox_id
 
@@ -155,7 +155,7 @@ async def assert_leases_expire(stack: Stack) -> None:
         query = "SELECT end_reason FROM leases WHERE sandbox_id = $1"
         return bool(await stack.database.fetchval(query, sandbox_id) == "expired")
 
-    await eventually(has_expired, within_sec=60)
+    await eventually(has_expired)
 
 
 async def assert_periodic_syncs_run(stack: Stack) -> None:
@@ -165,7 +165,7 @@ async def assert_periodic_syncs_run(stack: Stack) -> None:
     async def is_imported() -> bool:
         return (await stack.stats())["total"] == total + 1
 
-    await eventually(is_imported, within_sec=60)
+    await eventually(is_imported)
 
 
 async def assert_status_shows_every_queue(stack: Stack) -> None:
@@ -176,7 +176,7 @@ async def assert_status_shows_every_queue(stack: Stack) -> None:
             status["rabbitmq"]["state"] == "up" and not [queue for queue in status["queues"] if queue["problem"]]
         )
 
-    await eventually(is_complete, within_sec=60)
+    await eventually(is_complete)
 
 
 async def restart_service(stack: Stack, module: str) -> None:
