@@ -76,29 +76,29 @@ async def expire_leases(student_prefix: str, database: asyncpg.Connection) -> No
 
 
 @asynccontextmanager
-async def connect_requester(servers: Servers) -> AsyncIterator[RpcClient]:
+async def connect_rpc_client(servers: Servers) -> AsyncIterator[RpcClient]:
     """Connect an RPC client for allocator commands."""
     publisher = Publisher(servers.amqp_url, "bench")
-    requester = RpcClient(servers.amqp_url, "bench", publisher)
-    tasks = [asyncio.create_task(run()) for run in (publisher.run, requester.run)]
+    rpc_client = RpcClient(servers.amqp_url, "bench", publisher)
+    tasks = [asyncio.create_task(run()) for run in (publisher.run, rpc_client.run)]
     try:
-        yield requester
+        yield rpc_client
     finally:
         for task in reversed(tasks):
             await cancel_and_wait(task)
 
 
-async def purge_deleted(requester: RpcClient, *, deleted_for_sec: float) -> int:
+async def purge_deleted(rpc_client: RpcClient, *, deleted_for_sec: float) -> int:
     """Purge all records of sandboxes that were deleted at least `deleted_for_sec` ago. Returns their number."""
     purged = 0
     while True:
-        count = await purge_batch(requester, deleted_for_sec=deleted_for_sec)
+        count = await purge_batch(rpc_client, deleted_for_sec=deleted_for_sec)
         purged += count or 0
         if count != _PURGE_BATCH_SIZE:
             return purged
 
 
-async def purge_batch(requester: RpcClient, *, deleted_for_sec: float) -> int | None:
+async def purge_batch(rpc_client: RpcClient, *, deleted_for_sec: float) -> int | None:
     """Send one purge command, which the csp-syncer repeats every hour until no records are left.
 
     Returns the number of purged records, or None if the allocator refused the command. Then no record is purged and
@@ -106,7 +106,7 @@ async def purge_batch(requester: RpcClient, *, deleted_for_sec: float) -> int | 
     """
     command = PurgeRecords(status="deleted", for_sec=deleted_for_sec, limit=_PURGE_BATCH_SIZE)
     try:
-        reply = await requester.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_REPLY_TIMEOUT_SEC)
+        reply = await rpc_client.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=_REPLY_TIMEOUT_SEC)
     except CommandRefused:
         return None
     except CommandNotDone as error:

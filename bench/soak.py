@@ -73,7 +73,7 @@ FROM pg_stat_user_tables WHERE relname = ANY($1)
 class RenewedPool(GrowingPool):
     """Pool in which a new sandbox replaces each deleted one."""
 
-    requester: RpcClient
+    rpc_client: RpcClient
     purged: int = 0
     purges_postponed: int = 0
     reaper_check_at: float = 0.0
@@ -92,7 +92,7 @@ class RenewedPool(GrowingPool):
             await self.add_sandboxes(deleted_total - self.added)
 
     async def purge_batch(self) -> None:
-        purged = await maintenance.purge_batch(self.requester, deleted_for_sec=_RETENTION_SEC)
+        purged = await maintenance.purge_batch(self.rpc_client, deleted_for_sec=_RETENTION_SEC)
         if purged is None:
             self.purges_postponed += 1
         else:
@@ -133,8 +133,8 @@ async def run_soak(servers: Servers, sizes: Sizes) -> Run:
 
     await pool.fill(target.database, _SANDBOXES)
     samples.append(await _take_sample(target, target.database))
-    async with maintenance.connect_requester(servers) as requester, target.connect() as connection:
-        renewed = RenewedPool(connection, _SANDBOXES, requester=requester)
+    async with maintenance.connect_rpc_client(servers) as rpc_client, target.connect() as connection:
+        renewed = RenewedPool(connection, _SANDBOXES, rpc_client=rpc_client)
         async with (
             _vacuum_periodically(target),
             run_periodically(_REPLACE_INTERVAL_SEC, renewed.replace_released),

@@ -96,10 +96,10 @@ async def run_with_purge(servers: Servers, sizes: Sizes) -> Run:
     await pool.fill(database, sizes.accounts // 2)
     await database.execute(_INSERT_DELETED, old)
     await database.execute("VACUUM ANALYZE sandboxes, leases")
-    async with maintenance.connect_requester(servers) as requester:
+    async with maintenance.connect_rpc_client(servers) as rpc_client:
 
         async def work(_: asyncpg.Connection) -> None:
-            purged[0] = await maintenance.purge_deleted(requester, deleted_for_sec=_RETENTION_SEC)
+            purged[0] = await maintenance.purge_deleted(rpc_client, deleted_for_sec=_RETENTION_SEC)
 
         paced = await _run_paced(servers, sizes, work)
     run = await _verify(servers, paced, sandboxes=sizes.accounts // 2 + old, leases=old, purged=old)

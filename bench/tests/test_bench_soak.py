@@ -17,7 +17,7 @@ LEASES = 3
 
 
 @pytest.fixture
-def requester(amqp_url: str) -> RpcClient:
+def rpc_client(amqp_url: str) -> RpcClient:
     """RPC client without a connection, because these tests send no command."""
     return RpcClient(amqp_url, "bench", Publisher(amqp_url, "bench"))
 
@@ -31,11 +31,11 @@ async def release_all(database: asyncpg.Connection) -> None:
 
 
 async def test_each_released_sandbox_is_deleted_and_replaced(
-    database: asyncpg.Connection, requester: RpcClient
+    database: asyncpg.Connection, rpc_client: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)
-    renewed = RenewedPool(database, SANDBOXES, requester=requester)
+    renewed = RenewedPool(database, SANDBOXES, rpc_client=rpc_client)
     await renewed.replace_released()
     assert await count_available(database) == SANDBOXES
     assert await database.fetchval("SELECT count(*) FROM sandboxes WHERE status = 'deleted'") == LEASES
@@ -45,24 +45,24 @@ async def test_each_released_sandbox_is_deleted_and_replaced(
 
 
 async def test_sandboxes_deleted_by_the_reaper_are_replaced_once(
-    database: asyncpg.Connection, requester: RpcClient
+    database: asyncpg.Connection, rpc_client: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)
     await database.execute("UPDATE sandboxes SET status = 'deleted' WHERE status = 'pending_deletion'")
-    renewed = RenewedPool(database, SANDBOXES, requester=requester)
+    renewed = RenewedPool(database, SANDBOXES, rpc_client=rpc_client)
     await renewed.replace_deleted_by_reaper()
     await renewed.replace_deleted_by_reaper()
     assert (renewed.added, await count_available(database)) == (LEASES, SANDBOXES)
 
 
 async def test_a_row_locked_by_the_reaper_is_replaced_after_the_lock_is_released(
-    database: asyncpg.Connection, clean_database: str, requester: RpcClient
+    database: asyncpg.Connection, clean_database: str, rpc_client: RpcClient
 ) -> None:
     await pool.insert_leases(database, "student", LEASES)
     await release_all(database)
     reaper = await asyncpg.connect(clean_database)
-    renewed = RenewedPool(database, SANDBOXES, requester=requester)
+    renewed = RenewedPool(database, SANDBOXES, rpc_client=rpc_client)
     async with reaper.transaction():
         await reaper.execute("""
             UPDATE sandboxes SET deletion_due_at = now() + interval '1 minute'

@@ -43,16 +43,16 @@ async def handle(command: Command) -> Reply | None:
 
 
 @pytest.fixture
-async def requester(clean_queues: str) -> AsyncIterator[RpcClient]:
+async def rpc_client(clean_queues: str) -> AsyncIterator[RpcClient]:
     publisher = Publisher(clean_queues, "test")
-    requester = RpcClient(clean_queues, "test", publisher)
+    rpc_client = RpcClient(clean_queues, "test", publisher)
 
     async def session(connection: aio_pika.abc.AbstractConnection) -> None:
         await serve_commands(connection, QUEUE, publisher, handle)
 
     serving = partial(run_with_reconnect, clean_queues, "serving", session)
-    async with background_tasks(publisher.run(), requester.run(), serving()):
-        yield requester
+    async with background_tasks(publisher.run(), rpc_client.run(), serving()):
+        yield rpc_client
 
 
 @pytest.fixture
@@ -70,24 +70,24 @@ async def dead_letter(channel: AbstractChannel) -> tuple[Any, dict[str, Any]]:
     return json.loads(message.body), dict(message.headers)
 
 
-async def ask(requester: RpcClient, command: Command) -> Reply:
+async def ask(rpc_client: RpcClient, command: Command) -> Reply:
     """Return the reply, also if it is a refusal."""
     try:
-        reply: Reply = await requester.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
+        reply: Reply = await rpc_client.request(QUEUE, command, timeout_sec=PATIENCE_SEC)
     except CommandRefused as error:
         return error.refusal
     return reply
 
 
 async def test_a_failed_command_is_dead_lettered_and_does_not_block_the_queue(
-    requester: RpcClient, channel: AbstractChannel
+    rpc_client: RpcClient, channel: AbstractChannel
 ) -> None:
     for number in range(2):
         failing = SyncPool(request_id=f"r-{number}", force=True)
-        reply = await ask(requester, failing)
+        reply = await ask(rpc_client, failing)
         assert isinstance(reply, Refused)
         assert reply.code == "INTERNAL_ERROR"
-        assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
+        assert await ask(rpc_client, SyncPool(request_id="behind")) == SYNCED
         body, headers = await dead_letter(channel)
         assert body == {"commands": [failing.model_dump()]}
         assert headers["x-first-death-queue"] == QUEUE.name
@@ -95,10 +95,10 @@ async def test_a_failed_command_is_dead_lettered_and_does_not_block_the_queue(
 
 
 async def test_a_command_for_another_service_is_refused_and_dead_lettered(
-    requester: RpcClient, channel: AbstractChannel
+    rpc_client: RpcClient, channel: AbstractChannel
 ) -> None:
     command = CleanUpNow(request_id="r", job_id=uuid.UUID(int=7))
-    reply = await ask(requester, command)
+    reply = await ask(rpc_client, command)
     assert isinstance(reply, Refused)
     assert reply.code == "INVALID_COMMAND"
     body, headers = await dead_letter(channel)
@@ -107,7 +107,7 @@ async def test_a_command_for_another_service_is_refused_and_dead_lettered(
 
 
 async def test_a_command_over_a_foreign_exchange_is_refused_and_dead_lettered(
-    requester: RpcClient, channel: AbstractChannel
+    rpc_client: RpcClient, channel: AbstractChannel
 ) -> None:
     """The default exchange represents all exchanges that may not carry the command."""
     command = SyncPool(request_id="r", force=True)
@@ -115,11 +115,11 @@ async def test_a_command_over_a_foreign_exchange_is_refused_and_dead_lettered(
     body, headers = await dead_letter(channel)
     assert body == {"commands": [command.model_dump(mode="json")]}
     assert headers["x-reason"] == "SyncPool may not be sent over the exchange ''"
-    assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
+    assert await ask(rpc_client, SyncPool(request_id="behind")) == SYNCED
 
 
 async def test_only_the_invalid_entry_of_an_envelope_is_dead_lettered(
-    requester: RpcClient, channel: AbstractChannel
+    rpc_client: RpcClient, channel: AbstractChannel
 ) -> None:
     poison = {"type": "SyncPool", "version": 2, "request_id": "r"}
     commands = [poison, SyncPool(request_id="r").model_dump()]
@@ -128,4 +128,4 @@ async def test_only_the_invalid_entry_of_an_envelope_is_dead_lettered(
     body, headers = await dead_letter(channel)
     assert body == {"commands": [poison]}
     assert "version" in headers["x-reason"]
-    assert await ask(requester, SyncPool(request_id="behind")) == SYNCED
+    assert await ask(rpc_client, SyncPool(request_id="behind")) == SYNCED

@@ -57,13 +57,13 @@ class Bus:
     def __init__(self, url: str) -> None:
         self.url = url
         self.publisher = Publisher(url, "test")
-        self.requester = RpcClient(url, "test", self.publisher)
+        self.rpc_client = RpcClient(url, "test", self.publisher)
 
     def put(self, body: bytes = b"{}", queue: topology.Queue = QUEUE, **options: Any) -> Awaitable[None]:
         return self.publisher.publish("", queue.name, body, **options)
 
     def ask(self, timeout_sec: float = 15.0) -> Awaitable[ListingBegun]:
-        return self.requester.request(QUEUE, BeginListing(), timeout_sec=timeout_sec)
+        return self.rpc_client.request(QUEUE, BeginListing(), timeout_sec=timeout_sec)
 
 
 Connected = Callable[[str], contextlib.AbstractAsyncContextManager[Bus]]
@@ -74,8 +74,8 @@ def connected() -> Connected:
     @asynccontextmanager
     async def opened(url: str) -> AsyncIterator[Bus]:
         made = Bus(url)
-        async with background_tasks(made.publisher.run(), made.requester.run()):
-            await wait_until(lambda: made.requester.connected)
+        async with background_tasks(made.publisher.run(), made.rpc_client.run()):
+            await wait_until(lambda: made.rpc_client.connected)
             yield made
 
     return opened
@@ -168,8 +168,8 @@ async def test_publishing_without_a_connection_fails_at_once(clean_queues: str) 
         with pytest.raises(Disconnected):
             await made.publisher.count_consumers(QUEUE.name)
         with pytest.raises(Disconnected):
-            await made.requester.send(QUEUE, [BeginListing()], timeout_sec=1)
-    assert not made.requester.connected
+            await made.rpc_client.send(QUEUE, [BeginListing()], timeout_sec=1)
+    assert not made.rpc_client.connected
 
 
 async def test_an_invalid_message_does_not_close_the_connection(bus: Bus) -> None:
@@ -302,9 +302,9 @@ async def test_an_unresponsive_server_raises_disconnected_and_cancels_no_task(
             await made.put(timeout_sec=0.2)
         with pytest.raises(Disconnected):
             await late  # raised by the heartbeat
-        await wait_until(lambda: not made.requester.connected)
+        await wait_until(lambda: not made.rpc_client.connected)
         amqp_proxy.resume()
-        await wait_until(lambda: made.requester.connected)
+        await wait_until(lambda: made.rpc_client.connected)
         await made.put()
 
 
@@ -440,15 +440,15 @@ async def test_a_consumer_recovers_from_the_deletion_of_its_queue(
 
 async def test_replies_have_the_order_of_the_commands(clean_queues: str, bus: Bus) -> None:
     async with background_tasks(consume(clean_queues, replying(bus.publisher))):
-        replies = await (await bus.requester.send(QUEUE, [BeginListing()] * 5, timeout_sec=15))
+        replies = await (await bus.rpc_client.send(QUEUE, [BeginListing()] * 5, timeout_sec=15))
     assert replies == tuple(ListingBegun(listing_id=number) for number in range(5))
-    assert bus.requester._waiting == {}
+    assert bus.rpc_client._waiting == {}
 
 
 async def test_concurrent_requests_are_answered(clean_queues: str, bus: Bus) -> None:
     async with background_tasks(consume(clean_queues, replying(bus.publisher))):
         assert await asyncio.gather(*(bus.ask() for _ in range(200))) == [ListingBegun(listing_id=0)] * 200
-    assert bus.requester._waiting == {}
+    assert bus.rpc_client._waiting == {}
 
 
 async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
@@ -456,10 +456,10 @@ async def test_a_request_past_its_deadline_times_out_and_is_forgotten(
 ) -> None:
     with pytest.raises(NoReply, match="no reply in"):
         await bus.ask(timeout_sec=0.3)
-    replies = await bus.requester.send(QUEUE, [BeginListing()], timeout_sec=0.3)
+    replies = await bus.rpc_client.send(QUEUE, [BeginListing()], timeout_sec=0.3)
     with pytest.raises(TimeoutError, match="no reply"):
         await replies
-    await wait_until(lambda: bus.requester._waiting == {})
+    await wait_until(lambda: bus.rpc_client._waiting == {})
     # RabbitMQ drops them a little later, because their expiration started at their arrival.
     async with consuming.channel() as channel, asyncio.timeout(PATIENCE_SEC):
         queue = await channel.declare_queue(QUEUE.name, passive=True)
@@ -490,7 +490,7 @@ async def test_a_late_or_duplicate_reply_is_ignored(clean_queues: str, bus: Bus)
     async with background_tasks(consume(clean_queues, replying(bus.publisher, times=3))):
         await publish_replies(bus.publisher, late[0], [ListingBegun(listing_id=99)])
         assert await asyncio.gather(*(bus.ask() for _ in range(20))) == [ListingBegun(listing_id=0)] * 20
-    assert bus.requester.connected
+    assert bus.rpc_client.connected
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ async def test_an_invalid_reply_fails_only_its_request(clean_queues: str, bus: B
         results = await asyncio.gather(*(bus.ask() for _ in range(3)), return_exceptions=True)
     assert sum(isinstance(result, UnexpectedReply) for result in results) == 1
     assert results.count(ListingBegun(listing_id=0)) == 2
-    assert bus.requester._waiting == {}
+    assert bus.rpc_client._waiting == {}
 
 
 async def test_a_refusal_raises_its_code(clean_queues: str, bus: Bus) -> None:
@@ -537,17 +537,17 @@ async def test_a_reply_to_another_command_is_unexpected(clean_queues: str, bus: 
 
 async def test_a_cancelled_request_is_forgotten(bus: Bus) -> None:
     requests = [asyncio.ensure_future(bus.ask()) for _ in range(20)]
-    await wait_until(lambda: len(bus.requester._waiting) == 20)
+    await wait_until(lambda: len(bus.rpc_client._waiting) == 20)
     for task in requests:
         task.cancel()
     await asyncio.wait(requests)
-    await wait_until(lambda: bus.requester._waiting == {})
+    await wait_until(lambda: bus.rpc_client._waiting == {})
 
 
 async def test_an_unroutable_request_is_forgotten(bus: Bus) -> None:
     with pytest.raises(ServiceUnavailable, match="nowhere"):
-        await bus.requester.request(topology.Queue("nowhere", "allocator"), BeginListing(), timeout_sec=5)
-    await wait_until(lambda: bus.requester._waiting == {})
+        await bus.rpc_client.request(topology.Queue("nowhere", "allocator"), BeginListing(), timeout_sec=5)
+    await wait_until(lambda: bus.rpc_client._waiting == {})
 
 
 async def test_a_reply_to_a_missing_requester_is_not_an_error(bus: Bus, consuming: AbstractConnection) -> None:
@@ -622,20 +622,20 @@ async def test_a_deleted_reply_queue_fails_open_requests_and_is_declared_again(c
 
     async def session(opened: AbstractConnection) -> None:
         owner.append(opened)
-        await made.requester._session(opened)
+        await made.rpc_client._session(opened)
 
     async with background_tasks(made.publisher.run(), run_with_reconnect(clean_queues, "test", session)):
         requests = asyncio.ensure_future(made.ask())
-        await wait_until(lambda: made.requester._waiting)
-        queue = made.requester._reply_queue
+        await wait_until(lambda: made.rpc_client._waiting)
+        queue = made.rpc_client._reply_queue
         assert queue is not None
         async with owner[0].channel() as channel:
             await channel.queue_delete(queue)
         async with asyncio.timeout(AT_ONCE_SEC):
             with pytest.raises(ServiceUnavailable, match="lost"):
                 await requests
-        await wait_until(lambda: made.requester.connected)
-        assert made.requester._reply_queue != queue
+        await wait_until(lambda: made.rpc_client.connected)
+        assert made.rpc_client._reply_queue != queue
         async with background_tasks(consume(clean_queues, replying(made.publisher))):
             assert await made.ask() == ListingBegun(listing_id=0)
 
@@ -648,7 +648,7 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
 ) -> None:
     async with connected(private.url) as made:
         requests = [asyncio.ensure_future(made.ask()) for _ in range(50)]
-        await wait_until(lambda: len(made.requester._waiting) == 50)
+        await wait_until(lambda: len(made.rpc_client._waiting) == 50)
         await wait_until(lambda: not made.publisher._limits)
         await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
@@ -658,10 +658,10 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
             published = await asyncio.gather(*publishing, return_exceptions=True)
         assert {type(result) for result in results} == {ServiceUnavailable}
         assert {type(result) for result in published} <= {Disconnected, type(None)}
-        assert made.requester._waiting == {}
-        await wait_until(lambda: not made.requester.connected and not made.publisher.connected)
+        assert made.rpc_client._waiting == {}
+        await wait_until(lambda: not made.rpc_client.connected and not made.publisher.connected)
         await private.start()
-        await wait_until(lambda: made.requester.connected)
+        await wait_until(lambda: made.rpc_client.connected)
         async with background_tasks(consume(private.url, replying(made.publisher))):
             assert await made.ask() == ListingBegun(listing_id=0)
 
@@ -820,7 +820,7 @@ async def test_cancellation_closes_the_connections_in_bounded_time(amqp_proxy: T
     made = Bus(amqp_proxy.url)
     loop = asyncio.get_running_loop()
     async with background_tasks(
-        made.publisher.run(), made.requester.run(), consume(amqp_proxy.url, replying(made.publisher))
+        made.publisher.run(), made.rpc_client.run(), consume(amqp_proxy.url, replying(made.publisher))
     ):
         assert await made.ask() == ListingBegun(listing_id=0)
         if silent:
@@ -872,7 +872,7 @@ async def test_a_command_carries_the_request_id_of_the_log_context(clean_queues:
             await bus.ask()
             own = ClaimDeletions(request_id="r-2", run_id=uuid.UUID(int=1), limit=1, claim_sec=1)
             with pytest.raises(UnexpectedReply):
-                await bus.requester.request(QUEUE, own, timeout_sec=15)
+                await bus.rpc_client.request(QUEUE, own, timeout_sec=15)
         await bus.ask()
     assert seen == ["r-1", "r-2", None]
 
