@@ -60,5 +60,4 @@ async def _record_job(context: Context, command: RecordJob, deadline: float) -> 
     try:
         await context.rpc_client.request(topology.ALLOCATOR_MAINTENANCE, command, timeout_sec=remaining_sec)
     except NoReply as error:
-        parameters = {"cause": "no_reply", "problem": f"{error}. Try again shortly."}
-        raise ApiError("ALLOCATOR_UNAVAILABLE", parameters=parameters) from error
+        raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "job_not_recorded"}) from error

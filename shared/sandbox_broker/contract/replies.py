@@ -50,6 +50,7 @@ class Refused(Message):
 
 
 def refuse(code: RefusalCode, **parameters: int | str) -> Refused:
+    """Return a refusal. `messages` in the error table of the gateway words its parameters."""
     facts = ", ".join(f"{name}: {value}" for name, value in parameters.items())
     return Refused(code=code, parameters=parameters, message=f"{code} ({facts})" if facts else code)
 

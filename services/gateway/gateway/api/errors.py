@@ -232,6 +232,7 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "no_reply": "The allocator did not answer: {problem}",
             "cleanup_postponed": "The allocator did not answer: {problem}. Pending sandboxes are deleted later, "
             "automatically.",
+            "job_not_recorded": "The allocator does not reply. Try again shortly.",
             "unreachable": "{problem} No data is lost. Try again shortly.",
             "not_running": "No allocator is running. Start it, then try again.",
             "queue_down": QUEUE_DOWN,
