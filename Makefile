@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-containers bench chaos check k8s-check fmt docs lock clean
+.PHONY: help setup run demo test test-fast test-versions test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # Without bytecode files, each of the many processes would compile all modules again.
@@ -26,6 +26,9 @@ test: setup ## Run all tests with real PostgreSQL and RabbitMQ; ARGS="-k lease" 
 
 test-fast: setup ## Run the tests that need no server, in less than a minute; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest --lane fast -n 2 --dist loadfile $(ARGS)
+
+test-versions: setup ## Run the tests that need servers with the oldest and the newest PostgreSQL and RabbitMQ, from Debian's packages
+	@$(PYTHON) -m devstack.versions $(ARGS)
 
 test-containers: setup ## Run the tests with a Docker engine: images and docker-compose.yml; PYTHON_IMAGE etc. select base images
 	@$(PYTHON) -m pytest tests/containers $(ARGS)
