@@ -29,13 +29,6 @@ async def background_tasks(*work: Coroutine[Any, Any, None]) -> AsyncIterator[No
         assert task.cancelled(), task.exception()
 
 
-async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until `condition` is true. Raise TimeoutError after PATIENCE_SEC."""
-    async with asyncio.timeout(PATIENCE_SEC):
-        while not condition():  # noqa: ASYNC110 (no event exists)
-            await asyncio.sleep(0.005)
-
-
 @asynccontextmanager
 async def assert_no_leaks() -> AsyncIterator[None]:
     """Fail if asyncio reports an error, or if the block leaves a task of the project or of a client library, or an

@@ -16,6 +16,7 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 from prometheus_client import REGISTRY
 
+from devstack.conditions import wait_until
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import decode_commands, encode_commands
@@ -31,7 +32,7 @@ from sandbox_broker.messaging.subscription import Subscription, publish_replies
 from sandbox_broker.observability import log_context
 from sandbox_broker.runtime.service import cancel_and_wait
 
-from .shared_harness import PATIENCE_SEC, TcpProxy, assert_no_leaks, background_tasks, open_tcp_proxy, wait_until
+from .shared_harness import PATIENCE_SEC, TcpProxy, assert_no_leaks, background_tasks, open_tcp_proxy
 
 QUEUE = topology.ALLOCATOR_COMMANDS
 FILLED = topology.SYNC_TICKS  # a queue of length 1

@@ -13,6 +13,7 @@ import pytest
 from aiormq.exceptions import AMQPError
 from sqlalchemy import text
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.testing import NewVhost
 from sandbox_broker.database import connections, primary
@@ -28,7 +29,6 @@ from .shared_harness import (
     background_tasks,
     open_silent_port,
     open_tcp_proxy,
-    wait_until,
 )
 
 AT_ONCE_SEC = 8.0

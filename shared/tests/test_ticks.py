@@ -2,17 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import aio_pika
 import pytest
 from aio_pika.exceptions import ChannelNotFoundEntity
 
+from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher, Unroutable
 
-from .shared_harness import PATIENCE_SEC, assert_no_leaks, background_tasks, wait_until
+from .shared_harness import PATIENCE_SEC, assert_no_leaks, background_tasks
 
 QUEUE = topology.CLEANUP_TICKS
 AT_ONCE = 0
@@ -58,13 +60,17 @@ async def waiting(url: str) -> int:
         return declared.declaration_result.message_count or 0
 
 
-async def is_there(url: str, queue: str) -> bool:
+async def is_empty(url: str) -> bool:
+    return await waiting(url) == 0
+
+
+async def is_deleted(url: str, queue: str) -> bool:
     async with await aio_pika.connect(url) as connection, connection.channel() as channel:
         try:
             await channel.declare_queue(queue, passive=True)
         except ChannelNotFoundEntity:
-            return False
-        return True
+            return True
+        return False
 
 
 async def test_replicas_with_slow_work_pile_up_no_ticks_and_no_concurrent_runs(
@@ -100,9 +106,7 @@ async def test_many_early_ticks_cause_one_run(clean_queues: str, publisher: Publ
     async with background_tasks(*(ticks.consume_ticks(clean_queues, QUEUE, 3600, work) for _ in range(2))):
         await asyncio.gather(*(publisher.publish(topology.TICKS.name, QUEUE.name, b"{}") for _ in range(1000)))
         await wait_until(lambda: work.begun == 1)
-        async with asyncio.timeout(20):
-            while await waiting(clean_queues):  # noqa: ASYNC110 (no event exists)
-                await asyncio.sleep(0.01)
+        await wait_until(partial(is_empty, clean_queues))
         await publisher.publish(topology.TICKS.name, QUEUE.name, b"{}")
         assert (work.begun, work.at_work) == (1, 0)
 
@@ -221,8 +225,6 @@ async def test_a_replaced_queue_is_deleted_after_its_last_consumer(clean_queues:
             await publisher.publish(topology.TICKS.name, old, b"{}")
             await old_ticks.get()
             await channel.close()
-            async with asyncio.timeout(60):
-                while await is_there(clean_queues, old):  # noqa: ASYNC110 (no event exists)
-                    await asyncio.sleep(0.01)
+            await wait_until(partial(is_deleted, clean_queues, old))
             after = ran
             await wait_until(lambda: ran > after)

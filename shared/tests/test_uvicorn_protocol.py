@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
+from devstack.conditions import wait_until
 from devstack.wire import Client, connected
 from sandbox_broker.runtime.uvicorn_protocol import MAX_HEAD_BYTES, MAX_HEAD_FIELDS, StrictProtocol
 
@@ -186,8 +187,7 @@ async def test_a_malformed_request_never_answers_an_earlier_one(malformed: bytes
     app.may_answer.clear()
     async with served(app) as client:
         await client.send(post() + malformed)
-        while not app.requests:  # noqa: ASYNC110 (the server has no event for it)
-            await asyncio.sleep(0.005)
+        await wait_until(lambda: app.requests)
         app.may_answer.set()
         assert await client.response() == (200, {"path": "/a"})
         assert await client.read_to_end() == b""

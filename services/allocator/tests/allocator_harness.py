@@ -1,9 +1,8 @@
 """Test harness of the allocator: a pool in a real database, and builders of commands."""
 
-import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -13,6 +12,7 @@ import asyncpg
 from allocator.handlers import leases, listings
 from allocator.routing import STUDENTS, Lane
 from allocator.write_session import WriteSession
+from devstack.conditions import wait_until_blocked
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import encode_commands
 from sandbox_broker.contract.commands import (
@@ -68,13 +68,6 @@ def granted_lease(reply: Reply) -> LeaseGranted:
 def refusal_code(reply: Reply) -> str:
     assert isinstance(reply, Refused), reply
     return reply.code
-
-
-async def wait_until(condition: Callable[[], Awaitable[object]], *, timeout_sec: float = 60) -> None:
-    """Wait until the condition is true; raise TimeoutError after `timeout_sec`."""
-    async with asyncio.timeout(timeout_sec):
-        while not await condition():  # noqa: ASYNC110 (there is no notification)
-            await asyncio.sleep(0.01)
 
 
 class Pool:
@@ -163,8 +156,7 @@ class Pool:
 
     async def until_waiting(self, session: WriteSession) -> None:
         """Wait until the statement of the session waits for a lock."""
-        pid = session.connection.get_server_pid()
-        await wait_until(lambda: self.value("SELECT cardinality(pg_blocking_pids($1)) > 0", pid))
+        await wait_until_blocked(session.connection, self._observer)
 
     async def lease(self, holder: str) -> str:
         """Insert a sandbox and lease it; return its id."""

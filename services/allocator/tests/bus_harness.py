@@ -16,6 +16,7 @@ from allocator.background.outbox_relay import OutboxRelay
 from allocator.consumer import Consumer
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import ReplyEnvelope, encode_commands
@@ -24,8 +25,6 @@ from sandbox_broker.contract.replies import Reply
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.runtime.service import cancel_and_wait
-
-from .allocator_harness import wait_until
 
 
 @dataclass

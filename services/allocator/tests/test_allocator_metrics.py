@@ -4,10 +4,11 @@ from prometheus_client import REGISTRY
 
 from allocator.main import create_app
 from allocator.settings import Settings
+from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import ExpireLeases
 
-from .allocator_harness import Pool, allocate_command, wait_until
+from .allocator_harness import Pool, allocate_command
 from .bus_harness import Allocator, Client
 
 

@@ -6,11 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from sandbox_broker.contract import topology
 
-from .allocator_harness import Pool, allocate_command, granted_lease, wait_until
+from .allocator_harness import Pool, allocate_command, granted_lease
 from .bus_harness import Client
 
 # Dies after the commit of the first batch, before its first reply.

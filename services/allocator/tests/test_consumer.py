@@ -14,6 +14,7 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
 from allocator.routing import STUDENTS
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -45,7 +46,6 @@ from .allocator_harness import (
     refusal_code,
     release,
     release_command,
-    wait_until,
 )
 from .bus_harness import Allocator, Client, run_allocator
 

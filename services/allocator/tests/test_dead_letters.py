@@ -18,6 +18,7 @@ from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.handlers.dead_letters import replay_dead_letter
 from allocator.routing import STUDENTS
 from allocator.write_session import WriteSession
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.testing import NewDatabase
 from sandbox_broker.contract import topology
@@ -44,7 +45,6 @@ from .allocator_harness import (
     pool_in,
     refusal_code,
     release_command,
-    wait_until,
 )
 from .bus_harness import Allocator, Client, run_allocator
 

@@ -20,6 +20,7 @@ from allocator.background import invariant_check, outbox_relay
 from allocator.handlers import deletions, leases
 from allocator.routing import MAINTENANCE
 from allocator.write_session import WriteSession
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import spawn
 from sandbox_broker.contract import topology
@@ -37,7 +38,6 @@ from .allocator_harness import (
     release,
     release_command,
     sync,
-    wait_until,
 )
 from .bus_harness import connect_client
 

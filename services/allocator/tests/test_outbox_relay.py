@@ -11,11 +11,12 @@ import pytest
 from allocator import metrics
 from allocator.background import outbox_relay
 from allocator.background.outbox_relay import OutboxRelay
+from devstack.conditions import wait_until
 from sandbox_broker.contract.events import Event
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import OutboundMessage, Publisher
 
-from .allocator_harness import Pool, wait_until
+from .allocator_harness import Pool
 from .bus_harness import TcpProxy, run_allocator, stop, subscribe_events
 
 

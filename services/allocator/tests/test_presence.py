@@ -10,12 +10,13 @@ from structlog.testing import capture_logs
 from allocator import metrics
 from allocator.background import presence
 from allocator.background.presence import Presence
+from devstack.conditions import wait_until
 from devstack.testing import NewVhost
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.runtime.service import cancel_and_wait
 
-from .allocator_harness import Pool, wait_until
+from .allocator_harness import Pool
 
 
 @pytest.fixture(autouse=True)

@@ -200,20 +200,5 @@ async def syncing(amqp_url: str, csp: Csp, **changes: Any) -> AsyncIterator[None
         yield
 
 
-async def emptied(amqp_url: str) -> None:
-    """Declare the topology and purge all its queues."""
-    connection = await aio_pika.connect(amqp_url)
-    async with connection, connection.channel() as channel:
-        await topology.declare(channel)
-        for queue in topology.QUEUES:
-            await (await channel.get_queue(queue.name, ensure=False)).purge()
-
-
-async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
-    async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (the condition has no event)
-            await asyncio.sleep(0.005)
-
-
 def sample(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0

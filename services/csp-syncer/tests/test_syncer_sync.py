@@ -10,6 +10,8 @@ from structlog.testing import capture_logs
 
 from csp_syncer import chunking, main, syncer
 from csp_syncer.triggers import CommandConsumer, send_sync_command
+from devstack.conditions import wait_until
+from devstack.testing import empty_queues
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
     ApplyListing,
@@ -24,7 +26,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.replies import PoolSynced, RefusalCode, Refused, refuse
 from sandbox_broker.contract.types import JobState
 
-from .syncer_harness import Allocator, Caller, Csp, calling, emptied, sample, simulated_csp, syncing, until
+from .syncer_harness import Allocator, Caller, Csp, calling, sample, simulated_csp, syncing
 
 UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
 
@@ -32,7 +34,7 @@ UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
 @pytest.fixture
 async def queues(amqp_url: str) -> str:
     """Empty queues. Deleting them, as clean_queues does, takes longer than most tests."""
-    await emptied(amqp_url)
+    await empty_queues(amqp_url)
     return amqp_url
 
 
@@ -59,7 +61,7 @@ async def caller(queues: str) -> AsyncIterator[Caller]:
 async def running_syncer(csp: Csp, allocator: Allocator, amqp_url: str) -> AsyncIterator[None]:
     """A csp-syncer that has completed the sync of its first tick."""
     async with syncing(amqp_url, csp):
-        await until(lambda: allocator.all(RefreshSandboxes))
+        await wait_until(lambda: allocator.all(RefreshSandboxes))
         allocator.received.clear()
         yield
 
@@ -71,7 +73,7 @@ def refusing(kind: type[Command], code: RefusalCode) -> Refused:
 async def test_a_tick_syncs(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     before = sample("broker_sync_total", outcome="completed")
     async with syncing(amqp_url, csp, sync_interval_sec=0.2):
-        await until(lambda: len(allocator.all(ApplyListing)) >= 2)
+        await wait_until(lambda: len(allocator.all(ApplyListing)) >= 2)
     assert sample("broker_sync_total", outcome="completed") >= before + 2
 
 
@@ -171,7 +173,7 @@ async def test_a_request_during_a_sync_joins_it(
 
     allocator.before_answer = wait
     first = asyncio.create_task(caller.sync())
-    await until(lambda: allocator.all(ApplyListing))
+    await wait_until(lambda: allocator.all(ApplyListing))
     more = [asyncio.create_task(caller.sync()) for _ in range(5)]
     await caller.all_arrived()
     gate.set()
@@ -192,7 +194,7 @@ async def test_a_forced_sync_runs_after_the_unforced_one(
 
     allocator.before_answer = wait
     unforced = asyncio.create_task(caller.sync())
-    await until(lambda: allocator.all(ApplyListing))
+    await wait_until(lambda: allocator.all(ApplyListing))
     forced = asyncio.create_task(caller.sync(force=True))
     await caller.all_arrived()
     assert len(allocator.all(BeginListing)) == 1
@@ -291,7 +293,7 @@ async def test_the_csp_syncer_reconnects_during_a_sync(
     async with syncing(amqp_url, csp):
         replies = [asyncio.create_task(caller.sync())]
         await caller.all_arrived()
-        await until(lambda: allocator.all(ApplyListing))
+        await wait_until(lambda: allocator.all(ApplyListing))
         await connections[0].close()
         replies.append(asyncio.create_task(caller.sync()))
         await caller.all_arrived()
@@ -322,8 +324,8 @@ async def test_a_stop_during_a_sync_leaves_no_task_behind(csp: Csp, allocator: A
 
     allocator.before_answer = never
     async with syncing(amqp_url, csp):
-        await until(lambda: allocator.all(BeginListing))
-    await until(lambda: not [task for task in asyncio.all_tasks() if "Syncer" in repr(task)])
+        await wait_until(lambda: allocator.all(BeginListing))
+    await wait_until(lambda: not [task for task in asyncio.all_tasks() if "Syncer" in repr(task)])
 
 
 async def test_names_are_corrected_in_batches_after_the_listing_is_applied(
@@ -354,7 +356,7 @@ async def test_a_tick_joins_the_sync_of_an_administrator(
 
     allocator.before_answer = wait
     async with syncing(amqp_url, csp):
-        await until(lambda: allocator.all(ApplyListing))  # by the sync of the first tick
+        await wait_until(lambda: allocator.all(ApplyListing))  # by the sync of the first tick
         requested = asyncio.create_task(caller.sync())
         await send_sync_command(caller.rpc_client._publisher)
         await caller.all_arrived()
@@ -372,7 +374,7 @@ async def test_two_replicas_run_one_sync(csp: Csp, allocator: Allocator, caller:
 
     allocator.before_answer = wait
     async with syncing(amqp_url, csp), syncing(amqp_url, csp):
-        await until(lambda: allocator.all(ApplyListing))
+        await wait_until(lambda: allocator.all(ApplyListing))
         requested = [asyncio.create_task(caller.sync()) for _ in range(4)]
         await caller.all_arrived()
         gate.set()
@@ -390,7 +392,7 @@ async def test_every_joined_job_gets_the_progress_and_the_end_of_the_sync(
 
     async def wait(command: Command) -> None:
         if isinstance(command, ApplyListing):
-            await until(lambda: {job.job_id for job in allocator.jobs if job.progress == staged} == jobs)
+            await wait_until(lambda: {job.job_id for job in allocator.jobs if job.progress == staged} == jobs)
 
     allocator.before_answer = wait
     await asyncio.gather(*(caller.sync(job_id=job_id) for job_id in jobs))
@@ -437,7 +439,7 @@ async def test_a_job_gets_the_parameters_of_a_refusal(
 async def test_the_purge_runs_until_its_work_is_done(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     allocator.to_purge = 1100
     async with syncing(amqp_url, csp, record_retention_days=2):
-        await until(lambda: len(allocator.purges) >= 4)
+        await wait_until(lambda: len(allocator.purges) >= 4)
     (tick,) = {command.request_id for command in allocator.purges}
     assert str(tick).startswith("tick-")
     assert allocator.purges == [
@@ -453,7 +455,7 @@ async def test_a_refused_purge_is_left_to_the_next_run(
     allocator.refusal = lambda command: refusal if isinstance(command, DeleteStale) else None
     with capture_logs() as logs:
         async with syncing(amqp_url, csp):
-            await until(lambda: any(line["event"] == "purge.postponed" for line in logs))
+            await wait_until(lambda: any(line["event"] == "purge.postponed" for line in logs))
             assert isinstance(await caller.sync(), PoolSynced)
 
 
@@ -466,7 +468,7 @@ async def test_only_accounts_with_an_allowed_name_are_imported(
     other = {**records[-1], "csp_id": 1, "id": f"identity/accounts/{UNKNOWN}", "name": "colleague-sandbox-1"}
     await csp.list_raw([*records, other])
     async with syncing(amqp_url, csp, sync_name_allow=allowed):
-        await until(lambda: allocator.all(RefreshSandboxes))
+        await wait_until(lambda: allocator.all(RefreshSandboxes))
     names = [account.name for command in allocator.all(StageListing) for account in command.accounts]
     expected = [
         record["name"]

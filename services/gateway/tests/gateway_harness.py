@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
+from devstack.conditions import wait_until
 from gateway.main import create_app
 from gateway.settings import Settings
 from sandbox_broker.contract import topology
@@ -150,12 +151,12 @@ class Gateway:
 
     async def present(self) -> None:
         """Wait until the gateway is connected and has seen a consumer of its commands."""
-        await until(
+        await wait_until(
             lambda: self.app.state.context.allocator._present and self.app.state.context.rpc_client.connected
         )
 
     async def absent(self) -> None:
-        await until(lambda: not self.app.state.context.allocator._present)
+        await wait_until(lambda: not self.app.state.context.allocator._present)
 
     def reset(self) -> None:
         for far_side in (self.allocator, self.maintenance, self.syncer, self.reaper):
@@ -207,7 +208,7 @@ async def running(amqp_url: str, *, far_sides: bool = True, **changes: Any) -> A
     services = [FarSide(queue) for queue in queues]
     async with app.router.lifespan_context(app), client(app) as http:
         gateway = Gateway(app, http, *services)
-        await until(lambda: app.state.context.rpc_client.connected)
+        await wait_until(lambda: app.state.context.rpc_client.connected)
         if not far_sides:
             yield gateway
             return
@@ -257,7 +258,7 @@ class Cable:
             self._server.close()
         for end in list(self._ends):
             end.transport.abort()
-        await until(lambda: not self._ends)
+        await wait_until(lambda: not self._ends)
 
     def silence(self, queue: str) -> None:
         """Delay the declarations of this queue until `answer()`."""
@@ -304,12 +305,6 @@ class Cable:
         finally:
             writer.close()
             self._ends.discard(writer)
-
-
-async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
-    async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (the condition has no event to wait for)
-            await asyncio.sleep(0.005)
 
 
 def detail(response: httpx.Response) -> dict[str, Any]:

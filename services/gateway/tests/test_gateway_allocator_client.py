@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from csp_simulator.testing import serving
+from devstack.conditions import wait_until
 from gateway import allocator_client
 from gateway.api.errors import ERRORS
 from sandbox_broker.contract import replies
@@ -28,7 +29,6 @@ from .gateway_harness import (
     running,
     sample,
     say_nothing,
-    until,
 )
 
 SPEC_FIELDS = {"sandbox_id", "name", "external_id", "allocated_at", "expires_at", "sfdc_account_id"}
@@ -162,7 +162,7 @@ async def test_too_many_requests_in_flight_return_503_until_replies_arrive(
 
     gateway.allocator.answer = reply_when_gate_opens
     waiting = [asyncio.create_task(gateway.allocate()) for _ in range(10)]
-    await until(lambda: gateway.app.state.context.allocator.in_flight == 10)
+    await wait_until(lambda: gateway.app.state.context.allocator.in_flight == 10)
     response = await gateway.allocate()
     assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
     assert detail(response)["retry_after"]
@@ -188,7 +188,7 @@ async def test_requests_during_a_publish_share_the_next_envelope(
     first = asyncio.create_task(allocate_for(gateway, "first"))
     await first_is_publishing.wait()
     later = [asyncio.create_task(allocate_for(gateway, f"s{number}")) for number in range(50)]
-    await until(lambda: len(gateway.app.state.context.allocator._queued) == 50)
+    await wait_until(lambda: len(gateway.app.state.context.allocator._queued) == 50)
     may_continue.set()
     assert await first == (201, "of-first")
     assert await asyncio.gather(*later) == [(201, f"of-s{number}") for number in range(50)]
@@ -222,7 +222,7 @@ async def test_timeout_of_one_request_does_not_affect_others_in_its_envelope(gat
     patient = asyncio.create_task(allocator.request(command("patient"), timeout_sec=20))
     with pytest.raises(NoReply):
         await hasty
-    await until(lambda: len(gateway.allocator.commands) == 2)
+    await wait_until(lambda: len(gateway.allocator.commands) == 2)
     assert len(gateway.allocator.envelopes) == 1
     gate.set()
     reply = await patient
@@ -250,21 +250,21 @@ async def test_disconnected_clients_leave_no_pending_requests(gateway: Gateway) 
             writer.write(f"POST /v1/allocate HTTP/1.1\r\n{lines}\r\n".encode())
             writers.append(writer)
         staying = asyncio.create_task(allocate_for(gateway, "staying"))
-        await until(lambda: len(gateway.allocator.commands) == 6)
+        await wait_until(lambda: len(gateway.allocator.commands) == 6)
         for writer in writers:
             writer.transport.abort()
         gate.set()
         assert await staying == (201, "of-staying")
-        await until(lambda: context.allocator.in_flight == 0)
+        await wait_until(lambda: context.allocator.in_flight == 0)
     assert not context.allocator._queued
-    await until(lambda: not set(context.rpc_client._waiting) - before)
+    await wait_until(lambda: not set(context.rpc_client._waiting) - before)
 
 
 async def test_cancelled_request_leaves_no_pending_request(gateway: Gateway) -> None:
     gateway.allocator.answer = say_nothing
     context = gateway.app.state.context
     request = asyncio.create_task(gateway.allocate())
-    await until(lambda: gateway.allocator.commands)
+    await wait_until(lambda: gateway.allocator.commands)
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
+from devstack.conditions import wait_until
 from gateway.web.uvicorn_protocol import CoalescingTransport
-
-from .gateway_harness import until
 
 
 class Recorder:
@@ -48,7 +47,7 @@ async def test_a_single_write_is_sent_in_the_next_turn_of_the_event_loop(
     transport.write(b"head")
     transport.write(b"first")
     transport.write(b"second")
-    await until(lambda: recorder.calls == [b"headfirst", b"second"])
+    await wait_until(lambda: recorder.calls == [b"headfirst", b"second"])
 
 
 async def test_close_sends_the_pending_write(transport: Any, recorder: Recorder) -> None:
@@ -56,7 +55,7 @@ async def test_close_sends_the_pending_write(transport: Any, recorder: Recorder)
     transport.close()
     assert recorder.calls == [b"head", "close"]
     transport.write(b"head")
-    await until(lambda: recorder.calls == [b"head", "close", b"head"])
+    await wait_until(lambda: recorder.calls == [b"head", "close", b"head"])
 
 
 async def test_other_attributes_are_those_of_the_inner_transport(transport: Any) -> None:

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import Command, RecordJob, SyncPool
 from sandbox_broker.contract.replies import Purged, Reply
 
-from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes, until
+from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes
 
 AT_ONCE_SEC = 4
 """Less than the 5 s of the request timeout."""
@@ -68,7 +69,7 @@ async def test_lost_rabbitmq_returns_503_at_once_until_it_is_back(amqp_url: str,
     ):
         await gateway.present()
         in_flight = asyncio.create_task(gateway.allocate())
-        await until(lambda: far_side.commands)
+        await wait_until(lambda: far_side.commands)
         await cable.pull()
         response = await in_flight  # before its timeout of 5 s
         assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
@@ -124,7 +125,7 @@ async def test_stopped_gateway_leaves_no_tasks(amqp_url: str, database_url: str)
     before = Counter(task.get_name() for task in asyncio.all_tasks())
     async with running(amqp_url, database_url=database_url) as gateway:
         await gateway.allocate()
-    await until(lambda: not Counter(task.get_name() for task in asyncio.all_tasks()) - before)
+    await wait_until(lambda: not Counter(task.get_name() for task in asyncio.all_tasks()) - before)
 
 
 async def test_request_after_the_start_of_an_allocator_succeeds(amqp_url: str, database_url: str) -> None:
@@ -140,7 +141,7 @@ async def test_pending_request_fails_at_once_when_the_allocator_stops(amqp_url: 
         async with FarSide(topology.ALLOCATOR_COMMANDS, say_nothing).consuming(amqp_url):
             await gateway.present()
             waiting = asyncio.create_task(gateway.allocate())
-            await until(lambda: allocator.in_flight == 1)
+            await wait_until(lambda: allocator.in_flight == 1)
         stopped = time.monotonic()
         response = await waiting
         assert (response.status_code, detail(response)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")

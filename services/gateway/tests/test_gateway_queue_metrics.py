@@ -8,13 +8,14 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from prometheus_client import REGISTRY
 
+from devstack.conditions import wait_until
 from gateway.queries import queue_metrics
 from gateway.queries.queue_metrics import QueueMetrics
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.runtime.service import cancel_and_wait
 
-from .gateway_harness import Cable, running, until
+from .gateway_harness import Cable, running
 
 QUEUE = topology.REAPER_EVENTS.name
 
@@ -140,6 +141,6 @@ async def test_queue_without_an_answer_does_not_stop_allocations(
     monkeypatch.setattr(queue_metrics, "PERIOD_SEC", 0.02)
     async with Cable.to(clean_queues) as cable, running(cable.url) as gateway:
         cable.silence(topology.SYNC_TICKS.name)
-        await until(lambda: cable.held)
+        await wait_until(lambda: cable.held)
         await gateway.app.state.context.allocator._refresh_presence()
         assert (await gateway.allocate()).status_code == 201

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from devstack.conditions import wait_until
 from gateway.web import client_address
 from gateway.web.rate_limit import Rate, RateLimit
 
@@ -21,7 +22,6 @@ from .gateway_harness import (
     detail,
     raw,
     sample,
-    until,
 )
 
 PROXY = "10.1.2.3"
@@ -216,7 +216,7 @@ async def test_a_new_window_accepts_requests_again() -> None:
     async with client(app) as http:
         while 404 not in served:
             refused = await http.get("/v1/sandboxes/%00", headers=STUDENT)
-            await until(partial(_past, int(refused.headers["X-RateLimit-Reset"])))
+            await wait_until(partial(_past, int(refused.headers["X-RateLimit-Reset"])))
             served += await statuses(app, STUDENT)
 
 

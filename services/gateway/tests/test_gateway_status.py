@@ -11,13 +11,14 @@ import aio_pika
 import asyncpg
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from gateway.queries import status as status_module
 from gateway.queries.status import Probe, Problem
 from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
-from .gateway_harness import ADMIN, Cable, Gateway, running, until
+from .gateway_harness import ADMIN, Cable, Gateway, running
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +170,7 @@ async def test_report_without_rabbitmq_is_complete_otherwise(clean_queues: str, 
         running(cable.url, database_url=clean_database, far_sides=False) as gateway,
     ):
         await cable.pull()
-        await until(lambda: not gateway.app.state.context.publisher.connected)
+        await wait_until(lambda: not gateway.app.state.context.publisher.connected)
         report = await get_status(gateway)
         assert report["rabbitmq"]["state"] == "down"
         assert "not connected" in report["rabbitmq"]["problem"]

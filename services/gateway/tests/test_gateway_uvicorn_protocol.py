@@ -11,12 +11,13 @@ import pytest
 from fastapi import FastAPI
 
 from csp_simulator.testing import serving
+from devstack.conditions import wait_until
 from devstack.wire import GET_HEALTH, connected
 from gateway import allocator_client
 from gateway.web.connection_limit import ConnectionLimit
 from gateway.web.uvicorn_protocol import build_protocol
 
-from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing, until
+from .gateway_harness import STUDENT, create_app_without_servers, detail, running, sample, say_nothing
 
 SHORT_SEC = 0.4
 LONG_SEC = 600.0
@@ -134,7 +135,7 @@ async def test_a_client_that_does_not_read_is_closed() -> None:
             deaf.setblocking(False)
             # 1.4 MB each, more than the socket buffers can hold.
             await asyncio.get_running_loop().sock_sendall(deaf, 20 * BUNDLE)
-            await until(lambda: sample("broker_slow_clients_total", reason="response_unread") > before)
+            await wait_until(lambda: sample("broker_slow_clients_total", reason="response_unread") > before)
         async with connected(url) as other:
             other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
@@ -213,11 +214,11 @@ async def test_disconnected_clients_free_their_requests_at_once(
             for _ in range(5):
                 client = await connections.enter_async_context(connected(url))
                 client.writer.write(ALLOCATE + b"\r\n")
-            await until(lambda: in_flight.in_flight == 5)
+            await wait_until(lambda: in_flight.in_flight == 5)
             refused = await gateway.allocate()
             assert (refused.status_code, detail(refused)["code"]) == (503, "ALLOCATOR_UNAVAILABLE")
             await connections.aclose()
-            await until(lambda: in_flight.in_flight == 0, within_sec=45)
+            await wait_until(lambda: in_flight.in_flight == 0, within_sec=45)
             gateway.reset()
             assert (await gateway.allocate()).status_code == 201
             assert sample("broker_allocate_total", outcome="client_gone") == gone + 5
@@ -231,7 +232,7 @@ async def test_a_disconnect_within_the_body_sends_no_command(amqp_url: str, data
             async with connected(url) as client:
                 client.writer.write(ALLOCATE + b"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
                 await client.writer.drain()
-            await until(lambda: sample("broker_request_latency_seconds_count", **labels) > before)
+            await wait_until(lambda: sample("broker_request_latency_seconds_count", **labels) > before)
         assert gateway.allocator.commands == []
 
 
@@ -243,7 +244,7 @@ async def test_requests_beyond_the_drain_time_get_stopping(amqp_url: str, databa
             async with served(gateway.app, LONG_SEC) as url:
                 client = await connections.enter_async_context(connected(url))
                 client.writer.write(ALLOCATE + b"\r\n")
-                await until(lambda: gateway.allocator.commands)
+                await wait_until(lambda: gateway.allocator.commands)
             status, body = await client.response()
     assert (status, body["detail"]["code"]) == (503, "STOPPING")
     assert body["detail"]["retry_after"]

@@ -231,30 +231,15 @@ async def publish_burst(amqp_url: str, exchange: topology.Exchange, routing_key:
         await asyncio.gather(*(target.publish(aio_pika.Message(b"{}"), routing_key) for _ in range(size)))
 
 
-async def count_messages(amqp_url: str, queue: topology.Queue) -> int:
+async def is_empty(amqp_url: str, queue: topology.Queue) -> bool:
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         declared = await channel.declare_queue(queue.name, passive=True)
-        return declared.declaration_result.message_count or 0
+        return not declared.declaration_result.message_count
 
 
 def make_external_id() -> str:
     return str(uuid.uuid4())
-
-
-async def empty_queues(amqp_url: str) -> None:
-    """Declare the topology and purge all its queues."""
-    connection = await aio_pika.connect(amqp_url)
-    async with connection, connection.channel() as channel:
-        await topology.declare(channel)
-        for queue in topology.QUEUES:
-            await (await channel.get_queue(queue.name, ensure=False)).purge()
-
-
-async def until(condition: Callable[[], object], *, within_sec: float = 60) -> None:
-    async with asyncio.timeout(within_sec):
-        while not condition():  # noqa: ASYNC110 (the condition has no event)
-            await asyncio.sleep(0.005)
 
 
 def sample(name: str) -> float:

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from devstack.conditions import wait_until
+from devstack.testing import empty_queues
 from reaper import admin_jobs
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import CleanUpNow, Command, ExpireLeases, HurryDeletions, RecordJob
@@ -15,7 +17,7 @@ from sandbox_broker.messaging.outcome import CommandRefused
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 
-from .reaper_harness import Allocator, Csp, empty_queues, reaping, simulated_csp, until
+from .reaper_harness import Allocator, Csp, reaping, simulated_csp
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ async def test_a_second_job_joins_the_first(
     same = uuid.uuid4()
     async with reaping(amqp_url, csp, cleanup_batch_size=1, cleanup_concurrency=1):
         first = asyncio.create_task(administrator.clean_up(same))
-        await until(lambda: allocator.all(HurryDeletions))
+        await wait_until(lambda: allocator.all(HurryDeletions))
         others = await asyncio.gather(administrator.clean_up(), administrator.clean_up(same))
         assert {reply.type for reply in (await first, *others)} == {"CleanedUp"}
     assert len(await csp.deletions()) == 7
@@ -175,7 +177,7 @@ async def test_a_job_waits_while_another_reaper_is_the_leader(
     allocator.leader = (uuid.uuid4(), asyncio.get_running_loop().time() + 3600)
     async with reaping(amqp_url, csp):
         requested = asyncio.create_task(administrator.clean_up())
-        await until(lambda: len(allocator.all(HurryDeletions)) > 1)
+        await wait_until(lambda: len(allocator.all(HurryDeletions)) > 1)
         assert await csp.deletions() == []
         allocator.leader = (None, 0)
         assert (await requested).type == "CleanedUp"

@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from devstack.conditions import wait_until
+from devstack.testing import empty_queues
 from reaper.circuit_breaker import CircuitBreaker, State
 from sandbox_broker.contract.commands import ClaimDeletions, RecordDeletionFailure
 
-from .reaper_harness import Allocator, Csp, announce, empty_queues, reaping, sample, simulated_csp, until
+from .reaper_harness import Allocator, Csp, announce, reaping, sample, simulated_csp
 
 CLOSED, HALF_OPEN, OPEN = State
 
@@ -78,8 +80,8 @@ async def test_an_open_breaker_claims_no_deletions(
     await csp.behave(delete_error_rate=1, delete_error_status=status)
     await allocator.add_due()
     async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_interval_sec=0.1):
-        await until(lambda: len(allocator.all(RecordDeletionFailure)) == 5)
-        await until(lambda: sample("broker_circuit_state") == 2)
+        await wait_until(lambda: len(allocator.all(RecordDeletionFailure)) == 5)
+        await wait_until(lambda: sample("broker_circuit_state") == 2)
         claims = len(allocator.all(ClaimDeletions))
         assert claims == 5
         await csp.behave(delete_error_rate=0)
@@ -95,15 +97,15 @@ async def test_a_half_open_breaker_allows_one_deletion(csp: Csp, allocator: Allo
     await allocator.add_due()
     quick = {"circuit_breaker_timeout_sec": 1, "deletion_backoff_base_sec": 0.1, "deletion_max_attempts": 99}
     async with reaping(amqp_url, csp, cleanup_concurrency=4, **quick):
-        await until(lambda: sample("broker_circuit_state") == 2)
-        await until(lambda: sample("broker_circuit_state") == 1)
+        await wait_until(lambda: sample("broker_circuit_state") == 2)
+        await wait_until(lambda: sample("broker_circuit_state") == 1)
         before = len(allocator.all(RecordDeletionFailure))
-        await until(lambda: sample("broker_circuit_state") == 2)
-        await until(lambda: len(allocator.all(RecordDeletionFailure)) > before)
+        await wait_until(lambda: sample("broker_circuit_state") == 2)
+        await wait_until(lambda: len(allocator.all(RecordDeletionFailure)) > before)
         assert len(allocator.all(RecordDeletionFailure)) == len(await csp.deletions()) == before + 1
         # CSP works again: the next allowed deletion closes the breaker, and the others follow.
         await csp.behave(delete_error_rate=0, delete_latency_sec=0)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
         assert sample("broker_circuit_state") == 0
 
 
@@ -119,7 +121,7 @@ async def test_undeletable_accounts_do_not_delay_the_deletion_of_others(
     await allocator.add_due()
     quick = {"circuit_breaker_timeout_sec": 0.2, "deletion_backoff_base_sec": 0.1}
     async with reaping(amqp_url, csp, cleanup_concurrency=concurrency, **quick):
-        await until(lambda: not allocator.due.keys() & set(deletable))
+        await wait_until(lambda: not allocator.due.keys() & set(deletable))
         statuses = [call["status"] for call in await csp.deletions()]
         failures_before = statuses[: len(statuses) - statuses[::-1].index(204)].count(500)
     # The calls in flight at the first failure, and one call of the circuit breaker.
@@ -136,9 +138,9 @@ async def test_a_half_open_breaker_tries_deletions_that_never_failed_first(
         allocator.add(sandbox_id, accounts[sandbox_id])
     quick = {"circuit_breaker_timeout_sec": 1, "deletion_backoff_base_sec": 0.01, "deletion_max_attempts": 99}
     async with reaping(amqp_url, csp, cleanup_concurrency=1, **quick):
-        await until(lambda: all(due.attempts for due in allocator.due.values()))
-        await until(lambda: sample("broker_circuit_state") == 2)
+        await wait_until(lambda: all(due.attempts for due in allocator.due.values()))
+        await wait_until(lambda: sample("broker_circuit_state") == 2)
         failures = len(await csp.deletions())
         allocator.add(late, accounts[late])
-        await until(lambda: late not in allocator.due)
+        await wait_until(lambda: late not in allocator.due)
         assert len(await csp.deletions()) == failures + 1

@@ -4,11 +4,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 from structlog.testing import capture_logs
 
+from devstack.conditions import wait_until
+from devstack.testing import empty_queues
 from reaper import cleanup, deletion, main
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, RecordDeletion, RecordDeletionFailure
@@ -17,14 +20,12 @@ from .reaper_harness import (
     Allocator,
     Csp,
     announce,
-    count_messages,
-    empty_queues,
+    is_empty,
     make_external_id,
     publish_burst,
     reaping,
     sample,
     simulated_csp,
-    until,
 )
 
 
@@ -55,7 +56,7 @@ async def test_a_due_sandbox_is_deleted_in_csp_and_then_recorded(
     expected = set(allocator.due)
     before = sample("broker_cleanup_deleted_total")
     async with reaping(amqp_url, csp):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await csp.accounts() == {}
     assert {command.sandbox_id for command in allocator.all(RecordDeletion)} == expected
     assert allocator.gone_from_csp_when_recorded == [True] * 7
@@ -70,7 +71,7 @@ async def test_a_sandbox_missing_from_csp_is_recorded_as_deleted_without_a_call(
     allocator.add("7", str(uuid.uuid4()))
     allocator.due["7"] = allocator.due["7"].model_copy(update={"missing": True})
     async with reaping(amqp_url, csp):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await csp.deletions() == []
 
 
@@ -81,7 +82,7 @@ async def test_concurrent_deletions_are_limited(
     await allocator.add_due()
     await csp.behave(delete_latency_sec=0.1)
     async with reaping(amqp_url, csp, cleanup_concurrency=concurrency):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     calls = await csp.deletions()
     assert len(calls) == 7
     begins = [(call["at"], 1) for call in calls]
@@ -103,7 +104,7 @@ async def test_pauses_between_deletions_and_batches(csp: Csp, allocator: Allocat
         cleanup_batch_delay_sec=0.3,
         cleanup_per_sandbox_delay_sec=0.1,
     ):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     starts = [call["at"] for call in await csp.deletions()]
     pauses = [later - earlier for earlier, later in pairwise(starts)]
     assert all(pause >= 0.095 for pause in pauses)
@@ -115,7 +116,7 @@ async def test_a_claim_outlasts_the_slowest_deletion_and_its_pause(
     csp: Csp, allocator: Allocator, amqp_url: str, delays: tuple[float, float]
 ) -> None:
     async with reaping(amqp_url, csp, cleanup_batch_delay_sec=delays[0], cleanup_per_sandbox_delay_sec=delays[1]):
-        await until(lambda: allocator.all(ClaimDeletions))
+        await wait_until(lambda: allocator.all(ClaimDeletions))
     slowest = 3 * main.REQUEST_TIMEOUT_SEC + deletion.CSP_TIMEOUT_SEC + max(delays)
     assert allocator.all(ClaimDeletions)[0].claim_sec > slowest
 
@@ -125,7 +126,7 @@ async def test_an_account_that_is_already_gone_counts_as_deleted(
 ) -> None:
     allocator.add("7", make_external_id())
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletion))
+        await wait_until(lambda: allocator.all(RecordDeletion))
     assert [call["status"] for call in await csp.deletions()] == [404]
 
 
@@ -149,7 +150,7 @@ async def test_a_failure_is_reported_with_a_delay(
     allocator.add("7", next(iter((await csp.accounts()).values())))
     before = sample("broker_cleanup_failed_total")
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletionFailure))
+        await wait_until(lambda: allocator.all(RecordDeletionFailure))
     (failure,) = allocator.all(RecordDeletionFailure)
     assert (failure.sandbox_id, failure.attempts) == ("7", 0)
     assert named in failure.error
@@ -169,7 +170,7 @@ async def test_a_hanging_csp_is_a_failure(
     await csp.behave(delete_latency_sec=0.5)
     allocator.add("7", next(iter((await csp.accounts()).values())))
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletionFailure))
+        await wait_until(lambda: allocator.all(RecordDeletionFailure))
     assert "no answer" in allocator.all(RecordDeletionFailure)[0].error
 
 
@@ -179,7 +180,7 @@ async def test_failures_are_retried_with_growing_delays_until_they_succeed(
     await csp.behave(fail_next_deletes=3)
     allocator.add("7", next(iter((await csp.accounts()).values())))
     async with reaping(amqp_url, csp, deletion_backoff_base_sec=0.05):
-        await until(lambda: allocator.all(RecordDeletion))
+        await wait_until(lambda: allocator.all(RecordDeletion))
     failures = allocator.all(RecordDeletionFailure)
     assert [failure.attempts for failure in failures] == [0, 1, 2]
     delays = [failure.retry_in_sec or 0 for failure in failures]
@@ -195,7 +196,7 @@ async def test_the_last_attempt_is_recorded_without_a_retry(csp: Csp, allocator:
     await csp.behave(delete_error_rate=1)
     allocator.add("7", next(iter((await csp.accounts()).values())), attempts=7)
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
+        await wait_until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
     assert allocator.invalid == []
     (failure,) = allocator.all(RecordDeletionFailure)
     assert (failure.attempts, failure.retry_in_sec) == (7, None)
@@ -204,7 +205,7 @@ async def test_the_last_attempt_is_recorded_without_a_retry(csp: Csp, allocator:
 async def test_an_invalid_external_id_fails_without_a_retry(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     allocator.add("7", "../../etc")
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
+        await wait_until(lambda: allocator.all(RecordDeletionFailure) or allocator.invalid)
     assert [failure.retry_in_sec for failure in allocator.all(RecordDeletionFailure)] == [None]
     assert await csp.deletions() == []
 
@@ -216,18 +217,18 @@ async def test_a_refused_token_pauses_deletions_until_one_call_is_accepted(
     await allocator.add_due()
     with capture_logs() as logs:
         async with reaping(amqp_url, csp, circuit_breaker_timeout_sec=1):
-            await until(lambda: sample("broker_csp_unauthorized") == 1)
+            await wait_until(lambda: sample("broker_csp_unauthorized") == 1)
             refused = await csp.deletions()
             assert len(refused) <= 2  # CLEANUP_CONCURRENCY
             assert "cleanup.unauthorized" in [line["event"] for line in logs if line["log_level"] == "error"]
             for _ in range(5):  # wake-ups have no effect meanwhile
                 await announce(amqp_url)
             allocator.end_claims()
-            await until(lambda: sample("broker_circuit_state") == 1)
+            await wait_until(lambda: sample("broker_circuit_state") == 1)
             assert len(await csp.deletions()) <= len(refused) + 1
             await csp.behave(reject_tokens=False)
             allocator.end_claims()
-            await until(lambda: not allocator.due)
+            await wait_until(lambda: not allocator.due)
             assert sample("broker_csp_unauthorized") == 0
     assert allocator.all(RecordDeletionFailure) == []  # no attempt was counted
     assert "simulator-token" not in str(logs)
@@ -254,9 +255,9 @@ async def test_the_unauthorized_metric_resets_when_another_run_took_over(
     await csp.behave(reject_tokens=True)
     await allocator.add_due()
     async with reaping(amqp_url, csp, circuit_breaker_timeout_sec=1):
-        await until(lambda: sample("broker_csp_unauthorized") == 1)
+        await wait_until(lambda: sample("broker_csp_unauthorized") == 1)
         another_run(allocator)
-        await until(lambda: sample("broker_csp_unauthorized") == 0)
+        await wait_until(lambda: sample("broker_csp_unauthorized") == 0)
 
 
 async def test_the_unauthorized_metric_stays_while_the_refused_deletion_waits(
@@ -265,19 +266,19 @@ async def test_the_unauthorized_metric_stays_while_the_refused_deletion_waits(
     await csp.behave(reject_tokens=True)
     await allocator.add_due()
     async with reaping(amqp_url, csp, cleanup_concurrency=1, circuit_breaker_timeout_sec=1):
-        await until(lambda: sample("broker_csp_unauthorized") == 1)
+        await wait_until(lambda: sample("broker_csp_unauthorized") == 1)
         allocator.due_at = dict.fromkeys(allocator.due, time.monotonic() + 60)  # as long as a claim lasts
         claims = len(allocator.all(ClaimDeletions))
 
         def ran_again() -> bool:
             return len(allocator.all(ClaimDeletions)) > claims and isinstance(allocator.received[-1][1], EndCleanup)
 
-        await until(ran_again)
+        await wait_until(ran_again)
         assert sample("broker_csp_unauthorized") == 1
         await csp.behave(reject_tokens=False)
         allocator.end_claims()
         await announce(amqp_url)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
         assert sample("broker_csp_unauthorized") == 0
 
 
@@ -288,38 +289,36 @@ async def test_an_unrecordable_deletion_does_not_block_the_others(
     poison = next(iter(allocator.due))
     allocator.refuses = lambda command: isinstance(command, RecordDeletion) and command.sandbox_id == poison
     async with reaping(amqp_url, csp, cleanup_concurrency=1, cleanup_batch_size=2):
-        await until(lambda: set(allocator.due) == {poison})
+        await wait_until(lambda: set(allocator.due) == {poison})
         # When the claim ends, the next attempt finds the account gone in CSP and records it.
         allocator.refuses = lambda _: False
         allocator.end_claims()
         await announce(amqp_url)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert (await csp.deletions())[-1]["status"] == 404
 
 
 async def test_an_event_starts_a_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(ClaimDeletions))  # the first tick, with nothing to do
+        await wait_until(lambda: allocator.all(ClaimDeletions))  # the first tick, with nothing to do
         await allocator.add_due()
         await announce(amqp_url)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
 
 
 async def test_a_tick_finds_a_deletion_without_an_event(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp, cleanup_interval_sec=0.2):
-        await until(lambda: allocator.all(ClaimDeletions))
+        await wait_until(lambda: allocator.all(ClaimDeletions))
         await allocator.add_due()
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
 
 
 async def test_a_burst_of_ticks_causes_one_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await publish_burst(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(EndCleanup))
+        await wait_until(lambda: allocator.all(EndCleanup))
         await publish_burst(amqp_url, topology.TICKS, topology.CLEANUP_TICKS.name, 1000)
-        async with asyncio.timeout(20):
-            while await count_messages(amqp_url, topology.CLEANUP_TICKS):  # noqa: ASYNC110 (the queue has no event)
-                await asyncio.sleep(0.01)
+        await wait_until(partial(is_empty, amqp_url, topology.CLEANUP_TICKS))
         assert len({command.run_id for command in allocator.all(ClaimDeletions)}) == 1
 
 
@@ -327,7 +326,7 @@ async def test_a_burst_of_events_deletes_each_sandbox_once(csp: Csp, allocator: 
     await allocator.add_due()
     async with reaping(amqp_url, csp):
         await publish_burst(amqp_url, topology.EVENTS, "sandbox.deletion_requested", 1000)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert [call["status"] for call in await csp.deletions()] == [204] * 7
 
 
@@ -346,7 +345,7 @@ async def test_two_reapers_together_keep_the_throttles_of_one(
     async with reaping(amqp_url, csp, **throttles), reaping(amqp_url, csp, **throttles):
         for _ in range(10):
             await announce(amqp_url)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     calls = await csp.deletions()
     assert [call["status"] for call in calls] == [204] * 7  # each once
     pauses = [later["at"] - earlier["at"] - earlier["duration_ms"] / 1000 for earlier, later in pairwise(calls)]
@@ -360,9 +359,9 @@ async def test_a_reaper_takes_over_when_the_claim_of_a_dead_one_ends(
     await allocator.add_due()
     allocator.leader = (uuid.uuid4(), time.monotonic() + 0.5)
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(ClaimDeletions))
+        await wait_until(lambda: allocator.all(ClaimDeletions))
         assert await csp.deletions() == []
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
 
 
 async def test_deletions_continue_after_the_allocator_was_away(
@@ -374,10 +373,10 @@ async def test_deletions_continue_after_the_allocator_was_away(
     await allocator.add_due()
     with capture_logs() as logs:
         async with reaping(queues, csp):
-            await until(lambda: "cleanup.postponed" in [line["event"] for line in logs])
+            await wait_until(lambda: "cleanup.postponed" in [line["event"] for line in logs])
             assert await csp.deletions() == []
             async with allocator.consuming(queues):
-                await until(lambda: not allocator.due)
+                await wait_until(lambda: not allocator.due)
 
 
 async def test_a_run_that_could_not_end_continues_as_the_leader(
@@ -386,28 +385,28 @@ async def test_a_run_that_could_not_end_continues_as_the_leader(
     monkeypatch.setattr(cleanup, "NO_REPLY_PAUSE_SEC", 0.1)
     allocator.refuses = lambda command: isinstance(command, EndCleanup)
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(EndCleanup))
+        await wait_until(lambda: allocator.all(EndCleanup))
         allocator.refuses = lambda _: False
         await allocator.add_due()
         await announce(amqp_url)
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
 
 
 async def test_another_reaper_finishes_the_run_of_a_dead_one(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await allocator.add_due()
     await csp.behave(delete_latency_sec=0.1)
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(RecordDeletion))
+        await wait_until(lambda: allocator.all(RecordDeletion))
     assert allocator.due
     allocator.end_run()
     await csp.behave(delete_latency_sec=0)
     async with reaping(amqp_url, csp):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await csp.accounts() == {}
 
 
 async def test_a_stop_leaves_no_task_behind(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     before = asyncio.all_tasks()
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(ClaimDeletions))
-    await until(lambda: not {task for task in asyncio.all_tasks() - before if "reap" in repr(task)})
+        await wait_until(lambda: allocator.all(ClaimDeletions))
+    await wait_until(lambda: not {task for task in asyncio.all_tasks() - before if "reap" in repr(task)})

@@ -7,9 +7,11 @@ import pytest
 from pydantic import ValidationError
 
 from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD
+from devstack.conditions import wait_until
+from devstack.testing import empty_queues
 from sandbox_broker.contract.commands import ClaimDeletions, RecordDeletion, RecordDeletionFailure
 
-from .reaper_harness import Allocator, Csp, empty_queues, reaping, settings, simulated_csp, until
+from .reaper_harness import Allocator, Csp, reaping, settings, simulated_csp
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ async def list_deletions(csp: Csp) -> list[str]:
 async def test_services_are_deleted_before_the_account(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await create_services(csp, ["lab", "other"])
     async with reaping(amqp_url, csp, **enabled_settings(csp)):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await list_services(csp) == []
     assert await list_deletions(csp) == ["service", "service", "account"] * 2
     assert [command.services_error for command in allocator.all(RecordDeletion)] == [None, None]
@@ -65,21 +67,21 @@ async def test_services_are_deleted_before_the_account(csp: Csp, allocator: Allo
 async def test_only_services_of_the_given_name_are_deleted(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await create_services(csp, ["lab", "other"])
     async with reaping(amqp_url, csp, **enabled_settings(csp, niosxaas_service_name="lab")):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert (await list_deletions(csp)).count("service") == 2
 
 
 async def test_services_stay_in_shadow_mode(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await create_services(csp, ["lab"])
     async with reaping(amqp_url, csp, **enabled_settings(csp, niosxaas_shadow_mode=True)):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await list_deletions(csp) == ["account", "account"]
 
 
 async def test_services_are_left_alone_by_default(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     await create_services(csp, ["lab"])
     async with reaping(amqp_url, csp):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await list_deletions(csp) == ["account", "account"]
 
 
@@ -91,7 +93,7 @@ async def test_a_failed_removal_is_recorded_and_the_account_is_deleted(
     async with reaping(
         amqp_url, csp, **enabled_settings(csp, niosxaas_password="wrong", deletion_backoff_base_sec=0.1)
     ):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await csp.accounts() == {}
     (failure,) = allocator.all(RecordDeletionFailure)
     errors = [failure.services_error, *(deletion.services_error for deletion in allocator.all(RecordDeletion))]
@@ -105,7 +107,7 @@ async def test_no_service_is_removed_when_the_account_switch_had_no_effect(
     (await csp.control.put("/_control/services", json={"services": {"home": ["keep"]}})).raise_for_status()
     await csp.behave(account_switch_without_effect=True)
     async with reaping(amqp_url, csp, **enabled_settings(csp)):
-        await until(lambda: not allocator.due)
+        await wait_until(lambda: not allocator.due)
     assert await list_services(csp) == ["keep"]
     assert await list_deletions(csp) == ["account", "account"]
     assert await csp.accounts() == {}
@@ -115,10 +117,10 @@ async def test_no_service_is_removed_when_the_account_switch_had_no_effect(
 
 async def test_a_claim_includes_the_time_for_services(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
-        await until(lambda: allocator.all(ClaimDeletions))
+        await wait_until(lambda: allocator.all(ClaimDeletions))
     without = allocator.all(ClaimDeletions)[-1].claim_sec
     async with reaping(amqp_url, csp, **enabled_settings(csp), cleanup_interval_sec=0.1):
-        await until(lambda: allocator.all(ClaimDeletions)[-1].claim_sec == without + 30)
+        await wait_until(lambda: allocator.all(ClaimDeletions)[-1].claim_sec == without + 30)
 
 
 @pytest.mark.parametrize("missing", ["niosxaas_email", "niosxaas_password"])

@@ -1,7 +1,6 @@
 """Helpers of the simulator's tests: clients with and without a network, and requests to both APIs."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -63,9 +62,3 @@ async def fetch_calls(csp: httpx.AsyncClient, **query: str) -> list[dict[str, An
 async def fetch_running_calls(csp: httpx.AsyncClient) -> list[dict[str, Any]]:
     running: list[dict[str, Any]] = (await csp.get("/_control/calls")).json()["running"]
     return running
-
-
-async def wait_until(condition: Callable[[], Awaitable[object]]) -> None:
-    async with asyncio.timeout(PATIENCE_SEC):
-        while not await condition():  # noqa: ASYNC110 (the condition is a request, so there is no event to wait for)
-            await asyncio.sleep(0.01)

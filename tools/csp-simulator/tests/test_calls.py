@@ -9,6 +9,7 @@ import pytest
 
 from csp_simulator import calls as calls_module
 from csp_simulator.app import create_app
+from devstack.conditions import wait_until
 
 from .simulator_harness import (
     LISTING,
@@ -16,7 +17,6 @@ from .simulator_harness import (
     fetch_calls,
     fetch_running_calls,
     set_behaviour,
-    wait_until,
 )
 
 

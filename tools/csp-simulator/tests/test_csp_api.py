@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from csp_simulator.app import DEFAULT_TOKEN, create_app
+from devstack.conditions import wait_until
 
 from .simulator_harness import (
     LISTING,
@@ -19,7 +20,6 @@ from .simulator_harness import (
     fetch_sandboxes,
     get_account_path,
     set_behaviour,
-    wait_until,
 )
 
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from csp_simulator.app import create_app
+from devstack.conditions import wait_until
 
 from .simulator_harness import (
     LISTING,
@@ -23,7 +24,6 @@ from .simulator_harness import (
     get_external_id,
     serve_and_connect,
     set_behaviour,
-    wait_until,
 )
 
 

@@ -12,8 +12,9 @@ from csp_simulator.accounts import AccountStore
 from csp_simulator.app import create_app
 from csp_simulator.faults import FaultInjector
 from csp_simulator.script import ScriptPlayer, parse
+from devstack.conditions import wait_until
 
-from .simulator_harness import connect_in_process, fetch_calls, fetch_sandboxes, get_account_path, wait_until
+from .simulator_harness import connect_in_process, fetch_calls, fetch_sandboxes, get_account_path
 
 
 class Clock:

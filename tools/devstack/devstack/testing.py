@@ -157,10 +157,23 @@ async def amqp_url(new_vhost: NewVhost) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def clean_queues(amqp_url: str) -> str:
-    """URL of the virtual host with a newly declared topology and empty queues."""
+    """URL of the virtual host with the declared topology, empty queues and no consumers."""
+    await empty_queues(amqp_url)
+    return amqp_url
+
+
+async def empty_queues(amqp_url: str) -> None:
+    """Declare the topology and empty all its queues. A queue that still has a consumer is replaced by a new one.
+
+    The purge of an unused queue takes RabbitMQ a tenth of the processor time of a new quorum queue.
+    """
     connection = await connect(amqp_url)
     async with connection, connection.channel() as channel:
-        for queue in topology.QUEUES:
-            await channel.queue_delete(queue.name)
         await topology.declare(channel)
-    return amqp_url
+        for queue in topology.QUEUES:
+            declared = await channel.declare_queue(queue.name, passive=True)
+            if declared.declaration_result.consumer_count:
+                await channel.queue_delete(queue.name)
+                await topology.declare(channel)
+            else:
+                await declared.purge()

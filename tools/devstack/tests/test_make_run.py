@@ -14,6 +14,7 @@ import pytest
 from dotenv import dotenv_values
 
 from devstack import pool
+from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.ports import free_port
 from devstack.processes import Process, spawn
@@ -259,9 +260,7 @@ async def test_no_orphans_remain_after_a_kill(make_run: MakeRun) -> None:
     run.send(signal.SIGKILL)
     await run.wait()
 
-    async with asyncio.timeout(30):
-        while any(is_alive(pid) for pid in stand_in_pids(run)):  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: not any(is_alive(pid) for pid in stand_in_pids(run)))
     assert len(stand_in_pids(run)) == 5
 
 

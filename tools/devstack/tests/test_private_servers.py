@@ -1,6 +1,5 @@
 """Private PostgreSQL and RabbitMQ servers."""
 
-import asyncio
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
 from devstack import postgres, rabbitmq
+from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.postgres import PrivatePostgres
 from devstack.private import make_directory, service_account, write
@@ -107,9 +107,8 @@ async def test_a_private_postgresql_keeps_its_data_across_restarts_and_is_remove
 
     assert not directory.exists()
     assert find_processes(directory) == []
-    async with asyncio.timeout(30):  # the segment exists until the orphaned processes have ended
-        while segment in shared_memory_segments():  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
+    # The segment exists until the orphaned processes have ended.
+    await wait_until(lambda: segment not in shared_memory_segments())
 
 
 @pytest.mark.usefixtures("postgres_binaries")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from devstack import processes
+from devstack.conditions import wait_until
 from devstack.processes import Process, ProcessDied, run, run_unless_process_dies, spawn
 
 READS_SIGTERM = """
@@ -28,12 +29,6 @@ while True: time.sleep(60)
 
 async def start_python(code: str, on_line: Callable[[str], None] | None = None) -> Process:
     return await spawn("child", [sys.executable, "-c", code], on_line=on_line)
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:

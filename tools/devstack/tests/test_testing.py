@@ -1,17 +1,11 @@
 """Clearing of the tables between tests, while services use the database."""
 
 import asyncio
-from functools import partial
 
 import asyncpg
 
+from devstack.conditions import wait_until_blocked
 from devstack.testing import clear_tables
-
-
-async def wait_until_blocked(waiting: asyncpg.Connection, holding: asyncpg.Connection) -> None:
-    blocked = partial(holding.fetchval, "SELECT cardinality(pg_blocking_pids($1)) > 0", waiting.get_server_pid())
-    while not await blocked():  # noqa: ASYNC110 - there is no event to wait for
-        await asyncio.sleep(0.01)
 
 
 async def test_rows_inserted_while_the_clearing_waits_are_deleted(clean_database: str) -> None:
