@@ -66,7 +66,8 @@ async def wait_for_status(
         result = await run_brokerctl(stack, "status", *arguments)
         return bool(condition(result))
 
-    await eventually(is_met, within_sec=within_sec)
+    # Each try is a process, which takes ten times as long as the usual pause.
+    await eventually(is_met, within_sec=within_sec, every_sec=0.5)
     assert result is not None
     return result
 

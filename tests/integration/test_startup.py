@@ -3,15 +3,40 @@
 import asyncio
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+import allocator.settings
+import csp_syncer.settings
+import gateway.settings
+import reaper.settings
 from devstack.ports import free_port
 from devstack.processes import run
+from sandbox_broker.runtime.settings import ServiceSettings, load
 from tests.integration.stack import PORTS, ROOT
 
+SETTINGS: dict[str, type[ServiceSettings]] = {
+    "gateway": gateway.settings.Settings,
+    "allocator": allocator.settings.Settings,
+    "reaper": reaper.settings.Settings,
+    "csp_syncer": csp_syncer.settings.Settings,
+}
 DATABASE = ["gateway", "allocator"]
 CSP = ["reaper", "csp_syncer"]
+VALID = {
+    "DATABASE_URL": "postgresql://user:hidden@localhost/x",
+    "AMQP_URL": "amqp://guest:hidden@localhost/",
+    "BROKER_API_TOKEN": "one-track-token",
+    "BROKER_ADMIN_TOKEN": "one-admin-token",
+    "CSP_API_TOKEN": "one-csp-token",
+    "CSP_BASE_URL": "http://127.0.0.1:1/v2",
+}
+
+
+def replace_setting(environment: dict[str, str], variable: str, value: str | None) -> dict[str, str]:
+    changed = {**environment, variable: value}
+    return {name: text for name, text in changed.items() if text is not None}
 
 
 @pytest.mark.parametrize(
@@ -19,10 +44,8 @@ CSP = ["reaper", "csp_syncer"]
     [
         (DATABASE, "DATABASE_URL", None),
         (DATABASE, "DATABASE_URL", "nonsense"),
-        (DATABASE, "DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/none"),
         ([*DATABASE, *CSP], "AMQP_URL", None),
         ([*DATABASE, *CSP], "AMQP_URL", "http://127.0.0.1"),
-        ([*DATABASE, *CSP], "AMQP_URL", "amqp://guest:secret@127.0.0.1:1/"),
         (["gateway"], "BROKER_API_TOKEN", None),
         (["gateway"], "BROKER_ADMIN_TOKEN", " , "),
         (["gateway"], "BROKER_API_TOKEN", "short"),
@@ -36,21 +59,43 @@ CSP = ["reaper", "csp_syncer"]
         (["reaper"], "CLEANUP_CONCURRENCY", "many"),
     ],
 )
-async def test_an_invalid_setting_is_reported_in_one_line(
+def test_an_invalid_setting_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    modules: list[str],
+    variable: str,
+    value: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a directory without .env
+    for module in modules:
+        for name in SETTINGS[module].model_fields:
+            monkeypatch.delenv(name.upper(), raising=False)
+        for name, text in replace_setting(VALID, variable, value).items():
+            monkeypatch.setenv(name, text)
+        with pytest.raises(SystemExit) as stopped:
+            load(SETTINGS[module])
+        assert stopped.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1, line
+        assert variable in line
+        assert "hidden" not in line
+
+
+@pytest.mark.parametrize(
+    ("modules", "variable", "value"),
+    [
+        ([*DATABASE, *CSP], "AMQP_URL", None),
+        ([*DATABASE, *CSP], "AMQP_URL", "amqp://guest:secret@127.0.0.1:1/"),
+        (DATABASE, "DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/none"),
+    ],
+    ids=["setting", "RabbitMQ", "PostgreSQL"],
+)
+async def test_a_service_does_not_start_without_a_setting_or_server(
     database_url: str, amqp_url: str, modules: list[str], variable: str, value: str | None
 ) -> None:
-    environment = {
-        "PATH": os.environ["PATH"],
-        "DATABASE_URL": database_url,
-        "AMQP_URL": amqp_url,
-        "BROKER_API_TOKEN": "one-track-token",
-        "BROKER_ADMIN_TOKEN": "one-admin-token",
-        "CSP_API_TOKEN": "one-csp-token",
-        "CSP_BASE_URL": "http://127.0.0.1:1/v2",
-    }
-    environment.pop(variable, None)
-    if value is not None:
-        environment[variable] = value
+    servers = {"PATH": os.environ["PATH"], "DATABASE_URL": database_url, "AMQP_URL": amqp_url}
+    environment = replace_setting({**VALID, **servers}, variable, value)
 
     async def start(module: str) -> tuple[int, str]:
         settings = {**environment, PORTS[module]: str(free_port())}
