@@ -85,7 +85,7 @@ async def test_the_newcomer_of_another_broker_stops_without_a_check(
 
         await wait_until(is_noticed)
         assert not first_task.done()
-        assert metrics.OTHER_BROKER._value.get() == 1
+        await wait_until(lambda: metrics.OTHER_BROKER._value.get() == 1)
         levels = {line["log_level"] for line in logs if line["event"] == "allocator.other_broker"}
         assert levels == {"critical", "error"}
     await pool.execute("DELETE FROM allocators")
