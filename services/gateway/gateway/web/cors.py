@@ -48,7 +48,7 @@ def _normalize(origin: str) -> str:
 
 
 class CrossOriginMiddleware(CORSMiddleware):
-    """Starlette's CORS middleware, as the outermost layer: a page can therefore read error responses too.
+    """Starlette's CORS middleware, around RequestMiddleware: a page can therefore read error responses too.
 
     A preflight requires no token and does not count against the rate limit, because a page cannot read the reason
     for a refused preflight. Credentials of the browser are never allowed: a page sends a token of its own.
@@ -65,6 +65,9 @@ class CrossOriginMiddleware(CORSMiddleware):
         self._preflight = RequestMiddleware(self._respond, endpoint="preflight", rate_limited=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         request_headers = Headers(scope=scope)
         if (
             scope["method"] == "OPTIONS"

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -72,12 +72,21 @@ log = structlog.get_logger()
 
 
 class RequestMiddleware:
-    """Outermost middleware of the application, or of the single route `endpoint`."""
+    """Middleware around all routes, or around the single endpoint `endpoint`."""
 
-    def __init__(self, app: ASGIApp, *, endpoint: str | None = None, rate_limited: bool = True) -> None:
-        """With `rate_limited`, callers are identified and their requests count against the rate limit."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        endpoint: str | None = None,
+        direct_routes: Collection[tuple[str, str]] = (),
+        rate_limited: bool = True,
+    ) -> None:
+        """`direct_routes` are methods and paths that the router of `app` does not see. With `rate_limited`, callers
+        are identified and their requests count against the rate limit."""
         self._app = app
         self._endpoint = endpoint
+        self._direct_routes = direct_routes
         self._rate_limited = rate_limited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +156,7 @@ class RequestMiddleware:
     def _record(self, scope: Scope, fields: Fields, method: str, status: int, seconds: float) -> None:
         """Record the metric of the request, and its log line if its path is in the API."""
         path, state = scope["path"], scope["state"]
-        endpoint = self._endpoint or getattr(scope.get("route"), "path", "unknown")
+        endpoint = self._endpoint or self._route_path(method, scope)
         known_method = method if method in METHODS else "other"
         metrics.request_latency(known_method, endpoint, status).observe(seconds)
         state["outcome"] = (known_method, endpoint, status)
@@ -162,6 +171,12 @@ class RequestMiddleware:
                 client=scope["app"].state.context.client_address(scope).full,
                 **_log_fields(state, fields),
             )
+
+    def _route_path(self, method: str, scope: Scope) -> str:
+        path: str = scope["path"]
+        if (method, path) in self._direct_routes:
+            return path
+        return getattr(scope.get("route"), "path", "unknown")
 
     def _count_request(self, scope: Scope, fields: Fields) -> RateLimitStatus | None:
         """Identify the caller, and count the request; None if no rate limit applies to it."""
