@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from gateway.queries import cursors, dead_letters
-from gateway.queries.pagination import AllocationFilter, SandboxFilter
+from gateway.queries.allocation_pages import AllocationFilter
+from gateway.queries.sandbox_pages import SandboxFilter
 
 from .gateway_harness import ADMIN, Gateway, detail, running
 

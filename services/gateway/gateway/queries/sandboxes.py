@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, func, select, union_all
+from sqlalchemy import ColumnElement, Label, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway.api.errors import ERRORS, ApiError
@@ -233,6 +233,11 @@ def _word_result(result: dict[str, Any] | None) -> dict[str, Any] | None:
 def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
     """Return the SQL expression of `time` in whole Unix seconds."""
     return func.floor(func.extract("epoch", time))
+
+
+def label_unix_seconds(column: ColumnElement[datetime]) -> Label[int]:
+    """Return `column` in whole Unix seconds, under its own name."""
+    return unix_seconds(column).label(column.name)
 
 
 @asynccontextmanager

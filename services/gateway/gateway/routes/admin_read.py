@@ -16,8 +16,10 @@ from gateway.api.schemas import (
     responses,
 )
 from gateway.context import Context
-from gateway.queries import cursors, leaks, pagination, sandboxes
-from gateway.queries.pagination import AllocationFilter, GroupedBy, SandboxFilter
+from gateway.queries import cursors, leaks, sandboxes
+from gateway.queries.allocation_pages import AllocationFilter, allocations_page
+from gateway.queries.grouped_stats import GroupedBy, grouped_stats
+from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
 from gateway.routes.admin_actions import COMMON_ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH, SandboxStatus
 
@@ -51,7 +53,7 @@ async def get_stats(
     context: Context = request.app.state.context
     if by is None:
         return await sandboxes.pool_stats(context.engine)
-    return await pagination.grouped_stats(context.engine, by, limit=limit, cursor=cursor)
+    return await grouped_stats(context.engine, by, limit=limit, cursor=cursor)
 
 
 @router.get("/sandboxes", responses=responses(*LISTING_ERRORS))
@@ -68,7 +70,7 @@ async def get_sandboxes(
     """List the sandboxes that match all filters. `name_prefix` has no wildcards."""
     context: Context = request.app.state.context
     wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None)
-    return await pagination.sandboxes_page(context.engine, wanted, limit=limit, cursor=cursor)
+    return await sandboxes_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
 @router.get(
@@ -98,7 +100,7 @@ async def get_allocations(
     (exclusive) limit the time of allocation."""
     context: Context = request.app.state.context
     wanted = AllocationFilter(track_name or None, holder or None, since, until)
-    return await pagination.allocations_page(context.engine, wanted, limit=limit, cursor=cursor)
+    return await allocations_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
 @router.get("/leaks", responses=responses(*LISTING_ERRORS))
