@@ -80,10 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
             RequestValidationError: _invalid_request,
         },
     )
-    rate_limits = (
-        rate_limit.build_rate_limits(rate_limit.parse_rate(settings.rate_limit)) if settings.rate_limit else None
-    )
-    find_client = client_address.build_client_address(client_address.parse_networks(settings.trusted_proxies))
+    rate_limits = rate_limit.build_rate_limits(settings.rate_limit) if settings.rate_limit else None
+    find_client = client_address.build_client_address(settings.trusted_proxies)
     authentication = auth.Auth(
         settings.broker_api_token,
         settings.broker_admin_token,
@@ -120,8 +118,8 @@ def create_app(settings: Settings) -> FastAPI:
     # Each middleware encloses those before it.
     app.add_middleware(DirectRoutes, DIRECT_ROUTES)
     app.add_middleware(request_middleware.RequestMiddleware, direct_routes=frozenset(DIRECT_ROUTES))
-    if allowed_origins := cors.parse_origins(settings.cors_allowed_origins):
-        app.add_middleware(cors.CrossOriginMiddleware, allowed_origins)
+    if settings.cors_allowed_origins:
+        app.add_middleware(cors.CrossOriginMiddleware, settings.cors_allowed_origins)
     return app
 
 
@@ -167,9 +165,7 @@ def _field(problem: Mapping[str, object]) -> str:
 
 def main() -> None:
     settings = startup.prepare(Settings, "gateway")
-    connection_limit = ConnectionLimit(
-        settings.max_connections_per_address, client_address.parse_networks(settings.trusted_proxies)
-    )
+    connection_limit = ConnectionLimit(settings.max_connections_per_address, settings.trusted_proxies)
     service.run(
         create_app(settings),
         settings.gateway_port,

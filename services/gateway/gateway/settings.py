@@ -1,31 +1,43 @@
+from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import NoDecode
 
-from gateway.web import client_address, cors, rate_limit
+from gateway.web import cors, rate_limit
+from gateway.web.client_address import Network, parse_networks
+from gateway.web.rate_limit import Rate
 from sandbox_broker.runtime.settings import DatabaseSettings, Port, Tokens, none_if_empty, split_tokens
 
 
-def _validate_rate(value: str) -> str:
-    if value.strip():
-        rate_limit.parse_rate(value.strip())
-    return value.strip()
+def _parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
+    """Return a validator that parses text. The default of a field is a parsed value."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
-def _validate_proxies(value: str) -> str:
+def _parse_rate(value: str) -> Rate | None:
+    return rate_limit.parse_rate(value.strip()) if value.strip() else None
+
+
+def _parse_proxies(value: str) -> tuple[Network, ...]:
     try:
-        client_address.parse_networks(value)
+        return tuple(parse_networks(value))
     except ValueError as error:
         raise ValueError(f"must be a comma-separated list of addresses and networks: {error}") from error
-    return value
 
 
-def _validate_origins(value: str) -> str:
+def _parse_origins(value: str) -> tuple[str, ...]:
     try:
-        cors.parse_origins(value)
+        return tuple(cors.parse_origins(value))
     except ValueError as error:
         raise ValueError(f"must be a comma-separated list of origins, or only *: {error}") from error
-    return value
 
 
 def _validate_ops_port(value: int | None, info: ValidationInfo) -> int | None:
@@ -41,10 +53,10 @@ class Settings(DatabaseSettings):
     ops_port: Annotated[Port | None, BeforeValidator(none_if_empty), AfterValidator(_validate_ops_port)] = None
     """Port of /healthz, /readyz and /metrics. None: they use `gateway_port`."""
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
-    rate_limit: Annotated[str, AfterValidator(_validate_rate)] = "2000/5 minutes"
-    trusted_proxies: Annotated[str, AfterValidator(_validate_proxies)] = ""
+    rate_limit: Annotated[Rate | None, NoDecode, _parsed_by(_parse_rate)] = Rate(2000, window_sec=300)
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode, _parsed_by(_parse_proxies)] = ()
     docs_enabled: bool = True
-    cors_allowed_origins: Annotated[str, AfterValidator(_validate_origins)] = ""
+    cors_allowed_origins: Annotated[tuple[str, ...], NoDecode, _parsed_by(_parse_origins)] = ()
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
     max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gateway.settings import Settings
+from gateway.web import rate_limit
 from sandbox_broker.runtime.settings import load
 
 GOOD = {
@@ -27,8 +28,8 @@ def good_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_defaults_are_the_documented_values() -> None:
     settings = load(Settings)
     assert (settings.gateway_port, settings.allocate_timeout_sec, settings.admin_wait_sec) == (8080, 5, 25)
-    assert (settings.rate_limit, settings.trusted_proxies) == ("2000/5 minutes", "")
-    assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ("", 30, 5)
+    assert (settings.rate_limit, settings.trusted_proxies) == (rate_limit.parse_rate("2000/5 minutes"), ())
+    assert (settings.cors_allowed_origins, settings.client_timeout_sec, settings.drain_sec) == ((), 30, 5)
     assert (settings.docs_enabled, settings.ops_port, settings.bind_host) == (True, None, "")
 
 
@@ -37,6 +38,23 @@ def test_an_empty_ops_port_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
     assert load(Settings).ops_port is None
     monkeypatch.setenv("OPS_PORT", "9100")
     assert load(Settings).ops_port == 9100
+
+
+def test_values_with_a_format_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATE_LIMIT", " 3/minute ")
+    monkeypatch.setenv("TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.9")
+    monkeypatch.setenv("CORS_ALLOWED_ORIGINS", "https://a.example:443, http://localhost:3000")
+    settings = load(Settings)
+    assert settings.rate_limit == rate_limit.Rate(3, 60)
+    assert list(map(str, settings.trusted_proxies)) == ["10.0.0.0/8", "192.0.2.9/32"]
+    assert settings.cors_allowed_origins == ("https://a.example", "http://localhost:3000")
+
+
+def test_empty_values_with_a_format_turn_the_feature_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RATE_LIMIT", "TRUSTED_PROXIES", "CORS_ALLOWED_ORIGINS"):
+        monkeypatch.setenv(name, " ")
+    settings = load(Settings)
+    assert (settings.rate_limit, settings.trusted_proxies, settings.cors_allowed_origins) == (None, (), ())
 
 
 def test_repr_contains_no_secret() -> None:
