@@ -78,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
             ApiError: _api_error,
             HTTPException: _http_exception,
             RequestValidationError: _invalid_request,
+            Exception: _raise,
         },
     )
     rate_limits = rate_limit.build_rate_limits(settings.rate_limit) if settings.rate_limit else None
@@ -115,11 +116,12 @@ def create_app(settings: Settings) -> FastAPI:
         )
     if settings.docs_enabled:
         docs.add_routes(app)
-    # Each middleware encloses those before it.
-    app.add_middleware(DirectRoutes, DIRECT_ROUTES)
-    app.add_middleware(request_middleware.RequestMiddleware, direct_routes=frozenset(DIRECT_ROUTES))
+    # Around the layers of FastAPI, not between them as with add_middleware, because a direct route would pass some.
+    stack: ASGIApp = DirectRoutes(app.build_middleware_stack(), DIRECT_ROUTES)
+    stack = request_middleware.RequestMiddleware(stack, direct_routes=frozenset(DIRECT_ROUTES))
     if settings.cors_allowed_origins:
-        app.add_middleware(cors.CrossOriginMiddleware, settings.cors_allowed_origins)
+        stack = cors.CrossOriginMiddleware(stack, settings.cors_allowed_origins)
+    app.middleware_stack = stack
     return app
 
 
@@ -156,6 +158,11 @@ async def _invalid_request(request: Request, error: Exception) -> Response:
     names = ", ".join(field["field"] for field in fields)
     message = f"The request has invalid parameters: {names}. Correct them, then send the request again."
     return errors.build_response(ApiError("INVALID_REQUEST", message, fields=fields), request.scope["state"])
+
+
+async def _raise(_: Request, error: Exception) -> Response:
+    """Leave the response to RequestMiddleware. Starlette would send one of its own."""
+    raise error
 
 
 def _field(problem: Mapping[str, object]) -> str:
