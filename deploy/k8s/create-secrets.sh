@@ -38,12 +38,12 @@ EOF
     }
     ;;
 prod | prod-tls)
-    database=postgres-rw:5432/sandbox_broker scheme=amqp broker=rabbitmq:5672/ keda_tls=disable
+    database=postgres-rw:5432/sandbox_broker scheme=amqp port=5672/ keda_tls=disable
     keda_broker=rabbitmq.sandbox-broker.svc:5672/
     if [ "$overlay" = prod-tls ]; then
         authorities=/etc/sandbox-broker/authorities
         database="$database?sslmode=verify-full&sslrootcert=$authorities/postgres.crt"
-        scheme=amqps broker="rabbitmq:5671/?cafile=$authorities/rabbitmq.crt" keda_tls=enable
+        scheme=amqps port="5671/?cafile=$authorities/rabbitmq.crt" keda_tls=enable
         keda_broker=rabbitmq.sandbox-broker.svc:5671/
     fi
     for role in owner gateway allocator; do
@@ -64,9 +64,14 @@ password=$password
 EOF
         eval "password_of_$(echo "$user" | tr - _)=\$password"
     done
+    # Names every node, so that a node that does not answer costs 2 s. The Service could lead to it again and again.
     amqp_url() {
         eval "password=\$password_of_$(echo "$1" | tr - _)"
-        echo "$scheme://$1:$password@$broker"
+        urls=
+        for node in 0 1 2; do
+            urls="$urls${urls:+,}$scheme://$1:$password@rabbitmq-server-$node.rabbitmq-nodes:$port"
+        done
+        echo "$urls"
     }
     secret keda <<EOF
 AMQP_URL=$scheme://keda:$password_of_keda@$keda_broker

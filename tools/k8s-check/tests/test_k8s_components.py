@@ -15,10 +15,13 @@ import yaml
 from k8s_check import exposure, network_policies, operators, programs, references, secret_references
 from k8s_check.main import ROOT, list_optional_components
 from k8s_check.manifests import build_overlay, build_with_components
+from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls
 
 Change = Callable[[dict[str, Any]], object]
 
 K8S = ROOT / "deploy" / "k8s"
+AUTHORITIES = "/etc/sandbox-broker/authorities"
+"""Folder of components/tls in the pods."""
 
 
 @pytest.fixture(scope="session")
@@ -204,7 +207,11 @@ def create_secrets(overlay: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("overlay", ["dev", "prod", "prod-tls"])
-def test_script_creates_the_secrets_that_an_overlay_refers_to(manifests: list[Any], overlay: str) -> None:
+def test_script_creates_the_secrets_that_an_overlay_refers_to(
+    manifests: list[Any], overlay: str, tmp_path: Path
+) -> None:
+    for name in ("postgres.crt", "rabbitmq.crt"):  # the settings require that the files exist
+        (tmp_path / name).touch()
     expected = list(manifests) if overlay == "prod-tls" else build_overlay(K8S / "overlays" / overlay)
 
     secrets = create_secrets(overlay)
@@ -214,7 +221,9 @@ def test_script_creates_the_secrets_that_an_overlay_refers_to(manifests: list[An
         keys["keda"].discard("TLS")  # only components/tls refers to it
     assert keys == secret_references.list_secret_keys(expected)
     for name, program in (*programs.SERVICES.items(), ("migration", programs.COMMANDS["sandbox_broker.migrate"])):
-        values: dict[str, Any] = {key.lower(): value for key, value in secrets[name].items()}
+        values: dict[str, Any] = {
+            key.lower(): value.replace(AUTHORITIES, str(tmp_path)) for key, value in secrets[name].items()
+        }
         program.settings(_env_file=None, **values)
     if overlay != "dev":
         for service in ("gateway", "allocator", "reaper", "csp-syncer", "migration", "keda"):
@@ -240,7 +249,21 @@ def test_urls_with_tls_name_files_that_the_pods_have(manifests: list[Any]) -> No
         for item in source["secret"]["items"]
     }
     assert {secrets["gateway"]["DATABASE_URL"].partition("sslrootcert=")[2]} <= files
-    assert {secrets["reaper"]["AMQP_URL"].partition("cafile=")[2]} <= files
+    assert {url.partition("cafile=")[2] for url in split_amqp_urls(secrets["reaper"]["AMQP_URL"])} <= files
+
+
+def test_amqp_url_names_every_node_of_the_cluster(manifests: list[Any]) -> None:
+    cluster = find(manifests, "RabbitmqCluster", "rabbitmq")
+    name, replicas = cluster["metadata"]["name"], cluster["spec"]["replicas"]
+    page = (ROOT / "docs" / "deployment.md").read_text()
+
+    urls = split_amqp_urls(create_secrets("prod-tls")["gateway"]["AMQP_URL"])
+
+    hosts = [amqp_host(url).host for url in urls]
+    assert hosts == [f"{name}-server-{number}.{name}-nodes" for number in range(replicas)]
+    assert {amqp_host(url).port for url in urls} == {5671}
+    for host in hosts:
+        assert f"      - {host}" in page, "the certificate needs this name"
 
 
 def test_script_without_the_token_of_csp_stops(tmp_path: Path) -> None:
