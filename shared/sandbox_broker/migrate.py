@@ -25,8 +25,10 @@ class Settings(EnvironmentSettings):
 
 
 async def migrate(database_url: str) -> None:
-    """Migrate the database. Raises the errors of asyncpg if the database does not answer."""
-    engine = connections.create_engine(Primary(database_url), statement_timeout_sec=0)
+    """Migrate the database. Raises the errors of asyncpg if the database does not answer or shares sessions."""
+    primary = Primary(database_url)
+    await connections.require_own_sessions(primary)
+    engine = connections.create_engine(primary, statement_timeout_sec=0)
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_upgrade)

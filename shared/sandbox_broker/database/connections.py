@@ -14,6 +14,11 @@ from sandbox_broker.runtime.server_urls import format_database
 
 RETRY_SEC = 0.2
 
+SHARED_SESSIONS = (
+    "leads to a pooler that shares sessions, like PgBouncer in transaction mode; "
+    "set pool_mode = session, or connect to PostgreSQL directly"
+)
+
 CONNECTION_ERRORS = (
     OSError,
     TimeoutError,
@@ -71,6 +76,43 @@ def describe_error(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+# Divides by zero in the session of the first connection.
+_FAIL_IN_FIRST_SESSION = """
+SELECT 1 / (current_setting('sandbox_broker.session_owner', true) IS DISTINCT FROM 'first')::int
+"""
+
+
+class SharedSessionsError(asyncpg.InterfaceError):
+    """The connections of the URL share sessions, so settings and locks of a session do not work."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the URL {SHARED_SESSIONS}")
+
+
+async def require_own_sessions(primary: Primary) -> None:
+    """Raise SharedSessionsError if two connections share a session. PgBouncer in transaction mode gives the session
+    that was released last to the next transaction, whose client may be another one."""
+    try:
+        first = await connect(primary, application_name="preflight", statement_timeout_sec=3)
+        try:
+            second = await connect(primary, application_name="preflight", statement_timeout_sec=3)
+            try:
+                # Without prepared statements, which fail in such a session.
+                await first.execute("SET sandbox_broker.session_owner = 'first'")
+                await second.execute(_FAIL_IN_FIRST_SESSION)
+            finally:
+                second.terminate()
+        finally:
+            first.terminate()
+    except (
+        asyncpg.DivisionByZeroError,
+        asyncpg.DuplicatePreparedStatementError,
+        asyncpg.InvalidSQLStatementNameError,
+        asyncpg.ProtocolViolationError,
+    ) as error:
+        raise SharedSessionsError from error
+
+
 async def find_problem(database_url: str, *, patience_sec: float) -> str | None:
     """Return None if the database answers and has the schema, otherwise the problem. Retry for `patience_sec` while
     no primary accepts connections. A wrong password or database name is returned at once."""
@@ -86,12 +128,16 @@ async def find_problem(database_url: str, *, patience_sec: float) -> str | None:
             if asyncio.get_running_loop().time() + RETRY_SEC > deadline:
                 return f"no PostgreSQL answers at {format_database(database_url)} ({describe_error(reason)})"
             await asyncio.sleep(RETRY_SEC)
+        except SharedSessionsError:
+            return f"{format_database(database_url)} {SHARED_SESSIONS}"
         except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
             return f"{format_database(database_url)}: {describe_error(error)}"
 
 
 async def _problem(database_url: str) -> str | None:
-    connection = await connect(Primary(database_url), application_name="preflight", statement_timeout_sec=3)
+    primary = Primary(database_url)
+    await require_own_sessions(primary)
+    connection = await connect(primary, application_name="preflight", statement_timeout_sec=3)
     try:
         if await connection.fetchval("SELECT to_regclass('allocator_epoch')") is None:
             return f"{format_database(database_url)} has no tables yet: run python -m sandbox_broker.migrate"

@@ -99,13 +99,13 @@ class Primary:
                 url,
                 target_session_attrs=SessionAttribute.any,  # because `_identify` checks and names the server
                 command_timeout=statement_timeout_sec + 2 if statement_timeout_sec else None,
-                server_settings={
-                    "application_name": application_name,
-                    "statement_timeout": f"{statement_timeout_sec * 1000:.0f}",
-                    "jit": "off",
-                },
+                server_settings={"application_name": application_name},
             )
             try:
+                # Not in `server_settings`, because PgBouncer refuses other settings there.
+                await connection.execute(
+                    f"SET statement_timeout = {statement_timeout_sec * 1000:.0f}; SET jit = off"
+                )
                 self._opened[connection] = await self._identify(connection, str(database_host(url)))
             except BaseException:
                 connection.terminate()

@@ -4,7 +4,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.error import URLError
 from urllib.parse import quote, urlencode
@@ -12,6 +12,7 @@ from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandl
 
 from brokerctl.answers import InvalidAnswer, Shape, validate_answer
 from brokerctl.config import Config
+from brokerctl.connect import connect_to_first
 from brokerctl.errors import CommandError, Misconfigured, OtherApi, Refused, Unavailable
 
 TIMEOUT_SEC = 30.0
@@ -35,6 +36,21 @@ class _Page(TypedDict):
     cursor: str | None
 
 
+def _race_addresses(connection: HTTPConnection) -> HTTPConnection:
+    connection._create_connection = connect_to_first  # type: ignore[attr-defined]
+    return connection
+
+
+class _RacingHTTPHandler(HTTPHandler):
+    def http_open(self, request: Request) -> Any:
+        return self.do_open(lambda host, **options: _race_addresses(HTTPConnection(host, **options)), request)
+
+
+class _RacingHTTPSHandler(HTTPSHandler):
+    def https_open(self, request: Request) -> Any:
+        return self.do_open(lambda host, **options: _race_addresses(HTTPSConnection(host, **options)), request)
+
+
 class AdminClient:
     """HTTP client of the admin API.
 
@@ -49,9 +65,9 @@ class AdminClient:
         self._opener.add_handler(
             ProxyHandler({"http": config.proxy, "https": config.proxy} if config.proxy else {})
         )
-        self._opener.add_handler(HTTPHandler())
+        self._opener.add_handler(_RacingHTTPHandler())
         if config.url.startswith("https:"):  # only then, because the handler loads all CA certificates
-            self._opener.add_handler(HTTPSHandler())
+            self._opener.add_handler(_RacingHTTPSHandler())
         self._opener.add_handler(UnknownHandler())
 
     def get(self, path: str, shape: type[Shape], **parameters: Any) -> Shape:
