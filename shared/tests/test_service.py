@@ -356,3 +356,9 @@ async def test_run_periodically_starts_at_once_and_repeats() -> None:
         await enough.wait()
     task.cancel()
     await asyncio.wait([task])
+
+
+def test_a_service_runs_on_the_loop_that_tries_all_addresses(tmp_path: Path) -> None:
+    process, _ = start(tmp_path, tasks="fails", failure="raise OSError(type(asyncio.get_running_loop()).__name__)")
+    out, _ = process.communicate(timeout=PATIENCE_SEC)
+    assert "OSError: EventLoop" in out
