@@ -13,6 +13,7 @@ from pydantic import Field
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging.connection import delete_replaced, open_connection
 from sandbox_broker.runtime import event_loop
+from sandbox_broker.runtime.server_urls import format_amqp_servers
 from sandbox_broker.runtime.settings import AmqpUrl, EnvironmentSettings, load, stop
 
 TIMEOUT_SEC = 30.0
@@ -38,7 +39,7 @@ def main() -> None:
     try:
         event_loop.run(declare(url))
     except (AMQPError, OSError, TimeoutError) as error:
-        stop(f"AMQP_URL: {' '.join(str(error).split()) or type(error).__name__}")
+        stop(f"AMQP_URL: {format_amqp_servers(url)}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.runtime import event_loop
+from sandbox_broker.runtime.server_urls import format_database
 from sandbox_broker.runtime.settings import DatabaseUrl, EnvironmentSettings, load, stop
 
 _LOCK = 0x5A4DB0
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         event_loop.run(migrate(url))
     except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-        stop(f"DATABASE_URL: {connections.describe_error(error)}")
+        stop(f"DATABASE_URL: {format_database(url)}: {connections.describe_error(error)}")
 
 
 if __name__ == "__main__":

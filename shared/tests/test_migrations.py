@@ -290,7 +290,7 @@ async def test_the_command_prints_nothing_on_success(empty: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("user", "host", "path", "reason"),
     [
-        ("", "127.0.0.1:1", "/x", "Connect call failed"),
+        ("", "127.0.0.1:1", "/x", "127.0.0.1:1/x: "),
         ("", "no-such-host.invalid:5432", "/x", ""),
         ("", "", "/no_such_database", 'database "no_such_database" does not exist'),
         ("no_such_user:hunter2@", "", "", "no_such_user"),
