@@ -8,6 +8,7 @@ from tests.chaos.faults import Fault
 from tests.chaos.matrix import Step
 
 ALL_FAULTS = matrix.list_faults(random.Random())
+CLUSTER_FAULTS = matrix.list_faults(random.Random(), cluster=True)
 
 
 def list_names(steps: list[Step]) -> list[tuple[str, ...]]:
@@ -19,7 +20,25 @@ def flatten(steps: list[Step]) -> list[Fault]:
 
 
 def test_fault_names_are_unique() -> None:
-    assert len({fault.name for fault in ALL_FAULTS}) == len(ALL_FAULTS)
+    for faults in (ALL_FAULTS, CLUSTER_FAULTS):
+        assert len({fault.name for fault in faults}) == len(faults)
+
+
+def test_a_cluster_loses_nodes_instead_of_servers() -> None:
+    lost = {fault.name for fault in CLUSTER_FAULTS} - {fault.name for fault in ALL_FAULTS}
+    assert {"RabbitMQ leader killed", "PostgreSQL primary frozen, standby promoted"} <= lost
+    assert not {"RabbitMQ killed", "PostgreSQL killed"} & {fault.name for fault in CLUSTER_FAULTS}
+
+
+def test_faults_of_nodes_are_paired_with_other_faults() -> None:
+    steps = islice(matrix.plan_long_round(random.Random(1), cluster=True), 3 * len(CLUSTER_FAULTS))
+    paired = {fault.name for step in steps if len(step) == 2 for fault in step}
+    assert {fault.name for fault in CLUSTER_FAULTS} - {fault.name for fault in ALL_FAULTS} <= paired
+
+
+def test_every_fault_is_repeated() -> None:
+    steps = list(matrix.plan_repeated_round(random.Random(1), 3, "RabbitMQ leader", cluster=True))
+    assert len(steps) == 3 * len({fault.name for fault in flatten(steps)}) == 3 * 4
 
 
 def test_short_round_has_one_fault_of_each_kind() -> None:
