@@ -9,11 +9,12 @@ from typing import Any
 
 import asyncpg
 
+from devstack.conditions import wait_until
 from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker
-from tests.integration.stack import Stack, eventually
+from tests.integration.stack import Stack
 
 IDLE_TIMEOUT_SEC = 180.0
 POLL_INTERVAL_SEC = 0.5
@@ -74,7 +75,7 @@ async def wait_until_idle(broker: ChaosBroker) -> bool:
         return bool(await broker.stack.database.fetchval(COUNT_PENDING_WORK) == 0)
 
     try:
-        await eventually(is_idle, within_sec=IDLE_TIMEOUT_SEC)
+        await wait_until(is_idle, within_sec=IDLE_TIMEOUT_SEC)
     except AssertionError:
         return False
     return True

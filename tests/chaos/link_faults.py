@@ -3,11 +3,11 @@
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+from devstack.conditions import wait_until
 from tests.chaos.faults import Fault, FaultNotReached
 from tests.chaos.process_faults import find_active_allocator
 from tests.chaos.proxy import Proxy
 from tests.chaos.stack import SERVICES, ChaosBroker
-from tests.integration.stack import eventually
 
 SLOW_SEC = 0.3
 CARRIES_WITHIN_SEC = 30.0
@@ -41,7 +41,7 @@ def build_link_fault(
     async def heal(broker: ChaosBroker) -> None:
         try:
             if all(link.state == "slow" for link, _ in disturbed):
-                await eventually(has_carried, within_sec=CARRIES_WITHIN_SEC)
+                await wait_until(has_carried, within_sec=CARRIES_WITHIN_SEC)
         except AssertionError:
             raise FaultNotReached("the link carried no data") from None
         finally:

@@ -15,13 +15,14 @@ from signal import SIGCONT, SIGSTOP
 import asyncpg
 import psutil
 
+from devstack.conditions import wait_until
 from devstack.processes import Process
 from sandbox_broker.contract import topology
 from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery
 from tests.chaos.proxy import Proxy
-from tests.integration.stack import Stack, eventually
+from tests.integration.stack import Stack
 
 ALLOCATORS = ("allocator", "second allocator")
 ALLOCATE_TIMEOUT_SEC = 10
@@ -83,7 +84,7 @@ class Trial:
         async def is_reached() -> bool:
             return not self.stop_at.exists()
 
-        await eventually(is_reached)
+        await wait_until(is_reached)
 
     async def wait_for_frozen_allocator(self) -> str:
         """Wait until an allocator is frozen, and return its name."""
@@ -93,7 +94,7 @@ class Trial:
             frozen[:] = [name for name in ALLOCATORS if _is_stopped(self.stack.processes[name])]
             return frozen != []
 
-        await eventually(is_frozen)
+        await wait_until(is_frozen)
         return frozen[0]
 
     @asynccontextmanager
@@ -117,7 +118,7 @@ class Trial:
         async def are_blocked() -> bool:
             return len(await self.list_blocked_backends()) == count
 
-        await eventually(are_blocked)
+        await wait_until(are_blocked)
 
     async def wait_for_backend_exit(self, pid: int) -> None:
         """Wait until the backend of a broken connection has exited."""
@@ -126,7 +127,7 @@ class Trial:
             count = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
             return bool(await self.stack.database.fetchval(count, pid) == 0)
 
-        await eventually(has_ended)
+        await wait_until(has_ended)
 
 
 async def hold_next_row(trial: Trial) -> None:
@@ -153,7 +154,7 @@ async def break_connection_during_statement(trial: Trial) -> None:
         async def has_run_again() -> bool:
             return allocation.done() or len(await trial.list_blocked_backends()) == 2
 
-        await eventually(has_run_again)
+        await wait_until(has_run_again)
     await allocation
     await trial.wait_for_backend_exit(pid)
 
@@ -187,7 +188,7 @@ async def resume_frozen_allocator(trial: Trial) -> None:
         fenced = any("allocator.fenced" in line for line in trial.stack.processes[frozen].tail)
         return fenced or bool(await trial.stack.database.fetchval("SELECT count(*) = 2 FROM leases"))
 
-    await eventually(has_tried)
+    await wait_until(has_tried)
 
 
 async def kill_allocator_before_commit(trial: Trial) -> None:
@@ -220,7 +221,7 @@ async def kill_allocator_after_reply(trial: Trial) -> None:
     async def is_next_second() -> bool:
         return time.time() > int(operation.ended_at) + 1
 
-    await eventually(is_next_second)
+    await wait_until(is_next_second)
     standby.send(SIGCONT)
     await trial.allocate("bob")  # queued behind the command of the killed allocator
 
@@ -234,7 +235,7 @@ async def list_deleted_account(trial: Trial) -> None:
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     assert (await stack.sync()).status_code == 200
 
 

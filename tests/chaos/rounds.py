@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from dataclasses import dataclass
 from typing import Any
 
+from devstack.conditions import wait_until
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import EpochObservation, Evidence, FailoverPeriod, Recovery, Stall
 from tests.chaos.evidence_collector import (
@@ -21,7 +22,6 @@ from tests.chaos.evidence_collector import (
 from tests.chaos.faults import Fault, FaultNotReached
 from tests.chaos.matrix import Step
 from tests.chaos.stack import ChaosBroker
-from tests.integration.stack import eventually
 
 MIN_AVAILABLE = 500
 """Minimum number of available sandboxes. The pool starts with three times as many."""
@@ -171,7 +171,7 @@ async def _fill_pool(broker: ChaosBroker) -> None:
         await broker.stack.sync(force="true")
         return (await broker.stack.stats())["available"] >= MIN_AVAILABLE
 
-    await eventually(is_filled, within_sec=FILL_SEC)
+    await wait_until(is_filled, within_sec=FILL_SEC)
 
 
 async def _refill_pool(broker: ChaosBroker) -> None:

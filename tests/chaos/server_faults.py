@@ -2,9 +2,9 @@
 
 import asyncpg
 
+from devstack.conditions import wait_until
 from tests.chaos.faults import Fault, FaultAction, FaultNotReached
 from tests.chaos.stack import ChaosBroker
-from tests.integration.stack import eventually
 
 ALARM_SEC = 6.0
 DISK_FULL_SEC = 6.0
@@ -73,7 +73,7 @@ async def _empty_disk(broker: ChaosBroker) -> None:
             return False  # PostgreSQL is recovering
         return True
 
-    await eventually(is_filler_dropped)
+    await wait_until(is_filler_dropped)
 
 
 def list_faults() -> list[Fault]:

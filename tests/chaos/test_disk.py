@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from devstack.conditions import wait_until
 from tests.chaos.disk import Disk, MountError
-from tests.integration.stack import eventually
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def test_disk_is_filled_during_concurrent_writes(disk: Disk | None) -> Non
     try:
         for _ in range(20):
             await disk.fill()
-            await eventually(lambda: is_full(disk))
+            await wait_until(lambda: is_full(disk))
             await disk.empty()
     finally:
         writer.kill()

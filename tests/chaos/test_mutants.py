@@ -13,6 +13,7 @@ import aio_pika
 import asyncpg
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.temporary import truncate_tables
 from devstack.testing import NewDatabase, NewVhost
 from sandbox_broker.contract import topology
@@ -23,7 +24,7 @@ from tests.chaos.evidence_collector import collect_stack_evidence
 from tests.chaos.mutants import ALLOCATE_TIMEOUT_SEC, ALLOCATORS, MUTANTS, Mutant, Trial
 from tests.chaos.proxy import HOST, Proxy
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 LAUNCHER = Path(__file__).with_name("mutating.py")
 SANDBOXES = 20
@@ -110,7 +111,7 @@ async def run_mutant(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
             for name in ALLOCATORS:
                 stack.processes[name].send(SIGCONT)
     with suppress(AssertionError):  # the evidence shows the remaining work
-        await eventually(lambda: is_idle(stack), within_sec=IDLE_TIMEOUT_SEC)
+        await wait_until(lambda: is_idle(stack), within_sec=IDLE_TIMEOUT_SEC)
     evidence = await collect_stack_evidence(stack, broker.amqp_url, history, [], trial.recoveries)
     return dataclasses.replace(evidence, failover_periods=trial.failover_periods)
 

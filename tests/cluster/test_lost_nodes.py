@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import asyncpg
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.postgres_pair import PostgresPair
 from devstack.processes import run
 from devstack.rabbitmq_cluster import RabbitMQCluster
 from sandbox_broker.contract import topology
 from tests.chaos.client import History, Students
-from tests.integration.stack import ADMIN, PORTS, ROOT, Stack, eventually, run_stack, track_headers
+from tests.integration.stack import ADMIN, PORTS, ROOT, Stack, run_stack, track_headers
 
 pytest_plugins = ("devstack.fixtures",)
 pytestmark = pytest.mark.timeout(600)  # the start of the servers counts as well
@@ -107,7 +108,7 @@ async def test_a_former_primary_is_never_read_after_the_fail_over(broker: Broker
     async def is_read() -> bool:
         return (await read(stack, "eve", sandbox_id)) == 200
 
-    await eventually(is_read)
+    await wait_until(is_read)
     pair.standby.thaw()
     assert await count_leases(pair.standby.url, "eve") == 0  # the former primary runs, without the lease
 
@@ -128,7 +129,7 @@ async def allocate(stack: Stack, student: str) -> str:
         sandbox_id = response.json().get("sandbox_id")
         return response.status_code in (200, 201)
 
-    await eventually(is_served)
+    await wait_until(is_served)
     assert sandbox_id is not None
     return sandbox_id
 
@@ -155,7 +156,7 @@ async def assert_leases_expire(stack: Stack) -> None:
         query = "SELECT end_reason FROM leases WHERE sandbox_id = $1"
         return bool(await stack.database.fetchval(query, sandbox_id) == "expired")
 
-    await eventually(has_expired)
+    await wait_until(has_expired)
 
 
 async def assert_periodic_syncs_run(stack: Stack) -> None:
@@ -165,7 +166,7 @@ async def assert_periodic_syncs_run(stack: Stack) -> None:
     async def is_imported() -> bool:
         return (await stack.stats())["total"] == total + 1
 
-    await eventually(is_imported)
+    await wait_until(is_imported)
 
 
 async def assert_status_shows_every_queue(stack: Stack) -> None:
@@ -176,7 +177,7 @@ async def assert_status_shows_every_queue(stack: Stack) -> None:
             status["rabbitmq"]["state"] == "up" and not [queue for queue in status["queues"] if queue["problem"]]
         )
 
-    await eventually(is_complete)
+    await wait_until(is_complete)
 
 
 async def restart_service(stack: Stack, module: str) -> None:

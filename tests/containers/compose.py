@@ -15,10 +15,11 @@ import httpx
 import yaml
 
 from devstack import packages
+from devstack.conditions import wait_until
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.processes import run
-from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_TOKEN, eventually
+from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_TOKEN
 
 FILE = ROOT / "docker-compose.yml"
 SERVICES: Mapping[str, Any] = yaml.safe_load(FILE.read_text())["services"]
@@ -65,7 +66,7 @@ class Compose:
             states = [(await self.inspect(service))["State"] for service in (*SERVERS, *OURS)]
             return all(state["Running"] and state["Health"]["Status"] == "healthy" for state in states)
 
-        await eventually(are_all_healthy, within_sec=UP_SEC)
+        await wait_until(are_all_healthy, within_sec=UP_SEC)
 
     async def admin(self, method: str, path: str, **parameters: str) -> Any:
         response = await self.client.request(

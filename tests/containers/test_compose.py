@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.processes import run
 from tests.chaos.client import History, Students
 from tests.containers.compose import ACCOUNTS, BASE, OURS, SERVERS, Compose, run_docker
-from tests.integration.stack import ROOT, TRACK_TOKEN, eventually
+from tests.integration.stack import ROOT, TRACK_TOKEN
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -149,7 +150,7 @@ async def test_the_instruqt_scripts_allocate_and_release_a_sandbox(compose: Comp
         sandbox = await compose.admin("GET", f"sandboxes/{sandbox_id}")
         return bool(sandbox["status"] == "deleted")
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
 
 
 async def test_an_ended_service_is_restarted(compose: Compose) -> None:
@@ -160,7 +161,7 @@ async def test_an_ended_service_is_restarted(compose: Compose) -> None:
         state = (await compose.inspect("reaper"))["State"]
         return bool(state["Running"] and state["StartedAt"] != before)
 
-    await eventually(is_restarted)
+    await wait_until(is_restarted)
     await compose.wait_until_healthy()
 
 
@@ -183,7 +184,7 @@ async def test_no_lease_is_lost_when_containers_are_killed_under_load(compose: C
     async def is_nothing_pending() -> bool:
         return bool((await compose.admin("GET", "stats"))["pending_deletion"] == 0)
 
-    await eventually(is_nothing_pending, within_sec=PATIENCE_SEC)
+    await wait_until(is_nothing_pending, within_sec=PATIENCE_SEC)
     assert [script for script in history.script_runs if not script.succeeded] == []
     assert_no_lease_lost(history, await compose.leases())
     stats = await compose.admin("GET", "stats")

@@ -2,9 +2,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 
 def pytest_report_header() -> str | None:
@@ -24,4 +25,4 @@ async def stack(whole_stack: Stack) -> AsyncIterator[Stack]:
     await whole_stack.fill(50)
     yield whole_stack
     await whole_stack.assert_sound()
-    await eventually(whole_stack.nothing_pending)
+    await wait_until(whole_stack.nothing_pending)

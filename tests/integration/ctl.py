@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.stack import ADMIN_TOKEN, Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import ADMIN_TOKEN, Stack
 
 PATIENCE_SEC = 120.0
 
@@ -67,7 +68,7 @@ async def wait_for_status(
         return bool(condition(result))
 
     # Each try is a process, which takes ten times as long as the usual pause.
-    await eventually(is_met, within_sec=within_sec, every_sec=0.5)
+    await wait_until(is_met, within_sec=within_sec, every_sec=0.5)
     assert result is not None
     return result
 

@@ -3,8 +3,7 @@
 import asyncio
 import os
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import httpx
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import Process, spawn, stop_all
 from devstack.testing import clear_tables
@@ -103,7 +103,7 @@ class Stack:
                 raise AssertionError(f"{process.name} {process.ending}: {list(process.tail)}")
             return await self.is_ready(url)
 
-        await eventually(ready, every_sec=0.2)
+        await wait_until(ready, every_sec=0.2)
 
     async def is_ready(self, url: str) -> bool:
         try:
@@ -142,9 +142,9 @@ class Stack:
         async def synced() -> bool:
             return (await self.sync(force="true")).status_code == 200
 
-        await eventually(synced)
+        await wait_until(synced)
         # The gateway detects a new allocator only every half second.
-        await eventually(self._serves_requests)
+        await wait_until(self._serves_requests)
         stats = await self.stats()
         assert stats["available"] == accounts, stats
 
@@ -237,13 +237,3 @@ async def run_stack(
             yield stack
         finally:
             await stop_all(stack.processes.values())
-
-
-async def eventually(
-    condition: Callable[[], Awaitable[bool]], *, within_sec: float = 120, every_sec: float = 0.05
-) -> None:
-    """Wait until the condition holds. Fails after `within_sec`."""
-    deadline = time.monotonic() + within_sec
-    while not await condition():
-        assert time.monotonic() < deadline, f"not true within {within_sec} s: {condition.__qualname__}"
-        await asyncio.sleep(every_sec)

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from devstack import prometheus
+from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.infrastructure import Server
 from devstack.output import Terminal
@@ -26,7 +27,7 @@ from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.chaos.proxy import Proxy
 from tests.integration.monitoring_files import ALERTS
-from tests.integration.stack import PORTS, Stack, eventually, run_stack
+from tests.integration.stack import PORTS, Stack, run_stack
 
 WINDOW = "10s"
 SHORTENED_THRESHOLDS = {
@@ -118,7 +119,7 @@ async def stack(broker: Stack, watch: Prometheus) -> Stack:
     async def is_quiet() -> bool:
         return not await watch.firing()
 
-    await eventually(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
+    await wait_until(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     return broker
 
 
@@ -135,7 +136,7 @@ async def wait_until_firing(
         )
 
     try:
-        await eventually(is_firing, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
+        await wait_until(is_firing, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     except AssertionError:
         pytest.fail(f"{alert} did not fire. Firing alerts: {[firing['labels'] for firing in await watch.firing()]}")
 
@@ -149,7 +150,7 @@ async def wait_until_stopped(
         return alert not in [firing["labels"]["alertname"] for firing in await watch.firing()]
 
     try:
-        await eventually(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
+        await wait_until(is_quiet, within_sec=TIMEOUT_SEC, every_sec=SCRAPE_INTERVAL_SEC)
     except AssertionError:
         pytest.fail(f"{alert} still fires")
 

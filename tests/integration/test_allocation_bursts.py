@@ -4,7 +4,8 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
-from tests.integration.stack import Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import Stack
 
 
 async def test_200_students_at_once_get_200_different_sandboxes(stack: Stack) -> None:
@@ -117,6 +118,6 @@ async def test_50_mixed_requests_of_one_student_leave_consistent_leases(stack: S
     async def all_are_deleted() -> bool:
         return (await stack.stats())["deleted"] == len(released)
 
-    await eventually(all_are_deleted)
+    await wait_until(all_are_deleted)
     external_ids = {lease["external_id"] for lease in granted if lease["sandbox_id"] in released}
     assert {call["path"].rsplit("/", 1)[1] for call in await stack.deletions()} == external_ids

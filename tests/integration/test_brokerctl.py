@@ -8,10 +8,11 @@ import uuid
 import aio_pika
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from sandbox_broker.contract import topology
 from tests.integration.ctl import run_brokerctl, start_brokerctl, wait_for_status
-from tests.integration.stack import ADMIN_TOKEN, TRACK_TOKEN, Stack, eventually
+from tests.integration.stack import ADMIN_TOKEN, TRACK_TOKEN, Stack
 
 
 async def test_the_status_of_a_healthy_broker_fits_on_one_screen(stack: Stack) -> None:
@@ -77,7 +78,7 @@ async def test_the_history_of_a_sandbox_and_of_a_student(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     result = await run_brokerctl(stack, "release", lease["sandbox_id"], "--reason", "class ended", "--json")
     assert (result.status, result.json["status"]) == (0, "pending_deletion")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
 
     details = (await run_brokerctl(stack, "sandbox", lease["sandbox_id"], "--json")).json
     assert [step["status"] for step in details["history"]] == [
@@ -183,7 +184,7 @@ async def wait_for_dead_letters(stack: Stack, count: int) -> list[dict[str, str]
         letters = (await run_brokerctl(stack, "dlq", "list", "--json")).json
         return len(letters) == count
 
-    await eventually(has_arrived)
+    await wait_until(has_arrived)
     return letters
 
 
@@ -241,12 +242,12 @@ async def test_a_replay_executes_failed_commands_only(stack: Stack) -> None:
     assert result.status == 0, result
     assert "is back in allocator.commands" in result.out
     assert "all its students have got a sandbox" in result.out
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
 
     async def deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(deleted)
+    await wait_until(deleted)
     stats = await stack.stats()
     assert (stats["available"], stats["allocated"]) == (49, 0)
     assert await wait_for_dead_letters(stack, 0) == []

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from brokerctl.attention import STATUS_TIMEOUT_SEC
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.postgres import PrivatePostgres
 from devstack.processes import Process
@@ -23,7 +24,7 @@ from devstack.rabbitmq import PrivateRabbitMQ
 from gateway.queries.status import PROBE_TIMEOUT_SEC
 from tests.integration.ctl import CommandResult, run_brokerctl, wait_for_status
 from tests.integration.reverse_proxies import replace_once, run_haproxy_with
-from tests.integration.stack import ROOT, Stack, eventually, run_stack, track_headers
+from tests.integration.stack import ROOT, Stack, run_stack, track_headers
 
 SERVICES = {"allocator": "allocator", "reaper": "reaper", "csp_syncer": "csp-syncer"}
 """Module -> name in the status."""
@@ -184,7 +185,7 @@ async def test_a_csp_outage_is_reported_after_a_failed_request(broker: Broker) -
         assert result.status == 4
         assert result.json["csp"]["failing"] == 1
         await wait_for_status(broker.stack, lambda result: "pending deletions have failed" in result.out)
-    await eventually(broker.stack.nothing_pending)
+    await wait_until(broker.stack.nothing_pending)
     await wait_for_result(broker, is_healthy)
 
 
@@ -272,9 +273,9 @@ async def test_status_behind_a_load_balancer_names_the_server_that_is_down(
         result = await run_brokerctl(broker.stack, "status", "--json", "--within", "60", url=balancer_url)
         return result.status == 4 and name in failed_components(result)
 
-    await eventually(is_served)
+    await wait_until(is_served)
     async with component_stopped(broker, part):
-        await eventually(no_gateway_is_ready)
-        await eventually(is_named)
-    await eventually(is_served)
+        await wait_until(no_gateway_is_ready)
+        await wait_until(is_named)
+    await wait_until(is_served)
     await wait_for_result(broker, is_healthy)

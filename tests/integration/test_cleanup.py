@@ -4,7 +4,8 @@ import asyncio
 from datetime import timedelta
 from pathlib import Path
 
-from tests.integration.stack import Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import Stack
 
 WRONG_CLOCK = str(Path(__file__).with_name("wrong_clock.py"))
 
@@ -17,7 +18,7 @@ async def test_a_failed_deletion_is_retried_until_it_succeeds(stack: Stack) -> N
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     statuses = [call["status"] for call in await stack.deletions()]
     assert statuses == [500, 500, 500, 204]
 
@@ -30,7 +31,7 @@ async def test_a_deletion_is_retried_after_an_html_response(stack: Stack) -> Non
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     assert len(await stack.deletions()) == 2
 
 
@@ -47,7 +48,7 @@ async def test_an_overdue_lease_expires_and_a_late_release_succeeds(stack: Stack
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     assert (await stack.stats())["allocated"] == 1  # within the grace period
     late = await stack.release(lease["sandbox_id"], "forgetful")
     assert (late.status_code, late.json()["status"]) == (200, "deleted")
@@ -63,7 +64,7 @@ async def test_exactly_the_released_sandboxes_are_deleted(stack: Stack) -> None:
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 12
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     deleted = {call["path"].rsplit("/", 1)[1] for call in await stack.deletions()}
     assert deleted == {lease["external_id"] for lease in released}
     remaining = {account["id"] for account in (await stack.control("GET", "accounts"))["accounts"]}
@@ -79,7 +80,7 @@ async def test_a_killed_reaper_loses_no_deletion(stack: Stack) -> None:
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
 
 
 async def test_a_clean_up_on_demand_deletes_postponed_sandboxes(stack: Stack) -> None:
@@ -107,7 +108,7 @@ async def test_an_administrator_ends_a_lease_and_the_sandbox_is_deleted(stack: S
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     assert await stack.database.fetchval("SELECT (end_reason, end_note) = ('admin', 'class is over') FROM leases")
     assert (await stack.allocate("ada")).json()["sandbox_id"] != lease["sandbox_id"]
 
@@ -119,11 +120,11 @@ async def test_retry_deletion_deletes_a_failed_sandbox(stack: Stack) -> None:
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     await stack.database.execute("UPDATE sandboxes SET status = 'deletion_failed' WHERE status = 'deleted'")
     retry = f"sandboxes/{lease['sandbox_id']}/retry-deletion"
     assert (await stack.admin("POST", retry)).json()["status"] == "pending_deletion"
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     assert (await stack.admin("POST", retry)).json()["detail"]["code"] == "NOT_DELETION_FAILED"
 
 
@@ -141,7 +142,7 @@ async def test_a_reaper_with_a_wrong_clock_expires_and_deletes_correctly(stack: 
         async def is_deleted() -> bool:
             return (await stack.stats())["deleted"] == 1
 
-        await eventually(is_deleted)
+        await wait_until(is_deleted)
         assert (await stack.stats())["allocated"] == 1
         calls = await stack.deletions()
         assert {call["path"].rsplit("/", 1)[1] for call in calls} == {overdue["external_id"]}

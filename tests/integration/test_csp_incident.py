@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 POLLING_REAPER = str(Path(__file__).with_name("polling_reaper.py"))
 SPEED = 120
@@ -78,12 +79,12 @@ async def test_every_account_is_deleted_without_intervention(stack: Stack) -> No
         async def has_class_ended(at_sec: float = at_sec) -> bool:
             return bool((await stack.control("GET", "script"))["elapsed_sec"] >= at_sec)
 
-        await eventually(has_class_ended)
+        await wait_until(has_class_ended)
         await asyncio.gather(*(allocate_and_release(stack, f"{number}-{student}") for student in range(CLASS_SIZE)))
 
     script = await stack.control("GET", "script")
     assert script["steps_done"] == script["steps"]
-    await eventually(stack.nothing_pending, within_sec=240)
+    await wait_until(stack.nothing_pending, within_sec=240)
     calls = sorted(await stack.deletions(), key=lambda call: float(call["at"]))
     stats = await stack.stats()
     assert (stats["deleted"], stats["deletion_failed"]) == (STUDENTS, 0)
@@ -117,7 +118,7 @@ async def test_undeletable_accounts_do_not_delay_the_deletion_of_others(stack: S
             count = "SELECT count(*) FROM sandboxes WHERE sandbox_id = ANY($1) AND status = 'deleted'"
             return bool(await stack.database.fetchval(count, ids) == len(ids))
 
-        await eventually(are_deleted)
+        await wait_until(are_deleted)
         return time.time() - released_at
 
     alone_sec = await delete(alone)

@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from devstack import prometheus
+from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from tests.integration.monitoring_files import DASHBOARDS, list_queries
-from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, eventually
+from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -75,7 +76,7 @@ async def test_every_query_returns_data(stack: Stack, scraping_prometheus: Prome
         return not without_data
 
     try:
-        await eventually(have_all_returned_data, every_sec=SCRAPED_SEC)
+        await wait_until(have_all_returned_data, every_sec=SCRAPED_SEC)
     except AssertionError:
         pytest.fail(f"no data for {sorted(without_data)}")
 

@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 
 import httpx
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import Process
 from devstack.wire import GET_HEALTH, connected
-from tests.integration.stack import Stack, eventually, track_headers
+from tests.integration.stack import Stack, track_headers
 
 GET_BUNDLE = b"GET /v1/docs/assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -52,7 +53,7 @@ async def test_a_draining_gateway_is_not_ready_but_still_serves(stack: Stack) ->
         async def is_not_ready() -> bool:
             return (await stack.client.get(f"{url}/readyz")).status_code == 503
 
-        await eventually(is_not_ready)
+        await wait_until(is_not_ready)
         detail = (await stack.client.get(f"{url}/readyz")).json()["detail"]
         assert (detail["code"], "stopping" in detail["message"]) == ("NOT_READY", True)
         during = await stack.client.post(f"{url}/v1/allocate", headers=track_headers("ben"))
@@ -77,7 +78,7 @@ async def test_the_api_port_and_the_ops_port_drain_together(stack: Stack) -> Non
         async def is_not_ready() -> bool:
             return (await stack.client.get(f"{ops}/readyz")).status_code == 503
 
-        await eventually(is_not_ready)
+        await wait_until(is_not_ready)
         during = await stack.client.post(f"{url}/v1/allocate", headers=track_headers("ada"))
         assert (during.status_code, during.headers["Connection"]) == (201, "close")
         response = await stack.client.get(f"{ops}/healthz")
@@ -110,7 +111,7 @@ async def test_an_open_request_is_completed_and_an_idle_connection_is_closed(sta
             async def is_closed() -> bool:
                 return await refuses_connections(url)
 
-            await eventually(is_closed)
+            await wait_until(is_closed)
             assert process.running
         finally:
             allocator.send(signal.SIGCONT)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
@@ -67,8 +68,8 @@ async def allocate_and_release(stack: Stack, student: str) -> None:
     async def is_released() -> bool:
         return (await stack.release(sandbox_id, student)).status_code == 200
 
-    await eventually(has_lease, within_sec=60)
-    await eventually(is_released, within_sec=60)
+    await wait_until(has_lease, within_sec=60)
+    await wait_until(is_released, within_sec=60)
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)
@@ -89,14 +90,14 @@ async def test_every_deletion_is_done_and_recorded_despite_kills(crashing: Stack
             is_dead = not crashing.processes[service].running
             return is_dead or (students.done() and await crashing.nothing_pending())
 
-        await eventually(is_dead_or_done, within_sec=60)
+        await wait_until(is_dead_or_done, within_sec=60)
         point_file.unlink(missing_ok=True)
         if not crashing.processes[service].running:
             killed += 1
             await crashing.start_service(service)
         await students
     await crashing.control("PATCH", "behaviour", {"delete_error_rate": 0})
-    await eventually(crashing.nothing_pending, within_sec=120)
+    await wait_until(crashing.nothing_pending, within_sec=120)
     await crashing.assert_sound()
     assert killed > KILLS / 2
 
@@ -126,13 +127,13 @@ async def test_a_frozen_reaper_does_not_repeat_a_deletion_that_another_took_over
         async def is_one_frozen() -> bool:
             return not point_file.exists()
 
-        await eventually(is_one_frozen)
-        await eventually(crashing.nothing_pending, within_sec=60)
+        await wait_until(is_one_frozen)
+        await wait_until(crashing.nothing_pending, within_sec=60)
         (deleted,) = await crashing.deletions()
         for reaper in reapers:
             reaper.send(signal.SIGCONT)
         await asyncio.gather(*(allocate_and_release(crashing, f"student-{number}") for number in range(3)))
-        await eventually(crashing.nothing_pending)
+        await wait_until(crashing.nothing_pending)
         assert [call["path"] for call in await crashing.deletions()].count(deleted["path"]) == 1
     finally:
         for reaper in reapers:

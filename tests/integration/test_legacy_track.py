@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.stack import TRACK_TOKEN, Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import TRACK_TOKEN, Stack
 
 SCRIPT = Path(__file__).with_name("legacy_track.py")
 
@@ -84,7 +85,7 @@ async def test_repeated_and_late_cleanups_succeed(ada: Track) -> None:
 
     for _ in range(2):
         assert (await ada.run("cleanup"))[0] == 0
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     for _ in range(2):
         code, output = await ada.run("cleanup")
         assert (code, output.split()[:3]) == (0, ["200", sandbox_id, "deleted"])

@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port, is_free
 from devstack.processes import Process, run, spawn
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import PORTS, ROOT, eventually
+from tests.integration.stack import PORTS, ROOT
 
 STATE = ROOT / ".devstack"
 LOOPBACK = {"0100007F", "0" * 24 + "01000000"}
@@ -43,7 +44,7 @@ async def wait_for_line(process: Process, lines: list[str], text: str) -> None:
         assert process.running, lines[-20:]
         return any(text in line for line in lines)
 
-    await eventually(is_printed, within_sec=60)
+    await wait_until(is_printed, within_sec=60)
 
 
 def find_pid(module: str, database_url: str) -> int:
@@ -106,7 +107,7 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_all_process
             code, output = await run(["bash", "-c", operator], cwd=tmp_path)
             return code == 0 and "Nothing needs attention." in output
 
-        await eventually(is_healthy, within_sec=120)
+        await wait_until(is_healthy, within_sec=120)
     finally:
         # Like a terminal, signal make and its child processes.
         os.killpg(make.pid, signal.SIGINT)
@@ -130,7 +131,7 @@ async def test_the_demo_prints_its_addresses_and_students_get_sandboxes(environm
                 )
             return bool(stats.json()["allocated"] > 0)
 
-        await eventually(has_lease)
+        await wait_until(has_lease)
     finally:
         os.killpg(demo.pid, signal.SIGINT)
         await demo.wait()

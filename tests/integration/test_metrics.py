@@ -4,8 +4,9 @@ import asyncio
 import re
 import uuid
 
+from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
-from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, eventually, track_headers
+from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, track_headers
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)
 SERVICES = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
@@ -38,7 +39,7 @@ async def test_metrics_of_existing_dashboards_are_exported(stack: Stack) -> None
     lease = (await stack.allocate("ada")).json()
     await stack.allocate("ada")
     await stack.release(lease["sandbox_id"], "ada")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     exported = "".join([await scrape(stack, service) for service in SERVICES])
     for expected in (
         r'broker_allocate_total{outcome="allocated"}',
@@ -93,7 +94,7 @@ async def test_clients_cannot_add_label_values(stack: Stack) -> None:
     await send_random_values(0)
     for service in SERVICES:
         await scrape(stack, service)  # the scrape itself adds a series
-    await eventually(are_queues_measured)
+    await wait_until(are_queues_measured)
     before = {service: find_series(await scrape(stack, service)) for service in SERVICES}
     await asyncio.gather(*(send_random_values(number) for number in range(10)))
     for service in ("gateway", "allocator", "csp-syncer"):
@@ -102,7 +103,7 @@ async def test_clients_cannot_add_label_values(stack: Stack) -> None:
             return find_series(await scrape(stack, service)) == before[service]
 
         # Polls, because the gateway omits queues that it cannot measure for a moment. A new label would stay.
-        await eventually(is_unchanged)
+        await wait_until(is_unchanged)
     # The reaper may have added an outcome by its own work, so only client data is excluded here.
     assert not any(ADMIN_TOKEN in line for line in find_series(await scrape(stack, "reaper")))
 
@@ -110,7 +111,7 @@ async def test_clients_cannot_add_label_values(stack: Stack) -> None:
 async def test_queues_and_csp_requests_are_measured(stack: Stack) -> None:
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
 
     async def is_measured() -> bool:
         gateway, reaper = await scrape(stack, "gateway"), await scrape(stack, "reaper")
@@ -127,4 +128,4 @@ async def test_queues_and_csp_requests_are_measured(stack: Stack) -> None:
             )
         )
 
-    await eventually(is_measured)
+    await wait_until(is_measured)

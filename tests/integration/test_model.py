@@ -20,10 +20,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
 from tests.integration.model import CspState, Lease, Model, Refused
-from tests.integration.stack import Stack, eventually, run_stack, track_headers
+from tests.integration.stack import Stack, run_stack, track_headers
 
 SEQUENCES, STEPS = 12, 40
 
@@ -279,7 +280,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self._control("PATCH", "behaviour", CSP_BEHAVIOUR[csp])
         if csp is not CspState.REJECTS_TOKEN and has_sandbox_in("pending_deletion")(self):
             # The reaper would retry postponed deletions later. A clean-up on demand retries them now.
-            self._run(eventually(self._clean_up_succeeds))
+            self._run(wait_until(self._clean_up_succeeds))
         self.model.set_csp_state(csp)
 
     async def _clean_up_succeeds(self) -> bool:
@@ -326,7 +327,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _wait_until_idle(self) -> None:
         """Wait for the background work: expiry of leases and deletions in CSP."""
-        self._run(eventually(self._is_idle))
+        self._run(wait_until(self._is_idle))
 
     async def _is_idle(self) -> bool:
         pending = {id for id, sandbox in self.model.sandboxes.items() if sandbox.status == "pending_deletion"}

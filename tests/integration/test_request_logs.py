@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import ADMIN, Stack, eventually, run_stack, track_headers
+from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 Line = Mapping[str, Any]
 
@@ -57,7 +58,7 @@ async def wait_for_events(logs: Logs, text: str, *expected: tuple[str, str]) -> 
     async def are_all_logged() -> bool:
         return set(expected) <= logs.events(text)
 
-    await eventually(are_all_logged)
+    await wait_until(are_all_logged)
 
 
 async def test_gateway_and_allocator_log_an_allocation(stack: Stack, logs: Logs) -> None:
@@ -94,7 +95,7 @@ async def test_a_release_is_logged_until_the_deletion(stack: Stack, logs: Logs) 
         headers={**track_headers("ada"), "X-Request-ID": "the-release-of-ada"},
     )
     assert released.status_code == 200
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     await wait_for_events(
         logs,
         "the-release-of-ada",
@@ -115,7 +116,7 @@ async def test_a_failed_deletion_is_logged_with_the_id_of_the_release(stack: Sta
     await stack.control("PATCH", "behaviour", {"fail_next_deletes": 1})
     lease = (await stack.allocate("ada")).json()
     released = await stack.release(lease["sandbox_id"], "ada")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     await wait_for_events(
         logs,
         released.headers["X-Request-ID"],
@@ -166,7 +167,7 @@ async def test_the_allocator_logs_requests_that_fail_in_the_database(stack: Stac
     async def succeeds() -> bool:
         return (await stack.allocate("ada")).status_code in (200, 201)
 
-    await eventually(succeeds)
+    await wait_until(succeeds)
 
 
 async def test_csp_syncer_and_allocator_log_a_sync(stack: Stack, logs: Logs) -> None:
@@ -199,7 +200,7 @@ async def test_an_expiry_is_logged_with_the_id_of_its_tick(stack: Stack, logs: L
     async def is_expired() -> bool:
         return ("allocator", "lease.expired") in logs.events(f'"sandbox_id":"{lease["sandbox_id"]}"')
 
-    await eventually(is_expired)
+    await wait_until(is_expired)
     (line,) = (line for line in logs.grep(lease["sandbox_id"]) if line["event"] == "lease.expired")
     assert line["request_id"].startswith("tick-")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.rabbitmq import PrivateRabbitMQ
 from devstack.testing import NewDatabase
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,12 @@ async def test_all_services_reconnect_and_no_lease_is_lost(
     async def is_one_refused() -> bool:
         return statuses[503] > 0
 
-    await eventually(are_some_served)
+    await wait_until(are_some_served)
     if action == "kill":
         await rabbitmq.kill()
     else:
         await rabbitmq.stop()
-    await eventually(is_one_refused)
+    await wait_until(is_one_refused)
     await rabbitmq.start()
     restarted_at = time.monotonic()
     leases_before = len(leased)
@@ -71,14 +72,14 @@ async def test_all_services_reconnect_and_no_lease_is_lost(
     async def are_students_served_again() -> bool:
         return len(leased) >= leases_before + 10
 
-    await eventually(are_students_served_again, within_sec=10)
+    await wait_until(are_students_served_again, within_sec=10)
     for service in ("ALLOCATOR", "REAPER", "CSP_SYNCER", "GATEWAY"):
         port = stack.environment[f"{service}_PORT"]
 
         async def is_ready(port: str = port) -> bool:
             return (await stack.client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200
 
-        await eventually(is_ready, within_sec=max(0.1, 10 - (time.monotonic() - restarted_at)))
+        await wait_until(is_ready, within_sec=max(0.1, 10 - (time.monotonic() - restarted_at)))
     stop.set()
     await asyncio.gather(*workers)
 
@@ -95,4 +96,4 @@ async def test_all_services_reconnect_and_no_lease_is_lost(
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from devstack import postgres
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.processes import run
 from devstack.testing import NewVhost
-from tests.integration.stack import ROOT, Stack, eventually, run_stack
+from tests.integration.stack import ROOT, Stack, run_stack
 
 pytest_plugins = ("devstack.fixtures",)
 
@@ -76,7 +77,7 @@ async def allocate(stack: Stack, student: str) -> str:
 
 async def release_and_delete(stack: Stack, sandbox_id: str, student: str) -> None:
     assert (await stack.release(sandbox_id, student)).status_code == 200
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
 
 
 async def restart_with(stack: Stack, database_url: str) -> None:
@@ -133,7 +134,7 @@ async def test_sandboxes_leased_after_the_backup_are_not_leased_again(
     assert await allocate(stack, "before") == before
     assert await allocate(stack, "after") == after
     assert await allocate(stack, "returning") == second_lease
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     assert (await stack.sync(force="true")).status_code == 200
     other_sandboxes = {
         await allocate(stack, f"new-{number}") for number in range((await stack.stats())["available"])

@@ -16,6 +16,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, Chann
 from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.private import make_directory, service_account, write
 from devstack.rabbitmq import PrivateRabbitMQ
@@ -51,7 +52,7 @@ from sandbox_broker.database.schema import VIEWS, metadata
 from sandbox_broker.declare import declare
 from sandbox_broker.messaging.connection import open_channel
 from sandbox_broker.migrate import migrate
-from tests.integration.stack import PORTS, ROOT, Stack, eventually, run_stack
+from tests.integration.stack import PORTS, ROOT, Stack, run_stack
 
 PASSWORD = "secret"
 DATABASE = "sandbox_broker"
@@ -201,7 +202,7 @@ async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -
     leases = [(await stack.allocate(f"student-{number}")).json() for number in range(3)]
     assert len({lease["sandbox_id"] for lease in leases}) == 3
     assert (await stack.release(leases[0]["sandbox_id"], "student-0")).status_code == 200
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     # One lease expires and is found by a tick of the reaper.
     await stack.database.execute(
         "UPDATE leases SET allocated_at = allocated_at - interval '1 day', expires_at = expires_at - "
@@ -211,12 +212,12 @@ async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -
     async def are_two_deleted() -> bool:
         return (await stack.stats())["deleted"] == 2
 
-    await eventually(are_two_deleted)
+    await wait_until(are_two_deleted)
     released = await stack.admin("POST", f"sandboxes/{leases[2]['sandbox_id']}/release", reason="class ended")
     assert released.status_code == 200, released.text
     cleaned = await stack.admin("POST", "cleanup")
     assert cleaned.status_code in (200, 202), cleaned.text
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     assert (await stack.stats())["deleted"] == 3
     assert (await stack.admin("GET", "leaks")).status_code == 200
     purged = await stack.admin("POST", "auto-delete-stale", grace_period_hours="0")
@@ -231,7 +232,7 @@ async def test_the_services_work_with_their_own_roles(stack_with_roles: Stack) -
     async def can_allocate() -> bool:
         return (await stack.allocate("student-9")).status_code in (200, 201)
 
-    await eventually(can_allocate)
+    await wait_until(can_allocate)
 
 
 async def test_the_start_of_the_services_causes_no_refusal(
@@ -253,7 +254,7 @@ async def test_the_start_of_the_services_causes_no_refusal(
             listed = [await _exists(connection, name) for name in replaced]
             return not any(listed)
 
-        await eventually(are_replaced_queues_deleted)  # the last step of the start, with the first tick
+        await wait_until(are_replaced_queues_deleted)  # the last step of the start, with the first tick
 
     await _mark_log(servers_with_roles, "end")
     lines = servers_with_roles.read_rabbitmq_log().splitlines()
@@ -272,7 +273,7 @@ async def _mark_log(servers: Servers, mark: str) -> None:
     async def is_written() -> bool:
         return f"'{mark}'" in servers.read_rabbitmq_log()
 
-    await eventually(is_written)
+    await wait_until(is_written)
 
 
 async def _exists(connection: AbstractConnection, queue: str) -> bool:
@@ -387,7 +388,7 @@ async def test_a_command_is_refused_without_the_right_of_its_sender(
         rows = await stack.database.fetch("SELECT DISTINCT unnest(commands) AS type FROM dead_letters")
         return {row["type"] for row in rows} >= {command.type for command in forged}
 
-    await eventually(are_all_dead_letters)
+    await wait_until(are_all_dead_letters)
     assert await stack.stats() == before
     await stack.assert_sound()
 
@@ -406,7 +407,7 @@ async def test_a_replay_by_an_administrator_gives_a_forged_command_no_rights(
     async def is_dead_letter() -> bool:
         return bool(await stack.database.fetchval("SELECT count(*) = 1 FROM dead_letters"))
 
-    await eventually(is_dead_letter)
+    await wait_until(is_dead_letter)
     dead_letter_id = await stack.database.fetchval("SELECT dead_letter_id FROM dead_letters")
     replayed = await stack.admin("POST", f"dead-letters/{dead_letter_id}/replay")
     assert (replayed.status_code, replayed.json()["detail"]["code"]) == (409, "NOT_REPLAYABLE")

@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from devstack import haproxy
+from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.haproxy import Proxy
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.testing import NewDatabase, NewVhost
 from devstack.wire import connected
-from tests.integration.stack import Stack, eventually, run_stack, track_headers
+from tests.integration.stack import Stack, run_stack, track_headers
 
 GATEWAYS = ("gateway-1", "gateway-2")
 CONNECTIONS = 200
@@ -110,7 +111,7 @@ async def test_no_request_fails_during_a_rolling_restart(stack: Stack, proxy: Pr
     clients = Clients(proxy.url)
     running = asyncio.create_task(clients.run())
     try:
-        await eventually(clients.are_all_served)
+        await wait_until(clients.are_all_served)
         for name in GATEWAYS:
 
             async def is_available(name: str = name) -> bool:
@@ -119,11 +120,11 @@ async def test_no_request_fails_during_a_rolling_restart(stack: Stack, proxy: Pr
             clients.period += 1
             stack.processes[name].send(signal.SIGTERM)
             assert await stack.processes[name].wait() == 0
-            await eventually(clients.are_all_served)
+            await wait_until(clients.are_all_served)
             clients.period += 1
             await start_gateway(stack, name, ports)
-            await eventually(is_available)
-            await eventually(clients.are_all_served)
+            await wait_until(is_available)
+            await wait_until(clients.are_all_served)
     finally:
         clients.stopped = True
         await running

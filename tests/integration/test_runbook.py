@@ -8,7 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.integration.stack import ROOT, Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import ROOT, Stack
 
 PAGE = (ROOT / "docs" / "runbook.md").read_text()
 
@@ -56,7 +57,7 @@ async def test_a_blocking_session_is_found_and_terminated(stack: Stack) -> None:
             blocking = {pid for session in sessions for pid in session["blocked_by"]}
             return blocker.get_server_pid() in blocking & {session["pid"] for session in sessions}
 
-        await eventually(is_found)
+        await wait_until(is_found)
         terminate = find_statement(r"SELECT pg_terminate_backend\(").replace("PID", str(blocker.get_server_pid()))
         assert await stack.database.fetchval(terminate)
         assert (await request).status_code == 201
@@ -77,14 +78,14 @@ async def test_unique_indexes_are_rebuilt_while_the_allocator_is_stopped(stack: 
 async def test_used_sandboxes_marked_available_by_mistake_are_deleted(stack: Stack) -> None:
     used = (await stack.allocate("ada")).json()["sandbox_id"]
     assert (await stack.release(used, "ada")).status_code == 200
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     await stack.database.execute(
         "UPDATE sandboxes SET status = 'available', status_since = '2000-01-01' WHERE sandbox_id = $1", used
     )
     assert (await stack.allocate("bob")).status_code == 500
     await stack.database.execute(find_statement(r"UPDATE sandboxes[^`]*sandbox_id IN"))
     assert (await stack.allocate("bob")).status_code == 201
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     assert (await stack.stats())["deleted"] == 1
 
 
@@ -93,7 +94,7 @@ async def test_a_restore_without_logs_deletes_sandboxes_possibly_in_use(stack: S
     await stack.processes["allocator"].stop()
     await stack.database.execute(find_statement(r"UPDATE sandboxes[^`]*status = 'available'(?=`)"))
     await stack.start_service("allocator")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     assert (await stack.stats())["deleted"] == len(await stack.deletions()) == 5
     await stack.control("POST", "accounts", {"count": 1})
     assert (await stack.sync()).status_code == 200
@@ -106,6 +107,6 @@ async def test_the_allocators_of_the_database_are_listed(stack: Stack) -> None:
     async def is_listed() -> bool:
         return bool(await stack.database.fetch(query))
 
-    await eventually(is_listed)
+    await wait_until(is_listed)
     newest, *_ = await stack.database.fetch(query)
     assert newest["other_broker_at"] is None

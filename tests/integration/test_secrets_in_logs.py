@@ -10,10 +10,11 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import asyncpg
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.migrate import migrate
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 TRACK = "track-9f2c61d0b7"
 ADMIN = "admin-4e8a07c35d"
@@ -120,7 +121,7 @@ async def _cause_failures(
         async def is_logged() -> bool:
             return sum(event in line for line in lines) >= number
 
-        await eventually(is_logged)
+        await wait_until(is_logged)
 
     async def send_request(method: str, path: str, token: str) -> int:
         headers = {"Authorization": f"Bearer {token}", "X-Instruqt-Sandbox-ID": "ada"}
@@ -135,7 +136,7 @@ async def _cause_failures(
     assert await send_request("GET", "/v1/admin/stats", TRACK) == 403
     assert await send_request("GET", f"/v1/sandboxes/{JWT}", TRACK) == 404
     assert await send_request("GET", f"/v1/{TRACK}/{quote(DATABASE_PASSWORD, safe='')}", TRACK) == 404
-    await eventually(can_allocate)
+    await wait_until(can_allocate)
 
     # Responses of CSP with secrets: deletions, listings, services.
     await stack.database.execute(
@@ -149,7 +150,7 @@ async def _cause_failures(
         events = ("csp.delete_failed", "cleanup.unauthorized", "services.not_removed", "sync.refused")
         return all(any(event in line for line in lines) for event in events)
 
-    await eventually(are_csp_failures_logged)
+    await wait_until(are_csp_failures_logged)
 
     # Internal errors, logged with a traceback.
     await stack.database.execute(
@@ -171,11 +172,11 @@ async def _cause_failures(
     await wait_for_log("rabbitmq.disconnected", 16)
     await rabbitmq.start()
     await rabbitmq.run_rabbitmqctl("change_password", "broker", QUEUE_PASSWORD)
-    await eventually(can_allocate)
+    await wait_until(can_allocate)
     await postgres.kill()
     await send_request("POST", "/v1/allocate", TRACK)
     await send_request("GET", "/v1/admin/stats", ADMIN)
     await wait_for_log("database.")
     await postgres.start()
-    await eventually(can_allocate)
+    await wait_until(can_allocate)
     assert_logged("request.handled", 5)

@@ -5,8 +5,9 @@ import signal
 
 import httpx
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
-from tests.integration.stack import Stack, eventually, track_headers
+from tests.integration.stack import Stack, track_headers
 
 STUDENTS = [f"student-{number}" for number in range(5)]
 
@@ -52,7 +53,7 @@ async def test_a_504_leaves_no_partial_lease_and_a_retry_returns_the_lease(stack
                     assert response.status_code in (503, 504)
             return len(leases) == len(STUDENTS)
 
-        await eventually(all_have_leases)
+        await wait_until(all_have_leases)
     finally:
         allocator.send(signal.SIGCONT)
         await gateway.stop()

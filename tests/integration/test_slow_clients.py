@@ -5,9 +5,10 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.wire import connected
-from tests.integration.stack import TRACK_TOKEN, Stack, eventually, track_headers
+from tests.integration.stack import TRACK_TOKEN, Stack, track_headers
 
 CONNECTIONS = 25
 HEAD = f"POST /v1/allocate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TRACK_TOKEN}\r\n".encode()
@@ -45,7 +46,7 @@ async def test_slow_clients_are_disconnected_and_others_are_served(stack: Stack,
             async def are_all_disconnected() -> bool:
                 return await read_metric(stack, url, "broker_slow_clients_total") == CONNECTIONS
 
-            await eventually(are_all_disconnected)
+            await wait_until(are_all_disconnected)
             if "without reading" not in case:
                 assert await asyncio.gather(*(client.read_to_end() for client in slow)) == [b""] * CONNECTIONS
     finally:

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from devstack.conditions import wait_until
 from devstack.processes import run
-from tests.integration.stack import ROOT, TRACK_TOKEN, Stack, eventually
+from tests.integration.stack import ROOT, TRACK_TOKEN, Stack
 
 INSTRUQT = ROOT / "instruqt"
 
@@ -53,7 +54,7 @@ async def test_the_scripts_allocate_and_release_a_sandbox(stack: Stack, tmp_path
     async def is_deleted() -> bool:
         return (await stack.stats())["deleted"] == 1
 
-    await eventually(is_deleted)
+    await wait_until(is_deleted)
     (call,) = await stack.deletions()
     assert call["path"].endswith(lease["id"].removeprefix("identity/accounts/"))
     stats = await stack.stats()

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from tests.integration.stack import Stack, eventually
+from devstack.conditions import wait_until
+from tests.integration.stack import Stack
 
 
 async def test_new_accounts_become_available_and_missing_ones_stale_until_they_return(stack: Stack) -> None:
@@ -90,7 +91,7 @@ async def test_a_held_sync_is_reported_until_a_sync_completes(stack: Stack) -> N
         metrics = (await stack.client.get(f"http://127.0.0.1:{port}/metrics")).text
         return "broker_sync_held 1.0" in metrics
 
-    await eventually(is_held_reported)
+    await wait_until(is_held_reported)
     await stack.control("PATCH", "behaviour", {"listing_fraction": 1})
     assert (await stack.sync()).json()["synced"] == 50
     state = (await stack.admin("GET", "sync")).json()
@@ -150,7 +151,7 @@ async def test_a_released_sandbox_missing_in_csp_is_deleted_without_a_csp_reques
     (leak,) = (await stack.admin("GET", "leaks")).json()["leaks"]
     assert (leak["sandbox_id"], leak["kind"]) == (lease["sandbox_id"], "missing")
     await stack.release(lease["sandbox_id"], "ada")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     assert (await stack.stats())["deleted"] == 1
     assert await stack.deletions() == []
     assert (await stack.admin("GET", "leaks")).json()["leaks"] == []
@@ -160,7 +161,7 @@ async def test_a_deletion_is_repeated_if_csp_still_lists_the_sandbox(stack: Stac
     await stack.control("PATCH", "behaviour", {"deleted_stay_listed": None})
     lease = (await stack.allocate("ada")).json()
     await stack.release(lease["sandbox_id"], "ada")
-    await eventually(stack.nothing_pending)
+    await wait_until(stack.nothing_pending)
     await stack.sync()
     assert (await stack.stats())["deleted"] == 1  # within the grace period, because the listing may be outdated
 
@@ -172,6 +173,6 @@ async def test_a_deletion_is_repeated_if_csp_still_lists_the_sandbox(stack: Stac
     async def is_deleted_again() -> bool:
         return len(await stack.deletions()) > 0 and await stack.nothing_pending()
 
-    await eventually(is_deleted_again)
+    await wait_until(is_deleted_again)
     assert (await stack.stats())["deleted"] == 1
     assert (await stack.stats())["available"] == 49

@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
@@ -102,7 +103,7 @@ async def test_a_killed_sync_is_applied_completely_or_not_at_all(crashing: Stack
         async def is_dead(service: str = service) -> bool:
             return not crashing.processes[service].running
 
-        await eventually(is_dead, within_sec=60)
+        await wait_until(is_dead, within_sec=60)
         assert dict(sorted((await read_statuses(crashing)).items())) in (before, expected), (SEED, point)
         await crashing.start_service(service)
         await asyncio.wait([request])
@@ -113,7 +114,7 @@ async def test_a_killed_sync_is_applied_completely_or_not_at_all(crashing: Stack
             except httpx.HTTPError:
                 return False
 
-        await eventually(sync_succeeds, within_sec=60)
+        await wait_until(sync_succeeds, within_sec=60)
         rows = await crashing.database.fetch("SELECT * FROM sandboxes WHERE status = 'available'")
         assert {row["sandbox_id"]: (row["name"], row["external_id"]) for row in rows} == {
             str(record["csp_id"]): (record["name"], record["id"].rpartition("/")[2]) for record in records
@@ -132,6 +133,6 @@ async def test_a_long_sync_returns_202_and_continues_as_a_job(crashing: Stack) -
     async def is_completed() -> bool:
         return bool((await crashing.admin("GET", path)).json()["state"] == "completed")
 
-    await eventually(is_completed)
+    await wait_until(is_completed)
     job = (await crashing.admin("GET", path)).json()
     assert job["progress"]["staged"] == job["result"]["synced"] == 50

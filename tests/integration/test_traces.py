@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.otlp_collector import Collector, Span, run_collector
@@ -15,7 +16,6 @@ from tests.integration.stack import (
     CSP_TOKEN,
     TRACK_TOKEN,
     Stack,
-    eventually,
     run_stack,
     track_headers,
 )
@@ -59,7 +59,7 @@ async def wait_for_spans(collector: Collector, request_id: str, *names: str) -> 
     async def have_all_arrived() -> bool:
         return set(names) <= {span.name for span in collector.find_request(request_id)}
 
-    await eventually(have_all_arrived)
+    await wait_until(have_all_arrived)
     return {span.name: span for span in collector.find_request(request_id)}
 
 
@@ -134,7 +134,7 @@ async def test_requests_of_one_batch_are_linked(stack: Stack, collector: Collect
         known = {span.trace_id for span in collector.spans}
         return any(set(span.links) <= known - {span.trace_id} for span in linked)
 
-    await eventually(has_links)
+    await wait_until(has_links)
     batched = [span for span in collector.spans if span.name == "process AllocateSandbox" and span.links]
     assert all(span.attributes["messaging.batch.message_count"] > 1 for span in batched)
 
@@ -181,6 +181,6 @@ async def test_the_broker_works_without_its_collector(new_database: NewDatabase,
         await stack.fill(3)
         lease = (await stack.allocate("ada")).json()
         assert (await stack.release(lease["sandbox_id"], "ada")).status_code == 200
-        await eventually(stack.nothing_pending)
+        await wait_until(stack.nothing_pending)
         for process in [stack.processes[name] for name in ("gateway", "reaper", "csp_syncer", "allocator")]:
             assert await process.stop(25, with_signal=signal.SIGTERM) == 0

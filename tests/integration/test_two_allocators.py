@@ -7,8 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, eventually, run_stack
+from tests.integration.stack import Stack, run_stack
 
 LAUNCHER = str(Path(__file__).with_name("parallel_consumers.py"))
 
@@ -44,7 +45,7 @@ async def test_both_allocators_consume(stack: Stack) -> None:
         await asyncio.gather(*(stack.allocate("ada") for _ in range(20)))
         return int(await stack.database.fetchval(consumers, name)) == 2
 
-    await eventually(have_both_connected)
+    await wait_until(have_both_connected)
 
 
 async def test_200_students_get_200_different_sandboxes(stack: Stack) -> None:

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
+from devstack.conditions import wait_until
 from devstack.testing import NewVhost
 from tests.integration.ctl import run_brokerctl
-from tests.integration.stack import Stack, eventually
+from tests.integration.stack import Stack
 
 
 async def test_the_newcomer_stops_and_the_first_broker_serves_all_students(
@@ -27,7 +28,7 @@ async def test_the_newcomer_stops_and_the_first_broker_serves_all_students(
             async def has_stopped() -> bool:
                 return not newcomer.running
 
-            await eventually(has_stopped, within_sec=60)
+            await wait_until(has_stopped, within_sec=60)
         finally:
             students.cancel()
             await newcomer.stop()
@@ -38,7 +39,7 @@ async def test_the_newcomer_stops_and_the_first_broker_serves_all_students(
     async def is_reported() -> bool:
         return (await stack.admin("GET", "status")).json()["other_broker_at"] is not None
 
-    await eventually(is_reported)
+    await wait_until(is_reported)
     assert "Another broker used the same database" in (await run_brokerctl(stack, "status")).out
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_other_broker 1.0" in metrics
@@ -58,10 +59,10 @@ async def test_a_restarted_allocator_of_the_same_broker_serves(stack: Stack, sig
         async def is_served() -> bool:
             return (await stack.allocate("ada")).status_code in (200, 201)
 
-        await eventually(is_served)
+        await wait_until(is_served)
         restarted = await stack.start_service("allocator")
         await second.stop()
-        await eventually(is_served)
+        await wait_until(is_served)
         assert restarted.running
     finally:
         await second.stop()

@@ -7,15 +7,18 @@ from collections.abc import Callable
 import asyncpg
 
 
-async def wait_until(condition: Callable[[], object], *, within_sec: float = 60, every_sec: float = 0.01) -> None:
+async def wait_until(condition: Callable[[], object], *, within_sec: float = 120, every_sec: float = 0.05) -> None:
     """Poll `condition`, a function or a coroutine function, until its result is true.
 
-    Raises AssertionError with the name of the condition after `within_sec`.
+    The pauses grow to `every_sec`, so that a long wait takes little processor time. Raises AssertionError with the
+    name of the condition after `within_sec`.
     """
+    pause_sec = 0.005
     try:
         async with asyncio.timeout(within_sec) as limit:
-            while not await _evaluate(condition):  # noqa: ASYNC110 (conditions have no event)
-                await asyncio.sleep(every_sec)
+            while not await _evaluate(condition):
+                await asyncio.sleep(min(pause_sec, every_sec))
+                pause_sec *= 2
     except TimeoutError:
         if not limit.expired():
             raise
