@@ -119,6 +119,7 @@ def test_a_file_env_in_another_encoding_is_named(
     assert ".env" in refusal(capsys)
 
 
+@pytest.mark.usefixtures("server_programs")
 @pytest.mark.parametrize("service", ["gateway", "allocator", "reaper", "csp_syncer"])
 def test_each_service_ends_with_one_line(service: str, tmp_path: Path) -> None:
     ended = subprocess.run(
