@@ -596,9 +596,10 @@ async def test_a_reply_that_cannot_be_published_is_dropped(
     assert "reply.lost" in [line["event"] for line in logs]
 
 
-async def test_a_connection_declares_a_missing_exchange(clean_queues: str) -> None:
+async def test_a_connection_declares_an_incomplete_topology(clean_queues: str) -> None:
     async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
         await channel.exchange_delete(topology.EVENTS.name)
+        await channel.exchange_delete(topology.marker_name())
         async with background_tasks((publisher := Publisher(clean_queues, "declares")).run()):
             await asyncio.wait_for(publisher.wait_connected(), PATIENCE_SEC)
             await channel.declare_exchange(topology.EVENTS.name, passive=True)

@@ -66,11 +66,6 @@ async def test_the_topology_is_complete_after_its_declaration(channel: AbstractC
     assert not await topology.is_declared(channel)
 
 
-async def test_a_topology_without_an_exchange_is_not_complete(channel: AbstractChannel) -> None:
-    await channel.exchange_delete(topology.EVENTS.name)
-    assert not await topology.is_declared(channel)
-
-
 def test_each_topology_has_its_own_marker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Services of a new version declare a binding that is added to existing queues and exchanges."""
     earlier = topology.marker_name()

@@ -65,7 +65,9 @@ RECEIVES_REPLIES = ("gateway", "reaper", "csp-syncer")
 DEFAULT = ""
 """The default exchange, which routes to every queue by name. Denied to all users."""
 PUBLISHES: Mapping[str, set[str]] = {
-    "gateway": {topology.COMMANDS.name},  # not the exchange for replies, so the gateway cannot forge a reply
+    # Not the exchange for replies, so the gateway cannot forge a reply. The right for the dead letters is for the
+    # length of the queue of the same name.
+    "gateway": {topology.COMMANDS.name, topology.DEAD_LETTERS.name},
     "allocator": {topology.COMMANDS.name, topology.DEAD_LETTERS.name, topology.EVENTS.name, topology.REPLIES.name},
     "reaper": {
         topology.COMMANDS_FROM_REAPER.name,

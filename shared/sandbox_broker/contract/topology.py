@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aio_pika.abc import AbstractChannel
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 from pydantic import BaseModel
 
 from sandbox_broker.contract import commands
@@ -217,16 +217,18 @@ async def declare(channel: AbstractChannel) -> None:
 
 
 async def is_declared(channel: AbstractChannel) -> bool:
-    """Return whether all exchanges exist and `declare` has completed for this topology. Needs no permission.
+    """Return whether `declare` has completed for this topology. A refused look-up counts as True.
 
-    The function asks for no queue, because RabbitMQ may not answer for a queue whose leader is frozen. It closes
-    the channel if an exchange is missing.
+    The look-up needs any permission for the marker since RabbitMQ 4.3.1, and none before. A user without one may
+    not declare either. The function asks for no queue, because RabbitMQ may not answer for a queue whose leader is
+    frozen. It closes the channel unless the marker exists.
     """
     try:
-        for name in (marker_name(), *(exchange.name for exchange in EXCHANGES)):
-            await channel.declare_exchange(name, passive=True)
+        await channel.declare_exchange(marker_name(), passive=True)
     except ChannelNotFoundEntity:
         return False
+    except ChannelAccessRefused:
+        return True
     return True
 
 

@@ -1,8 +1,8 @@
 """Queue inspection: the number of ready messages and of consumers of a queue.
 
-The inspector declares the queue passively. This needs no permission for the queue and no management API. RabbitMQ 4
-does not answer while the queue is unreachable, for example a classic queue while its node is down. The answer
-arrives when the node is back.
+The inspector declares the queue passively. This needs no management API, and since RabbitMQ 4.3.1 any permission
+for the queue. RabbitMQ 4 does not answer while the queue is unreachable, for example a classic queue while its node
+is down. The answer arrives when the node is back.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 
 from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 
@@ -23,7 +23,7 @@ class QueueInfo(NamedTuple):
 
 
 class QueueUnavailable(Disconnected):
-    """RabbitMQ does not answer for this queue in time, or the queue does not exist."""
+    """RabbitMQ does not answer for this queue in time, the queue does not exist, or the user may not see it."""
 
 
 class QueueInspector:
@@ -65,7 +65,7 @@ class QueueInspector:
                     channel = self._channels[queue] = await open_channel(self._connection, confirms=False)
                 declared = await channel.queue_declare(queue, passive=True)
         except Disconnected as error:
-            if isinstance(error.__cause__, ChannelNotFoundEntity):
+            if isinstance(error.__cause__, ChannelNotFoundEntity | ChannelAccessRefused):
                 raise QueueUnavailable(str(error)) from error
             raise
         return QueueInfo(declared.message_count or 0, declared.consumer_count or 0)
