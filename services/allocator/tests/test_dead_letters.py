@@ -175,7 +175,7 @@ async def test_a_message_over_the_delivery_limit_is_stored_with_that_reason(
     async def return_message(message: Any) -> None:
         nonlocal deliveries
         deliveries += 1
-        await message.nack(requeue=True)
+        await message.reject(requeue=True)  # RabbitMQ 4.3 does not count basic.nack
 
     consumer = await queue.consume(return_message)
 
