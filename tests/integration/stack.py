@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aio_pika
 import asyncpg
 import httpx
 
@@ -18,6 +19,7 @@ from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import Process, spawn, stop_all
 from devstack.testing import clear_tables
+from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +139,7 @@ class Stack:
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
         """Reset the broker and CSP to this number of accounts, all available."""
         await clear_tables(self.database)
+        await self._forget_newest_lease()
         await self.control("POST", "reset", {"accounts": accounts, "name_prefix": name_prefix})
 
         async def synced() -> bool:
@@ -147,6 +150,12 @@ class Stack:
         await wait_until(self._serves_requests)
         stats = await self.stats()
         assert stats["available"] == accounts, stats
+
+    async def _forget_newest_lease(self) -> None:
+        """Purge the queue, because an allocator that starts later refuses a database without this lease."""
+        connection = await aio_pika.connect(self.environment["AMQP_URL"].split(",")[0])
+        async with connection, connection.channel() as channel:
+            await (await channel.get_queue(topology.NEWEST_LEASE.name, ensure=False)).purge()
 
     async def _serves_requests(self) -> bool:
         return (await self.release("0", "student")).status_code == 404

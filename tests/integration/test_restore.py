@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from devstack import postgres
@@ -13,6 +14,7 @@ from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.processes import run
 from devstack.testing import NewVhost
+from tests.integration.ctl import run_brokerctl
 from tests.integration.stack import ROOT, Stack, run_stack
 
 pytest_plugins = ("devstack.fixtures",)
@@ -149,6 +151,54 @@ async def test_sandboxes_leased_after_the_backup_are_not_leased_again(
     assert (await stack.release(after, "after")).status_code == 200
     [leak] = (await stack.admin("GET", "leaks")).json()["leaks"]
     assert leak["sandbox_id"] == lease_of_new_account
+
+
+async def test_a_restore_without_the_steps_leases_nothing_until_it_is_confirmed(
+    stack: Stack, server: PrivatePostgres, tmp_path: Path
+) -> None:
+    before = await allocate(stack, "before")
+    await run_postgres_program("pg_dump", "--format=custom", f"--file={tmp_path / 'broker.dump'}", server.url)
+    after = {await allocate(stack, f"after-{number}") for number in range(5)}
+
+    async def is_published() -> bool:
+        return bool(await stack.database.fetchval("SELECT count(*) = 0 FROM outbox"))
+
+    await wait_until(is_published)
+    restored_url = server.url.removesuffix("/postgres") + "/restored"
+    await run_postgres_program("createdb", f"--maintenance-db={server.url}", "restored")
+    await run_postgres_program(
+        "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={restored_url}", tmp_path / "broker.dump"
+    )
+    await restart_with(stack, restored_url)
+
+    for student in ("before", "after-1", "new"):
+        refused = await stack.allocate(student)
+        assert (refused.status_code, refused.json()["detail"]["code"]) == (503, "DATABASE_BEHIND")
+    metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
+    assert "broker_database_behind 1.0" in metrics
+    await stack.processes["allocator"].stop()
+    await stack.start_service("allocator")
+    assert (await stack.allocate("new")).status_code == 503
+
+    async with asyncpg.create_pool(restored_url, min_size=1, max_size=1) as restored:
+        await restored.execute(
+            "UPDATE sandboxes SET status = 'pending_deletion', deletion_requested_at = now(), "
+            "deletion_due_at = now() WHERE status = 'available'"
+        )
+    await stack.control("POST", "accounts", {"count": 3, "name_prefix": "new-"})
+    confirmed = await run_brokerctl(stack, "restore", "confirm", "--yes")
+    assert confirmed.status == 0, confirmed.err
+    assert "Now run brokerctl sync" in confirmed.out
+
+    async def is_served() -> bool:
+        return (await stack.allocate("before")).status_code == 200
+
+    await wait_until(is_served)
+    assert await allocate(stack, "before") == before
+    assert (await stack.sync(force="true")).status_code == 200
+    assert await allocate(stack, "new") not in after | {before}
+    again = await run_brokerctl(stack, "restore", "confirm", "--yes", "--json")
+    assert again.status == 0
 
 
 async def read_sandbox(stack: Stack, sandbox_id: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sandbox_broker.contract.commands import (
     ClaimDeletions,
     CleanUpNow,
     Command,
+    ConfirmRestore,
     DeleteStale,
     DropDeadLetter,
     EndCleanup,
@@ -113,6 +114,7 @@ COMMANDS: tuple[Command, ...] = (
     RecordJob(job_id=ID, kind="sync"),
     ReplayDeadLetter(request_id="r", dead_letter_id=ID),
     DropDeadLetter(request_id="r", dead_letter_id=ID),
+    ConfirmRestore(request_id="r"),
     SyncPool(request_id="r", force=True),
     CleanUpNow(request_id="r", job_id=ID),
 )

@@ -18,6 +18,7 @@ from aiormq.abc import DeliveredMessage
 from allocator import domain, spans
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.dispatcher import Dispatcher
+from allocator.newest_lease import NewestLease
 from allocator.redelivery import SeenEnvelopes
 from allocator.routing import Lane
 from allocator.settings import Settings
@@ -55,6 +56,8 @@ class Consumer:
             lab_duration=timedelta(hours=settings.lab_duration_hours),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
+            newest_lease=NewestLease(settings.amqp_url),
+            needs_all_leases=lane.grants_leases,
         )
         self._dispatcher = Dispatcher(lane, self._session, publisher)
         self._seen_envelopes = SeenEnvelopes()

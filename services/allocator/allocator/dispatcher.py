@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import structlog
 
 from allocator import domain, metrics, spans
+from allocator.newest_lease import DatabaseBehind
 from allocator.routing import Handler, Lane
 from allocator.write_session import UNAVAILABLE, ConcurrentUpdate, Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.contract.replies import Reply, refuse
+from sandbox_broker.contract.replies import Refused, Reply, refuse
 from sandbox_broker.database import connections
 from sandbox_broker.messaging import dead_letters
 from sandbox_broker.messaging.publisher import Publisher
@@ -26,6 +27,7 @@ DATABASE_PAUSE_SEC = 1.0
 """Time after a database failure in which commands are refused at once, without an attempt."""
 
 DATABASE_UNAVAILABLE = refuse("ALLOCATOR_UNAVAILABLE", cause="database")
+DATABASE_BEHIND = refuse("DATABASE_BEHIND")
 COMMAND_FAILED = refuse("INTERNAL_ERROR", cause="dead_letter")
 
 log = structlog.get_logger()
@@ -40,6 +42,7 @@ class Dispatcher:
         self._session = session
         self._publisher = publisher
         self._unavailable_until = -math.inf
+        self._refusal = DATABASE_UNAVAILABLE
 
     async def dispatch(
         self, entries: Sequence[Command | InvalidCommand], batch_spans: spans.BatchSpans
@@ -77,7 +80,7 @@ class Dispatcher:
         command; it becomes a dead letter."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._unavailable_until:
-            return _refuse_all(commands)
+            return self._refuse_all(commands)
         try:
             return await self._session.run(lambda: self._run(handle, commands, batch_spans))
         except (ArithmeticError, ValueError, ConcurrentUpdate) as error:
@@ -85,9 +88,9 @@ class Dispatcher:
             failure: Exception = error
         except UNAVAILABLE as error:
             log.error("database.lost", error=connections.describe_error(error))
-            self._session.close()
-            self._unavailable_until = loop.time() + DATABASE_PAUSE_SEC
-            return _refuse_all(commands)
+            return self._pause_and_refuse(commands, DATABASE_UNAVAILABLE)
+        except DatabaseBehind:
+            return self._pause_and_refuse(commands, DATABASE_BEHIND)
         except Fenced:
             raise
         except Exception as error:  # noqa: BLE001 (redelivered, the command would fail again and block the queue)
@@ -107,6 +110,18 @@ class Dispatcher:
             f"{type(failure).__name__}: {connections.describe_error(failure)}",
         )
         return [COMMAND_FAILED]
+
+    def _pause_and_refuse(self, commands: Sequence[Command], refusal: Refused) -> list[Reply]:
+        self._session.close()
+        self._unavailable_until = asyncio.get_running_loop().time() + DATABASE_PAUSE_SEC
+        self._refusal = refusal
+        return self._refuse_all(commands)
+
+    def _refuse_all(self, commands: Sequence[Command]) -> list[Reply]:
+        request_ids = [command.request_id for command in commands if command.request_id is not None]
+        for batch in log_context.split_by_line(request_ids):
+            log.info("commands.refused", code=self._refusal.code, command=commands[0].type, request_ids=batch)
+        return [self._refusal] * len(commands)
 
     async def _run(
         self, handle: Handler, commands: Sequence[Command], batch_spans: spans.BatchSpans
@@ -134,10 +149,3 @@ def _request_id(entry: Command | InvalidCommand) -> str | None:
         request_id = entry.raw.get("request_id") if isinstance(entry.raw, dict) else None
         return request_id if isinstance(request_id, str) else None
     return entry.request_id
-
-
-def _refuse_all(commands: Sequence[Command]) -> list[Reply]:
-    request_ids = [command.request_id for command in commands if command.request_id is not None]
-    for batch in log_context.split_by_line(request_ids):
-        log.info("commands.refused", code=DATABASE_UNAVAILABLE.code, command=commands[0].type, request_ids=batch)
-    return [DATABASE_UNAVAILABLE] * len(commands)

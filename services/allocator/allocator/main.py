@@ -10,6 +10,7 @@ from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_metrics import PoolMetrics
 from allocator.background.presence import Presence
 from allocator.consumer import Consumer
+from allocator.newest_lease import NewestLease
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from sandbox_broker.database import connections
@@ -23,7 +24,7 @@ def create_app(settings: Settings) -> Starlette:
     primary = Primary(settings.database_url)
     engine = connections.create_engine(primary, pool_size=1, max_overflow=2)
     publisher = Publisher(settings.amqp_url, "allocator")
-    relay = OutboxRelay(primary, publisher)
+    relay = OutboxRelay(primary, publisher, NewestLease(settings.amqp_url))
     collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics = PoolMetrics(engine)
     presence = Presence(settings.amqp_url, engine)
@@ -37,6 +38,9 @@ def create_app(settings: Settings) -> Starlette:
     async def database() -> str | None:
         return await connections.check_connection(engine)
 
+    async def other_broker() -> str | None:
+        return None if presence.is_checked else "checking whether another broker uses the database"
+
     async def update_pool_metrics() -> None:
         try:
             await pool_metrics.run()
@@ -49,7 +53,7 @@ def create_app(settings: Settings) -> Starlette:
         )
 
     return Starlette(
-        routes=health.routes({"queue": queue, "database": database}),
+        routes=health.routes({"queue": queue, "database": database, "other_broker": other_broker}),
         # Tasks stop in reverse order: each task stops before its dependencies.
         lifespan=service.lifespan(
             publisher.run,

@@ -30,6 +30,9 @@ LEAKS = Gauge(
     "missing: leased sandboxes without an account in CSP",
     ["kind"],
 )
+DATABASE_BEHIND = Gauge(
+    "broker_database_behind", "1 while the database lacks the newest lease, as after the restore of an older backup"
+)
 OTHER_BROKER = Gauge(
     "broker_other_broker", "1 for ten minutes after an allocator of another broker used the same database, else 0"
 )

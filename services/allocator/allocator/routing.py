@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge
+from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge, restore
 from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -16,6 +16,7 @@ from sandbox_broker.contract.commands import (
     BeginListing,
     ClaimDeletions,
     Command,
+    ConfirmRestore,
     DeleteStale,
     DropDeadLetter,
     EndCleanup,
@@ -62,6 +63,8 @@ class Lane:
     low_priority: bool
     """True: the consumer pauses after each batch for twice its duration and leaves the processor mostly to other
     work."""
+    grants_leases: bool
+    """True: the lane needs a database with all leases (see newest_lease)."""
 
 
 # Releases run before allocations. A student must not get a lease and lose it by a release in the same batch.
@@ -74,6 +77,7 @@ STUDENTS = Lane(
     statement_timeout_sec=2,
     planner_settings=GENERIC_PLANS,
     low_priority=False,
+    grants_leases=True,
 )
 MAINTENANCE = Lane(
     topology.ALLOCATOR_MAINTENANCE,
@@ -95,10 +99,12 @@ MAINTENANCE = Lane(
         RecordJob: _unbatched(jobs.record_job),
         ReplayDeadLetter: _unbatched(dead_letters.replay_dead_letter),
         DropDeadLetter: _unbatched(dead_letters.drop_dead_letter),
+        ConfirmRestore: _unbatched(restore.confirm_restore),
     },
     max_batch=1,
     batched=False,
     statement_timeout_sec=30,
     planner_settings=CUSTOM_PLANS,
     low_priority=True,
+    grants_leases=False,
 )

@@ -8,6 +8,7 @@ import asyncpg
 import structlog
 
 from allocator import metrics
+from allocator.newest_lease import NewestLease
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
@@ -85,12 +86,17 @@ class WriteSession:
         lab_duration: timedelta,
         statement_timeout_sec: float,
         planner_settings: str,
+        newest_lease: NewestLease | None = None,
+        needs_all_leases: bool = False,
     ) -> None:
-        """`planner_settings` is GENERIC_PLANS or CUSTOM_PLANS."""
+        """`planner_settings` is GENERIC_PLANS or CUSTOM_PLANS. With `needs_all_leases`, each new connection is
+        checked for a database that went back in time."""
         self._primary = primary
         self._queue = queue
         self._statement_timeout_sec = statement_timeout_sec
         self._planner_settings = planner_settings
+        self._needs_all_leases = needs_all_leases
+        self.newest_lease = newest_lease
         self._connection: asyncpg.Connection | None = None
         self.publisher = publisher
         self.lab_duration = lab_duration
@@ -144,7 +150,7 @@ class WriteSession:
             log.info("allocator.active", queue=self._queue)
 
     async def connect(self) -> None:
-        """Open the connection; its application name is the queue. Raises one of UNAVAILABLE."""
+        """Open the connection; its application name is the queue. Raises one of UNAVAILABLE, or DatabaseBehind."""
         connection = await connections.connect(
             self._primary,
             application_name=self._queue,
@@ -152,6 +158,8 @@ class WriteSession:
         )
         try:
             await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'; {self._planner_settings}")
+            if self._needs_all_leases and self.newest_lease is not None:
+                await self.newest_lease.check(connection)
         except BaseException:  # also after a cancellation, because the connection has no other owner yet
             connection.terminate()
             raise

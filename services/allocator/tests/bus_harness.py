@@ -14,6 +14,7 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.consumer import Consumer
+from allocator.newest_lease import NewestLease
 from allocator.routing import MAINTENANCE, STUDENTS
 from allocator.settings import Settings
 from devstack.conditions import wait_until
@@ -46,7 +47,7 @@ async def run_allocator(
     settings = Settings(amqp_url=amqp_url, database_url=database_url, _env_file=None)
     publisher = publisher or Publisher(amqp_url, "allocator-test")
     primary = Primary(database_url)
-    relay = OutboxRelay(primary, publisher)
+    relay = OutboxRelay(primary, publisher, NewestLease(amqp_url))
     consumer, maintenance = (
         Consumer(lane, settings, primary, publisher, relay) for lane in (STUDENTS, MAINTENANCE)
     )

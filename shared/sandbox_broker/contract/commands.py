@@ -264,6 +264,13 @@ class DropDeadLetter(Command[Recorded]):
     dead_letter_id: uuid.UUID
 
 
+class ConfirmRestore(Command[Recorded]):
+    """Accept a database without the newest lease, for an administrator who has restored a backup. → Recorded."""
+
+    type: Literal["ConfirmRestore"] = "ConfirmRestore"
+    request_id: str
+
+
 class SyncPool(Command[PoolSynced]):
     """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
@@ -302,6 +309,7 @@ AnyCommand = Annotated[
     | RecordJob
     | ReplayDeadLetter
     | DropDeadLetter
+    | ConfirmRestore
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

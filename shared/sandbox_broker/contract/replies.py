@@ -12,6 +12,7 @@ from sandbox_broker.contract.types import Message, SandboxStatus
 RefusalCode = Literal[
     "ALLOCATOR_UNAVAILABLE",
     "CSP_UNAVAILABLE",
+    "DATABASE_BEHIND",
     "DEAD_LETTER_NOT_FOUND",
     "IDEMPOTENCY_KEY_CONFLICT",
     "INTERNAL_ERROR",

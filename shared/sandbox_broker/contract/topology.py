@@ -57,6 +57,7 @@ COMMANDS = Exchange(
         {
             commands.AllocateSandbox,
             commands.CleanUpNow,
+            commands.ConfirmRestore,
             commands.DeleteStale,
             commands.DropDeadLetter,
             commands.EndLease,
@@ -130,6 +131,14 @@ EXPIRY_TICKS = Queue("reaper.ticks.expiry", "reaper", _TICK, replaces="reaper.ex
 REAPER_EVENTS = Queue("reaper.events", "reaper", _SINGLE)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", "allocator", {"x-queue-type": "quorum"})
 
+# It keeps the newest event sandbox.allocated, so that an allocator notices a database without this lease. No
+# service consumes it, so it is not one of QUEUES. Reading it returns the message, which counts as a delivery.
+NEWEST_LEASE = Queue(
+    "allocator.newest_lease",
+    "allocator",
+    {**_QUORUM, "x-delivery-limit": 1_000_000_000, "x-max-length": 1, "x-overflow": "drop-head"},
+)
+
 EXCHANGES: tuple[Exchange, ...] = (
     COMMANDS,
     COMMANDS_FROM_REAPER,
@@ -199,6 +208,9 @@ def can_carry(exchange: str | None, command: Command) -> bool:
     return type(command) in _COMMANDS_OF.get(exchange or "", frozenset())
 
 
+_NEWEST_LEASE_BINDING = Binding(NEWEST_LEASE, EVENTS, "sandbox.allocated")
+
+
 async def declare(channel: AbstractChannel) -> None:
     """Declare all exchanges, queues and bindings, and then the marker. The function is idempotent.
 
@@ -206,9 +218,9 @@ async def declare(channel: AbstractChannel) -> None:
     """
     for exchange in EXCHANGES:
         await channel.declare_exchange(exchange.name, exchange.kind, durable=True)
-    for queue in QUEUES:
+    for queue in (*QUEUES, NEWEST_LEASE):
         await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
-    for binding in BINDINGS:
+    for binding in (*BINDINGS, _NEWEST_LEASE_BINDING):
         queue_object = await channel.get_queue(binding.queue.name, ensure=False)
         await queue_object.bind(
             binding.exchange.name, binding.routing_key, arguments=dict(binding.arguments) or None
@@ -241,10 +253,10 @@ def marker_name() -> str:
     described = repr(
         (
             [(exchange.name, exchange.kind) for exchange in EXCHANGES],
-            [(queue.name, sorted(queue.arguments.items())) for queue in QUEUES],
+            [(queue.name, sorted(queue.arguments.items())) for queue in (*QUEUES, NEWEST_LEASE)],
             [
                 (binding.queue.name, binding.exchange.name, binding.routing_key, sorted(binding.arguments.items()))
-                for binding in BINDINGS
+                for binding in (*BINDINGS, _NEWEST_LEASE_BINDING)
             ],
         )
     )

@@ -155,6 +155,10 @@ class SyncState(TypedDict):
     held: HeldSync | None
 
 
+class RestoreConfirmed(TypedDict):
+    changed: bool
+
+
 class TransitionResult(TypedDict):
     """Answer to a release and to a retry of a deletion."""
 

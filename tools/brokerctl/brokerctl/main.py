@@ -12,7 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.live import Live
 
-from brokerctl import dead_letters, output, progress
+from brokerctl import dead_letters, output, progress, restore
 from brokerctl.answers import Allocation, Sandbox, SandboxSummary, StateCounts, Stats, SyncState, TransitionResult
 from brokerctl.attention import STATUS_TIMEOUT_SEC, fetch_status
 from brokerctl.client import AdminClient, quote_segment
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(dead_letters.app, name="dlq")
+app.add_typer(restore.app, name="restore")
 
 SandboxIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id: the csp_id in CSP.")]
 

@@ -170,7 +170,7 @@ async def empty_queues(amqp_url: str) -> None:
     connection = await connect(amqp_url)
     async with connection, connection.channel() as channel:
         await topology.declare(channel)
-        for queue in topology.QUEUES:
+        for queue in (*topology.QUEUES, topology.NEWEST_LEASE):
             declared = await channel.declare_queue(queue.name, passive=True)
             if declared.declaration_result.consumer_count:
                 await channel.queue_delete(queue.name)

@@ -16,6 +16,7 @@ import asyncpg
 import structlog
 
 from allocator import metrics
+from allocator.newest_lease import DatabaseBehind, NewestLease
 from allocator.write_session import UNAVAILABLE
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.events import EVENT_CONTENT_TYPE, encode_event
@@ -72,8 +73,9 @@ class OutboxRelay:
     """Publisher of outbox events. It reads the outbox after each `wake` and at least once per second, so a lost
     wake-up delays an event by at most one second."""
 
-    def __init__(self, primary: Primary, publisher: Publisher) -> None:
+    def __init__(self, primary: Primary, publisher: Publisher, newest_lease: NewestLease | None = None) -> None:
         self._primary = primary
+        self._newest_lease = newest_lease
         self._publisher = publisher
         self._wake = asyncio.Event()
 
@@ -90,11 +92,15 @@ class OutboxRelay:
                 )
                 try:
                     await connection.execute(SESSION_SETTINGS)
+                    if self._newest_lease is not None:
+                        await self._newest_lease.check(connection)
                     await self._relay(connection)
                 finally:
                     connection.terminate()
             except UNAVAILABLE as error:
                 log.warning("outbox.database_lost", error=connections.describe_error(error))
+                await asyncio.sleep(POLL_SEC)
+            except DatabaseBehind:
                 await asyncio.sleep(POLL_SEC)
 
     async def _relay(self, connection: asyncpg.Connection) -> None:

@@ -72,6 +72,10 @@ class Presence:
         self._is_newcomer = False
         self._last_reports = 0
 
+    @property
+    def is_checked(self) -> bool:
+        return self._checked.is_set()
+
     async def wait_checked(self) -> None:
         """Wait until no other allocator is suspected to belong to another broker, or this cannot be found out."""
         await self._checked.wait()
@@ -87,7 +91,6 @@ class Presence:
                 "Give each broker its own DATABASE_URL, or the same AMQP_URL.",
             )
         finally:
-            metrics.OTHER_BROKER.set(0)
             with contextlib.suppress(*connections.CONNECTION_ERRORS):
                 await run_uninterrupted(self._leave())
 

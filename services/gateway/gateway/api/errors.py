@@ -238,6 +238,16 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "queue_down": QUEUE_DOWN,
         },
     ),
+    "DATABASE_BEHIND": ErrorSpec(
+        503,
+        "The database lacks the newest lease, as after the restore of an older backup, so no sandbox is leased",
+        f"{RETRY_LATER} The operator follows the runbook, or runs `brokerctl restore confirm`.",
+        retry_after=30,
+        messages={
+            "": "The broker's database was restored from an older backup, and an operator must confirm it. No "
+            "sandbox is leased meanwhile. Try again later."
+        },
+    ),
     "SYNCER_UNAVAILABLE": ErrorSpec(
         503,
         "RabbitMQ or the csp-syncer is down",

@@ -362,6 +362,12 @@ class Purge(BaseModel):
     duration_ms: Milliseconds
 
 
+class RestoreConfirmed(BaseModel):
+    changed: bool = Field(
+        description="false if the broker knew no newer lease, or the restore was confirmed before", examples=[True]
+    )
+
+
 class Cleanup(BaseModel):
     status: Literal["completed"] = "completed"
     deleted: Count

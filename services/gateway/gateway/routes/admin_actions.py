@@ -9,11 +9,11 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
 from gateway.api.errors import ApiError, from_refusal
-from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, responses
+from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, RestoreConfirmed, responses
 from gateway.context import Context
 from gateway.queries import sandboxes
 from sandbox_broker.contract import topology
-from sandbox_broker.contract.commands import CleanUpNow, Command, EndLease, R, RetryDeletion
+from sandbox_broker.contract.commands import CleanUpNow, Command, ConfirmRestore, EndLease, R, RetryDeletion
 from sandbox_broker.contract.replies import SandboxReleased
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
@@ -81,6 +81,16 @@ async def retry_deletion(request: Request, sandbox_id: str) -> Release:
     """Retry a failed deletion: `deletion_failed` becomes `pending_deletion`, and the count of attempts restarts."""
     request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
     return await _release_by(request, partial(RetryDeletion, sandbox_id=sandbox_id))
+
+
+@router.post(
+    "/restore/confirm", responses=responses(*COMMON_ERRORS, "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT")
+)
+async def confirm_restore(request: Request) -> RestoreConfirmed:
+    """Accept a database that lacks the newest lease, after the steps for the restore of a backup. Until then,
+    allocations are refused with `DATABASE_BEHIND`. A repeated call succeeds and changes nothing."""
+    reply = await request_maintenance(request, ConfirmRestore(request_id=request.state.request_id))
+    return RestoreConfirmed(changed=reply.changed)
 
 
 async def _release_by(request: Request, build_command: Callable[..., Command[SandboxReleased]]) -> Release:

@@ -81,6 +81,7 @@ async def _lease(request: Request) -> Response:
             *_COMMON_ERRORS,
             "POOL_EXHAUSTED",
             "IDEMPOTENCY_KEY_CONFLICT",
+            "DATABASE_BEHIND",
             "ALLOCATOR_UNAVAILABLE",
             "ALLOCATION_TIMEOUT",
         ),
@@ -95,7 +96,12 @@ async def allocate(_: Holder, __: Allocation) -> Response:
 @router.post(
     "/sandboxes/{sandbox_id}/mark-for-deletion",
     responses=responses(
-        *_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "ALLOCATOR_UNAVAILABLE", "RELEASE_TIMEOUT"
+        *_COMMON_ERRORS,
+        "NOT_SANDBOX_OWNER",
+        "SANDBOX_NOT_FOUND",
+        "DATABASE_BEHIND",
+        "ALLOCATOR_UNAVAILABLE",
+        "RELEASE_TIMEOUT",
     ),
 )
 async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:

@@ -1,0 +1,77 @@
+"""Newest lease: a database without it refuses allocations."""
+
+import aio_pika
+import pytest
+
+from allocator.newest_lease import DatabaseBehind, NewestLease
+from devstack.conditions import wait_until
+from devstack.testing import NewVhost
+from sandbox_broker.contract import topology
+
+from .allocator_harness import Pool, allocate_command, granted_lease, refusal_code
+from .bus_harness import Client, run_allocator
+
+
+async def publish_lease(client: Client, sandbox_id: str) -> None:
+    """Publish the event of a lease, and wait until RabbitMQ keeps it."""
+    exchange = await client.channel.get_exchange(topology.EVENTS.name, ensure=False)
+    message = aio_pika.Message(f'{{"subject": "{sandbox_id}"}}'.encode())
+    await exchange.publish(message, "sandbox.allocated")
+
+    async def is_kept() -> bool:
+        return await client.message_count(topology.NEWEST_LEASE.name) == 1
+
+    await wait_until(is_kept)
+
+
+async def test_the_newest_lease_is_read_any_number_of_times(pool: Pool, clean_queues: str, client: Client) -> None:
+    await pool.lease("ann")
+    database = (await pool.write_session()).connection
+    newest_lease = NewestLease(clean_queues)
+    await newest_lease.check(database)  # RabbitMQ knows no lease yet
+    await publish_lease(client, "lost")
+    for _ in range(30):
+        with pytest.raises(DatabaseBehind):
+            await newest_lease.check(database)
+    assert [await newest_lease.forget(), await newest_lease.forget()] == [True, False]
+    await newest_lease.check(database)
+
+
+async def test_a_known_lease_and_an_unused_database_are_accepted(
+    pool: Pool, clean_queues: str, client: Client
+) -> None:
+    database = (await pool.write_session()).connection
+    newest_lease = NewestLease(clean_queues)
+    await publish_lease(client, "of another installation")
+    await newest_lease.check(database)
+    sandbox_id = await pool.lease("ann")
+    await publish_lease(client, sandbox_id)
+    await newest_lease.check(database)
+
+
+async def test_without_the_queue_the_database_is_accepted(pool: Pool, new_vhost: NewVhost) -> None:
+    async with new_vhost() as amqp_url:
+        await NewestLease(amqp_url).check((await pool.write_session()).connection)
+
+
+async def test_without_rabbitmq_the_check_fails(pool: Pool) -> None:
+    with pytest.raises(ConnectionError):
+        await NewestLease("amqp://127.0.0.1:1/").check((await pool.write_session()).connection)
+
+
+async def test_an_allocator_refuses_commands_of_students_until_the_lease_is_known(
+    pool: Pool, clean_queues: str, client: Client
+) -> None:
+    await pool.fill(2)
+    await pool.lease("ann")
+    await publish_lease(client, "lost")
+    async with run_allocator(clean_queues, pool.url):
+        assert refusal_code(await client.request_one(allocate_command("bob"))) == "DATABASE_BEHIND"
+        assert await pool.value("SELECT count(*) FROM leases") == 1
+        await NewestLease(clean_queues).forget()
+
+        async def is_granted() -> bool:
+            return (await client.request_one(allocate_command("bob"))).type == "LeaseGranted"
+
+        await wait_until(is_granted)
+        granted_lease(await client.request_one(allocate_command("bob")))
