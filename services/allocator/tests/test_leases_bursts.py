@@ -39,6 +39,8 @@ async def two_allocators(clean_queues: str, pool: Pool, monkeypatch: pytest.Monk
         await delete_queues()
         with monkeypatch.context() as patch:
             patch.delitem(arguments, "x-single-active-consumer")
+            # Explicitly, because a service does not declare a topology whose marker exists from an earlier test.
+            await topology.declare(channel)
             async with (
                 run_allocator(clean_queues, pool.url),
                 run_allocator(clean_queues, pool.url),
