@@ -24,7 +24,7 @@ demo: setup ## Like run, with simulated class days at 100 times their speed, for
 test: setup ## Run all tests with real PostgreSQL and RabbitMQ; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-fast: setup ## Run the tests that need no server, in less than a minute; ARGS="-k lease" selects tests
+test-fast: setup ## Run the tests that need no server; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest --lane fast -n 2 --dist loadfile $(ARGS)
 
 test-versions: setup ## Run the tests that need servers with the oldest and the newest PostgreSQL and RabbitMQ, from Debian's packages

@@ -68,7 +68,10 @@ async def wait_for_status(
         return bool(condition(result))
 
     # Each try is a process, which takes ten times as long as the usual pause.
-    await wait_until(is_met, within_sec=within_sec, every_sec=0.5)
+    try:
+        await wait_until(is_met, within_sec=within_sec, every_sec=0.5)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the last result: {result}") from None
     assert result is not None
     return result
 

@@ -106,6 +106,8 @@ async def restart(broker: Broker, part: str) -> None:
 @asynccontextmanager
 async def component_stopped(broker: Broker, *parts: str) -> AsyncIterator[None]:
     for part in parts:
+        if part == "rabbitmq":
+            await broker.rabbitmq.sync_queue_metadata()
         process = broker.process(part)
         process.kill()
         await process.wait()

@@ -168,6 +168,7 @@ async def _cause_failures(
     await rabbitmq.run_rabbitmqctl("change_password", "broker", "changed")
     await rabbitmq.run_rabbitmqctl("close_all_connections", "the test")
     await wait_for_log("rabbitmq.disconnected", 8)
+    await rabbitmq.sync_queue_metadata()
     await rabbitmq.kill()
     await wait_for_log("rabbitmq.disconnected", 16)
     await rabbitmq.start()
