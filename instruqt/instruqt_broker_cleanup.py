@@ -154,7 +154,7 @@ def read_time_budget() -> float:
 class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
     """Return responses of any status. Redirects are not followed, because they would forward the token."""
 
-    def http_response(self, request: urllib.request.Request, response: Any) -> Any:  # noqa: ARG002
+    def http_response(self, request: urllib.request.Request, response: Any) -> Any:  # noqa: ARG002 (urllib's signature)
         return response
 
     https_response = http_response
@@ -199,13 +199,13 @@ def connect_to_first(address: Tuple[str, int], timeout: float, *_: object) -> so
                 if code == 0:
                     connected = key.data.dup()  # the other sockets and this one are closed here
                     connected.settimeout(timeout)
-                    return connected  # type: ignore[no-any-return]
+                    return connected  # type: ignore[no-any-return]  # `data` of a selector's key is untyped
                 error = OSError(code, os.strerror(code))
     raise error
 
 
 def race_addresses(connection: HTTPConnection) -> HTTPConnection:
-    connection._create_connection = connect_to_first  # type: ignore[attr-defined]
+    connection._create_connection = connect_to_first  # type: ignore[attr-defined]  # http.client has no option
     return connection
 
 
@@ -287,7 +287,7 @@ def post_with_retries(url: str, headers: Dict[str, str], required_fields: Sequen
         response = post_with_deadline(url, headers, min(REQUEST_TIMEOUT_SEC, left))
         if is_final(response, required_fields):
             return response
-        pause = read_retry_after(response) + backoff * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = read_retry_after(response) + backoff * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
         left = deadline - time.monotonic()
         if pause + MIN_REQUEST_TIMEOUT_SEC > left:
             exit_with_error(

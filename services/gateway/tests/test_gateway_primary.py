@@ -23,4 +23,4 @@ async def test_the_gateway_looks_for_a_newer_primary(
     monkeypatch.setattr(Primary, "connect", record)
     monkeypatch.setattr(primary, "CHECK_SEC", 0.01)
     async with running(clean_queues, database_url=clean_database, far_sides=False):
-        await wait_until(lambda: names.count("primary-check") > 1)
+        await wait_until(lambda: names.count("primary-check") > 1)  # raises AssertionError after its time limit

@@ -107,7 +107,7 @@ class Primary:
                     f"SET statement_timeout = {statement_timeout_sec * 1000:.0f}; SET jit = off"
                 )
                 self._opened[connection] = await self._identify(connection, str(database_host(url)))
-            except BaseException:
+            except BaseException:  # also after a cancellation, because the connection has no other owner yet
                 connection.terminate()
                 raise
             return connection

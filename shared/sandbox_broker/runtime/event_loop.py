@@ -93,7 +93,7 @@ async def _connect(loop: asyncio.AbstractEventLoop, info: AddressInfo) -> socket
     try:
         connection.setblocking(False)
         await loop.sock_connect(connection, address)
-    except BaseException:
+    except BaseException:  # also after a cancellation, because the socket has no other owner yet
         connection.close()
         raise
     return connection

@@ -84,7 +84,7 @@ COMMANDS: dict[str, Any] = {
     "dlq replay 1": {"dead_letter_id": ID, "queue": HOSTILE, "published": True, "skipped": 1},
     "dlq drop 1": {"dead_letter_id": ID},
 }
-"""Command line -> a valid answer whose texts are hostile."""
+"""Command line -> a valid answer with hostile texts."""
 HELD = {
     "applied": None,
     "held": {

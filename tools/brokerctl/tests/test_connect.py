@@ -1,4 +1,4 @@
-"""Connection to a gateway whose name has two addresses, of which the first does not answer."""
+"""Connection to a gateway with two addresses. The first address does not answer."""
 
 import contextlib
 import socket

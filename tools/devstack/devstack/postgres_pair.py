@@ -68,7 +68,7 @@ class PostgresPair:
         await self.close()
 
     async def promote(self) -> None:
-        """Make the standby the primary, whatever state the former primary is in. Returns when it accepts writes."""
+        """Promote the standby in any state of the former primary. Return when the new primary accepts writes."""
         await _execute(
             self.standby,
             "ALTER SYSTEM RESET synchronous_standby_names",
