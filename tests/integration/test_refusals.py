@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.errors import ERRORS
+from gateway.api.error_table import ERRORS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

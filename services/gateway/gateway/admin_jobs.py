@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fastapi import Request, Response
 
 from gateway.api.errors import ApiError, from_refusal
-from gateway.api.schemas import JobRunning
+from gateway.api.schemas.actions import JobRunning
 from gateway.context import Context
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import Command, R, RecordJob

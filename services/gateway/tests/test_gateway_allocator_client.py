@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from csp_simulator.testing import serving
 from devstack.conditions import wait_until
 from gateway import allocator_client
-from gateway.api.errors import ERRORS
+from gateway.api.error_table import ERRORS
 from sandbox_broker.contract import replies
 from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox, SyncPool
 from sandbox_broker.contract.replies import LeaseGranted, RefusalCode, Reply

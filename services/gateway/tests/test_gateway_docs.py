@@ -16,7 +16,7 @@ from openapi_schema_validator import OAS31Validator
 from devstack.settings import ROOT
 from gateway.api import docs
 from gateway.api.error_page import render_page
-from gateway.api.errors import ERRORS
+from gateway.api.error_table import ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 from .gateway_harness import STUDENT, TRACK, client, create_app_without_servers, detail

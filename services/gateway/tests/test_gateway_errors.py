@@ -1,10 +1,11 @@
-"""Tests of the error table in api/errors.py."""
+"""Tests of the error table in api/error_table.py."""
 
 from typing import Any
 
 import pytest
 
-from gateway.api.errors import ERRORS, from_refusal
+from gateway.api.error_table import ERRORS
+from gateway.api.errors import from_refusal
 from sandbox_broker.contract.replies import RefusalCode, Refused, refuse
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from gateway.api.schemas import describe_header, responses
+from gateway.api.responses import describe_header, responses
 from gateway.web.headers import STUDENT
 
 _STATIC = files("gateway") / "static"

@@ -2,10 +2,10 @@
 
 import sys
 
-from gateway.api.errors import ERRORS
+from gateway.api.error_table import ERRORS
 
 _HEAD = """\
-<!-- Made by `make docs` from services/gateway/gateway/api/errors.py. -->
+<!-- Made by `make docs` from services/gateway/gateway/api/error_table.py. -->
 # Errors of the API
 
 Every response without a 2xx status has this body:

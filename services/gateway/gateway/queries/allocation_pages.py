@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from sqlalchemy import BigInteger, ColumnElement, Text, func, literal_column
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.schemas import Allocation, Allocations
+from gateway.api.schemas.pool import Allocation, Allocations
 from gateway.queries.pagination import IndexScan, fetch_page
 from gateway.queries.sandboxes import label_unix_seconds
 from sandbox_broker.database.schema import leases, sandboxes

@@ -9,7 +9,7 @@ from typing import Literal
 from sqlalchemy import RowMapping, func, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.schemas import DeadLetter, DeadLetterPage, DeadLetterSummary
+from gateway.api.schemas.dead_letters import DeadLetter, DeadLetterPage, DeadLetterSummary
 from gateway.queries import cursors
 from gateway.queries.sandboxes import read_connection, unix_seconds
 from sandbox_broker.contract import topology

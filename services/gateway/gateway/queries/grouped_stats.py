@@ -5,7 +5,7 @@ from typing import Literal
 from sqlalchemy import func, select, union, union_all
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.schemas import GroupedStats, StatsGroup
+from gateway.api.schemas.pool import GroupedStats, StatsGroup
 from gateway.queries import cursors
 from gateway.queries.sandboxes import ZERO_COUNTS, pool_stats, read_connection
 from sandbox_broker.database.schema import pool_changes, pool_counts

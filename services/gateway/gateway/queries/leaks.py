@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, case, literal, select, union_all
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.schemas import Leak, Leaks
+from gateway.api.schemas.pool import Leak, Leaks
 from gateway.queries import cursors
 from gateway.queries.sandboxes import read_connection, unix_seconds
 from sandbox_broker.database.schema import PROOF_GRACE, applied_listing, csp_accounts, sandboxes

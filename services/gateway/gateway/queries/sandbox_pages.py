@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Text, literal_column
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.schemas import SandboxPage, SandboxSummary
+from gateway.api.schemas.pool import SandboxPage, SandboxSummary
 from gateway.queries.allocation_pages import NEWEST_LEASE, indexed_holder
 from gateway.queries.pagination import EVERY_ROW, IndexScan, fetch_page
 from gateway.queries.sandboxes import label_unix_seconds

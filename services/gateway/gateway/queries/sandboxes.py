@@ -11,18 +11,12 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, Label, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway.api.errors import ERRORS, ApiError
-from gateway.api.schemas import (
-    Actor,
-    AppliedSync,
-    HeldSync,
-    Job,
-    Sandbox,
-    SandboxStory,
-    Stats,
-    SyncState,
-    Transition,
-)
+from gateway.api.error_table import ERRORS
+from gateway.api.errors import ApiError
+from gateway.api.schemas.actions import Job
+from gateway.api.schemas.pool import Actor, SandboxStory, Stats, Transition
+from gateway.api.schemas.sync import AppliedSync, HeldSync, SyncState
+from gateway.api.schemas.track import Sandbox
 from sandbox_broker.contract.types import SandboxStatus
 from sandbox_broker.database import connections
 from sandbox_broker.database.schema import (

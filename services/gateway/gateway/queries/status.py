@@ -14,7 +14,8 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.errors import ApiError
-from gateway.api.schemas import CspStatus, PartStatus, QueueStatus, ServiceState, ServiceStatus, Stats, Status
+from gateway.api.schemas.pool import Stats
+from gateway.api.schemas.status import CspStatus, PartStatus, QueueStatus, ServiceState, ServiceStatus, Status
 from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections

@@ -9,7 +9,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
 from gateway.api.errors import ApiError, from_refusal
-from gateway.api.schemas import JOB_RUNNING, Cleanup, Job, JobRunning, Release, RestoreConfirmed, responses
+from gateway.api.responses import JOB_RUNNING, responses
+from gateway.api.schemas.actions import Cleanup, Job, JobRunning, RestoreConfirmed
+from gateway.api.schemas.track import Release
 from gateway.context import Context
 from gateway.queries import sandboxes
 from sandbox_broker.contract import topology

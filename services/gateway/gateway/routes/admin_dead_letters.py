@@ -5,7 +5,8 @@ import uuid
 from fastapi import APIRouter, Request
 
 from gateway.api.errors import ApiError
-from gateway.api.schemas import DeadLetter, DeadLetterDropped, DeadLetterPage, DeadLetterReplayed, responses
+from gateway.api.responses import responses
+from gateway.api.schemas.dead_letters import DeadLetter, DeadLetterDropped, DeadLetterPage, DeadLetterReplayed
 from gateway.context import Context
 from gateway.queries import dead_letters
 from gateway.routes.admin_actions import COMMON_ERRORS, request_maintenance

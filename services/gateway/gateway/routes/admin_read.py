@@ -5,16 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from gateway.api.errors import ApiError
-from gateway.api.schemas import (
-    Allocations,
-    GroupedStats,
-    Leaks,
-    SandboxPage,
-    SandboxStory,
-    Stats,
-    Status,
-    responses,
-)
+from gateway.api.responses import responses
+from gateway.api.schemas.pool import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats
+from gateway.api.schemas.status import Status
 from gateway.context import Context
 from gateway.queries import cursors, leaks, sandboxes
 from gateway.queries.allocation_pages import AllocationFilter, allocations_page

@@ -7,7 +7,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gateway import admin_jobs
 from gateway.api.errors import ApiError
-from gateway.api.schemas import JOB_RUNNING, JobRunning, Purge, Sync, SyncState, responses
+from gateway.api.responses import JOB_RUNNING, responses
+from gateway.api.schemas.actions import JobRunning, Purge
+from gateway.api.schemas.sync import Sync, SyncState
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.routes.admin_actions import COMMON_ERRORS, request_maintenance

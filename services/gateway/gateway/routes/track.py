@@ -6,7 +6,8 @@ from starlette.types import Receive, Scope, Send
 from gateway import metrics
 from gateway.allocator_client import ClientDisconnected
 from gateway.api.errors import ApiError, from_refusal
-from gateway.api.schemas import Lease, Release, Sandbox, responses
+from gateway.api.responses import responses
+from gateway.api.schemas.track import Lease, Release, Sandbox
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.web import headers

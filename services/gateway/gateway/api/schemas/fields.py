@@ -1,0 +1,35 @@
+"""Types of fields that several response bodies share."""
+
+import uuid
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+SandboxId = Annotated[str, Field(examples=["2012224"], description="the csp_id of CSP, as text")]
+Name = Annotated[str, Field(examples=["sandbox-1"])]
+ExternalId = Annotated[
+    str, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"], description="the UUID of the account in CSP")
+]
+SfdcAccount = Annotated[str | None, Field(examples=["0014X00002nYyZ0QAK", None])]
+TrackName = Annotated[str | None, Field(examples=["dns-basics", None], description="the name of the lab")]
+UnixSeconds = Annotated[int, Field(examples=[1728054123], description="Unix seconds")]
+Milliseconds = Annotated[int, Field(examples=[1250])]
+Count = Annotated[int, Field(examples=[12])]
+MaybeCount = Annotated[int | None, Field(examples=[12, None])]
+Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
+MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
+EndReason = Annotated[
+    Literal["student", "expired", "admin"] | None,
+    Field(examples=["student", None], description="why the lease ended"),
+]
+Cursor = Annotated[
+    str | None,
+    Field(
+        examples=["2vYx8hZk3nRbMjAxMjIyNCJd", None],
+        description="the cursor of the next page; null on the last page. A page may have less than `limit` entries",
+    ),
+]
+ListingId = Annotated[int, Field(examples=[4711])]
+JobId = Annotated[uuid.UUID, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])]
+DeadLetterId = Annotated[uuid.UUID, Field(examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"])]
+QueueName = Annotated[str, Field(examples=["allocator.commands"])]

@@ -1,0 +1,152 @@
+"""Response bodies about the pool: counts, sandboxes and their history, leases, leaks."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from gateway.api.schemas.fields import (
+    Count,
+    Cursor,
+    EndReason,
+    ExternalId,
+    Holder,
+    MaybeSeconds,
+    Name,
+    SandboxId,
+    SfdcAccount,
+    TrackName,
+    UnixSeconds,
+)
+from sandbox_broker.contract.types import SandboxStatus
+
+
+class Stats(BaseModel):
+    total: Count
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    deleted: Count
+    missing: Count = Field(description="allocated sandboxes that CSP no longer lists; a student still holds them")
+
+
+class StatsGroup(BaseModel):
+    value: str = Field(examples=["dns-basics"], description="the track, or the part of the names before the number")
+    total: Count
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    deleted: Count
+
+
+class GroupedStats(Stats):
+    by: Literal["track_name", "name_prefix"]
+    groups: list[StatsGroup] = Field(
+        description="ordered by value; sandboxes that were never leased, or without a track, are in no track group"
+    )
+    cursor: Cursor
+
+
+class SandboxSummary(BaseModel):
+    sandbox_id: SandboxId
+    name: Name
+    external_id: ExternalId
+    sfdc_account_id: SfdcAccount
+    status: SandboxStatus
+    status_since: UnixSeconds
+    missing_since: MaybeSeconds = Field(description="since when CSP no longer lists a sandbox that a student holds")
+    holder: Holder | None = Field(description="the id of the student with the current or latest lease")
+    track_name: TrackName
+    allocated_at: MaybeSeconds
+    expires_at: MaybeSeconds
+    deletion_requested_at: MaybeSeconds
+    deletion_attempts: Count
+    deletion_error: str | None = Field(
+        examples=["CSP answered 500", None], description="the error of the latest attempt"
+    )
+
+
+class SandboxPage(BaseModel):
+    sandboxes: list[SandboxSummary]
+    count: Count = Field(description="number of entries on this page")
+    cursor: Cursor
+
+
+Actor = Literal["csp", "student", "administrator", "broker"]
+
+
+class Transition(BaseModel):
+    at: UnixSeconds
+    event: str = Field(examples=["sandbox.allocated"])
+    status: SandboxStatus = Field(description="the status after the event")
+    by: Actor = Field(description="the actor that caused the event")
+    reason: str | None = Field(examples=["expired", None])
+    holder: Holder | None
+    track_name: TrackName
+    error: str | None = Field(examples=["CSP answered 500", None])
+    request_id: str | None = Field(
+        examples=["5f0c2b9e-8f1b-4c57-9a39-0c5f0a1f7d11", None],
+        description="the id of the request that caused the deletion, for a search in the logs",
+    )
+
+
+class SandboxStory(SandboxSummary):
+    deletion_reason: Literal["student", "expired", "admin"] | None
+    deletion_due_at: MaybeSeconds = Field(description="the earliest time of the next deletion attempt")
+    deleted_at: MaybeSeconds
+    services_error: str | None = Field(
+        examples=[None], description="the error of the clean-up of its NIOSXaaS services before its deletion"
+    )
+    idempotency_key: str | None = Field(examples=[None], description="the idempotency key of its allocation")
+    ended_at: MaybeSeconds = Field(description="end of the lease")
+    end_reason: EndReason
+    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
+    history: list[Transition] = Field(description="the newest 500 transitions, oldest first")
+
+
+class Allocation(BaseModel):
+    lease_id: Annotated[int, Field(examples=[815])]
+    sandbox_id: SandboxId
+    name: str | None = Field(examples=["sandbox-1"], description="null after the purge of the sandbox's record")
+    external_id: str | None = Field(
+        examples=["af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c3"],
+        description="null after the purge of the sandbox's record",
+    )
+    holder: Holder
+    track_name: TrackName
+    allocated_at: UnixSeconds
+    expires_at: UnixSeconds
+    ended_at: MaybeSeconds = Field(description="null for an active lease")
+    duration_sec: Annotated[int, Field(examples=[5400], description="until now for an active lease")]
+    end_reason: EndReason
+    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
+
+
+class Allocations(BaseModel):
+    allocations: list[Allocation]
+    count: Count = Field(description="number of entries on this page")
+    cursor: Cursor
+
+
+class Leak(BaseModel):
+    sandbox_id: SandboxId
+    external_id: ExternalId
+    name: Name
+    kind: Literal["unknown", "deleted", "missing"] = Field(
+        description="`unknown`: CSP lists it, and the pool does not contain it. `deleted`: CSP lists it, and it is "
+        "deleted in the pool. `missing`: a student holds it, and CSP does not list it"
+    )
+    since: int | None = Field(examples=[1728054123, None], description="Unix seconds; null if unknown")
+
+
+class Leaks(BaseModel):
+    leaks: list[Leak]
+    count: Count = Field(description="number of entries on this page")
+    cursor: Cursor
+    listed_at: int | None = Field(
+        examples=[1728054123, None],
+        description="time of the compared listing in Unix seconds; null before the first one",
+    )

@@ -1,0 +1,73 @@
+"""Status report of all components."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from gateway.api.schemas.fields import Count, MaybeCount, MaybeSeconds, QueueName, UnixSeconds
+from gateway.api.schemas.pool import Stats
+
+
+class QueueStatus(BaseModel):
+    queue: QueueName
+    service: str = Field(examples=["allocator"], description="the service that consumes the queue")
+    messages: MaybeCount = Field(
+        description="waiting messages; null while RabbitMQ does not respond for this queue"
+    )
+    consumers: MaybeCount = Field(
+        description="active and standby consumers; null while RabbitMQ does not respond for this queue"
+    )
+    problem: str | None = Field(
+        examples=[None, "no answer in 0.3 s"], description="null if RabbitMQ responds for this queue"
+    )
+
+
+ServiceState = Literal["up", "partly", "down", "unknown"]
+
+
+class ServiceStatus(BaseModel):
+    service: str = Field(examples=["reaper"])
+    state: ServiceState = Field(
+        description="derived from the consumers of its queues. `partly`: some queues have no consumer. `unknown`: "
+        "RabbitMQ is down, or responds for none of its queues"
+    )
+
+
+class PartStatus(BaseModel):
+    state: Literal["up", "down", "unknown"] = Field(
+        description="`unknown`: no answer yet, which a busy machine can cause. "
+        "`down`: it refused, or has not answered for 5 s"
+    )
+    problem: str | None = Field(examples=[None, "no answer in 0.3 s"])
+
+
+class CspStatus(BaseModel):
+    """State of CSP according to the records of the broker. The gateway sends no request to CSP."""
+
+    listed_at: MaybeSeconds = Field(description="start of the latest applied listing")
+    unfinished_since: MaybeSeconds = Field(
+        description="start of a newer listing that is incomplete: a sync is running, or CSP did not respond"
+    )
+    held: bool = Field(
+        examples=[False],
+        description="true if the newest listing waits for an administrator, see GET /v1/admin/sync",
+    )
+    pending_since: MaybeSeconds = Field(description="time of the oldest pending deletion request")
+    failing: Count = Field(description="pending deletions that have failed at least once")
+    error: str | None = Field(
+        examples=["CSP answered 500", None], description="the error of the latest such failure"
+    )
+
+
+class Status(BaseModel):
+    checked_at: UnixSeconds
+    rabbitmq: PartStatus
+    database: PartStatus
+    services: list[ServiceStatus]
+    queues: list[QueueStatus] | None = Field(description="null while RabbitMQ does not respond")
+    pool: Stats | None = Field(description="null while the database does not respond, like all fields below")
+    csp: CspStatus | None
+    dead_letters: Count | None
+    other_broker_at: UnixSeconds | None = Field(
+        description="last time that an allocator of another broker used the database, null after ten minutes"
+    )
