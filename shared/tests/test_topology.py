@@ -108,7 +108,12 @@ def test_the_owner_of_a_queue_name_is_its_consumer(queue: str, service: str) -> 
     assert topology.owner_of(queue) == service
 
 
-SENDERS = (topology.COMMANDS, topology.COMMANDS_FROM_REAPER, topology.COMMANDS_FROM_SYNCER)
+SENDERS = (
+    topology.COMMANDS,
+    topology.COMMANDS_FROM_REAPER,
+    topology.COMMANDS_FROM_SYNCER,
+    topology.COMMANDS_FROM_PROVISIONER,
+)
 
 
 def test_every_command_has_an_exchange_that_may_carry_it() -> None:
@@ -127,6 +132,10 @@ def test_exchanges_share_only_commands_of_administrators() -> None:
         commands.SyncPool,
     }
     assert reaper & syncer == {commands.RecordJob}
+    provisioner = topology.COMMANDS_FROM_PROVISIONER.commands
+    for others in (topology.COMMANDS.commands, syncer):
+        assert provisioner & others == {commands.SyncPool}
+    assert not provisioner & reaper
 
 
 @pytest.mark.parametrize("exchange", ["", "amq.direct", topology.REPLIES.name, topology.EVENTS.name, None])

@@ -22,6 +22,7 @@ _COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
     topology.COMMANDS: "commands",
     topology.COMMANDS_FROM_REAPER: "commandsFromReaper",
     topology.COMMANDS_FROM_SYNCER: "commandsFromCspSyncer",
+    topology.COMMANDS_FROM_PROVISIONER: "commandsFromProvisioner",
 }
 _REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(replies.Reply)[0])
 

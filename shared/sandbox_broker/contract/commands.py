@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 
 from sandbox_broker.contract.replies import (
     CleanedUp,
+    CreationsClaimed,
     DeadLetterReplayed,
     DeletionsClaimed,
     DeletionsHurried,
@@ -271,6 +272,59 @@ class ConfirmRestore(Command[Recorded]):
     request_id: str
 
 
+class ClaimCreations(Command[CreationsClaimed]):
+    """Grant the creation intents that the stock rules need, and claim at most `limit` due ones for `claim_sec`
+    seconds. Renews the leader lease of the run for the same time. Other runs get no claim meanwhile. A claim
+    without a result ends after that time. `dry_run` grants and claims nothing, and returns the missing creations
+    with the id 0. → CreationsClaimed."""
+
+    type: Literal["ClaimCreations"] = "ClaimCreations"
+    run_id: uuid.UUID
+    limit: int = Field(ge=1, le=1000)
+    claim_sec: float = Field(gt=0, le=MAX_SEC)
+    dry_run: bool = False
+
+
+class EndCreations(Command[Recorded]):
+    """End the leader lease of the run, so that another run can start. Its claims end by themselves. → Recorded."""
+
+    type: Literal["EndCreations"] = "EndCreations"
+    run_id: uuid.UUID
+
+
+class RecordCreation(Command[Recorded]):
+    """Record that CSP has the account of a creation intent. `external_id` is the bare account UUID. The next sync
+    imports the account. → Recorded."""
+
+    type: Literal["RecordCreation"] = "RecordCreation"
+    creation_id: int = Field(ge=1, le=MAX_BIGINT)
+    external_id: PrintableAscii
+
+
+class RecordCreationFailure(Command[Recorded]):
+    """Record that CSP did not create the account. `attempts` is the count that came with the claim, so a redelivery
+    counts once. Without `retry_in_sec` this was the last attempt, and the intent ends as `failed`. `refused`: CSP
+    gave a lasting reason, such as a quota or a licence, so the prefix stops at once. `max_failures` consecutive
+    failures of a prefix stop it, too. → Recorded."""
+
+    type: Literal["RecordCreationFailure"] = "RecordCreationFailure"
+    run_id: uuid.UUID
+    creation_id: int = Field(ge=1, le=MAX_BIGINT)
+    attempts: int = Field(ge=0, le=1_000_000)
+    error: StorableText = Field(max_length=500)
+    retry_in_sec: float | None = Field(default=None, ge=0, le=MAX_SEC)
+    refused: bool = False
+    max_failures: int = Field(default=5, ge=1, le=1_000_000)
+
+
+class ResumeStock(Command[Recorded]):
+    """Continue to create accounts of a stopped prefix, for an administrator. → Recorded or Refused."""
+
+    type: Literal["ResumeStock"] = "ResumeStock"
+    request_id: str
+    name_prefix: PrintableAscii
+
+
 class SyncPool(Command[PoolSynced]):
     """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
@@ -310,6 +364,11 @@ AnyCommand = Annotated[
     | ReplayDeadLetter
     | DropDeadLetter
     | ConfirmRestore
+    | ClaimCreations
+    | EndCreations
+    | RecordCreation
+    | RecordCreationFailure
+    | ResumeStock
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

@@ -110,6 +110,38 @@ class DeletionsHurried(Message):
     hurried: int
 
 
+class DueCreation(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    creation_id: int
+    name: str
+    """Name of the account. No other creation intent ever has it."""
+    name_prefix: str
+    admin_user: dict[str, str] | None = None
+    """Administrator of the account, from the stock rule: `email` and `name`."""
+    attempts: int
+    """Number of failed attempts."""
+    claimed_before: bool
+    """An earlier claim may have created the account, so look the name up in CSP before the creation."""
+    request_id: str | None = None
+    """Id of the request or tick that caused the creation."""
+    traceparent: str | None = None
+    """W3C trace context of that request, if it is traced."""
+
+
+class CreationsClaimed(Message):
+    type: Literal["CreationsClaimed"] = "CreationsClaimed"
+    creations: tuple[DueCreation, ...]
+    on_duty: bool = True
+    """False if another run holds the leader lease. This run then gets no creations."""
+    next_in_sec: float | None = None
+    """Seconds until the next creation can be due, if `creations` is empty. None if no creation waits."""
+    awaited: int = 0
+    """Number of accounts that CSP has created and no sync has imported yet."""
+    awaited_sec: float | None = None
+    """Seconds since the newest of them was recorded."""
+
+
 class Recorded(Message):
     """The command was carried out. `changed` is false if it had been carried out before."""
 
@@ -186,6 +218,7 @@ Reply = Annotated[
     | DeletionsClaimed
     | DeletionsHurried
     | CleanedUp
+    | CreationsClaimed
     | DeadLetterReplayed
     | Recorded
     | ListingBegun

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from sandbox_broker.contract import commands
 from sandbox_broker.contract.commands import Command
 
-Service = Literal["allocator", "csp-syncer", "reaper"]
+Service = Literal["allocator", "csp-syncer", "provisioner", "reaper"]
 """Services that consume queues."""
 
 
@@ -65,6 +65,7 @@ COMMANDS = Exchange(
             commands.RecordJob,
             commands.ReleaseSandbox,
             commands.ReplayDeadLetter,
+            commands.ResumeStock,
             commands.RetryDeletion,
             commands.SyncPool,
         }
@@ -101,6 +102,19 @@ COMMANDS_FROM_SYNCER = Exchange(
         }
     ),
 )
+COMMANDS_FROM_PROVISIONER = Exchange(
+    "broker.commands_from_provisioner",
+    "direct",
+    frozenset(
+        {
+            commands.ClaimCreations,
+            commands.EndCreations,
+            commands.RecordCreation,
+            commands.RecordCreationFailure,
+            commands.SyncPool,
+        }
+    ),
+)
 EVENTS = Exchange("broker.events", "topic")
 TICKS = Exchange("broker.ticks", "direct")
 DEAD_LETTERS = Exchange("broker.dead_letters", "headers")
@@ -128,6 +142,8 @@ SYNC_TICKS = Queue("csp-syncer.ticks.sync", "csp-syncer", _TICK, replaces="csp-s
 PURGE_TICKS = Queue("csp-syncer.ticks.purge", "csp-syncer", _TICK, replaces="csp-syncer.purge_ticks")
 CLEANUP_TICKS = Queue("reaper.ticks.cleanup", "reaper", _TICK, replaces="reaper.cleanup_ticks")
 EXPIRY_TICKS = Queue("reaper.ticks.expiry", "reaper", _TICK, replaces="reaper.expiry_ticks")
+PROVISIONER_EVENTS = Queue("provisioner.events", "provisioner", _SINGLE)
+STOCK_TICKS = Queue("provisioner.ticks.stock", "provisioner", _TICK)
 REAPER_EVENTS = Queue("reaper.events", "reaper", _SINGLE)
 DEAD_LETTER_QUEUE = Queue("broker.dead_letters", "allocator", {"x-queue-type": "quorum"})
 
@@ -143,6 +159,7 @@ EXCHANGES: tuple[Exchange, ...] = (
     COMMANDS,
     COMMANDS_FROM_REAPER,
     COMMANDS_FROM_SYNCER,
+    COMMANDS_FROM_PROVISIONER,
     EVENTS,
     TICKS,
     DEAD_LETTERS,
@@ -168,6 +185,8 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(ALLOCATOR_MAINTENANCE, COMMANDS_FROM_REAPER, ALLOCATOR_MAINTENANCE.name),
     Binding(ALLOCATOR_MAINTENANCE, COMMANDS_FROM_SYNCER, ALLOCATOR_MAINTENANCE.name),
     Binding(SYNCER_COMMANDS, COMMANDS_FROM_SYNCER, SYNCER_COMMANDS.name),
+    Binding(ALLOCATOR_MAINTENANCE, COMMANDS_FROM_PROVISIONER, ALLOCATOR_MAINTENANCE.name),
+    Binding(SYNCER_COMMANDS, COMMANDS_FROM_PROVISIONER, SYNCER_COMMANDS.name),
     Binding(SYNC_TICKS, TICKS, SYNC_TICKS.name),
     Binding(PURGE_TICKS, TICKS, PURGE_TICKS.name),
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
