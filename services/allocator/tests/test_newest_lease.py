@@ -1,5 +1,8 @@
 """Newest lease: a database without it refuses allocations."""
 
+import asyncio
+import json
+
 import aio_pika
 import pytest
 
@@ -9,14 +12,14 @@ from devstack.testing import NewVhost
 from sandbox_broker.contract import topology
 
 from .allocator_harness import Pool, allocate_command, granted_lease, refusal_code
-from .bus_harness import Client, run_allocator
+from .bus_harness import Client, run_allocator, subscribe_events
 
 
 async def publish_lease(client: Client, sandbox_id: str) -> None:
     """Publish the event of a lease, and wait until RabbitMQ keeps it."""
     exchange = await client.channel.get_exchange(topology.EVENTS.name, ensure=False)
     message = aio_pika.Message(f'{{"subject": "{sandbox_id}"}}'.encode())
-    await exchange.publish(message, "sandbox.allocated")
+    await exchange.publish(message, topology.NEWEST_LEASE.name)
 
     async def is_kept() -> bool:
         return await client.message_count(topology.NEWEST_LEASE.name) == 1
@@ -75,3 +78,32 @@ async def test_an_allocator_refuses_commands_of_students_until_the_lease_is_know
 
         await wait_until(is_granted)
         granted_lease(await client.request_one(allocate_command("bob")))
+
+
+async def test_the_outbox_relay_keeps_the_last_lease_of_a_batch(
+    pool: Pool, clean_queues: str, client: Client
+) -> None:
+    sandbox_ids = [await pool.lease(holder) for holder in ("ann", "bob", "cem")]
+    await pool.execute("INSERT INTO outbox (type, data) VALUES ('pool.exhausted', '{}')")
+    async with subscribe_events(clean_queues) as events, run_allocator(clean_queues, pool.url):
+        received = [await asyncio.wait_for(events.get(), 20) for _ in range(4)]
+
+        async def is_kept() -> bool:
+            return await client.message_count(topology.NEWEST_LEASE.name) == 1
+
+        await wait_until(is_kept)
+    queue = await client.channel.get_queue(topology.NEWEST_LEASE.name)
+    message = await queue.get(no_ack=True)
+    assert json.loads(message.body)["subject"] == sandbox_ids[-1]
+    assert [event.headers for event in received] == [{}] * 4
+
+
+async def test_a_declaration_removes_the_binding_of_all_leases(
+    clean_queues: str, client: Client, pool: Pool
+) -> None:
+    queue = await client.channel.get_queue(topology.NEWEST_LEASE.name)
+    await queue.bind(topology.EVENTS.name, "sandbox.allocated")
+    await topology.declare(client.channel)
+    exchange = await client.channel.get_exchange(topology.EVENTS.name)
+    await exchange.publish(aio_pika.Message(b"{}"), "sandbox.allocated")
+    assert await client.message_count(topology.NEWEST_LEASE.name) == 0

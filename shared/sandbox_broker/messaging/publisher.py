@@ -37,9 +37,16 @@ class OutboundMessage:
     body: bytes
     message_id: str
     content_type: str
+    hidden_routing_key: str | None = None
+    """A further routing key. Its consumers get a copy, and RabbitMQ removes the key from the message."""
 
     def frames(self, exchange: str, channel: int) -> bytes:
-        properties = Basic.Properties(content_type=self.content_type, delivery_mode=2, message_id=self.message_id)
+        properties = Basic.Properties(
+            content_type=self.content_type,
+            delivery_mode=2,
+            message_id=self.message_id,
+            headers={"BCC": [self.hidden_routing_key]} if self.hidden_routing_key else None,
+        )
         header = ContentHeader(properties=properties, body_size=len(self.body))
         return (
             _publish_frame(exchange, self.routing_key, channel)

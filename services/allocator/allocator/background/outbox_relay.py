@@ -11,6 +11,7 @@ pool counters.
 
 import asyncio
 import math
+from collections.abc import Sequence
 
 import asyncpg
 import structlog
@@ -131,7 +132,7 @@ class OutboxRelay:
         if not rows:
             return 0
         try:
-            confirmed = await self._publisher.publish_all(topology.EVENTS.name, [_message(row) for row in rows])
+            confirmed = await self._publisher.publish_all(topology.EVENTS.name, _messages(rows))
         except Disconnected:
             confirmed = 0
         if confirmed < len(rows):
@@ -146,6 +147,18 @@ async def _update_counters(connection: asyncpg.Connection) -> None:
     await connection.execute(DELETE_ZERO_COUNTERS)
 
 
-def _message(row: asyncpg.Record) -> OutboundMessage:
-    body = encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"])
-    return OutboundMessage(row["type"], body, row["event_id"], EVENT_CONTENT_TYPE)
+def _messages(rows: Sequence[asyncpg.Record]) -> list[OutboundMessage]:
+    """Return the events as messages. The last new lease also goes to the queue of the newest lease. Sending all
+    leases there would double the work of RabbitMQ."""
+    leases = (index for index in reversed(range(len(rows))) if rows[index]["type"] == "sandbox.allocated")
+    newest = next(leases, None)
+    return [
+        OutboundMessage(
+            row["type"],
+            encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"]),
+            row["event_id"],
+            EVENT_CONTENT_TYPE,
+            hidden_routing_key=topology.NEWEST_LEASE.name if index == newest else None,
+        )
+        for index, row in enumerate(rows)
+    ]
