@@ -1,4 +1,4 @@
-"""Client of the CSP API: list the accounts, delete an account. Its errors are defined in csp/http.py."""
+"""Client of the CSP API: list, create, find and delete accounts. Its errors are defined in csp/http.py."""
 
 import asyncio
 import json
@@ -16,17 +16,30 @@ from sandbox_broker.csp.http import (
     EXTERNAL_ID,
     MAX_BODY_BYTES,
     UNSTORABLE,
+    Answer,
     CspError,
     CspHttp,
+    CspRefused,
     CspUnauthorized,
     CspUnavailable,
 )
 
-__all__ = ["Account", "CspClient", "CspError", "CspUnauthorized", "CspUnavailable", "Listing", "Skipped"]
+__all__ = [
+    "Account",
+    "CspClient",
+    "CspError",
+    "CspRefused",
+    "CspUnauthorized",
+    "CspUnavailable",
+    "Listing",
+    "Skipped",
+]
 
 MAX_LISTING_SEC = 300.0
 MAX_PAGES = 2000
 MAX_EXACT_FLOAT = 2.0**53
+FIND_PAGE_SIZE = 100
+MAX_FIND_PAGES = 20
 MAX_TEXT = 255  # of a name, because a name too long for an index entry would fail its whole batch
 
 _CSP_ID = re.compile(r"0*[1-9][0-9]{0,18}")
@@ -150,6 +163,87 @@ class CspClient:
         if answer.status not in (200, 204, 404) or answer.is_html:
             raise self._http.failure(answer, what="DELETE")
         return "already_gone" if answer.status == 404 else "deleted"
+
+    async def create_account(
+        self, name: str, *, description: str, tags: Mapping[str, str], admin_user: Mapping[str, str] | None = None
+    ) -> str:
+        """Create a sandbox account and return its uuid. CSP takes minutes until the account is usable.
+
+        `admin_user` is the administrator of the account (`email`, `name`). Raises CspUnavailable (the account may
+        still have been created, so look its name up before the next attempt), CspUnauthorized, or CspRefused with
+        CSP's own reason. Raises ValueError for an invalid name.
+        """
+        _require_name(name)
+        body = {"name": name, "description": description, "state": "active", "tags": dict(tags)}
+        if admin_user is not None:
+            body["admin_user"] = dict(admin_user)
+        answer = await self._http.ask(
+            "POST", "/sandbox/accounts", operation="create_account", what="POST", json=body
+        )
+        if answer.status not in (200, 201, 202) or answer.is_html:
+            raise self._creation_failure(answer)
+        result = (answer.read_object() or {}).get("result")
+        external_id = _external_id(result.get("id")) if isinstance(result, dict) else None
+        if external_id is None:
+            raise CspUnavailable("CSP answered POST without the id of the account", answer.status)
+        return external_id
+
+    def _creation_failure(self, answer: Answer) -> CspError:
+        """Return the error for an answer that created no account, or may have created one."""
+        # CSP may use 403 for a quota. A token without the right to create accounts needs an operator, too.
+        if answer.is_html or answer.status not in _REFUSALS:
+            return self._http.failure(answer, what="POST")
+        reason = self._http.line(_read_reason(answer) or answer.body.decode(errors="replace"))
+        return CspRefused(f"CSP refused the creation with {answer.status}: {reason}", answer.status)
+
+    async def find_account_by_name(self, name: str) -> str | None:
+        """Return the uuid of the sandbox account with exactly this name, in any state. None if CSP has none.
+
+        Raises CspUnavailable or CspUnauthorized, and ValueError for an invalid name.
+        """
+        _require_name(name)
+        # In Infoblox's filter grammar a doubled quote stands for the quote, and no other character is special.
+        quoted = name.replace('"', '""')
+        offset = 0
+        deadline = asyncio.get_running_loop().time() + self._timeout_sec
+        for _ in range(MAX_FIND_PAGES):
+            query = {"_filter": f'name=="{quoted}"', "_limit": str(FIND_PAGE_SIZE), "_offset": str(offset)}
+            url = self._http.base_url.join("sandbox/accounts").copy_merge_params(query)
+            answer = await self._http.ask("GET", url, operation="find_account", what="GET", deadline=deadline)
+            document = answer.read_object()
+            records = document.get("results") if document is not None else None
+            if answer.status != 200 or answer.is_html or not isinstance(records, list):
+                raise self._http.failure(answer, what="GET")
+            for record in records:
+                # CSP could ignore the filter or compare without case. An account of another name is not ours.
+                if isinstance(record, dict) and record.get("name") == name:
+                    external_id = _external_id(record.get("id"))
+                    if external_id is None:
+                        raise CspUnavailable(f"CSP listed {self._http.line(name)} without a readable id", 200)
+                    return external_id
+            # Until an empty page, because CSP may send shorter pages than asked for.
+            if not records:
+                return None
+            offset += len(records)
+        raise CspUnavailable(f"CSP listed more than {MAX_FIND_PAGES} pages of accounts with other names", 200)
+
+
+# 408, 425 and 429 ask for a later attempt. 409 says that the name exists, so the next attempt finds it. 404 and 405
+# come from a wrong base URL.
+_REFUSALS = frozenset(range(400, 500)) - {401, 404, 405, 408, 409, 425, 429}
+
+
+def _require_name(name: str) -> None:
+    if not _is_text(name):
+        raise ValueError("the name is blank, too long, or has control characters")
+
+
+def _read_reason(answer: Answer) -> str | None:
+    """Return CSP's reason from an error body like {"error": [{"message": …}]}, None if it has another form."""
+    errors = (answer.read_object() or {}).get("error")
+    first = errors[0] if isinstance(errors, list) and errors else errors
+    reason = first.get("message") if isinstance(first, dict) else None
+    return reason if isinstance(reason, str) and reason.strip() else None
 
 
 def _incomplete(reason: str) -> CspUnavailable:

@@ -5,13 +5,16 @@
     │                        time-out, lost connection, 429, 5xx, any unknown status,
     │                        an HTML page, a listing that is not JSON or has no results,
     │                        a body over its bound or with an invalid encoding
-    └── CspUnauthorized      401 or 403: token, password or JWT are wrong, and a retry cannot help
+    ├── CspUnauthorized      401 or 403: token, password or JWT are wrong, and a retry cannot help
+    └── CspRefused           CSP refuses the request itself, for example because a quota or a licence is used up;
+                             the message holds CSP's own reason, and a retry needs an operator first
 
 Messages are one line, bounded, and never hold a token, a password or a JWT.
 """
 
 import asyncio
 import functools
+import json
 import re
 import ssl
 import time
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import httpx
 from prometheus_client import Histogram
@@ -41,6 +45,8 @@ MAX_BODY_BYTES: Mapping[str, int] = {
     "account_switch": _MIB,
     "current_user": _MIB,
     "delete_service": _MIB,
+    "create_account": _MIB,
+    "find_account": 4 * _MIB,
 }
 """Bound of an answer's body by operation, in decoded bytes. An answer over it is CspUnavailable."""
 MAX_RETRY_AFTER_SEC = 86_400.0
@@ -79,6 +85,10 @@ class CspUnauthorized(CspError):
     pass
 
 
+class CspRefused(CspError):
+    pass
+
+
 @functools.cache
 def _trusted() -> ssl.SSLContext:
     """Return the TLS context with the trusted authorities. It is cached, because loading takes 30 ms."""
@@ -97,6 +107,14 @@ class Answer:
         JSON."""
         declared = self.headers.get("Content-Type", "").lower().startswith("text/html")
         return declared or self.body[:MAX_EXCERPT].lstrip().startswith(b"<")
+
+    def read_object(self) -> dict[str, Any] | None:
+        """Return the body as a JSON object, None if it is not one."""
+        try:
+            document = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return document if isinstance(document, dict) else None
 
 
 class CspHttp:
@@ -144,7 +162,7 @@ class CspHttp:
         *,
         operation: str,
         what: str,
-        json: Mapping[str, str] | None = None,
+        json: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         deadline: float | None = None,
     ) -> Answer:

@@ -10,11 +10,11 @@ import asyncio
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import httpx
 
-from sandbox_broker.csp.http import ACCOUNT_ID, EXTERNAL_ID, Answer, CspError, CspHttp, CspUnavailable
+from sandbox_broker.csp.http import ACCOUNT_ID, EXTERNAL_ID, CspError, CspHttp, CspUnavailable
 
 SIGN_IN = "/v2/session/users/sign_in"
 ACCOUNT_SWITCH = "/v2/session/account_switch"
@@ -120,7 +120,7 @@ class NiosxaasClient:
         )
         if answer.status not in (200, 201) or answer.is_html:
             raise self._http.failure(answer, what=f"the {what}", quote=False)
-        token = (_object(answer) or {}).get("jwt")
+        token = (answer.read_object() or {}).get("jwt")
         if not isinstance(token, str) or not _JWT.fullmatch(token):
             raise CspUnavailable(f"CSP answered the {what} without a JWT", answer.status)
         return token
@@ -133,7 +133,7 @@ class NiosxaasClient:
         )
         if answer.status != 200 or answer.is_html:
             raise self._http.failure(answer, what=what, hide=jwt)
-        user = (_object(answer) or {}).get("result")
+        user = (answer.read_object() or {}).get("result")
         current = user.get("account_id") if isinstance(user, dict) else None
         if not isinstance(current, str) or ACCOUNT_ID.fullmatch(current) is None:
             raise CspUnavailable(f"CSP answered {what} without an account. No service was deleted.", answer.status)
@@ -149,7 +149,7 @@ class NiosxaasClient:
         answer = await self._http.ask(
             "GET", SERVICES, operation="list_services", what=what, headers=_bearer(jwt), deadline=deadline
         )
-        document = _object(answer)
+        document = answer.read_object()
         # For an account without services, CSP may answer with an empty object.
         records = document.get("results") or [] if document is not None else None
         if answer.status != 200 or not isinstance(records, list):
@@ -177,15 +177,6 @@ class NiosxaasClient:
 
 def _bearer(jwt: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {jwt}"}
-
-
-def _object(answer: Answer) -> dict[str, Any] | None:
-    """Return the body as a JSON object, None if it is not one."""
-    try:
-        document = json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
 
 
 def _key_and_name(record: object) -> tuple[str | None, str | None]:

@@ -12,6 +12,13 @@ faults:
       fail one listing with an HTML page
   curl -X PATCH localhost:9200/_control/behaviour -d '{"delete_error_after_effect": true}'
       delete the account although the response is an error
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"create_latency_sec": 2, "create_usable_after_sec": 120}'
+      answer creations after two seconds, and make the accounts usable two minutes later
+  curl -X PATCH localhost:9200/_control/behaviour \\
+      -d '{"fail_next_creates": 1, "create_error_status": 504, "create_error_after_effect": true}'
+      answer one creation with 504 although the account is created
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"create_quota": 60}'
+      refuse creations from 60 sandboxes on
   curl -X PATCH localhost:9200/_control/behaviour -d '{"fail_next_deletes": 1, "delete_error_status": "bomb"}'
       answer one deletion with 255 KiB of gzip that decode to 256 MiB
   curl -X PATCH localhost:9200/_control/behaviour -d '{"account_switch_without_effect": true}'

@@ -3,12 +3,20 @@
 import json
 import os
 import random
+import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csp_simulator.records import DECOYS, build_record, damage_record, extract_external_id, is_active_sandbox
+from csp_simulator.records import (
+    DECOYS,
+    build_record,
+    damage_record,
+    extract_external_id,
+    is_active_sandbox,
+    is_sandbox,
+)
 
 FIRST_CSP_ID = 2012224
 FIRST_DECOY_CSP_ID = 1000001
@@ -26,22 +34,33 @@ class Entry(NamedTuple):
     encoded: bytes
 
 
+class NewAccount(NamedTuple):
+    """Times in Unix seconds from which a created account is listed and is active."""
+
+    listed_at: float
+    usable_at: float
+
+
 class AccountStore:
     """All accounts, in the order of the listing. A csp_id is never used again, not even after a reset."""
 
-    def __init__(self, state_file: Path | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, state_file: Path | None = None, seed: int | None = None, now: Callable[[], float] = time.time
+    ) -> None:
         """Load `state_file` if it exists; otherwise start with the decoys only.
 
         `seed` makes the ids of new accounts and the choices of `disturb_sandboxes` repeatable. Raises
         `StateError` for a damaged or unusable file.
         """
         self._state_file = state_file
+        self._now = now
         self._seed_random(seed)
         self._next_csp_id = FIRST_CSP_ID
         self._next_numbers: dict[str, int] = {}
         self._entries: dict[int, Entry] = {}
         self._positions: dict[str, list[int]] = {}  # several if raw records repeat an id
         self._listings_left: dict[int, int | None] = {}  # of deleted accounts that stay listed; None: unlimited
+        self._new: dict[int, NewAccount] = {}
         self._next_position = 0
         self._cached_listing: bytes | None = None
         if state_file is not None and state_file.exists():
@@ -49,6 +68,12 @@ class AccountStore:
         else:
             self._add_decoys()
             self._save()
+
+    def count_sandboxes(self) -> int:
+        """Count the active sandboxes, and the created ones that are not active yet."""
+        self._advance()
+        pending = (position for position in self._new if not self._entries[position].is_active)
+        return len(self._list_active_ids()) + sum(1 for _ in pending)
 
     def count_active(self) -> int:
         return len(self._list_active_ids())
@@ -59,12 +84,14 @@ class AccountStore:
         It contains the first `fraction` (0 to 1) of the records. The last `malformed` sandboxes are damaged. The
         first `duplicates` sandboxes are repeated at the end.
         """
-        if (fraction, duplicates, malformed) == (1.0, 0, 0):
+        self._advance()
+        if (fraction, duplicates, malformed) == (1.0, 0, 0) and not self._new:
             if self._cached_listing is None:
                 self._cached_listing = _encode("results", (entry.encoded for entry in self._entries.values()))
             body = self._cached_listing
         else:
-            entries = list(self._entries.values())[: int(len(self._entries) * fraction)]
+            entries = list(self._listed_entries())
+            entries = entries[: int(len(entries) * fraction)]
             sandboxes = [index for index, entry in enumerate(entries) if entry.is_active]
             listed = [entry.encoded for entry in entries]
             repeated = [listed[index] for index in sandboxes[:duplicates]]
@@ -76,7 +103,25 @@ class AccountStore:
 
     def dump_records(self) -> bytes:
         """Return all records, without deleted ones, as the JSON body of the control API."""
+        self._advance()
         return _encode("accounts", self._encoded_records())
+
+    def create_account(self, name: str, *, listed_after_sec: float = 0, usable_after_sec: float = 0) -> str:
+        """Create one sandbox and return its UUID. It is pending until it is usable."""
+        csp_id = self._next_csp_id
+        external_id = str(self._derive_uuid(csp_id))
+        now = self._now()
+        self._new[self._next_position] = NewAccount(now + listed_after_sec, now + usable_after_sec)
+        self._append_record(build_record("sandbox", "pending", name, csp_id, external_id))
+        self._advance()
+        self._save()
+        return external_id
+
+    def find_sandboxes(self, name: str) -> list[dict[str, Any]]:
+        """Return the records of the sandboxes with this name, also of pending and unlisted ones."""
+        self._advance()
+        records = map(json.loads, self._encoded_records())
+        return [record for record in records if is_sandbox(record) and record.get("name") == name]
 
     def create_sandboxes(self, count: int, name_prefix: str) -> list[dict[str, Any]]:
         """Create `count` active sandboxes, named prefix plus number, and return their records."""
@@ -100,6 +145,7 @@ class AccountStore:
 
         The sandbox stays in the next `stay_listed` listings (None: in all).
         """
+        self._advance()
         positions = self._positions.get(external_id.lower(), [])
         if not any(self._entries[position].is_active for position in positions):
             return False
@@ -119,6 +165,7 @@ class AccountStore:
         return bool(positions)
 
     def has_active_sandbox(self, external_id: str) -> bool:
+        self._advance()
         return any(self._entries[position].is_active for position in self._positions.get(external_id.lower(), []))
 
     def update_account(self, external_id: str, changes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -179,6 +226,27 @@ class AccountStore:
             name = f"{account_type}-{state}"
             self._append_record(build_record(account_type, state, name, csp_id, self._derive_uuid(csp_id)))
 
+    def _advance(self) -> None:
+        """Activate the created accounts that have become usable."""
+        now = self._now()
+        ended = [
+            position for position, new in self._new.items() if max(new) <= now or position not in self._entries
+        ]
+        for position, new in self._new.items():
+            if position in self._entries and new.usable_at <= now and not self._entries[position].is_active:
+                record = {**json.loads(self._entries[position].encoded), "state": "active"}
+                self._entries[position] = _build_entry(record)
+        for position in ended:
+            del self._new[position]
+        if ended:
+            self._save()
+
+    def _listed_entries(self) -> Iterator[Entry]:
+        now = self._now()
+        for position, entry in self._entries.items():
+            if position not in self._new or self._new[position].listed_at <= now:
+                yield entry
+
     def _list_active_ids(self) -> list[str]:
         return [
             entry.external_id
@@ -191,12 +259,11 @@ class AccountStore:
         self._next_position += 1
 
     def _store_record(self, position: int, record: Any) -> None:
-        external_id = extract_external_id(record)
         if isinstance(record, dict) and isinstance(record.get("csp_id"), int):
             self._next_csp_id = max(self._next_csp_id, record["csp_id"] + 1)
-        self._entries[position] = Entry(external_id, is_active_sandbox(record), json.dumps(record).encode())
-        if external_id is not None:
-            self._positions.setdefault(external_id, []).append(position)
+        entry = self._entries[position] = _build_entry(record)
+        if entry.external_id is not None:
+            self._positions.setdefault(entry.external_id, []).append(position)
 
     def _count_down_listings(self) -> None:
         """Remove deleted accounts after the last listing that still contains them."""
@@ -211,6 +278,7 @@ class AccountStore:
         self._entries.clear()
         self._positions.clear()
         self._listings_left.clear()
+        self._new.clear()
 
     def _encoded_records(self) -> Iterable[bytes]:
         return (entry.encoded for position, entry in self._entries.items() if position not in self._listings_left)
@@ -221,7 +289,8 @@ class AccountStore:
         if self._state_file is None:
             return
         numbers = json.dumps(self._next_numbers)
-        head = f'"next_csp_id": {self._next_csp_id}, "next_numbers": {numbers}, '
+        new = json.dumps({self._entries[position].external_id: times for position, times in self._new.items()})
+        head = f'"next_csp_id": {self._next_csp_id}, "next_numbers": {numbers}, "new": {new}, '
         temporary = self._state_file.with_name(f".{self._state_file.name}.{os.getpid()}")
         try:
             temporary.write_bytes(_encode("accounts", self._encoded_records(), head))
@@ -237,12 +306,18 @@ class AccountStore:
             self._next_numbers = {name: int(number) for name, number in state["next_numbers"].items()}
             for record in records:
                 self._append_record(record)
+            for external_id, (listed_at, usable_at) in state.get("new", {}).items():
+                self._new[self._positions[external_id][0]] = NewAccount(float(listed_at), float(usable_at))
         except OSError as error:
             raise StateError(f"cannot read the state file {state_file}: {error.strerror}") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise StateError(
                 f"the state file {state_file} is damaged; delete it to start with new accounts"
             ) from error
+
+
+def _build_entry(record: Any) -> Entry:
+    return Entry(extract_external_id(record), is_active_sandbox(record), json.dumps(record).encode())
 
 
 def _encode(key: str, records: Iterable[bytes], head: str = "") -> bytes:

@@ -2,11 +2,13 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_CALLS = 100_000
+ACCOUNT_NAME = "csp_simulator.account_name"
+"""Key of the ASGI scope in which a handler leaves the account name of its call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class EndedCall(RunningCall):
     ended_at: float
     ended: float
     duration_ms: float
+    account_name: str | None  # name of the created account, or of the look-up
 
 
 class CallRecorder:
@@ -72,14 +75,22 @@ class CallRecorder:
             await self._app(scope, receive, record_status)
         finally:
             del self._running[key]
-            self._record_end(call, status)
+            self._record_end(call, status, scope.get(ACCOUNT_NAME))
 
-    def _record_end(self, call: RunningCall, status: int | None) -> None:
+    def _record_end(self, call: RunningCall, status: int | None, account_name: str | None) -> None:
         self._seq += 1
         ended_at, ended = time.time(), time.monotonic()
         duration_ms = round((ended - call.begun) * 1000, 3)
         self._ended.append(
-            EndedCall(call.method, call.path, call.at, call.begun, self._seq, status, ended_at, ended, duration_ms)
+            EndedCall(
+                **asdict(call),
+                seq=self._seq,
+                status=status,
+                ended_at=ended_at,
+                ended=ended,
+                duration_ms=duration_ms,
+                account_name=account_name,
+            )
         )
 
 

@@ -24,6 +24,10 @@ def build_record(account_type: str, state: str, name: str, csp_id: int, external
     }
 
 
+def is_sandbox(record: object) -> bool:
+    return isinstance(record, dict) and record.get("account_type") == "sandbox"
+
+
 def is_active_sandbox(record: object) -> bool:
     type_and_state = (record.get("account_type"), record.get("state")) if isinstance(record, dict) else None
     return type_and_state == ("sandbox", "active")

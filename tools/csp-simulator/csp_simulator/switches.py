@@ -6,6 +6,8 @@ from typing import Any, TypeGuard
 
 OPERATIONS = {
     "listing": "listings",
+    "create": "creates",
+    "find": "finds",
     "delete": "deletes",
     "sign_in": "sign_ins",
     "account_switch": "account_switches",
@@ -80,6 +82,27 @@ PER_OPERATION: Mapping[str, Switch] = {
 }
 
 COMMON: Mapping[str, Switch] = {
+    "create_error_after_effect": _flag_switch("a failed creation takes effect"),
+    "create_usable_after_sec": _seconds_switch(
+        "time from the creation of an account until it is active; before, its state is pending; applies to new"
+        " creations"
+    ),
+    "create_listed_after_sec": _seconds_switch(
+        "time from the creation of an account until the listing contains it; a look-up by name finds it at once;"
+        " applies to new creations"
+    ),
+    "create_quota": Switch(
+        None,
+        "must be an integer from 0, or null",
+        lambda value: value is None or is_count(value),
+        "number of sandbox accounts at which creations are refused; null: no quota",
+    ),
+    "create_quota_status": Switch(
+        403,
+        "must be an error status from 400 to 499",
+        lambda value: isinstance(value, int) and is_number(value, 400, 499),
+        "status of a refused creation",
+    ),
     "delete_error_after_effect": _flag_switch("a failed deletion takes effect"),
     "undeletable": Switch(
         [],
