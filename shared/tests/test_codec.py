@@ -69,6 +69,7 @@ from sandbox_broker.contract.replies import (
     Reply,
     SandboxesRefreshed,
     SandboxReleased,
+    StudentWaiting,
     refuse,
 )
 from sandbox_broker.contract.types import MAX_ID_LENGTH
@@ -84,6 +85,7 @@ RUN = uuid.UUID(int=8)
 COMMANDS: list[Command] = [
     AllocateSandbox(request_id="r", holder="h"),
     AllocateSandbox(request_id="r", holder="h", track_name="t", name_prefix="p%_*", idempotency_key="k"),
+    AllocateSandbox(request_id="r", holder="h", wait_sec=900),
     ReleaseSandbox(request_id="r", sandbox_id="7", holder="h"),
     ExpireLeases(grace_sec=1800, limit=200),
     ClaimDeletions(run_id=RUN, limit=10, claim_sec=120.5),
@@ -122,6 +124,7 @@ COMMANDS: list[Command] = [
     CleanUpNow(request_id="r", job_id=uuid.UUID(int=7)),
 ]
 REPLIES: list[Reply] = [
+    StudentWaiting(position=3, waiting_since=1, estimated_wait_sec=None, retry_after=5),
     refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-"),
     LeaseGranted(
         new=True,

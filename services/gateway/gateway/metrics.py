@@ -18,7 +18,7 @@ def request_latency(method: str, endpoint: str, status: int) -> Histogram:
 
 
 ALLOCATIONS = Counter("broker_allocate_total", "Responses to POST /v1/allocate by outcome", ["outcome"])
-ALLOCATED, REPEATED = (ALLOCATIONS.labels(outcome) for outcome in ("allocated", "idempotent"))
+ALLOCATED, REPEATED, WAITING = (ALLOCATIONS.labels(outcome) for outcome in ("allocated", "idempotent", "waiting"))
 IDEMPOTENT_HITS = Counter(
     "broker_allocate_idempotent_hits_total", "Allocations that returned the existing lease of the student"
 )

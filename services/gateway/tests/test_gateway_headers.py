@@ -4,7 +4,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.contract.commands import AllocateSandbox, Command, ReleaseSandbox
+from sandbox_broker.contract.replies import Reply, StudentWaiting
+from sandbox_broker.contract.types import MAX_SEC
 
 from .gateway_harness import STUDENT, TRACK, Gateway, detail, raw, running
 
@@ -168,3 +170,57 @@ async def test_a_repeated_header_is_400_and_named(gateway: Gateway, method: str,
 async def test_other_headers_may_be_repeated(gateway: Gateway) -> None:
     via = [(b"via", b"1.1 a"), (b"via", b"1.1 b")]
     assert (await gateway.client.post("/v1/allocate", headers=[*raw(STUDENT), *via])).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("preferences", "wait_sec"),
+    [
+        ([], None),
+        ([""], None),
+        (["wait=30"], None),
+        (["respond-async, wait=900"], 900),
+        (["respond-async;wait=900"], MAX_SEC),
+        (["RESPOND-ASYNC ,\tWait = 10"], 10),
+        (['respond-async, wait="15"'], 15),
+        (["respond-async; a=b; c, wait=20; d"], 20),
+        (["wait=20", "respond-async"], 20),
+        (["respond-async, wait=1, wait=2", "wait=3"], 1),
+        (["respond-async, wait=0"], 0),
+        (["respond-async"], MAX_SEC),
+        (["respond-async, wait=-1"], MAX_SEC),
+        (["respond-async, wait=soon"], MAX_SEC),
+        (["respond-async, wait=" + "9" * 18], MAX_SEC),
+        (["handling=lenient, return=minimal, respond-async, wait=5"], 5),
+        (['quoted="a, respond-async, wait=1"'], None),
+        (['quoted="a\\", respond-async'], None),
+        (["respond-async-later, wait=5"], None),
+        ([",,, respond-async,,wait=5,"], 5),
+        (["\xff, respond-async, wait=5"], 5),
+    ],
+)
+async def test_the_prefer_header_asks_for_a_place_in_the_waiting_line(
+    gateway: Gateway, preferences: list[str], wait_sec: int | None
+) -> None:
+    headers = [*raw(STUDENT), *((b"Prefer", preference.encode("latin-1")) for preference in preferences)]
+    assert (await gateway.client.post("/v1/allocate", headers=headers)).status_code == 201
+    (command,) = gateway.allocator.commands
+    assert isinstance(command, AllocateSandbox)
+    assert command.wait_sec == wait_sec
+
+
+async def test_a_waiting_student_gets_202_with_the_place_in_line(gateway: Gateway) -> None:
+    async def wait(_: Command) -> Reply:
+        return StudentWaiting(position=3, waiting_since=1728054123, estimated_wait_sec=None, retry_after=7)
+
+    gateway.allocator.answer = wait
+    response = await gateway.allocate(Prefer="respond-async, wait=900")
+    assert response.status_code == 202
+    assert response.json() == {
+        "status": "waiting",
+        "position": 3,
+        "waiting_since": 1728054123,
+        "estimated_wait_sec": None,
+        "retry_after": 7,
+    }
+    assert response.headers["Retry-After"] == "7"
+    assert response.headers["Preference-Applied"] == "respond-async"

@@ -28,6 +28,7 @@ from sandbox_broker.contract.replies import (
     Recorded,
     SandboxesRefreshed,
     SandboxReleased,
+    StudentWaiting,
 )
 from sandbox_broker.contract.types import (
     MAX_BIGINT,
@@ -65,8 +66,10 @@ class Command(Message, Generic[R]):
         return self._reply_type
 
 
-class AllocateSandbox(Command[LeaseGranted]):
-    """Return the lease of `holder`, or lease a sandbox to them. → LeaseGranted or Refused."""
+class AllocateSandbox(Command[LeaseGranted | StudentWaiting]):
+    """Return the lease of `holder`, or lease a sandbox to them. A student who wants to wait gets a place in the
+    waiting line instead if no sandbox is free, and keeps it by repeating the command.
+    → LeaseGranted, StudentWaiting or Refused."""
 
     type: Literal["AllocateSandbox"] = "AllocateSandbox"
     request_id: str
@@ -74,6 +77,8 @@ class AllocateSandbox(Command[LeaseGranted]):
     track_name: PrintableAscii | None = None
     name_prefix: PrintableAscii | None = None
     idempotency_key: PrintableAscii | None = None
+    wait_sec: int | None = Field(default=None, ge=0, le=MAX_SEC)
+    """Longest wait in line. 0 gives up a place. None: the student does not wait, as in earlier versions."""
 
 
 class ReleaseSandbox(Command[SandboxReleased]):

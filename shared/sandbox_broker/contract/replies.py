@@ -68,6 +68,19 @@ class LeaseGranted(Message):
     expires_at: int
 
 
+class StudentWaiting(Message):
+    """No sandbox is free, and the student has a place in the waiting line."""
+
+    type: Literal["StudentWaiting"] = "StudentWaiting"
+    position: int
+    """1 for the next student. Counts only students who could receive the same sandbox."""
+    waiting_since: int
+    estimated_wait_sec: int | None
+    """None: unknown."""
+    retry_after: int
+    """Seconds until the student should repeat the request."""
+
+
 class SandboxReleased(Message):
     type: Literal["SandboxReleased"] = "SandboxReleased"
     sandbox_id: str
@@ -213,6 +226,7 @@ class PoolSynced(Message):
 Reply = Annotated[
     Refused
     | LeaseGranted
+    | StudentWaiting
     | SandboxReleased
     | LeasesExpired
     | DeletionsClaimed

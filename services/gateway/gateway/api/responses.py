@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from gateway.api.error_table import ERRORS
 from gateway.api.schemas.actions import JobRunning
+from gateway.api.schemas.track import Waiting
 
 
 class FieldProblem(BaseModel):
@@ -61,6 +62,16 @@ def _example(code: str) -> dict[str, Any]:
     )
     return Error(detail=detail).model_dump(exclude_none=True)
 
+
+STUDENT_WAITING: dict[str, Any] = {
+    "model": Waiting,
+    "description": "No sandbox is available, and the student waits in line (`Prefer: respond-async`). Repeat the "
+    "same request after `retry_after` seconds. Each repetition keeps the place.",
+    "headers": {
+        "Retry-After": {"description": "seconds until the next request", "schema": {"type": "integer"}},
+        "Preference-Applied": {"description": "`respond-async`", "schema": {"type": "string"}},
+    },
+}
 
 JOB_RUNNING: dict[str, Any] = {
     "model": JobRunning,

@@ -6,13 +6,14 @@ from starlette.types import Receive, Scope, Send
 from gateway import metrics
 from gateway.allocator_client import ClientDisconnected
 from gateway.api.errors import ApiError, from_refusal
-from gateway.api.responses import responses
-from gateway.api.schemas.track import Lease, Release, Sandbox
+from gateway.api.responses import STUDENT_WAITING, responses
+from gateway.api.schemas.track import Lease, Release, Sandbox, Waiting
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.web import headers
 from gateway.web.headers import Allocation, Holder
 from sandbox_broker.contract.commands import AllocateSandbox, Command, R, ReleaseSandbox
+from sandbox_broker.contract.replies import StudentWaiting
 from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
 from sandbox_broker.observability import tracing
 
@@ -51,6 +52,7 @@ async def _lease(request: Request) -> Response:
         track_name=allocation.track_name,
         name_prefix=allocation.name_prefix,
         idempotency_key=allocation.idempotency_key,
+        wait_sec=headers.read_wait_sec(request.scope, fields),
         traceparent=tracing.traceparent(),
     )
     with metrics.ALLOCATION_LATENCY.time():
@@ -62,6 +64,8 @@ async def _lease(request: Request) -> Response:
         except ClientDisconnected:
             metrics.ALLOCATIONS.labels(outcome="client_gone").inc()
             raise
+    if isinstance(reply, StudentWaiting):
+        return _waiting_response(reply)
     ids["sandbox_id"] = reply.sandbox_id
     if reply.new:
         metrics.ALLOCATED.inc()
@@ -72,12 +76,23 @@ async def _lease(request: Request) -> Response:
     return Response(lease.model_dump_json(), 201 if reply.new else 200, media_type="application/json")
 
 
+def _waiting_response(reply: StudentWaiting) -> Response:
+    metrics.WAITING.inc()
+    return Response(
+        Waiting.model_validate(reply, from_attributes=True).model_dump_json(),
+        202,
+        {"Retry-After": str(reply.retry_after), "Preference-Applied": headers.WAIT_APPLIED},
+        media_type="application/json",
+    )
+
+
 @router.post(
     ALLOCATE.removeprefix(router.prefix),
     response_model=Lease,
     status_code=201,
     responses={
         200: {"model": Lease, "description": "The active lease of this student"},
+        202: STUDENT_WAITING,
         **responses(
             *_COMMON_ERRORS,
             "POOL_EXHAUSTED",
@@ -89,7 +104,8 @@ async def _lease(request: Request) -> Response:
     },
 )
 async def allocate(_: Holder, __: Allocation) -> Response:
-    """Lease a sandbox to the student. Return the active lease if the student holds one."""
+    """Lease a sandbox to the student. Return the active lease if the student holds one. Without an available
+    sandbox, a student who sends `Prefer: respond-async` gets a place in the waiting line."""
     # Only for the OpenAPI document and the Allow header.
     raise AssertionError("never runs, because DirectRoutes passes the request to fast_allocate")
 

@@ -16,10 +16,10 @@ ANY_ORIGIN = "*"
 _METHODS = ["GET", "HEAD", "POST"]
 _REQUEST_HEADERS = [
     *("Authorization", "X-Request-ID"),
-    *(headers.STUDENT, headers.STUDENT_OLD, headers.TRACK, headers.PREFIX, headers.KEY),
+    *(headers.STUDENT, headers.STUDENT_OLD, headers.TRACK, headers.PREFIX, headers.KEY, headers.PREFER),
 ]
 _RESPONSE_HEADERS = [
-    *("X-Request-ID", "Retry-After", "Deprecation", "Location", "WWW-Authenticate"),
+    *("X-Request-ID", "Retry-After", "Deprecation", "Location", "WWW-Authenticate", "Preference-Applied"),
     *("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"),
 ]
 _ORIGIN = re.compile(

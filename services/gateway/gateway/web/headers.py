@@ -13,7 +13,7 @@ from pydantic import WithJsonSchema
 from starlette.types import Scope
 
 from gateway.api.errors import ApiError
-from sandbox_broker.contract.types import MAX_ID_LENGTH
+from sandbox_broker.contract.types import MAX_ID_LENGTH, MAX_SEC
 
 BLANKS = b" \t"
 """Characters that may surround the value of a header. `bytes.strip()` without arguments removes others too."""
@@ -23,7 +23,15 @@ STUDENT_OLD = "X-Track-ID"
 TRACK = "X-Instruqt-Track-ID"
 PREFIX = "X-Sandbox-Name-Prefix"
 KEY = "Idempotency-Key"
+PREFER = "Prefer"
+_PREFER_FIELD = PREFER.lower().encode()
 _FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY)}
+
+# RFC 7240: commas separate preferences, and may stand inside quotes.
+_PREFERENCE = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
+_WAIT = re.compile(rb'("?)(?P<seconds>[0-9]{1,18})\1')
+WAIT_APPLIED = "respond-async"
+"""Value of the response header Preference-Applied for a student in the waiting line."""
 
 _PRINTABLE = re.compile(rb"[\x20-\x7e]*")
 _UNPRINTABLE = re.compile(rb"[^\x20-\x7e]")
@@ -93,6 +101,26 @@ def read_claimed_track(fields: Fields) -> str:
     return _UNPRINTABLE.sub(b"?", value).decode("ascii")
 
 
+def read_wait_sec(scope: Scope, fields: Fields) -> int | None:
+    """Return the seconds for which the student wants to wait in line; None if the student does not wait.
+
+    The header is `Prefer: respond-async, wait=<seconds>` (RFC 7240). Without `wait`, the policy limits the wait.
+    Unknown and invalid preferences are ignored, as the RFC requires. Of a repeated preference the first counts.
+    """
+    if _PREFER_FIELD not in fields:
+        return None
+    preferences: dict[bytes, bytes] = {}
+    for field, value in scope["headers"]:
+        if field == _PREFER_FIELD:
+            for preference in _PREFERENCE.findall(value):
+                name, _, word = preference.partition(b";")[0].partition(b"=")
+                preferences.setdefault(name.strip(BLANKS).lower(), word.strip(BLANKS))
+    if b"respond-async" not in preferences:
+        return None
+    wait = _WAIT.fullmatch(preferences.get(b"wait", b""))
+    return MAX_SEC if wait is None else min(int(wait["seconds"]), MAX_SEC)
+
+
 @dataclass(frozen=True, slots=True)
 class AllocationHeaders:
     track_name: str | None
@@ -154,6 +182,16 @@ async def _allocation(
         _VALUE,
         Header(
             alias=KEY, description="A repetition with the same key from the same student returns the same lease."
+        ),
+    ] = None,
+    ____: Annotated[
+        Any,
+        _UNRESTRICTED,
+        Header(
+            alias=PREFER,
+            description="`respond-async, wait=<seconds>` (RFC 7240): wait in line if no sandbox is available. "
+            "Other preferences are ignored.",
+            examples=["respond-async, wait=900"],
         ),
     ] = None,
 ) -> AllocationHeaders:
