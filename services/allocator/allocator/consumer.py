@@ -9,7 +9,6 @@ import asyncio
 import random
 import secrets
 from collections.abc import Sequence
-from datetime import timedelta
 
 import structlog
 from aio_pika.abc import AbstractConnection
@@ -19,6 +18,7 @@ from allocator import domain, spans
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.dispatcher import Dispatcher
 from allocator.newest_lease import NewestLease
+from allocator.policy_book import PolicyBook, default_terms
 from allocator.redelivery import SeenEnvelopes
 from allocator.routing import Lane
 from allocator.settings import Settings
@@ -53,7 +53,7 @@ class Consumer:
             primary,
             lane.queue.name,
             publisher,
-            lab_duration=timedelta(hours=settings.lab_duration_hours),
+            policies=PolicyBook(default_terms(settings)),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
             newest_lease=NewestLease(settings.amqp_url),

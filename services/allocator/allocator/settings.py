@@ -1,9 +1,15 @@
 from pydantic import Field
 
+from sandbox_broker.contract.policies import MAX_HOURS
 from sandbox_broker.runtime.settings import DatabaseSettings, Port
 
 
 class Settings(DatabaseSettings):
     allocator_port: Port = 9101
-    lab_duration_hours: float = Field(default=4, gt=0, le=87_600)
+    # Defaults of the policies.
+    lab_duration_hours: float = Field(default=4, gt=0, le=MAX_HOURS)
+    max_extension_hours: float = Field(default=4, ge=0, le=MAX_HOURS)
+    standby_hours: float = Field(default=24, gt=0, le=MAX_HOURS)
+    max_wait_minutes: float = Field(default=30, ge=0, le=MAX_HOURS * 60)
+    max_replacements: int = Field(default=1, ge=0, le=1_000_000)
     invariant_check_sec: float = Field(default=60, gt=0)

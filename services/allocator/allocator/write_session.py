@@ -1,7 +1,6 @@
 """Write session: connection of one command queue to the pool, under the fencing epoch of the queue."""
 
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import asyncpg
@@ -9,6 +8,7 @@ import structlog
 
 from allocator import metrics
 from allocator.newest_lease import NewestLease
+from allocator.policy_book import PolicyBook
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
@@ -34,10 +34,11 @@ SET enable_bitmapscan = off;
 CUSTOM_PLANS = "SET plan_cache_mode = force_custom_plan;"
 """Plan each execution, for rare statements with large reads."""
 
-GUARD = "guard AS MATERIALIZED (SELECT epoch FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
+GUARD = "guard AS MATERIALIZED (SELECT epoch, policy_version FROM allocator_epoch WHERE epoch = $1 FOR SHARE)"
 """Epoch guard, the first CTE of every statement that writes the pool. A stale epoch selects no row. FOR SHARE makes
 RAISE_EPOCH wait for running statements, so a new epoch sees all changes of earlier epochs. All epochs come from one
-sequence, so the guard need not name its queue."""
+sequence, so the guard need not name its queue. `policy_version` is in this row, so a statement sees new policies
+without a look-up, and applying them waits for running statements."""
 
 RAISE_EPOCH = """
 UPDATE allocator_epoch SET epoch = nextval('allocator_epochs'), backend_pid = pg_backend_pid()
@@ -59,6 +60,11 @@ class Fenced(Exception):
 
 class ConcurrentUpdate(Exception):
     """Another allocator changed the same rows concurrently. Run the statement again to see its changes."""
+
+
+class PoliciesChanged(Exception):
+    """An administrator has applied other policies than those in the policy book. Nothing was written. Load the book
+    and run the statement again."""
 
 
 # Run again, the statement sees the changes of the other allocator.
@@ -83,7 +89,7 @@ class WriteSession:
         queue: str,
         publisher: Publisher,
         *,
-        lab_duration: timedelta,
+        policies: PolicyBook,
         statement_timeout_sec: float,
         planner_settings: str,
         newest_lease: NewestLease | None = None,
@@ -99,7 +105,7 @@ class WriteSession:
         self.newest_lease = newest_lease
         self._connection: asyncpg.Connection | None = None
         self.publisher = publisher
-        self.lab_duration = lab_duration
+        self.policies = policies
         self.epoch = 0
         """Fencing epoch of every statement; 0 on standby."""
 
@@ -163,6 +169,7 @@ class WriteSession:
         except BaseException:  # also after a cancellation, because the connection has no other owner yet
             connection.terminate()
             raise
+        self.policies.forget()  # this may be another database, for example a restored one
         self._connection = connection
 
     async def raise_epoch(self) -> None:

@@ -1,6 +1,7 @@
 """Test harness of the allocator: a pool in a real database, and builders of commands."""
 
 import itertools
+import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,7 +11,9 @@ from typing import Any
 import asyncpg
 
 from allocator.handlers import leases, listings
+from allocator.policy_book import PolicyBook, default_terms
 from allocator.routing import STUDENTS, Lane
+from allocator.settings import Settings
 from allocator.write_session import WriteSession
 from devstack.conditions import wait_until_blocked
 from sandbox_broker.contract import topology
@@ -25,6 +28,7 @@ from sandbox_broker.contract.commands import (
     ReleaseSandbox,
     StageListing,
 )
+from sandbox_broker.contract.policies import Policy
 from sandbox_broker.contract.replies import (
     LeaseGranted,
     ListingApplied,
@@ -36,7 +40,7 @@ from sandbox_broker.contract.replies import (
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 
-LAB = timedelta(hours=4)
+DEFAULT_TERMS = default_terms(Settings(amqp_url="amqp://127.0.0.1", database_url="postgresql://x", _env_file=None))
 RUN = uuid.UUID(int=8)
 """Id of a clean-up run."""
 
@@ -87,7 +91,7 @@ class Pool:
             Primary(self.url),
             lane.queue.name,
             self.publisher,
-            lab_duration=LAB,
+            policies=PolicyBook(DEFAULT_TERMS),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
         )
@@ -151,6 +155,8 @@ class Pool:
                 "allocator_epoch",
                 "cleanup_duty",
                 "dead_letters",
+                "policies",
+                "policy_set",
             )
         ]
 
@@ -183,6 +189,18 @@ class Pool:
             encode_commands(commands),
         )
         return dead_letter_id
+
+    async def apply_policies(self, *policies: Policy) -> None:
+        """Replace all policies."""
+        await self.execute("DELETE FROM policies")
+        for policy in policies:
+            await self.execute(
+                "INSERT INTO policies (name, document) VALUES ($1, $2)",
+                policy.name,
+                json.dumps(policy.to_document()),
+            )
+        await self.execute("UPDATE policy_set SET version = version + 1, applied_at = now()")
+        await self.execute("UPDATE allocator_epoch SET policy_version = version FROM policy_set")
 
     async def overdue(self, holder: str, by: timedelta = timedelta(hours=1)) -> str:
         """Lease a sandbox with a lease overdue by `by`; return its id."""

@@ -1,6 +1,7 @@
 """Allocation: the choice of the sandbox, idempotency, and concurrency."""
 
 import asyncio
+import json
 from datetime import timedelta
 
 import asyncpg
@@ -8,6 +9,7 @@ import pytest
 
 from allocator.write_session import WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.policies import Match, Policy
 from sandbox_broker.contract.replies import Reply, refuse
 
 from .allocator_harness import (
@@ -116,6 +118,72 @@ async def test_duplicates_in_a_batch_share_one_new_lease(pool: Pool) -> None:
     leases = [granted_lease(reply) for reply in replies]
     assert len({lease.sandbox_id for lease in leases}) == 1
     assert sorted(lease.new for lease in leases) == [False, False, False, True]
+
+
+TERMS = ("policy", "lease_sec", "max_extension_sec", "standby_sec", "max_replacements")
+
+
+async def terms_of(pool: Pool, holder: str) -> tuple[object, ...]:
+    (row,) = await pool.rows(f"SELECT {', '.join(TERMS)} FROM leases WHERE holder = $1", holder)
+    return tuple(row)
+
+
+async def test_a_lease_keeps_the_defaults_that_it_was_granted_under(pool: Pool) -> None:
+    await pool.fill(1)
+    await allocate(await pool.write_session(), allocate_command("ann"))
+    assert await terms_of(pool, "ann") == (None, 4 * 3600, 4 * 3600, 24 * 3600, 1)
+
+
+async def test_each_request_of_a_batch_gets_the_terms_of_its_policy(pool: Pool) -> None:
+    await pool.fill(3)
+    await pool.apply_policies(
+        Policy(name="long", match=Match(track_name="long-lab"), lease_hours=8, max_extension_hours=0),
+        Policy(
+            name="short", match=Match(track_prefix="short-"), lease_hours=0.5, standby_hours=1, max_replacements=3
+        ),
+    )
+    leases = await allocate(
+        await pool.write_session(),
+        allocate_command("ann", track="long-lab"),
+        allocate_command("bob", track="short-lab"),
+        allocate_command("cid", track="other-lab"),
+    )
+    assert await terms_of(pool, "ann") == ("long", 8 * 3600, 0, 24 * 3600, 1)
+    assert await terms_of(pool, "bob") == ("short", 1800, 4 * 3600, 3600, 3)
+    assert await terms_of(pool, "cid") == (None, 4 * 3600, 4 * 3600, 24 * 3600, 1)
+    durations = [lease.expires_at - lease.allocated_at for lease in map(granted_lease, leases)]
+    assert durations == [8 * 3600, 1800, 4 * 3600]
+    payloads = [json.loads(data) for data in await pool.column("SELECT data FROM outbox ORDER BY outbox_id")]
+    assert sorted((payload["holder"], payload["policy"]) for payload in payloads) == [
+        ("ann", "long"),
+        ("bob", "short"),
+        ("cid", None),
+    ]
+
+
+async def test_an_allocation_uses_the_policies_applied_last(pool: Pool) -> None:
+    await pool.fill(4)
+    session = await pool.write_session()
+    await allocate(session, allocate_command("ann"))
+    await pool.apply_policies(Policy(name="lab", lease_hours=8))
+    await allocate(session, allocate_command("bob"))
+    await pool.apply_policies()
+    await allocate(session, allocate_command("cid"))
+    assert [(await terms_of(pool, holder))[0] for holder in ("ann", "bob", "cid")] == [None, "lab", None]
+    assert await pool.events() == ["sandbox.allocated"] * 3
+
+
+async def test_a_new_connection_forgets_the_policies(pool: Pool) -> None:
+    await pool.fill(2)
+    await pool.apply_policies(Policy(name="lab", lease_hours=8))
+    session = await pool.write_session()
+    await allocate(session, allocate_command("ann"))
+    # As in a restored database: another content under the same version.
+    await pool.execute("UPDATE policies SET document = jsonb_build_object('name', 'lab', 'lease_hours', 2)")
+    session.close()
+    await session.connect()
+    await allocate(session, allocate_command("bob"))
+    assert (await terms_of(pool, "bob"))[1] == 2 * 3600
 
 
 async def test_an_empty_pool_refuses_and_announces_it(pool: Pool) -> None:

@@ -13,10 +13,11 @@ from allocator.sql import leases
 
 from .allocator_harness import Pool
 
-_ARRAYS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text]"
+_REQUESTS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text], ARRAY[1]"
+_TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1]"
 STATEMENTS = {
-    "any": (leases.ALLOCATE_ANY, f"1, interval '4 hours', {_ARRAYS}"),
-    "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, interval '4 hours', {_ARRAYS}"),
+    "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
+    "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
     "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
 }

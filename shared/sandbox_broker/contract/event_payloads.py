@@ -25,6 +25,8 @@ class SandboxEvent(_Data):
 class Allocated(SandboxEvent):
     holder: str
     track_name: str | None
+    policy: str | None = None
+    """Name of the policy of the lease. None for the defaults."""
     expires_at: int
     """Unix seconds."""
 

@@ -136,6 +136,11 @@ leases = Table(
     Column("ended_at", _Time),
     Column("end_reason", Text),
     Column("end_note", Text, comment="what the administrator gave as a reason"),
+    Column("policy", _Name, comment="name of the policy that granted it; null for the defaults"),
+    Column("lease_sec", Integer, comment="granted lease time; null for a lease of an earlier version"),
+    Column("max_extension_sec", Integer, comment="granted limit of all extensions together"),
+    Column("standby_sec", Integer, comment="granted time until the claim of a standby lease"),
+    Column("max_replacements", Integer, comment="granted replacements"),
     CheckConstraint("end_reason IN ('student', 'expired', 'admin')", name="leases_end_reason"),
     CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
     # A sandbox has at most one lease ever, because a used sandbox is never leased again.
@@ -148,6 +153,11 @@ leases = Table(
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
     Index("leases_by_expiry", "expires_at", postgresql_where=text("end_reason IS NULL")),
+    Index(
+        "leases_active_by_policy",
+        "policy",
+        postgresql_where=text("policy IS NOT NULL AND num_nonnulls(ended_at) = 0"),
+    ),
     # For the administrator API.
     Index("leases_by_time", "allocated_at", text("(0 + lease_id)")),
     Index("leases_by_holder", text("('' || holder)"), "allocated_at", text("(0 + lease_id)")),
@@ -158,6 +168,32 @@ leases = Table(
         text("(0 + lease_id)"),
         postgresql_where=text("track_name IS NOT NULL"),
     ),
+)
+
+policies = Table(
+    "policies",
+    metadata,
+    Column("name", _Name, primary_key=True),
+    Column("document", JSONB, nullable=False, comment="the fields that the administrator set"),
+    Column(
+        "quota_grants",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="raised by each statement that grants leases under max_active, so that of two concurrent "
+        "statements the second grants none",
+    ),
+    comment="rules of labs, as an administrator applied them",
+)
+
+policy_set = Table(
+    "policy_set",
+    metadata,
+    Column("only_row", Integer, primary_key=True, server_default=text("1")),
+    Column("version", BigInteger, nullable=False, server_default=text("0")),
+    Column("applied_at", _Time),
+    CheckConstraint("only_row = 1", name="policy_set_only_row"),
+    comment="the version of all policies",
 )
 
 outbox = Table(
@@ -280,6 +316,13 @@ allocator_epoch = Table(
     Column("queue", Text, primary_key=True),
     Column("epoch", BigInteger, _epochs, nullable=False, server_default=_epochs.next_value()),
     Column("backend_pid", Integer),
+    Column(
+        "policy_version",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="the policies that a statement of this queue must use",
+    ),
     Index("allocator_epoch_once", "epoch", unique=True),
     comment="who may write: for each queue of the allocator the epoch of its newest consumer",
 )
@@ -304,8 +347,17 @@ decided_listing = table(
     column("outcome", JSONB),
 )
 """The newest listing that was applied or is held. No row before the first one."""
+stock_rules = table(
+    "stock_rules",
+    column("policy", Text),
+    column("name_prefix", _Name),
+    column("min", Integer),
+    column("max", Integer),
+    column("admin_user", JSONB),
+)
+"""Stock rules of the policies."""
 
-VIEWS = (pool_totals, applied_listing, decided_listing)
+VIEWS = (pool_totals, applied_listing, decided_listing, stock_rules)
 
 allocators = Table(
     "allocators",

@@ -112,8 +112,10 @@ async def clean_database(database_url: str) -> str:
 
 
 _TABLES = (
-    "sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts, dead_letters"
+    "sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts, "
+    "dead_letters, policies"
 )
+# The version of the policies rises, because a running allocator may know the present one.
 # Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the
 # check, because a running relay moves counts between tables.
 _EMPTY = f"""
@@ -129,7 +131,9 @@ BEGIN
         EXECUTE 'TRUNCATE ' || written;
     END IF;
 END $$;
-UPDATE cleanup_duty SET run_id = NULL, until = 'epoch'
+UPDATE cleanup_duty SET run_id = NULL, until = 'epoch';
+UPDATE policy_set SET version = version + 1, applied_at = NULL WHERE applied_at IS NOT NULL;
+UPDATE allocator_epoch SET policy_version = version FROM policy_set WHERE policy_version <> version
 """
 
 

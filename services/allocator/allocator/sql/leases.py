@@ -14,11 +14,13 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import Literal, TypedDict
 
-from allocator.write_session import GUARD, WriteSession
+from allocator.policy_book import PolicyBook, Terms
+from allocator.write_session import GUARD, PoliciesChanged, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
 from sandbox_broker.database.schema import prefix_end
 
-# Parameters: epoch, lab duration, then one array per column of the requests.
+# Parameters: epoch, version of the policy book, one array per column of the requests, one array per column of the
+# terms. A request names its terms by their number, because the requests of a statement share few.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
 # demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
 # assigned: request and sandbox, or request and NULL. No CTE joins two sets: the arrays of one prefix are unnested
@@ -28,8 +30,8 @@ WITH {GUARD},
 requests AS MATERIALIZED (
     SELECT r.*, current.*, keyed.holder = r.holder AS key_is_own
     FROM guard
-    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])
-        AS r (index, holder, track_name, prefix, prefix_end, idempotency_key)
+    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::int[])
+        AS r (index, holder, track_name, prefix, prefix_end, idempotency_key, term)
     LEFT JOIN LATERAL (
         SELECT sandbox.*, active.allocated_at, active.expires_at
         FROM leases active CROSS JOIN LATERAL (
@@ -44,10 +46,12 @@ requests AS MATERIALIZED (
         WHERE keyed.idempotency_key = r.idempotency_key AND keyed.idempotency_key IS NOT NULL
         LIMIT 1
     ) keyed ON true
+    WHERE guard.policy_version = $2
 ),
 demand AS MATERIALIZED (
     SELECT prefix, prefix_end, count(*) AS number, array_agg(index) AS indexes, array_agg(holder) AS holders,
-        array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys
+        array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys,
+        array_agg(term) AS terms
     FROM requests
     WHERE sandbox_id IS NULL AND key_is_own IS NULL
     GROUP BY prefix, prefix_end
@@ -58,25 +62,32 @@ picked AS MATERIALIZED (
 assigned AS MATERIALIZED (
     SELECT a.*
     FROM picked p
-    CROSS JOIN unnest(p.indexes, p.holders, p.track_names, p.idempotency_keys, p.sandbox_ids)
-        AS a (index, holder, track_name, idempotency_key, sandbox_id)
+    CROSS JOIN unnest(p.indexes, p.holders, p.track_names, p.idempotency_keys, p.terms, p.sandbox_ids)
+        AS a (index, holder, track_name, idempotency_key, term, sandbox_id)
 ),
 claimed AS (
     UPDATE sandboxes s SET status = 'allocated', status_since = now(), track_name = a.track_name
     FROM assigned a
     WHERE s.sandbox_id = ANY (ARRAY[a.sandbox_id]) AND s.status || '' = 'available'
-    RETURNING a.index, a.holder, a.track_name, a.idempotency_key,
+    RETURNING a.index, a.holder, a.track_name, a.idempotency_key, a.term,
+        now() + ($11::int[])[a.term] * interval '1 second' AS expires_at,
         s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
 ),
 leased AS (
-    INSERT INTO leases (sandbox_id, holder, track_name, idempotency_key, expires_at)
-    SELECT sandbox_id, holder, track_name, idempotency_key, now() + $2::interval FROM claimed
+    INSERT INTO leases (
+        sandbox_id, holder, track_name, idempotency_key, expires_at,
+        policy, lease_sec, max_extension_sec, standby_sec, max_replacements
+    )
+    SELECT sandbox_id, holder, track_name, idempotency_key, expires_at,
+        ($10::text[])[term], ($11::int[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term]
+    FROM claimed
 ),
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
         'sandbox_id', c.sandbox_id, 'external_id', c.external_id, 'name', c.name, 'holder', c.holder,
-        'track_name', c.track_name, 'expires_at', floor(extract(epoch FROM now() + $2::interval))::bigint
+        'track_name', c.track_name, 'policy', ($10::text[])[c.term],
+        'expires_at', floor(extract(epoch FROM c.expires_at))::bigint
     )
     FROM claimed c
     UNION ALL
@@ -85,7 +96,7 @@ announced AS (
 ),
 outcomes AS (
     SELECT index, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
-        now() AS allocated_at, now() + $2::interval AS expires_at
+        now() AS allocated_at, expires_at
     FROM claimed
     UNION ALL
     SELECT index,
@@ -98,6 +109,8 @@ outcomes AS (
     FROM requests WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
     UNION ALL
     SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
+    UNION ALL
+    SELECT -1, 'policies_changed', NULL, NULL, NULL, NULL, NULL, NULL FROM guard WHERE policy_version <> $2
 )
 SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id,
     floor(extract(epoch FROM allocated_at))::bigint AS allocated_at,
@@ -266,7 +279,7 @@ FROM guard LEFT JOIN target t ON true LEFT JOIN moved m ON true
 
 class AllocationRow(TypedDict):
     index: int
-    outcome: Literal["new", "known", "key_of_another", "key_used_up", "exhausted"]
+    outcome: Literal["new", "known", "key_of_another", "key_used_up", "exhausted", "policies_changed"]
     sandbox_id: str
     name: str
     external_id: str
@@ -298,18 +311,48 @@ async def allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -
 
     Raises asyncpg.UniqueViolationError if another allocator was faster; run it again.
     """
+    try:
+        return await _allocate(session, commands)
+    except PoliciesChanged:
+        await session.policies.load(session.connection)
+        return await allocate(session, commands)
+
+
+async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[AllocationRow]:
+    """Raises PoliciesChanged if the policy book is outdated."""
     prefixes = [command.name_prefix or "" for command in commands]
+    terms, term_numbers = number_terms(session.policies, commands)
     rows: list[AllocationRow] = await session.fetch(
         ALLOCATE_BY_PREFIX if any(prefixes) else ALLOCATE_ANY,
-        session.lab_duration,
+        session.policies.version,
         list(range(len(commands))),
         [command.holder for command in commands],
         [command.track_name for command in commands],
         prefixes,
         [prefix_end(prefix) if prefix else "" for prefix in prefixes],
         [command.idempotency_key for command in commands],
+        term_numbers,
+        [term.policy for term in terms],
+        [term.lease_sec for term in terms],
+        [term.max_extension_sec for term in terms],
+        [term.standby_sec for term in terms],
+        [term.max_replacements for term in terms],
     )
+    if rows[0]["outcome"] == "policies_changed":
+        raise PoliciesChanged
     return sorted(rows, key=itemgetter("index"))
+
+
+def number_terms(policies: PolicyBook, commands: Sequence[AllocateSandbox]) -> tuple[list[Terms], list[int]]:
+    """Return the distinct terms of the commands, and per command the number of its terms, counted from 1."""
+    numbers: dict[Terms, int] = {}
+    term_numbers = [
+        numbers.setdefault(
+            policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix), len(numbers) + 1
+        )
+        for command in commands
+    ]
+    return list(numbers), term_numbers
 
 
 async def holders_with_ended_lease(session: WriteSession, *, holders: Sequence[str]) -> list[str]:
