@@ -18,6 +18,8 @@ def test_the_nodes_of_the_tests_have_the_settings_of_the_component() -> None:
     resources = yaml.safe_load_all(COMPONENT.read_text())
     (cluster,) = (resource for resource in resources if resource["kind"] == "RabbitmqCluster")
     deployed = read_settings(cluster["spec"]["rabbitmq"]["additionalConfig"].splitlines())
-    tested = read_settings(list(RabbitMQCluster().nodes[0].configuration))
+    node = RabbitMQCluster().nodes[0]
+    tested = read_settings(list(node.configuration))
 
     assert {name: deployed[name] for name in SHARED} == {name: tested[name] for name in SHARED}
+    assert cluster["spec"]["rabbitmq"]["advancedConfig"].strip() == node.advanced_configuration

@@ -5,7 +5,7 @@ because they lose consumers and return callbacks.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import structlog
@@ -31,7 +31,9 @@ from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls
 HEARTBEAT_SEC = 5
 CONNECT_TIMEOUT_SEC = 5.0
 NODE_TIMEOUT_SEC = 2.0
-"""Time limit of one node of several. A frozen node, or one behind a silent address, delays a connection by this."""
+"""Time limit of one node of several, because a frozen node or a silent address does not answer."""
+NEXT_NODE_SEC = 0.5
+"""Time after which the next node is tried as well. A silent node delays a connection by this."""
 MIN_BACKOFF_SEC = 0.1
 MAX_BACKOFF_SEC = 2.0
 DELETE_TIMEOUT_SEC = 2.0
@@ -122,22 +124,50 @@ async def open_connection(url: str, *, timeout: float | None = None) -> AsyncIte
 
 
 async def _connect_to_any(url: str, name: str) -> Connection:
-    """Connect to the first node that answers, in random order. Raises Disconnected if none does."""
-    nodes = _nodes_in_random_order(url, CONNECT_TIMEOUT_SEC)
-    while True:
-        node_url, timeout_sec = nodes.pop()
-        connection = Connection(
-            make_url(node_url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
-        )
-        try:
-            await _connect(connection, timeout_sec)
-        except BaseException as error:
-            await _close(connection)
-            if not nodes or not isinstance(error, Disconnected):
-                raise
-            log.info("rabbitmq.node_skipped", connection=name, node=str(amqp_host(node_url)), error=str(error))
-        else:
-            return connection
+    """Connect to the first node that answers. The nodes are tried in random order, the next one NEXT_NODE_SEC after
+    the previous one, or as soon as it has failed. Raises Disconnected if no node answers."""
+    waiting = _nodes_in_random_order(url, CONNECT_TIMEOUT_SEC)
+    attempts: dict[asyncio.Task[Connection], str] = {}
+    try:
+        while True:
+            if waiting:
+                node_url, timeout_sec = waiting.pop()
+                attempts[asyncio.create_task(_connect_to_node(node_url, name, timeout_sec))] = node_url
+            pause_sec = NEXT_NODE_SEC if waiting else None
+            ended, _ = await asyncio.wait(attempts, timeout=pause_sec, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in sorted(ended, key=lambda task: task.exception() is not None):
+                error = attempt.exception()
+                if error is None:
+                    del attempts[attempt]
+                    return attempt.result()
+                node = str(amqp_host(attempts.pop(attempt)))
+                if not isinstance(error, Disconnected) or not (attempts or waiting):
+                    raise error
+                log.info("rabbitmq.node_skipped", connection=name, node=node, error=str(error))
+    finally:
+        await _abandon(attempts)
+
+
+async def _connect_to_node(node_url: str, name: str, timeout_sec: float | None) -> Connection:
+    connection = Connection(
+        make_url(node_url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
+    )
+    try:
+        await _connect(connection, timeout_sec)
+    except BaseException:
+        await _close(connection)
+        raise
+    return connection
+
+
+async def _abandon(attempts: Collection[asyncio.Task[Connection]]) -> None:
+    for attempt in attempts:
+        attempt.cancel()
+    for attempt in attempts:
+        await asyncio.wait([attempt])
+        # The connection may be open, because wait_for of Python 3.11 can lose a cancellation.
+        if not attempt.cancelled() and attempt.exception() is None:
+            await _close(attempt.result())
 
 
 def _nodes_in_random_order(url: str, timeout_sec: float | None) -> list[tuple[str, float | None]]:

@@ -111,11 +111,17 @@ class PrivateRabbitMQ:
     The context manager starts it and, on exit, stops it and removes all files. The user is guest with password
     guest. The node accepts connections from this machine only. Its only plugin is the HTTP API, with `management`.
 
-    `cookie` and `configuration`, lines of rabbitmq.conf, are for the nodes of a cluster.
+    `cookie`, `configuration` (lines of rabbitmq.conf) and `advanced_configuration` (content of advanced.config) are
+    for the nodes of a cluster.
     """
 
     def __init__(
-        self, *, cookie: str | None = None, configuration: Sequence[str] = (), management: bool = False
+        self,
+        *,
+        cookie: str | None = None,
+        configuration: Sequence[str] = (),
+        advanced_configuration: str = "[].",
+        management: bool = False,
     ) -> None:
         self.port = free_port()
         self.process: Process | None = None
@@ -123,6 +129,7 @@ class PrivateRabbitMQ:
         self.distribution_port = free_port()
         self.mapper_port = free_port()
         self.configuration = tuple(configuration)
+        self.advanced_configuration = advanced_configuration
         self._management_port = free_port() if management else None
         self._mapper: Process | None = None
         self._cookie = cookie or secrets.token_hex(16)
@@ -265,6 +272,7 @@ class PrivateRabbitMQ:
         plugins = "" if self._management_port is None else "rabbitmq_management"
         write(directory / "enabled_plugins", f"[{plugins}].\n", self._user)
         write(directory / "rabbitmq-env.conf", "", self._user)
+        write(directory / "advanced.config", f"{self.advanced_configuration}\n", self._user)
         lines = (
             f"listeners.tcp.1 = {_HOST}:{self.port}",
             "disk_free_limit.absolute = 64MB",
@@ -294,6 +302,7 @@ class PrivateRabbitMQ:
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             "RABBITMQ_CONF_ENV_FILE": str(directory / "rabbitmq-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(directory / "advanced.config"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
             "RABBITMQ_MNESIA_BASE": str(directory / "data"),
             "RABBITMQ_LOG_BASE": str(directory / "log"),

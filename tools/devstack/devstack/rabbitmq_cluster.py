@@ -11,6 +11,8 @@ from devstack.rabbitmq import PrivateRabbitMQ
 
 NET_TICKTIME_SEC = 8
 """Value of the Kubernetes component `rabbitmq-operator`."""
+ADVANCED_CONFIGURATION = "[{rabbit, [{consumer_disconnected_timeout, 1000}]}]."
+"""Value of the Kubernetes component `rabbitmq-operator`. Its rabbitmq.conf would be invalid before RabbitMQ 4.3."""
 _HOST = "127.0.0.1"
 _SIZE = 3
 _JOINED_SEC = 120.0
@@ -35,7 +37,9 @@ class RabbitMQCluster:
     def __init__(self, *, net_ticktime_sec: int = NET_TICKTIME_SEC) -> None:
         """`net_ticktime_sec` is the time after which a node considers a silent node down."""
         cookie = secrets.token_hex(16)
-        self.nodes = tuple(PrivateRabbitMQ(cookie=cookie) for _ in range(_SIZE))
+        self.nodes = tuple(
+            PrivateRabbitMQ(cookie=cookie, advanced_configuration=ADVANCED_CONFIGURATION) for _ in range(_SIZE)
+        )
         names = (f"cluster_formation.classic_config.nodes.{n} = {one.node}" for n, one in enumerate(self.nodes, 1))
         lines = (
             "cluster_formation.peer_discovery_backend = classic_config",

@@ -21,7 +21,7 @@ from devstack.output import Terminal
 from devstack.settings import ROOT
 
 OLDEST, NEWEST = "bookworm", "testing"
-TESTS = ("--lane", "servers", "shared", "services", "tests/integration")
+TESTS = ("--lane", "servers", "shared", "services", "tests/integration", "tests/cluster")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
