@@ -265,6 +265,19 @@ async def test_names_are_sorted_by_bytes(connection: asyncpg.Connection) -> None
     ]
 
 
+async def test_text_keys_of_indexes_are_in_byte_order(connection: asyncpg.Connection) -> None:
+    """The order of a locale depends on the version of the C library. A comparison with a column in byte order
+    cannot use an index in that order either."""
+    keys = await connection.fetch(
+        "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid, key::int, true) FROM pg_index, "
+        "unnest(indcollation) WITH ORDINALITY AS collations (collation_id, key) "
+        "WHERE collation_id = 'pg_catalog.default'::regcollation "
+        "AND indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)"
+    )
+    # The statuses are known. A generated column uses them, so their collation cannot change.
+    assert [tuple(key) for key in keys if key[0] != "alembic_version_pkc"] == [("sandboxes_by_status", "status")]
+
+
 # The command
 
 

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 from alembic import command
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from devstack.testing import NewDatabase
 from sandbox_broker.database import connections
@@ -123,6 +123,31 @@ async def test_the_previous_version_works_on_the_schema_after_a_migration(
     """Statements of the previous version name only what existed before. They work on a schema that keeps every
     column with its type, requires no new column, and adds no rule to an existing table."""
     assert await find_restrictions(new_database, revision) == []
+
+
+async def test_open_connections_outlive_the_new_order_of_the_keys(new_database: NewDatabase) -> None:
+    """The prepared statements of running services return columns whose collation changes."""
+    query = "SELECT sandbox_id, holder FROM leases WHERE holder = 'ada' AND ended_at IS NULL"
+    async with new_database() as url:
+        await upgrade(url, "0013")
+        engine = connections.create_engine(Primary(url), pool_size=1)
+        opened = await asyncpg.connect(url)
+        await opened.execute(RECORDS)
+
+        async def read() -> list[tuple[str, str]]:
+            async with engine.connect() as connection:
+                rows = (await connection.execute(text(query))).all()
+            return [(row.sandbox_id, row.holder) for row in rows]
+
+        before = await read()
+        assert [tuple(row) for row in await opened.fetch(query)] == before
+        await upgrade(url, "0014")
+        assert [tuple(row) for row in await opened.fetch(query)] == before
+        with pytest.raises(asyncpg.InvalidCachedStatementError):  # once; asyncpg alone repeats the statement
+            await read()
+        assert await read() == before
+        await opened.close()
+        await engine.dispose()
 
 
 @pytest.mark.parametrize("revision", BREAKING)

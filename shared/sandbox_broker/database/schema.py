@@ -31,6 +31,9 @@ metadata = MetaData()
 _Time = DateTime(timezone=True)
 _Name = Text(collation="C")
 """Names in byte order, because a prefix search is a range of a btree index."""
+_Key = Text(collation="C")
+"""Keys in byte order. Another version of the C library may sort by other rules, so a unique index in the order of a
+locale would admit duplicates after an upgrade of the machine."""
 
 
 def prefix_end(prefix: str) -> str:
@@ -59,8 +62,8 @@ def _while_available(name: str, kind: Text | DateTime, value: str, comment: str 
 sandboxes = Table(
     "sandboxes",
     metadata,
-    Column("sandbox_id", Text, primary_key=True, comment="CSP's csp_id"),
-    Column("external_id", Text, nullable=False, comment="the bare account UUID in CSP"),
+    Column("sandbox_id", _Key, primary_key=True, comment="CSP's csp_id"),
+    Column("external_id", _Key, nullable=False, comment="the bare account UUID in CSP"),
     Column("name", _Name, nullable=False),
     Column("sfdc_account_id", Text),
     Column("status", Text, nullable=False),
@@ -127,10 +130,10 @@ leases = Table(
     "leases",
     metadata,
     Column("lease_id", BigInteger, Identity(always=True), primary_key=True),
-    Column("sandbox_id", Text, nullable=False),
-    Column("holder", Text, nullable=False),
-    Column("track_name", Text),
-    Column("idempotency_key", Text),
+    Column("sandbox_id", _Key, nullable=False),
+    Column("holder", _Key, nullable=False),
+    Column("track_name", _Key),
+    Column("idempotency_key", _Key),
     Column("allocated_at", _Time, nullable=False, server_default=func.now()),
     Column("expires_at", _Time, nullable=False),
     Column("ended_at", _Time),
@@ -210,7 +213,7 @@ outbox = Table(
 history = Table(
     "history",
     metadata,
-    Column("sandbox_id", Text, primary_key=True),
+    Column("sandbox_id", _Key, primary_key=True),
     Column("outbox_id", BigInteger, primary_key=True, autoincrement=False),
     Column("type", Text, nullable=False),
     Column("occurred_at", _Time, nullable=False),
@@ -233,9 +236,9 @@ pool_changes = Table(
 pool_counts = Table(
     "pool_counts",
     metadata,
-    Column("kind", Text, primary_key=True),
+    Column("kind", _Key, primary_key=True),
     Column("value", _Name, primary_key=True),
-    Column("status", Text, primary_key=True),
+    Column("status", _Key, primary_key=True),
     Column("number", BigInteger, nullable=False),
     CheckConstraint("kind IN ('pool', 'name_prefix', 'track_name')", name="pool_counts_kind"),
     Index("pool_counts_zero", "kind", postgresql_where=text("number = 0")),
@@ -298,8 +301,8 @@ csp_accounts = Table(
     "csp_accounts",
     metadata,
     Column("listing_id", BigInteger, primary_key=True),
-    Column("sandbox_id", Text, primary_key=True),
-    Column("external_id", Text, comment="null where the record could not be read further than its csp_id"),
+    Column("sandbox_id", _Key, primary_key=True),
+    Column("external_id", _Key, comment="null where the record could not be read further than its csp_id"),
     Column("name", _Name),
     Column("sfdc_account_id", Text),
     Column("created_at", _Time),
@@ -313,7 +316,7 @@ _epochs = Sequence("allocator_epochs", metadata=metadata)
 allocator_epoch = Table(
     "allocator_epoch",
     metadata,
-    Column("queue", Text, primary_key=True),
+    Column("queue", _Key, primary_key=True),
     Column("epoch", BigInteger, _epochs, nullable=False, server_default=_epochs.next_value()),
     Column("backend_pid", Integer),
     Column(
