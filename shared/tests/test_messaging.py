@@ -686,7 +686,36 @@ async def test_an_unresponsive_queue_is_named_and_retried(
             assert await made.ask() == ListingBegun(listing_id=0)
 
 
-async def test_an_alarm_blocks_publishers_but_not_consumers(private: PrivateRabbitMQ, connected: Connected) -> None:
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_connection_without_confirms_is_replaced(
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(publisher, "SILENT_SEC", 0.2)
+    server = f"whereis('%2F_{QUEUE.name}')"
+
+    async with connected(private.url) as made:
+
+        async def is_replaced() -> bool:
+            with contextlib.suppress(Disconnected):
+                if together:
+                    await made.publisher.publish_all("", outgoing(1), timeout_sec=0.5)
+                else:
+                    await made.put(timeout_sec=0.5)
+            return made.publisher._channel is not channel
+
+        await made.put()
+        channel = made.publisher._channel
+        await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
+        await wait_until(is_replaced)
+        await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
+        await made.publisher.wait_connected()
+        await made.put(timeout_sec=15)
+
+
+async def test_an_alarm_blocks_publishers_but_not_consumers(
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "SILENT_SEC", 0.2)
     received: list[Any] = []
 
     async def handle(_: DeliveredMessage, commands: Sequence[Any]) -> None:
@@ -696,11 +725,13 @@ async def test_an_alarm_blocks_publishers_but_not_consumers(private: PrivateRabb
     async with connected(private.url) as made, connected(private.url) as other:
         for command in sent:
             await made.put(encode_commands([command]))
+        channels = [made.publisher._channel, other.publisher._channel]
         await private.run_rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
         try:
-            for publisher in (made.publisher, other.publisher):
+            for blocked in (made.publisher, other.publisher):
                 with pytest.raises(Disconnected):
-                    await publisher.publish("", QUEUE.name, encode_commands([BeginListing()]), timeout_sec=0.5)
+                    await blocked.publish("", QUEUE.name, encode_commands([BeginListing()]), timeout_sec=0.5)
+            assert [made.publisher._channel, other.publisher._channel] == channels
             async with background_tasks(consume(private.url, handle)):
                 await wait_until(lambda: set(sent) <= set(received))
         finally:

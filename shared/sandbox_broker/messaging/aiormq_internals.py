@@ -23,6 +23,11 @@ def limit_silence() -> None:
     Connection.HEARTBEAT_GRACE_MULTIPLIER = HEARTBEAT_GRACE  # type: ignore[assignment]
 
 
+def is_blocked(channel: Channel) -> bool:
+    """Return whether a resource alarm of RabbitMQ blocks the connection."""
+    return not getattr(channel.connection, "_Connection__connection_unblocked").is_set()  # noqa: B009 (for the type checker)
+
+
 async def write_publishes(channel: Channel, frames: bytes, count: int) -> list[asyncio.Future[object]]:
     """Queue the frames of `count` publishes for the writer as one chunk. Return the futures of their confirms, in
     order."""

@@ -17,7 +17,7 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from sandbox_broker.messaging.aiormq_internals import write_publishes
+from sandbox_broker.messaging.aiormq_internals import is_blocked, write_publishes
 from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.queue_inspector import QueueInfo, QueueInspector
 
@@ -25,6 +25,10 @@ PUBLISH_TIMEOUT_SEC = 5.0
 REFUSED_SEC = 5.0
 """After this time without a confirm, the next nack closes the connection. RabbitMQ 3.10 refuses all messages on a
 channel to a quorum queue that was full, if the limit is lifted before the queue has room. A new channel works."""
+
+SILENT_SEC = 4.0
+"""After this time without a confirm for a message, the connection is replaced. A channel of RabbitMQ 3.10 can wait
+for the former leader of a queue on a lost node, although the queue has a new leader. A new channel works."""
 
 log = structlog.get_logger()
 
@@ -71,10 +75,14 @@ class Publisher:
         self._url = url
         self._name = f"{name}-publish"
         self._channel: Channel | None = None
+        self._lost: asyncio.Future[None] | None = None
+        """Done at the end of the session."""
         self._inspector: QueueInspector | None = None
         self._connected = asyncio.Event()
         self._limits: set[asyncio.Timeout] = set()
         self._confirmed_at = -math.inf
+        self._unconfirmed_since = math.inf
+        """Time of the first message after the last confirm."""
 
     @property
     def connected(self) -> bool:
@@ -92,10 +100,11 @@ class Publisher:
             # With separate channels, so that queue inspection does not delay messages.
             inspector = QueueInspector(connection)
             self._channel, self._inspector = channel, inspector
+            self._lost = channel.closing
             self._note_confirm()
             self._connected.set()
             try:
-                await channel.closing
+                await self._lost
             finally:
                 self._channel = self._inspector = None
                 inspector.close()
@@ -124,6 +133,7 @@ class Publisher:
         with translating_errors():
             async with asyncio.timeout(timeout_sec) as limit:
                 self._limits.add(limit)
+                self._note_publish()
                 try:
                     await self._channel.basic_publish(
                         body,
@@ -139,6 +149,9 @@ class Publisher:
                     raise Unroutable(f"no queue for {routing_key!r} on exchange {exchange!r}") from error
                 except DeliveryError:
                     await self._refused()
+                    raise
+                except asyncio.CancelledError:  # the time limit of this function or of the caller
+                    self._leave_if_silent()
                     raise
                 finally:
                     self._limits.discard(limit)
@@ -161,6 +174,7 @@ class Publisher:
             with translating_errors():
                 async with asyncio.timeout(timeout_sec) as limit:
                     self._limits.add(limit)
+                    self._note_publish()
                     try:
                         frames = b"".join(message.frames(exchange, channel.number) for message in messages)
                         confirms = await write_publishes(channel, frames, len(messages))
@@ -181,10 +195,24 @@ class Publisher:
             self._note_confirm()
         elif any(_is_refused(confirm) for confirm in confirms):
             await self._refused()
+        else:
+            self._leave_if_silent()
         return confirmed
+
+    def _note_publish(self) -> None:
+        self._unconfirmed_since = min(self._unconfirmed_since, asyncio.get_running_loop().time())
 
     def _note_confirm(self) -> None:
         self._confirmed_at = asyncio.get_running_loop().time()
+        self._unconfirmed_since = math.inf
+
+    def _leave_if_silent(self) -> None:
+        """End the session if RabbitMQ has confirmed nothing for SILENT_SEC. A resource alarm is no reason, because
+        it blocks every connection."""
+        if self._channel is None or self._lost is None or self._lost.done() or is_blocked(self._channel):
+            return
+        if asyncio.get_running_loop().time() - self._unconfirmed_since >= SILENT_SEC:
+            self._lost.set_exception(Disconnected("RabbitMQ does not confirm messages"))
 
     async def _refused(self) -> None:
         if self._channel is not None and asyncio.get_running_loop().time() - self._confirmed_at > REFUSED_SEC:
