@@ -22,4 +22,4 @@ def test_the_nodes_of_the_tests_have_the_settings_of_the_component() -> None:
     tested = read_settings(list(node.configuration))
 
     assert {name: deployed[name] for name in SHARED} == {name: tested[name] for name in SHARED}
-    assert cluster["spec"]["rabbitmq"]["advancedConfig"].strip() == node.advanced_configuration
+    assert cluster["spec"]["rabbitmq"]["advancedConfig"].strip() == node.advanced_configuration.strip()

@@ -11,8 +11,15 @@ from devstack.rabbitmq import PrivateRabbitMQ
 
 NET_TICKTIME_SEC = 8
 """Value of the Kubernetes component `rabbitmq-operator`."""
-ADVANCED_CONFIGURATION = "[{rabbit, [{consumer_disconnected_timeout, 1000}]}]."
-"""Value of the Kubernetes component `rabbitmq-operator`. Its rabbitmq.conf would be invalid before RabbitMQ 4.3."""
+ADVANCED_CONFIGURATION = """
+[
+  {rabbit, [{consumer_disconnected_timeout, 1000}]},
+  {aten, [{poll_interval, 1000}]},
+  {kernel, [{net_setuptime, 2}]}
+].
+"""
+"""Value of the Kubernetes component `rabbitmq-operator`. In rabbitmq.conf, the first one would be invalid before
+RabbitMQ 4.3."""
 _HOST = "127.0.0.1"
 _SIZE = 3
 _JOINED_SEC = 120.0
