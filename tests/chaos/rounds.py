@@ -34,6 +34,9 @@ PAIR_DELAY_SEC = (0.0, 2.0)
 PROBE_SEC = 60.0
 """Longest time of the probe for a served student after a fault."""
 FILL_SEC = 120.0
+REFILL_PAUSE_SEC = 5.0
+IMPORT_SEC = 60.0
+"""Time after which accounts that no sync has imported are created once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +178,23 @@ async def _fill_pool(broker: ChaosBroker) -> None:
 
 
 async def _refill_pool(broker: ChaosBroker) -> None:
-    """Create accounts in CSP when sandboxes run short. The periodic syncs of the csp-syncer import them."""
-    while True:
-        await asyncio.sleep(5)
+    """Create accounts in CSP when sandboxes run short. The periodic syncs of the csp-syncer import them.
+
+    More accounts are created only after an import, or the pool would grow without limit on a slow machine.
+    """
+
+    async def is_filled() -> bool:
         with contextlib.suppress(Exception):  # requests may fail during a fault; the loop tries again soon
-            if (await broker.stack.stats())["available"] < MIN_AVAILABLE:
+            return (await broker.stack.stats())["available"] >= MIN_AVAILABLE
+        return False
+
+    while True:
+        await asyncio.sleep(REFILL_PAUSE_SEC)
+        if not await is_filled():
+            with contextlib.suppress(Exception):
                 await broker.stack.control("POST", "accounts", {"count": MIN_AVAILABLE, "name_prefix": "sandbox-"})
+            with contextlib.suppress(AssertionError):
+                await wait_until(is_filled, within_sec=IMPORT_SEC, every_sec=REFILL_PAUSE_SEC)
 
 
 @contextlib.asynccontextmanager

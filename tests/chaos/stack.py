@@ -56,6 +56,7 @@ SETTINGS = {
     "DELETION_MAX_ATTEMPTS": "1000",  # a permanently failed deletion would wait for an operator
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
     "SYNC_INTERVAL_SEC": "20",
+    "SYNC_MAX_GROWTH_FRACTION": "1000",  # a held sync would wait for an operator
 }
 
 
