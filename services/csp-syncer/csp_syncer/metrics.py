@@ -13,5 +13,6 @@ DURATION = Histogram(
     buckets=(0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300),
 )
 LAST_COMPLETED = Gauge(
-    "broker_sync_last_completed_timestamp_seconds", "Time of the last completed sync of this csp-syncer"
+    "broker_sync_last_completed_timestamp_seconds",
+    "Time of the last completed sync of this csp-syncer; 0 before the first one since its start",
 )
