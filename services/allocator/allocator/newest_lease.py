@@ -22,10 +22,8 @@ READS = 10
 READ_PAUSE_SEC = 0.05
 """Another allocator holds the message for a moment while it reads it."""
 
-# An unused database is a new installation.
-HAS_LEASE = """
-SELECT EXISTS (SELECT FROM leases WHERE sandbox_id = $1) OR NOT EXISTS (SELECT FROM leases)
-"""
+IS_USED = "SELECT EXISTS (SELECT FROM leases)"
+HAS_LEASE = "SELECT EXISTS (SELECT FROM leases WHERE sandbox_id = $1)"
 
 log = structlog.get_logger()
 
@@ -40,7 +38,12 @@ class NewestLease:
 
     async def check(self, database: asyncpg.Connection) -> None:
         """Raises DatabaseBehind if the database lacks the newest lease, and ConnectionError if RabbitMQ does not
-        answer."""
+        answer.
+
+        A database without leases is a new installation. It is accepted without a question to RabbitMQ."""
+        if not await database.fetchval(IS_USED):
+            metrics.DATABASE_BEHIND.set(False)
+            return
         sandbox_id = await self._read(remove=False)
         is_behind = sandbox_id is not None and not await database.fetchval(HAS_LEASE, sandbox_id)
         metrics.DATABASE_BEHIND.set(is_behind)
