@@ -45,6 +45,7 @@ from sandbox_broker.contract.commands import (
     ReplayDeadLetter,
     ResumeStock,
     RetryDeletion,
+    ServeWaiting,
     StageListing,
     SyncPool,
 )
@@ -59,6 +60,7 @@ from sandbox_broker.contract.replies import (
     DueDeletion,
     LeaseGranted,
     LeasesExpired,
+    LineServed,
     ListingApplied,
     ListingBegun,
     ListingStaged,
@@ -87,6 +89,7 @@ COMMANDS: list[Command] = [
     AllocateSandbox(request_id="r", holder="h", track_name="t", name_prefix="p%_*", idempotency_key="k"),
     AllocateSandbox(request_id="r", holder="h", wait_sec=900),
     ReleaseSandbox(request_id="r", sandbox_id="7", holder="h"),
+    ServeWaiting(),
     ExpireLeases(grace_sec=1800, limit=200),
     ClaimDeletions(run_id=RUN, limit=10, claim_sec=120.5),
     HurryDeletions(run_id=RUN, limit=500, claim_sec=120.5),
@@ -124,6 +127,7 @@ COMMANDS: list[Command] = [
     CleanUpNow(request_id="r", job_id=uuid.UUID(int=7)),
 ]
 REPLIES: list[Reply] = [
+    LineServed(served=2, waiting=5),
     StudentWaiting(position=3, waiting_since=1, estimated_wait_sec=None, retry_after=5),
     refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-"),
     LeaseGranted(

@@ -22,6 +22,7 @@ from allocator.policy_book import PolicyBook, default_terms
 from allocator.redelivery import SeenEnvelopes
 from allocator.routing import Lane
 from allocator.settings import Settings
+from allocator.waiting_line import WaitingLimits, WaitingLine
 from allocator.write_session import Fenced, WriteSession
 from sandbox_broker.contract.codec import InvalidCommand, InvalidEnvelope
 from sandbox_broker.contract.commands import Command
@@ -54,6 +55,7 @@ class Consumer:
             lane.queue.name,
             publisher,
             policies=PolicyBook(default_terms(settings)),
+            waiting_line=WaitingLine(WaitingLimits(settings.waiting_ttl_sec, settings.waiting_max)),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
             newest_lease=NewestLease(settings.amqp_url),

@@ -1,17 +1,18 @@
 """Rules of the pool without a database: batching of commands, and the check of a listing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import orjson
 
+from allocator.waiting_line import are_nested
 from sandbox_broker.contract.codec import InvalidCommand
 from sandbox_broker.contract.commands import AllocateSandbox, Command
 
 T = TypeVar("T")
 
-DedupKey = tuple[str, str | None, str | None]
+DedupKey = tuple[str, str | None, str | None, int | None]
 
 MAX_GROUP = 500
 """Allocations per statement. Larger statements gain little and hold many locks."""
@@ -53,7 +54,7 @@ class _Group:
             return False
         if command.holder in self._holders or command.idempotency_key in self._keys:
             return False
-        if any(other != prefix and _are_nested(other, prefix) for other in self._prefixes):
+        if any(other != prefix and are_nested(other, prefix) for other in self._prefixes):
             return False
         self.commands.append(command)
         self._holders.add(command.holder)
@@ -61,10 +62,6 @@ class _Group:
         if command.idempotency_key is not None:
             self._keys.add(command.idempotency_key)
         return True
-
-
-def _are_nested(one: str, other: str) -> bool:
-    return one.startswith(other) or other.startswith(one)
 
 
 def conflict_free_groups(commands: Sequence[AllocateSandbox]) -> list[list[AllocateSandbox]]:
@@ -78,6 +75,24 @@ def conflict_free_groups(commands: Sequence[AllocateSandbox]) -> list[list[Alloc
             groups.append(_Group())
             groups[-1].try_add(command)
     return [group.commands for group in groups]
+
+
+def split_on_repeated(
+    commands: Sequence[AllocateSandbox], key: Callable[[AllocateSandbox], str | None]
+) -> list[list[AllocateSandbox]]:
+    """Split commands wherever a key other than None repeats in a part, or the part has MAX_GROUP commands; one part
+    in most cases."""
+    parts: list[list[AllocateSandbox]] = [[]]
+    seen: set[str] = set()
+    for command in commands:
+        value = key(command)
+        if value in seen or len(parts[-1]) == MAX_GROUP:
+            parts.append([])
+            seen = set()
+        if value is not None:
+            seen.add(value)
+        parts[-1].append(command)
+    return parts
 
 
 def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
@@ -98,7 +113,7 @@ def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
 
 def dedup_key(command: AllocateSandbox) -> DedupKey:
     """Return the key of equal requests. They get the same reply."""
-    return command.holder, command.name_prefix, command.idempotency_key
+    return command.holder, command.name_prefix, command.idempotency_key, command.wait_sec
 
 
 def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from allocator.background.invariant_check import check_invariants
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_metrics import PoolMetrics
 from allocator.background.presence import Presence
+from allocator.background.waiting_line_watch import WaitingLineWatch
 from allocator.consumer import Consumer
 from allocator.newest_lease import NewestLease
 from allocator.routing import MAINTENANCE, STUDENTS
@@ -27,6 +28,7 @@ def create_app(settings: Settings) -> Starlette:
     relay = OutboxRelay(primary, publisher, NewestLease(settings.amqp_url))
     collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics = PoolMetrics(engine)
+    waiting_line_watch = WaitingLineWatch(publisher, engine)
     presence = Presence(settings.amqp_url, engine)
     students, maintenance = (
         Consumer(lane, settings, primary, publisher, relay) for lane in (STUDENTS, MAINTENANCE)
@@ -62,6 +64,7 @@ def create_app(settings: Settings) -> Starlette:
             check_invariants_periodically,
             collector.run,
             relay.run,
+            waiting_line_watch.run,
             presence.run,
             partial(run_when_checked, presence, maintenance),
             partial(run_when_checked, presence, students),

@@ -52,3 +52,18 @@ EXHAUSTION = Gauge(
     "Seconds until the pool is empty at the rate of new leases of the last five minutes; +Inf without new leases",
 )
 POOL_TOTAL = Gauge("broker_pool_total", "Sandboxes in the pool, without deleted ones")
+
+WAITING = Gauge("broker_waiting_students", "Students in the waiting line")
+WAITING_OLDEST = Gauge("broker_waiting_oldest_seconds", "Longest present wait of a student in the waiting line")
+WAITING_STARTED = Counter("broker_waiting_started_total", "Students that joined the waiting line")
+WAITING_TIME = Histogram(
+    "broker_waiting_seconds",
+    "Time in the waiting line of the students that got a sandbox",
+    buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600),
+)
+WAITING_ENDED = Counter(
+    "broker_waiting_ended_total",
+    "Students that lost their place in the waiting line without a sandbox. left: no repetition of the request. "
+    "timed_out: the longest wait was over. refused: the request could no longer succeed",
+    ["reason"],
+)

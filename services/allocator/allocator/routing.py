@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge, restore
+from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge, restore, waiting
 from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -31,6 +31,7 @@ from sandbox_broker.contract.commands import (
     ReleaseSandbox,
     ReplayDeadLetter,
     RetryDeletion,
+    ServeWaiting,
     StageListing,
 )
 from sandbox_broker.contract.replies import Reply
@@ -71,7 +72,11 @@ class Lane:
 # The statement timeout is shorter than the reply timeout of the gateway.
 STUDENTS = Lane(
     topology.ALLOCATOR_COMMANDS,
-    {ReleaseSandbox: leases.release_sandbox, AllocateSandbox: leases.allocate_sandbox},
+    {
+        ReleaseSandbox: leases.release_sandbox,
+        AllocateSandbox: leases.allocate_sandbox,
+        ServeWaiting: waiting.serve_waiting,
+    },
     max_batch=20,
     batched=True,
     statement_timeout_sec=2,

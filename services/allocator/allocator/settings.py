@@ -12,4 +12,7 @@ class Settings(DatabaseSettings):
     standby_hours: float = Field(default=24, gt=0, le=MAX_HOURS)
     max_wait_minutes: float = Field(default=30, ge=0, le=MAX_HOURS * 60)
     max_replacements: int = Field(default=1, ge=0, le=1_000_000)
+    waiting_ttl_sec: float = Field(default=60, ge=1, le=3600)
+    """Time without a repetition of the request after which a student loses the place in the waiting line."""
+    waiting_max: int = Field(default=2000, ge=0, le=100_000)
     invariant_check_sec: float = Field(default=60, gt=0)

@@ -9,6 +9,7 @@ import structlog
 from allocator import metrics
 from allocator.newest_lease import NewestLease
 from allocator.policy_book import PolicyBook
+from allocator.waiting_line import WaitingLine
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
@@ -90,6 +91,7 @@ class WriteSession:
         publisher: Publisher,
         *,
         policies: PolicyBook,
+        waiting_line: WaitingLine,
         statement_timeout_sec: float,
         planner_settings: str,
         newest_lease: NewestLease | None = None,
@@ -106,6 +108,7 @@ class WriteSession:
         self._connection: asyncpg.Connection | None = None
         self.publisher = publisher
         self.policies = policies
+        self.waiting_line = waiting_line
         self.epoch = 0
         """Fencing epoch of every statement; 0 on standby."""
 

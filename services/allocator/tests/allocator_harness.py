@@ -14,6 +14,7 @@ from allocator.handlers import leases, listings
 from allocator.policy_book import PolicyBook, default_terms
 from allocator.routing import STUDENTS, Lane
 from allocator.settings import Settings
+from allocator.waiting_line import WaitingLimits, WaitingLine
 from allocator.write_session import WriteSession
 from devstack.conditions import wait_until_blocked
 from sandbox_broker.contract import topology
@@ -41,15 +42,25 @@ from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 
 DEFAULT_TERMS = default_terms(Settings(amqp_url="amqp://127.0.0.1", database_url="postgresql://x", _env_file=None))
+WAITING = WaitingLimits(ttl_sec=60, max_places=2000)
 RUN = uuid.UUID(int=8)
 """Id of a clean-up run."""
 
 
 def allocate_command(
-    holder: str, prefix: str | None = None, key: str | None = None, track: str | None = None
+    holder: str,
+    prefix: str | None = None,
+    key: str | None = None,
+    track: str | None = None,
+    wait_sec: int | None = None,
 ) -> AllocateSandbox:
     return AllocateSandbox(
-        request_id="request", holder=holder, name_prefix=prefix, idempotency_key=key, track_name=track
+        request_id="request",
+        holder=holder,
+        name_prefix=prefix,
+        idempotency_key=key,
+        track_name=track,
+        wait_sec=wait_sec,
     )
 
 
@@ -92,6 +103,7 @@ class Pool:
             lane.queue.name,
             self.publisher,
             policies=PolicyBook(DEFAULT_TERMS),
+            waiting_line=WaitingLine(WAITING),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
         )
@@ -155,6 +167,7 @@ class Pool:
                 "allocator_epoch",
                 "cleanup_duty",
                 "dead_letters",
+                "waiting",
                 "policies",
                 "policy_set",
             )

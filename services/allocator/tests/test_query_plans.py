@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from allocator.sql import leases
+from allocator.sql import leases, waiting
 
 from .allocator_harness import Pool
 
@@ -19,6 +19,14 @@ STATEMENTS = {
     "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
     "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
     "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
+    "chosen": (leases.ALLOCATE_CHOSEN, f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1']"),
+    "look": (
+        waiting.LOOK,
+        "1, ARRAY['ann'], ARRAY[NULL::text], ARRAY['new'], ARRAY['key'], ARRAY['lab-', ''], ARRAY['lab.', ''], 1",
+    ),
+    "load": (waiting.LOAD, "1"),
+    "leave": (waiting.LEAVE, "1, ARRAY['holder'], 'left'"),
+    "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
 }
 _COMMON_LOOKUPS = {
@@ -27,6 +35,12 @@ _COMMON_LOOKUPS = {
     "leased_sandbox": "sandboxes_pkey: sandbox_id",
     "keyed": "leases_one_per_idempotency_key: idempotency_key",
     "s": "sandboxes_pkey: sandbox_id",
+}
+_BY_PREFIX = {
+    "first": "sandboxes_available_by_stem: available_stem",
+    "next": "sandboxes_available_by_stem: available_stem",
+    "of_stem": "sandboxes_available_by_stem: available_stem",
+    "by_name": "sandboxes_available_by_name: available_name",
 }
 PLANS = {
     "any": {**_COMMON_LOOKUPS, "oldest": "sandboxes_available: available_since"},
@@ -37,6 +51,23 @@ PLANS = {
         "of_stem": "sandboxes_available_by_stem: available_stem",
         "by_name": "sandboxes_available_by_name: available_name",
     },
+    "chosen": {
+        **_COMMON_LOOKUPS,
+        "chosen_sandbox": "sandboxes_pkey: sandbox_id",
+        "w": "waiting_one_per_holder: holder",
+    },
+    "look": {
+        **_BY_PREFIX,
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "active": "leases_one_per_holder: holder",
+        "keyed": "leases_one_per_idempotency_key: idempotency_key",
+        "oldest_2": "sandboxes_available: available_since",  # PostgreSQL numbers equal aliases
+        "w": "waiting_one_per_holder: holder",
+        "counted": "waiting_one_per_holder",
+    },
+    "load": {"allocator_epoch": "allocator_epoch_once: epoch", "waiting": "waiting_pkey"},
+    "leave": {"allocator_epoch": "allocator_epoch_once: epoch", "w": "waiting_one_per_holder: holder"},
+    "end overdue": {"allocator_epoch": "allocator_epoch_once: epoch", "w": "waiting_pkey: waiting_id"},
     "release": {
         "allocator_epoch": "allocator_epoch_once: epoch",
         "sandboxes": "sandboxes_pkey: sandbox_id",

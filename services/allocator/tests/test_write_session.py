@@ -32,6 +32,7 @@ from sandbox_broker.contract.commands import (
     RefreshSandboxes,
     ReplayDeadLetter,
     RetryDeletion,
+    ServeWaiting,
     StageListing,
 )
 
@@ -62,7 +63,10 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     await pool.fill(1, "stale")
     listing_id = await begin(session)
     await stage(session, listing_id, [account(900), account(int(leased), "renamed")])
+    await allocate(session, allocate_command("dan", "waits-", wait_sec=900))
+    await pool.fill(["waits-1"])
     result: list[Command] = [
+        ServeWaiting(),
         allocate_command("cid"),
         release_command(leased, "ann"),
         ExpireLeases(grace_sec=0, limit=10),

@@ -20,6 +20,7 @@ from sandbox_broker.contract.replies import (
     DeletionsHurried,
     LeaseGranted,
     LeasesExpired,
+    LineServed,
     ListingApplied,
     ListingBegun,
     ListingStaged,
@@ -88,6 +89,13 @@ class ReleaseSandbox(Command[SandboxReleased]):
     request_id: str
     sandbox_id: SandboxId
     holder: PrintableAscii
+
+
+class ServeWaiting(Command[LineServed]):
+    """Lease the available sandboxes to the waiting line, first come, first served, and end overdue places.
+    → LineServed."""
+
+    type: Literal["ServeWaiting"] = "ServeWaiting"
 
 
 class ExpireLeases(Command[LeasesExpired]):
@@ -351,6 +359,7 @@ class CleanUpNow(Command[CleanedUp]):
 AnyCommand = Annotated[
     AllocateSandbox
     | ReleaseSandbox
+    | ServeWaiting
     | ExpireLeases
     | ClaimDeletions
     | HurryDeletions

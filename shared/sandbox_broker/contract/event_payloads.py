@@ -4,6 +4,7 @@ SQL statements of the allocator write them as JSON. A test validates that JSON a
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -70,6 +71,40 @@ class PoolExhausted(_Data):
     """Prefix of the requested sandboxes. None if any sandbox was requested."""
 
 
+class _WaitingEvent(_Data):
+    place: int
+    """Number of the place: the line serves a lower one first."""
+    holder: str
+    name_prefix: str | None
+    """Prefix of the requested sandboxes. None if any sandbox was requested."""
+    track_name: str | None
+    waiting_since: int
+    """Unix seconds."""
+
+
+class WaitingStarted(_WaitingEvent):
+    """A student joined the waiting line."""
+
+    ends_at: int
+    """Unix seconds. The wait ends then at the latest."""
+
+
+class WaitingServed(_WaitingEvent):
+    """A student of the waiting line got a sandbox. `sandbox.allocated` announces the lease, too."""
+
+    sandbox_id: str
+    name: str
+    waited_sec: int
+
+
+class WaitingEnded(_WaitingEvent):
+    """A student lost the place without a sandbox. `left`: gave up, or stopped repeating the request. `timed_out`:
+    the longest wait is over. `refused`: the request can no longer succeed."""
+
+    reason: Literal["left", "timed_out", "refused"]
+    waited_sec: int
+
+
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
@@ -81,4 +116,7 @@ EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sync.completed": SyncCompleted,
     "sync.held": SyncHeld,
     "pool.exhausted": PoolExhausted,
+    "waiting.started": WaitingStarted,
+    "waiting.served": WaitingServed,
+    "waiting.ended": WaitingEnded,
 }

@@ -18,6 +18,9 @@ EventType = Literal[
     "sync.completed",
     "sync.held",
     "pool.exhausted",
+    "waiting.started",
+    "waiting.served",
+    "waiting.ended",
 ]
 
 

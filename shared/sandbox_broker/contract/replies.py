@@ -88,6 +88,13 @@ class SandboxReleased(Message):
     deletion_requested_at: int
 
 
+class LineServed(Message):
+    type: Literal["LineServed"] = "LineServed"
+    served: int
+    waiting: int
+    """Students who still wait."""
+
+
 class LeasesExpired(Message):
     type: Literal["LeasesExpired"] = "LeasesExpired"
     sandbox_ids: tuple[str, ...]
@@ -228,6 +235,7 @@ Reply = Annotated[
     | LeaseGranted
     | StudentWaiting
     | SandboxReleased
+    | LineServed
     | LeasesExpired
     | DeletionsClaimed
     | DeletionsHurried

@@ -67,6 +67,7 @@ COMMANDS = Exchange(
             commands.ReplayDeadLetter,
             commands.ResumeStock,
             commands.RetryDeletion,
+            commands.ServeWaiting,
             commands.SyncPool,
         }
     ),

@@ -199,6 +199,21 @@ policy_set = Table(
     comment="the version of all policies",
 )
 
+waiting = Table(
+    "waiting",
+    metadata,
+    Column("waiting_id", BigInteger, Identity(always=True), primary_key=True, comment="order of the line"),
+    Column("holder", _Name, nullable=False),
+    Column("name_prefix", _Name, comment="null if the student takes any sandbox"),
+    Column("track_name", Text),
+    Column("command", JSONB, nullable=False, comment="the request, carried out when a sandbox is there"),
+    Column("waiting_since", _Time, nullable=False, server_default=func.now()),
+    Column("asked_at", _Time, nullable=False, server_default=func.now(), comment="last repetition of the request"),
+    Column("ends_at", _Time, nullable=False, comment="end of the longest wait"),
+    Index("waiting_one_per_holder", "holder", unique=True),
+    comment="the waiting line: students without a sandbox, first come, first served",
+)
+
 outbox = Table(
     "outbox",
     metadata,

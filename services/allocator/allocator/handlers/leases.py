@@ -1,11 +1,12 @@
 """Leases: allocate, release, expire, and end by an administrator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import structlog
 
 from allocator import domain, metrics
+from allocator.handlers import waiting
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
@@ -46,18 +47,37 @@ async def _holders_already_served(session: WriteSession, commands: Sequence[Allo
 async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
     """Run one allocation per distinct request; duplicates share its reply."""
     unique = {domain.dedup_key(command): command for command in commands}
+    rows: dict[domain.DedupKey, leases.AllocationRow | None] = {}
+    direct, queued = (await waiting.open_line(session)).split(list(unique.values()))
+    for group in domain.conflict_free_groups(direct):
+        rows.update(_by_key(group, await leases.allocate(session, group)))
+    if queued:
+        rows.update(_by_key(queued, await waiting.allocate_in_line(session, queued)))
     replies: dict[domain.DedupKey, Reply] = {}
-    for group in domain.conflict_free_groups(list(unique.values())):
-        rows = await leases.allocate(session, group)
-        for command, row in zip(group, rows, strict=True):
-            replies[domain.dedup_key(command)] = _allocation_reply(command, row)
+    if to_wait := [command for key, command in unique.items() if command.wait_sec and _is_exhausted(rows[key])]:
+        replies.update(await waiting.wait_in_line(session, to_wait))
+        metrics.ALLOCATIONS.labels(outcome="waiting").inc(len(replies))
+    for key, command in unique.items():
+        if key not in replies:
+            replies[key] = _allocation_reply(command, rows[key])
     return _share_replies(commands, replies)
 
 
-def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow) -> Reply:
-    outcome = row["outcome"]
+def _by_key(
+    commands: Sequence[AllocateSandbox], rows: Sequence[leases.AllocationRow | None]
+) -> Iterable[tuple[domain.DedupKey, leases.AllocationRow | None]]:
+    return zip(map(domain.dedup_key, commands), rows, strict=True)
+
+
+def _is_exhausted(row: leases.AllocationRow | None) -> bool:
+    return row is None or row["outcome"] == "exhausted"
+
+
+def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None) -> Reply:
+    """Return the reply for a row. None is a student that waits, and asks without the wish to wait."""
+    outcome = "exhausted" if row is None else row["outcome"]
     metrics.ALLOCATIONS.labels(outcome=outcome).inc()
-    if outcome in ("new", "known"):
+    if row is not None and outcome in ("new", "known"):
         log.info(
             "lease.granted" if outcome == "new" else "lease.repeated",
             request_id=command.request_id,
@@ -91,15 +111,15 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow) -> Re
 
 
 def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:
-    """Return a reply per command. A lease is new for the first of equal commands only."""
-    answered: set[domain.DedupKey] = set()
+    """Return a reply per command. A lease is new for the first command only."""
+    answered: set[str] = set()
     shared: list[Reply] = []
     for command in commands:
-        key = domain.dedup_key(command)
-        reply = replies[key]
-        if key in answered and isinstance(reply, LeaseGranted):
-            reply = reply.model_copy(update={"new": False})
-        answered.add(key)
+        reply = replies[domain.dedup_key(command)]
+        if isinstance(reply, LeaseGranted):
+            if reply.sandbox_id in answered:
+                reply = reply.model_copy(update={"new": False})
+            answered.add(reply.sandbox_id)
         shared.append(reply)
     return shared
 

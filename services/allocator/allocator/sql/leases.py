@@ -27,6 +27,7 @@ from sandbox_broker.database.schema import prefix_end
 # side by side, so the cost grows with the number of requests, whatever the planner estimates.
 _ALLOCATE = f"""
 WITH {GUARD},
+{{before}}
 requests AS MATERIALIZED (
     SELECT r.*, current.*, keyed.holder = r.holder AS key_is_own
     FROM guard
@@ -82,6 +83,7 @@ leased AS (
         ($10::text[])[term], ($11::int[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term]
     FROM claimed
 ),
+{{after}}
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
@@ -92,7 +94,7 @@ announced AS (
     FROM claimed c
     UNION ALL
     SELECT 'pool.exhausted', NULL, jsonb_build_object('name_prefix', nullif(prefix, ''))
-    FROM picked WHERE cardinality(sandbox_ids) < number
+    FROM picked WHERE cardinality(array_remove(sandbox_ids, NULL)) < number
 ),
 outcomes AS (
     SELECT index, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
@@ -118,7 +120,7 @@ SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id,
 FROM outcomes
 """
 
-_PICK_ANY = """
+PICK_ANY = """
 SELECT sandbox_id FROM sandboxes oldest WHERE available_since IS NOT NULL
 ORDER BY available_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
 """
@@ -126,7 +128,7 @@ ORDER BY available_since, sandbox_id LIMIT d.number FOR UPDATE SKIP LOCKED
 # Most names are a stem and a number, and few stems start with the prefix. The recursive CTE steps along the index
 # from stem to stem; the sandboxes of each stem are indexed by age. A prefix with a digit at the end may split a
 # number, so its names are selected by range and sorted.
-_PICK_BY_PREFIX = """
+PICK_BY_PREFIX = """
 SELECT sandbox_id FROM (
     SELECT oldest.*
     FROM (
@@ -163,8 +165,44 @@ SELECT sandbox_id FROM (
 ORDER BY status_since, sandbox_id LIMIT d.number
 """
 
-ALLOCATE_ANY = _ALLOCATE.format(picks=_PICK_ANY)
-ALLOCATE_BY_PREFIX = _ALLOCATE.format(picks=_PICK_BY_PREFIX)
+ALLOCATE_ANY = _ALLOCATE.format(before="", picks=PICK_ANY, after="")
+ALLOCATE_BY_PREFIX = _ALLOCATE.format(before="", picks=PICK_BY_PREFIX, after="")
+
+PLACE_DATA = """
+'place', waiting_id, 'holder', holder, 'name_prefix', name_prefix, 'track_name', track_name,
+    'waiting_since', floor(extract(epoch FROM waiting_since))::bigint
+"""
+"""Fields of every event about a place in the waiting line."""
+
+# The last parameter has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
+# the statement leases none, because a student would overtake another whose sandbox is gone.
+ALLOCATE_CHOSEN = _ALLOCATE.format(
+    before="""
+chosen AS MATERIALIZED (
+    SELECT count(*) = cardinality(array_remove($15::text[], NULL)) AS are_available
+    FROM (
+        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($15::text[]) AND status || '' = 'available'
+        FOR UPDATE SKIP LOCKED
+    ) locked
+),
+""",
+    picks="""
+SELECT CASE WHEN chosen.are_available THEN ($15::text[])[asked.index + 1] END
+FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
+""",
+    after=f"""
+served AS (
+    DELETE FROM waiting w USING claimed c WHERE w.holder = ANY (ARRAY[c.holder COLLATE "C"])
+    RETURNING w.*, c.sandbox_id, c.name
+),
+announced_served AS (
+    INSERT INTO outbox (type, data)
+    SELECT 'waiting.served', jsonb_build_object({PLACE_DATA}, 'sandbox_id', sandbox_id, 'name', name,
+        'waited_sec', floor(extract(epoch FROM now() - waiting_since))::bigint)
+    FROM served
+),
+""",
+)
 
 # End the leases of the CTE `ending (lease_id, sandbox_id, reason, note, request_id, traceparent)` and request the
 # deletion of their sandboxes.
@@ -279,7 +317,9 @@ FROM guard LEFT JOIN target t ON true LEFT JOIN moved m ON true
 
 class AllocationRow(TypedDict):
     index: int
-    outcome: Literal["new", "known", "key_of_another", "key_used_up", "exhausted", "policies_changed"]
+    outcome: Literal[
+        "new", "known", "key_of_another", "key_used_up", "exhausted", "policies_changed", "quota_exceeded"
+    ]
     sandbox_id: str
     name: str
     external_id: str
@@ -311,19 +351,39 @@ async def allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -
 
     Raises asyncpg.UniqueViolationError if another allocator was faster; run it again.
     """
+    has_prefix = any(command.name_prefix for command in commands)
+    return await _allocate(session, ALLOCATE_BY_PREFIX if has_prefix else ALLOCATE_ANY, commands)
+
+
+async def allocate_chosen(
+    session: WriteSession, commands: Sequence[AllocateSandbox], sandbox_ids: Sequence[str | None]
+) -> list[AllocationRow]:
+    """Like `allocate`, with a chosen sandbox for each command, or None. The students leave the waiting line.
+
+    No holder and no idempotency key occurs twice. If a chosen sandbox is not available any more, no sandbox is
+    leased, and the outcome of each command with a chosen sandbox is `exhausted`.
+    """
+    return await _allocate(session, ALLOCATE_CHOSEN, commands, sandbox_ids)
+
+
+async def _allocate(
+    session: WriteSession, statement: str, commands: Sequence[AllocateSandbox], *more: object
+) -> list[AllocationRow]:
     try:
-        return await _allocate(session, commands)
+        return await _try_to_allocate(session, statement, commands, *more)
     except PoliciesChanged:
         await session.policies.load(session.connection)
-        return await allocate(session, commands)
+        return await _allocate(session, statement, commands, *more)
 
 
-async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[AllocationRow]:
+async def _try_to_allocate(
+    session: WriteSession, statement: str, commands: Sequence[AllocateSandbox], *more: object
+) -> list[AllocationRow]:
     """Raises PoliciesChanged if the policy book is outdated."""
     prefixes = [command.name_prefix or "" for command in commands]
     terms, term_numbers = number_terms(session.policies, commands)
     rows: list[AllocationRow] = await session.fetch(
-        ALLOCATE_BY_PREFIX if any(prefixes) else ALLOCATE_ANY,
+        statement,
         session.policies.version,
         list(range(len(commands))),
         [command.holder for command in commands],
@@ -337,6 +397,7 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
         [term.max_extension_sec for term in terms],
         [term.standby_sec for term in terms],
         [term.max_replacements for term in terms],
+        *more,
     )
     if rows[0]["outcome"] == "policies_changed":
         raise PoliciesChanged

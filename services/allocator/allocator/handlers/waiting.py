@@ -1,0 +1,224 @@
+"""Waiting line: serve it, let students join it, and end places."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+
+import structlog
+
+from allocator import domain, metrics
+from allocator.sql import leases, waiting
+from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
+from allocator.write_session import WriteSession
+from sandbox_broker.contract.commands import AllocateSandbox, ServeWaiting
+from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
+
+MAX_PASSES = 10
+"""Passes over the line per command. A pass is repeated if a chosen sandbox was not leased."""
+
+log = structlog.get_logger()
+
+
+async def serve_waiting(session: WriteSession, commands: Sequence[ServeWaiting]) -> list[Reply]:
+    """End overdue places, and lease the available sandboxes to the line."""
+    line = await open_line(session)
+    served = 0
+    if line.places:
+        now = asyncio.get_running_loop().time()
+        line.timed_out = {holder: until for holder, until in line.timed_out.items() if until > now}
+        # Students cannot repeat their requests while no allocator runs, so time without one does not count.
+        may_have_asked = now - line.loaded_at >= line.limits.ttl_sec
+        ttl = timedelta(seconds=line.limits.ttl_sec) if may_have_asked else None
+        _record_ends(line, await waiting.end_overdue(session, ttl=ttl))
+        served = len(await serve_line(session))
+    return [LineServed(served=served, waiting=len(line.places)) for _ in commands]
+
+
+async def open_line(session: WriteSession) -> WaitingLine:
+    """Return the line of the session. It is loaded under a new epoch and after a failed change."""
+    line = session.waiting_line
+    if line.epoch != session.epoch:
+        await waiting.load(session)
+    return line
+
+
+async def allocate_in_line(
+    session: WriteSession, commands: Sequence[AllocateSandbox]
+) -> list[leases.AllocationRow | None]:
+    """Serve the line, and then the commands of students without a place, in this order.
+
+    Return the outcome of each command; None for a student who waits, and for one who must not join the line.
+    """
+    line = session.waiting_line
+    results: list[leases.AllocationRow | None] = []
+    for part in domain.split_on_repeated(commands, lambda command: command.holder):
+        await _leave_for_another_request(session, part)
+        repeated = [command for command in part if command.holder in line.places]
+        new = [command for command in part if command.holder not in line.places]
+        rows = await serve_line(session, new, repeated)
+        results += [rows.get(command.holder) for command in part]
+    return results
+
+
+async def _leave_for_another_request(session: WriteSession, commands: Sequence[AllocateSandbox]) -> None:
+    """End the places of students who wait no longer or for another prefix."""
+    line = session.waiting_line
+    leaving = [
+        command.holder
+        for command in commands
+        if (place := line.places.get(command.holder)) is not None
+        and (command.wait_sec == 0 or command.name_prefix != place.command.name_prefix)
+    ]
+    if leaving:
+        _record_ends(line, await waiting.leave(session, leaving, "left"))
+
+
+async def serve_line(
+    session: WriteSession, requests: Sequence[AllocateSandbox] = (), repeated: Sequence[AllocateSandbox] = ()
+) -> dict[str, leases.AllocationRow]:
+    """Lease the available sandboxes to the line, then to `requests`, first come, first served.
+
+    Return the outcome of each request, and of each place that was served, by holder. `repeated` are requests of
+    waiting students; they keep their places. No holder occurs twice.
+    """
+    line = session.waiting_line
+    keeping = {
+        command.holder: command if _is_changed(command, line.places[command.holder]) else None
+        for command in repeated
+        if command.wait_sec is not None
+    }
+    rows: dict[str, leases.AllocationRow] = {}
+    passed_over: set[str] = set()
+    for _ in range(MAX_PASSES):
+        new = [command for command in requests if command.holder not in rows]
+        seekers = [place.command for holder, place in line.places.items() if holder not in passed_over] + new
+        prefixes = sorted({command.name_prefix or "" for command in seekers})
+        with line.changing():
+            available, settled = await waiting.look(
+                session, repeated=keeping, requests=new, prefixes=prefixes, number=len(seekers)
+            )
+        for holder, command in keeping.items():
+            if command is not None:
+                line.places[holder].command = command
+        keeping = {}
+        seekers = [command for command in seekers if command.holder not in settled]
+        chosen = assign_sandboxes([command.name_prefix or "" for command in seekers], available)
+        sandboxes = {
+            command.holder: sandbox_id
+            for command, sandbox_id in zip(seekers, chosen, strict=True)
+            if sandbox_id is not None
+        }
+        served = [command for command in seekers if command.holder in sandboxes]
+        if await _lease_chosen(session, served, sandboxes, rows, passed_over):
+            break
+    rest = [command for command in requests if command.holder not in rows]
+    for part in domain.split_on_repeated(rest, lambda _: None) if rest else ():
+        outcomes = await leases.allocate_chosen(session, part, [None] * len(part))
+        rows.update((command.holder, row) for command, row in zip(part, outcomes, strict=True))
+    return rows
+
+
+async def _lease_chosen(
+    session: WriteSession,
+    commands: Sequence[AllocateSandbox],
+    sandboxes: dict[str, str],
+    rows: dict[str, leases.AllocationRow],
+    passed_over: set[str],
+) -> bool:
+    """Lease the chosen sandboxes, and add the outcomes to `rows`.
+
+    Return whether all were leased. Otherwise a sandbox is left for students behind, or another lane took one.
+    """
+    line = session.waiting_line
+    is_complete = True
+    for part in domain.split_on_repeated(commands, lambda command: command.idempotency_key) if commands else ():
+        with line.changing():
+            outcomes = await leases.allocate_chosen(session, part, [sandboxes[command.holder] for command in part])
+        refused: list[str] = []
+        for command, row in zip(part, outcomes, strict=True):
+            if row["outcome"] == "exhausted":
+                # A chosen sandbox is no longer available, so the statement leased none.
+                return False
+            is_complete &= row["outcome"] == "new"
+            place = line.places.get(command.holder)
+            if place is None or row["outcome"] == "new":
+                rows[command.holder] = row
+            if place is None:
+                continue
+            if row["outcome"] == "new":
+                _record_served(line, place, row)
+            elif row["outcome"] == "quota_exceeded":
+                passed_over.add(command.holder)
+            else:
+                refused.append(command.holder)
+        if refused:
+            _record_ends(line, await waiting.leave(session, refused, "refused"))
+    return is_complete
+
+
+def _is_changed(command: AllocateSandbox, place: Place) -> bool:
+    """Return whether the student sent another request for the same place, for example with another key."""
+    ignored = {"request_id": "", "traceparent": None, "wait_sec": None}
+    return command.model_copy(update=ignored) != place.command.model_copy(update=ignored)
+
+
+async def wait_in_line(
+    session: WriteSession, commands: Sequence[AllocateSandbox]
+) -> dict[domain.DedupKey, StudentWaiting]:
+    """Let students without a sandbox join the line, in this order, unless they wait already.
+
+    Return the reply to each command of a waiting student. The others must not wait: the line is full, their policy
+    does not allow it, or their longest wait is over.
+    """
+    line = session.waiting_line
+    joining: dict[str, tuple[AllocateSandbox, float]] = {}
+    for command in commands:
+        terms = session.policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
+        wait_sec = min(command.wait_sec or 0, terms.wait_sec)
+        is_over = line.timed_out.pop(command.holder, None) is not None
+        has_room = len(line.places) + len(joining) < line.limits.max_places
+        if wait_sec > 0 and command.holder not in line.places and has_room and not is_over:
+            joining.setdefault(command.holder, (command, wait_sec))
+    if joining:
+        await waiting.join(session, *zip(*joining.values(), strict=True))
+        metrics.WAITING_STARTED.inc(len(joining))
+    positions = line.positions(command.holder for command in commands if command.holder in line.places)
+    for holder, (command, _) in joining.items():
+        log.info(
+            "waiting.started",
+            request_id=command.request_id,
+            holder=holder,
+            name_prefix=command.name_prefix,
+            position=positions[holder],
+        )
+    return {
+        domain.dedup_key(command): StudentWaiting(
+            position=positions[command.holder],
+            waiting_since=line.places[command.holder].waiting_since,
+            estimated_wait_sec=None,
+            retry_after=retry_after_sec(positions[command.holder], line.limits.ttl_sec),
+        )
+        for command in commands
+        if command.holder in positions
+    }
+
+
+def _record_served(line: WaitingLine, place: Place, row: leases.AllocationRow) -> None:
+    line.remove([place.command.holder])
+    waited_sec = max(0, row["allocated_at"] - place.waiting_since)
+    metrics.WAITING_TIME.observe(waited_sec)
+    log.info(
+        "waiting.served",
+        request_id=place.command.request_id,
+        holder=place.command.holder,
+        sandbox_id=row["sandbox_id"],
+        waited_sec=waited_sec,
+    )
+
+
+def _record_ends(line: WaitingLine, ended: Sequence[waiting.EndedRow]) -> None:
+    for row in ended:
+        metrics.WAITING_ENDED.labels(reason=row["reason"]).inc()
+        log.info("waiting.ended", holder=row["holder"], reason=row["reason"])
+        if row["reason"] == "timed_out" and row["holder"] is not None:
+            line.timed_out[row["holder"]] = asyncio.get_running_loop().time() + line.limits.ttl_sec
