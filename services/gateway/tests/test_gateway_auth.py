@@ -33,6 +33,7 @@ ADMIN_ROUTES = [
     ("POST", "/v1/admin/sync"),
     ("GET", "/v1/admin/sync"),
     ("GET", "/v1/admin/leaks"),
+    ("GET", "/v1/admin/waiting"),
     ("GET", "/v1/admin/status"),
     ("GET", "/v1/admin/dead-letters"),
     ("POST", f"/v1/admin/dead-letters/{uuid.UUID(int=7)}/replay"),

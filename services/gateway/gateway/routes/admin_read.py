@@ -8,11 +8,13 @@ from gateway.api.errors import ApiError
 from gateway.api.responses import responses
 from gateway.api.schemas.pool import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats
 from gateway.api.schemas.status import Status
+from gateway.api.schemas.waiting import WaitingPage
 from gateway.context import Context
 from gateway.queries import cursors, leaks, sandboxes
 from gateway.queries.allocation_pages import AllocationFilter, allocations_page
 from gateway.queries.grouped_stats import GroupedBy, grouped_stats
 from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
+from gateway.queries.waiting_pages import waiting_page
 from gateway.routes.admin_actions import COMMON_ERRORS
 from sandbox_broker.contract.types import MAX_ID_LENGTH, SandboxStatus
 
@@ -102,3 +104,10 @@ async def get_leaks(request: Request, limit: Limit = 50, cursor: Cursor = "") ->
     allocated sandboxes that CSP no longer lists."""
     context: Context = request.app.state.context
     return await leaks.leaks_page(context.engine, limit=limit, cursor=cursor)
+
+
+@router.get("/waiting", responses=responses(*LISTING_ERRORS))
+async def get_waiting(request: Request, limit: Limit = 50, cursor: Cursor = "") -> WaitingPage:
+    """List the students in the waiting line, the next student first."""
+    context: Context = request.app.state.context
+    return await waiting_page(context.engine, limit=limit, cursor=cursor)
