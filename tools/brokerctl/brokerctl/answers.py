@@ -121,6 +121,15 @@ class Allocation(TypedDict):
     end_reason: str | None
 
 
+class WaitingStudent(TypedDict):
+    holder: str
+    name_prefix: str | None
+    track_name: str | None
+    waiting_since: Timestamp
+    asked_at: Timestamp
+    ends_at: Timestamp
+
+
 class AppliedSync(TypedDict):
     applied_at: Timestamp
     synced: Count

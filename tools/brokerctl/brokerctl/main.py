@@ -13,7 +13,16 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from brokerctl import dead_letters, output, progress, restore
-from brokerctl.answers import Allocation, Sandbox, SandboxSummary, StateCounts, Stats, SyncState, TransitionResult
+from brokerctl.answers import (
+    Allocation,
+    Sandbox,
+    SandboxSummary,
+    StateCounts,
+    Stats,
+    SyncState,
+    TransitionResult,
+    WaitingStudent,
+)
 from brokerctl.attention import STATUS_TIMEOUT_SEC, fetch_status
 from brokerctl.client import AdminClient, quote_segment
 from brokerctl.errors import EXIT_ATTENTION, EXIT_INTERRUPTED, CommandError, Refused
@@ -148,6 +157,16 @@ def show_leases_of_student(
         output.console.print(output.printable_text(f"{student} never had a sandbox."))
         return
     print_result(as_json, entries, lambda: output.render_allocations(entries))
+
+
+@app.command("waiting")
+def show_waiting_line(context: typer.Context, as_json: JsonOption = False, limit: LimitOption = 50) -> None:
+    """List the students that wait for a sandbox, the next one first."""
+    entries = list(create_client(context).iterate_entries("waiting", "waiting", WaitingStudent, limit))
+    if not entries and not as_json:
+        output.console.print("No student waits.")
+        return
+    print_result(as_json, entries, lambda: output.render_waiting_line(entries))
 
 
 @app.command("sync")

@@ -216,6 +216,22 @@ def render_allocations(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     return build_table(("sandbox", "name", "track", "from", "until", "end reason"), rows)
 
 
+def render_waiting_line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    rows = [
+        (
+            number,
+            entry["holder"],
+            entry["name_prefix"] or "any",
+            entry["track_name"],
+            format_time(entry["waiting_since"]),
+            format_time(entry["asked_at"]),
+        )
+        for number, entry in enumerate(entries, start=1)
+    ]
+    columns = ("place", "student", "name prefix", "track", "waiting since", "last request")
+    return build_table(columns, rows, numbers=("place",))
+
+
 def render_sync_state(state: Mapping[str, Any]) -> RenderableType:
     """Render the last applied listing, and the changes of a held listing if there is one."""
     applied, held = state["applied"], state["held"]
