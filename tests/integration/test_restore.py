@@ -174,6 +174,8 @@ async def test_a_restore_without_the_steps_leases_nothing_until_it_is_confirmed(
     for student in ("before", "after-1", "new"):
         refused = await stack.allocate(student)
         assert (refused.status_code, refused.json()["detail"]["code"]) == (503, "DATABASE_BEHIND")
+    status = await run_brokerctl(stack, "status")
+    assert "The database is an older backup without the newest lease" in status.out
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_database_behind 1.0" in metrics
     await stack.processes["allocator"].stop()
@@ -195,6 +197,7 @@ async def test_a_restore_without_the_steps_leases_nothing_until_it_is_confirmed(
 
     await wait_until(is_served)
     assert await allocate(stack, "before") == before
+    assert (await stack.admin("GET", "status")).json()["database_behind_at"] is None
     assert (await stack.sync(force="true")).status_code == 200
     assert await allocate(stack, "new") not in after | {before}
     again = await run_brokerctl(stack, "restore", "confirm", "--yes", "--json")

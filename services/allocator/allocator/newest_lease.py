@@ -24,6 +24,11 @@ READ_PAUSE_SEC = 0.05
 
 IS_USED = "SELECT EXISTS (SELECT FROM leases)"
 HAS_LEASE = "SELECT EXISTS (SELECT FROM leases WHERE sandbox_id = $1)"
+# For the status report.
+RECORD_BEHIND = """
+UPDATE allocator_epoch SET database_behind_at = CASE WHEN $2 THEN now() END
+WHERE queue = $1 AND ($2 OR database_behind_at IS NOT NULL)
+"""
 
 log = structlog.get_logger()
 
@@ -41,12 +46,10 @@ class NewestLease:
         answer.
 
         A database without leases is a new installation. It is accepted without a question to RabbitMQ."""
-        if not await database.fetchval(IS_USED):
-            metrics.DATABASE_BEHIND.set(False)
-            return
-        sandbox_id = await self._read(remove=False)
+        sandbox_id = await self._read(remove=False) if await database.fetchval(IS_USED) else None
         is_behind = sandbox_id is not None and not await database.fetchval(HAS_LEASE, sandbox_id)
         metrics.DATABASE_BEHIND.set(is_behind)
+        await database.execute(RECORD_BEHIND, topology.ALLOCATOR_COMMANDS.name, is_behind)
         if is_behind:
             log.critical(
                 "database.behind",

@@ -36,8 +36,10 @@ async def test_the_newest_lease_is_read_any_number_of_times(pool: Pool, clean_qu
     for _ in range(30):
         with pytest.raises(DatabaseBehind):
             await newest_lease.check(database)
+    assert await pool.value("SELECT count(database_behind_at) FROM allocator_epoch") == 1
     assert [await newest_lease.forget(), await newest_lease.forget()] == [True, False]
     await newest_lease.check(database)
+    assert await pool.value("SELECT count(database_behind_at) FROM allocator_epoch") == 0
 
 
 async def test_a_known_lease_and_an_unused_database_are_accepted(

@@ -341,6 +341,11 @@ allocator_epoch = Table(
         server_default=text("0"),
         comment="the policies that a statement of this queue must use",
     ),
+    Column(
+        "database_behind_at",
+        _Time,
+        comment="last time that an allocator found the newest lease missing; null when the newest check found it",
+    ),
     Index("allocator_epoch_once", "epoch", unique=True),
     comment="who may write: for each queue of the allocator the epoch of its newest consumer",
 )

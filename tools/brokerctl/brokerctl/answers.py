@@ -79,6 +79,7 @@ class Status(TypedDict):
     csp: CspState | None
     dead_letters: Count | None
     other_broker_at: NotRequired[Timestamp | None]
+    database_behind_at: NotRequired[Timestamp | None]
 
 
 class SandboxSummary(TypedDict):

@@ -69,6 +69,12 @@ def find_attention_items(gateway: Mapping[str, Any], status: Status | None) -> I
             f"Another broker used the same database {format_age(other_broker_at, time.time())}.",
             "Find the allocator that stopped, and correct its DATABASE_URL or AMQP_URL.",
         )
+    if status.get("database_behind_at") is not None:
+        yield AttentionItem(
+            "PostgreSQL",
+            "The database is an older backup without the newest lease. Students get 503.",
+            "Import the lost leases as in the runbook (Backup and restore), or run brokerctl restore confirm.",
+        )
     yield from _check_services(status)
     if status["pool"] is not None:
         yield from _check_pool(status["pool"])

@@ -88,6 +88,11 @@ DOWN = {"state": "down", "problem": "no answer in 0.3 s"}
         ({"csp": {"held": True}}, "CSP", "The newest listing is held."),
         ({"csp": {"listed_at": None}}, "CSP", "Last listing: never."),
         ({"csp": {"failing": 3, "error": "HTTP 500"}}, "CSP", "3 pending deletions have failed so far: HTTP 500"),
+        (
+            {"database_behind_at": 1},
+            "PostgreSQL",
+            "The database is an older backup without the newest lease. Students get 503.",
+        ),
         ({"dead_letters": 7}, "dead letters", "7 messages could not be processed"),
     ],
 )

@@ -19,7 +19,14 @@ from gateway.api.schemas.status import CspStatus, PartStatus, QueueStatus, Servi
 from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections
-from sandbox_broker.database.schema import allocators, applied_listing, csp_listings, dead_letters, sandboxes
+from sandbox_broker.database.schema import (
+    allocator_epoch,
+    allocators,
+    applied_listing,
+    csp_listings,
+    dead_letters,
+    sandboxes,
+)
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.queue_inspector import QueueUnavailable
@@ -54,6 +61,7 @@ class DatabaseReport:
     csp: CspStatus
     dead_letters: int
     other_broker_at: int | None
+    database_behind_at: int | None
 
 
 class Probe(Generic[T]):
@@ -115,6 +123,7 @@ class StatusReporter:
             csp=known and known.csp,
             dead_letters=known and known.dead_letters,
             other_broker_at=known and known.other_broker_at,
+            database_behind_at=known and known.database_behind_at,
         )
 
 
@@ -190,12 +199,14 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     )
     seen_at = func.max(allocators.c.other_broker_at)
     other_broker_at = select(unix_seconds(seen_at)).having(seen_at > func.now() - OTHER_BROKER_WARNING)
+    behind_at = select(unix_seconds(func.max(allocator_epoch.c.database_behind_at)))
     async with read_connection(engine) as connection:
         last = (await connection.execute(newest)).one_or_none()
         listed_at = await connection.scalar(select(unix_seconds(applied_listing.c.begun_at)))
         deletions = (await connection.execute(pending_summary)).one()
         letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
         other_broker = (await connection.execute(other_broker_at)).scalar_one_or_none()
+        database_behind_at = await connection.scalar(behind_at)
     unfinished = last is not None and last.applied_at is None and last.held_at is None
     csp = CspStatus(
         listed_at=listed_at,
@@ -205,4 +216,4 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         failing=deletions.failing,
         error=deletions.error,
     )
-    return DatabaseReport(pool, csp, letters, other_broker)
+    return DatabaseReport(pool, csp, letters, other_broker, database_behind_at)

@@ -71,3 +71,7 @@ class Status(BaseModel):
     other_broker_at: UnixSeconds | None = Field(
         description="last time that an allocator of another broker used the database, null after ten minutes"
     )
+    database_behind_at: UnixSeconds | None = Field(
+        description="last time that an allocator found the newest lease missing in the database: it is an older "
+        "backup, and allocations are refused. Null otherwise"
+    )
