@@ -596,6 +596,19 @@ async def test_a_reply_that_cannot_be_published_is_dropped(
     assert "reply.lost" in [line["event"] for line in logs]
 
 
+async def test_a_reply_without_a_confirm_delays_no_other_reply(
+    bus: Bus, consuming: AbstractConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscription_module, "REPLY_RETRY_SEC", 1000)
+    monkeypatch.setattr(subscription_module, "REPLY_CONFIRM_SEC", 0)
+    await bus.put(properties=Basic.Properties(reply_to="on a lost node", correlation_id="1"))
+    subscription = await Subscription.open(consuming, QUEUE, prefetch=1)
+    (delivery,) = await subscription.batch(1)
+    with structlog.testing.capture_logs() as logs:
+        await publish_replies(bus.publisher, delivery, [Recorded(changed=True)])
+    assert "reply.not_confirmed" in [line["event"] for line in logs]
+
+
 async def test_a_connection_declares_an_incomplete_topology(clean_queues: str) -> None:
     async with await aio_pika.connect(clean_queues) as connection, connection.channel() as channel:
         await channel.exchange_delete(topology.EVENTS.name)

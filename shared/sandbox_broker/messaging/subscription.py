@@ -32,6 +32,10 @@ REPLY_RETRY_SEC = 3.0
 
 REPLY_PAUSE_SEC = 0.1
 
+REPLY_CONFIRM_SEC = 1.0
+"""Time limit for the confirm of a sent reply. RabbitMQ 4.3 confirms none to a reply queue on a lost node, and the
+requesters of the next batch would wait meanwhile."""
+
 PUBLISHED_AT = "published_at"
 """Header with the time of publication in Unix milliseconds, by the clock of the publisher."""
 
@@ -146,7 +150,7 @@ def _tag(delivery: DeliveredMessage) -> int:
 
 async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
     """Publish the replies; retry for REPLY_RETRY_SEC after a disconnect. A requester that has gone is not an
-    error. Requesters drop duplicate replies."""
+    error. Requesters drop duplicate replies. A reply without a confirm may have arrived."""
     request = delivery.header.properties
     if not request.reply_to:
         return None
@@ -157,9 +161,17 @@ async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, repl
             while True:
                 try:
                     return await publisher.publish(
-                        topology.REPLIES.name, request.reply_to, body, properties, mandatory=False
+                        topology.REPLIES.name,
+                        request.reply_to,
+                        body,
+                        properties,
+                        mandatory=False,
+                        timeout_sec=REPLY_CONFIRM_SEC,
                     )
                 except Disconnected as error:
+                    if isinstance(error.__cause__, TimeoutError) and publisher.connected:
+                        log.warning("reply.not_confirmed")
+                        return None
                     log.info("reply.delayed", error=str(error))
                     await asyncio.sleep(REPLY_PAUSE_SEC)
     except TimeoutError:
