@@ -51,6 +51,7 @@ class RabbitMQCluster:
         lines = (
             "cluster_formation.peer_discovery_backend = classic_config",
             *names,
+            "cluster_formation.discovery_retry_limit = 3",  # the first node of RabbitMQ 4 would wait for minutes
             "cluster_partition_handling = pause_minority",
             f"net_ticktime = {net_ticktime_sec}",
         )
