@@ -3,7 +3,7 @@
 Handlers call the functions with named parameters and get typed rows. Row types are TypedDicts: they type the items
 of asyncpg's records, so no statement creates an object per row.
 
-Only `leases`, `deletions`, `listings` and `purge` write the pool: sandboxes and their leases. `jobs` and
+Only `leases`, `deletions`, `listings` and `purge` write the pool: sandboxes and their leases. `waiting`, `jobs` and
 `dead_letters` write other tables.
 
 Rules for every statement:
