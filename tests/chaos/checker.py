@@ -6,6 +6,7 @@ violation. In doubt a rule assumes correct behaviour, so every reported violatio
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TypeVar
@@ -25,6 +26,10 @@ but an allocator that has received it may be slow.
 """
 OVERDUE_SEC = 60.0
 """Longest time from the expiry of a lease, including the grace period, to its end."""
+LOCK_SEC = 1.0
+"""Longest wait of a statement for a locked row. An event carries the start of its statement, so the event of a
+change may seem to come after the end of the lease that waited for it.
+"""
 FAILOVER_SEC = 3.0
 """Longest wait for a reply when an allocator dies and a standby is ready. A client with a shorter time-out, such as
 a probe, does not count as unanswered.
@@ -39,7 +44,10 @@ TRANSITIONS = {
     (AVAILABLE, "sandbox.stale"): STALE,
     (STALE, "sandbox.restored"): AVAILABLE,
     (STALE, "sandbox.deleted"): DELETED,
+    (ALLOCATED, "lease.claimed"): ALLOCATED,
+    (ALLOCATED, "lease.extended"): ALLOCATED,
     (ALLOCATED, "sandbox.deletion_requested"): PENDING,
+    (PENDING, "sandbox.replaced"): PENDING,
     (PENDING, "sandbox.deleted"): DELETED,
     (PENDING, "sandbox.deletion_failed"): FAILED,
     (FAILED, "sandbox.deletion_requested"): PENDING,
@@ -85,14 +93,15 @@ def one_lease_per_idempotency_key(evidence: Evidence) -> Iterator[str]:
 
 def every_answer_is_a_lease(evidence: Evidence) -> Iterator[str]:
     """Require a lease for every granted allocation, and at most one response with 201 per lease."""
-    leases = _index_leases(evidence)
+    leases, ends = _index_leases(evidence), _index_announced_ends(evidence)
     new: dict[int, Operation] = {}
     for answer in _select_granted(evidence):
         lease = leases.get((answer.sandbox_id, answer.student))
         if lease is None:
             yield f"{_format_operation(answer)} got sandbox {answer.sandbox_id}, but this lease does not exist"
             continue
-        if (answer.allocated_at, answer.expires_at) != (int(lease.allocated_at), int(lease.expires_at)):
+        answered_ends = {int(lease.expires_at), *ends.get(lease.sandbox_id, ())}
+        if answer.allocated_at != int(lease.allocated_at) or answer.expires_at not in answered_ends:
             yield (
                 f"{_format_operation(answer)} got a lease from {answer.allocated_at} to {answer.expires_at}, but "
                 f"it is {_format_leases([lease])}, from {lease.allocated_at:.3f} to {lease.expires_at:.3f}"
@@ -156,7 +165,11 @@ def every_unknown_resolves_to_once_or_never(evidence: Evidence) -> Iterator[str]
     """
     answers = _group_by(_select_granted(evidence), lambda answer: (answer.sandbox_id, answer.student))
     unknown = _group_by(
-        (operation for operation in _select_kind(evidence, "allocate") if operation.outcome == "unknown"),
+        (
+            operation
+            for operation in evidence.operations
+            if operation.kind in ("allocate", "replace") and operation.outcome == "unknown"
+        ),
         lambda operation: operation.student,
     )
     for lease in sorted(evidence.leases, key=lambda lease: lease.allocated_at):
@@ -181,20 +194,58 @@ def _find_unexplained_ends(evidence: Evidence) -> Iterator[str]:
         (operation for operation in _select_kind(evidence, "release") if operation.outcome != "refused"),
         lambda operation: (operation.sandbox_id, operation.student),
     )
+    replacements = _group_by(
+        (operation for operation in _select_kind(evidence, "replace") if operation.outcome != "refused"),
+        lambda operation: (operation.sandbox_id, operation.student),
+    )
     for lease in evidence.leases:
         lease_releases = releases.get((lease.sandbox_id, lease.holder), [])
-        earliest_expiry = lease.expires_at + evidence.grace_sec
+        earliest_expiry = lease.expires_at + (evidence.grace_sec if lease.mode == "active" else 0)
         if lease.ended_at is None:
             if evidence.collected_at > earliest_expiry + OVERDUE_SEC:
                 yield f"overdue at {_format_time(evidence.collected_at)}: {_format_leases([lease])}"
         elif lease.end_reason == "student":
             if not any(release.invoked_at - SAME_MOMENT_SEC <= lease.ended_at for release in lease_releases):
                 yield f"no release request of the student explains the end of {_format_leases([lease])}"
-        elif lease.end_reason == "expired":
+        elif lease.end_reason == "broken":
+            requests = replacements.get((lease.sandbox_id, lease.holder), [])
+            if not any(request.invoked_at - SAME_MOMENT_SEC <= lease.ended_at for request in requests):
+                yield f"no replacement request explains the end of {_format_leases([lease])}"
+        elif lease.end_reason == ("unclaimed" if lease.mode == "standby" else "expired"):
             if lease.ended_at < earliest_expiry - SAME_MOMENT_SEC:
                 yield f"expired before {_format_time(earliest_expiry)}: {_format_leases([lease])}"
         else:
             yield f"unknown reason for the end of {_format_leases([lease])}"
+
+
+def lease_changes_are_kept(evidence: Evidence) -> Iterator[str]:
+    """Require that a confirmed claim or extension has its effect and event, and that each extension counts once.
+
+    An extended lease does not expire early: `every_unknown_resolves_to_once_or_never` compares the expiry with the
+    stored end of the lease.
+    """
+    leases, ends = _index_leases(evidence), _index_announced_ends(evidence)
+    for change in evidence.operations:
+        if change.kind not in ("claim", "extend") or change.outcome != "ok":
+            continue
+        lease = leases.get((change.sandbox_id, change.student))
+        if lease is None:
+            yield f"{_format_operation(change)} was confirmed, but this lease does not exist"
+        elif change.expires_at is None or int(lease.expires_at) < change.expires_at:
+            yield f"{_format_operation(change)} was confirmed, but is not kept in {_format_leases([lease])}"
+        elif change.kind == "extend" and change.expires_at not in ends.get(lease.sandbox_id, ()):
+            yield f"{_format_operation(change)} was confirmed, but has no event"
+    requested = _group_by(
+        (change for change in _select_kind(evidence, "extend") if change.outcome != "refused"),
+        lambda change: change.sandbox_id,
+    )
+    for sandbox_id, events in _group_events_by_sandbox(evidence).items():
+        counts = Counter(event.type for event in events)
+        keys = {change.idempotency_key for change in requested.get(sandbox_id, [])}
+        if counts["lease.extended"] > len(keys):
+            yield f"sandbox {sandbox_id} was extended {counts['lease.extended']} times for {len(keys)} requests"
+        if counts["lease.claimed"] > 1:
+            yield f"sandbox {sandbox_id} was claimed {counts['lease.claimed']} times"
 
 
 def only_the_specs_transitions(evidence: Evidence) -> Iterator[str]:
@@ -202,12 +253,14 @@ def only_the_specs_transitions(evidence: Evidence) -> Iterator[str]:
     statuses = {sandbox.sandbox_id: sandbox.status for sandbox in evidence.sandboxes}
     histories = _group_events_by_sandbox(evidence)
     for sandbox_id, events in histories.items():
-        status = UNKNOWN
+        status, since = UNKNOWN, 0.0
         for event in sorted(events, key=lambda event: event.occurred_at):
             step = (status, event.type)
+            if status == PENDING and event.type.startswith("lease.") and event.occurred_at < since + LOCK_SEC:
+                continue
             if step not in TRANSITIONS and not (step == REOPENED and event.data.get("reopened")):
                 yield f"sandbox {sandbox_id} was {status} before {_format_event(event)}"
-            status = STATUS_AFTER_EVENT.get(event.type, status)
+            status, since = STATUS_AFTER_EVENT.get(event.type, status), event.occurred_at
         if statuses.get(sandbox_id, status) != status:
             yield f"sandbox {sandbox_id} is {statuses[sandbox_id]}, but its events lead to {status}"
     for sandbox_id in statuses.keys() - histories.keys():
@@ -292,6 +345,11 @@ def released_sandboxes_are_deleted_in_csp(evidence: Evidence) -> Iterator[str]:
             yield f"{request}, which has no lease"
         elif _get_end(lease) > deletion.began_at + SAME_MOMENT_SEC:
             yield f"{request} of {_format_leases([lease])}"
+        elif (
+            lease.end_reason == "broken"
+            and deletion.began_at < _get_end(lease) + evidence.hold_sec - SAME_MOMENT_SEC
+        ):
+            yield f"{request} before the end of its hold: {_format_leases([lease])}"
 
 
 def students_are_served_again_in_time(evidence: Evidence) -> Iterator[str]:
@@ -332,6 +390,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     releases_are_kept,
     reads_show_answered_leases,
     every_unknown_resolves_to_once_or_never,
+    lease_changes_are_kept,
     only_the_specs_transitions,
     every_event_is_published,
     epochs_never_go_back,
@@ -348,7 +407,20 @@ def _select_kind(evidence: Evidence, kind: str) -> Iterator[Operation]:
 
 
 def _select_granted(evidence: Evidence) -> Iterator[Operation]:
-    return (operation for operation in _select_kind(evidence, "allocate") if operation.outcome == "ok")
+    """Yield the operations whose response contains a lease, with the sandbox of this lease."""
+    for operation in evidence.operations:
+        if operation.outcome == "ok" and operation.kind == "allocate":
+            yield operation
+        elif operation.outcome == "ok" and operation.kind == "replace":
+            yield replace(operation, sandbox_id=operation.new_sandbox_id)
+
+
+def _index_announced_ends(evidence: Evidence) -> dict[str, set[object]]:
+    """Return the ends of each sandbox's lease, in Unix seconds, as its events announced them."""
+    return {
+        sandbox_id: {event.data["expires_at"] for event in events if "expires_at" in event.data}
+        for sandbox_id, events in _group_events_by_sandbox(evidence).items()
+    }
 
 
 def _index_leases(evidence: Evidence) -> dict[tuple[str | None, str], Lease]:

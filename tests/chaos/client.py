@@ -1,4 +1,5 @@
-"""Simulated students. They allocate sandboxes, repeat requests, and release their lease or let it expire.
+"""Simulated students. They allocate sandboxes, repeat requests, claim, extend and replace, and release their lease
+or let it expire.
 
 They use the time-out, the backoff and the retry rules of the Instruqt script. Every request is recorded.
 """
@@ -7,7 +8,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -24,6 +25,7 @@ PAUSE_SEC = (0.2, 1.5)
 PROBE_TIMEOUT_SEC = 1.0
 PROBE_PAUSE_SEC = 0.1
 METER_PAUSE_SEC = 0.5
+EXTENSION_HOURS = 10 / 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class Students:
         *,
         rng: random.Random,
         idempotency_key: str | None = None,
+        standby: bool = False,
         timeout_sec: float = REQUEST_TIMEOUT_SEC,
     ) -> Operation:
         """Send one request to a random gateway, as a load balancer would, and record it."""
@@ -147,6 +150,8 @@ class Students:
         headers = track_headers(student)
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
+        if standby:
+            headers["X-Lease-Mode"] = "standby"
         number, invoked_at = self._history.next_number(), time.time()
         self._pending.add(number)
         response: httpx.Response | None = None
@@ -154,20 +159,23 @@ class Students:
         try:
             async with asyncio.timeout(timeout_sec):
                 url = f"{rng.choice(self._gateways)}/v1/{path}"
-                response = await self._client.request(method, url, headers=headers, timeout=timeout_sec)
+                response = await self._client.request(
+                    method, url, headers=headers, json=_BODIES.get(kind), timeout=timeout_sec
+                )
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
         finally:
             self._pending.remove(number)
         ended_at = time.time()
         body = _parse_body(response)
-        lease = body if kind == "allocate" else {}
+        lease = body if kind in ("allocate", "claim", "extend", "replace") else {}
         refusal = body.get("detail", {})
         operation = Operation(
             number=number,
             kind=kind,
             student=student,
             sandbox_id=sandbox_id or lease.get("sandbox_id"),
+            new_sandbox_id=lease.get("sandbox_id") if kind == "replace" else None,
             idempotency_key=idempotency_key,
             invoked_at=invoked_at,
             ended_at=ended_at,
@@ -189,6 +197,7 @@ class Students:
         *,
         rng: random.Random,
         idempotency_key: str | None = None,
+        standby: bool = False,
     ) -> Operation:
         """Send requests until the response is final or the script's time budget is used."""
         began_at = time.time()
@@ -196,7 +205,9 @@ class Students:
         attempts = 0
         while True:
             attempts += 1
-            operation = await self.send_request(kind, student, sandbox_id, rng=rng, idempotency_key=idempotency_key)
+            operation = await self.send_request(
+                kind, student, sandbox_id, rng=rng, idempotency_key=idempotency_key, standby=standby
+            )
             pause = operation.retry_after_sec + backoff * rng.uniform(0.5, 1)
             final = operation.status is not None and operation.status not in (408, 429) and operation.status < 500
             if final or time.time() + pause > began_at + DEFAULT_BUDGET_SEC:
@@ -219,12 +230,21 @@ class _Student:
         """Make one to three visits. Each gets a new sandbox, unless the lease of the last visit is still active."""
         for visit in range(self.rng.randint(1, 3)):
             key = f"{self.name}-{visit}" if self.rng.random() < 0.5 else None
-            lease = await self._allocate(key)
+            standby = self.rng.random() < 0.2
+            lease = await self._allocate(key, standby=standby)
             if lease.outcome != "ok" or lease.sandbox_id is None:
                 await self._pause()
                 return
-            await self._read(lease.sandbox_id)
+            sandbox_id = lease.sandbox_id
+            await self._read(sandbox_id)
             await self._pause()
+            if standby and self.rng.random() < 0.8:
+                await self._change("claim", sandbox_id)
+            if self.rng.random() < 0.3:
+                await self._change("extend", sandbox_id, key=f"{self.name}-{visit}-{sandbox_id}")
+            if self.rng.random() < 0.1:
+                replacement = await self._change("replace", sandbox_id)
+                sandbox_id = replacement.new_sandbox_id or sandbox_id
             if self.rng.random() < 0.4:
                 await self._allocate(key)
             if self.rng.random() < 0.2:
@@ -232,12 +252,17 @@ class _Student:
             await self._pause()
             if self.rng.random() < 0.25:
                 return  # the lease expires
-            await self._release(lease.sandbox_id)
+            await self._release(sandbox_id)
             if self.rng.random() < 0.3:
-                await self._release(lease.sandbox_id)
+                await self._release(sandbox_id)
 
-    async def _allocate(self, key: str | None) -> Operation:
-        return await self.students.run_script("allocate", self.name, rng=self.rng, idempotency_key=key)
+    async def _allocate(self, key: str | None, *, standby: bool = False) -> Operation:
+        return await self.students.run_script(
+            "allocate", self.name, rng=self.rng, idempotency_key=key, standby=standby
+        )
+
+    async def _change(self, kind: OperationKind, sandbox_id: str, *, key: str | None = None) -> Operation:
+        return await self.students.run_script(kind, self.name, sandbox_id, rng=self.rng, idempotency_key=key)
 
     async def _read(self, sandbox_id: str) -> Operation:
         return await self.students.send_request("read", self.name, sandbox_id, rng=self.rng)
@@ -254,7 +279,13 @@ def _build_route(kind: OperationKind, sandbox_id: str | None) -> tuple[str, str]
         return "POST", "allocate"
     if kind == "read":
         return "GET", f"sandboxes/{sandbox_id}"
-    return "POST", f"sandboxes/{sandbox_id}/mark-for-deletion"
+    return "POST", f"sandboxes/{sandbox_id}/{'mark-for-deletion' if kind == 'release' else kind}"
+
+
+_BODIES: Mapping[OperationKind, Mapping[str, object]] = {
+    "extend": {"hours": EXTENSION_HOURS},
+    "replace": {"reason": "broken"},
+}
 
 
 def _classify_outcome(response: httpx.Response | None, failure: str) -> Outcome:

@@ -24,7 +24,7 @@ if module == "gateway":
     rpc.request = crashes.wrap(rpc.request, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer
-    from allocator.sql import leases
+    from allocator.sql import lease_changes, leases
     from sandbox_broker.contract import topology
     from sandbox_broker.messaging import subscription
 
@@ -32,6 +32,9 @@ if module == "allocator":
     commit = ("before a student's commit", "after a student's commit")
     leases.allocate = crashes.wrap(leases.allocate, *commit)
     leases.release = crashes.wrap(leases.release, *commit)
+    lease_changes.claim = crashes.wrap(lease_changes.claim, *commit)
+    lease_changes.extend = crashes.wrap(lease_changes.extend, *commit)
+    lease_changes.replace = crashes.wrap(lease_changes.replace, *commit)
 
     # Crash only at messages of students, because maintenance replies and acknowledges continuously.
     students = topology.ALLOCATOR_COMMANDS.name

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-OperationKind = Literal["allocate", "release", "read"]
+OperationKind = Literal["allocate", "release", "read", "claim", "extend", "replace"]
 Outcome = Literal["ok", "refused", "unknown"]
 """refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later."""
 
@@ -21,7 +21,9 @@ class Operation:
     kind: OperationKind
     student: str
     sandbox_id: str | None = None
-    """Sandbox to release or read, or sandbox in the response to an allocation."""
+    """Sandbox of the request, or sandbox in the response to an allocation."""
+    new_sandbox_id: str | None = None
+    """Sandbox in the response to a replacement."""
     idempotency_key: str | None = None
     invoked_at: float
     ended_at: float
@@ -45,6 +47,7 @@ class Lease:
     expires_at: float
     ended_at: float | None = None
     end_reason: str | None = None
+    mode: str = "active"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,8 @@ class Evidence:
     """The gateway's counts: one per status, and their `total`."""
     grace_sec: float
     """Time from the expiry of a lease to its end."""
+    hold_sec: float = 0
+    """Time from the replacement of a broken sandbox to its deletion."""
     collected_at: float
     """Time at which the database was read."""
     failover_periods: Sequence[FailoverPeriod] = ()

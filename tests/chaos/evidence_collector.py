@@ -13,7 +13,7 @@ from devstack.conditions import wait_until
 from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.client import History
 from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
-from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, ChaosBroker
+from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, HOLD_SEC, ChaosBroker
 from tests.integration.stack import Stack
 
 IDLE_TIMEOUT_SEC = 180.0
@@ -112,6 +112,7 @@ async def collect_stack_evidence(
                 expires_at=row["expires_at"].timestamp(),
                 ended_at=None if row["ended_at"] is None else row["ended_at"].timestamp(),
                 end_reason=row["end_reason"],
+                mode=row["mode"],
             )
             for row in leases
         ],
@@ -127,6 +128,7 @@ async def collect_stack_evidence(
         recoveries=recoveries,
         stats=await stack.stats(),
         grace_sec=GRACE_SEC,
+        hold_sec=HOLD_SEC,
         collected_at=time.time(),
     )
 

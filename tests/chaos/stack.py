@@ -45,9 +45,13 @@ the lease.
 QUERY_SEC = 5.0
 RESTART_SEC = 1.0
 """Pause between the exit of a process and its restart."""
+HOLD_SEC = 10.0
+"""Time from the replacement of a broken sandbox to its deletion."""
 SETTINGS = {
     "LAB_DURATION_HOURS": str(LAB_SEC / 3600),
     "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
+    "STANDBY_HOURS": str((LAB_SEC + GRACE_SEC) / 3600),
+    "BROKEN_HOLD_HOURS": str(HOLD_SEC / 3600),
     "CLEANUP_INTERVAL_SEC": "2",
     "CLEANUP_BATCH_SIZE": "50",
     "CLEANUP_CONCURRENCY": "8",

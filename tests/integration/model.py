@@ -8,7 +8,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
-LEASE_AND_GRACE_MIN = 4 * 60 + 30
+LEASE_MIN = 4 * 60
+GRACE_MIN = 30
+STANDBY_MIN = 24 * 60
+MAX_EXTENSION_MIN = 4 * 60
+MAX_REPLACEMENTS = 1
 STALE_RETENTION_MIN = 24 * 60
 LISTING_LAG_MIN = 5
 """Time after a deletion during which CSP may still list the account."""
@@ -37,6 +41,8 @@ class Sandbox:
     since: int
     missing: bool = False
     """CSP no longer lists the sandbox of an active lease."""
+    on_hold: bool = False
+    """The sandbox was replaced and waits for an operator. Only `end_hold` ends the hold."""
 
 
 @dataclass
@@ -45,6 +51,14 @@ class Lease:
     holder: str
     key: str | None
     begun: int
+    expires: int
+    prefix: str = ""
+    standby: bool = False
+    claimed: int | None = None
+    first_holder: str | None = None
+    extended: int = 0
+    replacements: int = 0
+    replaced_by: str | None = None
     end_reason: str | None = None
     """None for an active lease."""
 
@@ -75,10 +89,87 @@ class Model:
             raise Refused(409, "POOL_EXHAUSTED")
         return matching
 
-    def grant(self, student: str, sandbox_id: str, key: str | None) -> Lease:
+    def grant(self, student: str, sandbox_id: str, key: str | None, prefix: str | None, *, standby: bool) -> Lease:
         self._set_status(sandbox_id, "allocated")
-        lease = self.leases[sandbox_id] = Lease(sandbox_id, student, key, self.now)
+        expires = self.now + (STANDBY_MIN if standby else LEASE_MIN)
+        lease = self.leases[sandbox_id] = Lease(
+            sandbox_id, student, key, self.now, expires, prefix or "", standby=standby
+        )
         return lease
+
+    def claim(self, student: str, sandbox_id: str, new_holder: str | None) -> Lease:
+        lease = self.leases.get(sandbox_id)
+        if lease is None or student not in (lease.holder, lease.first_holder):
+            lease = self._lease_of(student, sandbox_id)
+        self._require_active(lease)
+        holder = new_holder or lease.holder
+        if not lease.standby:
+            if new_holder not in (None, lease.holder):
+                raise Refused(409, "ALREADY_CLAIMED")
+            return lease
+        if holder != lease.holder:
+            if self.held_by(holder) is not None:
+                raise Refused(409, "NEW_HOLDER_HAS_LEASE")
+            lease.first_holder, lease.holder = lease.holder, holder
+        lease.standby, lease.claimed, lease.expires = False, self.now, self.now + LEASE_MIN
+        return lease
+
+    def extend(self, student: str | None, sandbox_id: str, minutes: int) -> Lease:
+        """Extend a lease, by an administrator without `student`."""
+        lease = self._changeable_lease(student, sandbox_id)
+        if student is not None:
+            if lease.standby:
+                raise Refused(409, "NOT_CLAIMED")
+            if lease.extended + minutes > MAX_EXTENSION_MIN:
+                raise Refused(409, "EXTENSION_LIMIT")
+            lease.extended += minutes
+        lease.expires += minutes
+        return lease
+
+    def replace(self, student: str | None, sandbox_id: str) -> Lease | set[str]:
+        """Return the lease of an earlier replacement, or the ids of all sandboxes that fit. `grant_replacement`
+        records the broker's choice."""
+        lease = self._lease_to_change(student, sandbox_id)
+        if lease.replaced_by is not None:
+            new = self.leases[lease.replaced_by]
+            if new.end_reason is None and student in (None, new.holder):
+                return new
+        self._require_active(lease)
+        if student is not None and lease.replacements >= MAX_REPLACEMENTS:
+            raise Refused(409, "REPLACEMENT_LIMIT")
+        matching = {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(lease.prefix)}
+        if not matching:
+            raise Refused(409, "POOL_EXHAUSTED")
+        return matching
+
+    def grant_replacement(self, sandbox_id: str, new_sandbox_id: str) -> Lease:
+        old = self.leases[sandbox_id]
+        new = self.grant(old.holder, new_sandbox_id, None, old.prefix, standby=old.standby)
+        new.expires = max(old.expires, new.expires)
+        new.claimed, new.first_holder, new.extended = old.claimed, old.first_holder, old.extended
+        new.replacements = old.replacements + 1
+        old.replaced_by = new_sandbox_id
+        self.sandboxes[sandbox_id].on_hold = True
+        self._finish_lease(old, "broken")
+        return new
+
+    def _lease_to_change(self, student: str | None, sandbox_id: str) -> Lease:
+        if student is not None:
+            return self._lease_of(student, sandbox_id)
+        if sandbox_id not in self.sandboxes and sandbox_id not in self.leases:
+            raise Refused(404, "SANDBOX_NOT_FOUND")
+        if sandbox_id not in self.leases:
+            raise Refused(409, "NOT_ALLOCATED")
+        return self.leases[sandbox_id]
+
+    def _changeable_lease(self, student: str | None, sandbox_id: str) -> Lease:
+        lease = self._lease_to_change(student, sandbox_id)
+        self._require_active(lease)
+        return lease
+
+    def _require_active(self, lease: Lease) -> None:
+        if lease.end_reason is not None:
+            raise Refused(409, "LEASE_ENDED")
 
     def release(self, student: str, sandbox_id: str) -> str:
         """Return the status in the response."""
@@ -105,11 +196,13 @@ class Model:
         self._finish_lease(self.leases[sandbox_id], "admin")
         return "pending_deletion"
 
-    def retry_deletion(self, sandbox_id: str) -> str:
+    def retry_deletion(self, sandbox_id: str, *, end_hold: bool = False) -> str:
         if sandbox_id not in self.sandboxes:
             raise Refused(404, "SANDBOX_NOT_FOUND")
-        if self.sandboxes[sandbox_id].status != "deletion_failed":
+        sandbox = self.sandboxes[sandbox_id]
+        if sandbox.status != "deletion_failed" and not (sandbox.on_hold and end_hold):
             raise Refused(409, "NOT_DELETION_FAILED")
+        sandbox.on_hold = False
         self._set_status(sandbox_id, "pending_deletion")
         self._clean_up()
         return "pending_deletion"
@@ -171,8 +264,11 @@ class Model:
         """Advance the time. Returns the number of deleted sandboxes, which were stale for a day."""
         self.now += minutes
         for lease in list(self.leases.values()):
-            if lease.end_reason is None and self.now - lease.begun >= LEASE_AND_GRACE_MIN:
-                self._finish_lease(lease, "expired")
+            if lease.end_reason is None:
+                if lease.standby and self.now >= lease.expires:
+                    self._finish_lease(lease, "unclaimed")
+                elif not lease.standby and self.now >= lease.expires + GRACE_MIN:
+                    self._finish_lease(lease, "expired")
         return self.delete_stale(STALE_RETENTION_MIN)
 
     def set_csp_state(self, csp: CspState) -> None:
@@ -181,6 +277,8 @@ class Model:
 
     def _clean_up(self) -> None:
         for sandbox_id in self._with_status("pending_deletion"):
+            if self.sandboxes[sandbox_id].on_hold:
+                continue
             if self.sandboxes[sandbox_id].missing:  # without a request to CSP
                 self._set_status(sandbox_id, "deleted")
             elif self.csp is CspState.WORKS:

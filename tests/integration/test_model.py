@@ -48,6 +48,7 @@ SETTINGS = {
     "ADMIN_WAIT_SEC": "60",
     "ALLOCATE_TIMEOUT_SEC": "60",
     "AUTO_EXPIRY_INTERVAL_SEC": "0.2",
+    "BROKEN_HOLD_HOURS": "87600",
     "CLEANUP_INTERVAL_SEC": "1",
     "CIRCUIT_BREAKER_THRESHOLD": "1000000",
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "0.1",
@@ -60,7 +61,8 @@ SETTINGS = {
 # Advance the time by moving all stored timestamps into the past.
 MOVE_TIMESTAMPS = (
     """UPDATE leases SET allocated_at = allocated_at - $1::interval, expires_at = expires_at - $1::interval,
-        ended_at = ended_at - $1::interval""",
+        ended_at = ended_at - $1::interval, claimed_at = claimed_at - $1::interval""",
+    "UPDATE lease_extensions SET expires_at = expires_at - $1::interval",
     """UPDATE sandboxes SET status_since = status_since - $1::interval, deleted_at = deleted_at - $1::interval,
         missing_since = missing_since - $1::interval, deletion_due_at = deletion_due_at - $1::interval,
         deletion_requested_at = deletion_requested_at - $1::interval""",
@@ -101,7 +103,9 @@ class BrokerMachine(RuleBasedStateMachine):
         self.accounts: dict[str, dict[str, Any]] = {}
         """All accounts ever created in CSP, by sandbox id."""
         self.bodies: dict[str, dict[str, Any]] = {}
-        """Response body of each new lease, by sandbox id."""
+        """Response body of each new or changed lease, by sandbox id."""
+        self.answered_at: dict[str, int] = {}
+        """Time of the model at that response."""
 
     @initialize(csp=st.sampled_from(CspState))
     def set_up_pool(self, csp: CspState) -> None:
@@ -118,12 +122,16 @@ class BrokerMachine(RuleBasedStateMachine):
     def allocate(self, student: str) -> None:
         self._allocate(student, None, None)
 
-    @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS)
-    def allocate_with_options(self, student: str, prefix: str | None, key: str | None) -> None:
-        self._allocate(student, prefix, key)
+    @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS, standby=st.booleans())
+    def allocate_with_options(self, student: str, prefix: str | None, key: str | None, standby: bool) -> None:
+        self._allocate(student, prefix, key, standby=standby)
 
-    def _allocate(self, student: str, prefix: str | None, key: str | None) -> None:
-        headers = {"X-Sandbox-Name-Prefix": prefix, "Idempotency-Key": key}
+    def _allocate(self, student: str, prefix: str | None, key: str | None, *, standby: bool = False) -> None:
+        headers = {
+            "X-Sandbox-Name-Prefix": prefix,
+            "Idempotency-Key": key,
+            "X-Lease-Mode": "standby" if standby else None,
+        }
         response = self._run(
             self.stack.allocate(student, **{name: value for name, value in headers.items() if value is not None})
         )
@@ -139,10 +147,92 @@ class BrokerMachine(RuleBasedStateMachine):
             assert response.status_code == 201, response.text
             body = response.json()
             assert body["sandbox_id"] in expected
-            assert body["expires_at"] - body["allocated_at"] == 4 * 3600
-            self.bodies[body["sandbox_id"]] = body
-            lease = self.model.grant(student, body["sandbox_id"], key)
+            assert body["expires_at"] - body["allocated_at"] == (24 if standby else 4) * 3600
+            lease = self.model.grant(student, body["sandbox_id"], key, prefix, standby=standby)
+            self._record(body)
             assert body == self._expected_body(lease)
+
+    def _record(self, body: dict[str, Any]) -> None:
+        self.bodies[body["sandbox_id"]] = body
+        self.answered_at[body["sandbox_id"]] = self.model.now
+
+    @precondition(has_sandbox_in("allocated"))
+    @rule(data=st.data(), new_holder=st.sampled_from([None, "ada", "grace", "mary"]))
+    def claim(self, data: st.DataObject, new_holder: str | None) -> None:
+        sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
+        lease = self.model.leases[sandbox_id]
+        self._claim(lease.first_holder or lease.holder, sandbox_id, new_holder)
+
+    def _claim(self, student: str, sandbox_id: str, new_holder: str | None) -> None:
+        headers = track_headers(student) | ({} if new_holder is None else {"X-New-Holder": new_holder})
+        response = self._run(
+            self.stack.client.post(f"{self.stack.url}/v1/sandboxes/{sandbox_id}/claim", headers=headers)
+        )
+        was_standby = sandbox_id in self.model.leases and self.model.leases[sandbox_id].standby
+        try:
+            lease = self.model.claim(student, sandbox_id, new_holder)
+        except Refused as refused:
+            self._assert_refused(response, refused)
+            return
+        assert response.status_code == 200, response.text
+        body = response.json()
+        if was_standby:
+            assert body["expires_at"] - body["claimed_at"] == 4 * 3600
+            self._record(body)
+        assert body == self._expected_body(lease)
+
+    @precondition(has_sandbox_in("allocated"))
+    @rule(data=st.data(), hours=st.sampled_from([1, 3]), by_administrator=st.booleans())
+    def extend(self, data: st.DataObject, hours: int, by_administrator: bool) -> None:
+        sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
+        student = None if by_administrator else self.model.leases[sandbox_id].holder
+        self._extend(student, sandbox_id, hours)
+
+    def _extend(self, student: str | None, sandbox_id: str, hours: int) -> None:
+        if student is None:
+            response = self._admin("POST", f"sandboxes/{sandbox_id}/extend", hours=str(hours), reason="exam")
+        else:
+            url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/extend"
+            headers = track_headers(student)
+            response = self._run(self.stack.client.post(url, headers=headers, json={"hours": hours}))
+        try:
+            self.model.extend(student, sandbox_id, hours * 60)
+        except Refused as refused:
+            self._assert_refused(response, refused)
+            return
+        assert response.status_code == 200, response.text
+        expected = self._expected_body(self.model.leases[sandbox_id])
+        body = expected | {"expires_at": expected["expires_at"] + hours * 3600}
+        assert response.json()["expires_at"] == body["expires_at"]
+        self._record(body)
+
+    @precondition(has_sandbox_in("allocated"))
+    @rule(data=st.data(), by_administrator=st.booleans())
+    def replace(self, data: st.DataObject, by_administrator: bool) -> None:
+        sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
+        self._replace(None if by_administrator else self.model.leases[sandbox_id].holder, sandbox_id)
+
+    def _replace(self, student: str | None, sandbox_id: str) -> None:
+        if student is None:
+            response = self._admin("POST", f"sandboxes/{sandbox_id}/replace", reason="no DNS")
+        else:
+            url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/replace"
+            headers = track_headers(student)
+            response = self._run(self.stack.client.post(url, headers=headers, json={"reason": "no DNS"}))
+        try:
+            expected = self.model.replace(student, sandbox_id)
+        except Refused as refused:
+            self._assert_refused(response, refused)
+            return
+        body = response.json()
+        if isinstance(expected, Lease):
+            assert response.status_code == 200, response.text
+            assert body == self._expected_body(expected)
+            return
+        assert response.status_code == 201, response.text
+        assert body["sandbox_id"] in expected
+        self.model.grant_replacement(sandbox_id, body["sandbox_id"])
+        self._record(body)
 
     @precondition(has_sandbox_in("allocated"))
     @rule(data=st.data())
@@ -170,7 +260,8 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             assert response.status_code == 200, response.text
             extra_fields = {"status": sandbox.status, "allocated_to_track": student, "track_name": None}
-            assert response.json() == self._expected_body(lease) | extra_fields
+            body = self._expected_body(lease) | extra_fields
+            assert response.json() == {name: body[name] for name in body if name not in ("mode", "claimed_at")}
 
     # Administrators
 
@@ -193,10 +284,17 @@ class BrokerMachine(RuleBasedStateMachine):
     def retry_deletion(self, data: st.DataObject) -> None:
         self._retry_deletion(self._draw_sandbox(data, self._with_status("deletion_failed")))
 
-    def _retry_deletion(self, sandbox_id: str) -> None:
-        response = self._admin("POST", f"sandboxes/{sandbox_id}/retry-deletion")
+    @precondition(lambda self: any(sandbox.on_hold for sandbox in self.model.sandboxes.values()))
+    @rule(data=st.data())
+    def end_hold(self, data: st.DataObject) -> None:
+        on_hold = {id for id, sandbox in self.model.sandboxes.items() if sandbox.on_hold}
+        self._retry_deletion(self._draw_sandbox(data, on_hold), end_hold=True)
+
+    def _retry_deletion(self, sandbox_id: str, *, end_hold: bool = False) -> None:
+        path = f"sandboxes/{sandbox_id}/retry-deletion"
+        response = self._admin("POST", path, **({"end_hold": "true"} if end_hold else {}))
         try:
-            status = self.model.retry_deletion(sandbox_id)
+            status = self.model.retry_deletion(sandbox_id, end_hold=end_hold)
         except Refused as refused:
             self._assert_refused(response, refused)
         else:
@@ -234,7 +332,10 @@ class BrokerMachine(RuleBasedStateMachine):
     def use_any_sandbox(self, student: str, number: int) -> None:
         sandbox_id = self._id(number)
         self._read_sandbox(student, sandbox_id)
+        self._claim(student, sandbox_id, None)
         self._release(student, sandbox_id)
+        self._extend(student, sandbox_id, 1)
+        self._replace(student, sandbox_id)
         self._wait_until_idle()
         self._read_sandbox(student, sandbox_id)
 
@@ -320,9 +421,13 @@ class BrokerMachine(RuleBasedStateMachine):
         self._wait_until_idle()
         sandboxes = self._fetch("SELECT sandbox_id, status, name, missing_since IS NOT NULL FROM sandboxes")
         assert sandboxes == {(id, s.status, s.name, s.missing) for id, s in self.model.sandboxes.items()}
-        leases = self._fetch("SELECT sandbox_id, holder, idempotency_key, end_reason FROM leases")
+        leases = self._fetch(
+            "SELECT sandbox_id, holder, first_holder, idempotency_key, end_reason, mode = 'standby', "
+            "extended_sec / 60 FROM leases"
+        )
         assert leases == {
-            (id, lease.holder, lease.key, lease.end_reason) for id, lease in self.model.leases.items()
+            (id, lease.holder, lease.first_holder, lease.key, lease.end_reason, lease.standby, lease.extended)
+            for id, lease in self.model.leases.items()
         }
 
     def _wait_until_idle(self) -> None:
@@ -356,6 +461,9 @@ class BrokerMachine(RuleBasedStateMachine):
         ended = {self._external_id(id) for id, lease in self.model.leases.items() if lease.end_reason}
         deleted = {call["path"].rsplit("/", 1)[1] for call in self._run(self.stack.deletions())}
         assert deleted <= ended
+        assert not deleted & {
+            self._external_id(id) for id, sandbox in self.model.sandboxes.items() if sandbox.on_hold
+        }
 
     def _id(self, number: int) -> str:
         return list(self.accounts)[number] if number < len(self.accounts) else "no-such-sandbox"
@@ -369,10 +477,10 @@ class BrokerMachine(RuleBasedStateMachine):
         return {id for id, sandbox in self.model.sandboxes.items() if sandbox.status == status}
 
     def _expected_body(self, lease: Lease) -> dict[str, Any]:
-        """Return the body of the lease's first response, with its timestamps moved into the past."""
+        """Return the body of the lease's last changing response, with its timestamps moved into the past."""
         original = self.bodies[lease.sandbox_id]
-        ago_sec = (self.model.now - lease.begun) * 60
-        return {
+        ago_sec = (self.model.now - self.answered_at[lease.sandbox_id]) * 60
+        body = {
             "sandbox_id": lease.sandbox_id,
             "name": self.model.sandboxes[lease.sandbox_id].name,
             "external_id": self._external_id(lease.sandbox_id),
@@ -380,6 +488,10 @@ class BrokerMachine(RuleBasedStateMachine):
             "expires_at": original["expires_at"] - ago_sec,
             "sfdc_account_id": original["sfdc_account_id"],
         }
+        if lease.standby or lease.claimed is not None:
+            claimed_at = None if lease.standby else original["claimed_at"] - ago_sec
+            body |= {"mode": "standby" if lease.standby else "active", "claimed_at": claimed_at}
+        return body
 
     def _external_id(self, sandbox_id: str) -> str:
         external_id: str = self.accounts[sandbox_id]["id"].rsplit("/", 1)[1]

@@ -9,6 +9,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Sequence
+from datetime import timedelta
 
 import structlog
 from aio_pika.abc import AbstractConnection
@@ -56,6 +57,7 @@ class Consumer:
             publisher,
             policies=PolicyBook(default_terms(settings)),
             waiting_line=WaitingLine(WaitingLimits(settings.waiting_ttl_sec, settings.waiting_max)),
+            broken_hold=timedelta(hours=settings.broken_hold_hours),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
             newest_lease=NewestLease(settings.amqp_url),

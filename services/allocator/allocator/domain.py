@@ -12,7 +12,7 @@ from sandbox_broker.contract.commands import AllocateSandbox, Command
 
 T = TypeVar("T")
 
-DedupKey = tuple[str, str | None, str | None, int | None]
+DedupKey = tuple[str, str | None, str | None, int | None, str]
 
 MAX_GROUP = 500
 """Allocations per statement. Larger statements gain little and hold many locks."""
@@ -113,7 +113,7 @@ def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
 
 def dedup_key(command: AllocateSandbox) -> DedupKey:
     """Return the key of equal requests. They get the same reply."""
-    return command.holder, command.name_prefix, command.idempotency_key, command.wait_sec
+    return command.holder, command.name_prefix, command.idempotency_key, command.wait_sec, command.mode
 
 
 def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 ALLOCATIONS = Counter("broker_allocator_outcomes_total", "Allocation requests by outcome", ["outcome"])
 EXPIRED = Counter("broker_expiry_orphaned_total", "Leases that the allocator ended because they were overdue")
+UNCLAIMED = Counter("broker_standby_unclaimed_total", "Standby leases that ended without a claim")
+LEASE_CHANGES = Counter(
+    "broker_lease_changes_total",
+    "Requests to claim, extend or replace, by outcome: done, repeated, or the error code in small letters",
+    ["change", "outcome"],
+)
 BATCH_SIZE = Histogram(
     "broker_allocator_batch_size",
     "Commands per batch",
@@ -47,6 +53,10 @@ POOL_COUNTED = Gauge(
 )
 STATUSES = ("available", "allocated", "pending_deletion", "stale", "deletion_failed")
 POOL = {status: Gauge(f"broker_pool_{status}", f"Sandboxes with status {status}") for status in STATUSES}
+STANDBY = Gauge("broker_standby_leases", "Standby leases without a claim; their sandboxes are allocated")
+ON_HOLD = Gauge(
+    "broker_sandboxes_on_hold", "Broken sandboxes that are not deleted yet, so that operators inspect them"
+)
 EXHAUSTION = Gauge(
     "broker_pool_exhaustion_seconds",
     "Seconds until the pool is empty at the rate of new leases of the last five minutes; +Inf without new leases",

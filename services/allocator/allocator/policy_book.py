@@ -99,7 +99,8 @@ class _Prefixes:
 
 class PolicyBook:
     def __init__(self, defaults: Terms) -> None:
-        self._settings_terms = defaults
+        self.settings_terms = defaults
+        """Terms of the settings, also for leases of earlier versions, which have none of their own."""
         self.forget()
 
     def forget(self) -> None:
@@ -112,10 +113,10 @@ class PolicyBook:
 
     def _fill(self, policies: Iterable[Policy], *, version: int) -> None:
         self.version = version
-        self._default = self._settings_terms
+        self._default = self.settings_terms
         by_kind: dict[MatchKind, dict[str, Terms]] = {"track_name": {}, "track_prefix": {}, "name_prefix": {}}
         for policy in policies:
-            terms = build_terms(policy, self._settings_terms)
+            terms = build_terms(policy, self.settings_terms)
             if policy.match is not None:
                 kind, text = policy.match.condition
                 by_kind[kind][text] = terms

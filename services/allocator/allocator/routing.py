@@ -7,7 +7,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from allocator.handlers import dead_letters, deletions, jobs, leases, listings, purge, restore, waiting
+from allocator.handlers import (
+    dead_letters,
+    deletions,
+    jobs,
+    lease_changes,
+    leases,
+    listings,
+    purge,
+    restore,
+    waiting,
+)
 from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
@@ -15,6 +25,7 @@ from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
+    ClaimLease,
     Command,
     ConfirmRestore,
     DeleteStale,
@@ -22,6 +33,7 @@ from sandbox_broker.contract.commands import (
     EndCleanup,
     EndLease,
     ExpireLeases,
+    ExtendLease,
     HurryDeletions,
     PurgeRecords,
     RecordDeletion,
@@ -29,6 +41,7 @@ from sandbox_broker.contract.commands import (
     RecordJob,
     RefreshSandboxes,
     ReleaseSandbox,
+    ReplaceSandbox,
     ReplayDeadLetter,
     RetryDeletion,
     ServeWaiting,
@@ -68,12 +81,17 @@ class Lane:
     """True: the lane needs a database with all leases (see newest_lease)."""
 
 
-# Releases run before allocations. A student must not get a lease and lose it by a release in the same batch.
+# Releases run before allocations. A student must not get a lease and lose it by a release in the same batch. A
+# claim runs before the allocations of its new holder, who then gets the claimed lease. Replacements run before
+# allocations, because their students are at work.
 # The statement timeout is shorter than the reply timeout of the gateway.
 STUDENTS = Lane(
     topology.ALLOCATOR_COMMANDS,
     {
         ReleaseSandbox: leases.release_sandbox,
+        ClaimLease: lease_changes.claim_lease,
+        ExtendLease: lease_changes.extend_lease,
+        ReplaceSandbox: lease_changes.replace_sandbox,
         AllocateSandbox: leases.allocate_sandbox,
         ServeWaiting: waiting.serve_waiting,
     },

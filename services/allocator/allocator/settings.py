@@ -15,4 +15,5 @@ class Settings(DatabaseSettings):
     waiting_ttl_sec: float = Field(default=60, ge=1, le=3600)
     """Time without a repetition of the request after which a student loses the place in the waiting line."""
     waiting_max: int = Field(default=2000, ge=0, le=100_000)
+    broken_hold_hours: float = Field(default=24, ge=0, le=MAX_HOURS)
     invariant_check_sec: float = Field(default=60, gt=0)

@@ -1,6 +1,7 @@
 """Write session: connection of one command queue to the pool, under the fencing epoch of the queue."""
 
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import asyncpg
@@ -92,6 +93,7 @@ class WriteSession:
         *,
         policies: PolicyBook,
         waiting_line: WaitingLine,
+        broken_hold: timedelta,
         statement_timeout_sec: float,
         planner_settings: str,
         newest_lease: NewestLease | None = None,
@@ -109,6 +111,8 @@ class WriteSession:
         self.publisher = publisher
         self.policies = policies
         self.waiting_line = waiting_line
+        self.broken_hold = broken_hold
+        """Time between the replacement of a broken sandbox and its deletion."""
         self.epoch = 0
         """Fencing epoch of every statement; 0 on standby."""
 

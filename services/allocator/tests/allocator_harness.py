@@ -43,6 +43,7 @@ from sandbox_broker.messaging.publisher import Publisher
 
 DEFAULT_TERMS = default_terms(Settings(amqp_url="amqp://127.0.0.1", database_url="postgresql://x", _env_file=None))
 WAITING = WaitingLimits(ttl_sec=60, max_places=2000)
+BROKEN_HOLD = timedelta(hours=24)
 RUN = uuid.UUID(int=8)
 """Id of a clean-up run."""
 
@@ -104,6 +105,7 @@ class Pool:
             self.publisher,
             policies=PolicyBook(DEFAULT_TERMS),
             waiting_line=WaitingLine(WAITING),
+            broken_hold=BROKEN_HOLD,
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
         )
@@ -160,6 +162,7 @@ class Pool:
             for table in (
                 "sandboxes",
                 "leases",
+                "lease_extensions",
                 "outbox",
                 "jobs",
                 "csp_listings",

@@ -2,13 +2,17 @@
 
 from typing import get_args
 
-from allocator.handlers import deletions, leases
+from allocator.handlers import deletions, lease_changes, leases
 from sandbox_broker.contract.commands import (
+    AllocateSandbox,
     ClaimDeletions,
+    ClaimLease,
     EndLease,
     ExpireLeases,
+    ExtendLease,
     RecordDeletion,
     RecordDeletionFailure,
+    ReplaceSandbox,
     RetryDeletion,
 )
 from sandbox_broker.contract.event_payloads import EVENT_DATA
@@ -30,7 +34,7 @@ from .allocator_harness import (
 
 async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     session = await pool.write_session()
-    accounts = [account(number) for number in range(1, 6)]
+    accounts = [account(number) for number in range(1, 8)]
     await sync(session, accounts)
     replies = await allocate(
         session,
@@ -41,6 +45,17 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     )
     ann, bob, cleo = [granted_lease(reply).sandbox_id for reply in replies[:3]]
     assert refusal_code(replies[3]) == "POOL_EXHAUSTED"
+
+    (reply,) = await allocate(session, AllocateSandbox(request_id="request", holder="setup", mode="standby"))
+    standby = granted_lease(reply).sandbox_id
+    await lease_changes.claim_lease(
+        session, [ClaimLease(request_id="request", sandbox_id=standby, holder="setup", new_holder="eve")]
+    )
+    extension = {"request_id": "request", "sandbox_id": standby, "extension_sec": 60, "note": "exam"}
+    await lease_changes.extend_lease(session, [ExtendLease(extension_id=RUN, **extension)])
+    await lease_changes.replace_sandbox(
+        session, [ReplaceSandbox(request_id="request", sandbox_id=standby, holder="eve", reason="no DNS")]
+    )
 
     await release(session, release_command(ann, "ann"))
     await pool.execute("UPDATE leases SET expires_at = now() - interval '1 day' WHERE holder = 'bob'")
@@ -55,7 +70,7 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     await deletions.retry_deletion(session, RetryDeletion(request_id="request", sandbox_id=bob))
 
     assert refusal_code(await sync(session, [])) == "SYNC_HELD"
-    await sync(session, accounts[:4])
+    await sync(session, accounts[:-1])
     await pool.execute("UPDATE sandboxes SET status_since = now() - interval '1 hour' WHERE status = 'deleted'")
     await sync(session, accounts)
 
@@ -63,5 +78,5 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     assert {row["type"] for row in events} == set(get_args(EventType))
     data = [EVENT_DATA[row["type"]].model_validate_json(row["data"]) for row in events]
     reasons = {event.model_dump().get("reason") for event in data}
-    assert {"student", "expired", "admin"} <= reasons
+    assert {"student", "expired", "broken", "admin"} <= reasons
     assert any(event.model_dump().get("reopened") is True for event in data)

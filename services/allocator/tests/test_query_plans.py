@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from allocator.sql import leases, waiting
+from allocator.sql import lease_changes, leases, waiting
 
 from .allocator_harness import Pool
 
-_REQUESTS = "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text], ARRAY[1]"
+_REQUESTS = (
+    "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text], ARRAY[1], "
+    "ARRAY['active']"
+)
 _TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1]"
 STATEMENTS = {
     "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
@@ -28,6 +31,15 @@ STATEMENTS = {
     "leave": (waiting.LEAVE, "1, ARRAY['holder'], 'left'"),
     "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
+    "claim": (lease_changes.CLAIM, "1, '1', 'holder', 'new holder', 14400, 'request'"),
+    "extend": (
+        lease_changes.EXTEND,
+        "1, '1', 'holder', '00000000-0000-0000-0000-000000000000', 60, NULL, 'request', 14400",
+    ),
+    "replace": (
+        lease_changes.REPLACE,
+        "1, '1', 'holder', 'reason', 'request', NULL, interval '1 day', 14400, 86400, 1",
+    ),
 }
 _COMMON_LOOKUPS = {
     "allocator_epoch": "allocator_epoch_once: epoch",
@@ -41,6 +53,11 @@ _BY_PREFIX = {
     "next": "sandboxes_available_by_stem: available_stem",
     "of_stem": "sandboxes_available_by_stem: available_stem",
     "by_name": "sandboxes_available_by_name: available_name",
+}
+_LEASE_LOOKUPS = {
+    "allocator_epoch": "allocator_epoch_once: epoch",
+    "leased": "leases_one_per_sandbox: sandbox_id",
+    "leased_sandbox": "sandboxes_pkey: sandbox_id",
 }
 PLANS = {
     "any": {**_COMMON_LOOKUPS, "oldest": "sandboxes_available: available_since"},
@@ -79,6 +96,28 @@ PLANS = {
         "allocator_epoch": "allocator_epoch_once: epoch",
         "ended": "leases_by_holder: ''::text",
         "active": "leases_one_per_holder: holder",
+        "claimed": "leases_by_first_holder: first_holder",
+    },
+    "claim": {
+        **_LEASE_LOOKUPS,
+        "active": "leases_one_per_holder: holder",
+        "standby": "leases_pkey: lease_id",
+    },
+    "extend": {
+        **_LEASE_LOOKUPS,
+        "lease_extensions": "lease_extensions_pkey: extension_id",
+        "current": "leases_pkey: lease_id",
+    },
+    "replace": {
+        **_LEASE_LOOKUPS,
+        "old": "sandboxes_pkey: sandbox_id",
+        **_BY_PREFIX,
+        "oldest": "sandboxes_available: available_since",
+        "l_1": "leases_pkey: lease_id",  # the second use of the alias
+        "s": "sandboxes_pkey: sandbox_id",
+        "n": "sandboxes_pkey: sandbox_id",
+        "by_replaced": "leases_by_replaced: replaces",
+        "new_sandbox": "sandboxes_pkey: sandbox_id",
     },
 }
 

@@ -17,6 +17,7 @@ from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
     ClaimDeletions,
+    ClaimLease,
     Command,
     ConfirmRestore,
     DeleteStale,
@@ -24,12 +25,14 @@ from sandbox_broker.contract.commands import (
     EndCleanup,
     EndLease,
     ExpireLeases,
+    ExtendLease,
     HurryDeletions,
     PurgeRecords,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
     RefreshSandboxes,
+    ReplaceSandbox,
     ReplayDeadLetter,
     RetryDeletion,
     ServeWaiting,
@@ -56,6 +59,8 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     """Return one command per type; each would change the database."""
     await pool.fill(1)
     leased, pending = await pool.lease("ann"), await pool.pending()
+    standby = await pool.lease("setup")
+    await pool.execute("UPDATE leases SET mode = 'standby' WHERE holder = 'setup'")
     (failed,) = await pool.fill(1, "deletion_failed")
     await pool.overdue("bob")
     await pool.execute("UPDATE sandboxes SET deletion_claim = $2 WHERE sandbox_id = $1", pending, RUN)
@@ -69,6 +74,9 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         ServeWaiting(),
         allocate_command("cid"),
         release_command(leased, "ann"),
+        ClaimLease(request_id="request", sandbox_id=standby, holder="setup"),
+        ExtendLease(request_id="request", sandbox_id=leased, holder="ann", extension_id=RUN, extension_sec=60),
+        ReplaceSandbox(request_id="request", sandbox_id=leased, holder="ann", reason="broken"),
         ExpireLeases(grace_sec=0, limit=10),
         EndLease(request_id="request", sandbox_id=leased, note="why"),
         ClaimDeletions(run_id=RUN, limit=10, claim_sec=60),

@@ -20,7 +20,7 @@ from gateway.api.errors import ApiError
 from gateway.context import Context
 from gateway.queries.queue_metrics import QueueMetrics
 from gateway.queries.status import StatusReporter
-from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, track
+from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, lease_changes, track
 from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
 from gateway.web.connection_limit import ConnectionLimit
@@ -102,6 +102,8 @@ def create_app(settings: Settings) -> FastAPI:
         status_reporter,
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(lease_changes.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(lease_changes.admin_router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])

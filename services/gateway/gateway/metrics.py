@@ -39,6 +39,11 @@ SLOW_CLIENTS = Counter(
     ["reason"],
 )
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Responses to mark-for-deletion by outcome", ["outcome"])
+LEASE_CHANGES = Counter(
+    "broker_lease_change_requests_total",
+    "Requests to claim, extend or replace a lease by outcome",
+    ["change", "outcome"],
+)
 IN_FLIGHT = Gauge("broker_gateway_in_flight", "Requests that wait for a reply of the allocator")
 
 # Metrics of each queue. Every gateway reports the same values.

@@ -25,6 +25,7 @@ from sandbox_broker.contract.commands import (
     DeleteStale,
     DropDeadLetter,
     EndLease,
+    ExtendLease,
     PurgeRecords,
     RecordJob,
     ReleaseSandbox,
@@ -35,6 +36,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.replies import (
     CleanedUp,
     DeadLetterReplayed,
+    LeaseExtended,
     LeaseGranted,
     PoolSynced,
     Purged,
@@ -72,6 +74,8 @@ async def say_yes(command: Command) -> Reply:
         return SandboxReleased(
             sandbox_id=command.sandbox_id, status="pending_deletion", deletion_requested_at=1728054200
         )
+    if isinstance(command, ExtendLease):
+        return LeaseExtended(changed=True, expires_at=1728075723, max_expires_at=1728082923)
     if isinstance(command, SyncPool):
         return PoolSynced(synced=5, marked_stale=1, restored=2, duration_ms=34)
     if isinstance(command, EndLease | RetryDeletion):

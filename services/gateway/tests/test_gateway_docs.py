@@ -134,7 +134,12 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
                 "X-Sandbox-Name-Prefix",
                 "Idempotency-Key",
                 "Prefer",
+                "X-Lease-Mode",
             }
+        elif path.endswith("/extend"):
+            assert sent - TRACK_HEADERS == {"Idempotency-Key"}
+        elif path.endswith("/claim"):
+            assert sent == TRACK_HEADERS | {"X-New-Holder"}
         elif path.startswith("/v1/sandboxes/"):
             assert sent == TRACK_HEADERS
         else:
@@ -142,7 +147,7 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
         for status, response in operation["responses"].items():
             assert "X-Request-ID" in response["headers"]
             assert ("X-RateLimit-Remaining" in response["headers"]) == path.startswith("/v1")
-            assert ("Deprecation" in response["headers"]) == bool(sent)
+            assert ("Deprecation" in response["headers"]) == ("X-Track-ID" in sent)
             assert ("WWW-Authenticate" in response["headers"]) == (status == "401")
     exhausted = document["paths"]["/v1/allocate"]["post"]["responses"]["409"]
     assert exhausted["headers"]["Retry-After"]["schema"] == {"type": "integer"}

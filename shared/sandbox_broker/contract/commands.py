@@ -18,6 +18,7 @@ from sandbox_broker.contract.replies import (
     DeadLetterReplayed,
     DeletionsClaimed,
     DeletionsHurried,
+    LeaseExtended,
     LeaseGranted,
     LeasesExpired,
     LineServed,
@@ -36,6 +37,7 @@ from sandbox_broker.contract.types import (
     MAX_SEC,
     JobKind,
     JobState,
+    LeaseMode,
     Message,
     PrintableAscii,
     SandboxId,
@@ -80,6 +82,43 @@ class AllocateSandbox(Command[LeaseGranted | StudentWaiting]):
     idempotency_key: PrintableAscii | None = None
     wait_sec: int | None = Field(default=None, ge=0, le=MAX_SEC)
     """Longest wait in line. 0 gives up a place. None: the student does not wait, as in earlier versions."""
+    mode: LeaseMode = "active"
+    """Mode of a new lease. The lease that the holder has keeps its own mode."""
+
+
+class ClaimLease(Command[LeaseGranted]):
+    """Start the time of a standby lease, and lease its sandbox to `new_holder` if there is one. `holder` is the
+    student id under which the lease was taken, or the new one. → LeaseGranted or Refused."""
+
+    type: Literal["ClaimLease"] = "ClaimLease"
+    request_id: str
+    sandbox_id: SandboxId
+    holder: PrintableAscii
+    new_holder: PrintableAscii | None = None
+
+
+class ExtendLease(Command[LeaseExtended]):
+    """Extend a lease, once for each `extension_id`. Without a `holder` an administrator extends the lease of any
+    student, without the limit; `note` gives the reason. → LeaseExtended or Refused."""
+
+    type: Literal["ExtendLease"] = "ExtendLease"
+    request_id: str
+    sandbox_id: SandboxId
+    holder: PrintableAscii | None = None
+    extension_id: uuid.UUID
+    extension_sec: int = Field(ge=1, le=MAX_SEC)
+    note: StorableText | None = Field(default=None, min_length=1, max_length=500)
+
+
+class ReplaceSandbox(Command[LeaseGranted]):
+    """End the lease of a broken sandbox, and lease another sandbox to its student. Without a `holder` an
+    administrator replaces the sandbox of any student, without the limit. → LeaseGranted or Refused."""
+
+    type: Literal["ReplaceSandbox"] = "ReplaceSandbox"
+    request_id: str
+    sandbox_id: SandboxId
+    holder: PrintableAscii | None = None
+    reason: StorableText = Field(min_length=1, max_length=500)
 
 
 class ReleaseSandbox(Command[SandboxReleased]):
@@ -119,8 +158,8 @@ class ClaimDeletions(Command[DeletionsClaimed]):
 
 
 class HurryDeletions(Command[DeletionsHurried]):
-    """Make at most `limit` pending deletions due now, except the deletions that this run has claimed. Renews the
-    leader lease of the run like a claim. → DeletionsHurried."""
+    """Make at most `limit` pending deletions due now, except the deletions that this run has claimed, and those of
+    broken sandboxes on hold. Renews the leader lease of the run like a claim. → DeletionsHurried."""
 
     type: Literal["HurryDeletions"] = "HurryDeletions"
     run_id: uuid.UUID
@@ -167,11 +206,13 @@ class EndLease(Command[SandboxReleased]):
 
 
 class RetryDeletion(Command[SandboxReleased]):
-    """Retry a failed deletion for an administrator. → SandboxReleased or Refused."""
+    """Retry a failed deletion for an administrator. With `end_hold`, also delete a broken sandbox before its hold
+    has ended. → SandboxReleased or Refused."""
 
     type: Literal["RetryDeletion"] = "RetryDeletion"
     request_id: str
     sandbox_id: SandboxId
+    end_hold: bool = False
 
 
 class BeginListing(Command[ListingBegun]):
@@ -358,6 +399,9 @@ class CleanUpNow(Command[CleanedUp]):
 
 AnyCommand = Annotated[
     AllocateSandbox
+    | ClaimLease
+    | ExtendLease
+    | ReplaceSandbox
     | ReleaseSandbox
     | ServeWaiting
     | ExpireLeases

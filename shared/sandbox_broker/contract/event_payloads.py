@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from sandbox_broker.contract.events import EventType
-from sandbox_broker.contract.types import DeletionReason
+from sandbox_broker.contract.types import DeletionReason, LeaseMode
 
 
 class _Data(BaseModel):
@@ -29,7 +29,48 @@ class Allocated(SandboxEvent):
     policy: str | None = None
     """Name of the policy of the lease. None for the defaults."""
     expires_at: int
+    """Unix seconds. In standby the latest time of the claim."""
+    mode: LeaseMode = "active"
+    replaces: str | None = None
+    """Broken sandbox of the same student that this one replaces."""
+
+
+class Claimed(SandboxEvent):
+    """The student has arrived, and the time of a standby lease has started."""
+
+    holder: str
+    first_holder: str | None
+    """Student id under which the lease was taken, if the claim gave it to another one."""
+    track_name: str | None
+    expires_at: int
     """Unix seconds."""
+
+
+class Extended(SandboxEvent):
+    holder: str
+    track_name: str | None
+    reason: Literal["student", "admin"]
+    note: str | None
+    """Reason of the administrator."""
+    extension_sec: int
+    expires_at: int
+    """End of the lease after the extension, in Unix seconds."""
+    request_id: str | None = None
+
+
+class Replaced(SandboxEvent):
+    """A broken sandbox was replaced. Its deletion was requested in the same transaction, after a hold."""
+
+    holder: str
+    track_name: str | None
+    reason: Literal["student", "admin"]
+    note: str
+    """Reason of the student or administrator."""
+    replaced_by: str
+    """Sandbox that the student has instead."""
+    hold_until: int
+    """Unix seconds."""
+    request_id: str | None = None
 
 
 class DeletionRequested(SandboxEvent):
@@ -108,7 +149,10 @@ class WaitingEnded(_WaitingEvent):
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
+    "lease.claimed": Claimed,
+    "lease.extended": Extended,
     "sandbox.deletion_requested": DeletionRequested,
+    "sandbox.replaced": Replaced,
     "sandbox.deleted": SandboxEvent,
     "sandbox.deletion_failed": DeletionFailed,
     "sandbox.stale": SandboxEvent,

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 EventType = Literal[
     "sandbox.discovered",
     "sandbox.allocated",
+    "lease.claimed",
+    "lease.extended",
     "sandbox.deletion_requested",
+    "sandbox.replaced",
     "sandbox.deleted",
     "sandbox.deletion_failed",
     "sandbox.stale",

@@ -7,22 +7,28 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sandbox_broker.contract.types import Message, SandboxStatus
+from sandbox_broker.contract.types import LeaseMode, Message, SandboxStatus
 
 RefusalCode = Literal[
     "ALLOCATOR_UNAVAILABLE",
+    "ALREADY_CLAIMED",
     "CSP_UNAVAILABLE",
     "DATABASE_BEHIND",
     "DEAD_LETTER_NOT_FOUND",
+    "EXTENSION_LIMIT",
     "IDEMPOTENCY_KEY_CONFLICT",
     "INTERNAL_ERROR",
     "INVALID_COMMAND",
+    "LEASE_ENDED",
     "LISTING_OUTDATED",
+    "NEW_HOLDER_HAS_LEASE",
     "NOT_ALLOCATED",
+    "NOT_CLAIMED",
     "NOT_DELETION_FAILED",
     "NOT_REPLAYABLE",
     "NOT_SANDBOX_OWNER",
     "POOL_EXHAUSTED",
+    "REPLACEMENT_LIMIT",
     "SANDBOX_NOT_FOUND",
     "SYNC_HELD",
 ]
@@ -59,13 +65,27 @@ def refuse(code: RefusalCode, **parameters: int | str) -> Refused:
 class LeaseGranted(Message):
     type: Literal["LeaseGranted"] = "LeaseGranted"
     new: bool
-    """False if the holder already had this lease."""
+    """False if the holder already had this lease, or had claimed it before."""
     sandbox_id: str
     name: str
     external_id: str
     sfdc_account_id: str | None
     allocated_at: int
     expires_at: int
+    """End of the lease or, in standby, the latest time of its claim."""
+    mode: LeaseMode = "active"
+    claimed_at: int | None = None
+    """None: the lease was never in standby, or is not claimed yet."""
+
+
+class LeaseExtended(Message):
+    """The lease was extended. `changed` is false if this extension had been granted before."""
+
+    type: Literal["LeaseExtended"] = "LeaseExtended"
+    changed: bool
+    expires_at: int
+    max_expires_at: int
+    """Latest end of the lease that the student can reach by further extensions."""
 
 
 class StudentWaiting(Message):
@@ -234,6 +254,7 @@ Reply = Annotated[
     Refused
     | LeaseGranted
     | StudentWaiting
+    | LeaseExtended
     | SandboxReleased
     | LineServed
     | LeasesExpired

@@ -56,14 +56,17 @@ COMMANDS = Exchange(
     frozenset(
         {
             commands.AllocateSandbox,
+            commands.ClaimLease,
             commands.CleanUpNow,
             commands.ConfirmRestore,
             commands.DeleteStale,
             commands.DropDeadLetter,
             commands.EndLease,
+            commands.ExtendLease,
             commands.PurgeRecords,
             commands.RecordJob,
             commands.ReleaseSandbox,
+            commands.ReplaceSandbox,
             commands.ReplayDeadLetter,
             commands.ResumeStock,
             commands.RetryDeletion,

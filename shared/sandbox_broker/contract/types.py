@@ -13,7 +13,11 @@ MAX_BIGINT = 2**63 - 1
 
 SandboxStatus = Literal["available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted"]
 
-DeletionReason = Literal["student", "expired", "admin"]
+LeaseMode = Literal["active", "standby"]
+"""`standby`: the time of the lease starts with its claim. A claimed lease is `active`."""
+
+DeletionReason = Literal["student", "expired", "unclaimed", "broken", "admin"]
+"""Why a lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was replaced."""
 
 JobKind = Literal["sync", "cleanup"]
 

@@ -72,6 +72,11 @@ sandboxes = Table(
     Column("deletion_requested_at", _Time),
     Column("deletion_reason", Text),
     Column("deletion_due_at", _Time, comment="not to be tried before: backoff, or claimed by a reaper"),
+    Column(
+        "deletion_hold_until",
+        _Time,
+        comment="a broken sandbox is kept until then for an operator",
+    ),
     Column("deletion_attempts", Integer, nullable=False, server_default=text("0")),
     Column("deletion_claim", Uuid, comment="the clean-up run that has it in hand, or had it last"),
     Column("deletion_request_id", Text, comment="the request that asked for it; null where time was up"),
@@ -121,6 +126,7 @@ sandboxes = Table(
         "sandbox_id",
         postgresql_where=text("status IN ('pending_deletion', 'deletion_failed', 'stale', 'deleted')"),
     ),
+    Index("sandboxes_on_hold", "deletion_hold_until", postgresql_where=text("deletion_hold_until IS NOT NULL")),
     Index("sandboxes_missing", "sandbox_id", postgresql_where=text("missing_since IS NOT NULL")),
     # For the administrator API. No statement of the allocator uses it.
     Index("sandboxes_by_name", "name", text("('' || sandbox_id)")),
@@ -144,7 +150,36 @@ leases = Table(
     Column("max_extension_sec", Integer, comment="granted limit of all extensions together"),
     Column("standby_sec", Integer, comment="granted time until the claim of a standby lease"),
     Column("max_replacements", Integer, comment="granted replacements"),
-    CheckConstraint("end_reason IN ('student', 'expired', 'admin')", name="leases_end_reason"),
+    Column(
+        "mode",
+        Text,
+        nullable=False,
+        server_default=text("'active'"),
+        comment="standby until the claim of a standby lease",
+    ),
+    Column("name_prefix", _Name, comment="prefix of the sandbox name that the student asked for"),
+    Column("claimed_at", _Time, comment="claim of a standby lease, which starts its time"),
+    Column(
+        "first_holder", _Key, comment="student id under which it was taken, if the claim gave it to another one"
+    ),
+    Column(
+        "extended_sec",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="all extensions by the student together",
+    ),
+    Column(
+        "replacements",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="replaced sandboxes that the student had before",
+    ),
+    Column("replaces", _Key, comment="broken sandbox that this one replaces"),
+    CheckConstraint(
+        "end_reason IN ('student', 'expired', 'unclaimed', 'broken', 'admin')", name="leases_end_reason"
+    ),
     CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
     # A sandbox has at most one lease ever, because a used sandbox is never leased again.
     Index("leases_one_per_sandbox", "sandbox_id", unique=True),
@@ -161,6 +196,9 @@ leases = Table(
         "policy",
         postgresql_where=text("policy IS NOT NULL AND num_nonnulls(ended_at) = 0"),
     ),
+    Index("leases_standby", "expires_at", postgresql_where=text("mode = 'standby' AND end_reason IS NULL")),
+    Index("leases_by_first_holder", "first_holder", postgresql_where=text("first_holder IS NOT NULL")),
+    Index("leases_by_replaced", "replaces", postgresql_where=text("replaces IS NOT NULL")),
     # For the administrator API.
     Index("leases_by_time", "allocated_at", text("(0 + lease_id)")),
     Index("leases_by_holder", text("('' || holder)"), "allocated_at", text("(0 + lease_id)")),
@@ -212,6 +250,17 @@ waiting = Table(
     Column("ends_at", _Time, nullable=False, comment="end of the longest wait"),
     Index("waiting_one_per_holder", "holder", unique=True),
     comment="the waiting line: students without a sandbox, first come, first served",
+)
+
+lease_extensions = Table(
+    "lease_extensions",
+    metadata,
+    Column("extension_id", Uuid, primary_key=True),
+    Column("lease_id", BigInteger, nullable=False),
+    Column("extension_sec", Integer, nullable=False),
+    Column("expires_at", _Time, nullable=False, comment="end of the lease after the extension"),
+    Column("granted_at", _Time, nullable=False, server_default=func.now()),
+    comment="granted extensions, so that each is granted once",
 )
 
 outbox = Table(

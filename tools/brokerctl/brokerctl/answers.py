@@ -31,6 +31,9 @@ class StateCounts(TypedDict):
 
 class PoolCounts(StateCounts):
     missing: Count
+    standby: NotRequired[Count]
+    """A gateway of an earlier version has neither standby leases nor sandboxes on hold."""
+    on_hold: NotRequired[Count]
 
 
 class GroupCounts(StateCounts):
@@ -38,6 +41,8 @@ class GroupCounts(StateCounts):
 
 
 class Stats(StateCounts):
+    standby: NotRequired[Count]
+    on_hold: NotRequired[Count]
     by: NotRequired[str]
     groups: NotRequired[list[GroupCounts]]
 
@@ -108,6 +113,7 @@ class Sandbox(SandboxSummary):
     ended_at: Timestamp | None
     deletion_requested_at: Timestamp | None
     deletion_due_at: Timestamp | None
+    deletion_hold_until: NotRequired[Timestamp | None]
     deleted_at: Timestamp | None
     history: list[Transition]
 
@@ -120,6 +126,23 @@ class Allocation(TypedDict):
     ended_at: Timestamp | None
     end_note: str | None
     end_reason: str | None
+    mode: NotRequired[str]
+    """A gateway of an earlier version does not send the details of a lease."""
+    claimed_at: NotRequired[Timestamp | None]
+    extended_sec: NotRequired[Count]
+    policy: NotRequired[str | None]
+    replaced_by: NotRequired[str | None]
+
+
+class Extension(TypedDict):
+    expires_at: Timestamp
+    max_expires_at: Timestamp
+
+
+class Lease(TypedDict):
+    sandbox_id: str
+    name: str
+    expires_at: Timestamp
 
 
 class WaitingStudent(TypedDict):

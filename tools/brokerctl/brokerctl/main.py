@@ -15,6 +15,8 @@ from rich.live import Live
 from brokerctl import dead_letters, output, progress, restore
 from brokerctl.answers import (
     Allocation,
+    Extension,
+    Lease,
     Sandbox,
     SandboxSummary,
     StateCounts,
@@ -245,10 +247,51 @@ def release_sandbox(
     _print_transition(result, as_json)
 
 
+@app.command("extend")
+def extend_lease(
+    context: typer.Context,
+    sandbox_id: SandboxIdArgument,
+    *,
+    hours: Annotated[float, typer.Option(help="Hours to add to the end of the lease; may be a fraction.")],
+    reason: Annotated[str, typer.Option(help="Reason; the broker keeps it in the history of the sandbox.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Extend a student's lease, without the limit of its policy."""
+    result = create_client(context).post(
+        f"sandboxes/{quote_segment(sandbox_id)}/extend", Extension, hours=hours, reason=reason
+    )
+    line = f"The lease of sandbox {sandbox_id} ends {output.format_time(result['expires_at'])}."
+    print_result(as_json, result, lambda: output.printable_text(line))
+
+
+@app.command("replace")
+def replace_sandbox(
+    context: typer.Context,
+    sandbox_id: SandboxIdArgument,
+    reason: Annotated[str, typer.Option(help="Reason; the broker keeps it with the lease.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Give a student another sandbox instead of a broken one, which is kept for inspection."""
+    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/replace", Lease, reason=reason)
+    line = f"Sandbox {result['sandbox_id']} ({result['name']}) replaces {sandbox_id}."
+    print_result(as_json, result, lambda: output.printable_text(line))
+
+
 @app.command("retry")
-def retry_deletion(context: typer.Context, sandbox_id: SandboxIdArgument, as_json: JsonOption = False) -> None:
+def retry_deletion(
+    context: typer.Context,
+    sandbox_id: SandboxIdArgument,
+    as_json: JsonOption = False,
+    end_hold: Annotated[
+        bool, typer.Option("--end-hold", help="Also delete a broken sandbox that is kept for inspection.")
+    ] = False,
+) -> None:
     """Retry a permanently failed deletion."""
-    result = create_client(context).post(f"sandboxes/{quote_segment(sandbox_id)}/retry-deletion", TransitionResult)
+    result = create_client(context).post(
+        f"sandboxes/{quote_segment(sandbox_id)}/retry-deletion",
+        TransitionResult,
+        end_hold="true" if end_hold else None,
+    )
     _print_transition(result, as_json)
 
 

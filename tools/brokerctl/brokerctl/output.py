@@ -125,7 +125,9 @@ def _collect_component_states(status: Mapping[str, Any]) -> dict[str, str]:
 
 def _format_pool(pool: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{pool[state]} {state.replace('_', ' ')}" for state in SANDBOX_STATES[:-1])
-    return f"{counts} ({pool['total'] - pool['deleted']} in total)"
+    parts = [f"{pool['total'] - pool['deleted']} in total"]
+    parts += [f"{pool[name]} {name.replace('_', ' ')}" for name in ("standby", "on_hold") if pool.get(name)]
+    return f"{counts} ({', '.join(parts)})"
 
 
 def _format_csp(csp: Mapping[str, Any]) -> str:
@@ -177,7 +179,9 @@ TIMESTAMP_FIELDS = (
     "ended_at",
     "deletion_requested_at",
     "deletion_due_at",
+    "deletion_hold_until",
     "deleted_at",
+    "claimed_at",
 )
 
 
@@ -210,10 +214,21 @@ def render_allocations(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
             format_time(entry["allocated_at"]),
             "has it now" if entry["ended_at"] is None else format_time(entry["ended_at"]),
             entry["end_note"] or entry["end_reason"],
+            _format_claim(entry),
+            f"{entry.get('extended_sec', 0) / 3600:g} h" if entry.get("extended_sec") else None,
+            entry.get("policy"),
         )
         for entry in entries
     ]
-    return build_table(("sandbox", "name", "track", "from", "until", "end reason"), rows)
+    columns = ("sandbox", "name", "track", "from", "until", "end reason", "standby", "extended", "policy")
+    return build_table(columns, rows)
+
+
+def _format_claim(lease: Mapping[str, Any]) -> str | None:
+    """Format the claim of a standby lease. None: the lease was never in standby."""
+    if lease.get("claimed_at") is not None:
+        return f"claimed {format_time(lease['claimed_at'])}"
+    return "not claimed" if lease.get("mode") == "standby" else None
 
 
 def render_waiting_line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -112,8 +112,8 @@ async def clean_database(database_url: str) -> str:
 
 
 _TABLES = (
-    "sandboxes, leases, outbox, history, pool_changes, pool_counts, jobs, csp_listings, csp_accounts, "
-    "dead_letters, policies, waiting"
+    "sandboxes, leases, lease_extensions, outbox, history, pool_changes, pool_counts, jobs, csp_listings, "
+    "csp_accounts, dead_letters, policies, waiting"
 )
 # The version of the policies rises, because a running allocator may know the present one.
 # Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the

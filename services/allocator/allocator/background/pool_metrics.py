@@ -15,12 +15,19 @@ PERIOD_SEC = 5
 
 COUNT_BY_STATUS = "SELECT status, number FROM pool_totals"
 # The 1,000 longest pending sandboxes contain the oldest request: a retried or reopened deletion was
-# requested before it became pending again.
+# requested before it became pending again. The deletion of a broken sandbox counts from the end of its hold.
 OLDEST_DELETION = """
-SELECT coalesce(extract(epoch FROM now() - min(deletion_requested_at)), 0)::float FROM (
-    SELECT deletion_requested_at FROM sandboxes
+SELECT coalesce(extract(epoch FROM now() - min(coalesce(deletion_hold_until, deletion_requested_at))), 0)::float
+FROM (
+    SELECT deletion_requested_at, deletion_hold_until FROM sandboxes
     WHERE status = 'pending_deletion' ORDER BY status_since LIMIT 1000
 ) longest
+WHERE coalesce(deletion_hold_until <= now(), true)
+"""
+COUNT_STANDBY = "SELECT count(*) FROM leases WHERE mode = 'standby' AND end_reason IS NULL"
+COUNT_ON_HOLD = """
+SELECT count(*) FROM sandboxes
+WHERE deletion_hold_until IS NOT NULL AND deletion_hold_until > now() AND status = 'pending_deletion'
 """
 COUNT_DEAD_LETTERS = "SELECT count(*) FROM dead_letters"
 # held: the newest applied or held listing is held. leaked: accounts of the last applied listing without a sandbox
@@ -55,6 +62,8 @@ class PoolMetrics:
                 totals = await connection.execute(text(COUNT_BY_STATUS))
                 counts: dict[str, int] = dict(totals.all())
                 oldest_deletion_sec = await connection.scalar(text(OLDEST_DELETION))
+                standby = await connection.scalar(text(COUNT_STANDBY))
+                on_hold = await connection.scalar(text(COUNT_ON_HOLD))
                 dead_letters = await connection.scalar(text(COUNT_DEAD_LETTERS))
                 sync = (await connection.execute(text(SYNC_STATE))).one()
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
@@ -66,6 +75,8 @@ class PoolMetrics:
         metrics.LEAKS.labels("in_csp").set(sync.leaked)
         metrics.LEAKS.labels("missing").set(sync.missing)
         metrics.OLDEST_DELETION.set(oldest_deletion_sec)
+        metrics.STANDBY.set(standby or 0)
+        metrics.ON_HOLD.set(on_hold or 0)
         metrics.DEAD_LETTERS.set(dead_letters or 0)
         metrics.OUTBOX_LAG.set(outbox_lag_sec)
         exhaustion_sec = self._forecast.exhaustion_sec(time.monotonic(), counts.get("available", 0), leases)

@@ -93,10 +93,13 @@ async def retry_deletion(session: WriteSession, command: RetryDeletion) -> Reply
         sandbox_id=command.sandbox_id,
         request_id=command.request_id,
         traceparent=command.traceparent,
+        end_hold=command.end_hold,
     )
     if row["status"] is None:
         return refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
     if not row["changed"]:
+        if row["on_hold"]:
+            return refuse("NOT_DELETION_FAILED", cause="on_hold", sandbox_id=command.sandbox_id)
         return refuse("NOT_DELETION_FAILED", sandbox_id=command.sandbox_id, status=row["status"])
     log.info("sandbox.deletion_retried", sandbox_id=command.sandbox_id)
     return replies.SandboxReleased(

@@ -93,6 +93,8 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None
             sfdc_account_id=row["sfdc_account_id"],
             allocated_at=row["allocated_at"],
             expires_at=row["expires_at"],
+            mode=row["mode"],
+            claimed_at=row["claimed_at"],
         )
     log.info(
         "lease.refused",
@@ -161,11 +163,14 @@ def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
 
 
 async def expire_leases(session: WriteSession, command: ExpireLeases) -> Reply:
-    sandbox_ids = await leases.expire(session, grace=timedelta(seconds=command.grace_sec), limit=command.limit)
-    for sandbox_id in sandbox_ids:
+    row = await leases.expire(session, grace=timedelta(seconds=command.grace_sec), limit=command.limit)
+    for sandbox_id in row["expired"]:
         log.info("lease.expired", sandbox_id=sandbox_id)
-    metrics.EXPIRED.inc(len(sandbox_ids))
-    return LeasesExpired(sandbox_ids=tuple(sandbox_ids))
+    for sandbox_id in row["unclaimed"]:
+        log.info("lease.unclaimed", sandbox_id=sandbox_id)
+    metrics.EXPIRED.inc(len(row["expired"]))
+    metrics.UNCLAIMED.inc(len(row["unclaimed"]))
+    return LeasesExpired(sandbox_ids=(*row["expired"], *row["unclaimed"]))
 
 
 async def end_lease(session: WriteSession, command: EndLease) -> Reply:

@@ -57,7 +57,8 @@ CLAIM_UNTRIED_DELETIONS = {
     "newest": _claim_statement("AND deletion_attempts = 0", "DESC"),
 }
 
-# Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice.
+# Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice. Broken
+# sandboxes on hold wait for an operator.
 HURRY_DELETIONS = f"""
 WITH {GUARD},
 {_LEADER_LEASE},
@@ -67,6 +68,7 @@ postponed AS MATERIALIZED (
         SELECT sandbox_id FROM sandboxes
         WHERE status = 'pending_deletion' AND deletion_due_at > now()
           AND deletion_claim IS DISTINCT FROM duty.run_id
+          AND (deletion_hold_until IS NULL OR deletion_hold_until <= now())
         ORDER BY deletion_due_at LIMIT $4 FOR UPDATE SKIP LOCKED
     ) s
 ),
@@ -89,7 +91,8 @@ WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'deleted', status_since = now(), deleted_at = now(),
-        deletion_due_at = NULL, deletion_claim = NULL, deletion_error = NULL, services_error = $3
+        deletion_due_at = NULL, deletion_hold_until = NULL, deletion_claim = NULL, deletion_error = NULL,
+        services_error = $3
     FROM guard
     WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
     RETURNING s.sandbox_id, s.external_id, s.name
@@ -134,9 +137,11 @@ WITH {GUARD},
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_attempts = 0, deletion_due_at = now(),
-        deletion_request_id = $3, deletion_traceparent = $4
+        deletion_hold_until = NULL, deletion_request_id = $3, deletion_traceparent = $4
     FROM guard
-    WHERE s.sandbox_id = $2 AND s.status = 'deletion_failed'
+    WHERE s.sandbox_id = $2 AND (
+        s.status = 'deletion_failed' OR $5 AND s.status = 'pending_deletion' AND s.deletion_hold_until > now()
+    )
     RETURNING s.sandbox_id, s.external_id, s.name
 ),
 announced AS (
@@ -148,6 +153,7 @@ announced AS (
     FROM moved m
 )
 SELECT epoch, EXISTS (SELECT FROM moved) AS changed, s.status,
+    s.status = 'pending_deletion' AND coalesce(s.deletion_hold_until > now(), false) AS on_hold,
     floor(extract(epoch FROM coalesce(s.deletion_requested_at, now())))::bigint AS deletion_requested_at
 FROM guard LEFT JOIN sandboxes s ON s.sandbox_id = $2
 """
@@ -179,6 +185,8 @@ class RetryRow(TypedDict):
     changed: bool
     status: str | None
     """Status before the retry; None: the sandbox does not exist."""
+    on_hold: bool
+    """Whether the sandbox was broken and on hold before the retry."""
     deletion_requested_at: int
 
 
@@ -242,8 +250,8 @@ async def record_deletion_failure(
 
 
 async def retry_deletion(
-    session: WriteSession, *, sandbox_id: str, request_id: str | None, traceparent: str | None
+    session: WriteSession, *, sandbox_id: str, request_id: str | None, traceparent: str | None, end_hold: bool
 ) -> RetryRow:
-    """Make a failed deletion pending and due again."""
-    row: RetryRow = await session.fetch_one(RETRY_DELETION, sandbox_id, request_id, traceparent)
+    """Make a failed deletion pending and due again; with `end_hold` also that of a broken sandbox on hold."""
+    row: RetryRow = await session.fetch_one(RETRY_DELETION, sandbox_id, request_id, traceparent, end_hold)
     return row

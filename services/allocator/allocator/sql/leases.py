@@ -17,6 +17,7 @@ from typing import Literal, TypedDict
 from allocator.policy_book import PolicyBook, Terms
 from allocator.write_session import GUARD, PoliciesChanged, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.contract.types import LeaseMode
 from sandbox_broker.database.schema import prefix_end
 
 # Parameters: epoch, version of the policy book, one array per column of the requests, one array per column of the
@@ -31,10 +32,10 @@ WITH {GUARD},
 requests AS MATERIALIZED (
     SELECT r.*, current.*, keyed.holder = r.holder AS key_is_own
     FROM guard
-    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::int[])
-        AS r (index, holder, track_name, prefix, prefix_end, idempotency_key, term)
+    CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::int[], $10::text[])
+        AS r (index, holder, track_name, prefix, prefix_end, idempotency_key, term, mode)
     LEFT JOIN LATERAL (
-        SELECT sandbox.*, active.allocated_at, active.expires_at
+        SELECT sandbox.*, active.allocated_at, active.expires_at, active.mode AS current_mode, active.claimed_at
         FROM leases active CROSS JOIN LATERAL (
             SELECT sandbox_id, name, external_id, sfdc_account_id FROM sandboxes leased_sandbox
             WHERE leased_sandbox.sandbox_id = active.sandbox_id LIMIT 1
@@ -52,7 +53,7 @@ requests AS MATERIALIZED (
 demand AS MATERIALIZED (
     SELECT prefix, prefix_end, count(*) AS number, array_agg(index) AS indexes, array_agg(holder) AS holders,
         array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys,
-        array_agg(term) AS terms
+        array_agg(term) AS terms, array_agg(mode) AS modes
     FROM requests
     WHERE sandbox_id IS NULL AND key_is_own IS NULL
     GROUP BY prefix, prefix_end
@@ -61,26 +62,27 @@ picked AS MATERIALIZED (
     SELECT d.*, ARRAY({{picks}}) AS sandbox_ids FROM demand d
 ),
 assigned AS MATERIALIZED (
-    SELECT a.*
+    SELECT a.*, p.prefix
     FROM picked p
-    CROSS JOIN unnest(p.indexes, p.holders, p.track_names, p.idempotency_keys, p.terms, p.sandbox_ids)
-        AS a (index, holder, track_name, idempotency_key, term, sandbox_id)
+    CROSS JOIN unnest(p.indexes, p.holders, p.track_names, p.idempotency_keys, p.terms, p.modes, p.sandbox_ids)
+        AS a (index, holder, track_name, idempotency_key, term, mode, sandbox_id)
 ),
 claimed AS (
     UPDATE sandboxes s SET status = 'allocated', status_since = now(), track_name = a.track_name
     FROM assigned a
     WHERE s.sandbox_id = ANY (ARRAY[a.sandbox_id]) AND s.status || '' = 'available'
-    RETURNING a.index, a.holder, a.track_name, a.idempotency_key, a.term,
-        now() + ($11::int[])[a.term] * interval '1 second' AS expires_at,
+    RETURNING a.index, a.holder, a.track_name, a.idempotency_key, a.prefix, a.mode, a.term,
+        now() + CASE WHEN a.mode = 'standby' THEN ($14::int[])[a.term] ELSE ($12::int[])[a.term] END
+            * interval '1 second' AS expires_at,
         s.sandbox_id, s.name, s.external_id, s.sfdc_account_id
 ),
 leased AS (
     INSERT INTO leases (
-        sandbox_id, holder, track_name, idempotency_key, expires_at,
+        sandbox_id, holder, track_name, idempotency_key, name_prefix, mode, expires_at,
         policy, lease_sec, max_extension_sec, standby_sec, max_replacements
     )
-    SELECT sandbox_id, holder, track_name, idempotency_key, expires_at,
-        ($10::text[])[term], ($11::int[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term]
+    SELECT sandbox_id, holder, track_name, idempotency_key, nullif(prefix, ''), mode, expires_at,
+        ($11::text[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term], ($15::int[])[term]
     FROM claimed
 ),
 {{after}}
@@ -88,8 +90,8 @@ announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.allocated', c.sandbox_id, jsonb_build_object(
         'sandbox_id', c.sandbox_id, 'external_id', c.external_id, 'name', c.name, 'holder', c.holder,
-        'track_name', c.track_name, 'policy', ($10::text[])[c.term],
-        'expires_at', floor(extract(epoch FROM c.expires_at))::bigint
+        'track_name', c.track_name, 'policy', ($11::text[])[c.term],
+        'expires_at', floor(extract(epoch FROM c.expires_at))::bigint, 'mode', c.mode
     )
     FROM claimed c
     UNION ALL
@@ -98,7 +100,7 @@ announced AS (
 ),
 outcomes AS (
     SELECT index, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
-        now() AS allocated_at, expires_at
+        now() AS allocated_at, expires_at, mode, NULL::timestamptz AS claimed_at
     FROM claimed
     UNION ALL
     SELECT index,
@@ -107,16 +109,18 @@ outcomes AS (
             WHEN sandbox_id IS NOT NULL THEN 'known'
             ELSE 'key_used_up'
         END,
-        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at
+        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at, current_mode, claimed_at
     FROM requests WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
     UNION ALL
-    SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
+    SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
     UNION ALL
-    SELECT -1, 'policies_changed', NULL, NULL, NULL, NULL, NULL, NULL FROM guard WHERE policy_version <> $2
+    SELECT -1, 'policies_changed', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    FROM guard WHERE policy_version <> $2
 )
-SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id,
+SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id, mode,
     floor(extract(epoch FROM allocated_at))::bigint AS allocated_at,
-    floor(extract(epoch FROM expires_at))::bigint AS expires_at
+    floor(extract(epoch FROM expires_at))::bigint AS expires_at,
+    floor(extract(epoch FROM claimed_at))::bigint AS claimed_at
 FROM outcomes
 """
 
@@ -179,15 +183,15 @@ PLACE_DATA = """
 ALLOCATE_CHOSEN = _ALLOCATE.format(
     before="""
 chosen AS MATERIALIZED (
-    SELECT count(*) = cardinality(array_remove($15::text[], NULL)) AS are_available
+    SELECT count(*) = cardinality(array_remove($16::text[], NULL)) AS are_available
     FROM (
-        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($15::text[]) AND status || '' = 'available'
+        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($16::text[]) AND status || '' = 'available'
         FOR UPDATE SKIP LOCKED
     ) locked
 ),
 """,
     picks="""
-SELECT CASE WHEN chosen.are_available THEN ($15::text[])[asked.index + 1] END
+SELECT CASE WHEN chosen.are_available THEN ($16::text[])[asked.index + 1] END
 FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
 """,
     after=f"""
@@ -204,9 +208,14 @@ announced_served AS (
 """,
 )
 
-# End the leases of the CTE `ending (lease_id, sandbox_id, reason, note, request_id, traceparent)` and request the
-# deletion of their sandboxes.
-_END_LEASES = """
+
+def end_leases(deletion_due: str = "now()", hold_until: str = "NULL") -> str:
+    """Return the CTEs that end the leases of the CTE `ending (lease_id, sandbox_id, reason, note, request_id,
+    traceparent)` and request the deletion of their sandboxes.
+
+    The parameters are SQL expressions for the time of the deletion, and for the end of the hold before it.
+    """
+    return f"""
 ended AS (
     UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
     FROM ending e
@@ -216,7 +225,7 @@ ended AS (
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
-        deletion_due_at = now(), deletion_reason = ended.reason,
+        deletion_due_at = {deletion_due}, deletion_hold_until = {hold_until}, deletion_reason = ended.reason,
         deletion_request_id = ended.request_id, deletion_traceparent = ended.traceparent
     FROM ended
     WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
@@ -230,8 +239,10 @@ announced AS (
         'track_name', m.track_name, 'reason', m.reason, 'request_id', m.request_id
     )
     FROM moved m
+    RETURNING outbox_id
 )
 """
+
 
 # Two minutes cover every redelivery: a request expires after at most one minute, in RabbitMQ and in the queues of
 # the clients.
@@ -244,6 +255,9 @@ SELECT epoch, ARRAY(
     ) active_lease ON true
     WHERE '' || ended.holder = ANY ($2::text[]) AND ended.ended_at > now() - interval '2 minutes'
       AND num_nulls(active_lease.lease_id) = 1
+    UNION
+    SELECT claimed.first_holder FROM leases claimed
+    WHERE claimed.first_holder = ANY ($2::text[]) AND claimed.claimed_at > now() - interval '2 minutes'
 ) AS holders
 FROM guard
 """
@@ -268,7 +282,7 @@ ending AS MATERIALIZED (
         lease_id, sandbox_id, 'student' AS reason, NULL::text AS note, request_id, traceparent
     FROM target WHERE own AND ended_at IS NULL ORDER BY lease_id, index
 ),
-{_END_LEASES}
+{end_leases()}
 SELECT t.index, t.exists, coalesce(t.own, false) AS own,
     CASE WHEN t.moved THEN 'pending_deletion' ELSE coalesce(t.status, 'deleted') END AS status,
     floor(extract(epoch FROM CASE WHEN t.moved THEN now() ELSE coalesce(t.deletion_requested_at, t.ended_at) END))
@@ -277,19 +291,31 @@ FROM (SELECT target.*, sandbox_id IN (SELECT sandbox_id FROM moved) AS moved FRO
 ORDER BY t.index
 """
 
+# The grace period is for students at work. A standby lease has none, because no student has arrived.
 EXPIRE = f"""
 WITH {GUARD},
 ending AS MATERIALIZED (
-    SELECT l.lease_id, l.sandbox_id, 'expired' AS reason, NULL::text AS note, NULL::text AS request_id,
+    SELECT overdue.lease_id, overdue.sandbox_id, overdue.reason, NULL::text AS note, NULL::text AS request_id,
         NULL::text AS traceparent
     FROM guard CROSS JOIN LATERAL (
-        SELECT lease_id, sandbox_id FROM leases
-        WHERE end_reason IS NULL AND expires_at <= now() - $2::interval
-        ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
-    ) l
+        SELECT * FROM (
+            SELECT lease_id, sandbox_id, 'expired' AS reason FROM leases
+            WHERE end_reason IS NULL AND expires_at <= now() - $2::interval AND mode <> 'standby'
+            ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
+        ) expired
+        UNION ALL
+        SELECT * FROM (
+            SELECT lease_id, sandbox_id, 'unclaimed' FROM leases
+            WHERE end_reason IS NULL AND mode = 'standby' AND expires_at <= now()
+            ORDER BY expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
+        ) unclaimed
+        LIMIT $3
+    ) overdue
 ),
-{_END_LEASES}
-SELECT epoch, ARRAY(SELECT sandbox_id FROM moved) AS sandbox_ids FROM guard
+{end_leases()}
+SELECT epoch, ARRAY(SELECT sandbox_id FROM moved WHERE reason = 'expired') AS expired,
+    ARRAY(SELECT sandbox_id FROM moved WHERE reason = 'unclaimed') AS unclaimed
+FROM guard
 """
 
 # By an administrator, for any holder.
@@ -305,7 +331,7 @@ ending AS MATERIALIZED (
         $4::text AS request_id, $5::text AS traceparent
     FROM target WHERE lease_id IS NOT NULL AND ended_at IS NULL
 ),
-{_END_LEASES}
+{end_leases()}
 SELECT epoch, t.lease_id,
     CASE WHEN m.sandbox_id IS NOT NULL THEN 'pending_deletion' ELSE t.status END AS status,
     floor(extract(epoch FROM coalesce(m.deletion_requested_at, t.deletion_requested_at, t.ended_at)))::bigint
@@ -326,6 +352,8 @@ class AllocationRow(TypedDict):
     sfdc_account_id: str | None
     allocated_at: int
     expires_at: int
+    mode: LeaseMode
+    claimed_at: int | None
 
 
 class ReleaseRow(TypedDict):
@@ -334,6 +362,13 @@ class ReleaseRow(TypedDict):
     own: bool
     status: str
     deletion_requested_at: int | None
+
+
+class ExpireRow(TypedDict):
+    """Ids of the sandboxes whose leases were ended."""
+
+    expired: list[str]
+    unclaimed: list[str]
 
 
 class EndLeaseRow(TypedDict):
@@ -392,6 +427,7 @@ async def _try_to_allocate(
         [prefix_end(prefix) if prefix else "" for prefix in prefixes],
         [command.idempotency_key for command in commands],
         term_numbers,
+        [command.mode for command in commands],
         [term.policy for term in terms],
         [term.lease_sec for term in terms],
         [term.max_extension_sec for term in terms],
@@ -435,11 +471,10 @@ async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> 
     )
 
 
-async def expire(session: WriteSession, *, grace: timedelta, limit: int) -> list[str]:
-    """End up to `limit` leases overdue by at least `grace`; return the ids of their sandboxes."""
-    row = await session.fetch_one(EXPIRE, grace, limit)
-    sandbox_ids: list[str] = row["sandbox_ids"]
-    return sandbox_ids
+async def expire(session: WriteSession, *, grace: timedelta, limit: int) -> ExpireRow:
+    """End up to `limit` leases that are overdue by at least `grace`, or standby leases without a claim in time."""
+    row: ExpireRow = await session.fetch_one(EXPIRE, grace, limit)
+    return row
 
 
 async def end_lease(

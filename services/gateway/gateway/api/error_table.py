@@ -49,7 +49,8 @@ ERRORS: Mapping[str, ErrorSpec] = {
     ),
     "INVALID_HEADER": ErrorSpec(
         400,
-        "A header is too long, contains characters outside printable ASCII, or was sent more than once",
+        "A header is too long, contains characters outside printable ASCII, has an unknown value, or was sent more "
+        "than once",
         "Correct the header named in the message. A value has at most 128 characters.",
     ),
     "INVALID_REQUEST": ErrorSpec(400, "A parameter is invalid", "Correct the parameters in `fields`."),
@@ -123,12 +124,61 @@ ERRORS: Mapping[str, ErrorSpec] = {
     ),
     "IDEMPOTENCY_KEY_CONFLICT": ErrorSpec(
         409,
-        "The idempotency key belongs to the lease of another student",
-        "Use a different key for each student.",
+        "The idempotency key belongs to the lease of another student, or to another extension",
+        "Use a different key for each student and each extension.",
         messages={
+            "other_extension": "This idempotency key belongs to an extension by {hours} hours. Send a new key.",
             "own_ended_lease": "This idempotency key belongs to an ended lease of this student. Send a new key, or "
             "none.",
             "other_student": "This idempotency key belongs to a lease of another student. Send a new key, or none.",
+        },
+    ),
+    "LEASE_ENDED": ErrorSpec(
+        409,
+        "The lease has ended, so it cannot be claimed, extended or replaced",
+        "Allocate again to get another sandbox.",
+        messages={"": "The lease of sandbox '{sandbox_id}' has ended. Allocate again."},
+    ),
+    "NOT_CLAIMED": ErrorSpec(
+        409,
+        "The lease is in standby, so its time has not started and cannot be extended",
+        "Claim the lease first.",
+        messages={"": "The lease of sandbox '{sandbox_id}' is in standby. Claim it first. Its time starts then."},
+    ),
+    "ALREADY_CLAIMED": ErrorSpec(
+        409,
+        "The lease is not in standby, and another student holds it than `X-New-Holder` names",
+        "Send the student id of the first claim in `X-New-Holder`, or allocate for the other student.",
+        messages={
+            "": "The lease of sandbox '{sandbox_id}' was claimed for another student, or was never in standby. "
+            "Send the X-New-Holder of the first claim, or allocate for this student."
+        },
+    ),
+    "NEW_HOLDER_HAS_LEASE": ErrorSpec(
+        409,
+        "The student in `X-New-Holder` holds another sandbox",
+        "Release that sandbox first, or use it and release the standby lease.",
+        messages={
+            "": "The student '{new_holder}' holds another sandbox. Release that sandbox first, or use it and "
+            "release the standby lease."
+        },
+    ),
+    "EXTENSION_LIMIT": ErrorSpec(
+        409,
+        "All extensions of the lease together would exceed the limit of its policy",
+        "Ask for fewer hours, or ask an administrator for the extension.",
+        messages={
+            "": "The lease of sandbox '{sandbox_id}' can be extended by {left_hours} more hours. Ask for at most "
+            "as many, or ask an administrator for the extension."
+        },
+    ),
+    "REPLACEMENT_LIMIT": ErrorSpec(
+        409,
+        "The student has had as many replacements as the policy allows",
+        "Ask an administrator to replace the sandbox.",
+        messages={
+            "": "The student has had all replacements that the policy allows ({max_replacements}). Ask an "
+            "administrator to replace the sandbox."
         },
     ),
     "NOT_ALLOCATED": ErrorSpec(
@@ -141,7 +191,11 @@ ERRORS: Mapping[str, ErrorSpec] = {
         409,
         "The status of the sandbox is not `deletion_failed`",
         "No action is needed. The reaper retries pending deletions automatically.",
-        messages={"": "Sandbox '{sandbox_id}' is {status}. Only a deletion_failed one can be retried."},
+        messages={
+            "": "Sandbox '{sandbox_id}' is {status}. Only a deletion_failed one can be retried.",
+            "on_hold": "The broken sandbox '{sandbox_id}' is on hold, so that an operator can inspect it. It is "
+            "deleted after the hold. Send end_hold=true to delete it now.",
+        },
     ),
     "NOT_REPLAYABLE": ErrorSpec(
         409,
@@ -175,7 +229,7 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "Add the origin to `CORS_ALLOWED_ORIGINS` if its pages may call the API.",
     ),
     "PAYLOAD_TOO_LARGE": ErrorSpec(
-        413, "The request body is larger than 64 KiB", "Send no body, because no route requires one."
+        413, "The request body is larger than 64 KiB", "Send a smaller body. No route needs more than a few lines."
     ),
     "HEADERS_TOO_LARGE": ErrorSpec(
         431,
@@ -287,6 +341,17 @@ ERRORS: Mapping[str, ErrorSpec] = {
         RETRY_SAFELY,
         retry_after=1,
         messages=NO_REPLY,
+    ),
+    "LEASE_CHANGE_TIMEOUT": ErrorSpec(
+        504,
+        "The allocator did not reply in time; the claim, extension or replacement may still succeed",
+        "Repeat a claim or a replacement. Repeat an extension with the same `Idempotency-Key`.",
+        retry_after=1,
+        messages={
+            **NO_REPLY,
+            "without_key": "The allocator did not reply in time. The lease may have been extended. Check its "
+            "expires_at before you repeat the request, and send an Idempotency-Key next time.",
+        },
     ),
     "MAINTENANCE_TIMEOUT": ErrorSpec(
         504,

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.schemas.pool import Allocation, Allocations
 from gateway.queries.pagination import IndexScan, fetch_page
-from gateway.queries.sandboxes import label_unix_seconds
+from gateway.queries.sandboxes import LEASE_DETAILS, label_unix_seconds
 from sandbox_broker.database.schema import leases, sandboxes
 
 # The expressions of the indexes. Other expressions would not match the indexes.
@@ -32,6 +32,7 @@ _COLUMNS = (
     ),
     leases.c.end_reason,
     leases.c.end_note,
+    *LEASE_DETAILS,
 )
 
 

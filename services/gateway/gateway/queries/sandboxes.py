@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Label, func, select, union_all
+from sqlalchemy import ColumnElement, Label, func, literal_column, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway.api.error_table import ERRORS
@@ -43,7 +43,10 @@ MAX_TRANSITIONS = 500
 STATUS_AFTER_EVENT: Mapping[str, SandboxStatus] = {
     "sandbox.discovered": "available",
     "sandbox.allocated": "allocated",
+    "lease.claimed": "allocated",
+    "lease.extended": "allocated",
     "sandbox.deletion_requested": "pending_deletion",
+    "sandbox.replaced": "pending_deletion",
     "sandbox.deleted": "deleted",
     "sandbox.deletion_failed": "deletion_failed",
     "sandbox.stale": "stale",
@@ -54,8 +57,13 @@ ACTOR_OF_EVENT: Mapping[str, Actor] = {
     "student": "student",
     "admin": "administrator",
     "expired": "broker",
+    "unclaimed": "broker",
+    "broken": "broker",
     "sandbox.discovered": "csp",
     "sandbox.allocated": "student",
+    "lease.claimed": "student",
+    "lease.extended": "student",
+    "sandbox.replaced": "student",
     "sandbox.deletion_requested": "broker",
     "sandbox.deleted": "broker",
     "sandbox.deletion_failed": "broker",
@@ -69,8 +77,34 @@ _TIMES = (
     "missing_since",
     "deletion_requested_at",
     "deletion_due_at",
+    "deletion_hold_until",
     "deleted_at",
 )
+
+
+_replacement = leases.alias("replacement")
+
+
+def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
+    """Return the SQL expression of `time` in whole Unix seconds."""
+    return func.floor(func.extract("epoch", time))
+
+
+LEASE_DETAILS = (
+    leases.c.mode,
+    unix_seconds(leases.c.claimed_at).label("claimed_at"),
+    leases.c.first_holder,
+    leases.c.extended_sec,
+    leases.c.policy,
+    leases.c.max_extension_sec,
+    leases.c.replaces,
+    select(_replacement.c.sandbox_id)
+    .where(_replacement.c.replaces == leases.c.sandbox_id)
+    .limit(1)
+    .scalar_subquery()
+    .label("replaced_by"),
+)
+"""Columns of schemas.pool.LeaseDetails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +156,7 @@ async def sandbox_details(engine: AsyncEngine, sandbox_id: str) -> SandboxStory 
             unix_seconds(leases.c.ended_at).label("ended_at"),
             leases.c.end_reason,
             leases.c.end_note,
+            *LEASE_DETAILS,
             *(unix_seconds(sandboxes.c[name]).label(f"{name}_sec") for name in _TIMES),
         )
         .select_from(sandboxes.outerjoin(leases, leases.c.sandbox_id == sandboxes.c.sandbox_id))
@@ -152,7 +187,7 @@ def _transition(event_type: str, at: int, data: Mapping[str, Any]) -> Transition
         event=event_type,
         status=STATUS_AFTER_EVENT[event_type],
         by=ACTOR_OF_EVENT[reason if reason and not data.get("reopened") else event_type],
-        reason="CSP still lists it" if data.get("reopened") else reason,
+        reason="CSP still lists it" if data.get("reopened") else data.get("note") or reason,
         holder=data.get("holder"),
         track_name=data.get("track_name"),
         error=data.get("error"),
@@ -161,13 +196,24 @@ def _transition(event_type: str, at: int, data: Mapping[str, Any]) -> Transition
 
 
 async def pool_stats(engine: AsyncEngine) -> Stats:
-    """Return the number of sandboxes in each status, and of allocated sandboxes that CSP no longer lists."""
+    """Return the number of sandboxes in each status, of allocated sandboxes that CSP no longer lists or whose lease
+    is in standby, and of broken sandboxes on hold."""
     missing = select(func.count()).where(sandboxes.c.status == "allocated", sandboxes.c.missing_since.is_not(None))
+    # Literals, because they must match the conditions of the partial indexes.
+    standby = select(func.count()).where(
+        leases.c.mode == literal_column("'standby'"), leases.c.end_reason.is_(None)
+    )
+    on_hold = select(func.count()).where(
+        sandboxes.c.deletion_hold_until > func.now(), sandboxes.c.status == "pending_deletion"
+    )
     async with read_connection(engine) as connection:
         totals = await connection.execute(select(pool_totals.c.status, pool_totals.c.number))
-        missing_count = (await connection.execute(missing)).scalar_one()
+        others = {
+            name: (await connection.execute(query)).scalar_one()
+            for name, query in (("missing", missing), ("standby", standby), ("on_hold", on_hold))
+        }
     counts = {**ZERO_COUNTS, **dict(totals.all())}
-    return Stats(total=sum(counts.values()), missing=missing_count, **counts)
+    return Stats(total=sum(counts.values()), **others, **counts)
 
 
 async def sync_state(engine: AsyncEngine) -> SyncState:
@@ -222,11 +268,6 @@ def _word_result(result: dict[str, Any] | None) -> dict[str, Any] | None:
         return result
     code, parameters = result["code"], json.loads(result["parameters"])
     return {"code": code, "message": ERRORS[code].word(parameters)}
-
-
-def unix_seconds(time: ColumnElement[datetime]) -> ColumnElement[int]:
-    """Return the SQL expression of `time` in whole Unix seconds."""
-    return func.floor(func.extract("epoch", time))
 
 
 def label_unix_seconds(column: ColumnElement[datetime]) -> Label[int]:

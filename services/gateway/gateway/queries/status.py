@@ -184,16 +184,21 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         .order_by(csp_listings.c.listing_id.desc())
         .limit(1)
     )
+    hold_until = sandboxes.c.deletion_hold_until
     pending = (
-        select(sandboxes.c.deletion_requested_at, sandboxes.c.deletion_attempts, sandboxes.c.deletion_error)
-        .where(sandboxes.c.status == "pending_deletion")
+        select(
+            func.coalesce(hold_until, sandboxes.c.deletion_requested_at).label("pending_since"),
+            sandboxes.c.deletion_attempts,
+            sandboxes.c.deletion_error,
+        )
+        .where(sandboxes.c.status == "pending_deletion", hold_until.is_(None) | (hold_until <= func.now()))
         .order_by(sandboxes.c.status_since)
         .limit(MAX_PENDING_DELETIONS)
         .subquery()
     )
     failing = pending.c.deletion_attempts > 0
     pending_summary = select(
-        unix_seconds(func.min(pending.c.deletion_requested_at)).label("pending_since"),
+        unix_seconds(func.min(pending.c.pending_since)).label("pending_since"),
         func.count().filter(failing).label("failing"),
         func.max(pending.c.deletion_error).filter(failing).label("error"),
     )

@@ -79,10 +79,15 @@ async def release(
         *COMMON_ERRORS, "SANDBOX_NOT_FOUND", "NOT_DELETION_FAILED", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"
     ),
 )
-async def retry_deletion(request: Request, sandbox_id: str) -> Release:
-    """Retry a failed deletion: `deletion_failed` becomes `pending_deletion`, and the count of attempts restarts."""
+async def retry_deletion(
+    request: Request,
+    sandbox_id: str,
+    end_hold: Annotated[bool, Query(description="also delete a broken sandbox before its hold has ended")] = False,
+) -> Release:
+    """Retry a failed deletion: `deletion_failed` becomes `pending_deletion`, and the count of attempts restarts.
+    With `end_hold`, the call also ends the hold of a broken sandbox."""
     request.scope["state"]["ids"] = {"sandbox_id": sandbox_id}
-    return await _release_by(request, partial(RetryDeletion, sandbox_id=sandbox_id))
+    return await _release_by(request, partial(RetryDeletion, sandbox_id=sandbox_id, end_hold=end_hold))
 
 
 @router.post(

@@ -1,5 +1,8 @@
 """Track routes. The scripts of lab authors call them for a student."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
@@ -7,17 +10,17 @@ from gateway import metrics
 from gateway.allocator_client import ClientDisconnected
 from gateway.api.errors import ApiError, from_refusal
 from gateway.api.responses import STUDENT_WAITING, responses
-from gateway.api.schemas.track import Lease, Release, Sandbox, Waiting
+from gateway.api.schemas.track import Lease, Release, Sandbox, StandbyLease, Waiting
 from gateway.context import Context
 from gateway.queries import sandboxes
 from gateway.web import headers
 from gateway.web.headers import Allocation, Holder
 from sandbox_broker.contract.commands import AllocateSandbox, Command, R, ReleaseSandbox
-from sandbox_broker.contract.replies import StudentWaiting
+from sandbox_broker.contract.replies import LeaseGranted, StudentWaiting
 from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
 from sandbox_broker.observability import tracing
 
-_COMMON_ERRORS = (
+COMMON_ERRORS = (
     "MISSING_SANDBOX_ID",
     "INVALID_HEADER",
     "UNAUTHORIZED",
@@ -53,11 +56,12 @@ async def _lease(request: Request) -> Response:
         name_prefix=allocation.name_prefix,
         idempotency_key=allocation.idempotency_key,
         wait_sec=headers.read_wait_sec(request.scope, fields),
+        mode=allocation.mode,
         traceparent=tracing.traceparent(),
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
-            reply = await _request(request, command, timeout_code="ALLOCATION_TIMEOUT")
+            reply = await request_allocator(request, command, timeout_code="ALLOCATION_TIMEOUT")
         except ApiError as error:
             metrics.ALLOCATIONS.labels(outcome=error.code.lower()).inc()
             raise
@@ -72,8 +76,14 @@ async def _lease(request: Request) -> Response:
     else:
         metrics.REPEATED.inc()
         metrics.IDEMPOTENT_HITS.inc()
-    lease = Lease.model_validate(reply, from_attributes=True)
-    return Response(lease.model_dump_json(), 201 if reply.new else 200, media_type="application/json")
+    return lease_response(reply, 201 if reply.new else 200)
+
+
+def lease_response(reply: LeaseGranted, status: int) -> Response:
+    """Return the response with a lease. It has the fields of standby only if the lease is or was in standby."""
+    model = Lease if reply.mode == "active" and reply.claimed_at is None else StandbyLease
+    lease = model.model_validate(reply, from_attributes=True)
+    return Response(lease.model_dump_json(), status, media_type="application/json")
 
 
 def _waiting_response(reply: StudentWaiting) -> Response:
@@ -88,13 +98,13 @@ def _waiting_response(reply: StudentWaiting) -> Response:
 
 @router.post(
     ALLOCATE.removeprefix(router.prefix),
-    response_model=Lease,
+    response_model=Lease | StandbyLease,
     status_code=201,
     responses={
-        200: {"model": Lease, "description": "The active lease of this student"},
+        200: {"model": Lease | StandbyLease, "description": "The active lease of this student"},
         202: STUDENT_WAITING,
         **responses(
-            *_COMMON_ERRORS,
+            *COMMON_ERRORS,
             "POOL_EXHAUSTED",
             "IDEMPOTENCY_KEY_CONFLICT",
             "DATABASE_BEHIND",
@@ -105,7 +115,8 @@ def _waiting_response(reply: StudentWaiting) -> Response:
 )
 async def allocate(_: Holder, __: Allocation) -> Response:
     """Lease a sandbox to the student. Return the active lease if the student holds one. Without an available
-    sandbox, a student who sends `Prefer: respond-async` gets a place in the waiting line."""
+    sandbox, a student who sends `Prefer: respond-async` gets a place in the waiting line. With `X-Lease-Mode:
+    standby`, the time of a new lease starts with its claim."""
     # Only for the OpenAPI document and the Allow header.
     raise AssertionError("never runs, because DirectRoutes passes the request to fast_allocate")
 
@@ -113,7 +124,7 @@ async def allocate(_: Holder, __: Allocation) -> Response:
 @router.post(
     "/sandboxes/{sandbox_id}/mark-for-deletion",
     responses=responses(
-        *_COMMON_ERRORS,
+        *COMMON_ERRORS,
         "NOT_SANDBOX_OWNER",
         "SANDBOX_NOT_FOUND",
         "DATABASE_BEHIND",
@@ -124,17 +135,15 @@ async def allocate(_: Holder, __: Allocation) -> Response:
 async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
     """End the student's lease and mark the sandbox for deletion. A repeated or late call succeeds."""
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
-    try:
+    with known_sandbox():
         command = ReleaseSandbox(
             request_id=request.state.request_id,
             sandbox_id=sandbox_id,
             holder=holder,
             traceparent=tracing.traceparent(),
         )
-    except ValueError:
-        raise _sandbox_not_found() from None
     try:
-        reply = await _request(request, command, timeout_code="RELEASE_TIMEOUT")
+        reply = await request_allocator(request, command, timeout_code="RELEASE_TIMEOUT")
     except ApiError as error:
         metrics.DELETIONS_MARKED.labels(outcome=error.code.lower()).inc()
         raise
@@ -144,7 +153,7 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
 
 @router.get(
     "/sandboxes/{sandbox_id}",
-    responses=responses(*_COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
+    responses=responses(*COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
 )
 async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
     """Return the student's sandbox, also after its release."""
@@ -158,7 +167,7 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sand
     return held.sandbox
 
 
-async def _request(request: Request, command: Command[R], *, timeout_code: str) -> R:
+async def request_allocator(request: Request, command: Command[R], *, timeout_code: str) -> R:
     """Send a command to the allocator and return its reply.
 
     Raises ClientDisconnected, or ApiError ALLOCATOR_UNAVAILABLE, `timeout_code` or the code of a refusal.
@@ -175,6 +184,15 @@ async def _request(request: Request, command: Command[R], *, timeout_code: str) 
         raise ApiError("ALLOCATOR_UNAVAILABLE", parameters=parameters) from error
     except NoReply as error:
         raise ApiError(timeout_code) from error
+
+
+@contextmanager
+def known_sandbox() -> Iterator[None]:
+    """Raises ApiError SANDBOX_NOT_FOUND if a command in the block is invalid, because its sandbox id is."""
+    try:
+        yield
+    except ValueError:
+        raise _sandbox_not_found() from None
 
 
 def _sandbox_not_found() -> ApiError:

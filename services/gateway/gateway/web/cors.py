@@ -17,6 +17,7 @@ _METHODS = ["GET", "HEAD", "POST"]
 _REQUEST_HEADERS = [
     *("Authorization", "X-Request-ID"),
     *(headers.STUDENT, headers.STUDENT_OLD, headers.TRACK, headers.PREFIX, headers.KEY, headers.PREFER),
+    *(headers.MODE, headers.NEW_HOLDER),
 ]
 _RESPONSE_HEADERS = [
     *("X-Request-ID", "Retry-After", "Deprecation", "Location", "WWW-Authenticate", "Preference-Applied"),

@@ -13,7 +13,7 @@ from pydantic import WithJsonSchema
 from starlette.types import Scope
 
 from gateway.api.errors import ApiError
-from sandbox_broker.contract.types import MAX_ID_LENGTH, MAX_SEC
+from sandbox_broker.contract.types import MAX_ID_LENGTH, MAX_SEC, LeaseMode
 
 BLANKS = b" \t"
 """Characters that may surround the value of a header. `bytes.strip()` without arguments removes others too."""
@@ -23,9 +23,11 @@ STUDENT_OLD = "X-Track-ID"
 TRACK = "X-Instruqt-Track-ID"
 PREFIX = "X-Sandbox-Name-Prefix"
 KEY = "Idempotency-Key"
+MODE = "X-Lease-Mode"
+NEW_HOLDER = "X-New-Holder"
 PREFER = "Prefer"
 _PREFER_FIELD = PREFER.lower().encode()
-_FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY)}
+_FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY, MODE, NEW_HOLDER)}
 
 # RFC 7240: commas separate preferences, and may stand inside quotes.
 _PREFERENCE = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
@@ -126,11 +128,26 @@ class AllocationHeaders:
     track_name: str | None
     name_prefix: str | None
     idempotency_key: str | None
+    mode: LeaseMode
 
 
 def read_allocation_headers(fields: Fields) -> AllocationHeaders:
     """Return the optional headers of an allocation. Raises ApiError INVALID_HEADER."""
-    return AllocationHeaders(_read_value(TRACK, fields), _read_value(PREFIX, fields), _read_value(KEY, fields))
+    return AllocationHeaders(
+        _read_value(TRACK, fields),
+        _read_value(PREFIX, fields),
+        _read_value(KEY, fields),
+        _read_mode(fields),
+    )
+
+
+def _read_mode(fields: Fields) -> LeaseMode:
+    value = _read_value(MODE, fields)
+    if value is None or value.lower() == "active":
+        return "active"
+    if value.lower() == "standby":
+        return "standby"
+    raise ApiError("INVALID_HEADER", f"{MODE} is '{value}'. Send standby, or omit the header.")
 
 
 # Schemas for the OpenAPI document. FastAPI does not validate them, because the errors above have their own codes.
@@ -194,9 +211,45 @@ async def _allocation(
             examples=["respond-async, wait=900"],
         ),
     ] = None,
+    _____: Annotated[
+        Any,
+        WithJsonSchema({"type": "string", "enum": ["active", "standby"], "examples": ["standby"]}),
+        Header(
+            alias=MODE,
+            description="`standby` for the hot start of Instruqt: the lease ends after STANDBY_HOURS, unless it is "
+            "claimed before, and its time starts with the claim. Default: `active`.",
+        ),
+    ] = None,
 ) -> AllocationHeaders:
     return read_allocation_headers(read_fields(request.scope))
 
 
+async def _extension_key(
+    request: Request,
+    _: Annotated[
+        Any,
+        _VALUE,
+        Header(alias=KEY, description="A repetition with the same key does not extend the lease again."),
+    ] = None,
+) -> str | None:
+    return _read_value(KEY, read_fields(request.scope))
+
+
+async def _new_holder(
+    request: Request,
+    _: Annotated[
+        Any,
+        _VALUE,
+        Header(
+            alias=NEW_HOLDER,
+            description="The id of the student, if the lease was taken under another id, before a student existed.",
+        ),
+    ] = None,
+) -> str | None:
+    return _read_value(NEW_HOLDER, read_fields(request.scope))
+
+
 Holder = Annotated[str, Depends(_holder)]
+ExtensionKey = Annotated[str | None, Depends(_extension_key)]
+NewHolder = Annotated[str | None, Depends(_new_holder)]
 Allocation = Annotated[AllocationHeaders, Depends(_allocation)]

@@ -1,9 +1,11 @@
 """Types of fields that several response bodies share."""
 
 import uuid
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
+
+from sandbox_broker.contract.types import DeletionReason, LeaseMode
 
 SandboxId = Annotated[str, Field(examples=["2012224"], description="the csp_id of CSP, as text")]
 Name = Annotated[str, Field(examples=["sandbox-1"])]
@@ -19,8 +21,23 @@ MaybeCount = Annotated[int | None, Field(examples=[12, None])]
 Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
 MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
 EndReason = Annotated[
-    Literal["student", "expired", "admin"] | None,
-    Field(examples=["student", None], description="why the lease ended"),
+    DeletionReason | None,
+    Field(
+        examples=["student", None],
+        description="why the lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was "
+        "replaced",
+    ),
+]
+Mode = Annotated[
+    LeaseMode,
+    Field(examples=["active"], description="`standby` until the claim of a standby lease, otherwise `active`"),
+]
+ClaimedAt = Annotated[
+    int | None,
+    Field(
+        examples=[None, 1728054123],
+        description="when a standby lease was claimed, in Unix seconds; null without a claim",
+    ),
 ]
 Cursor = Annotated[
     str | None,

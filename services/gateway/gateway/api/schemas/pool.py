@@ -5,19 +5,21 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from gateway.api.schemas.fields import (
+    ClaimedAt,
     Count,
     Cursor,
     EndReason,
     ExternalId,
     Holder,
     MaybeSeconds,
+    Mode,
     Name,
     SandboxId,
     SfdcAccount,
     TrackName,
     UnixSeconds,
 )
-from sandbox_broker.contract.types import SandboxStatus
+from sandbox_broker.contract.types import DeletionReason, SandboxStatus
 
 
 class Stats(BaseModel):
@@ -29,6 +31,8 @@ class Stats(BaseModel):
     stale: Count
     deleted: Count
     missing: Count = Field(description="allocated sandboxes that CSP no longer lists; a student still holds them")
+    standby: Count = Field(description="allocated sandboxes whose standby lease is not claimed yet")
+    on_hold: Count = Field(description="broken sandboxes that are not deleted yet, so that operators inspect them")
 
 
 class StatsGroup(BaseModel):
@@ -93,9 +97,38 @@ class Transition(BaseModel):
     )
 
 
-class SandboxStory(SandboxSummary):
-    deletion_reason: Literal["student", "expired", "admin"] | None
+class LeaseDetails(BaseModel):
+    """Details of a lease. Without a lease, all are null."""
+
+    mode: Mode | None
+    claimed_at: ClaimedAt
+    first_holder: str | None = Field(
+        examples=[None, "hot-start-17"],
+        description="the student id under which a standby lease was taken, if the claim gave it to another one",
+    )
+    extended_sec: Annotated[
+        int | None, Field(examples=[0, 7200], description="all extensions by the student together")
+    ]
+    policy: str | None = Field(
+        examples=["adventure", None], description="the policy of the lease; null: the defaults"
+    )
+    max_extension_sec: int | None = Field(
+        examples=[14400, None], description="the limit of all extensions; null for a lease of an earlier version"
+    )
+    replaces: str | None = Field(
+        examples=[None, "2012224"], description="the broken sandbox of the student that this one replaced"
+    )
+    replaced_by: str | None = Field(
+        examples=[None, "2012225"], description="the sandbox that the student got instead of this broken one"
+    )
+
+
+class SandboxStory(SandboxSummary, LeaseDetails):
+    deletion_reason: DeletionReason | None
     deletion_due_at: MaybeSeconds = Field(description="the earliest time of the next deletion attempt")
+    deletion_hold_until: MaybeSeconds = Field(
+        description="a broken sandbox is not deleted before this time, so that an operator can inspect it"
+    )
     deleted_at: MaybeSeconds
     services_error: str | None = Field(
         examples=[None], description="the error of the clean-up of its NIOSXaaS services before its deletion"
@@ -103,11 +136,13 @@ class SandboxStory(SandboxSummary):
     idempotency_key: str | None = Field(examples=[None], description="the idempotency key of its allocation")
     ended_at: MaybeSeconds = Field(description="end of the lease")
     end_reason: EndReason
-    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
+    end_note: str | None = Field(
+        examples=["student left", None], description="the reason from the administrator, or of the replacement"
+    )
     history: list[Transition] = Field(description="the newest 500 transitions, oldest first")
 
 
-class Allocation(BaseModel):
+class Allocation(LeaseDetails):
     lease_id: Annotated[int, Field(examples=[815])]
     sandbox_id: SandboxId
     name: str | None = Field(examples=["sandbox-1"], description="null after the purge of the sandbox's record")
@@ -122,7 +157,9 @@ class Allocation(BaseModel):
     ended_at: MaybeSeconds = Field(description="null for an active lease")
     duration_sec: Annotated[int, Field(examples=[5400], description="until now for an active lease")]
     end_reason: EndReason
-    end_note: str | None = Field(examples=["student left", None], description="the reason from the administrator")
+    end_note: str | None = Field(
+        examples=["student left", None], description="the reason from the administrator, or of the replacement"
+    )
 
 
 class Allocations(BaseModel):

@@ -1,14 +1,16 @@
-"""Response bodies of the routes for tracks."""
+"""Request and response bodies of the routes for tracks."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.api.schemas.fields import (
+    ClaimedAt,
     Count,
     ExternalId,
     Holder,
     MaybeCount,
+    Mode,
     Name,
     SandboxId,
     SfdcAccount,
@@ -40,6 +42,48 @@ class Waiting(BaseModel):
     )
     retry_after: Annotated[
         int, Field(examples=[5], description="seconds until the same request should be repeated")
+    ]
+
+
+class StandbyLease(Lease):
+    """A lease that was taken in standby. Before the claim, `expires_at` is the latest time of the claim."""
+
+    mode: Mode
+    claimed_at: ClaimedAt
+
+
+class ExtensionRequest(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"hours": 2}]})
+
+    hours: Annotated[
+        float,
+        Field(strict=True, gt=0, le=87_600, allow_inf_nan=False, examples=[2], description="may be a fraction"),
+    ]
+
+
+class Extension(BaseModel):
+    expires_at: UnixSeconds
+    max_expires_at: Annotated[
+        int,
+        Field(
+            examples=[1728082923],
+            description="Unix seconds: the latest end that the student can reach by further extensions",
+        ),
+    ]
+
+
+class ReplacementRequest(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "DNS profile cannot be saved"}]})
+
+    reason: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=500,
+            pattern=r"^[^\x00]*[^\x00\s][^\x00]*$",
+            examples=["DNS profile cannot be saved"],
+            description="kept for the operator who inspects the broken sandbox",
+        ),
     ]
 
 
