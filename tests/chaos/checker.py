@@ -287,6 +287,32 @@ def every_event_is_published(evidence: Evidence) -> Iterator[str]:
                 yield f"sandbox {sandbox_id}: {_format_event(after)} was delivered after {_format_event(before)}"
 
 
+def no_waiting_student_is_overtaken(evidence: Evidence) -> Iterator[str]:
+    """Require that a sandbox is leased to the first student in the waiting line whom it fits."""
+    first = {event.event_id: event for event in reversed(evidence.events)}
+    by_type = _group_by(first.values(), lambda event: event.type)
+    ended_at = {
+        event.data["place"]: event.occurred_at
+        for event in (*by_type.get("waiting.served", []), *by_type.get("waiting.ended", []))
+    }
+    places = {event.data["sandbox_id"]: event.data["place"] for event in by_type.get("waiting.served", [])}
+    for allocated in by_type.get("sandbox.allocated", []):
+        own_place = places.get(allocated.sandbox_id)
+        for waiting in by_type.get("waiting.started", []):
+            place, prefix = waiting.data["place"], waiting.data["name_prefix"] or ""
+            was_waiting = (
+                waiting.occurred_at < allocated.occurred_at - SAME_MOMENT_SEC
+                and ended_at.get(place, float("inf")) > allocated.occurred_at + SAME_MOMENT_SEC
+            )
+            is_ahead = own_place is None or place < own_place  # type: ignore[operator]
+            if was_waiting and is_ahead and str(allocated.data.get("name")).startswith(str(prefix)):
+                yield (
+                    f"sandbox {allocated.sandbox_id} went to {allocated.data['holder']} at "
+                    f"{_format_time(allocated.occurred_at)}, but {waiting.data['holder']} has waited since "
+                    f"{_format_time(waiting.occurred_at)}"
+                )
+
+
 def epochs_never_go_back(evidence: Evidence) -> Iterator[str]:
     for queue, observations in _group_by(evidence.epochs, lambda observation: observation.queue).items():
         for before, after in pairwise(sorted(observations, key=lambda observation: observation.seen_at)):
@@ -393,6 +419,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     lease_changes_are_kept,
     only_the_specs_transitions,
     every_event_is_published,
+    no_waiting_student_is_overtaken,
     epochs_never_go_back,
     counts_add_up,
     released_sandboxes_are_deleted_in_csp,

@@ -78,7 +78,7 @@ def build_lease(
     )
 
 
-def build_event(event_id: str, name: str, sandbox_id: str | None, at: float, **data: object) -> Event:
+def build_event(event_id: str, name: str, sandbox_id: str | None, at: float, /, **data: object) -> Event:
     return Event(event_id=event_id, type=name, sandbox_id=sandbox_id, occurred_at=START + at, data=data)
 
 
@@ -138,7 +138,13 @@ CORRECT = Evidence(
         build_event("2-taken", "sandbox.allocated", "2", 31, holder="bob"),
         build_event("1-gone", "sandbox.deleted", "1", 25),
         build_event("none", "pool.exhausted", None, 42),
-        build_event("3-taken", "sandbox.allocated", "3", 50.5, holder="cyd"),
+        # Cyd waits before Fay. Eve waits for other sandboxes.
+        build_event("w1", "waiting.started", None, 43, place=1, holder="eve", name_prefix="lab-"),
+        build_event("w2", "waiting.started", None, 44, place=2, holder="cyd", name_prefix=None),
+        build_event("w3", "waiting.started", None, 45, place=3, holder="fay", name_prefix="sandbox-"),
+        build_event("w2-served", "waiting.served", None, 50.5, place=2, holder="cyd", sandbox_id="3"),
+        build_event("w3-left", "waiting.ended", None, 55, place=3, holder="fay", reason="left"),
+        build_event("3-taken", "sandbox.allocated", "3", 50.5, holder="cyd", name="sandbox-3"),
         build_event("4-taken", "sandbox.allocated", "4", 60.5, holder="dan"),
         build_event("4-left", "sandbox.deletion_requested", "4", 71, reason="student"),
         build_event("4-failed", "sandbox.deletion_failed", "4", 72),
@@ -201,6 +207,21 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.one_lease_per_sandbox,
         {"operations": append_item(CORRECT.operations, build_granted(13, "eve", "3", 201, at=51, since=51.5))},
         "sandbox 3 was given to cyd and eve",
+    ),
+    "a request overtakes a waiting student": (
+        checker.no_waiting_student_is_overtaken,
+        {"events": remove_events(CORRECT.events, "w2", "w2-served")},
+        "sandbox 3 went to cyd at",
+    ),
+    "a student in line overtakes another": (
+        checker.no_waiting_student_is_overtaken,
+        {
+            "events": [
+                *remove_events(CORRECT.events, "w1"),
+                build_event("w1", "waiting.started", None, 43, place=1, holder="eve", name_prefix="sandbox-"),
+            ]
+        },
+        "but eve has waited since",
     ),
     "a student holds two sandboxes at once": (
         checker.one_active_lease_per_student,
