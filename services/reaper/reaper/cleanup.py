@@ -19,11 +19,11 @@ from typing import Literal
 import structlog
 
 from reaper.admin_jobs import AdminJobs
-from reaper.circuit_breaker import State
 from reaper.deletion import Deleter, Outcome
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import ClaimDeletions, EndCleanup, HurryDeletions
 from sandbox_broker.contract.replies import DeletionsClaimed, refuse
+from sandbox_broker.csp.circuit_breaker import State
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.outcome import CommandNotDone
 

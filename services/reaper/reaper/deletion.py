@@ -8,10 +8,10 @@ import structlog
 
 from reaper import metrics, niosxaas_cleanup
 from reaper.backoff import compute_retry_delay
-from reaper.circuit_breaker import CircuitBreaker, State
 from reaper.settings import Settings
 from sandbox_broker.contract.commands import RecordDeletion, RecordDeletionFailure
 from sandbox_broker.contract.replies import DueDeletion
+from sandbox_broker.csp.circuit_breaker import UNAUTHORIZED, CspCircuit, State
 from sandbox_broker.csp.client import CspClient, CspUnauthorized, CspUnavailable
 from sandbox_broker.csp.niosxaas import NiosxaasClient
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
@@ -33,8 +33,7 @@ class Outcome(Enum):
 
 
 class Deleter:
-    """Deletes sandboxes, and decides by two circuit breakers whether to call CSP: one for failures, and one for
-    refusals of the token, which the first refusal opens."""
+    """Deletes sandboxes, and decides by a circuit breaker whether to call CSP."""
 
     def __init__(
         self, settings: Settings, csp: CspClient, niosxaas: NiosxaasClient | None, allocator: MaintenanceClient
@@ -43,26 +42,21 @@ class Deleter:
         self._csp = csp
         self._niosxaas = niosxaas
         self._allocator = allocator
-        self._failures = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
-        self._refusals = CircuitBreaker(1, settings.circuit_breaker_timeout_sec)
+        self._circuit = CspCircuit(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
 
     @property
     def state(self) -> State:
         """CLOSED: call CSP within the throttles. HALF_OPEN: call it once. OPEN: do not call it."""
-        now = time.monotonic()
-        return max(self._failures.state(now), self._refusals.state(now))
+        return self._circuit.state
 
     @property
     def seconds_until_half_open(self) -> float:
-        now = time.monotonic()
-        return max(self._failures.seconds_until_half_open(now), self._refusals.seconds_until_half_open(now))
+        return self._circuit.seconds_until_half_open
 
     @property
     def obstacle(self) -> str:
         """The reason why the circuit breaker is not closed."""
-        if self._refusals.state(time.monotonic()) is not State.CLOSED:
-            return "CSP refuses the broker's token"
-        return "CSP keeps failing"
+        return self._circuit.obstacle
 
     @property
     def max_duration_sec(self) -> float:
@@ -106,19 +100,18 @@ class Deleter:
                 raise CommandNotDone("this process was frozen, and its claim may have ended")
             outcome = await self._csp.delete_account(deletion.external_id)
         except CspUnauthorized as error:
-            self._refusals.record_failure(time.monotonic())
-            metrics.UNAUTHORIZED.set(1)
+            self._circuit.record_unauthorized()
             log.error("cleanup.unauthorized", error=str(error))
             return Outcome.REFUSED
         except CspUnavailable as error:
-            self._failures.record_failure(time.monotonic())
+            self._circuit.record_failure()
             retry_in = compute_retry_delay(self._settings, deletion.attempts, error.retry_after)
             await self._record_failure(run_id, deletion, str(error), retry_in, problem)
             return Outcome.FAILED
         except ValueError as error:  # an invalid external id: another attempt cannot help
             await self._record_failure(run_id, deletion, str(error), None, problem)
             return Outcome.FAILED
-        self._record_success()
+        self._circuit.record_success()
         metrics.DELETED.inc()
         log.info("csp.deleted", outcome=outcome)
         if outcome == "already_gone":
@@ -126,15 +119,9 @@ class Deleter:
         await self._record(RecordDeletion(sandbox_id=deletion.sandbox_id, services_error=_truncate(problem)))
         return Outcome.DELETED
 
-    def _record_success(self) -> None:
-        now = time.monotonic()
-        self._failures.record_success(now)
-        self._refusals.record_success(now)
-        metrics.UNAUTHORIZED.set(0)
-
     def clear_unauthorized(self) -> None:
         """Reset the metric, because another reaper now reports whether the token is valid."""
-        metrics.UNAUTHORIZED.set(0)
+        UNAUTHORIZED.set(0)
 
     async def _record_failure(
         self,

@@ -17,6 +17,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import run_with_reconnect
+from sandbox_broker.messaging.event_wakeups import wake_on_events
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
@@ -49,7 +50,12 @@ def create_app(settings: Settings) -> Starlette:
         rpc_client.run,
         cleanup.run,
         jobs.report,
-        partial(run_with_reconnect, url, "reaper-events", triggers.consume_events),
+        partial(
+            run_with_reconnect,
+            url,
+            "reaper-events",
+            partial(wake_on_events, topology.REAPER_EVENTS, cleanup.wake),
+        ),
         partial(run_with_reconnect, url, "reaper-commands", triggers.consume_commands),
         partial(
             ticks.consume_ticks,

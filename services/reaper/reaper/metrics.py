@@ -4,7 +4,6 @@ from prometheus_client import Counter, Gauge
 
 DELETED = Counter("broker_cleanup_deleted_total", "Sandboxes that CSP deleted or no longer had")
 FAILED = Counter("broker_cleanup_failed_total", "Failed attempts to delete a sandbox in CSP")
-UNAUTHORIZED = Gauge("broker_csp_unauthorized", "1 while CSP refuses the broker's token and deletions wait")
 CIRCUIT = Gauge(
     "broker_circuit_state", "State of the circuit breaker for deletions in CSP: 0 closed, 1 half open, 2 open"
 )

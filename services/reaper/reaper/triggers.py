@@ -1,9 +1,7 @@
-"""Starts of a clean-up run: by tick, by event, and by an administrator's command."""
+"""Starts of a clean-up run: by tick, and by an administrator's command. An event wakes it directly."""
 
 import asyncio
-from datetime import UTC, datetime
 
-import orjson
 from aio_pika.abc import AbstractConnection
 
 from reaper.admin_jobs import AdminJobs
@@ -13,10 +11,6 @@ from sandbox_broker.contract.commands import CleanUpNow, Command
 from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.command_worker import serve_commands
 from sandbox_broker.messaging.publisher import Publisher
-from sandbox_broker.messaging.subscription import Subscription
-from sandbox_broker.observability.metrics import QUEUE_WAIT
-
-PREFETCH = 200
 
 
 class Triggers:
@@ -27,15 +21,6 @@ class Triggers:
 
     async def handle_tick(self) -> None:
         self._cleanup.wake()
-
-    async def consume_events(self, connection: AbstractConnection) -> None:
-        """Wake the clean-up run for each released sandbox, until the connection is lost. The run asks the allocator
-        for due deletions, so a lost or repeated event does no harm."""
-        subscription = await Subscription.open(connection, topology.REAPER_EVENTS, prefetch=PREFETCH)
-        while deliveries := await subscription.batch(PREFETCH):
-            self._cleanup.wake()
-            _observe_wait(deliveries[0].body)
-            await subscription.ack(deliveries[-1], all_before=True)
 
     async def consume_commands(self, connection: AbstractConnection) -> None:
         """Handle commands until the connection is lost."""
@@ -52,13 +37,3 @@ class Triggers:
         reply = self._jobs.join(command.job_id, command.request_id)
         self._cleanup.wake()
         return await asyncio.shield(reply)
-
-
-def _observe_wait(body: bytes) -> None:
-    """Observe the age of an event, counted from the change that it reports: its time in the outbox is included."""
-    try:
-        happened_at = datetime.fromisoformat(orjson.loads(body)["time"])
-    except (ValueError, KeyError, TypeError):
-        return
-    age_sec = (datetime.now(UTC) - happened_at).total_seconds()
-    QUEUE_WAIT.labels(topology.REAPER_EVENTS.name).observe(max(0.0, age_sec))

@@ -1,4 +1,4 @@
-"""Tests of circuit_breaker.py, alone and in a clean-up run."""
+"""Tests of the circuit breaker in a clean-up run."""
 
 import time
 from collections.abc import AsyncIterator
@@ -7,57 +7,9 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import empty_queues
-from reaper.circuit_breaker import CircuitBreaker, State
 from sandbox_broker.contract.commands import ClaimDeletions, RecordDeletionFailure
 
 from .reaper_harness import Allocator, Csp, announce, reaping, sample, simulated_csp
-
-CLOSED, HALF_OPEN, OPEN = State
-
-
-def open_breaker(at: float = 0) -> CircuitBreaker:
-    breaker = CircuitBreaker(threshold=5, timeout_sec=60)
-    for _ in range(5):
-        breaker.record_failure(at)
-    return breaker
-
-
-def test_the_breaker_opens_at_the_fifth_failure_in_a_row() -> None:
-    breaker = CircuitBreaker(threshold=5, timeout_sec=60)
-    for _ in range(4):
-        breaker.record_failure(0)
-    breaker.record_success(0)
-    for _ in range(4):
-        breaker.record_failure(0)
-    assert breaker.state(0) is CLOSED
-    breaker.record_failure(0)
-    assert breaker.state(0) is OPEN
-
-
-def test_the_breaker_is_half_open_after_its_time() -> None:
-    breaker = open_breaker(at=100)
-    assert (breaker.state(159.9), breaker.seconds_until_half_open(150)) == (OPEN, 10)
-    assert (breaker.state(160), breaker.seconds_until_half_open(170)) == (HALF_OPEN, 0)
-
-
-def test_a_success_closes_a_half_open_breaker_and_a_failure_opens_it() -> None:
-    breaker = open_breaker()
-    breaker.record_success(60)
-    assert breaker.state(60) is CLOSED
-    breaker.record_failure(61)
-    assert breaker.state(61) is CLOSED
-    breaker = open_breaker()
-    breaker.record_failure(60)
-    assert breaker.state(119.9) is OPEN
-    assert breaker.state(120) is HALF_OPEN
-
-
-def test_results_of_calls_from_before_the_opening_have_no_effect() -> None:
-    breaker = open_breaker()
-    breaker.record_failure(30)
-    assert breaker.seconds_until_half_open(30) == 30
-    breaker.record_success(30)
-    assert breaker.state(30) is OPEN
 
 
 @pytest.fixture
