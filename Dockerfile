@@ -2,7 +2,7 @@
 #
 #   docker build --build-arg SERVICE=gateway -t sandbox-broker/gateway .
 #
-# SERVICE is gateway, allocator, reaper or csp-syncer. Each image also contains python -m sandbox_broker.migrate and
+# SERVICE is gateway, allocator, reaper, csp-syncer or provisioner. Each image also contains python -m sandbox_broker.migrate and
 # python -m sandbox_broker.declare. It runs as user 10001 and writes no files, so the root file system may be read-only.
 
 ARG PYTHON_IMAGE=python:3.13-slim
@@ -44,6 +44,7 @@ ENV SERVICE=${SERVICE} \
     ALLOCATOR_PORT=9101 \
     REAPER_PORT=9102 \
     CSP_SYNCER_PORT=9103 \
+    PROVISIONER_PORT=9104 \
     CSP_SIMULATOR_PORT=9200
 WORKDIR /opt/broker
 USER 10001:10001

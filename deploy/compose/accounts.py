@@ -22,7 +22,7 @@ RABBITMQ = "http://rabbitmq:15672/api/definitions"
 USER = "sandbox_broker"
 """Administrator of both servers, created by their images."""
 ROLES = ("gateway", "allocator")
-USERS = ("migration", "gateway", "allocator", "reaper", "csp-syncer")
+USERS = ("migration", "gateway", "allocator", "reaper", "csp-syncer", "provisioner")
 API_TIMEOUT_SEC = 60
 """Wait for the management API, which starts later than RabbitMQ itself."""
 

@@ -56,7 +56,7 @@ password=$password
 EOF
         eval "${role}_url=\"postgresql://\$user:\$password@\$database\""
     done
-    for user in migration gateway allocator reaper csp-syncer keda; do
+    for user in migration gateway allocator reaper csp-syncer provisioner keda; do
         password=$(random)
         secret "rabbitmq-$user" <<EOF
 username=$user
@@ -98,7 +98,7 @@ secret migration <<EOF
 DATABASE_URL=$owner_url
 AMQP_URL=$(amqp_url migration)
 EOF
-for service in reaper csp-syncer; do
+for service in reaper csp-syncer provisioner; do
     secret $service <<EOF
 AMQP_URL=$(amqp_url $service)
 CSP_API_TOKEN=$CSP_API_TOKEN

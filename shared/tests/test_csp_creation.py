@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
@@ -241,3 +242,15 @@ async def test_an_endless_answer_is_dropped(csp: CspClient, simulator: httpx.Asy
     await behave(simulator, **{f"fail_next_{operation}s": 1, f"{operation}_error_status": "flood"})
     with pytest.raises(CspUnavailable, match="more than"):
         await (create(csp) if operation == "create" else csp.find_account_by_name(NAME))
+
+
+async def test_a_refusal_is_not_measured_as_a_refused_token() -> None:
+    def count(outcome: str) -> float:
+        labels = {"operation": "create_account", "outcome": outcome}
+        return REGISTRY.get_sample_value("broker_csp_request_seconds_count", labels) or 0.0
+
+    before = count("refused"), count("unauthorized")
+    async with answering(lambda _: httpx.Response(403, json={})) as csp:
+        with pytest.raises(CspRefused):
+            await create(csp)
+    assert (count("refused"), count("unauthorized")) == (before[0] + 1, before[1])

@@ -120,7 +120,7 @@ def test_a_file_env_in_another_encoding_is_named(
 
 
 @pytest.mark.usefixtures("server_programs")
-@pytest.mark.parametrize("service", ["gateway", "allocator", "reaper", "csp_syncer"])
+@pytest.mark.parametrize("service", ["gateway", "allocator", "reaper", "csp_syncer", "provisioner"])
 def test_each_service_ends_with_one_line(service: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", service],

@@ -15,8 +15,14 @@ from sandbox_broker.contract.topology import Queue
 
 PATIENCE_SEC = 60.0
 COMMANDS = (topology.ALLOCATOR_COMMANDS, topology.SYNCER_COMMANDS)
-TICKS = (topology.SYNC_TICKS, topology.PURGE_TICKS, topology.CLEANUP_TICKS, topology.EXPIRY_TICKS)
-DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS, *TICKS)
+TICKS = (
+    topology.SYNC_TICKS,
+    topology.PURGE_TICKS,
+    topology.CLEANUP_TICKS,
+    topology.EXPIRY_TICKS,
+    topology.STOCK_TICKS,
+)
+DEAD_LETTERING = (*COMMANDS, topology.REAPER_EVENTS, topology.PROVISIONER_EVENTS, *TICKS)
 
 
 @pytest.fixture

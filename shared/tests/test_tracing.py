@@ -41,7 +41,7 @@ def traced() -> Iterator[None]:
     tracing.shutdown()
 
 
-@pytest.mark.parametrize("module", ["gateway", "allocator", "reaper", "csp_syncer"])
+@pytest.mark.parametrize("module", ["gateway", "allocator", "reaper", "csp_syncer", "provisioner"])
 def test_without_an_endpoint_tracing_is_off_and_the_library_is_not_loaded(module: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", OFF.format(module=module)], capture_output=True, text=True, check=True

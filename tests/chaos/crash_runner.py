@@ -1,7 +1,7 @@
 """Runner of a service that kills or freezes itself at a point of crash_points.py: `python crash_runner.py MODULE`.
 
-The file in CRASH_AT contains the point (see devstack.crashes). The reaper runs with shorter time-outs, so that the
-claims of a killed reaper end soon.
+The file in CRASH_AT contains the point (see devstack.crashes). The reaper and the provisioner run with shorter
+time-outs, so that the claims of a killed one end soon.
 """
 
 import os
@@ -66,6 +66,21 @@ if module == "reaper":
     client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "provisioner":
+    from provisioner import creation
+
+    creation.LOOK_UP_TIMEOUT_SEC = 3
+
+    from provisioner import main as provisioner_main
+    from provisioner import refill
+    from sandbox_broker.csp import client as csp_client
+
+    provisioner_main.REQUEST_TIMEOUT_SEC = 3
+    refill.CLAIM_MARGIN_SEC = 2
+    client, creator = csp_client.CspClient, creation.Creator
+    creator.create = crashes.wrap(creator.create, "after the claim", None)  # type: ignore[method-assign]
+    client.create_account = crashes.wrap(client.create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    creator._record = crashes.wrap(creator._record, None, "after the record")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from sandbox_broker.messaging import maintenance_client
 

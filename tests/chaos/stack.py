@@ -32,6 +32,8 @@ SERVICES = {
     "reaper": "reaper",
     "second reaper": "reaper",
     "csp_syncer": "csp_syncer",
+    "provisioner": "provisioner",
+    "second provisioner": "provisioner",
 }
 """Module of each process."""
 EVENTS_QUEUE = "chaos.events"
@@ -252,7 +254,7 @@ def _list_proxied_servers(module: str, servers: Servers, simulator: int) -> dict
     ports = {"RabbitMQ": servers.amqp_ports}
     if module == "allocator":
         ports["PostgreSQL"] = servers.postgres_ports
-    if module in ("reaper", "csp_syncer"):
+    if module in ("reaper", "csp_syncer", "provisioner"):
         ports["CSP"] = [simulator]
     return ports
 

@@ -1,7 +1,7 @@
 """Run a service that kills or freezes itself at a given point: `python crash_runner.py MODULE`.
 
-The file named by DIE_AT holds the point (see devstack.crashes). The reaper's time-outs are shortened, so that the
-claims of a killed reaper expire soon.
+The file named by DIE_AT holds the point (see devstack.crashes). The time-outs of the reaper and the provisioner are
+shortened, so that the claims of a killed one expire soon.
 """
 
 import asyncio
@@ -24,6 +24,9 @@ CRASH_COMMANDS = (
     "StageListing",
     "ApplyListing",
     "RefreshSandboxes",
+    "ClaimCreations",
+    "RecordCreation",
+    "RecordCreationFailure",
 )
 
 module = sys.argv.pop(1)
@@ -42,6 +45,23 @@ if module == "reaper":
     client.delete_account = crashes.wrap(client.delete_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
+if module == "provisioner":
+    from provisioner import creation
+
+    creation.LOOK_UP_TIMEOUT_SEC = 1
+
+    from provisioner import main as provisioner_main
+    from provisioner import refill
+
+    provisioner_main.REQUEST_TIMEOUT_SEC = 1
+    refill.CLAIM_MARGIN_SEC = 0.5
+    refill.MIN_PAUSE_SEC = 0.1
+    refill.NO_REPLY_PAUSE_SEC = 0.2
+    client, creator = csp_client.CspClient, creation.Creator
+    creator.create = crashes.wrap(creator.create, "after the claim", None)  # type: ignore[method-assign]
+    client.create_account = crashes.wrap(client.create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    client.find_account_by_name = crashes.wrap(client.find_account_by_name, None, "after the look-up")  # type: ignore[method-assign]
+    creator._record = crashes.wrap(creator._record, None, "after the record")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import routing
     from allocator.sql import listings

@@ -31,6 +31,7 @@ PORTS = {
     "allocator": "ALLOCATOR_PORT",
     "reaper": "REAPER_PORT",
     "csp_syncer": "CSP_SYNCER_PORT",
+    "provisioner": "PROVISIONER_PORT",
 }
 
 

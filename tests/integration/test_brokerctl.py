@@ -20,7 +20,7 @@ async def test_the_status_of_a_healthy_broker_fits_on_one_screen(stack: Stack) -
     result = await wait_for_status(stack, lambda result: result.status == 0)
     assert "Nothing needs attention." in result.out
     assert "49 available, 1 allocated" in result.out
-    for part in ("gateway", "RabbitMQ", "PostgreSQL", "allocator", "reaper", "csp-syncer"):
+    for part in ("gateway", "RabbitMQ", "PostgreSQL", "allocator", "reaper", "csp-syncer", "provisioner"):
         assert f"{part} up" in result.out
     for queue in topology.QUEUES:
         assert queue.name in result.out

@@ -26,7 +26,12 @@ from tests.integration.ctl import CommandResult, run_brokerctl, wait_for_status
 from tests.integration.reverse_proxies import replace_once, run_haproxy_with
 from tests.integration.stack import ROOT, Stack, run_stack, track_headers
 
-SERVICES = {"allocator": "allocator", "reaper": "reaper", "csp_syncer": "csp-syncer"}
+SERVICES = {
+    "allocator": "allocator",
+    "reaper": "reaper",
+    "csp_syncer": "csp-syncer",
+    "provisioner": "provisioner",
+}
 """Module -> name in the status."""
 
 
@@ -193,7 +198,7 @@ async def test_a_csp_outage_is_reported_after_a_failed_request(broker: Broker) -
 
 async def test_an_outage_of_all_components_is_reported(broker: Broker) -> None:
     async with component_stopped(
-        broker, "simulator", "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer", "gateway"
+        broker, "simulator", "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer", "provisioner", "gateway"
     ):
         result = await run_brokerctl(broker.stack, "status")
         assert result.status == 4
@@ -202,7 +207,9 @@ async def test_an_outage_of_all_components_is_reported(broker: Broker) -> None:
 
 
 async def test_an_outage_of_all_components_behind_the_gateway_is_reported(broker: Broker) -> None:
-    async with component_stopped(broker, "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer"):
+    async with component_stopped(
+        broker, "postgres", "rabbitmq", "allocator", "reaper", "csp_syncer", "provisioner"
+    ):
         result = await wait_for_result(
             broker, lambda result: {"RabbitMQ", "PostgreSQL"} <= failed_components(result)
         )

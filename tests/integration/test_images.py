@@ -242,7 +242,7 @@ def test_in_compose_only_services_with_a_port_or_calls_to_csp_are_on_the_outer_n
     }
 
 
-@pytest.mark.parametrize("service", ["reaper", "csp-syncer"])
+@pytest.mark.parametrize("service", ["reaper", "csp-syncer", "provisioner"])
 def test_in_compose_http_is_allowed_only_for_the_simulator(service: str) -> None:
     environment = COMPOSE[service]["environment"]
     url, allowed = (

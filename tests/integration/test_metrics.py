@@ -9,7 +9,13 @@ from sandbox_broker.contract import topology
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, track_headers
 
 ROW = re.compile(r"^\| `(broker_[a-z_]+)` \| (\w+) \| (.*?) \| (.*?) \|", re.MULTILINE)
-SERVICES = {"gateway": "gateway", "allocator": "allocator", "reaper": "reaper", "csp-syncer": "csp_syncer"}
+SERVICES = {
+    "gateway": "gateway",
+    "allocator": "allocator",
+    "reaper": "reaper",
+    "csp-syncer": "csp_syncer",
+    "provisioner": "provisioner",
+}
 
 
 async def scrape(stack: Stack, service: str) -> str:

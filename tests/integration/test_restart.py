@@ -73,7 +73,7 @@ async def test_all_services_reconnect_and_no_lease_is_lost(
         return len(leased) >= leases_before + 10
 
     await wait_until(are_students_served_again, within_sec=10)
-    for service in ("ALLOCATOR", "REAPER", "CSP_SYNCER", "GATEWAY"):
+    for service in ("ALLOCATOR", "REAPER", "CSP_SYNCER", "PROVISIONER", "GATEWAY"):
         port = stack.environment[f"{service}_PORT"]
 
         async def is_ready(port: str = port) -> bool:

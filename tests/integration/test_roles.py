@@ -65,8 +65,8 @@ DATABASE = "sandbox_broker"
 OWNER, GATEWAY, ALLOCATOR = "sandbox_broker", "sandbox_broker_gateway", "sandbox_broker_allocator"
 TABLES = tuple(metadata.tables)
 
-USERS = ("gateway", "allocator", "reaper", "csp-syncer", "keda")
-RECEIVES_REPLIES = ("gateway", "reaper", "csp-syncer")
+USERS = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner", "keda")
+RECEIVES_REPLIES = ("gateway", "reaper", "csp-syncer", "provisioner")
 """Users with a reply queue."""
 DEFAULT = ""
 """The default exchange, which routes to every queue by name. Denied to all users."""
@@ -87,6 +87,12 @@ PUBLISHES: Mapping[str, set[str]] = {
         topology.REPLIES.name,
         topology.TICKS.name,
     },
+    "provisioner": {
+        topology.COMMANDS_FROM_PROVISIONER.name,
+        topology.DEAD_LETTERS.name,
+        topology.REPLIES.name,
+        topology.TICKS.name,
+    },
     "keda": set(),
 }
 
@@ -95,6 +101,7 @@ SENDS: Mapping[str, topology.Exchange] = {
     "gateway": topology.COMMANDS,
     "reaper": topology.COMMANDS_FROM_REAPER,
     "csp-syncer": topology.COMMANDS_FROM_SYNCER,
+    "provisioner": topology.COMMANDS_FROM_PROVISIONER,
 }
 """User -> exchange for its commands."""
 ID = uuid.UUID(int=7)
@@ -204,6 +211,7 @@ async def stack_with_roles(servers_with_roles: Servers) -> AsyncIterator[Stack]:
         },
         "reaper": {"AMQP_URL": servers.amqp_url("reaper")},
         "csp_syncer": {"AMQP_URL": servers.amqp_url("csp-syncer")},
+        "provisioner": {"AMQP_URL": servers.amqp_url("provisioner")},
     }
     async with run_stack(servers.postgres, servers.rabbitmq, settings_of=own) as stack:
         yield stack

@@ -10,6 +10,7 @@ import pytest
 import allocator.settings
 import csp_syncer.settings
 import gateway.settings
+import provisioner.settings
 import reaper.settings
 from devstack.ports import free_port
 from devstack.processes import run
@@ -21,9 +22,10 @@ SETTINGS: dict[str, type[ServiceSettings]] = {
     "allocator": allocator.settings.Settings,
     "reaper": reaper.settings.Settings,
     "csp_syncer": csp_syncer.settings.Settings,
+    "provisioner": provisioner.settings.Settings,
 }
 DATABASE = ["gateway", "allocator"]
-CSP = ["reaper", "csp_syncer"]
+CSP = ["reaper", "csp_syncer", "provisioner"]
 VALID = {
     "DATABASE_URL": "postgresql://user:hidden@localhost/x",
     "AMQP_URL": "amqp://guest:hidden@localhost/",
@@ -57,6 +59,7 @@ def replace_setting(environment: dict[str, str], variable: str, value: str | Non
         (["reaper"], "NIOSXAAS_BASE_URL", "http://csp.example"),
         (CSP, "CSP_BASE_URL", "csp.example"),
         (["reaper"], "CLEANUP_CONCURRENCY", "many"),
+        (["provisioner"], "CREATE_PER_MINUTE", "0"),
     ],
 )
 def test_an_invalid_setting_is_reported_in_one_line(

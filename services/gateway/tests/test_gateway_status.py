@@ -50,12 +50,22 @@ async def test_service_state_follows_the_consumers_of_its_queues(
 ) -> None:
     async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
         report = await get_status(gateway)
-        assert services(report) == {"allocator": "down", "csp-syncer": "down", "reaper": "down"}
+        assert services(report) == {
+            "allocator": "down",
+            "csp-syncer": "down",
+            "provisioner": "down",
+            "reaper": "down",
+        }
         assert {entry["queue"] for entry in report["queues"]} == {queue.name for queue in topology.QUEUES}
         # Consume some of the queues of the allocator.
         async with gateway.allocator.consuming(clean_queues), gateway.maintenance.consuming(clean_queues):
             report = await get_status(gateway)
-    assert services(report) == {"allocator": "partly", "csp-syncer": "down", "reaper": "down"}
+    assert services(report) == {
+        "allocator": "partly",
+        "csp-syncer": "down",
+        "provisioner": "down",
+        "reaper": "down",
+    }
     commands = {
         "queue": "allocator.commands",
         "service": "allocator",

@@ -24,6 +24,8 @@ _COMMAND_MESSAGES: Mapping[topology.Exchange, str] = {
     topology.COMMANDS_FROM_SYNCER: "commandsFromCspSyncer",
     topology.COMMANDS_FROM_PROVISIONER: "commandsFromProvisioner",
 }
+_EVENT_OF_KEY: Mapping[str, str] = {topology.NEWEST_LEASE.name: "sandbox.allocated"}
+"""Type of the events that the outbox relay also routes by another key."""
 _REPLIES: tuple[type[BaseModel], ...] = get_args(get_args(replies.Reply)[0])
 
 
@@ -130,7 +132,7 @@ def _of_queue(queue: topology.Queue) -> dict[str, Any]:
         name
         for binding in bindings
         for name in (
-            [binding.routing_key]
+            [_EVENT_OF_KEY.get(binding.routing_key, binding.routing_key)]
             if binding.exchange is topology.EVENTS
             else _of_exchange(binding.exchange, {})["messages"]
         )

@@ -179,7 +179,9 @@ QUEUES: tuple[Queue, ...] = (
     PURGE_TICKS,
     CLEANUP_TICKS,
     EXPIRY_TICKS,
+    STOCK_TICKS,
     REAPER_EVENTS,
+    PROVISIONER_EVENTS,
     DEAD_LETTER_QUEUE,
 )
 BINDINGS: tuple[Binding, ...] = (
@@ -196,7 +198,13 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(PURGE_TICKS, TICKS, PURGE_TICKS.name),
     Binding(CLEANUP_TICKS, TICKS, CLEANUP_TICKS.name),
     Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),
+    Binding(STOCK_TICKS, TICKS, STOCK_TICKS.name),
     Binding(REAPER_EVENTS, EVENTS, "sandbox.deletion_requested"),
+    # One new lease of each batch is enough to wake the provisioner. Sending all of them would double the work of
+    # RabbitMQ.
+    Binding(PROVISIONER_EVENTS, EVENTS, NEWEST_LEASE.name),
+    Binding(PROVISIONER_EVENTS, EVENTS, "pool.exhausted"),
+    Binding(PROVISIONER_EVENTS, EVENTS, "waiting.started"),
     # Expired commands are dropped, because their senders have stopped waiting. Rejected messages, and messages that
     # crash their consumers repeatedly, are kept. RabbitMQ writes the reason into the header.
     Binding(

@@ -60,8 +60,8 @@ ACCOUNT_ID = re.compile(f"identity/accounts/({_UUID})")
 
 LATENCY = Histogram(
     "broker_csp_request_seconds",
-    "Duration of CSP calls by operation and outcome: ok, not_found, unauthorized, throttled, server_error, html, "
-    "other, timeout, unreachable",
+    "Duration of CSP calls by operation and outcome: ok, not_found, unauthorized, refused, throttled, "
+    "server_error, html, other, timeout, unreachable",
     ["operation", "outcome"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60),
 )
@@ -189,7 +189,7 @@ class CspHttp:
                 ):
                     body = await self._read_body(response, what, MAX_BODY_BYTES[operation])
                     answer = Answer(response.status_code, response.headers, body)
-                outcome = _outcome(answer)
+                outcome = _outcome(answer, operation)
                 if span is not None:
                     span.set_attributes({"http.response.status_code": answer.status, "broker.outcome": outcome})
                 return answer
@@ -245,10 +245,12 @@ class CspHttp:
         return line if len(line) <= MAX_EXCERPT else f"{line[:MAX_EXCERPT]}…"
 
 
-def _outcome(answer: Answer) -> str:
+def _outcome(answer: Answer, operation: str) -> str:
     if answer.is_html:
         return "html"
     status = answer.status
+    if status == 403 and operation == "create_account":  # a quota or a licence: client.py raises CspRefused
+        return "refused"
     if status in (401, 403):
         return "unauthorized"
     if status >= 500:

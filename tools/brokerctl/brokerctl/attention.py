@@ -24,6 +24,7 @@ SERVICE_DOWN_ADVICE = {
     "allocator": "Start an allocator. Until then students get 503. No data is lost.",
     "reaper": "Start a reaper. Until then no sandbox is deleted and no lease expires. No data is lost.",
     "csp-syncer": "Start a csp-syncer. Until then new accounts are not imported.",
+    "provisioner": "Start a provisioner. Until then no account is created, so the pool is not refilled.",
 }
 
 

@@ -25,6 +25,7 @@ SERVICES = {
     "allocator": ("allocator", "ALLOCATOR_PORT"),
     "reaper": ("reaper", "REAPER_PORT"),
     "csp-syncer": ("csp_syncer", "CSP_SYNCER_PORT"),
+    "provisioner": ("provisioner", "PROVISIONER_PORT"),
 }
 """Service name -> module and variable of the port."""
 

@@ -19,6 +19,7 @@ PORTS = {
     "ALLOCATOR_PORT": 9101,
     "REAPER_PORT": 9102,
     "CSP_SYNCER_PORT": 9103,
+    "PROVISIONER_PORT": 9104,
     "CSP_SIMULATOR_PORT": 9200,
 }
 """Variable -> default of every port used by `make run`."""

@@ -12,6 +12,7 @@ _METRICS = {
     "allocator": "ALLOCATOR_PORT",
     "reaper": "REAPER_PORT",
     "csp-syncer": "CSP_SYNCER_PORT",
+    "provisioner": "PROVISIONER_PORT",
 }
 
 

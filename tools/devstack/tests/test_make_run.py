@@ -68,6 +68,7 @@ MODULES = {
     "allocator": "ALLOCATOR_PORT",
     "reaper": "REAPER_PORT",
     "csp_syncer": "CSP_SYNCER_PORT",
+    "provisioner": "PROVISIONER_PORT",
     "csp_simulator": "CSP_SIMULATOR_PORT",
 }
 
@@ -172,8 +173,8 @@ async def test_ctrl_c_stops_the_services_then_the_simulator_with_exit_status_0(m
 
     assert await run.wait() == 0
     last = [line.split("│")[0].strip() for line in run.tail if "finishing" in line]
-    assert sorted(last[:4]) == ["allocator", "csp-syncer", "gateway", "reaper"]
-    assert last[4:] == ["csp-simulator"]
+    assert sorted(last[:5]) == ["allocator", "csp-syncer", "gateway", "provisioner", "reaper"]
+    assert last[5:] == ["csp-simulator"]
     assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 

@@ -13,7 +13,7 @@ from k8s_check.manifests import (
     select_kind,
 )
 
-BACKGROUND = frozenset({"Deployment reaper", "Deployment csp-syncer"})
+BACKGROUND = frozenset({"Deployment reaper", "Deployment csp-syncer", "Deployment provisioner"})
 """Pods whose work can wait. All others have a higher priority."""
 
 _GITOPS_ANNOTATIONS = {

@@ -16,6 +16,8 @@ import csp_syncer.main
 import csp_syncer.settings
 import gateway.main
 import gateway.settings
+import provisioner.main
+import provisioner.settings
 import reaper.main
 import reaper.settings
 from sandbox_broker import declare, migrate
@@ -46,6 +48,7 @@ SERVICES: Mapping[str, Program] = {
     "allocator": Program(allocator.settings.Settings, allocator.main.create_app, "allocator_port"),
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
+    "provisioner": Program(provisioner.settings.Settings, provisioner.main.create_app, "provisioner_port"),
 }
 """Services by image name."""
 

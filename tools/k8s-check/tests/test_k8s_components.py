@@ -226,7 +226,7 @@ def test_script_creates_the_secrets_that_an_overlay_refers_to(
         }
         program.settings(_env_file=None, **values)
     if overlay != "dev":
-        for service in ("gateway", "allocator", "reaper", "csp-syncer", "migration", "keda"):
+        for service in ("gateway", "allocator", "reaper", "csp-syncer", "provisioner", "migration", "keda"):
             assert (
                 f"//{service}:{secrets[f'rabbitmq-{service}']['password']}@rabbitmq" in secrets[service]["AMQP_URL"]
             )

@@ -1,0 +1,3 @@
+from provisioner.main import main
+
+main()
