@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -57,7 +58,9 @@ logging.getLogger("asyncio").warning("of-the-queue")
 """
 
 
+@cache
 def lines(log_format: str, level: str = "INFO", program: str = PROGRAM) -> list[str]:
+    """Return the output of a program. Its process takes most of the time of a test, so each runs only once."""
     environment = {
         **os.environ,
         "AMQP_URL": "amqp://reaper:of-the-queue@h/",

@@ -205,12 +205,12 @@ def _list_allowed_connections(manifests: Sequence[Manifest], endpoints: Sequence
     policies = [policy["spec"] for policy in select_kind(manifests, "NetworkPolicy")]
     ports = {22, 53, 80, 443, 5432, 5672, 15672} | _list_policy_ports(policies) | _list_declared_ports(manifests)
     own_pods = {endpoint.name for endpoint in endpoints if _is_own_pod(endpoint)}
-    for source, target, port in product(endpoints, endpoints, sorted(ports)):
+    for source, target in product(endpoints, endpoints):
         if source is target or (source.name not in own_pods and target.name not in own_pods):
             continue
-        if _is_allowed(policies, "Egress", source, target, port) and _is_allowed(
-            policies, "Ingress", target, source, port
-        ):
+        sent = _allowed_ports(policies, "Egress", source, target, ports)
+        received = _allowed_ports(policies, "Ingress", target, source, ports)
+        for port in sorted(sent & received):
             yield Connection(source.name, target.name, port)
 
 
@@ -236,29 +236,32 @@ def _list_policy_ports(policies: Sequence[Mapping[str, Any]]) -> set[int]:
     }
 
 
-def _is_allowed(
-    policies: Sequence[Mapping[str, Any]], direction: str, pod: Endpoint, other: Endpoint, port: int
-) -> bool:
-    """Check one direction ("Egress" or "Ingress") at one end, `pod`, of a connection with `other`.
+def _allowed_ports(
+    policies: Sequence[Mapping[str, Any]], direction: str, pod: Endpoint, other: Endpoint, ports: set[int]
+) -> set[int]:
+    """Return those of `ports` that are allowed in one direction ("Egress" or "Ingress") at one end, `pod`, of a
+    connection with `other`.
 
     Our policies do not apply to endpoints outside our namespace, so those allow everything.
     """
     if pod.labels is None or pod.namespace is not None:
-        return True
+        return ports
     applicable = [
         policy
         for policy in policies
         if is_selector_match(policy["podSelector"], pod.labels) and direction in policy["policyTypes"]
     ]
     if not applicable:
-        return True
+        return ports
     rules = [rule for policy in applicable for rule in policy.get(direction.lower()) or []]
     peers = "to" if direction == "Egress" else "from"
-    return any(
-        (peers not in rule or any(_is_peer(peer, other) for peer in rule[peers]))
-        and ("ports" not in rule or any(_is_port_in(port, port_rule) for port_rule in rule["ports"]))
+    return {
+        port
         for rule in rules
-    )
+        if peers not in rule or any(_is_peer(peer, other) for peer in rule[peers])
+        for port in ports
+        if "ports" not in rule or any(_is_port_in(port, port_rule) for port_rule in rule["ports"])
+    }
 
 
 def _is_peer(peer: Mapping[str, Any], endpoint: Endpoint) -> bool:
