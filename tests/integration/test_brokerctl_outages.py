@@ -81,7 +81,8 @@ async def broker(running_broker: Broker) -> Broker:
 
 
 async def wait_for_result(broker: Broker, condition: Callable[[CommandResult], object]) -> CommandResult:
-    return await wait_for_status(broker.stack, condition, "--json", "--within", "60")
+    with broker.rabbitmq.log_in_errors():
+        return await wait_for_status(broker.stack, condition, "--json", "--within", "60")
 
 
 def is_healthy(result: CommandResult) -> bool:

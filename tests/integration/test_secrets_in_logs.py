@@ -105,7 +105,8 @@ async def test_no_log_line_contains_a_secret(servers: tuple[PrivatePostgres, Pri
             settings_of={module: {"LOG_FORMAT": "console"} for module in ("allocator", "csp_syncer")},
             on_line=lambda process, line: lines.append(f"{process} {line}"),
         ) as stack:
-            await _cause_failures(stack, postgres, rabbitmq, lines)
+            with rabbitmq.log_in_errors():
+                await _cause_failures(stack, postgres, rabbitmq, lines)
     assert [line for line in lines if any(secret in line for secret in SECRETS)] == []
     assert sum("***" in line for line in lines) > 3  # secrets were redacted, so the test is effective
 

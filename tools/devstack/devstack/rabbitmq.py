@@ -5,7 +5,8 @@ import os
 import secrets
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,7 @@ _DEBIAN = Path("/usr/lib/rabbitmq/bin")
 _PROGRAMS = ("rabbitmq-server", "rabbitmqctl")
 _HOST = "127.0.0.1"
 _STOP_SEC = 30.0
+_NOTE_CHARACTERS = 10_000
 _CTL_SEC = 150.0
 """rabbitmqctl starts an Erlang virtual machine. That takes 2 s, and up to a minute on a busy machine."""
 
@@ -237,6 +239,15 @@ class PrivateRabbitMQ:
         """Return the node's log since its first start: warnings and errors."""
         files = [] if self._directory is None else sorted((self._directory / "log").glob("*.log"))
         return "".join(file.read_text(errors="replace") for file in files)
+
+    @contextmanager
+    def log_in_errors(self) -> Iterator[None]:
+        """Add the end of the node's log to an error of the block, because `close` removes the log."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"the end of RabbitMQ's log:\n{self.read_log()[-_NOTE_CHARACTERS:]}")
+            raise
 
     async def close(self) -> None:
         """Stop the node and its port mapper, and remove its files."""
