@@ -61,7 +61,7 @@ async def allocate_in_line(
 
 
 async def _leave_for_another_request(session: WriteSession, commands: Sequence[AllocateSandbox]) -> None:
-    """End the places of students who wait no longer or for another prefix."""
+    """End the places of requests that were withdrawn or changed their prefix."""
     line = session.waiting_line
     leaving = [
         command.holder
