@@ -156,6 +156,7 @@ class Students:
         self._pending.add(number)
         response: httpx.Response | None = None
         failure = ""
+        cancellation: asyncio.CancelledError | None = None
         try:
             async with asyncio.timeout(timeout_sec):
                 url = f"{rng.choice(self._gateways)}/v1/{path}"
@@ -164,6 +165,8 @@ class Students:
                 )
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
+        except asyncio.CancelledError as error:  # recorded too, because the request may have an effect
+            failure, cancellation = "CancelledError", error
         finally:
             self._pending.remove(number)
         ended_at = time.time()
@@ -187,6 +190,8 @@ class Students:
             expires_at=lease.get("expires_at"),
         )
         self._history.operations.append(operation)
+        if cancellation is not None:
+            raise cancellation
         return operation
 
     async def run_script(
