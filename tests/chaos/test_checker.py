@@ -183,6 +183,12 @@ def test_correct_history_has_no_violations() -> None:
     assert checker.check(CORRECT) == []
 
 
+def build_extension(*, at: float, until: float) -> Operation:
+    """Return Cyd's confirmed extension of her lease, which ends at START + 150.5."""
+    operation = build_operation(20, "cyd", "ok", "3", kind="extend", at=at, status=200, idempotency_key="e")
+    return replace(operation, expires_at=int(until))
+
+
 def append_item(items: Any, item: T) -> list[T]:
     return [*items, item]
 
@@ -268,6 +274,49 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.every_answer_is_a_lease,
         {"operations": change_item(CORRECT.operations, 2, status=201)},
         "got 201 for an older lease",
+    ),
+    "a confirmed extension is not kept": (
+        checker.lease_changes_are_kept,
+        {"operations": append_item(CORRECT.operations, build_extension(at=100, until=START + 200))},
+        "is not kept in lease 3 of 3 to cyd",
+    ),
+    "a confirmed extension has no event": (
+        checker.lease_changes_are_kept,
+        {"operations": append_item(CORRECT.operations, build_extension(at=100, until=START + 150))},
+        "was confirmed, but has no event",
+    ),
+    "an extension is granted twice": (
+        checker.lease_changes_are_kept,
+        {
+            "operations": append_item(CORRECT.operations, build_extension(at=100, until=START + 150)),
+            "events": [
+                *CORRECT.events,
+                build_event("3-longer", "lease.extended", "3", 100, expires_at=int(START + 150)),
+                build_event("3-longer-again", "lease.extended", "3", 101, expires_at=int(START + 150)),
+            ],
+        },
+        "sandbox 3 was extended 2 times for 1 requests",
+    ),
+    "a standby lease is claimed twice": (
+        checker.lease_changes_are_kept,
+        {
+            "events": [
+                *CORRECT.events,
+                build_event("3-claimed", "lease.claimed", "3", 100),
+                build_event("3-claimed-again", "lease.claimed", "3", 101),
+            ]
+        },
+        "sandbox 3 was claimed 2 times",
+    ),
+    "a sandbox was replaced without a request": (
+        checker.every_unknown_resolves_to_once_or_never,
+        {"leases": change_item(CORRECT.leases, 0, end_reason="broken")},
+        "no replacement request explains the end of lease 1",
+    ),
+    "a broken sandbox is deleted during its hold": (
+        checker.released_sandboxes_are_deleted_in_csp,
+        {"leases": change_item(CORRECT.leases, 0, end_reason="broken"), "hold_sec": 10},
+        "before the end of its hold: lease 1",
     ),
     "a student gets another sandbox during a lease": (
         checker.the_same_sandbox_while_the_lease_lasts,

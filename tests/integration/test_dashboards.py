@@ -16,7 +16,7 @@ from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from tests.integration.monitoring_files import DASHBOARDS, list_queries
-from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack
+from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, track_headers
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -45,6 +45,8 @@ async def cause_activity(stack: Stack, attempt: int) -> None:
     """Cause events for every panel of the dashboards."""
     lease = (await stack.allocate(f"ada-{attempt}")).json()
     await stack.allocate(f"ada-{attempt}")
+    url = f"{stack.url}/v1/sandboxes/{lease['sandbox_id']}/extend"
+    await stack.client.post(url, headers=track_headers(f"ada-{attempt}"), json={"hours": 1})
     await stack.release(lease["sandbox_id"], f"ada-{attempt}")
     await stack.client.post(f"{stack.url}/v1/allocate", headers={"Authorization": f"Bearer not-{TRACK_TOKEN}"})
     await stack.sync()

@@ -509,7 +509,7 @@ async def race(*operations: Callable[[], Awaitable[Any]]) -> list[Any]:
 
 
 async def test_an_extension_and_the_expiry_have_one_winner(
-    pool: Pool, races: int, record_property: Callable[[str, object], None]
+    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     student, clock = await pool.write_session(), await pool.write_session()
     wins = 0
@@ -528,12 +528,12 @@ async def test_an_extension_and_the_expiry_have_one_winner(
         else:
             assert refusal_code(reply) == "LEASE_ENDED"
             assert (end, events) == ("expired", ["sandbox.allocated", "sandbox.deletion_requested"])
-    record_property("won", wins)
+    record_testsuite_property("extensions that won", wins)
     await pool.assert_sound()
 
 
 async def test_a_claim_and_the_end_of_standby_have_one_winner(
-    pool: Pool, races: int, record_property: Callable[[str, object], None]
+    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     student, clock = await pool.write_session(), await pool.write_session()
     wins = 0
@@ -552,12 +552,12 @@ async def test_a_claim_and_the_end_of_standby_have_one_winner(
         else:
             assert refusal_code(reply) == "LEASE_ENDED"
             assert (end, events) == ("unclaimed", ["sandbox.allocated", "sandbox.deletion_requested"])
-    record_property("won", wins)
+    record_testsuite_property("claims that won", wins)
     await pool.assert_sound()
 
 
 async def test_a_replacement_and_a_release_have_one_winner(
-    pool: Pool, races: int, record_property: Callable[[str, object], None]
+    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     first, second = await pool.write_session(), await pool.write_session()
     wins = 0
@@ -580,7 +580,7 @@ async def test_a_replacement_and_a_release_have_one_winner(
             assert (await pool.value(END, old), active) == ("student", [])
             await pool.execute("DELETE FROM sandboxes WHERE sandbox_id = $1", new)
         assert (await pool.events(old)).count("sandbox.deletion_requested") == 1
-    record_property("won", wins)
+    record_testsuite_property("replacements that won", wins)
     await pool.assert_sound()
 
 
