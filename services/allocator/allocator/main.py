@@ -9,6 +9,7 @@ from allocator.background.invariant_check import check_invariants
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_metrics import PoolMetrics
 from allocator.background.presence import Presence
+from allocator.background.stock_metrics import StockMetrics
 from allocator.background.waiting_line_watch import WaitingLineWatch
 from allocator.consumer import Consumer
 from allocator.newest_lease import NewestLease
@@ -27,7 +28,7 @@ def create_app(settings: Settings) -> Starlette:
     publisher = Publisher(settings.amqp_url, "allocator")
     relay = OutboxRelay(primary, publisher, NewestLease(settings.amqp_url))
     collector = DeadLetterCollector(settings.amqp_url, engine)
-    pool_metrics = PoolMetrics(engine)
+    pool_metrics, stock_metrics = PoolMetrics(engine), StockMetrics(engine)
     waiting_line_watch = WaitingLineWatch(publisher, engine)
     presence = Presence(settings.amqp_url, engine)
     students, maintenance = (
@@ -61,6 +62,7 @@ def create_app(settings: Settings) -> Starlette:
             publisher.run,
             primary.watch,
             update_pool_metrics,
+            stock_metrics.run,
             check_invariants_periodically,
             collector.run,
             relay.run,

@@ -1,6 +1,29 @@
 """Prometheus metrics of the allocator."""
 
-from prometheus_client import Counter, Gauge, Histogram
+import math
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
+
+
+class GaugeWithTotal(Collector):
+    """Gauge with one series without labels and one series for each value of a label. Gauge has either or."""
+
+    def __init__(self, name: str, documentation: str, label: str) -> None:
+        self.name, self.documentation, self.label = name, documentation, label
+        self.total = math.inf
+        self.parts: Mapping[str, float] = {}
+        """Value of the label -> value of its series."""
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        metric = Metric(self.name, self.documentation, "gauge")
+        metric.add_sample(self.name, {}, self.total)
+        for value, number in self.parts.items():
+            metric.add_sample(self.name, {self.label: value}, number)
+        yield metric
+
 
 ALLOCATIONS = Counter("broker_allocator_outcomes_total", "Allocation requests by outcome", ["outcome"])
 EXPIRED = Counter("broker_expiry_orphaned_total", "Leases that the allocator ended because they were overdue")
@@ -42,6 +65,16 @@ DATABASE_BEHIND = Gauge(
 OTHER_BROKER = Gauge(
     "broker_other_broker", "1 for ten minutes after an allocator of another broker used the same database, else 0"
 )
+CREATIONS = Counter(
+    "broker_stock_creations_total",
+    "Recorded results of creation intents. postponed: a failed attempt that is repeated",
+    ["name_prefix", "outcome"],
+)
+CREATION = Histogram(
+    "broker_stock_creation_seconds",
+    "Time from the first claim of a creation intent until its sandbox is available",
+    buckets=(1, 5, 10, 30, 60, 90, 120, 150, 180, 240, 300, 450, 600, 900, 1800, 3600),
+)
 INVARIANT_VIOLATIONS = Gauge(
     "broker_invariant_violations",
     "Violations of a rule of the pool, as last counted by the active allocator; must be 0",
@@ -57,9 +90,12 @@ STANDBY = Gauge("broker_standby_leases", "Standby leases without a claim; their 
 ON_HOLD = Gauge(
     "broker_sandboxes_on_hold", "Broken sandboxes that are not deleted yet, so that operators inspect them"
 )
-EXHAUSTION = Gauge(
+EXHAUSTION = GaugeWithTotal(
     "broker_pool_exhaustion_seconds",
-    "Seconds until the pool is empty at the rate of new leases of the last five minutes; +Inf without new leases",
+    "Seconds until the pool is empty at the rate of new leases of the last five minutes; +Inf without new leases. "
+    "With name_prefix: until the prefix of a stock rule is empty at the higher rate of the last five minutes and "
+    "of the coming hour a week ago",
+    "name_prefix",
 )
 POOL_TOTAL = Gauge("broker_pool_total", "Sandboxes in the pool, without deleted ones")
 
@@ -76,4 +112,28 @@ WAITING_ENDED = Counter(
     "Students that lost their place in the waiting line without a sandbox. left: no repetition of the request. "
     "timed_out: the longest wait was over. refused: the request could no longer succeed",
     ["reason"],
+)
+STOCK = {
+    level: Gauge(f"broker_stock_{level}", meaning, ["name_prefix"])
+    for level, meaning in {
+        "available": "Available sandboxes of a stock rule",
+        "allocated": "Leased sandboxes of a stock rule",
+        "creating": "Creation intents in flight of a stock rule",
+        "waiting": "Students in the waiting line that a stock rule fits",
+        "min": "Number of available sandboxes below which the broker creates more",
+        "max": "Highest number of available and leased sandboxes and intents in flight together",
+        "target": "min plus the waiting students, at most max",
+        "failures": "Consecutive failed attempts to create an account for a stock rule",
+    }.items()
+}
+STOCK_STOPPED = Gauge(
+    "broker_stock_stopped",
+    "1 while no account is created for a stock rule until an administrator resumes it, else 0",
+    ["name_prefix"],
+)
+STOCK_CREATION = Gauge(
+    "broker_stock_measured_creation_seconds",
+    "Time from the first claim of a creation intent until its sandbox is available: quantiles of the last 50 "
+    "creations of a stock rule. No series before the first creation",
+    ["name_prefix", "quantile"],
 )

@@ -145,6 +145,10 @@ class Pool:
     async def execute(self, query: str, *arguments: object) -> None:
         await self._observer.execute(query, *arguments)
 
+    def transaction(self) -> Any:
+        """Return a transaction for the following statements of the pool itself."""
+        return self._observer.transaction()
+
     async def status(self, sandbox_id: str) -> str | None:
         status: str | None = await self.value("SELECT status FROM sandboxes WHERE sandbox_id = $1", sandbox_id)
         return status
@@ -169,12 +173,25 @@ class Pool:
                 "csp_accounts",
                 "allocator_epoch",
                 "cleanup_duty",
+                "creations",
+                "stock_prefixes",
+                "creation_duty",
                 "dead_letters",
                 "waiting",
                 "policies",
                 "policy_set",
             )
         ]
+
+    async def stock_rule(self, name_prefix: str, min: int, max: int, **more: object) -> None:
+        """Apply a policy with this stock rule, besides those of other prefixes."""
+        document = {"name": name_prefix, "stock": {"name_prefix": name_prefix, "min": min, "max": max, **more}}
+        await self.execute(
+            "INSERT INTO policies (name, document) VALUES ($1, $2) "
+            "ON CONFLICT (name) DO UPDATE SET document = excluded.document",
+            name_prefix,
+            json.dumps(document),
+        )
 
     async def until_waiting(self, session: WriteSession) -> None:
         """Wait until the statement of the session waits for a lock."""

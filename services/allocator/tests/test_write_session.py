@@ -16,6 +16,7 @@ from allocator.write_session import UNAVAILABLE, Fenced, WriteSession
 from sandbox_broker.contract.commands import (
     ApplyListing,
     BeginListing,
+    ClaimCreations,
     ClaimDeletions,
     ClaimLease,
     Command,
@@ -23,17 +24,21 @@ from sandbox_broker.contract.commands import (
     DeleteStale,
     DropDeadLetter,
     EndCleanup,
+    EndCreations,
     EndLease,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
     PurgeRecords,
+    RecordCreation,
+    RecordCreationFailure,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
     RefreshSandboxes,
     ReplaceSandbox,
     ReplayDeadLetter,
+    ResumeStock,
     RetryDeletion,
     ServeWaiting,
     StageListing,
@@ -66,10 +71,18 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     await pool.execute("UPDATE sandboxes SET deletion_claim = $2 WHERE sandbox_id = $1", pending, RUN)
     await pool.execute("UPDATE cleanup_duty SET run_id = $1", RUN)
     await pool.fill(1, "stale")
+    await pool.stock_rule("lab-", 1, 5)
+    await pool.execute("INSERT INTO creations (name, name_prefix, claim) VALUES ('lab-1', 'lab-', $1)", RUN)
+    await pool.execute(
+        "INSERT INTO stock_prefixes (name_prefix, next_number, stopped_at, stop_cause) "
+        "VALUES ('lab-', 2, now(), 'failures')"
+    )
+    await pool.execute("UPDATE creation_duty SET run_id = $1", RUN)
     listing_id = await begin(session)
     await stage(session, listing_id, [account(900), account(int(leased), "renamed")])
     await allocate(session, allocate_command("dan", "waits-", wait_sec=900))
     await pool.fill(["waits-1"])
+    creation_id = await pool.value("SELECT creation_id FROM creations")
     result: list[Command] = [
         ServeWaiting(),
         allocate_command("cid"),
@@ -85,6 +98,11 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         RecordDeletion(sandbox_id=pending),
         RecordDeletionFailure(run_id=RUN, sandbox_id=pending, attempts=0, error="", retry_in_sec=None),
         RetryDeletion(request_id="request", sandbox_id=failed),
+        ClaimCreations(run_id=RUN, limit=10, claim_sec=60),
+        EndCreations(run_id=RUN),
+        RecordCreation(creation_id=creation_id, external_id="account-901"),
+        RecordCreationFailure(run_id=RUN, creation_id=creation_id, attempts=0, error="503"),
+        ResumeStock(request_id="request", name_prefix="lab-"),
         BeginListing(),
         StageListing(listing_id=listing_id, accounts=(account(901),)),
         ApplyListing(listing_id=listing_id, total=2, max_stale_fraction=0, force=True),

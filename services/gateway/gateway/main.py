@@ -20,7 +20,15 @@ from gateway.api.errors import ApiError
 from gateway.context import Context
 from gateway.queries.queue_metrics import QueueMetrics
 from gateway.queries.status import StatusReporter
-from gateway.routes import admin_actions, admin_dead_letters, admin_read, admin_sync, lease_changes, track
+from gateway.routes import (
+    admin_actions,
+    admin_dead_letters,
+    admin_read,
+    admin_stock,
+    admin_sync,
+    lease_changes,
+    track,
+)
 from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
 from gateway.web.connection_limit import ConnectionLimit
@@ -108,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
     # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(

@@ -146,6 +146,42 @@ class WaitingEnded(_WaitingEvent):
     waited_sec: int
 
 
+class _CreationEvent(_Data):
+    creation_id: int
+    """Id of the creation intent."""
+    name: str
+    name_prefix: str
+    """Prefix of the stock rule."""
+
+
+class SandboxCreated(_CreationEvent):
+    """CSP has a new account for the stock. The sandbox becomes available by the next sync."""
+
+    external_id: str
+    """UUID of the account in CSP."""
+
+
+class CreationFailed(_CreationEvent):
+    """The creation of an account was given up."""
+
+    attempts: int
+    error: str
+
+
+class StockStopped(_Data):
+    """No account is created for the prefix until an administrator resumes it."""
+
+    name_prefix: str
+    cause: Literal["refused", "failures"]
+    """`refused`: CSP refused for a lasting reason, such as a quota."""
+    reason: str
+    """The last error."""
+
+
+class StockResumed(_Data):
+    name_prefix: str
+
+
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
@@ -163,4 +199,8 @@ EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "waiting.started": WaitingStarted,
     "waiting.served": WaitingServed,
     "waiting.ended": WaitingEnded,
+    "sandbox.created": SandboxCreated,
+    "creation.failed": CreationFailed,
+    "stock.stopped": StockStopped,
+    "stock.resumed": StockResumed,
 }

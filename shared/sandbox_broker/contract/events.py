@@ -24,6 +24,10 @@ EventType = Literal[
     "waiting.started",
     "waiting.served",
     "waiting.ended",
+    "sandbox.created",
+    "creation.failed",
+    "stock.stopped",
+    "stock.resumed",
 ]
 
 

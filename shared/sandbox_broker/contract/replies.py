@@ -30,6 +30,7 @@ RefusalCode = Literal[
     "POOL_EXHAUSTED",
     "REPLACEMENT_LIMIT",
     "SANDBOX_NOT_FOUND",
+    "STOCK_RULE_NOT_FOUND",
     "SYNC_HELD",
 ]
 

@@ -6,10 +6,12 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Computed,
     DateTime,
+    Double,
     Identity,
     Index,
     Integer,
@@ -429,7 +431,48 @@ stock_rules = table(
 )
 """Stock rules of the policies."""
 
-VIEWS = (pool_totals, applied_listing, decided_listing, stock_rules)
+stock_levels = table(
+    "stock_levels",
+    column("policy", Text),
+    column("name_prefix", _Name),
+    column("prefix_end", _Name),
+    column("min", Integer),
+    column("max", Integer),
+    column("admin_user", JSONB),
+    column("available", BigInteger),
+    column("allocated", BigInteger),
+    column("creating", BigInteger),
+    column("begun", BigInteger),
+    column("waiting", BigInteger),
+    column("target", BigInteger),
+    column("missing", BigInteger),
+    column("surplus", BigInteger),
+    column("next_number", BigInteger),
+    column("failures", Integer),
+    column("last_error", Text),
+    column("last_error_at", _Time),
+    column("stopped_at", _Time),
+    column("stop_cause", Text),
+    column("stop_reason", Text),
+)
+"""Levels of each stock rule, exact in every snapshot. `creating` counts the intents in flight, `begun` those of
+them that were claimed. `missing` is the number of intents to grant so that the rule reaches `target` and no rule
+exceeds its `max`. `surplus` is the number of intents that are not needed any more."""
+stock_forecasts = table(
+    "stock_forecasts",
+    column("name_prefix", _Name),
+    column("recent_leases_per_sec", Double),
+    column("usual_leases_per_sec", Double),
+    column("exhaustion_sec", Double),
+    column("creations", BigInteger),
+    column("creation_p50_sec", Double),
+    column("creation_p90_sec", Double),
+)
+"""Forecast of each stock rule. The rates are those of the last five minutes, and of the coming hour a week ago.
+`exhaustion_sec` takes the higher one; None without leases. The creation times are those of the last 50 creations,
+from the first claim to the import; None before the first one."""
+
+VIEWS = (pool_totals, applied_listing, decided_listing, stock_rules, stock_levels, stock_forecasts)
 
 allocators = Table(
     "allocators",
@@ -446,4 +489,93 @@ allocators = Table(
     Column("seen_at", _Time, nullable=False, server_default=func.now()),
     Column("other_broker_at", _Time, comment="last time it has seen an allocator of another broker"),
     comment="allocators that report about twice a second",
+)
+
+creations = Table(
+    "creations",
+    metadata,
+    Column("creation_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("name", _Name, nullable=False),
+    Column("name_prefix", _Name, nullable=False),
+    Column("state", Text, nullable=False, server_default="pending"),
+    Column(
+        "in_flight",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="counts for the max of its stock rule: no sync has imported its account, and the account may exist "
+        "or may still be created",
+    ),
+    Column("granted_at", _Time, nullable=False, server_default=func.now()),
+    Column(
+        "due_at",
+        _Time,
+        nullable=False,
+        server_default=func.now(),
+        comment="not to be claimed before: backoff, or claimed by a provisioner",
+    ),
+    Column("claim", Uuid, comment="the run that has it in hand"),
+    Column("first_claimed_at", _Time),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("error", Text),
+    Column("external_id", Text, comment="the bare account UUID in CSP"),
+    Column("created_at", _Time, comment="when the account was first known to exist"),
+    Column("imported_at", _Time, comment="when a sync brought the account into the pool"),
+    Column("ended_at", _Time),
+    Column("request_id", Text),
+    Column("traceparent", Text),
+    Column(
+        "history",
+        JSONB,
+        nullable=False,
+        server_default=text("'[]'"),
+        comment="grant, claims, failures and end, with times in Unix seconds; the newest 50",
+    ),
+    CheckConstraint("state IN ('pending', 'created', 'failed', 'abandoned')", name="creations_state"),
+    CheckConstraint("(state = 'pending') = (ended_at IS NULL)", name="creations_ended"),
+    CheckConstraint("imported_at IS NULL OR state = 'created' AND NOT in_flight", name="creations_imported"),
+    Index("creations_one_per_name", "name", unique=True),
+    Index(
+        "creations_one_per_account",
+        "external_id",
+        unique=True,
+        postgresql_where=text("external_id IS NOT NULL"),
+    ),
+    Index("creations_in_flight", "name", postgresql_where=text("in_flight")),
+    Index("creations_by_import", "name_prefix", "imported_at", postgresql_where=text("imported_at IS NOT NULL")),
+    Index("creations_by_prefix", "name_prefix", "creation_id"),
+    comment="creation intents: accounts to be created in CSP, each with a name of its own for ever",
+)
+
+stock_prefixes = Table(
+    "stock_prefixes",
+    metadata,
+    Column("name_prefix", _Name, primary_key=True),
+    Column(
+        "next_number",
+        BigInteger,
+        nullable=False,
+        comment="number of the next name; each grant raises it, so that of two concurrent grants the second grants "
+        "nothing",
+    ),
+    Column("failures", Integer, nullable=False, server_default=text("0"), comment="consecutive failed attempts"),
+    Column("last_error", Text),
+    Column("last_error_at", _Time),
+    Column("stopped_at", _Time),
+    Column("stop_cause", Text),
+    Column("stop_reason", Text),
+    CheckConstraint("stop_cause IN ('refused', 'failures')", name="stock_prefixes_stop_cause"),
+    CheckConstraint("(stopped_at IS NULL) = (stop_cause IS NULL)", name="stock_prefixes_stopped"),
+    comment="numbering, failures and stop of each name prefix that has or had a stock rule",
+)
+
+creation_duty = Table(
+    "creation_duty",
+    metadata,
+    Column("only_row", Integer, primary_key=True, server_default=text("1")),
+    Column("run_id", Uuid),
+    Column("until", _Time, nullable=False, server_default=text("'epoch'")),
+    Column("claimed_at", _Time, comment="when a provisioner last asked"),
+    CheckConstraint("only_row = 1", name="creation_duty_only_row"),
+    comment="which run may create accounts, and until when without asking again",
 )

@@ -87,6 +87,40 @@ class Status(TypedDict):
     database_behind_at: NotRequired[Timestamp | None]
 
 
+class CreationTime(TypedDict):
+    count: Count
+    p50_sec: float | None
+    p90_sec: float | None
+
+
+class StockLevel(TypedDict):
+    name_prefix: str
+    policy: str
+    state: str
+    min: Count
+    max: Count
+    target: Count
+    available: Count
+    allocated: Count
+    creating: Count
+    waiting: Count
+    exhaustion_sec: float | None
+    creation: CreationTime
+    failures: Count
+    last_error: str | None
+    stop_reason: str | None
+
+
+class Stock(TypedDict):
+    stock: list[StockLevel]
+    asked_at: Timestamp | None
+
+
+class StockResumed(TypedDict):
+    name_prefix: str
+    changed: bool
+
+
 class SandboxSummary(TypedDict):
     sandbox_id: str
     name: str

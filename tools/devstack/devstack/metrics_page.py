@@ -38,9 +38,12 @@ import importlib, json, sys
 from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 importlib.import_module(sys.argv[1] + ".main")
+collectors = list(REGISTRY._collector_to_names)
 print(json.dumps([
     [m._name, m._type, m._labelnames, m._documentation]
-    for m in REGISTRY._collector_to_names if isinstance(m, MetricWrapperBase) and m._name.startswith("broker_")
+    for m in collectors if isinstance(m, MetricWrapperBase) and m._name.startswith("broker_")
+] + [
+    [m.name, "gauge", [m.label], m.documentation] for m in collectors if type(m).__name__ == "GaugeWithTotal"
 ]))
 """
 

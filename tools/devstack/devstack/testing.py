@@ -113,7 +113,7 @@ async def clean_database(database_url: str) -> str:
 
 _TABLES = (
     "sandboxes, leases, lease_extensions, outbox, history, pool_changes, pool_counts, jobs, csp_listings, "
-    "csp_accounts, dead_letters, policies, waiting"
+    "csp_accounts, dead_letters, policies, waiting, creations, stock_prefixes"
 )
 # The version of the policies rises, because a running allocator may know the present one.
 # Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the
@@ -132,6 +132,7 @@ BEGIN
     END IF;
 END $$;
 UPDATE cleanup_duty SET run_id = NULL, until = 'epoch';
+UPDATE creation_duty SET run_id = NULL, until = 'epoch', claimed_at = NULL;
 UPDATE policy_set SET version = version + 1, applied_at = NULL WHERE applied_at IS NOT NULL;
 UPDATE allocator_epoch SET policy_version = version FROM policy_set WHERE policy_version <> version
 """

@@ -79,8 +79,9 @@ class PoolMetrics:
         metrics.ON_HOLD.set(on_hold or 0)
         metrics.DEAD_LETTERS.set(dead_letters or 0)
         metrics.OUTBOX_LAG.set(outbox_lag_sec)
-        exhaustion_sec = self._forecast.exhaustion_sec(time.monotonic(), counts.get("available", 0), leases)
-        metrics.EXHAUSTION.set(exhaustion_sec)
+        metrics.EXHAUSTION.total = self._forecast.exhaustion_sec(
+            time.monotonic(), counts.get("available", 0), leases
+        )
         metrics.POOL_COUNTED.set_to_current_time()
         for status, gauge in metrics.POOL.items():
             gauge.set(counts.get(status, 0))

@@ -5,6 +5,7 @@ import json
 import structlog
 
 from allocator import domain, metrics
+from allocator.handlers import creations
 from allocator.sql import listings
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract import replies
@@ -56,6 +57,9 @@ async def apply_listing(session: WriteSession, command: ApplyListing) -> Reply:
         if row["synced"] is None:
             raise ConcurrentUpdate
         metrics.REOPENED.inc(row["reopened"])
+        for creation_sec in row["creation_secs"]:
+            metrics.CREATION.observe(creation_sec)
+    await creations.settle(session, listing_id)
     outcome = json.loads(await listings.flag_missing(session, listing_id=listing_id))
     log.info("sync.applied", listing_id=listing_id, **outcome)
     return replies.ListingApplied(**outcome)

@@ -17,6 +17,7 @@ not.
 from collections.abc import Sequence
 from typing import TypedDict
 
+from allocator.sql.creations import note
 from allocator.write_session import GUARD, WriteSession
 from sandbox_broker.contract.commands import UNREADABLE_ACCOUNT, ListedAccount
 from sandbox_broker.database.schema import PROOF_GRACE
@@ -101,7 +102,9 @@ SELECT epoch,
     (SELECT count(*) FROM sandboxes WHERE status IN ('available', 'allocated')) AS pool,
     (SELECT coalesce(max((outcome->>'synced')::bigint), 0) FROM csp_listings WHERE applied_at IS NOT NULL)
         AS largest,
-    (SELECT count(*) FROM discovered) AS discovered,
+    (SELECT count(*) FROM discovered d WHERE NOT EXISTS (
+        SELECT FROM creations c WHERE c.name = d.name AND c.imported_at IS NULL
+    )) AS discovered,
     (SELECT count(*) FROM lacking) AS lacking,
     (SELECT count(*) FROM moving) AS moving,
     (SELECT count(*) FROM moving WHERE status <> 'stale') AS moving_in_pool
@@ -189,6 +192,8 @@ _ACCOUNT_OF_ANOTHER = """
 # Each listing takes effect once, because `applied_at` is set once.
 # discovered: accounts without a sandbox and without a lease. A known sandbox is never inserted again, so a deleted
 # sandbox stays deleted. A lease without a sandbox shows a used sandbox with a purged record.
+# imported: an account with the id or, before its creation was recorded, the name of an intent ends the flight of
+# the intent. This is in the same statement, so that the sandbox and its intent never both count for a stock rule.
 # reopened: CSP has confirmed the deletion, and still lists the account. The sandbox is deleted again and never
 # reaches another student (ADR 7). A sandbox deleted as stale was never used, so it is not reopened.
 APPLY_LISTING = f"""
@@ -219,6 +224,24 @@ discovered AS (
     ORDER BY a.created_at, a.sandbox_id
     ON CONFLICT DO NOTHING
     RETURNING sandbox_id, external_id, name
+),
+arrivals AS MATERIALIZED (
+    SELECT c.creation_id, c.state, d.external_id FROM discovered d JOIN creations c ON c.external_id = d.external_id
+    WHERE c.imported_at IS NULL
+    UNION ALL
+    SELECT c.creation_id, c.state, d.external_id FROM discovered d JOIN creations c ON c.name = d.name
+    WHERE c.imported_at IS NULL AND c.external_id IS NULL
+      AND NOT EXISTS (SELECT FROM creations other WHERE other.external_id = d.external_id)
+),
+imported AS (
+    UPDATE creations c
+    SET state = 'created', in_flight = false, imported_at = now(), external_id = a.external_id, claim = NULL,
+        created_at = coalesce(c.created_at, now()), ended_at = coalesce(c.ended_at, now()),
+        {note("imported", "jsonb_build_object('external_id', a.external_id)")}
+    FROM arrivals a
+    WHERE c.creation_id = a.creation_id AND c.imported_at IS NULL
+    RETURNING c.creation_id, c.name, c.name_prefix, c.external_id, a.state AS previous_state,
+        extract(epoch FROM c.imported_at - c.first_claimed_at)::float AS creation_sec
 ),
 unlisted AS MATERIALIZED (
     SELECT s.sandbox_id FROM opening, sandboxes s
@@ -267,9 +290,15 @@ announced AS (
         FROM reopened
     ) e
     UNION ALL
+    SELECT 'sandbox.created', NULL, jsonb_build_object(
+        'creation_id', creation_id, 'name', name, 'name_prefix', name_prefix, 'external_id', external_id
+    )
+    FROM imported WHERE previous_state <> 'created'
+    UNION ALL
     SELECT 'sync.completed', NULL, outcome || jsonb_build_object('listing_id', listing_id) FROM applied
 )
-SELECT epoch, c.* FROM guard LEFT JOIN counted c ON true
+SELECT epoch, c.*, ARRAY(SELECT creation_sec FROM imported WHERE creation_sec IS NOT NULL) AS creation_secs
+FROM guard LEFT JOIN counted c ON true
 """
 
 # Flag leased sandboxes without an account in CSP, unflag those listed again, and count the superfluous accounts in
@@ -342,7 +371,7 @@ class AssessmentRow(TypedDict):
     largest: int
     """Accounts of the largest applied listing of the last 30 days, 0 before the first one."""
     discovered: int
-    """Accounts that are new to the pool."""
+    """Accounts that are new to the pool and that the broker did not create."""
     lacking: int
     """Sandboxes of the pool without an account in the listing."""
     moving: int
@@ -355,6 +384,8 @@ class AppliedRow(TypedDict):
     synced: int | None
     """None: another command applied the listing, or a newer one, concurrently."""
     reopened: int
+    creation_secs: list[float]
+    """Times from the first claim of a creation intent to the import of its account."""
 
 
 async def begin_listing(session: WriteSession) -> int:

@@ -103,6 +103,12 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "unknown_id": "There is no such dead letter. See GET /v1/admin/dead-letters.",
         },
     ),
+    "STOCK_RULE_NOT_FOUND": ErrorSpec(
+        404,
+        "No policy has a stock rule with this name prefix",
+        "Use a `name_prefix` of `GET /v1/admin/stock`.",
+        messages={"": "No stock rule has the name prefix '{name_prefix}'. GET /v1/admin/stock lists the rules."},
+    ),
     "NOT_FOUND": ErrorSpec(
         404,
         "The path does not exist",
