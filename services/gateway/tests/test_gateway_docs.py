@@ -25,6 +25,7 @@ PAGE = "http://gateway/v1/docs"
 DOCUMENT = "/v1/openapi.json"
 DEAD_LETTERS = "/v1/admin/dead-letters"
 REPLAYED = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
+CHANGE_OF_LEASE = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
 
 STATUSES = {
@@ -38,6 +39,14 @@ STATUSES = {
     ("post", "/v1/admin/sync"): {200, 202, 400, 401, 403, 409, 413, 429, 500, 502, 503},
     ("get", "/v1/admin/sync"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", "/v1/admin/leaks"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("post", "/v1/sandboxes/{sandbox_id}/extend"): CHANGE_OF_LEASE,
+    ("post", "/v1/sandboxes/{sandbox_id}/claim"): CHANGE_OF_LEASE,
+    ("post", "/v1/sandboxes/{sandbox_id}/replace"): {201, *CHANGE_OF_LEASE},
+    ("post", "/v1/admin/sandboxes/{sandbox_id}/extend"): CHANGE_OF_LEASE,
+    ("post", "/v1/admin/sandboxes/{sandbox_id}/replace"): {201, *CHANGE_OF_LEASE},
+    ("get", "/v1/admin/stock"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/stock/creations"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("post", "/v1/admin/stock/resume"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
     ("get", "/v1/admin/waiting"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("post", "/v1/admin/auto-delete-stale"): {200, 400, 401, 403, 413, 429, 500, 503, 504},
     ("post", "/v1/admin/bulk-delete"): {200, 400, 401, 403, 413, 429, 500, 503, 504},
