@@ -102,6 +102,8 @@ class Refill:
                 ClaimCreations(run_id=self._run_id, limit=1, claim_sec=self._claim_sec)
             )
             self._syncs.note_awaited(claimed)
+            # Also here, because short creations may follow each other for minutes.
+            await self._syncs.request_if_due()
             if not claimed.creations:
                 # Not at once, although an event may have arrived during the claim.
                 await asyncio.sleep(MIN_PAUSE_SEC)
