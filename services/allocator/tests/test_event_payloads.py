@@ -2,21 +2,26 @@
 
 from typing import get_args
 
-from allocator.handlers import deletions, lease_changes, leases
+from allocator.handlers import creations, deletions, lease_changes, leases
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
+    ClaimCreations,
     ClaimDeletions,
     ClaimLease,
     EndLease,
     ExpireLeases,
     ExtendLease,
+    RecordCreation,
+    RecordCreationFailure,
     RecordDeletion,
     RecordDeletionFailure,
     ReplaceSandbox,
+    ResumeStock,
     RetryDeletion,
 )
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
+from sandbox_broker.contract.replies import CreationsClaimed
 
 from .allocator_harness import (
     RUN,
@@ -68,6 +73,19 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
         session, RecordDeletionFailure(run_id=RUN, sandbox_id=bob, attempts=0, error="500")
     )
     await deletions.retry_deletion(session, RetryDeletion(request_id="request", sandbox_id=bob))
+
+    await pool.stock_rule("lab-", 2, 2)
+    reply = await creations.claim_creations(session, ClaimCreations(run_id=RUN, limit=2, claim_sec=60))
+    assert isinstance(reply, CreationsClaimed)
+    first, second = reply.creations
+    await creations.record_creation(
+        session, RecordCreation(creation_id=first.creation_id, external_id="account-99")
+    )
+    await creations.record_creation_failure(
+        session,
+        RecordCreationFailure(run_id=RUN, creation_id=second.creation_id, attempts=0, error="quota", refused=True),
+    )
+    await creations.resume_stock(session, ResumeStock(request_id="request", name_prefix="lab-"))
 
     assert refusal_code(await sync(session, [])) == "SYNC_HELD"
     await sync(session, accounts[:-1])

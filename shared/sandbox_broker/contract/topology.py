@@ -205,6 +205,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(PROVISIONER_EVENTS, EVENTS, NEWEST_LEASE.name),
     Binding(PROVISIONER_EVENTS, EVENTS, "pool.exhausted"),
     Binding(PROVISIONER_EVENTS, EVENTS, "waiting.started"),
+    Binding(PROVISIONER_EVENTS, EVENTS, "stock.resumed"),
     # Expired commands are dropped, because their senders have stopped waiting. Rejected messages, and messages that
     # crash their consumers repeatedly, are kept. RabbitMQ writes the reason into the header.
     Binding(
