@@ -85,8 +85,13 @@ async def expire(session: WriteSession, *, grace_sec: float = 0) -> None:
 
 
 async def take_standby(pool: Pool, holder: str = "setup") -> LeaseGranted:
+    return await take_lease(pool, await pool.write_session(), standby_command(holder))
+
+
+async def take_lease(pool: Pool, session: WriteSession, command: AllocateSandbox) -> LeaseGranted:
+    """Lease a new sandbox, the only available one, on a session that many races share."""
     await pool.fill(1)
-    (reply,) = await allocate(await pool.write_session(), standby_command(holder))
+    (reply,) = await allocate(session, command)
     return granted_lease(reply)
 
 
@@ -515,7 +520,8 @@ async def test_an_extension_and_the_expiry_have_one_winner(
     wins = 0
     for number in range(races):
         holder = f"student-{number}"
-        sandbox_id = await pool.overdue(holder)
+        sandbox_id = (await take_lease(pool, student, allocate_command(holder))).sandbox_id
+        await pool.execute("UPDATE leases SET expires_at = now() WHERE sandbox_id = $1", sandbox_id)
         reply, _ = await race(
             partial(student.run, partial(extend, student, sandbox_id, holder)),
             partial(expire, clock),
@@ -539,7 +545,7 @@ async def test_a_claim_and_the_end_of_standby_have_one_winner(
     wins = 0
     for number in range(races):
         setup, holder = f"setup-{number}", f"student-{number}"
-        sandbox_id = (await take_standby(pool, setup)).sandbox_id
+        sandbox_id = (await take_lease(pool, student, standby_command(setup))).sandbox_id
         await pool.execute("UPDATE leases SET expires_at = now() WHERE sandbox_id = $1", sandbox_id)
         reply, _ = await race(
             partial(student.run, partial(claim, student, sandbox_id, setup, holder)),
@@ -563,7 +569,7 @@ async def test_a_replacement_and_a_release_have_one_winner(
     wins = 0
     for number in range(races):
         holder = f"student-{number}"
-        old = await pool.lease(holder)
+        old = (await take_lease(pool, first, allocate_command(holder))).sandbox_id
         (new,) = await pool.fill(1)
         reply, released = await race(
             partial(first.run, partial(replace, first, old, holder)),
