@@ -20,6 +20,7 @@ from sandbox_broker.contract.commands import (
     AllocateSandbox,
     AnyCommand,
     ApplyListing,
+    ApplyPolicies,
     BeginListing,
     ClaimCreations,
     ClaimDeletions,
@@ -53,6 +54,7 @@ from sandbox_broker.contract.commands import (
     SyncPool,
 )
 from sandbox_broker.contract.events import Event, encode_event
+from sandbox_broker.contract.policies import Match, Policy, StockRule
 from sandbox_broker.contract.replies import (
     CleanedUp,
     CreationsClaimed,
@@ -68,6 +70,8 @@ from sandbox_broker.contract.replies import (
     ListingApplied,
     ListingBegun,
     ListingStaged,
+    PoliciesApplied,
+    PolicyChange,
     PoolSynced,
     Purged,
     Recorded,
@@ -114,6 +118,14 @@ COMMANDS: list[Command] = [
     ReplayDeadLetter(request_id="r", dead_letter_id=RUN),
     DropDeadLetter(request_id="r", dead_letter_id=RUN),
     ConfirmRestore(request_id="r"),
+    ApplyPolicies(
+        request_id="r",
+        policies=(
+            Policy(name="a", match=Match(track_name="lab"), lease_hours=8, max_active=50),
+            Policy(name="b", lease_hours=1.5, stock=StockRule(name_prefix="lab-", min=1, max=2)),
+        ),
+        dry_run=True,
+    ),
     ClaimCreations(run_id=RUN, limit=2, claim_sec=600.5),
     ClaimCreations(run_id=RUN, limit=2, claim_sec=600.5, dry_run=True),
     EndCreations(run_id=RUN),
@@ -184,6 +196,7 @@ REPLIES: list[Reply] = [
     ),
     CreationsClaimed(creations=(), on_duty=False, next_in_sec=12.5, awaited=2, awaited_sec=3.5),
     DeadLetterReplayed(dead_letter_id=RUN, queue="allocator.commands", published=True, skipped=1),
+    PoliciesApplied(changes=(PolicyChange(name="a", change="changed", fields=("lease_hours",)),)),
     Recorded(changed=False),
     SandboxesRefreshed(last="7"),
     SandboxesRefreshed(last=None),

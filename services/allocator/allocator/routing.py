@@ -15,6 +15,7 @@ from allocator.handlers import (
     lease_changes,
     leases,
     listings,
+    policies,
     purge,
     restore,
     waiting,
@@ -24,6 +25,7 @@ from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyListing,
+    ApplyPolicies,
     BeginListing,
     ClaimCreations,
     ClaimDeletions,
@@ -134,6 +136,7 @@ MAINTENANCE = Lane(
         ReplayDeadLetter: _unbatched(dead_letters.replay_dead_letter),
         DropDeadLetter: _unbatched(dead_letters.drop_dead_letter),
         ConfirmRestore: _unbatched(restore.confirm_restore),
+        ApplyPolicies: _unbatched(policies.apply_policies),
     },
     max_batch=1,
     batched=False,

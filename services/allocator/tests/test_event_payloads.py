@@ -2,9 +2,10 @@
 
 from typing import get_args
 
-from allocator.handlers import creations, deletions, lease_changes, leases
+from allocator.handlers import creations, deletions, lease_changes, leases, policies
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
+    ApplyPolicies,
     ClaimCreations,
     ClaimDeletions,
     ClaimLease,
@@ -21,6 +22,7 @@ from sandbox_broker.contract.commands import (
 )
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
+from sandbox_broker.contract.policies import Policy
 from sandbox_broker.contract.replies import CreationsClaimed
 
 from .allocator_harness import (
@@ -86,6 +88,8 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
         RecordCreationFailure(run_id=RUN, creation_id=second.creation_id, attempts=0, error="quota", refused=True),
     )
     await creations.resume_stock(session, ResumeStock(request_id="request", name_prefix="lab-"))
+    policies_command = ApplyPolicies(request_id="request", policies=(Policy(name="lab"),))
+    await policies.apply_policies(session, policies_command)
 
     assert refusal_code(await sync(session, [])) == "SYNC_HELD"
     await sync(session, accounts[:-1])

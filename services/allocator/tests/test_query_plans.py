@@ -18,11 +18,18 @@ _REQUESTS = (
     "ARRAY['active']"
 )
 _TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1]"
+_QUOTA = f"{_TERMS}, ARRAY[100]"
 STATEMENTS = {
     "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
     "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
+    "any with quota": (leases.WITH_QUOTA[leases.ALLOCATE_ANY], f"1, 0, {_REQUESTS}, {_QUOTA}"),
+    "by prefix with quota": (leases.WITH_QUOTA[leases.ALLOCATE_BY_PREFIX], f"1, 0, {_REQUESTS}, {_QUOTA}"),
     "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
     "chosen": (leases.ALLOCATE_CHOSEN, f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1']"),
+    "chosen with quota": (
+        leases.WITH_QUOTA[leases.ALLOCATE_CHOSEN],
+        f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1'], ARRAY[100]",
+    ),
     "look": (
         waiting.LOOK,
         "1, ARRAY['ann'], ARRAY[NULL::text], ARRAY['new'], ARRAY['key'], ARRAY['lab-', ''], ARRAY['lab.', ''], 1",
@@ -120,6 +127,14 @@ PLANS = {
         "new_sandbox": "sandboxes_pkey: sandbox_id",
     },
 }
+
+_QUOTA_LOOKUPS = {
+    "active_of_policy": "leases_active_by_policy: policy",
+    "of_term": "policies_pkey: name",
+    "p": "policies_pkey: name",
+}
+for _statement in ("any", "by prefix", "chosen"):
+    PLANS[f"{_statement} with quota"] = {**PLANS[_statement], **_QUOTA_LOOKUPS}
 
 
 async def _new(pool: Pool) -> None:

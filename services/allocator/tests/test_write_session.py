@@ -15,6 +15,7 @@ from allocator.sql import listings
 from allocator.write_session import UNAVAILABLE, Fenced, WriteSession
 from sandbox_broker.contract.commands import (
     ApplyListing,
+    ApplyPolicies,
     BeginListing,
     ClaimCreations,
     ClaimDeletions,
@@ -43,6 +44,7 @@ from sandbox_broker.contract.commands import (
     ServeWaiting,
     StageListing,
 )
+from sandbox_broker.contract.policies import Policy
 
 from .allocator_harness import (
     RUN,
@@ -112,6 +114,7 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         RecordJob(job_id=uuid.uuid4(), kind="sync"),
         # The holder has had a lease since, so the replay publishes no command.
         ReplayDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("ann"))),
+        ApplyPolicies(request_id="request", policies=(Policy(name="lab"),)),
         DropDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("bob"))),
     ]
     return {type(command).__name__: command for command in result}

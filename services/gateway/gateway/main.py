@@ -23,6 +23,7 @@ from gateway.queries.status import StatusReporter
 from gateway.routes import (
     admin_actions,
     admin_dead_letters,
+    admin_policies,
     admin_read,
     admin_stock,
     admin_sync,
@@ -117,6 +118,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_policies.router, dependencies=[Depends(auth.require_admin_token)])
     # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(

@@ -20,6 +20,7 @@ from gateway.settings import Settings
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands
 from sandbox_broker.contract.commands import (
+    ApplyPolicies,
     CleanUpNow,
     Command,
     DeleteStale,
@@ -38,6 +39,8 @@ from sandbox_broker.contract.replies import (
     DeadLetterReplayed,
     LeaseExtended,
     LeaseGranted,
+    PoliciesApplied,
+    PolicyChange,
     PoolSynced,
     Purged,
     Recorded,
@@ -90,6 +93,8 @@ async def say_yes(command: Command) -> Reply:
         return DeadLetterReplayed(
             dead_letter_id=command.dead_letter_id, queue="allocator.commands", published=True, skipped=2
         )
+    if isinstance(command, ApplyPolicies):
+        return PoliciesApplied(changes=(PolicyChange(name="a", change="changed", fields=("lease_hours",)),))
     if isinstance(command, RecordJob | DropDeadLetter):
         return Recorded(changed=True)
     return LEASE

@@ -9,9 +9,10 @@ import uuid
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Generic, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import TypeVar
 
+from sandbox_broker.contract.policies import MAX_POLICIES, InvalidPolicies, Policy, find_conflicts
 from sandbox_broker.contract.replies import (
     CleanedUp,
     CreationsClaimed,
@@ -25,6 +26,7 @@ from sandbox_broker.contract.replies import (
     ListingApplied,
     ListingBegun,
     ListingStaged,
+    PoliciesApplied,
     PoolSynced,
     Purged,
     Recorded,
@@ -319,6 +321,22 @@ class DropDeadLetter(Command[Recorded]):
     dead_letter_id: uuid.UUID
 
 
+class ApplyPolicies(Command[PoliciesApplied]):
+    """Replace all policies, for an administrator. With `dry_run`, only return the difference. → PoliciesApplied."""
+
+    type: Literal["ApplyPolicies"] = "ApplyPolicies"
+    request_id: str
+    policies: tuple[Policy, ...] = Field(max_length=MAX_POLICIES)
+    dry_run: bool = False
+
+    @field_validator("policies")
+    @classmethod
+    def _refuse_conflicts(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+        if problems := [*find_conflicts(policies)]:
+            raise InvalidPolicies(problems)
+        return policies
+
+
 class ConfirmRestore(Command[Recorded]):
     """Accept a database without the newest lease, for an administrator who has restored a backup. → Recorded."""
 
@@ -422,6 +440,7 @@ AnyCommand = Annotated[
     | ReplayDeadLetter
     | DropDeadLetter
     | ConfirmRestore
+    | ApplyPolicies
     | ClaimCreations
     | EndCreations
     | RecordCreation

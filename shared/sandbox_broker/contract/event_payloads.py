@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from sandbox_broker.contract.events import EventType
+from sandbox_broker.contract.replies import PolicyChange
 from sandbox_broker.contract.types import DeletionReason, LeaseMode
 
 
@@ -182,6 +183,13 @@ class StockResumed(_Data):
     name_prefix: str
 
 
+class PolicyChanged(_Data):
+    """An administrator applied policies that differ from the previous ones."""
+
+    version: int
+    changes: tuple[PolicyChange, ...]
+
+
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
@@ -203,4 +211,5 @@ EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "creation.failed": CreationFailed,
     "stock.stopped": StockStopped,
     "stock.resumed": StockResumed,
+    "policy.changed": PolicyChanged,
 }

@@ -28,6 +28,7 @@ EventType = Literal[
     "creation.failed",
     "stock.stopped",
     "stock.resumed",
+    "policy.changed",
 ]
 
 

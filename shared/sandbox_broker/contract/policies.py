@@ -114,7 +114,7 @@ class Policy(_Model):
     @property
     def is_stock_only(self) -> bool:
         """Whether the policy is only a stock rule. Without a match, it applies to no lease."""
-        return self.stock is not None and self.model_fields_set <= {"name", "stock"}
+        return self.stock is not None and self.to_document().keys() <= {"name", "stock"}
 
     def to_document(self) -> dict[str, Any]:
         """Return the fields that were set, as JSON values."""
@@ -130,7 +130,7 @@ class PolicyProblem(TypedDict):
 class InvalidPolicies(ValueError):
     """The policies break a rule. None of them may be applied."""
 
-    def __init__(self, problems: Sequence[PolicyProblem]) -> None:
+    def __init__(self, problems: list[PolicyProblem]) -> None:
         super().__init__("; ".join(f"{problem['field']}: {problem['problem']}" for problem in problems))
         self.problems = problems
 

@@ -29,6 +29,7 @@ RefusalCode = Literal[
     "NOT_SANDBOX_OWNER",
     "POOL_EXHAUSTED",
     "REPLACEMENT_LIMIT",
+    "QUOTA_EXCEEDED",
     "SANDBOX_NOT_FOUND",
     "STOCK_RULE_NOT_FOUND",
     "SYNC_HELD",
@@ -225,6 +226,23 @@ class Purged(Message):
     count: int
 
 
+class PolicyChange(BaseModel):
+    """Difference between the applied and the new policies."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    change: Literal["added", "changed", "removed"]
+    fields: tuple[str, ...]
+    """Fields with another value, by name. All fields of an added or a removed policy."""
+
+
+class PoliciesApplied(Message):
+    type: Literal["PoliciesApplied"] = "PoliciesApplied"
+    changes: tuple[PolicyChange, ...]
+    """Empty if the policies had been applied before."""
+
+
 class DeadLetterReplayed(Message):
     type: Literal["DeadLetterReplayed"] = "DeadLetterReplayed"
     dead_letter_id: uuid.UUID
@@ -264,6 +282,7 @@ Reply = Annotated[
     | CleanedUp
     | CreationsClaimed
     | DeadLetterReplayed
+    | PoliciesApplied
     | Recorded
     | ListingBegun
     | ListingStaged

@@ -57,6 +57,7 @@ COMMANDS = Exchange(
         {
             commands.AllocateSandbox,
             commands.ClaimLease,
+            commands.ApplyPolicies,
             commands.CleanUpNow,
             commands.ConfirmRestore,
             commands.DeleteStale,

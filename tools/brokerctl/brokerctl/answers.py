@@ -226,6 +226,20 @@ class RestoreConfirmed(TypedDict):
     changed: bool
 
 
+class Policies(TypedDict):
+    policies: list[dict[str, Any]]
+
+
+class PolicyChange(TypedDict):
+    name: str
+    change: str
+    fields: list[str]
+
+
+class PolicyChanges(TypedDict):
+    changes: list[PolicyChange]
+
+
 class TransitionResult(TypedDict):
     """Answer to a release and to a retry of a deletion."""
 

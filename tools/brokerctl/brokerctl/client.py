@@ -77,6 +77,9 @@ class AdminClient:
     def post(self, path: str, shape: type[Shape], **parameters: Any) -> Shape:
         return self.request("POST", path, shape, **parameters)
 
+    def put(self, path: str, shape: type[Shape], body: Any, **parameters: Any) -> Shape:
+        return self.request("PUT", path, shape, body, **parameters)
+
     def delete(self, path: str, shape: type[Shape]) -> Shape:
         return self.request("DELETE", path, shape)
 
@@ -101,11 +104,15 @@ class AdminClient:
                 raise self._reject_answer("the cursor of a page leads to the same page")
             cursor = next_cursor
 
-    def request(self, method: str, path: str, shape: type[Shape], **parameters: Any) -> Shape:
-        """Send a request for `path` below /v1/admin. The query omits parameters with the value None."""
+    def request(self, method: str, path: str, shape: type[Shape], body: Any = None, **parameters: Any) -> Shape:
+        """Send a request for `path` below /v1/admin, with `body` as JSON. The query omits parameters with the value
+        None."""
         query = urlencode({name: value for name, value in parameters.items() if value is not None})
         url = f"{self.url}/v1/admin/{path}?{query}".rstrip("?")
         request = Request(url, method=method, headers=self._headers)
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
         try:
             with self._opener.open(request, timeout=TIMEOUT_SEC) as response:
                 status, content = response.status, response.read(MAX_ANSWER_BYTES + 1)
@@ -120,10 +127,10 @@ class AdminClient:
                 describe_unreachable_gateway(self.url, str(reason) or type(reason).__name__)
             ) from None
         try:
-            body = _parse_json(content)
+            answer = _parse_json(content)
             if 200 <= status < 300:
-                return validate_answer(body, shape)
-            detail = validate_answer(body, _ErrorBody)["detail"]
+                return validate_answer(answer, shape)
+            detail = validate_answer(answer, _ErrorBody)["detail"]
         except InvalidAnswer as error:
             if status >= 500:
                 raise Unavailable(

@@ -12,7 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.live import Live
 
-from brokerctl import dead_letters, output, progress, restore, stock
+from brokerctl import dead_letters, output, policies, progress, restore, stock
 from brokerctl.answers import (
     Allocation,
     Extension,
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(dead_letters.app, name="dlq")
 app.add_typer(restore.app, name="restore")
 app.add_typer(stock.app, name="stock")
+app.add_typer(policies.app, name="policy")
 
 SandboxIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id: the csp_id in CSP.")]
 

@@ -31,7 +31,7 @@ def print_error(error: CommandError, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": error.detail}), file=sys.stderr)
     else:
-        error_console.print(printable_text(f"brokerctl: {error.message}"), soft_wrap=True)
+        error_console.print(printable_text(f"brokerctl: {error.message}", kept="\n"), soft_wrap=True)
 
 
 def printable_text(value: object, style: str = "", *, kept: str = "") -> Text:

@@ -7,6 +7,7 @@ import structlog
 
 from allocator import domain, metrics
 from allocator.handlers import waiting
+from allocator.policy_book import PolicyBook
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
@@ -59,7 +60,7 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
         metrics.ALLOCATIONS.labels(outcome="waiting").inc(len(replies))
     for key, command in unique.items():
         if key not in replies:
-            replies[key] = _allocation_reply(command, rows[key])
+            replies[key] = _allocation_reply(command, rows[key], session.policies)
     return _share_replies(commands, replies)
 
 
@@ -73,7 +74,7 @@ def _is_exhausted(row: leases.AllocationRow | None) -> bool:
     return row is None or row["outcome"] == "exhausted"
 
 
-def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None) -> Reply:
+def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None, policies: PolicyBook) -> Reply:
     """Return the reply for a row. None is a student that waits, and asks without the wish to wait."""
     outcome = "exhausted" if row is None else row["outcome"]
     metrics.ALLOCATIONS.labels(outcome=outcome).inc()
@@ -103,6 +104,9 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None
         outcome=outcome,
         name_prefix=command.name_prefix,
     )
+    if outcome == "quota_exceeded":
+        terms = policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
+        return refuse("QUOTA_EXCEEDED", cause="policy", policy=terms.policy or "", max_active=terms.max_active or 0)
     if outcome == "exhausted":
         if command.name_prefix is None:
             return refuse("POOL_EXHAUSTED")

@@ -9,19 +9,20 @@ statistics say:
 - Other conditions have a form without a matching index (`status || ''`, `num_nulls`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from operator import itemgetter
 from typing import Literal, TypedDict
 
 from allocator.policy_book import PolicyBook, Terms
-from allocator.write_session import GUARD, PoliciesChanged, WriteSession
+from allocator.write_session import GUARD, ConcurrentUpdate, PoliciesChanged, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
 from sandbox_broker.contract.types import LeaseMode
 from sandbox_broker.database.schema import prefix_end
 
 # Parameters: epoch, version of the policy book, one array per column of the requests, one array per column of the
 # terms. A request names its terms by their number, because the requests of a statement share few.
+# Format fields: quota, admitted and refused are the parts for policies with max_active, below.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
 # demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
 # assigned: request and sandbox, or request and NULL. No CTE joins two sets: the arrays of one prefix are unnested
@@ -50,12 +51,12 @@ requests AS MATERIALIZED (
     ) keyed ON true
     WHERE guard.policy_version = $2
 ),
+{{quota}}
 demand AS MATERIALIZED (
     SELECT prefix, prefix_end, count(*) AS number, array_agg(index) AS indexes, array_agg(holder) AS holders,
         array_agg(track_name) AS track_names, array_agg(idempotency_key) AS idempotency_keys,
         array_agg(term) AS terms, array_agg(mode) AS modes
-    FROM requests
-    WHERE sandbox_id IS NULL AND key_is_own IS NULL
+    FROM {{admitted}}
     GROUP BY prefix, prefix_end
 ),
 picked AS MATERIALIZED (
@@ -113,6 +114,7 @@ outcomes AS (
     FROM requests WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
     UNION ALL
     SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
+    {{refused}}
     UNION ALL
     SELECT -1, 'policies_changed', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
     FROM guard WHERE policy_version <> $2
@@ -169,19 +171,16 @@ SELECT sandbox_id FROM (
 ORDER BY status_since, sandbox_id LIMIT d.number
 """
 
-ALLOCATE_ANY = _ALLOCATE.format(before="", picks=PICK_ANY, after="")
-ALLOCATE_BY_PREFIX = _ALLOCATE.format(before="", picks=PICK_BY_PREFIX, after="")
-
 PLACE_DATA = """
 'place', waiting_id, 'holder', holder, 'name_prefix', name_prefix, 'track_name', track_name,
     'waiting_since', floor(extract(epoch FROM waiting_since))::bigint
 """
 """Fields of every event about a place in the waiting line."""
 
-# The last parameter has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
+# $16 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
 # the statement leases none, because a student would overtake another whose sandbox is gone.
-ALLOCATE_CHOSEN = _ALLOCATE.format(
-    before="""
+_CHOSEN = {
+    "before": """
 chosen AS MATERIALIZED (
     SELECT count(*) = cardinality(array_remove($16::text[], NULL)) AS are_available
     FROM (
@@ -190,11 +189,11 @@ chosen AS MATERIALIZED (
     ) locked
 ),
 """,
-    picks="""
+    "picks": """
 SELECT CASE WHEN chosen.are_available THEN ($16::text[])[asked.index + 1] END
 FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
 """,
-    after=f"""
+    "after": f"""
 served AS (
     DELETE FROM waiting w USING claimed c WHERE w.holder = ANY (ARRAY[c.holder COLLATE "C"])
     RETURNING w.*, c.sandbox_id, c.name
@@ -206,7 +205,73 @@ announced_served AS (
     FROM served
 ),
 """,
-)
+}
+
+_WITHOUT_QUOTA = {
+    "quota": "",
+    "admitted": "requests WHERE sandbox_id IS NULL AND key_is_own IS NULL",
+    "refused": "",
+}
+
+# quota: the free leases of each policy with max_active. The end of a lease only raises this number meanwhile.
+# turn: policies under which this statement may grant leases. Of two concurrent statements the second finds another
+# quota_grants, gets no turn and must run again, because it has not counted the leases of the first.
+_WITH_QUOTA = {
+    "quota": """
+quota AS MATERIALIZED (
+    SELECT t.term, t.policy, p.quota_grants, t.max_active - (
+        SELECT count(*) FROM (
+            SELECT FROM leases active_of_policy
+            WHERE policy = t.policy AND policy IS NOT NULL AND num_nonnulls(ended_at) = 0
+            LIMIT t.max_active
+        ) counted
+    ) AS free
+    FROM unnest($11::text[], $max_active::int[]) WITH ORDINALITY AS t (policy, max_active, term)
+    CROSS JOIN LATERAL (SELECT quota_grants FROM policies of_term WHERE of_term.name = t.policy LIMIT 1) p
+    WHERE t.max_active IS NOT NULL
+),
+wanted AS MATERIALIZED (
+    SELECT *, row_number() OVER (PARTITION BY term ORDER BY index) AS place
+    FROM requests WHERE sandbox_id IS NULL AND key_is_own IS NULL
+),
+turn AS (
+    UPDATE policies p SET quota_grants = p.quota_grants + 1
+    FROM quota q
+    WHERE p.name = ANY (ARRAY[q.policy]) AND p.quota_grants = q.quota_grants
+      AND q.free > 0 AND EXISTS (SELECT FROM wanted WHERE wanted.term = q.term)
+    RETURNING q.term
+),
+judged AS MATERIALIZED (
+    SELECT wanted.*, CASE
+        WHEN q.term IS NULL THEN 'admitted'
+        WHEN wanted.place > q.free THEN 'quota_exceeded'
+        WHEN turn.term IS NULL THEN 'quota_raced'
+        ELSE 'admitted'
+    END AS verdict
+    FROM wanted LEFT JOIN quota q ON q.term = wanted.term LEFT JOIN turn ON turn.term = wanted.term
+),
+""",
+    "admitted": "judged WHERE verdict = 'admitted'",
+    "refused": """
+    UNION ALL
+    SELECT index, verdict, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM judged WHERE verdict <> 'admitted'
+""",
+}
+
+_ANY = {"before": "", "picks": PICK_ANY, "after": ""}
+_BY_PREFIX = {"before": "", "picks": PICK_BY_PREFIX, "after": ""}
+
+ALLOCATE_ANY = _ALLOCATE.format(**_ANY, **_WITHOUT_QUOTA)
+ALLOCATE_BY_PREFIX = _ALLOCATE.format(**_BY_PREFIX, **_WITHOUT_QUOTA)
+ALLOCATE_CHOSEN = _ALLOCATE.format(**_CHOSEN, **_WITHOUT_QUOTA)
+
+# The last parameter has max_active of each of the terms.
+WITH_QUOTA: Mapping[str, str] = {
+    ALLOCATE_ANY: _ALLOCATE.format(**_ANY, **_WITH_QUOTA).replace("$max_active", "$16"),
+    ALLOCATE_BY_PREFIX: _ALLOCATE.format(**_BY_PREFIX, **_WITH_QUOTA).replace("$max_active", "$16"),
+    ALLOCATE_CHOSEN: _ALLOCATE.format(**_CHOSEN, **_WITH_QUOTA).replace("$max_active", "$17"),
+}
+"""Statements for requests under a quota, by the statement without."""
 
 
 def end_leases(deletion_due: str = "now()", hold_until: str = "NULL") -> str:
@@ -344,7 +409,14 @@ FROM guard LEFT JOIN target t ON true LEFT JOIN moved m ON true
 class AllocationRow(TypedDict):
     index: int
     outcome: Literal[
-        "new", "known", "key_of_another", "key_used_up", "exhausted", "policies_changed", "quota_exceeded"
+        "new",
+        "known",
+        "key_of_another",
+        "key_used_up",
+        "exhausted",
+        "quota_exceeded",
+        "quota_raced",
+        "policies_changed",
     ]
     sandbox_id: str
     name: str
@@ -384,7 +456,7 @@ async def allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -
     """Return one row per command, in order. The commands must be free of conflicts (see
     domain.conflict_free_groups).
 
-    Raises asyncpg.UniqueViolationError if another allocator was faster; run it again.
+    Raises asyncpg.UniqueViolationError or ConcurrentUpdate if another allocator was faster; run it again.
     """
     has_prefix = any(command.name_prefix for command in commands)
     return await _allocate(session, ALLOCATE_BY_PREFIX if has_prefix else ALLOCATE_ANY, commands)
@@ -414,11 +486,13 @@ async def _allocate(
 async def _try_to_allocate(
     session: WriteSession, statement: str, commands: Sequence[AllocateSandbox], *more: object
 ) -> list[AllocationRow]:
-    """Raises PoliciesChanged if the policy book is outdated."""
+    """Raises PoliciesChanged if the policy book is outdated, and ConcurrentUpdate."""
     prefixes = [command.name_prefix or "" for command in commands]
     terms, term_numbers = number_terms(session.policies, commands)
+    quotas = [term.max_active for term in terms]
+    has_quota = any(quota is not None for quota in quotas)
     rows: list[AllocationRow] = await session.fetch(
-        statement,
+        WITH_QUOTA[statement] if has_quota else statement,
         session.policies.version,
         list(range(len(commands))),
         [command.holder for command in commands],
@@ -434,9 +508,12 @@ async def _try_to_allocate(
         [term.standby_sec for term in terms],
         [term.max_replacements for term in terms],
         *more,
+        *([quotas] if has_quota else []),
     )
     if rows[0]["outcome"] == "policies_changed":
         raise PoliciesChanged
+    if any(row["outcome"] == "quota_raced" for row in rows):
+        raise ConcurrentUpdate
     return sorted(rows, key=itemgetter("index"))
 
 

@@ -54,6 +54,11 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "Correct the header named in the message. A value has at most 128 characters.",
     ),
     "INVALID_REQUEST": ErrorSpec(400, "A parameter is invalid", "Correct the parameters in `fields`."),
+    "INVALID_POLICY": ErrorSpec(
+        400,
+        "A policy is invalid, so none was applied",
+        "Correct the values in `fields`, then apply all policies again.",
+    ),
     "INVALID_CURSOR": ErrorSpec(
         400,
         "The cursor is damaged, or belongs to another listing or to other filters",
@@ -126,6 +131,16 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "": "No available sandboxes in pool. Try again later, or ask the operator for more.",
             "name_prefix": "No available sandboxes in pool with the name prefix '{name_prefix}'. Try again later, "
             "or ask the operator for more.",
+        },
+    ),
+    "QUOTA_EXCEEDED": ErrorSpec(
+        409,
+        "The policy of the lab allows no more active leases (`max_active`)",
+        f"{RETRY_LATER} A lease must end first, or the operator raises the limit with `brokerctl policy apply`.",
+        retry_after=30,
+        messages={
+            "policy": "All {max_active} leases of the policy '{policy}' are in use. Try again later, or ask the "
+            "operator to raise max_active.",
         },
     ),
     "IDEMPOTENCY_KEY_CONFLICT": ErrorSpec(

@@ -106,6 +106,7 @@ def _waiting_response(reply: StudentWaiting) -> Response:
         **responses(
             *COMMON_ERRORS,
             "POOL_EXHAUSTED",
+            "QUOTA_EXCEEDED",
             "IDEMPOTENCY_KEY_CONFLICT",
             "DATABASE_BEHIND",
             "ALLOCATOR_UNAVAILABLE",
