@@ -91,6 +91,22 @@ def one_lease_per_idempotency_key(evidence: Evidence) -> Iterator[str]:
             yield f"the idempotency key {key} has {len(leases)} leases: {_format_leases(leases)}"
 
 
+def no_policy_exceeds_its_quota(evidence: Evidence) -> Iterator[str]:
+    """Require at most `max_active` active leases of a policy whenever one of its leases begins."""
+    for policy, leases in _group_by(evidence.leases, lambda lease: lease.policy).items():
+        limit = evidence.quotas.get(policy or "")
+        if limit is None:
+            continue
+        for new in leases:
+            active = [
+                lease
+                for lease in leases
+                if lease.allocated_at <= new.allocated_at and _get_end(lease) > new.allocated_at + SAME_MOMENT_SEC
+            ]
+            if len(active) > limit:
+                yield f"the policy {policy} allows {limit} leases, but had {len(active)}: {_format_leases(active)}"
+
+
 def every_answer_is_a_lease(evidence: Evidence) -> Iterator[str]:
     """Require a lease for every granted allocation, and at most one response with 201 per lease."""
     leases, ends = _index_leases(evidence), _index_announced_ends(evidence)
@@ -411,6 +427,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     one_lease_per_sandbox,
     one_active_lease_per_student,
     one_lease_per_idempotency_key,
+    no_policy_exceeds_its_quota,
     every_answer_is_a_lease,
     the_same_sandbox_while_the_lease_lasts,
     releases_are_kept,

@@ -26,6 +26,9 @@ PROBE_TIMEOUT_SEC = 1.0
 PROBE_PAUSE_SEC = 0.1
 METER_PAUSE_SEC = 0.5
 EXTENSION_HOURS = 10 / 3600
+QUOTA_TRACK = "quota-lab"
+QUOTA_STUDENTS = ("student-0-", "student-1-")
+"""Students of two places, for the track with a quota. All others are served during every policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ class Students:
         """Send one request to a random gateway, as a load balancer would, and record it."""
         method, path = _build_route(kind, sandbox_id)
         headers = track_headers(student)
+        if kind == "allocate" and student.startswith(QUOTA_STUDENTS):
+            headers["X-Instruqt-Track-ID"] = QUOTA_TRACK
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         if standby:

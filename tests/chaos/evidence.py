@@ -48,6 +48,7 @@ class Lease:
     ended_at: float | None = None
     end_reason: str | None = None
     mode: str = "active"
+    policy: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,3 +142,5 @@ class Evidence:
     failover_periods: Sequence[FailoverPeriod] = ()
     stalls: Sequence[Stall] = ()
     """Without overlaps."""
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    """Limit of the active leases of each policy, the same during the whole round."""

@@ -113,6 +113,7 @@ async def collect_stack_evidence(
                 ended_at=None if row["ended_at"] is None else row["ended_at"].timestamp(),
                 end_reason=row["end_reason"],
                 mode=row["mode"],
+                policy=row["policy"],
             )
             for row in leases
         ],

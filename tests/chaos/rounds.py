@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devstack.conditions import wait_until
-from tests.chaos.client import History, Students
+from tests.chaos.client import QUOTA_TRACK, History, Students
 from tests.chaos.evidence import EpochObservation, Evidence, FailoverPeriod, Recovery, Stall
 from tests.chaos.evidence_collector import (
     collect_evidence,
@@ -22,10 +22,14 @@ from tests.chaos.evidence_collector import (
 from tests.chaos.faults import Fault, FaultNotReached
 from tests.chaos.matrix import Step
 from tests.chaos.stack import ChaosBroker
+from tests.integration.stack import ADMIN
 
 MIN_AVAILABLE = 500
 """Minimum number of available sandboxes. The pool starts with three times as many."""
 PLACES = 8
+QUOTA = 2
+APPLY_PAUSE_SEC = (1.0, 5.0)
+"""Pause between two changes of the policies."""
 WARM_UP_SEC = 3.0
 """Time before the first fault."""
 PAUSE_SEC = (0.5, 2.0)
@@ -78,6 +82,7 @@ async def run_round(
         _run_in_background(record_epochs(broker, epochs)),
         _run_in_background(record_stalls(stalls)),
         _run_in_background(_refill_pool(broker)),
+        _run_in_background(_change_policies(broker, random.Random(rng.random()))),
     ):
         measuring = students.measure() if broker.servers.cluster is not None else _do_nothing()
         async with _run_in_background(students.run(PLACES)) as work, _run_in_background(measuring):
@@ -113,7 +118,9 @@ async def run_round(
         if not await wait_until_idle(broker):
             say("the broker did not become idle in time")
     evidence = await collect_evidence(broker, history, epochs, [step.recovery for step in injected])
-    evidence = dataclasses.replace(evidence, failover_periods=failover_periods, stalls=stalls)
+    evidence = dataclasses.replace(
+        evidence, failover_periods=failover_periods, stalls=stalls, quotas={QUOTA_TRACK: QUOTA}
+    )
     return Round(injected, not_reached, history, evidence)
 
 
@@ -195,6 +202,18 @@ async def _refill_pool(broker: ChaosBroker) -> None:
                 await broker.stack.control("POST", "accounts", {"count": MIN_AVAILABLE, "name_prefix": "sandbox-"})
             with contextlib.suppress(AssertionError):
                 await wait_until(is_filled, within_sec=IMPORT_SEC, every_sec=REFILL_PAUSE_SEC)
+
+
+async def _change_policies(broker: ChaosBroker, rng: random.Random) -> None:
+    """Apply other policies without end. All have the same quota, and sometimes there is no policy."""
+    policy = {"name": QUOTA_TRACK, "match": {"track_name": QUOTA_TRACK}, "max_active": QUOTA}
+    while True:
+        policies = [{**policy, "max_replacements": rng.randrange(5)}] if rng.random() < 0.8 else []
+        with contextlib.suppress(Exception):  # requests may fail during a fault; the next change follows soon
+            await broker.stack.client.put(
+                f"{rng.choice(broker.gateways)}/v1/admin/policies", headers=ADMIN, json={"policies": policies}
+            )
+        await asyncio.sleep(rng.uniform(*APPLY_PAUSE_SEC))
 
 
 @contextlib.asynccontextmanager

@@ -114,8 +114,8 @@ CORRECT = Evidence(
         build_lease(1, "1", "ada", 2.5, 20.5, end_reason="student", idempotency_key="a"),
         build_lease(2, "2", "bob", 31, 31 + LAB_SEC + GRACE_SEC + 1, end_reason="expired"),
         build_lease(3, "3", "cyd", 50.5),
-        build_lease(4, "4", "dan", 60.5, 71, end_reason="student"),
-        build_lease(5, "5", "dan", 90.5),
+        replace(build_lease(4, "4", "dan", 60.5, 71, end_reason="student"), policy="lab"),
+        replace(build_lease(5, "5", "dan", 90.5), policy="lab"),
     ],
     sandboxes=[
         build_sandbox("1", "deleted"),
@@ -176,6 +176,7 @@ CORRECT = Evidence(
     grace_sec=GRACE_SEC,
     collected_at=START + 160,
     failover_periods=[FailoverPeriod(since=START + 6.5, until=START + 29.5)],
+    quotas={"lab": 1},
 )
 
 
@@ -249,6 +250,11 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.one_lease_per_idempotency_key,
         {"leases": change_item(CORRECT.leases, 2, idempotency_key="a")},
         "the idempotency key a has 2 leases",
+    ),
+    "a policy has more active leases than its quota": (
+        checker.no_policy_exceeds_its_quota,
+        {"leases": change_item(CORRECT.leases, 2, policy="lab")},
+        "the policy lab allows 1 leases, but had 2: lease 3 of 3 to cyd",
     ),
     "a 201 has no lease": (
         checker.every_answer_is_a_lease,
