@@ -36,6 +36,7 @@ from sandbox_broker.contract.commands import (
     EndCleanup,
     EndCreations,
     EndLease,
+    EndPlay,
     ExpireLeases,
     HurryDeletions,
     ListedAccount,
@@ -109,6 +110,7 @@ FORGED = ListedAccount(sandbox_id="999", external_id="of-a-customer", name="sand
 COMMANDS: tuple[Command, ...] = (
     AllocateSandbox(request_id="r", holder="mallory"),
     ReleaseSandbox(request_id="r", sandbox_id="1", holder="mallory"),
+    EndPlay(request_id="r", holder="mallory", ended_at=0),
     ExpireLeases(grace_sec=0, limit=1000),
     ClaimDeletions(run_id=ID, limit=1000, claim_sec=3600),
     HurryDeletions(run_id=ID, limit=1000, claim_sec=3600),

@@ -37,6 +37,7 @@ from sandbox_broker.contract.commands import (
     EndCleanup,
     EndCreations,
     EndLease,
+    EndPlay,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
@@ -97,6 +98,7 @@ STUDENTS = Lane(
     topology.ALLOCATOR_COMMANDS,
     {
         ReleaseSandbox: leases.release_sandbox,
+        EndPlay: leases.end_play,
         ClaimLease: lease_changes.claim_lease,
         ExtendLease: lease_changes.extend_lease,
         ReplaceSandbox: lease_changes.replace_sandbox,

@@ -10,6 +10,7 @@ from sandbox_broker.contract.commands import (
     ClaimDeletions,
     ClaimLease,
     EndLease,
+    EndPlay,
     ExpireLeases,
     ExtendLease,
     RecordCreation,
@@ -24,6 +25,7 @@ from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
 from sandbox_broker.contract.policies import Policy
 from sandbox_broker.contract.replies import CreationsClaimed
+from sandbox_broker.contract.types import MAX_TIME
 
 from .allocator_harness import (
     RUN,
@@ -48,10 +50,11 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
         allocate_command("ann", track="lab"),
         allocate_command("bob"),
         allocate_command("cleo"),
+        allocate_command("eva"),
         allocate_command("dan", prefix="none"),
     )
-    ann, bob, cleo = [granted_lease(reply).sandbox_id for reply in replies[:3]]
-    assert refusal_code(replies[3]) == "POOL_EXHAUSTED"
+    ann, bob, cleo, _ = [granted_lease(reply).sandbox_id for reply in replies[:4]]
+    assert refusal_code(replies[4]) == "POOL_EXHAUSTED"
 
     (reply,) = await allocate(session, AllocateSandbox(request_id="request", holder="setup", mode="standby"))
     standby = granted_lease(reply).sandbox_id
@@ -66,6 +69,7 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
 
     await release(session, release_command(ann, "ann"))
     await pool.execute("UPDATE leases SET expires_at = now() - interval '1 day' WHERE holder = 'bob'")
+    await leases.end_play(session, [EndPlay(request_id="request", holder="eva", ended_at=MAX_TIME)])
     await leases.expire_leases(session, ExpireLeases(grace_sec=0, limit=10))
     await leases.end_lease(session, EndLease(request_id="request", sandbox_id=cleo, note="left"))
 
@@ -100,5 +104,5 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     assert {row["type"] for row in events} == set(get_args(EventType))
     data = [EVENT_DATA[row["type"]].model_validate_json(row["data"]) for row in events]
     reasons = {event.model_dump().get("reason") for event in data}
-    assert {"student", "expired", "broken", "admin"} <= reasons
+    assert {"student", "expired", "broken", "play_ended", "admin"} <= reasons
     assert any(event.model_dump().get("reopened") is True for event in data)

@@ -1,4 +1,4 @@
-"""End of leases: by the student or by expiry, once in any order."""
+"""End of leases: by the student, by expiry or by the end of the play, once in any order."""
 
 import asyncio
 import random
@@ -6,10 +6,11 @@ from datetime import timedelta
 
 import pytest
 
-from allocator.handlers.leases import expire_leases
+from allocator.handlers.leases import end_play, expire_leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker.contract.commands import ExpireLeases
-from sandbox_broker.contract.replies import LeasesExpired, SandboxReleased
+from sandbox_broker.contract.commands import EndPlay, ExpireLeases
+from sandbox_broker.contract.replies import LeasesExpired, PlayEnded, SandboxReleased
+from sandbox_broker.contract.types import MAX_TIME
 
 from .allocator_harness import (
     Pool,
@@ -177,3 +178,76 @@ async def test_a_release_that_loses_a_race_raises_concurrent_update(pool: Pool) 
     (reply,) = await release(student, release_command(sandbox_id, "ann"))
     assert isinstance(reply, SandboxReleased)
     assert await pool.value(END, sandbox_id) == "expired"
+
+
+def play_command(holder: str, ended_at: int = MAX_TIME) -> EndPlay:
+    return EndPlay(request_id="request", holder=holder, ended_at=ended_at)
+
+
+async def end_plays(session: WriteSession, *commands: EndPlay) -> list[tuple[str, str | None]]:
+    """End plays, and run again after a race. Return the outcome and the sandbox of each."""
+    while True:
+        try:
+            replies = await end_play(session, commands)
+        except ConcurrentUpdate:
+            continue
+        assert all(isinstance(reply, PlayEnded) for reply in replies)
+        return [(reply.outcome, reply.sandbox_id) for reply in replies if isinstance(reply, PlayEnded)]
+
+
+async def test_the_end_of_a_play_ends_the_lease_once(pool: Pool) -> None:
+    sandbox_id = await pool.lease("ann")
+    other_id = await pool.lease("bob")
+    session = await pool.write_session()
+    outcomes = await end_plays(session, play_command("ann"), play_command("nobody"), play_command("ann"))
+    assert outcomes == [("released", sandbox_id), ("no_lease", None), ("released", sandbox_id)]
+    assert await end_plays(session, play_command("ann")) == [("no_lease", None)]
+    assert await pool.value(END, sandbox_id) == "play_ended"
+    assert await pool.value("SELECT deletion_reason FROM sandboxes WHERE sandbox_id = $1", sandbox_id) == "play_ended"
+    assert await pool.events(sandbox_id) == ["sandbox.allocated", "sandbox.deletion_requested"]
+    assert await pool.status(other_id) == "allocated"
+
+
+async def test_the_end_of_an_earlier_play_keeps_a_newer_lease(pool: Pool) -> None:
+    sandbox_id = await pool.lease("ann")
+    session = await pool.write_session()
+    allocated_at: int = await pool.value("SELECT floor(extract(epoch FROM allocated_at))::bigint FROM leases")
+    assert await end_plays(session, play_command("ann", allocated_at - 1)) == [("newer_lease", sandbox_id)]
+    assert await pool.status(sandbox_id) == "allocated"
+    assert await end_plays(session, play_command("ann", allocated_at)) == [("released", sandbox_id)]
+
+
+async def test_a_release_after_the_end_of_the_play_succeeds(pool: Pool) -> None:
+    sandbox_id = await pool.lease("ann")
+    session = await pool.write_session()
+    await end_plays(session, play_command("ann"))
+    (reply,) = await release(session, release_command(sandbox_id, "ann"))
+    assert isinstance(reply, SandboxReleased)
+    assert await pool.value(END, sandbox_id) == "play_ended"
+
+
+async def test_concurrent_release_and_end_of_the_play_end_the_lease_once(pool: Pool) -> None:
+    student, instruqt = await pool.write_session(), await pool.write_session()
+    for number in range(40):
+        sandbox_id = await pool.lease(f"student-{number}")
+
+        async def release_with_retries(
+            sandbox_id: str = sandbox_id, holder: str = f"student-{number}"
+        ) -> SandboxReleased:
+            while True:
+                try:
+                    (reply,) = await release(student, release_command(sandbox_id, holder))
+                except ConcurrentUpdate:
+                    continue
+                assert isinstance(reply, SandboxReleased)
+                return reply
+
+        play = end_plays(instruqt, play_command(f"student-{number}"))
+        if random.random() < 0.5:
+            reply, [(outcome, _)] = await asyncio.gather(release_with_retries(), play)
+        else:
+            [(outcome, _)], reply = await asyncio.gather(play, release_with_retries())
+        assert reply.status == "pending_deletion"
+        assert await pool.value(END, sandbox_id) == {"released": "play_ended", "no_lease": "student"}[outcome]
+        assert await pool.events(sandbox_id) == ["sandbox.allocated", "sandbox.deletion_requested"]
+    await pool.assert_sound()

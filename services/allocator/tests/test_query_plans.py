@@ -37,6 +37,7 @@ STATEMENTS = {
     "load": (waiting.LOAD, "1"),
     "leave": (waiting.LEAVE, "1, ARRAY['holder'], 'left'"),
     "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
+    "end play": (leases.END_PLAYS, "1, ARRAY[0], ARRAY['holder'], ARRAY[0], ARRAY['request'], ARRAY[NULL::text]"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
     "claim": (lease_changes.CLAIM, "1, '1', 'holder', 'new holder', 14400, 'request'"),
     "extend": (
@@ -96,6 +97,12 @@ PLANS = {
         "allocator_epoch": "allocator_epoch_once: epoch",
         "sandboxes": "sandboxes_pkey: sandbox_id",
         "leases": "leases_one_per_sandbox: sandbox_id",
+        "l": "leases_pkey: lease_id",
+        "s": "sandboxes_pkey: sandbox_id",
+    },
+    "end play": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "active": "leases_one_per_holder: holder",
         "l": "leases_pkey: lease_id",
         "s": "sandboxes_pkey: sandbox_id",
     },

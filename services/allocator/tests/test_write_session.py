@@ -27,6 +27,7 @@ from sandbox_broker.contract.commands import (
     EndCleanup,
     EndCreations,
     EndLease,
+    EndPlay,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
@@ -45,6 +46,7 @@ from sandbox_broker.contract.commands import (
     StageListing,
 )
 from sandbox_broker.contract.policies import Policy
+from sandbox_broker.contract.types import MAX_TIME
 
 from .allocator_harness import (
     RUN,
@@ -89,6 +91,7 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         ServeWaiting(),
         allocate_command("cid"),
         release_command(leased, "ann"),
+        EndPlay(request_id="request", holder="ann", ended_at=MAX_TIME),
         ClaimLease(request_id="request", sandbox_id=standby, holder="setup"),
         ExtendLease(request_id="request", sandbox_id=leased, holder="ann", extension_id=RUN, extension_sec=60),
         ReplaceSandbox(request_id="request", sandbox_id=leased, holder="ann", reason="broken"),

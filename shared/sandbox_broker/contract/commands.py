@@ -27,6 +27,7 @@ from sandbox_broker.contract.replies import (
     ListingBegun,
     ListingStaged,
     PoliciesApplied,
+    PlayEnded,
     PoolSynced,
     Purged,
     Recorded,
@@ -37,6 +38,7 @@ from sandbox_broker.contract.replies import (
 from sandbox_broker.contract.types import (
     MAX_BIGINT,
     MAX_SEC,
+    MAX_TIME,
     JobKind,
     JobState,
     LeaseMode,
@@ -137,6 +139,16 @@ class ServeWaiting(Command[LineServed]):
     → LineServed."""
 
     type: Literal["ServeWaiting"] = "ServeWaiting"
+
+
+class EndPlay(Command[PlayEnded]):
+    """End the lease of `holder`, because Instruqt reported the end of the play at `ended_at` (Unix seconds), and
+    request the deletion of the sandbox. A lease that began later belongs to another play and stays. → PlayEnded."""
+
+    type: Literal["EndPlay"] = "EndPlay"
+    request_id: str
+    holder: PrintableAscii
+    ended_at: int = Field(ge=0, le=MAX_TIME)
 
 
 class ExpireLeases(Command[LeasesExpired]):
@@ -422,6 +434,7 @@ AnyCommand = Annotated[
     | ReplaceSandbox
     | ReleaseSandbox
     | ServeWaiting
+    | EndPlay
     | ExpireLeases
     | ClaimDeletions
     | HurryDeletions

@@ -117,6 +117,14 @@ class LineServed(Message):
     """Students who still wait."""
 
 
+class PlayEnded(Message):
+    type: Literal["PlayEnded"] = "PlayEnded"
+    outcome: Literal["released", "no_lease", "newer_lease"]
+    """`newer_lease`: the lease of the holder began after the end of the play, so it stays."""
+    sandbox_id: str | None = None
+    """Sandbox of the lease; None for `no_lease`."""
+
+
 class LeasesExpired(Message):
     type: Literal["LeasesExpired"] = "LeasesExpired"
     sandbox_ids: tuple[str, ...]
@@ -276,6 +284,7 @@ Reply = Annotated[
     | LeaseExtended
     | SandboxReleased
     | LineServed
+    | PlayEnded
     | LeasesExpired
     | DeletionsClaimed
     | DeletionsHurried

@@ -63,6 +63,7 @@ COMMANDS = Exchange(
             commands.DeleteStale,
             commands.DropDeadLetter,
             commands.EndLease,
+            commands.EndPlay,
             commands.ExtendLease,
             commands.PurgeRecords,
             commands.RecordJob,

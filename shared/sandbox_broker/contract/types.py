@@ -11,13 +11,17 @@ MAX_SEC = 10 * 365 * 24 * 3600
 
 MAX_BIGINT = 2**63 - 1
 
+MAX_TIME = 253_402_300_799
+"""Last second of the year 9999, in Unix seconds."""
+
 SandboxStatus = Literal["available", "allocated", "pending_deletion", "deletion_failed", "stale", "deleted"]
 
 LeaseMode = Literal["active", "standby"]
 """`standby`: the time of the lease starts with its claim. A claimed lease is `active`."""
 
-DeletionReason = Literal["student", "expired", "unclaimed", "broken", "admin"]
-"""Why a lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was replaced."""
+DeletionReason = Literal["student", "expired", "unclaimed", "broken", "play_ended", "admin"]
+"""Why a lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was replaced.
+`play_ended`: Instruqt reported the end of the play."""
 
 JobKind = Literal["sync", "cleanup"]
 

@@ -180,7 +180,8 @@ leases = Table(
     ),
     Column("replaces", _Key, comment="broken sandbox that this one replaces"),
     CheckConstraint(
-        "end_reason IN ('student', 'expired', 'unclaimed', 'broken', 'admin')", name="leases_end_reason"
+        "end_reason IN ('student', 'expired', 'unclaimed', 'broken', 'play_ended', 'admin')",
+        name="leases_end_reason",
     ),
     CheckConstraint("(ended_at IS NULL) = (end_reason IS NULL)", name="leases_ended"),
     # A sandbox has at most one lease ever, because a used sandbox is never leased again.

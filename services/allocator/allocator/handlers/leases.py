@@ -10,8 +10,16 @@ from allocator.handlers import waiting
 from allocator.policy_book import PolicyBook
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, EndLease, ExpireLeases, ReleaseSandbox
-from sandbox_broker.contract.replies import LeaseGranted, LeasesExpired, Refused, Reply, SandboxReleased, refuse
+from sandbox_broker.contract.commands import AllocateSandbox, EndLease, EndPlay, ExpireLeases, ReleaseSandbox
+from sandbox_broker.contract.replies import (
+    LeaseGranted,
+    LeasesExpired,
+    PlayEnded,
+    Refused,
+    Reply,
+    SandboxReleased,
+    refuse,
+)
 
 log = structlog.get_logger()
 
@@ -164,6 +172,29 @@ def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],
     )
+
+
+async def end_play(session: WriteSession, commands: Sequence[EndPlay]) -> list[Reply]:
+    """End the leases of plays that Instruqt has ended."""
+    rows = await leases.end_plays(session, commands)
+    return [_play_reply(command, row) for command, row in zip(commands, rows, strict=True)]
+
+
+def _play_reply(command: EndPlay, row: leases.EndPlayRow) -> Reply:
+    if row["sandbox_id"] is None:
+        return PlayEnded(outcome="no_lease")
+    if not row["is_of_play"]:
+        return PlayEnded(outcome="newer_lease", sandbox_id=row["sandbox_id"])
+    if not row["moved"]:
+        raise ConcurrentUpdate
+    log.info(
+        "lease.ended",
+        request_id=command.request_id,
+        sandbox_id=row["sandbox_id"],
+        holder=command.holder,
+        reason="play_ended",
+    )
+    return PlayEnded(outcome="released", sandbox_id=row["sandbox_id"])
 
 
 async def expire_leases(session: WriteSession, command: ExpireLeases) -> Reply:

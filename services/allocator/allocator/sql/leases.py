@@ -16,7 +16,7 @@ from typing import Literal, TypedDict
 
 from allocator.policy_book import PolicyBook, Terms
 from allocator.write_session import GUARD, ConcurrentUpdate, PoliciesChanged, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, ReleaseSandbox
+from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReleaseSandbox
 from sandbox_broker.contract.types import LeaseMode
 from sandbox_broker.database.schema import prefix_end
 
@@ -356,6 +356,31 @@ FROM (SELECT target.*, sandbox_id IN (SELECT sandbox_id FROM moved) AS moved FRO
 ORDER BY t.index
 """
 
+END_PLAYS = f"""
+WITH {GUARD},
+request AS MATERIALIZED (
+    SELECT r.*
+    FROM guard, unnest($2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[])
+        AS r (index, holder, ended_at, request_id, traceparent)
+),
+target AS MATERIALIZED (
+    SELECT r.*, l.lease_id, l.sandbox_id, floor(extract(epoch FROM l.allocated_at)) <= r.ended_at AS is_of_play
+    FROM request r
+    LEFT JOIN LATERAL (
+        SELECT lease_id, sandbox_id, allocated_at FROM leases active
+        WHERE active.holder = r.holder AND active.ended_at IS NULL LIMIT 1
+    ) l ON true
+),
+ending AS MATERIALIZED (
+    SELECT DISTINCT ON (lease_id)
+        lease_id, sandbox_id, 'play_ended' AS reason, NULL::text AS note, request_id, traceparent
+    FROM target WHERE is_of_play ORDER BY lease_id, index
+),
+{end_leases()}
+SELECT index, sandbox_id, is_of_play, sandbox_id IN (SELECT sandbox_id FROM moved) AS moved FROM target
+ORDER BY index
+"""
+
 # The grace period is for students at work. A standby lease has none, because no student has arrived.
 EXPIRE = f"""
 WITH {GUARD},
@@ -434,6 +459,15 @@ class ReleaseRow(TypedDict):
     own: bool
     status: str
     deletion_requested_at: int | None
+
+
+class EndPlayRow(TypedDict):
+    index: int
+    sandbox_id: str | None
+    """None: the holder has no lease."""
+    is_of_play: bool | None
+    """False: the lease began after the end of the play."""
+    moved: bool | None
 
 
 class ExpireRow(TypedDict):
@@ -543,6 +577,18 @@ async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> 
         list(range(len(commands))),
         [command.sandbox_id for command in commands],
         [command.holder for command in commands],
+        [command.request_id for command in commands],
+        [command.traceparent for command in commands],
+    )
+
+
+async def end_plays(session: WriteSession, commands: Sequence[EndPlay]) -> list[EndPlayRow]:
+    """Return one row per command, in order."""
+    return await session.fetch(
+        END_PLAYS,
+        list(range(len(commands))),
+        [command.holder for command in commands],
+        [command.ended_at for command in commands],
         [command.request_id for command in commands],
         [command.traceparent for command in commands],
     )

@@ -57,6 +57,7 @@ ACTOR_OF_EVENT: Mapping[str, Actor] = {
     "student": "student",
     "admin": "administrator",
     "expired": "broker",
+    "play_ended": "instruqt",
     "unclaimed": "broker",
     "broken": "broker",
     "sandbox.discovered": "csp",

@@ -25,7 +25,7 @@ EndReason = Annotated[
     Field(
         examples=["student", None],
         description="why the lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was "
-        "replaced",
+        "replaced. `play_ended`: Instruqt reported the end of the play",
     ),
 ]
 Mode = Annotated[

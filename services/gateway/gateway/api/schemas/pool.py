@@ -79,7 +79,7 @@ class SandboxPage(BaseModel):
     cursor: Cursor
 
 
-Actor = Literal["csp", "student", "administrator", "broker"]
+Actor = Literal["csp", "student", "administrator", "instruqt", "broker"]
 
 
 class Transition(BaseModel):
