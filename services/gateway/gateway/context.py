@@ -10,6 +10,7 @@ from gateway.settings import Settings
 from gateway.web.auth import Auth
 from gateway.web.client_address import ClientAddress
 from gateway.web.rate_limit import RateLimits
+from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 
@@ -20,6 +21,7 @@ class Context:
 
     settings: Settings
     auth: Auth
+    webhooks: WebhookVerifier
     rate_limits: RateLimits | None
     client_address: Callable[[Scope], ClientAddress]
     engine: AsyncEngine

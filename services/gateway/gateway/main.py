@@ -27,6 +27,7 @@ from gateway.routes import (
     admin_read,
     admin_stock,
     admin_sync,
+    instruqt,
     lease_changes,
     track,
 )
@@ -34,6 +35,7 @@ from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
 from gateway.web.connection_limit import ConnectionLimit
 from gateway.web.direct_routes import DirectRoutes
+from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
@@ -102,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.context = Context(
         settings,
         authentication,
+        WebhookVerifier(settings.instruqt_webhook_secret),
         rate_limits,
         find_client,
         engine,
@@ -111,6 +114,7 @@ def create_app(settings: Settings) -> FastAPI:
         status_reporter,
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(instruqt.router)  # the signature of a webhook takes the place of a token
     app.include_router(lease_changes.router, dependencies=[Depends(auth.require_track_token)])
     app.include_router(lease_changes.admin_router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])

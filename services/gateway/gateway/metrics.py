@@ -44,6 +44,11 @@ LEASE_CHANGES = Counter(
     "Requests to claim, extend or replace a lease by outcome",
     ["change", "outcome"],
 )
+INSTRUQT_EVENTS = Counter(
+    "broker_instruqt_events_total",
+    "Events of Instruqt by outcome, refused ones included",
+    ["outcome"],
+)
 IN_FLIGHT = Gauge("broker_gateway_in_flight", "Requests that wait for a reply of the allocator")
 
 # Metrics of each queue. Every gateway reports the same values.

@@ -11,7 +11,7 @@ from pydantic import (
 )
 from pydantic_settings import NoDecode
 
-from gateway.web import cors, rate_limit
+from gateway.web import cors, rate_limit, webhook_signature
 from gateway.web.client_address import Network, parse_networks
 from gateway.web.rate_limit import Rate
 from sandbox_broker.runtime.settings import DatabaseSettings, Port, Tokens, none_if_empty, split_tokens
@@ -40,6 +40,13 @@ def _parse_origins(value: str) -> tuple[str, ...]:
         raise ValueError(f"must be a comma-separated list of origins, or only *: {error}") from error
 
 
+def _parse_names(value: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not names:
+        raise ValueError("must hold at least one event type, like track.completed")
+    return names
+
+
 def _validate_ops_port(value: int | None, info: ValidationInfo) -> int | None:
     if value is not None and value == info.data.get("gateway_port"):
         raise ValueError("must differ from GATEWAY_PORT")
@@ -61,6 +68,16 @@ class Settings(DatabaseSettings):
     max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)
+
+    instruqt_webhook_secret: Annotated[SecretStr, AfterValidator(webhook_signature.check_secrets)] = SecretStr("")
+    """Signing secrets of Instruqt's webhooks, comma-separated. Empty: the route for events is off."""
+    instruqt_end_events: Annotated[tuple[str, ...], NoDecode, _parsed_by(_parse_names)] = (
+        "track.completed",
+        "track.stopped",
+    )
+    """Event types that end a play."""
+    instruqt_events_shadow: bool = False
+    """True: count and log the events, and end no lease."""
 
     @field_validator("broker_admin_token")
     @classmethod

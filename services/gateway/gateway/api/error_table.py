@@ -69,6 +69,20 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "The request is not valid HTTP/1.1, or its end is ambiguous; the gateway closes the connection",
         "Correct the client, or the proxy in front of the gateway. A retry fails in the same way.",
     ),
+    "INVALID_EVENT": ErrorSpec(
+        400,
+        "The event is not a JSON object with a `type`",
+        "Send the events of Instruqt unchanged.",
+    ),
+    "INVALID_SIGNATURE": ErrorSpec(
+        401,
+        "The webhook has no valid signature of the last five minutes",
+        "Set `INSTRUQT_WEBHOOK_SECRET` to the signing secret of the endpoint in Instruqt. Check the clocks.",
+        messages={
+            "": "The webhook has no valid signature: {problem}. Check INSTRUQT_WEBHOOK_SECRET, and that no proxy "
+            "changes the body."
+        },
+    ),
     "UNAUTHORIZED": ErrorSpec(
         401,
         "The token is missing or unknown",
@@ -85,6 +99,11 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "": "Sandbox '{sandbox_id}' is not leased to this student. Send the X-Instruqt-Sandbox-ID of its "
             "allocation."
         },
+    ),
+    "EVENTS_NOT_CONFIGURED": ErrorSpec(
+        404,
+        "The broker receives no events of Instruqt, because it has no signing secret",
+        "Set `INSTRUQT_WEBHOOK_SECRET`, or remove the endpoint in Instruqt.",
     ),
     "SANDBOX_NOT_FOUND": ErrorSpec(
         404,

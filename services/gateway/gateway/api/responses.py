@@ -1,6 +1,5 @@
 """Error responses in the OpenAPI document, and the descriptions of headers."""
 
-from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -45,7 +44,7 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
         entry["content"]["application/json"]["examples"][code] = {"summary": spec.meaning, "value": _example(code)}
         if spec.retry_after is not None:
             entry["headers"]["Retry-After"] = describe_header("seconds until a retry can succeed", "integer")
-        if spec.status == HTTPStatus.UNAUTHORIZED:
+        if code == "UNAUTHORIZED":
             entry["headers"]["WWW-Authenticate"] = describe_header("always `Bearer`")
     return entries | {"default": {"model": Error, "description": "Any other error has the same body."}}
 

@@ -113,11 +113,16 @@ class Auth:
 
     def _unauthorized(self, scope: Scope, caller: Caller) -> ApiError:
         metrics.AUTH_FAILURES.labels(reason=caller.role).inc()
-        if self._failures is not None:
-            status = self._failures.hit(self._client_address(scope).counted)
-            if status.is_exceeded:
-                return rate_limit.build_error(status, known_token=False)
-        return ApiError("UNAUTHORIZED", _PROBLEMS[caller.role], headers={"WWW-Authenticate": "Bearer"})
+        return self.limit_failures(scope) or ApiError(
+            "UNAUTHORIZED", _PROBLEMS[caller.role], headers={"WWW-Authenticate": "Bearer"}
+        )
+
+    def limit_failures(self, scope: Scope) -> ApiError | None:
+        """Count a refused request by client address. Return RATE_LIMITED if the address exceeds the limit."""
+        if self._failures is None:
+            return None
+        status = self._failures.hit(self._client_address(scope).counted)
+        return rate_limit.build_error(status, known_token=False) if status.is_exceeded else None
 
 
 def _build_caller(role: Role, token: bytes) -> Caller:

@@ -249,7 +249,29 @@ async def _new_holder(
     return _read_value(NEW_HOLDER, read_fields(request.scope))
 
 
+async def _webhook(
+    _: Annotated[str, Header(alias="webhook-id", description="The id of the event.")] = "",
+    __: Annotated[
+        str,
+        Header(
+            alias="webhook-timestamp",
+            description="The time of the attempt in Unix seconds. An attempt of more than five minutes ago is refused.",
+        ),
+    ] = "",
+    ___: Annotated[
+        str,
+        Header(
+            alias="webhook-signature",
+            description="Signatures `v1,<base64>`, separated by blanks. The names `svix-…` of the three headers are "
+            "accepted, too.",
+        ),
+    ] = "",
+) -> None:
+    """Describe the headers of a webhook. The signature check reads them."""
+
+
 Holder = Annotated[str, Depends(_holder)]
 ExtensionKey = Annotated[str | None, Depends(_extension_key)]
 NewHolder = Annotated[str | None, Depends(_new_holder)]
 Allocation = Annotated[AllocationHeaders, Depends(_allocation)]
+WebhookHeaders = Annotated[None, Depends(_webhook)]
