@@ -1,37 +1,50 @@
-"""Release the student's sandbox, which the broker then deletes. For the cleanup hook of an Instruqt track.
+"""Release the student's sandbox, which the broker then deletes. For the cleanup script of an Instruqt track.
 
-Reads sandbox_id.txt, written by instruqt_broker_allocation.py, from the working directory. A missing file, a second
-run and a run after the end of the lease are success. Requires Python 3.8 or newer, no packages. Environment:
+Reads sandbox_id.txt, written by instruqt_broker_allocation.py. A missing file, a second run and a run after the end
+of the lease are success. Requires Python 3.8 or newer, no packages. Environment:
 
     BROKER_API_TOKEN         required; the track's token
-    INSTRUQT_PARTICIPANT_ID  required; set by Instruqt, the same student as at allocation
+    INSTRUQT_PARTICIPANT_ID  required except for a standby lease; set by Instruqt, the same student as at allocation
     BROKER_API_URL           base URL of the broker, with or without /v1
     BROKER_TIMEOUT_SEC       time limit for all attempts together (120)
+    BROKER_OUTPUT_DIR        directory of the files; unset: the working directory
+    CLEANUP_STRICT           false: exit code 0 in every case, for tracks that a failed cleanup would block
 
 Exit code: 0 done or nothing to do, 1 refused or no response, 2 misconfigured.
 """
 
+import os
+import platform
+import sys
+
+CLEANUP_STRICT = os.environ.get("CLEANUP_STRICT", "").strip().lower()
+IS_LENIENT = CLEANUP_STRICT in ("false", "no", "0")
+
+# Older versions parse this file too, down to Python 2.7: no annotations, no f-strings, ASCII only.
+if sys.version_info < (3, 8):
+    sys.stderr.write(
+        "sandbox broker: ERROR: this is Python {}. Run the script with Python 3.8 or newer,"
+        " or use instruqt_broker_cleanup.sh, which needs no Python.\n".format(platform.python_version())
+    )
+    sys.exit(0 if IS_LENIENT else 2)
+
 import contextlib
 import errno
 import json
-import os
-import platform
 import queue
 import random
 import re
 import selectors
 import socket
-import sys
 import threading
 import time
 import urllib.parse
 import urllib.request
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection
-from typing import Any, Dict, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, TextIO, Tuple  # noqa: F401 (type comments)
 
 SCRIPT = "instruqt_broker_cleanup"
-SANDBOX_FILE = "sandbox_id.txt"
 RELEASE_FIELDS = ("sandbox_id", "status")
 ADVICE = {
     400: "Check INSTRUQT_PARTICIPANT_ID and the content of sandbox_id.txt.",
@@ -49,118 +62,202 @@ MIN_REQUEST_TIMEOUT_SEC = 0.05
 CONNECT_STAGGER_SEC = 0.25  # as RFC 8305 recommends
 BACKOFF_SEC = (0.5, 10.0)  # first and longest pause
 MAX_PAUSE_SEC = 86400.0
+DEFAULT_LINE_PAUSE_SEC = 5.0
+MAX_LINE_PAUSE_SEC = 20.0  # the broker drops a student who does not ask for 60 s from the waiting line
 MAX_BODY_BYTES = 1 << 20
-MIN_PYTHON = (3, 8)
+SANDBOX_FILE, HOLDER_FILE = "sandbox_id.txt", "holder_id.txt"
+NOT_OWNER = "NOT_SANDBOX_OWNER"
 
 
-class Response(NamedTuple):
+class ScriptError(Exception):
+    """Reason to end the script: code 1 for a refusal or no response, code 2 for a mistake in the track's setup."""
+
+    def __init__(self, exit_code, message):
+        # type: (int, str) -> None
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Response(
+    NamedTuple("Response", [("status", int), ("headers", HTTPMessage), ("body", Dict[str, Any]), ("failure", str)])
+):
     """Response to one request. Status 0 means no response; `failure` is the reason."""
 
-    status: int
-    headers: HTTPMessage
-    body: Dict[str, Any]
-    failure: str = ""
-
     @property
-    def error(self) -> Dict[str, Any]:
+    def error(self):
+        # type: () -> Dict[str, Any]
         """Error object of the broker. Empty if a WAF, proxy or load balancer in front of it responded."""
         detail = self.body.get("detail")
         return detail if isinstance(detail, dict) and is_text(detail.get("code")) else {}
 
-    def __str__(self) -> str:
+    @property
+    def is_success(self):
+        # type: () -> bool
+        return self.status // 100 == 2
+
+    @property
+    def is_place_in_line(self):
+        # type: () -> bool
+        """True if the student waits in line. The same request is then repeated."""
+        return self.status == 202 and self.body.get("status") == "waiting"
+
+    def __str__(self):
+        # type: () -> str
         if not self.status:
-            return f"no response ({self.failure})"
+            return "no response ({})".format(self.failure)
         if self.error:
             request_id = self.error.get("request_id", "unknown")
-            return f"{self.status} {self.error['code']}: {self.error.get('message')} [request {request_id}]"
+            return "{} {}: {} [request {}]".format(
+                self.status, self.error["code"], self.error.get("message"), request_id
+            )
         if "Location" in self.headers:
-            return f"HTTP {self.status}, a redirect to {self.headers['Location']} that is not followed"
-        return f"HTTP {self.status} without the broker's JSON (did a WAF, proxy or load balancer answer?)"
+            return "HTTP {}, a redirect to {} that is not followed".format(self.status, self.headers["Location"])
+        return "HTTP {} without the broker's JSON (did a WAF, proxy or load balancer answer?)".format(self.status)
 
 
-def print_line(message: str, stream: Optional[TextIO] = None) -> None:
-    """Print one line of printable ASCII, with the token masked in case a server echoed it."""
+def no_response(failure):
+    # type: (str) -> Response
+    return Response(0, HTTPMessage(), {}, failure)
+
+
+def to_printable(message):
+    # type: (str) -> str
+    """Return one line of printable ASCII, with the token masked in case a server echoed it."""
     token = os.environ.get("BROKER_API_TOKEN", "").strip()
     message = message.replace(token, "***") if token else message
-    print("sandbox broker:", re.sub(r"[^ -~]+", "?", message), file=stream or sys.stdout, flush=True)
+    return re.sub(r"[^ -~]+", "?", message)
 
 
-def exit_with_error(exit_code: int, message: str) -> NoReturn:
-    """End the script: code 1 for a refusal or no response, code 2 for a mistake in the track's setup."""
-    print_line(f"ERROR: {message}", sys.stderr)
-    sys.exit(exit_code)
+def print_line(message, stream=None):
+    # type: (str, Optional[TextIO]) -> None
+    target = stream or sys.stdout
+    target.write("sandbox broker: " + to_printable(message) + "\n")
+    target.flush()
 
 
-def check_python_version() -> None:
-    """End the script with one line on an older Python. Python 3.6 parses this file, so the check runs there."""
-    if sys.version_info < MIN_PYTHON:
-        found, required = platform.python_version(), ".".join(map(str, MIN_PYTHON))
-        exit_with_error(2, f"this is Python {found}. Run the script with Python {required} or newer.")
-
-
-def is_text(value: object) -> bool:
+def is_text(value):
+    # type: (object) -> bool
     """Return True for a non-blank string that files and shell variables can hold."""
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\0\ud800-\udfff]", value)
 
 
-def read_header_value(variable: str, if_missing: str = "") -> str:
+def read_header_value(variable, if_missing=""):
+    # type: (str, str) -> str
     """Read an environment variable for use as a header value.
 
     With `if_missing`, the variable is required, and this text is the advice if it is blank.
     """
     value = os.environ.get(variable, "").strip()
     if not value and if_missing:
-        exit_with_error(2, f"{variable} environment variable not set. {if_missing}")
+        raise ScriptError(2, "{} environment variable not set. {}".format(variable, if_missing))
     if not re.fullmatch("[ -~]*", value):
-        exit_with_error(
-            2, f"{variable} has characters that are invalid in an HTTP header. Use plain ASCII on one line."
+        raise ScriptError(
+            2,
+            "{} has characters that are invalid in an HTTP header. Use plain ASCII on one line.".format(variable),
         )
     return value
 
 
-def build_headers() -> Dict[str, str]:
+def read_participant_id(is_required=True):
+    # type: (bool) -> str
+    advice = "Instruqt sets it in lifecycle scripts only." if is_required else ""
+    return read_header_value("INSTRUQT_PARTICIPANT_ID", advice)
+
+
+def build_headers():
+    # type: () -> Dict[str, str]
     token = read_header_value("BROKER_API_TOKEN", "Add it to the track's secrets. The broker's operator has it.")
-    holder = read_header_value("INSTRUQT_PARTICIPANT_ID", "Instruqt sets it in lifecycle scripts only.")
     return {
-        "Authorization": f"Bearer {token}",
-        "X-Instruqt-Sandbox-ID": holder,
-        "User-Agent": f"{SCRIPT}/1.0 Python/{platform.python_version()}",
+        "Authorization": "Bearer " + token,
+        "User-Agent": "{}/1.1 Python/{}".format(SCRIPT, platform.python_version()),
         "Content-Type": "application/json",
     }
 
 
-def read_api_url() -> str:
+def read_api_url():
+    # type: () -> str
     """Return the API's base URL without a trailing slash. BROKER_API_URL may omit the /v1."""
     url = os.environ.get("BROKER_API_URL", "").strip() or DEFAULT_API_URL
     match = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?)((?:/[\w./~%-]*)?)", url, re.A | re.I)
     if not match:
-        exit_with_error(2, "BROKER_API_URL is not a web address. Example: https://broker.example.com/v1")
-    origin, path = match[1], match[2].rstrip("/")
-    return origin + (path if path.endswith("/v1") else f"{path}/v1")
+        raise ScriptError(2, "BROKER_API_URL is not a web address. Example: https://broker.example.com/v1")
+    origin, path = match.group(1), match.group(2).rstrip("/")
+    return origin + (path if path.endswith("/v1") else path + "/v1")
 
 
-def read_time_budget() -> float:
-    """Return the time limit for all attempts together, in seconds."""
-    text = os.environ.get("BROKER_TIMEOUT_SEC", "").strip()
+def read_seconds(variable, default, minimum):
+    # type: (str, float, float) -> float
+    """Return the seconds in an environment variable. `minimum` is the smallest valid value."""
+    text = os.environ.get(variable, "").strip()
     try:
-        seconds = float(text) if text else DEFAULT_BUDGET_SEC
+        seconds = float(text) if text else default
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        exit_with_error(2, "BROKER_TIMEOUT_SEC is not a number of seconds above 0. Example: 120")
+        seconds = -1.0
+    if not minimum <= seconds < float("inf"):
+        raise ScriptError(2, "{} is not a number of seconds. Example: {:g}".format(variable, default))
     return seconds
+
+
+def read_time_budget():
+    # type: () -> float
+    """Return the time limit for all attempts together, in seconds."""
+    return read_seconds("BROKER_TIMEOUT_SEC", DEFAULT_BUDGET_SEC, 0.001)
+
+
+def find_directory():
+    # type: () -> str
+    """Return the path of the directory of the files: BROKER_OUTPUT_DIR, or else the working directory."""
+    try:
+        return os.path.abspath(os.environ.get("BROKER_OUTPUT_DIR", "").strip() or os.getcwd())
+    except OSError as error:
+        raise ScriptError(
+            2, "cannot write the working directory: {}. Run this in a writable directory.".format(error.strerror)
+        )
+
+
+def read_id(directory, name):
+    # type: (str, str) -> str
+    """Return the id in the file `name`, or "" without one. Raises OSError or ValueError for an unreadable file."""
+    try:
+        with open(os.path.join(directory, name), encoding="utf-8") as file:
+            return file.read(1000).strip()
+    except FileNotFoundError:
+        return ""
+
+
+def read_sandbox_id(directory):
+    # type: (str) -> str
+    """Return the sandbox id from the allocation's file, or "" without one."""
+    try:
+        return read_id(directory, SANDBOX_FILE)
+    except (OSError, ValueError) as error:
+        raise ScriptError(
+            2, "cannot read {}: {}. Run this where the allocation script ran.".format(SANDBOX_FILE, error)
+        )
+
+
+def read_kept_holder(directory):
+    # type: (str) -> str
+    """Return the id under which a standby lease was taken, or "" without one."""
+    try:
+        holder = read_id(directory, HOLDER_FILE)
+    except (OSError, ValueError):
+        return ""
+    return holder if re.fullmatch("[ -~]*", holder) else ""
 
 
 class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
     """Return responses of any status. Redirects are not followed, because they would forward the token."""
 
-    def http_response(self, request: urllib.request.Request, response: Any) -> Any:  # noqa: ARG002 (urllib's signature)
+    def http_response(self, request, response):  # noqa: ARG002 (urllib's signature)
+        # type: (urllib.request.Request, Any) -> Any
         return response
 
     https_response = http_response
 
 
-def start_connecting(info: Tuple[Any, ...]) -> socket.socket:
+def start_connecting(info):
+    # type: (Tuple[Any, ...]) -> socket.socket
     """Begin a connection without waiting. `info` is of getaddrinfo. Raises OSError, for example without IPv6."""
     family, kind, protocol, _, address = info
     attempt = socket.socket(family, kind, protocol)
@@ -172,7 +269,8 @@ def start_connecting(info: Tuple[Any, ...]) -> socket.socket:
     return attempt
 
 
-def connect_to_first(address: Tuple[str, int], timeout: float, *_: object) -> socket.socket:
+def connect_to_first(address, timeout, *_):
+    # type: (Tuple[str, int], float, object) -> socket.socket
     """Connect to the address of the name that answers first. Try one more address each CONNECT_STAGGER_SEC.
 
     `socket.create_connection`, which this replaces, waits `timeout` for a silent address, as with broken IPv6.
@@ -204,23 +302,27 @@ def connect_to_first(address: Tuple[str, int], timeout: float, *_: object) -> so
     raise error
 
 
-def race_addresses(connection: HTTPConnection) -> HTTPConnection:
+def race_addresses(connection):
+    # type: (HTTPConnection) -> HTTPConnection
     connection._create_connection = connect_to_first  # type: ignore[attr-defined]  # http.client has no option
     return connection
 
 
 class RacingHTTPHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> Any:
+    def http_open(self, request):
+        # type: (urllib.request.Request) -> Any
         return self.do_open(lambda host, **options: race_addresses(HTTPConnection(host, **options)), request)
 
 
 class RacingHTTPSHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> Any:
+    def https_open(self, request):
+        # type: (urllib.request.Request) -> Any
         return self.do_open(lambda host, **options: race_addresses(HTTPSConnection(host, **options)), request)
 
 
-def post_once(url: str, headers: Dict[str, str], seconds: float) -> Response:
-    """Send one POST without a body. Use the configured proxy unless the broker runs on this machine."""
+def post_once(url, headers, content, seconds):
+    # type: (str, Dict[str, str], bytes, float) -> Response
+    """Send one POST. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(
         AnyStatusProcessor,
@@ -229,42 +331,45 @@ def post_once(url: str, headers: Dict[str, str], seconds: float) -> Response:
         urllib.request.ProxyHandler({} if is_local else None),
     )
     # A new Request per attempt, because urllib modifies a proxied one and would not tunnel it again.
-    request = urllib.request.Request(url, data=b"", headers=headers, method="POST")
+    request = urllib.request.Request(url, data=content, headers=headers, method="POST")
     try:
         with opener.open(request, timeout=seconds) as response:
-            content = response.read(MAX_BODY_BYTES)
+            received = response.read(MAX_BODY_BYTES)
     except (OSError, HTTPException, ValueError) as error:
-        return Response(0, HTTPMessage(), {}, str(getattr(error, "reason", error)) or type(error).__name__)
+        return no_response(str(getattr(error, "reason", error)) or type(error).__name__)
     try:
-        body = json.loads(content)
+        body = json.loads(received)
     except (ValueError, RecursionError):
         body = {}
-    return Response(response.status, response.headers, body if isinstance(body, dict) else {})
+    return Response(response.status, response.headers, body if isinstance(body, dict) else {}, "")
 
 
-def post_with_deadline(url: str, headers: Dict[str, str], seconds: float) -> Response:
+def post_with_deadline(url, headers, content, seconds):
+    # type: (str, Dict[str, str], bytes, float) -> Response
     """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
-    responses: "queue.Queue[Response]" = queue.Queue()
-    threading.Thread(target=lambda: responses.put(post_once(url, headers, seconds)), daemon=True).start()
+    responses = queue.Queue()  # type: queue.Queue[Response]
+    threading.Thread(target=lambda: responses.put(post_once(url, headers, content, seconds)), daemon=True).start()
     try:
         return responses.get(timeout=seconds)
     except queue.Empty:
-        return Response(0, HTTPMessage(), {}, f"waited {seconds:.1f} s")
+        return no_response("waited {:.1f} s".format(seconds))
 
 
-def is_final(response: Response, required_fields: Sequence[str]) -> bool:
+def is_final(response, is_complete):
+    # type: (Response, Callable[[Dict[str, Any]], bool]) -> bool
     """Return True if a retry cannot help: after a complete success or a refusal by the broker itself.
 
     A 403 without the broker's JSON comes from a WAF, a 404 from an ingress that restarts. Both pass.
     """
-    if response.status // 100 == 2:
-        return all(is_text(response.body.get(field)) for field in required_fields)
+    if response.is_success:
+        return is_complete(response.body)
     if response.status in (403, 404):
         return bool(response.error)
     return response.status not in (0, 408, 429) and response.status < 500
 
 
-def read_retry_after(response: Response) -> float:
+def read_retry_after(response):
+    # type: (Response) -> float
     """Return the seconds to wait from the Retry-After header (number or date), else from the body, else 0."""
     header = response.headers.get("Retry-After", "").strip()
     try:
@@ -277,66 +382,170 @@ def read_retry_after(response: Response) -> float:
     return min(MAX_PAUSE_SEC, max(0.0, seconds))
 
 
-def post_with_retries(url: str, headers: Dict[str, str], required_fields: Sequence[str], budget: float) -> Response:
-    """Send the request until the response is final. End the script when the time budget is used up."""
-    deadline = time.monotonic() + budget
-    backoff, max_backoff = BACKOFF_SEC
-    attempt = 1
-    while True:
-        left = max(MIN_REQUEST_TIMEOUT_SEC, deadline - time.monotonic())
-        response = post_with_deadline(url, headers, min(REQUEST_TIMEOUT_SEC, left))
-        if is_final(response, required_fields):
-            return response
-        pause = read_retry_after(response) + backoff * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
-        left = deadline - time.monotonic()
-        if pause + MIN_REQUEST_TIMEOUT_SEC > left:
-            exit_with_error(
-                1,
-                f"gave up at attempt {attempt}: {response}. The next attempt would be in {pause:.1f} s, past the"
-                f" {budget:g} s of BROKER_TIMEOUT_SEC. It is safe to run this again. If it keeps failing,"
-                f" check BROKER_API_URL and that this machine reaches {url}, or contact the broker's operator.",
+def describe_place(body):
+    # type: (Dict[str, Any]) -> str
+    estimate = body.get("estimated_wait_sec")
+    duration = "The wait is not known yet."
+    if isinstance(estimate, (int, float)) and 0 <= estimate < MAX_PAUSE_SEC:
+        duration = "The estimated wait is {:.0f} s.".format(estimate)
+    return "no sandbox is free; waiting in line at position {}. {}".format(
+        body.get("position", "unknown"), duration
+    )
+
+
+class Request(object):
+    """A POST to the broker, repeated until its response is final."""
+
+    def __init__(self, url, headers, body, is_complete):
+        # type: (str, Dict[str, str], Optional[Dict[str, Any]], Callable[[Dict[str, Any]], bool]) -> None
+        self.url = url
+        self.headers = headers
+        self.content = b"" if body is None else json.dumps(body).encode()
+        self.is_complete = is_complete
+
+    def send(self, budget, wait):
+        # type: (float, float) -> Response
+        """Return the final response. Raises ScriptError when the time is used up.
+
+        Attempts without a response of the broker use up `budget` (seconds). With `wait` above 0, the student may
+        wait that long in line. Each place in line starts the budget again.
+        """
+        line_end = time.monotonic() + wait
+        deadline = time.monotonic() + budget
+        backoff, max_backoff = BACKOFF_SEC
+        attempt = 1
+        place = ""
+        while True:
+            left = max(MIN_REQUEST_TIMEOUT_SEC, deadline - time.monotonic())
+            response = self.try_once(min(REQUEST_TIMEOUT_SEC, left), line_end - time.monotonic() if wait else 0.0)
+            if response.is_place_in_line:
+                if str(response.body.get("position")) != place:
+                    place = str(response.body.get("position"))
+                    print_line(describe_place(response.body))
+                pause = min(MAX_LINE_PAUSE_SEC, read_retry_after(response) or DEFAULT_LINE_PAUSE_SEC)
+                left = line_end - time.monotonic()
+                if left <= 0:
+                    raise ScriptError(
+                        1,
+                        "no sandbox became free in the {:g} s of BROKER_WAIT_SEC; the last position in line was {}."
+                        " Start the lab again later, or ask the broker's operator for more sandboxes.".format(
+                            wait, place
+                        ),
+                    )
+                time.sleep(min(pause * random.uniform(0.9, 1.0), left))  # noqa: S311 (jitter)
+                deadline, backoff, attempt = time.monotonic() + budget, BACKOFF_SEC[0], 1
+                continue
+            if is_final(response, self.is_complete):
+                return response
+            pause = read_retry_after(response) + backoff * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+            left = deadline - time.monotonic()
+            if pause + MIN_REQUEST_TIMEOUT_SEC > left:
+                raise ScriptError(
+                    1,
+                    "gave up at attempt {}: {}. The next attempt would be in {:.1f} s, past the"
+                    " {:g} s of BROKER_TIMEOUT_SEC. It is safe to run this again. If it keeps failing,"
+                    " check BROKER_API_URL and that this machine reaches {}, or contact the broker's operator.".format(
+                        attempt, response, pause, budget, self.url
+                    ),
+                )
+            print_line(
+                "attempt {}: {}. Trying again in {:.1f} s, for {:.0f} s at most.".format(
+                    attempt, response, pause, left
+                )
             )
-        print_line(f"attempt {attempt}: {response}. Trying again in {pause:.1f} s, for {left:.0f} s at most.")
-        time.sleep(pause)
-        backoff = min(backoff * 2, max_backoff)
-        attempt += 1
+            time.sleep(pause)
+            backoff = min(backoff * 2, max_backoff)
+            attempt += 1
+
+    def try_once(self, seconds, wait):
+        # type: (float, float) -> Response
+        headers = dict(self.headers)
+        if wait > 0:  # RFC 7240. A broker without a waiting line ignores the header.
+            headers["Prefer"] = "respond-async, wait={:.0f}".format(max(1.0, wait))
+        return post_with_deadline(self.url, headers, self.content, seconds)
 
 
-def exit_refused(response: Response, advice: Mapping[int, str]) -> NoReturn:
-    exit_with_error(1, f"{response}. {advice.get(response.status, 'Check BROKER_API_URL.')}")
+def send_for_holders(request, holders, budget, wait):
+    # type: (Request, Sequence[str], float, float) -> Response
+    """Send the request under each student id until the broker knows the sandbox under it; return the response.
+
+    A claim can give a standby lease to another id than it was taken under, and either id may be the present one.
+    """
+    for holder in holders[:-1]:
+        request.headers["X-Instruqt-Sandbox-ID"] = holder
+        response = request.send(budget, wait)
+        if response.error.get("code") != NOT_OWNER:
+            return response
+    request.headers["X-Instruqt-Sandbox-ID"] = holders[-1]
+    return request.send(budget, wait)
+
+
+def find_holders(directory):
+    # type: (str) -> List[str]
+    """Return the student ids under which the sandbox of the files may be leased."""
+    kept = read_kept_holder(directory)
+    participant = read_participant_id(is_required=not kept)
+    return [holder for holder in (participant, kept if kept != participant else "") if holder]
+
+
+def build_sandbox_url(url, sandbox_id, action):
+    # type: (str, str, str) -> str
+    return "{}/sandboxes/{}/{}".format(url, urllib.parse.quote(sandbox_id, safe=""), action)
+
+
+def raise_refused(response, advice):
+    # type: (Response, Mapping[int, str]) -> NoReturn
+    raise ScriptError(1, "{}. {}".format(response, advice.get(response.status, "Check BROKER_API_URL.")))
 
 
 # --- End of the shared lines. ---
 
 
-def read_sandbox_id() -> str:
-    """Return the sandbox id from the allocation's file, or "" without one."""
-    try:
-        with open(SANDBOX_FILE, encoding="utf-8") as file:
-            return file.read().strip()
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError) as error:
-        exit_with_error(2, f"cannot read {SANDBOX_FILE}: {error}. Run this where the allocation script ran.")
+def is_release(body):
+    # type: (Dict[str, Any]) -> bool
+    return all(is_text(body.get(field)) for field in RELEASE_FIELDS)
 
 
-def main() -> None:
-    check_python_version()
-    sandbox_id = read_sandbox_id()
+def check_strictness():
+    # type: () -> None
+    if not IS_LENIENT and CLEANUP_STRICT not in ("", "true", "yes", "1"):
+        raise ScriptError(2, "CLEANUP_STRICT is neither true nor false. Correct it.")
+
+
+def release():
+    # type: () -> None
+    sandbox_id = read_sandbox_id(find_directory())
     if not sandbox_id:
-        print_line(f"nothing to clean up: {SANDBOX_FILE} is missing or empty")
+        print_line("nothing to clean up: {} is missing or empty".format(SANDBOX_FILE))
         return
     headers, url, budget = build_headers(), read_api_url(), read_time_budget()
-    print_line(f"releasing sandbox {sandbox_id} at {url}")
-    path = f"sandboxes/{urllib.parse.quote(sandbox_id, safe='')}/mark-for-deletion"
-    response = post_with_retries(f"{url}/{path}", headers, RELEASE_FIELDS, budget)
+    holders = find_holders(find_directory())
+    print_line("releasing sandbox {} at {}".format(sandbox_id, url))
+    request = Request(build_sandbox_url(url, sandbox_id, "mark-for-deletion"), headers, None, is_release)
+    response = send_for_holders(request, holders, budget, 0.0)
     if response.error.get("code") == "SANDBOX_NOT_FOUND":
-        print_line(f"nothing to clean up: the broker has no record of sandbox {sandbox_id}")
-    elif response.status // 100 != 2:
-        exit_refused(response, ADVICE)
+        print_line("nothing to clean up: the broker has no record of sandbox {}".format(sandbox_id))
+    elif not response.is_success:
+        raise_refused(response, ADVICE)
     else:
         # The files stay, because later hooks may read them and a second release succeeds too.
-        print_line(f"released sandbox {sandbox_id} (status {response.body['status']}). The broker deletes it.")
+        print_line(
+            "released sandbox {} (status {}). The broker deletes it.".format(sandbox_id, response.body["status"])
+        )
+
+
+def main():
+    # type: () -> None
+    try:
+        check_strictness()
+        release()
+    except ScriptError as error:
+        print_line("ERROR: {}".format(error), sys.stderr)
+        sys.exit(0 if IS_LENIENT else error.exit_code)
+    except Exception as error:  # with CLEANUP_STRICT=false, a defect of the script must not block the track either
+        if not IS_LENIENT:
+            raise
+        print_line("ERROR: {!r}".format(error), sys.stderr)
 
 
 if __name__ == "__main__":
