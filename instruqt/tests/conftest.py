@@ -1,13 +1,17 @@
-"""HTTP server with canned replies, and fixtures that run the scripts against it."""
+"""HTTP server with canned replies, and fixtures that run the scripts against it.
+
+Most tests run twice: with the Python scripts and with the shell scripts.
+"""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +21,7 @@ from typing import cast
 import pytest
 
 SCRIPTS = Path(__file__).parents[1]
+ALLOCATION, CLEANUP = "instruqt_broker_allocation", "instruqt_broker_cleanup"
 INTERPRETER = (os.environ.get("INSTRUQT_TEST_PYTHON", sys.executable), "-ISX", "dev", "-W", "error")
 TOKEN = "s3cret-track-token"
 LEASE = {
@@ -165,6 +170,15 @@ class Track:
     directory: Path
     environment: dict[str, str]
 
+    shell: tuple[str, ...] = ()
+    """Shell for the shell scripts; empty: the Python scripts run."""
+
+    def script(self, name: str) -> tuple[str, ...]:
+        """Return the command that runs a script."""
+        if self.shell:
+            return (*self.shell, str(SCRIPTS / f"{name}.sh"))
+        return (*INTERPRETER, str(SCRIPTS / f"{name}.py"))
+
     def run(self, *command: str, **variables: str | None) -> Run:
         merged = {**self.environment, **variables}
         environment = {name: value for name, value in merged.items() if value is not None}
@@ -178,8 +192,8 @@ class Track:
         assert "Warning" not in err
         return Run(completed.returncode, out, err)
 
-    def allocate(self, *launcher: str, **variables: str | None) -> Run:
-        return self.run(*launcher, *INTERPRETER, str(SCRIPTS / "instruqt_broker_allocation.py"), **variables)
+    def allocate(self, *arguments: str, launcher: Sequence[str] = (), **variables: str | None) -> Run:
+        return self.run(*launcher, *self.script(ALLOCATION), *arguments, **variables)
 
     def run_patched(self, statements: str, script: Path) -> Run:
         """Run `script` after `statements`, which change the modules os, platform and sys of its process."""
@@ -189,14 +203,31 @@ class Track:
         return self.run(*INTERPRETER, "-c", code)
 
     def clean_up(self, **variables: str | None) -> Run:
-        return self.run(*INTERPRETER, str(SCRIPTS / "instruqt_broker_cleanup.py"), **variables)
+        return self.run(*self.script(CLEANUP), **variables)
 
     def files(self) -> dict[str, str]:
         return {path.name: path.read_text("utf-8") for path in self.directory.iterdir() if path.is_file()}
 
 
+@pytest.fixture(params=["python", "shell"])
+def track(request: pytest.FixtureRequest, tmp_path: Path, broker: CannedServer) -> Track:
+    """Track whose scripts run with Python, and as shell scripts with the machine's sh or INSTRUQT_TEST_SHELL."""
+    track = build_track(tmp_path, broker)
+    if request.param == "shell":
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        track.shell = tuple(os.environ.get("INSTRUQT_TEST_SHELL", "sh").split())
+    return track
+
+
 @pytest.fixture
-def track(tmp_path: Path, broker: CannedServer) -> Track:
+def python_track(tmp_path: Path, broker: CannedServer) -> Track:
+    return build_track(tmp_path, broker)
+
+
+def build_track(tmp_path: Path, broker: CannedServer) -> Track:
+    directory = tmp_path / "track"
+    directory.mkdir()
     environment = {
         "PATH": os.environ["PATH"],
         "BROKER_API_URL": f"{broker.origin}/v1",
@@ -204,4 +235,4 @@ def track(tmp_path: Path, broker: CannedServer) -> Track:
         "BROKER_TIMEOUT_SEC": "5",
         "INSTRUQT_PARTICIPANT_ID": "student-1",
     }
-    return Track(tmp_path, environment)
+    return Track(directory, environment)

@@ -176,42 +176,42 @@ def test_a_directory_in_place_of_a_file_prevents_the_request(track: Track, broke
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_user_in_a_sticky_directory_prevents_the_request(
-    track: Track, broker: CannedServer, name: str
+    python_track: Track, broker: CannedServer, name: str
 ) -> None:
-    (track.directory / name).write_text("2012223")
-    track.directory.chmod(0o1777)
-    run = track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
+    (python_track.directory / name).write_text("2012223")
+    python_track.directory.chmod(0o1777)
+    run = python_track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
     assert run.code == 2
-    assert f"cannot replace {track.directory / name}: it belongs to another user" in run.err
+    assert f"cannot replace {python_track.directory / name}: it belongs to another user" in run.err
     assert broker.calls == []
-    assert track.files() == {name: "2012223"}
+    assert python_track.files() == {name: "2012223"}
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["foreign file", "foreign sticky directory without files"])
 def test_a_directory_of_another_user_is_usable_if_the_files_can_be_replaced(
-    track: Track, broker: CannedServer, mode: int
+    python_track: Track, broker: CannedServer, mode: int
 ) -> None:
     if mode == 0o777:
-        (track.directory / "sandbox_id.txt").write_text("2012224")
-    track.directory.chmod(mode)
-    run = track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
+        (python_track.directory / "sandbox_id.txt").write_text("2012224")
+    python_track.directory.chmod(mode)
+    run = python_track.run_patched(AS_ANOTHER_USER, ALLOCATION_SCRIPT)
     assert (run.code, run.err) == (0, "")
-    assert track.files() == FILES
+    assert python_track.files() == FILES
 
 
-def test_a_platform_without_unix_functions_loses_no_lease(track: Track, broker: CannedServer) -> None:
-    (track.directory / "sandbox_id.txt").write_text("2012224")
-    run = track.run_patched("del os.fchmod, os.fchown, os.geteuid, os.getuid, os.umask", ALLOCATION_SCRIPT)
+def test_a_platform_without_unix_functions_loses_no_lease(python_track: Track, broker: CannedServer) -> None:
+    (python_track.directory / "sandbox_id.txt").write_text("2012224")
+    run = python_track.run_patched("del os.fchmod, os.fchown, os.geteuid, os.getuid, os.umask", ALLOCATION_SCRIPT)
     assert (run.code, run.err) == (0, "")
-    assert track.files() == FILES
+    assert python_track.files() == FILES
 
 
-def test_a_full_disk_leaves_the_old_files_intact(track: Track, broker: CannedServer) -> None:
-    (track.directory / "sandbox_id.txt").write_text("old")
-    run = track.allocate("bash", "-c", 'ulimit -f 0 && exec "$@"', "bash")
+def test_a_full_disk_leaves_the_old_files_intact(python_track: Track, broker: CannedServer) -> None:
+    (python_track.directory / "sandbox_id.txt").write_text("old")
+    run = python_track.allocate(launcher=("bash", "-c", 'ulimit -f 0 && exec "$@"', "bash"))
     assert run.code == 2
-    assert f"cannot write {track.directory}: File too large" in run.err
-    assert track.files() == {"sandbox_id.txt": "old"}, "a temporary file was left behind"
+    assert f"cannot write {python_track.directory}: File too large" in run.err
+    assert python_track.files() == {"sandbox_id.txt": "old"}, "a temporary file was left behind"
 
 
 def test_an_unwritable_directory_prevents_the_request(track: Track, broker: CannedServer) -> None:
@@ -223,7 +223,7 @@ def test_an_unwritable_directory_prevents_the_request(track: Track, broker: Cann
 
 
 def test_a_deleted_directory_prevents_the_request(track: Track, broker: CannedServer) -> None:
-    run = track.allocate("bash", "-c", 'mkdir here && cd here && rmdir ../here && exec "$@"', "bash")
+    run = track.allocate(launcher=("bash", "-c", 'mkdir here && cd here && rmdir ../here && exec "$@"', "bash"))
     assert run.code == 2
     assert "cannot write the working directory" in run.err
     assert broker.calls == []

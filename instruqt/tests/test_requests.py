@@ -1,6 +1,6 @@
 """Requests of both scripts (their shared lines): settings, retries, time budget, redirects, proxies.
 
-The tests run the allocation script only.
+The tests run the allocation scripts only.
 """
 
 import contextlib
@@ -256,18 +256,18 @@ def test_https_goes_through_a_proxy_tunnel_at_each_attempt(track: Track, broker:
 @pytest.mark.parametrize("first", ["silent", "closed"])
 @pytest.mark.parametrize("script", ["instruqt_broker_allocation.py", "instruqt_broker_cleanup.py"])
 def test_one_attempt_reaches_the_second_address_of_a_name(
-    track: Track, broker: CannedServer, script: str, first: str
+    python_track: Track, broker: CannedServer, script: str, first: str
 ) -> None:
     """The first address drops packets, as with broken IPv6, or refuses."""
     port = broker.server_address[1]
-    (track.directory / "sandbox_id.txt").write_text("2012224")
+    (python_track.directory / "sandbox_id.txt").write_text("2012224")
     broker.replies = [build_json_reply(201, {**LEASE, "status": "pending_deletion"})]
     patch = (
         "import socket; resolve = socket.getaddrinfo; socket.getaddrinfo = lambda host, *rest: "
         "[info for address in ('127.0.0.2', '127.0.0.1') for info in resolve(address, *rest)]"
     )
-    track.environment["BROKER_API_URL"] = f"http://two-addresses.test:{port}/v1"
-    track.environment["NO_PROXY"] = "*"
+    python_track.environment["BROKER_API_URL"] = f"http://two-addresses.test:{port}/v1"
+    python_track.environment["NO_PROXY"] = "*"
     with contextlib.ExitStack() as sockets:
         if first == "silent":
             listener = sockets.enter_context(socket.socket())
@@ -277,7 +277,7 @@ def test_one_attempt_reaches_the_second_address_of_a_name(
                 client = sockets.enter_context(socket.socket())
                 client.setblocking(False)
                 client.connect_ex(("127.0.0.2", port))
-        run = track.run_patched(patch, SCRIPTS / script)
+        run = python_track.run_patched(patch, SCRIPTS / script)
     assert run.code == 0, run.err
     assert "attempt 1" not in run.out + run.err
     assert len(broker.calls) == 1
