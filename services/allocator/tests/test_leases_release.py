@@ -203,7 +203,8 @@ async def test_the_end_of_a_play_ends_the_lease_once(pool: Pool) -> None:
     assert outcomes == [("released", sandbox_id), ("no_lease", None), ("released", sandbox_id)]
     assert await end_plays(session, play_command("ann")) == [("no_lease", None)]
     assert await pool.value(END, sandbox_id) == "play_ended"
-    assert await pool.value("SELECT deletion_reason FROM sandboxes WHERE sandbox_id = $1", sandbox_id) == "play_ended"
+    deletion_reason = "SELECT deletion_reason FROM sandboxes WHERE sandbox_id = $1"
+    assert await pool.value(deletion_reason, sandbox_id) == "play_ended"
     assert await pool.events(sandbox_id) == ["sandbox.allocated", "sandbox.deletion_requested"]
     assert await pool.status(other_id) == "allocated"
 

@@ -150,7 +150,9 @@ async def test_without_a_secret_the_route_is_off() -> None:
 async def test_shadow_mode_counts_and_sends_no_command() -> None:
     before = count("shadow")
     app = create_app_without_servers(
-        instruqt_webhook_secret=SECRET, instruqt_events_shadow=True, instruqt_end_events="play.over, track.completed"
+        instruqt_webhook_secret=SECRET,
+        instruqt_events_shadow=True,
+        instruqt_end_events="play.over, track.completed",
     )
     async with client(app) as http:
         outcomes = [

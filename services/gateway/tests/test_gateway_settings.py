@@ -33,6 +33,18 @@ def test_the_defaults_are_the_documented_values() -> None:
     assert (settings.docs_enabled, settings.ops_port, settings.bind_host) == (True, None, "")
 
 
+def test_events_of_instruqt_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(Settings)
+    assert settings.instruqt_webhook_secret.get_secret_value() == ""
+    assert settings.instruqt_end_events == ("track.completed", "track.stopped")
+    assert not settings.instruqt_events_shadow
+    monkeypatch.setenv("INSTRUQT_WEBHOOK_SECRET", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
+    monkeypatch.setenv("INSTRUQT_END_EVENTS", " track.over,track.left ")
+    settings = load(Settings)
+    assert settings.instruqt_end_events == ("track.over", "track.left")
+    assert "MfKQ9r8G" not in repr(settings)
+
+
 def test_an_empty_ops_port_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPS_PORT", "")
     assert load(Settings).ops_port is None
@@ -71,6 +83,8 @@ def test_repr_contains_no_secret() -> None:
         ("BROKER_API_TOKEN", "hidden-token-1,hidden-1234"),
         ("BROKER_API_TOKEN", "hidden-token-1,dev-track-token"),
         ("BROKER_ADMIN_TOKEN", "hidden-1234"),
+        ("INSTRUQT_WEBHOOK_SECRET", "whsec_hidden"),
+        ("INSTRUQT_END_EVENTS", " , "),
         ("BROKER_ADMIN_TOKEN", "dev-admin-token"),
         ("BROKER_ADMIN_TOKEN", "hidden-token-3, hidden-token-2"),
         ("AMQP_URL", "http://guest:hidden@localhost"),

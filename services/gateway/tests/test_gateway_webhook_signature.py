@@ -25,7 +25,9 @@ OTHER_SECRET = "whsec_" + base64.b64encode(bytes(24)).decode()
 WINDOW_SEC = 5 * 60
 
 
-def sign(body: bytes, *, sent_at: float | None = None, secret: str = SECRET, prefix: str = "webhook") -> dict[str, str]:
+def sign(
+    body: bytes, *, sent_at: float | None = None, secret: str = SECRET, prefix: str = "webhook"
+) -> dict[str, str]:
     """Return the headers of a webhook, signed as the specification describes it."""
     timestamp = str(int(time.time() if sent_at is None else sent_at))
     key = base64.b64decode(secret.removeprefix("whsec_"))
@@ -50,7 +52,7 @@ def verifier() -> WebhookVerifier:
 def time_of_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: object = None) -> "Clock":
+        def now(cls, tz: object = None) -> "Clock":  # noqa: ARG003 (signature of datetime)
             return cls.fromtimestamp(SENT_AT + 60, tz=UTC)
 
     monkeypatch.setattr(webhooks, "datetime", Clock)
@@ -124,7 +126,9 @@ def test_secrets_of_the_specification_are_accepted(listed: str) -> None:
     assert WebhookVerifier(check_secrets(SecretStr(listed))).is_enabled == bool(listed)
 
 
-@pytest.mark.parametrize("listed", ["whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 100, "hunter2-hunter2", f"{SECRET},x"])
+@pytest.mark.parametrize(
+    "listed", ["whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 100, "hunter2-hunter2", f"{SECRET},x"]
+)
 def test_other_secrets_are_refused(listed: str) -> None:
     with pytest.raises(ValueError, match="must be a comma-separated list of signing secrets"):
         check_secrets(SecretStr(listed))

@@ -88,7 +88,7 @@ async def receive_event(request: Request, _: WebhookHeaders) -> EventResult:
 async def _handle_event(
     request: Request, event_type: str, holder: str | None, ended_at: int
 ) -> tuple[EventOutcome, str | None]:
-    """End the lease of the play if the event is its end. Return the outcome, and the sandbox of the lease if any."""
+    """End the lease of the play if the event is its end. Return the outcome and the sandbox of the lease."""
     context: Context = request.app.state.context
     if event_type not in context.settings.instruqt_end_events:
         return "ignored", None

@@ -255,15 +255,15 @@ async def _webhook(
         str,
         Header(
             alias="webhook-timestamp",
-            description="The time of the attempt in Unix seconds. An attempt of more than five minutes ago is refused.",
+            description="The time of the attempt in Unix seconds. It is refused after five minutes.",
         ),
     ] = "",
     ___: Annotated[
         str,
         Header(
             alias="webhook-signature",
-            description="Signatures `v1,<base64>`, separated by blanks. The names `svix-…` of the three headers are "
-            "accepted, too.",
+            description="Signatures `v1,<base64>`, separated by blanks. The three headers may also be named "
+            "`svix-…`.",
         ),
     ] = "",
 ) -> None:
