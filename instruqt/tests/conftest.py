@@ -232,7 +232,7 @@ def build_track(tmp_path: Path, broker: CannedServer) -> Track:
         "PATH": os.environ["PATH"],
         "BROKER_API_URL": f"{broker.origin}/v1",
         "BROKER_API_TOKEN": TOKEN,
-        "BROKER_TIMEOUT_SEC": "5",
+        "BROKER_TIMEOUT_SEC": "20",
         "INSTRUQT_PARTICIPANT_ID": "student-1",
     }
     return Track(directory, environment)
