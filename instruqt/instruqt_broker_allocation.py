@@ -726,7 +726,7 @@ def claim(setup):
     kept = read_kept_holder(setup.directory)
     participant = read_participant_id(is_required=not kept)
     setup.headers[HOLDER] = kept or participant
-    if participant not in ("", kept):
+    if kept and participant not in ("", kept):
         setup.headers["X-New-Holder"] = participant
     check_directory(setup.directory)
     request = Request(build_sandbox_url(setup.url, sandbox_id, "claim"), setup.headers, None, is_lease)

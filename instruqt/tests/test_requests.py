@@ -180,7 +180,7 @@ def test_an_echoed_token_is_masked_in_the_log(track: Track, broker: CannedServer
 def test_a_missing_required_variable_is_named(
     track: Track, broker: CannedServer, variable: str, value: str | None
 ) -> None:
-    run = track.allocate(**{variable: value})
+    run = track.allocate(launcher=(), **{variable: value})
     assert run.code == 2
     assert f"{variable} environment variable not set" in run.err
     assert broker.calls == []
@@ -206,7 +206,7 @@ def test_a_missing_required_variable_is_named(
     ids=repr,
 )
 def test_an_invalid_variable_is_named(track: Track, broker: CannedServer, variable: str, value: str) -> None:
-    run = track.allocate(**{variable: value})
+    run = track.allocate(launcher=(), **{variable: value})
     assert run.code == 2
     assert variable in run.err
     assert broker.calls == []

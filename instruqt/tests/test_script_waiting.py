@@ -26,8 +26,9 @@ def build_place_reply(position: int, **changes: object) -> Reply:
     return build_json_reply(202, {**body, **changes})
 
 
-def places(out: str) -> list[str]:
-    return re.findall(r"at position (\d+)\. (.*)", out)
+def places(out: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = re.findall(r"at position (\d+)\. (.*)", out)
+    return found
 
 
 def test_each_change_of_the_place_is_one_line_with_the_estimate(track: Track, broker: CannedServer) -> None:
@@ -102,9 +103,7 @@ def test_a_line_that_is_full_meanwhile_ends_the_script(track: Track, broker: Can
 @pytest.mark.parametrize(
     "body", [b'{"status": "waiting"}', b'{"status": "waiting", "position": "x", "retry_after": -1}']
 )
-def test_a_place_with_unusable_fields_is_still_a_place(
-    track: Track, broker: CannedServer, body: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_with_unusable_fields_is_still_a_place(track: Track, broker: CannedServer, body: bytes) -> None:
     broker.replies = [Reply(202, body, {"Retry-After": "0.1"}), build_lease_reply()]
     assert track.allocate().code == 0
 

@@ -37,6 +37,7 @@ async def busybox_host(server_programs: None, tmp_path_factory: pytest.TempPathF
     for applet in listed.split():
         (directory / applet).symlink_to(busybox)
     (directory / "curl").symlink_to(curl)
+    directory.chmod(0o755)  # for a test with another user
     return directory
 
 

@@ -45,9 +45,11 @@ async def end_play(command: Command) -> Reply:
     return PlayEnded(outcome="released", sandbox_id="2012224")
 
 
-async def send(http: httpx.AsyncClient, event: object, **options: str) -> httpx.Response:
+async def send(
+    http: httpx.AsyncClient, event: object, *, secret: str = SECRET, prefix: str = "webhook"
+) -> httpx.Response:
     body = event if isinstance(event, bytes) else json.dumps(event).encode()
-    return await http.post("/v1/instruqt/events", content=body, headers=sign(body, **options))
+    return await http.post("/v1/instruqt/events", content=body, headers=sign(body, secret=secret, prefix=prefix))
 
 
 def count(outcome: str) -> float:
