@@ -26,12 +26,15 @@ DOCUMENT = "/v1/openapi.json"
 DEAD_LETTERS = "/v1/admin/dead-letters"
 REPLAYED = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 CHANGE_OF_LEASE = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
+EVENTS = "/v1/instruqt/events"
+WEBHOOK_HEADERS = {"webhook-id", "webhook-timestamp", "webhook-signature"}
 RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
 
 STATUSES = {
     ("post", "/v1/allocate"): {200, 201, 202, 400, 401, 409, 413, 429, 500, 503, 504},
     ("post", "/v1/sandboxes/{sandbox_id}/mark-for-deletion"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
     ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
+    ("post", EVENTS): {200, 400, 401, 404, 413, 429, 500, 503, 504},
     ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", "/v1/admin/sandboxes"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", "/v1/admin/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
@@ -153,13 +156,15 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
             assert sent == TRACK_HEADERS | {"X-New-Holder"}
         elif path.startswith("/v1/sandboxes/"):
             assert sent == TRACK_HEADERS
+        elif path == EVENTS:
+            assert sent == WEBHOOK_HEADERS
         else:
             assert sent == set()
         for status, response in operation["responses"].items():
             assert "X-Request-ID" in response["headers"]
             assert ("X-RateLimit-Remaining" in response["headers"]) == path.startswith("/v1")
             assert ("Deprecation" in response["headers"]) == ("X-Track-ID" in sent)
-            assert ("WWW-Authenticate" in response["headers"]) == (status == "401")
+            assert ("WWW-Authenticate" in response["headers"]) == (status == "401" and path != EVENTS)
     exhausted = document["paths"]["/v1/allocate"]["post"]["responses"]["409"]
     assert exhausted["headers"]["Retry-After"]["schema"] == {"type": "integer"}
 
@@ -167,7 +172,7 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
 async def test_the_document_describes_valid_header_values(document: Any) -> None:
     for (_, path), operation in operations(document).items():
         for parameter in operation.get("parameters", ()):
-            if parameter["in"] == "header":
+            if parameter["in"] == "header" and parameter["name"] not in WEBHOOK_HEADERS:
                 assert parameter["required"] == (parameter["name"] == "X-Instruqt-Sandbox-ID"), path
                 schema = parameter["schema"]
                 if parameter["name"] in ("X-Track-ID", "Prefer"):  # the gateway ignores invalid values
@@ -189,6 +194,8 @@ async def test_the_document_describes_both_tokens(document: Any) -> None:
     for (_, path), operation in operations(document).items():
         if path.startswith("/v1/admin"):
             assert operation["security"] == [{"adminToken": []}]
+        elif path == EVENTS:  # a signature takes the place of a token
+            assert "security" not in operation
         elif path.startswith("/v1"):
             assert operation["security"] == [{"trackToken": []}, {"adminToken": []}]
         else:
