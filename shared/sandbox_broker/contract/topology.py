@@ -206,6 +206,7 @@ BINDINGS: tuple[Binding, ...] = (
     # RabbitMQ.
     Binding(PROVISIONER_EVENTS, EVENTS, NEWEST_LEASE.name),
     Binding(PROVISIONER_EVENTS, EVENTS, "pool.exhausted"),
+    Binding(PROVISIONER_EVENTS, EVENTS, "policy.changed"),
     Binding(PROVISIONER_EVENTS, EVENTS, "waiting.started"),
     Binding(PROVISIONER_EVENTS, EVENTS, "stock.resumed"),
     # Expired commands are dropped, because their senders have stopped waiting. Rejected messages, and messages that
