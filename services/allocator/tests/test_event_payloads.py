@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from allocator.handlers import creations, deletions, lease_changes, leases, policies
+from allocator.handlers import creations, deletions, lease_changes, leases, policies, waiting
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyPolicies,
@@ -20,6 +20,7 @@ from sandbox_broker.contract.commands import (
     ReplaceSandbox,
     ResumeStock,
     RetryDeletion,
+    ServeWaiting,
 )
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
@@ -99,6 +100,14 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     await sync(session, accounts[:-1])
     await pool.execute("UPDATE sandboxes SET status_since = now() - interval '1 hour' WHERE status = 'deleted'")
     await sync(session, accounts)
+
+    for holder in ("gus", "hal"):
+        await allocate(session, allocate_command(holder, "none-", wait_sec=60))
+    await pool.execute(
+        "INSERT INTO sandboxes (sandbox_id, external_id, name, status) VALUES ('99', 'new', 'none-1', 'available')"
+    )
+    await waiting.serve_waiting(session, [ServeWaiting()])
+    await allocate(session, allocate_command("hal", "none-", wait_sec=0))
 
     events = await pool.rows("SELECT type, data FROM outbox")
     assert {row["type"] for row in events} == set(get_args(EventType))

@@ -45,6 +45,7 @@ class Claimed(SandboxEvent):
     track_name: str | None
     expires_at: int
     """Unix seconds."""
+    request_id: str | None = None
 
 
 class Extended(SandboxEvent):
