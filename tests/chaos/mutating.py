@@ -17,7 +17,18 @@ from typing import Any
 import asyncpg
 
 from allocator import consumer, routing, write_session
-from allocator.sql import dead_letters, deletions, jobs, leases, listings, purge
+from allocator.sql import (
+    creations,
+    dead_letters,
+    deletions,
+    jobs,
+    lease_changes,
+    leases,
+    listings,
+    policies,
+    purge,
+    waiting,
+)
 from devstack.crashes import CrashPoints
 from sandbox_broker.messaging import publisher, subscription
 
@@ -47,7 +58,18 @@ def no_lock_and_no_recheck() -> None:
 
 
 def no_epoch_guard() -> None:
-    modules: Sequence[ModuleType] = (leases, dead_letters, deletions, jobs, listings, purge)
+    modules: Sequence[ModuleType] = (
+        leases,
+        lease_changes,
+        waiting,
+        policies,
+        creations,
+        dead_letters,
+        deletions,
+        jobs,
+        listings,
+        purge,
+    )
     for module in modules:
         for name, text in list(vars(module).items()):
             if isinstance(text, str) and write_session.GUARD in text and text != write_session.GUARD:

@@ -92,13 +92,14 @@ async def test_unknown_sandbox_returns_404(gateway: Gateway) -> None:
 
 async def test_stats_count_every_status(gateway: Gateway, database: asyncpg.Connection) -> None:
     empty = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
-    assert empty.json() == {"total": 0, "missing": 0, **dict.fromkeys(STATES, 0)}
+    assert empty.json() == {"total": 0, "missing": 0, "standby": 0, "on_hold": 0, **dict.fromkeys(STATES, 0)}
     for number, status in enumerate(STATES):
         for copy in range(number + 1):
             await add_sandbox(database, f"{number}{copy}", status)
     response = await gateway.client.get("/v1/admin/stats", headers=ADMIN)
     counts = {status: number + 1 for number, status in enumerate(STATES)}
-    assert response.json() == {"total": sum(counts.values()), "missing": 0, **counts}
+    others = {"missing": 0, "standby": 0, "on_hold": 0}
+    assert response.json() == {"total": sum(counts.values()), **others, **counts}
 
 
 async def test_stats_count_allocated_sandboxes_that_csp_no_longer_lists(

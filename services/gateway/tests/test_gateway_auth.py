@@ -175,7 +175,7 @@ async def test_no_token_is_logged_even_in_a_traceback() -> None:
             token = request.headers["authorization"].encode()
             raise RuntimeError("something broke")
 
-        track._request = crash
+        track.request_allocator = crash
 
         async def main() -> None:
             app = create_app(settings)

@@ -72,7 +72,7 @@ async def test_a_page_can_read_an_internal_error(monkeypatch: pytest.MonkeyPatch
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(track, "_request", crash)
+    monkeypatch.setattr(track, "request_allocator", crash)
     async with client(create_app_without_servers(cors_allowed_origins=PAGE)) as http:
         response = await http.post("/v1/allocate", headers={**STUDENT, "Origin": PAGE})
     assert (response.status_code, detail(response)["code"]) == (500, "INTERNAL_ERROR")

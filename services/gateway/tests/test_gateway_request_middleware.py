@@ -97,7 +97,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     async def crash(*_: object, **__: object) -> None:
         raise RuntimeError("SELECT secret FROM somewhere")
 
-    monkeypatch.setattr(track, "_request", crash)
+    monkeypatch.setattr(track, "request_allocator", crash)
     return create_app_without_servers()
 
 
