@@ -304,7 +304,10 @@ def every_event_is_published(evidence: Evidence) -> Iterator[str]:
 
 
 def no_waiting_student_is_overtaken(evidence: Evidence) -> Iterator[str]:
-    """Require that a sandbox is leased to the first student in the waiting line whom it fits."""
+    """Require that a sandbox is leased to the first student in the waiting line whom it fits.
+
+    A replacement goes before the line, because its student is at work in a lab that broke.
+    """
     first = {event.event_id: event for event in reversed(evidence.events)}
     by_type = _group_by(first.values(), lambda event: event.type)
     ended_at = {
@@ -313,6 +316,8 @@ def no_waiting_student_is_overtaken(evidence: Evidence) -> Iterator[str]:
     }
     places = {event.data["sandbox_id"]: event.data["place"] for event in by_type.get("waiting.served", [])}
     for allocated in by_type.get("sandbox.allocated", []):
+        if "replaces" in allocated.data:
+            continue
         own_place = places.get(allocated.sandbox_id)
         for waiting in by_type.get("waiting.started", []):
             place, prefix = waiting.data["place"], waiting.data["name_prefix"] or ""

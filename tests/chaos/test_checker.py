@@ -184,6 +184,12 @@ def test_correct_history_has_no_violations() -> None:
     assert checker.check(CORRECT) == []
 
 
+def test_a_replacement_goes_before_the_waiting_line() -> None:
+    events = remove_events(CORRECT.events, "w2", "w2-served", "3-taken")
+    allocated = build_event("3-taken", "sandbox.allocated", "3", 50.5, holder="cyd", name="sandbox-3", replaces="9")
+    assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, allocated]))] == []
+
+
 def build_extension(*, at: float, until: float) -> Operation:
     """Return Cyd's confirmed extension of her lease, which ends at START + 150.5."""
     operation = build_operation(20, "cyd", "ok", "3", kind="extend", at=at, status=200, idempotency_key="e")

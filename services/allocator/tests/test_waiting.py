@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from allocator.handlers import waiting
+from allocator.handlers.lease_changes import replace_sandbox
 from allocator.sql import waiting as statements
 from allocator.waiting_line import WaitingLimits, WaitingLine
 from allocator.write_session import Fenced, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, ServeWaiting
+from sandbox_broker.contract.commands import AllocateSandbox, ReplaceSandbox, ServeWaiting
 from sandbox_broker.contract.policies import Match, Policy
 from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
 
@@ -125,6 +126,19 @@ async def test_a_request_never_overtakes_a_student_whom_the_sandbox_fits(pool: P
     assert granted_lease(replies[1]).name == "lab-b-1"
     assert place(replies[2]).position == 1
     assert await leased(pool) == {"ann": "lab-a-1", "cid": "lab-b-1"}
+
+
+async def test_a_replacement_goes_before_the_line(pool: Pool) -> None:
+    session = await pool.write_session()
+    (broken,) = await pool.fill(1)
+    await ask(session, allocate_command("ann"))
+    replace = [ReplaceSandbox(request_id="request", sandbox_id=broken, holder="ann", reason="no login")]
+    await ask(session, wait_command("bob"))
+    assert [refusal_code(reply) for reply in await replace_sandbox(session, replace)] == ["POOL_EXHAUSTED"]
+    await pool.fill(["sandbox-9"])
+    assert [granted_lease(reply).name for reply in await replace_sandbox(session, replace)] == ["sandbox-9"]
+    assert await serve(session) == LineServed(served=0, waiting=1)
+    await pool.assert_sound()
 
 
 async def test_a_request_for_other_sandboxes_is_served_directly(pool: Pool) -> None:
