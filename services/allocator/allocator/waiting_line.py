@@ -55,6 +55,10 @@ class WaitingLine:
         """Epoch under which the copy is exact; 0 if unknown."""
         self.loaded_at = 0.0
         """Time of the event loop of the first load under this epoch."""
+        self.expected: Sequence[tuple[float, str]] = ()
+        """Sandboxes that are being created, with the seconds after `expected_at`: see `waiting_estimate`."""
+        self.expected_at = float("-inf")
+        """Time of the event loop."""
         self.places: dict[str, Place] = {}
         """Places by holder, in the order of the line."""
         self.timed_out: dict[str, float] = {}

@@ -35,6 +35,7 @@ STATEMENTS = {
         "1, ARRAY['ann'], ARRAY[NULL::text], ARRAY['new'], ARRAY['key'], ARRAY['lab-', ''], ARRAY['lab.', ''], 1",
     ),
     "load": (waiting.LOAD, "1"),
+    "coming": (waiting.COMING, "1"),
     "leave": (waiting.LEAVE, "1, ARRAY['holder'], 'left'"),
     "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
     "end play": (leases.END_PLAYS, "1, ARRAY[0], ARRAY['holder'], ARRAY[0], ARRAY['request'], ARRAY[NULL::text]"),
@@ -91,6 +92,12 @@ PLANS = {
         "counted": "waiting_one_per_holder",
     },
     "load": {"allocator_epoch": "allocator_epoch_once: epoch", "waiting": "waiting_pkey"},
+    "coming": {
+        "allocator_epoch": "allocator_epoch_once: epoch",
+        "c": "creations_in_flight: name",
+        "p": "stock_prefixes_pkey: name_prefix",
+        "m": "creations_by_import: name_prefix",
+    },
     "leave": {"allocator_epoch": "allocator_epoch_once: epoch", "w": "waiting_one_per_holder: holder"},
     "end overdue": {"allocator_epoch": "allocator_epoch_once: epoch", "w": "waiting_pkey: waiting_id"},
     "release": {

@@ -8,6 +8,7 @@ import structlog
 
 from allocator import domain, metrics
 from allocator.sql import leases, waiting
+from allocator.waiting_estimate import REFRESH_SEC, estimate_waits, expect_sandboxes
 from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
 from allocator.write_session import WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, ServeWaiting
@@ -191,16 +192,28 @@ async def wait_in_line(
             name_prefix=command.name_prefix,
             position=positions[holder],
         )
+    estimates = await _estimate_waits(session) if positions else {}
     return {
         domain.dedup_key(command): StudentWaiting(
             position=positions[command.holder],
             waiting_since=line.places[command.holder].waiting_since,
-            estimated_wait_sec=None,
+            estimated_wait_sec=estimates.get(command.holder),
             retry_after=retry_after_sec(positions[command.holder], line.limits.ttl_sec),
         )
         for command in commands
         if command.holder in positions
     }
+
+
+async def _estimate_waits(session: WriteSession) -> dict[str, int | None]:
+    """Return the estimated wait of each holder in the line, in seconds. Creations are read once per REFRESH_SEC."""
+    line = session.waiting_line
+    now = asyncio.get_running_loop().time()
+    if now - line.expected_at >= REFRESH_SEC:
+        line.expected = expect_sandboxes(await waiting.load_coming(session))
+        line.expected_at = now
+    prefixes = [place.prefix for place in line.places.values()]
+    return dict(zip(line.places, estimate_waits(prefixes, line.expected), strict=True))
 
 
 def _record_served(line: WaitingLine, place: Place, row: leases.AllocationRow) -> None:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TypedDict
 
 from allocator.sql.leases import PICK_ANY, PICK_BY_PREFIX, PLACE_DATA
+from allocator.waiting_estimate import Creation
 from allocator.waiting_line import Place, WaitEnd
 from allocator.write_session import GUARD, ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox
@@ -106,6 +107,40 @@ ended AS (
 {_END}
 """
 
+# Failed creations and those of a stopped prefix bring no sandbox. The condition on the name has every plan use the
+# index of creations in flight.
+COMING = f"""
+WITH {GUARD},
+coming AS MATERIALIZED (
+    SELECT c.creation_id, c.name, c.name_prefix, c.due_at, c.state = 'created' OR c.claim IS NOT NULL AS in_hand,
+        CASE WHEN c.state = 'created' THEN c.first_claimed_at
+            ELSE to_timestamp((c.history -> -1 ->> 'at')::float) END AS begun_at
+    FROM guard, creations c
+    WHERE c.in_flight AND c.name > '' AND c.state <> 'failed' AND (
+        c.state = 'created' OR c.claim IS NOT NULL OR EXISTS (
+            SELECT FROM stock_prefixes p WHERE p.name_prefix = c.name_prefix AND p.stopped_at IS NULL
+        )
+    )
+),
+measured AS MATERIALIZED (
+    SELECT p.name_prefix, times.* FROM (SELECT DISTINCT name_prefix FROM coming) p
+    CROSS JOIN LATERAL (
+        SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY sec) AS p50_sec,
+            percentile_cont(0.9) WITHIN GROUP (ORDER BY sec) AS p90_sec
+        FROM (
+            SELECT extract(epoch FROM m.imported_at - m.first_claimed_at)::float AS sec FROM creations m
+            WHERE m.name_prefix = p.name_prefix AND m.imported_at IS NOT NULL
+            ORDER BY m.imported_at DESC LIMIT 50
+        ) newest
+    ) times
+)
+SELECT epoch, coming.name, in_hand, p50_sec, p90_sec,
+    greatest(extract(epoch FROM now() - begun_at), 0)::float AS elapsed_sec,
+    greatest(extract(epoch FROM due_at - now()), 0)::float AS due_in_sec
+FROM guard LEFT JOIN coming ON true LEFT JOIN measured USING (name_prefix)
+ORDER BY due_at, creation_id
+"""
+
 NEVER = timedelta(days=36_500)
 
 
@@ -168,6 +203,22 @@ async def join(session: WriteSession, commands: Sequence[AllocateSandbox], waits
         )
     for row in rows:
         session.waiting_line.places[row["holder"]] = _place(row)
+
+
+async def load_coming(session: WriteSession) -> list[Creation]:
+    """Return the creations in flight whose prefix has measured creation times, in the order in which they begin."""
+    return [
+        Creation(
+            name=row["name"],
+            is_in_hand=row["in_hand"],
+            median_sec=row["p50_sec"],
+            slow_sec=row["p90_sec"],
+            elapsed_sec=row["elapsed_sec"] or 0,
+            due_in_sec=row["due_in_sec"],
+        )
+        for row in await session.fetch(COMING)
+        if row["p50_sec"] is not None
+    ]
 
 
 async def leave(session: WriteSession, holders: Sequence[str], reason: WaitEnd) -> list[EndedRow]:
