@@ -74,6 +74,25 @@ async def test_new_sandboxes_are_leased_in_the_order_of_arrival(stack: Stack) ->
     await stack.assert_sound()
 
 
+async def test_a_refusal_without_prefer_does_not_depend_on_the_line(stack: Stack) -> None:
+    """Clients of earlier versions get the same bytes from both ways through the allocator."""
+
+    async def refuse(**headers: str) -> tuple[int, bytes, list[tuple[str, str]]]:
+        response = await stack.allocate("impatient", **headers, **{"X-Request-ID": "request"})
+        return (
+            response.status_code,
+            response.content,
+            [(name, value) for name, value in response.headers.items() if name != "date"],
+        )
+
+    await stack.fill(0)
+    before = await refuse()
+    assert before[0] == 409
+    await join(stack, ["student-1"])
+    assert await refuse() == before
+    assert await refuse(Prefer="return=minimal") == before
+
+
 async def test_the_line_survives_the_death_of_all_services(stack: Stack) -> None:
     await stack.fill(0)
     students = [f"student-{number}" for number in range(6)]
