@@ -264,6 +264,14 @@ async def test_lease_row_includes_duration_and_end_after_the_purge_of_its_sandbo
         "duration_sec": 600,
         "end_reason": "student",
         "end_note": None,
+        "mode": "active",
+        "claimed_at": None,
+        "first_holder": None,
+        "extended_sec": 0,
+        "policy": None,
+        "max_extension_sec": None,
+        "replaces": None,
+        "replaced_by": None,
     }
     assert await all_pages(gateway, "sandboxes", holder="student-1") == []
 

@@ -9,7 +9,7 @@
 0 means done or all well. 4 means something needs attention.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EXIT_ATTENTION, EXIT_INTERRUPTED = 4, 130
@@ -20,10 +20,12 @@ class CommandError(Exception):
 
     exit_status: int
 
-    def __init__(self, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
-        """`detail` is the `detail` object of the broker's error response, if the broker sent one."""
+    def __init__(self, message: str, *, detail: Mapping[str, Any] | None = None, lines: Sequence[str] = ()) -> None:
+        """`detail` is the `detail` object of the broker's error response, if the broker sent one. `lines` are shown
+        below the message."""
         super().__init__(message)
         self.message = message
+        self.lines = lines
         self.detail = {"message": message, **(detail or {})}
 
     @property

@@ -31,7 +31,8 @@ def print_error(error: CommandError, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"error": error.detail}), file=sys.stderr)
     else:
-        error_console.print(printable_text(f"brokerctl: {error.message}", kept="\n"), soft_wrap=True)
+        for line in (f"brokerctl: {error.message}", *error.lines):
+            error_console.print(printable_text(line), soft_wrap=True)
 
 
 def printable_text(value: object, style: str = "", *, kept: str = "") -> Text:

@@ -51,8 +51,8 @@ class PolicyFile(NamedTuple):
         located = [{**field, "line": self.find_line(str(field.get("field", "")))} for field in fields]
         located.sort(key=lambda field: int(field["line"]))
         lines = [f"{self.name}:{field['line']}: {field['field']}: {field['problem']}" for field in located]
-        message = "\n".join(["No policy was applied. Correct the file:", *lines])
-        return Refused(message, detail={**error.detail, "message": message, "fields": located})
+        message = "No policy was applied. Correct the file:"
+        return Refused(message, detail={**error.detail, "message": message, "fields": located}, lines=lines)
 
 
 def read_policy_file(path: Path) -> PolicyFile:

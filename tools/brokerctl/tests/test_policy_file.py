@@ -65,7 +65,7 @@ def test_an_error_of_the_broker_names_the_lines(tmp_path: Path) -> None:
         {"field": "policies.0.lease_hours", "problem": "must be a number"},
     ]
     error = file.locate(Refused("message", detail={"code": "INVALID_POLICY", "fields": fields}))
-    assert error.message.splitlines()[1:] == [
+    assert error.lines == [
         f"{file.name}:4: policies.0.lease_hours: must be a number",
         f"{file.name}:6: policies.1.stock.max: is missing",
     ]
