@@ -125,15 +125,16 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None
 
 
 def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:
-    """Return a reply per command. A lease is new for the first command only."""
-    answered: set[str] = set()
+    """Return a reply per command. A new lease is new for the first of its commands only."""
+    new = {reply.sandbox_id for reply in replies.values() if isinstance(reply, LeaseGranted) and reply.new}
     shared: list[Reply] = []
     for command in commands:
         reply = replies[domain.dedup_key(command)]
         if isinstance(reply, LeaseGranted):
-            if reply.sandbox_id in answered:
-                reply = reply.model_copy(update={"new": False})
-            answered.add(reply.sandbox_id)
+            is_first = reply.sandbox_id in new
+            new.discard(reply.sandbox_id)
+            if reply.new is not is_first:
+                reply = reply.model_copy(update={"new": is_first})
         shared.append(reply)
     return shared
 
