@@ -519,7 +519,7 @@ creations = Table(
     Column("first_claimed_at", _Time),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("error", Text),
-    Column("external_id", Text, comment="the bare account UUID in CSP"),
+    Column("external_id", _Key, comment="the bare account UUID in CSP"),
     Column("created_at", _Time, comment="when the account was first known to exist"),
     Column("imported_at", _Time, comment="when a sync brought the account into the pool"),
     Column("ended_at", _Time),

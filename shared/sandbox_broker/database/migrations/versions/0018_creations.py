@@ -20,7 +20,7 @@ CREATE TABLE creations (
     first_claimed_at timestamptz,
     attempts integer NOT NULL DEFAULT 0,
     error text,
-    external_id text,
+    external_id text COLLATE "C",
     created_at timestamptz,
     imported_at timestamptz,
     ended_at timestamptz,
