@@ -186,7 +186,7 @@ async def test_a_second_sigterm_has_no_effect(make_run: MakeRun) -> None:
     run.send(signal.SIGTERM)
 
     assert await run.wait() == 0
-    assert sum("finishing" in line for line in run.tail) == 5
+    assert sum("finishing" in line for line in run.tail) == 6
 
 
 async def test_ctrl_c_during_the_start_stops_all_processes(make_run: MakeRun, environ: dict[str, str]) -> None:
@@ -229,7 +229,7 @@ async def test_a_dead_service_is_reported_and_the_others_are_stopped(
     lines = list(run.tail)
     start = lines.index("reaper ended with exit code 7. Its last lines:")
     assert "    internal error" in lines[start:]
-    assert sum("finishing" in line for line in lines[start:]) == 4
+    assert sum("finishing" in line for line in lines[start:]) == 5
     assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
@@ -262,7 +262,7 @@ async def test_no_orphans_remain_after_a_kill(make_run: MakeRun) -> None:
     await run.wait()
 
     await wait_until(lambda: not any(is_alive(pid) for pid in stand_in_pids(run)))
-    assert len(stand_in_pids(run)) == 5
+    assert len(stand_in_pids(run)) == 6
 
 
 async def test_a_port_in_use_is_reported_with_its_variable(make_run: MakeRun, environ: dict[str, str]) -> None:
