@@ -62,8 +62,8 @@ class WaitingLine:
         self.places: dict[str, Place] = {}
         """Places by holder, in the order of the line."""
         self.timed_out: dict[str, float] = {}
-        """Holders whose longest wait is over, until they are told, with the time of the event loop at which the
-        entry ends. Forgotten with the process, which only lets such a student wait anew."""
+        """Holders whose longest wait is over, until their next request, with the time of the event loop at which
+        the entry ends. A restart of the allocator loses the entries, and such a student then waits anew."""
 
     def fill(self, places: Iterable[Place], *, epoch: int, now: float) -> None:
         """Replace the copy."""
@@ -77,7 +77,7 @@ class WaitingLine:
         """Forget the copy if the statement fails, because it may have been committed."""
         try:
             yield
-        except BaseException:
+        except BaseException:  # also after a cancellation, because PostgreSQL may have committed by then
             self.epoch = 0
             raise
 

@@ -63,7 +63,7 @@ def translating_errors() -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise Disconnected("RabbitMQ no longer answers") from error
-    except Exception as error:
+    except Exception as error:  # the library has no common class, and some of its errors are a bare Exception
         if isinstance(error, AMQPError | OSError | TimeoutError | RuntimeError) or type(error) is Exception:
             raise Disconnected(str(error) or type(error).__name__) from error
         raise
@@ -154,7 +154,7 @@ async def _connect_to_node(node_url: str, name: str, timeout_sec: float | None) 
     )
     try:
         await _connect(connection, timeout_sec)
-    except BaseException:
+    except BaseException:  # also after a cancellation, because the connection has no other owner yet
         await _close(connection)
         raise
     return connection
