@@ -36,7 +36,7 @@ BACKOFF_CS=50           # first pause
 MAX_BACKOFF_CS=1000
 MAX_PAUSE_CS=8640000
 LINE_PAUSE_CS=500
-MAX_LINE_PAUSE_CS=2000 # the broker drops a student who does not ask for 60 s from the waiting line
+MAX_LINE_PAUSE_CS=2000 # a student loses the place in the waiting line after 60 s without a request
 SANDBOX_FILE=sandbox_id.txt
 HOLDER_FILE=holder_id.txt
 
