@@ -248,9 +248,10 @@ class _Student:
             sandbox_id = lease.sandbox_id
             await self._read(sandbox_id)
             await self._pause()
-            if standby and self.rng.random() < 0.8:
+            is_claimed = not standby or self.rng.random() < 0.8
+            if standby and is_claimed:
                 await self._change("claim", sandbox_id)
-            if self.rng.random() < 0.3:
+            if is_claimed and self.rng.random() < 0.3:
                 await self._change("extend", sandbox_id, key=f"{self.name}-{visit}-{sandbox_id}")
             if self.rng.random() < 0.1:
                 replacement = await self._change("replace", sandbox_id)

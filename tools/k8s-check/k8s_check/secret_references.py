@@ -13,7 +13,10 @@ _LOGIN = ("username", "password")
 
 
 def list_secret_keys(manifests: Sequence[Manifest]) -> dict[str, set[str]]:
-    """Return the keys that the manifests read from each secret, by its name, without certificates."""
+    """Return the keys that the manifests require of each secret, by its name, without certificates.
+
+    Optional keys are left out, because an installation works without them.
+    """
     keys: defaultdict[str, set[str]] = defaultdict(set)
     for name, key in _list_references(manifests):
         if name not in CERTIFICATES:
@@ -25,7 +28,8 @@ def _list_references(manifests: Sequence[Manifest]) -> Iterator[tuple[str, str]]
     for pod in list_pod_templates(manifests):
         for container in pod.containers:
             for variable in container.get("env", []):
-                if (reference := variable.get("valueFrom", {}).get("secretKeyRef")) is not None:
+                reference = variable.get("valueFrom", {}).get("secretKeyRef")
+                if reference is not None and not reference.get("optional", False):
                     yield reference["name"], reference["key"]
     for cluster in select_kind(manifests, "Cluster"):
         names = [cluster["spec"]["bootstrap"]["initdb"]["secret"]["name"]]
