@@ -11,6 +11,8 @@ from devstack.packages import find_or_install
 from devstack.processes import run
 
 from .conftest import (
+    ALLOCATION,
+    SCRIPTS,
     CannedServer,
     Reply,
     Track,
@@ -132,9 +134,11 @@ def test_a_file_of_another_user_in_a_sticky_directory_prevents_the_request(
             parent.chmod(0o755)
     shell_track.directory.parent.chmod(0o755)
     (shell_track.directory / "external_id.txt").write_text("of root")
+    # A copy, because the other user may not be able to read the checkout.
+    script = shutil.copy(SCRIPTS / f"{ALLOCATION}.sh", shell_track.directory.parent)
     setpriv = shutil.which("setpriv")
     assert setpriv is not None
-    result = shell_track.allocate(launcher=(setpriv, "--reuid", "65534", "--clear-groups"))
+    result = shell_track.run(setpriv, "--reuid", "65534", "--clear-groups", *shell_track.shell, str(script))
     assert result.code == 2
     assert "external_id.txt: it belongs to another user, and the directory is sticky" in result.err
     assert broker.calls == []
