@@ -5,7 +5,8 @@ Students change their own lease within the limits of its policy. Administrators 
 
 import json
 import uuid
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -16,7 +17,7 @@ from gateway.api.schemas.track import Extension, ExtensionRequest, Lease, Replac
 from gateway.routes import admin_actions, track
 from gateway.web.bodies import describe_body, read_body
 from gateway.web.headers import ExtensionKey, Holder, NewHolder
-from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
+from sandbox_broker.contract.commands import ClaimLease, Command, ExtendLease, R, ReplaceSandbox
 from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted
 from sandbox_broker.observability import tracing
 
@@ -76,25 +77,21 @@ async def extend_for_administrator(
 async def _extend(
     request: Request, sandbox_id: str, holder: str | None, key: str | None, *, hours: float, note: str | None = None
 ) -> Extension:
-    _log_ids(request, sandbox_id, holder)
-    with track.known_sandbox():
-        command = ExtendLease(
-            request_id=request.state.request_id,
+    try:
+        reply = await _request_change(
+            request,
+            "extend",
+            ExtendLease,
             sandbox_id=sandbox_id,
             holder=holder,
             extension_id=_extension_id(sandbox_id, holder, key),
             extension_sec=max(1, round(hours * 3600)),
             note=note,
-            traceparent=tracing.traceparent(),
         )
-    try:
-        reply: LeaseExtended = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
     except ApiError as error:
-        metrics.LEASE_CHANGES.labels("extend", error.code.lower()).inc()
         if error.code == "LEASE_CHANGE_TIMEOUT" and key is None:
             raise ApiError(error.code, parameters={"cause": "without_key"}) from error
         raise
-    metrics.LEASE_CHANGES.labels("extend", "extended").inc()
     return Extension.model_validate(reply, from_attributes=True)
 
 
@@ -116,21 +113,9 @@ async def claim(request: Request, sandbox_id: str, holder: Holder, new_holder: N
     """Start the time of a standby lease when the student arrives. `X-Instruqt-Sandbox-ID` is the id under which the
     lease was taken. With `X-New-Holder`, the lease belongs to this student id from then on. A repeated call returns
     the same lease."""
-    _log_ids(request, sandbox_id, holder)
-    with track.known_sandbox():
-        command = ClaimLease(
-            request_id=request.state.request_id,
-            sandbox_id=sandbox_id,
-            holder=holder,
-            new_holder=new_holder,
-            traceparent=tracing.traceparent(),
-        )
-    try:
-        reply: LeaseGranted = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
-    except ApiError as error:
-        metrics.LEASE_CHANGES.labels("claim", error.code.lower()).inc()
-        raise
-    metrics.LEASE_CHANGES.labels("claim", "claimed" if reply.new else "idempotent").inc()
+    reply = await _request_change(
+        request, "claim", ClaimLease, sandbox_id=sandbox_id, holder=holder, new_holder=new_holder
+    )
     return track.lease_response(reply, 200)
 
 
@@ -175,26 +160,36 @@ async def replace_for_administrator(request: Request, sandbox_id: str, reason: R
 
 
 async def _replace(request: Request, sandbox_id: str, holder: str | None, reason: str) -> Response:
-    _log_ids(request, sandbox_id, holder)
-    with track.known_sandbox():
-        command = ReplaceSandbox(
-            request_id=request.state.request_id,
-            sandbox_id=sandbox_id,
-            holder=holder,
-            reason=reason,
-            traceparent=tracing.traceparent(),
-        )
-    try:
-        reply: LeaseGranted = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
-    except ApiError as error:
-        metrics.LEASE_CHANGES.labels("replace", error.code.lower()).inc()
-        raise
-    metrics.LEASE_CHANGES.labels("replace", "replaced" if reply.new else "idempotent").inc()
+    reply = await _request_change(
+        request, "replace", ReplaceSandbox, sandbox_id=sandbox_id, holder=holder, reason=reason
+    )
     return track.lease_response(reply, 201 if reply.new else 200)
 
 
-def _log_ids(request: Request, sandbox_id: str, holder: str | None) -> None:
-    ids = {"sandbox_id": sandbox_id}
-    if holder is not None:
-        ids["holder"] = holder
-    request.scope["state"]["ids"] = ids
+async def _request_change(
+    request: Request,
+    change: Literal["extend", "claim", "replace"],
+    kind: Callable[..., Command[R]],
+    *,
+    sandbox_id: str,
+    holder: str | None,
+    **fields: object,
+) -> R:
+    """Send a command of this kind and count its outcome. Without a `holder` an administrator sends it."""
+    request.scope["state"]["ids"] = {"sandbox_id": sandbox_id} | ({} if holder is None else {"holder": holder})
+    with track.known_sandbox():
+        command = kind(
+            request_id=request.state.request_id,
+            sandbox_id=sandbox_id,
+            holder=holder,
+            traceparent=tracing.traceparent(),
+            **fields,
+        )
+    try:
+        reply = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
+    except ApiError as error:
+        metrics.LEASE_CHANGES.labels(change, error.code.lower()).inc()
+        raise
+    is_new = reply.changed if isinstance(reply, LeaseExtended) else isinstance(reply, LeaseGranted) and reply.new
+    metrics.LEASE_CHANGES.labels(change, "done" if is_new else "repeated").inc()
+    return reply
