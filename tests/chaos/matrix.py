@@ -11,6 +11,7 @@ from tests.chaos import (
     process_faults,
     queue_faults,
     server_faults,
+    setup_faults,
 )
 from tests.chaos.faults import Fault
 
@@ -29,6 +30,7 @@ def list_faults(rng: random.Random, *, cluster: bool = False) -> list[Fault]:
         *queue_faults.list_faults(),
         *delivery_faults.list_faults(rng),
         *clock_faults.list_faults(),
+        *setup_faults.list_faults(),
     ]
 
 

@@ -36,6 +36,8 @@ SERVICES = {
     "second provisioner": "provisioner",
 }
 """Module of each process."""
+NEWCOMER = "allocator of another broker"
+"""Process of a fault in setup_faults.py."""
 EVENTS_QUEUE = "chaos.events"
 """Queue that keeps every event of the round."""
 LAUNCHER = Path(__file__).with_name("crash_runner.py")
@@ -211,7 +213,8 @@ async def start_broker(
             for name, module in SERVICES.items()
         }
         logs = {
-            name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1)) for name in SERVICES
+            name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1))
+            for name in (*SERVICES, NEWCOMER)
         }
         stack = await resources.enter_async_context(
             run_stack(
