@@ -94,6 +94,7 @@ class Pool:
         self._stack = stack
         self._observer = observer
         self._numbers = itertools.count(1)
+        self._session: WriteSession | None = None
         self.publisher = Publisher("amqp://127.0.0.1:1/", "unconnected")
         """Publisher of the write sessions; it is not connected."""
 
@@ -197,20 +198,30 @@ class Pool:
         """Wait until the statement of the session waits for a lock."""
         await wait_until_blocked(session.connection, self._observer)
 
+    async def _own_session(self) -> WriteSession:
+        """Return the session of the pool itself, under the current epoch. It remembers no place in the line.
+        One connection serves a whole test, because other tests need the connections of the server, too."""
+        if self._session is None:
+            self._session = await self.write_session()
+        session = self._session
+        session.epoch = await self.value("SELECT epoch FROM allocator_epoch WHERE queue = $1", STUDENTS.queue.name)
+        session.waiting_line.epoch = 0
+        return session
+
     async def lease(self, holder: str) -> str:
         """Insert a sandbox and lease it; return its id."""
         (sandbox_id,) = await self.fill(1)
         await self.execute(
             "UPDATE sandboxes SET status_since = '2000-01-01' WHERE sandbox_id = $1", sandbox_id
         )  # makes it the next to be allocated
-        (reply,) = await leases.allocate_sandbox(await self.write_session(), [allocate_command(holder)])
+        (reply,) = await leases.allocate_sandbox(await self._own_session(), [allocate_command(holder)])
         assert granted_lease(reply).sandbox_id == sandbox_id
         return sandbox_id
 
     async def pending(self) -> str:
         """Return a sandbox with a pending deletion; its holder was `gone`."""
         sandbox_id = await self.lease("gone")
-        await leases.release_sandbox(await self.write_session(), [release_command(sandbox_id, "gone")])
+        await leases.release_sandbox(await self._own_session(), [release_command(sandbox_id, "gone")])
         return sandbox_id
 
     async def dead_letter(self, *commands: Command, queue: str = topology.ALLOCATOR_COMMANDS.name) -> uuid.UUID:

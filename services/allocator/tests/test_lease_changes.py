@@ -1,8 +1,6 @@
 """Changes of a lease: claim, extend, replace, each with its effect once in any order with the end of the lease."""
 
 import asyncio
-import os
-import random
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -503,93 +501,6 @@ async def test_an_administrator_ends_the_hold_of_one_sandbox(pool: Pool) -> None
     assert refusal_code(again) == "NOT_DELETION_FAILED"
 
 
-# Races. Each statement meets the end of the lease on another connection, in random order.
-
-
-async def race(*operations: Callable[[], Awaitable[Any]]) -> list[Any]:
-    """Run the operations concurrently, in random order; return their results in the given order."""
-    order = random.sample(range(len(operations)), len(operations))
-    results = await asyncio.gather(*(operations[index]() for index in order))
-    return [results[order.index(index)] for index in range(len(operations))]
-
-
-async def test_an_extension_and_the_expiry_have_one_winner(
-    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
-) -> None:
-    student, clock = await pool.write_session(), await pool.write_session()
-    wins = 0
-    for number in range(races):
-        holder = f"student-{number}"
-        sandbox_id = (await take_lease(pool, student, allocate_command(holder))).sandbox_id
-        await pool.execute("UPDATE leases SET expires_at = now() WHERE sandbox_id = $1", sandbox_id)
-        reply, _ = await race(
-            partial(student.run, partial(extend, student, sandbox_id, holder)),
-            partial(expire, clock),
-        )
-        end, events = await pool.value(END, sandbox_id), await pool.events(sandbox_id)
-        if isinstance(reply, LeaseExtended):
-            wins += 1
-            assert (end, events) == (None, ["sandbox.allocated", "lease.extended"])
-            await release(student, release_command(sandbox_id, holder))
-        else:
-            assert refusal_code(reply) == "LEASE_ENDED"
-            assert (end, events) == ("expired", ["sandbox.allocated", "sandbox.deletion_requested"])
-    record_testsuite_property("extensions that won", wins)
-    await pool.assert_sound()
-
-
-async def test_a_claim_and_the_end_of_standby_have_one_winner(
-    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
-) -> None:
-    student, clock = await pool.write_session(), await pool.write_session()
-    wins = 0
-    for number in range(races):
-        setup, holder = f"setup-{number}", f"student-{number}"
-        sandbox_id = (await take_lease(pool, student, standby_command(setup))).sandbox_id
-        await pool.execute("UPDATE leases SET expires_at = now() WHERE sandbox_id = $1", sandbox_id)
-        reply, _ = await race(
-            partial(student.run, partial(claim, student, sandbox_id, setup, holder)),
-            partial(expire, clock),
-        )
-        end, events = await pool.value(END, sandbox_id), await pool.events(sandbox_id)
-        if isinstance(reply, LeaseGranted):
-            wins += 1
-            assert (end, events) == (None, ["sandbox.allocated", "lease.claimed"])
-        else:
-            assert refusal_code(reply) == "LEASE_ENDED"
-            assert (end, events) == ("unclaimed", ["sandbox.allocated", "sandbox.deletion_requested"])
-    record_testsuite_property("claims that won", wins)
-    await pool.assert_sound()
-
-
-async def test_a_replacement_and_a_release_have_one_winner(
-    pool: Pool, races: int, record_testsuite_property: Callable[[str, object], None]
-) -> None:
-    first, second = await pool.write_session(), await pool.write_session()
-    wins = 0
-    for number in range(races):
-        holder = f"student-{number}"
-        old = (await take_lease(pool, first, allocate_command(holder))).sandbox_id
-        (new,) = await pool.fill(1)
-        reply, released = await race(
-            partial(first.run, partial(replace, first, old, holder)),
-            partial(second.run, partial(release, second, release_command(old, holder))),
-        )
-        assert isinstance(released[0], SandboxReleased)
-        active = await pool.column("SELECT sandbox_id FROM leases WHERE holder = $1 AND ended_at IS NULL", holder)
-        if isinstance(reply, LeaseGranted):
-            wins += 1
-            assert (await pool.value(END, old), active) == ("broken", [reply.sandbox_id])
-            await release(first, release_command(reply.sandbox_id, holder))
-        else:
-            assert refusal_code(reply) == "LEASE_ENDED"
-            assert (await pool.value(END, old), active) == ("student", [])
-            await pool.execute("DELETE FROM sandboxes WHERE sandbox_id = $1", new)
-        assert (await pool.events(old)).count("sandbox.deletion_requested") == 1
-    record_testsuite_property("replacements that won", wins)
-    await pool.assert_sound()
-
-
 async def test_two_replacements_of_one_sandbox_give_one_sandbox(pool: Pool) -> None:
     sessions = [await pool.write_session() for _ in range(2)]
     for number in range(10):
@@ -602,9 +513,3 @@ async def test_two_replacements_of_one_sandbox_give_one_sandbox(pool: Pool) -> N
         assert len({granted_lease(reply).sandbox_id for reply in replies}) == 1
         assert sorted(granted_lease(reply).new for reply in replies) == [False, True]
     await pool.assert_sound()
-
-
-@pytest.fixture
-def races() -> int:
-    """Number of races per test. `RACES=1000` makes a long run."""
-    return int(os.environ.get("RACES", "25"))

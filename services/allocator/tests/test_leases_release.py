@@ -1,7 +1,6 @@
 """End of leases: by the student, by expiry or by the end of the play, once in any order."""
 
 import asyncio
-import random
 from datetime import timedelta
 
 import pytest
@@ -138,32 +137,6 @@ async def test_leases_expire_in_batches_longest_overdue_first(pool: Pool) -> Non
     assert await expire(session, limit=2) == ids[:1]
 
 
-async def test_concurrent_release_and_expiry_end_the_lease_once(pool: Pool) -> None:
-    student, clock = await pool.write_session(), await pool.write_session()
-    for number in range(40):
-        sandbox_id = await pool.overdue(f"student-{number}")
-
-        async def release_with_retries(
-            sandbox_id: str = sandbox_id, holder: str = f"student-{number}"
-        ) -> SandboxReleased:
-            while True:
-                try:
-                    (reply,) = await release(student, release_command(sandbox_id, holder))
-                except ConcurrentUpdate:
-                    continue
-                assert isinstance(reply, SandboxReleased)
-                return reply
-
-        if random.random() < 0.5:
-            reply, expired = await asyncio.gather(release_with_retries(), expire(clock))
-        else:
-            expired, reply = await asyncio.gather(expire(clock), release_with_retries())
-        assert reply.status == "pending_deletion"
-        assert await pool.value(END, sandbox_id) == ("expired" if expired else "student")
-        assert await pool.events(sandbox_id) == ["sandbox.allocated", "sandbox.deletion_requested"]
-    await pool.assert_sound()
-
-
 async def test_a_release_that_loses_a_race_raises_concurrent_update(pool: Pool) -> None:
     sandbox_id = await pool.overdue("ann")
     clock, student = await pool.write_session(), await pool.write_session()
@@ -225,30 +198,3 @@ async def test_a_release_after_the_end_of_the_play_succeeds(pool: Pool) -> None:
     (reply,) = await release(session, release_command(sandbox_id, "ann"))
     assert isinstance(reply, SandboxReleased)
     assert await pool.value(END, sandbox_id) == "play_ended"
-
-
-async def test_concurrent_release_and_end_of_the_play_end_the_lease_once(pool: Pool) -> None:
-    student, instruqt = await pool.write_session(), await pool.write_session()
-    for number in range(40):
-        sandbox_id = await pool.lease(f"student-{number}")
-
-        async def release_with_retries(
-            sandbox_id: str = sandbox_id, holder: str = f"student-{number}"
-        ) -> SandboxReleased:
-            while True:
-                try:
-                    (reply,) = await release(student, release_command(sandbox_id, holder))
-                except ConcurrentUpdate:
-                    continue
-                assert isinstance(reply, SandboxReleased)
-                return reply
-
-        play = end_plays(instruqt, play_command(f"student-{number}"))
-        if random.random() < 0.5:
-            reply, [(outcome, _)] = await asyncio.gather(release_with_retries(), play)
-        else:
-            [(outcome, _)], reply = await asyncio.gather(play, release_with_retries())
-        assert reply.status == "pending_deletion"
-        assert await pool.value(END, sandbox_id) == {"released": "play_ended", "no_lease": "student"}[outcome]
-        assert await pool.events(sandbox_id) == ["sandbox.allocated", "sandbox.deletion_requested"]
-    await pool.assert_sound()
