@@ -110,7 +110,8 @@ WAITING_TIME = Histogram(
 WAITING_ENDED = Counter(
     "broker_waiting_ended_total",
     "Students that lost their place in the waiting line without a sandbox. left: no repetition of the request. "
-    "timed_out: the longest wait was over. refused: the request could no longer succeed",
+    "timed_out: the longest wait was over. refused: the request could no longer succeed. play_ended: Instruqt "
+    "ended the play",
     ["reason"],
 )
 STOCK = {

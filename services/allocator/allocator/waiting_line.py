@@ -18,9 +18,10 @@ RETRIES_PER_TTL = 3
 """Repetitions of a student within the time-out of a place, so that one lost request does not lose the place."""
 PLACES_PER_RETRY_SEC = 20
 
-WaitEnd = Literal["left", "timed_out", "refused"]
+WaitEnd = Literal["left", "timed_out", "refused", "play_ended"]
 """left: the student gave up or stopped repeating the request. timed_out: the longest wait is over. refused: the
-student cannot get a sandbox with this request any more, for example because another lease used its key."""
+student cannot get a sandbox with this request any more, for example because another lease used its key. play_ended:
+Instruqt has ended the play of the student."""
 
 
 @dataclass(frozen=True, slots=True)

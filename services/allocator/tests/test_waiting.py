@@ -10,12 +10,13 @@ import pytest
 
 from allocator.handlers import waiting
 from allocator.handlers.lease_changes import replace_sandbox
+from allocator.handlers.leases import end_play
 from allocator.sql import waiting as statements
 from allocator.waiting_line import WaitingLimits, WaitingLine
 from allocator.write_session import Fenced, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, ReplaceSandbox, ServeWaiting
+from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReplaceSandbox, ServeWaiting
 from sandbox_broker.contract.policies import Match, Policy
-from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
+from sandbox_broker.contract.replies import LineServed, PlayEnded, Reply, StudentWaiting
 
 from .allocator_harness import (
     Pool,
@@ -71,6 +72,24 @@ async def pass_time(pool: Pool, seconds: float) -> None:
         "asked_at = asked_at - $1 * interval '1 second', ends_at = ends_at - $1 * interval '1 second'",
         seconds,
     )
+
+
+async def test_the_end_of_a_play_ends_the_place_of_its_student(pool: Pool) -> None:
+    session = await pool.write_session()
+    await allocate(session, wait_command("ann"), wait_command("bob"))
+    since: int = await pool.value("SELECT floor(extract(epoch FROM waiting_since))::bigint FROM waiting LIMIT 1")
+    earlier, ended, repeated = [
+        (await end_play(session, [EndPlay(request_id="request", holder="ann", ended_at=at)]))[0]
+        for at in (since - 1, since, since)
+    ]
+    outcomes = [reply.outcome for reply in (earlier, ended, repeated) if isinstance(reply, PlayEnded)]
+    assert outcomes == ["no_lease", "stopped_waiting", "no_lease"]
+    (event,) = await events(pool, "waiting.ended")
+    assert (event["holder"], event["reason"]) == ("ann", "play_ended")
+    assert await holders(pool) == ["bob"]
+    await pool.fill(1)
+    assert (await serve(session)).served == 1
+    assert list(await leased(pool)) == ["bob"]
 
 
 async def test_without_a_sandbox_a_student_who_wants_to_wait_gets_a_place(pool: Pool) -> None:

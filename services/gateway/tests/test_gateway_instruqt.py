@@ -69,7 +69,7 @@ async def test_the_end_of_a_play_is_sent_to_the_allocator(gateway: Gateway, pref
     assert count("released") == before + 1
 
 
-@pytest.mark.parametrize("outcome", ["no_lease", "newer_lease"])
+@pytest.mark.parametrize("outcome", ["stopped_waiting", "no_lease", "newer_lease"])
 async def test_an_event_without_effect_succeeds(gateway: Gateway, outcome: str) -> None:
     async def answer(_: Command) -> Reply:
         return PlayEnded.model_validate({"outcome": outcome})

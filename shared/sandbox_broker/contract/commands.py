@@ -142,8 +142,9 @@ class ServeWaiting(Command[LineServed]):
 
 
 class EndPlay(Command[PlayEnded]):
-    """End the lease of `holder`, because Instruqt reported the end of the play at `ended_at` (Unix seconds), and
-    request the deletion of the sandbox. A lease that began later belongs to another play and stays. → PlayEnded."""
+    """End the lease of `holder` and the place in the waiting line, because Instruqt reported the end of the play at
+    `ended_at` (Unix seconds), and request the deletion of the sandbox. A lease or place that began later belongs to
+    another play and stays. → PlayEnded."""
 
     type: Literal["EndPlay"] = "EndPlay"
     request_id: str

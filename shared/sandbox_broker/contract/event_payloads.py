@@ -142,9 +142,10 @@ class WaitingServed(_WaitingEvent):
 
 class WaitingEnded(_WaitingEvent):
     """A student lost the place without a sandbox. `left`: gave up, or stopped repeating the request. `timed_out`:
-    the longest wait is over. `refused`: the request can no longer succeed."""
+    the longest wait is over. `refused`: the request can no longer succeed. `play_ended`: Instruqt has ended the
+    play."""
 
-    reason: Literal["left", "timed_out", "refused"]
+    reason: Literal["left", "timed_out", "refused", "play_ended"]
     waited_sec: int
 
 

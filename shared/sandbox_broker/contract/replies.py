@@ -119,10 +119,11 @@ class LineServed(Message):
 
 class PlayEnded(Message):
     type: Literal["PlayEnded"] = "PlayEnded"
-    outcome: Literal["released", "no_lease", "newer_lease"]
-    """`newer_lease`: the lease of the holder began after the end of the play, so it stays."""
+    outcome: Literal["released", "stopped_waiting", "no_lease", "newer_lease"]
+    """`stopped_waiting`: the holder had no lease, but lost a place in the waiting line. `newer_lease`: the lease of
+    the holder began after the end of the play, so it stays."""
     sandbox_id: str | None = None
-    """Sandbox of the lease; None for `no_lease`."""
+    """Sandbox of the lease; None without a lease."""
 
 
 class LeasesExpired(Message):

@@ -1,6 +1,6 @@
 """Leases: allocate, release, expire, and end by an administrator."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import structlog
@@ -176,14 +176,16 @@ def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
 
 
 async def end_play(session: WriteSession, commands: Sequence[EndPlay]) -> list[Reply]:
-    """End the leases of plays that Instruqt has ended."""
+    """End the leases of plays that Instruqt has ended, and the places of their students in the waiting line."""
+    stopped = await waiting.end_plays(session, commands)
     rows = await leases.end_plays(session, commands)
-    return [_play_reply(command, row) for command, row in zip(commands, rows, strict=True)]
+    return [_play_reply(command, row, stopped) for command, row in zip(commands, rows, strict=True)]
 
 
-def _play_reply(command: EndPlay, row: leases.EndPlayRow) -> Reply:
+def _play_reply(command: EndPlay, row: leases.EndPlayRow, stopped: Collection[str]) -> Reply:
+    """`stopped` are the holders that have lost a place in the waiting line."""
     if row["sandbox_id"] is None:
-        return PlayEnded(outcome="no_lease")
+        return PlayEnded(outcome="stopped_waiting" if command.holder in stopped else "no_lease")
     if not row["is_of_play"]:
         return PlayEnded(outcome="newer_lease", sandbox_id=row["sandbox_id"])
     if not row["moved"]:

@@ -11,7 +11,7 @@ from allocator.sql import leases, waiting
 from allocator.waiting_estimate import REFRESH_SEC, estimate_waits, expect_sandboxes
 from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
 from allocator.write_session import WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, ServeWaiting
+from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ServeWaiting
 from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
 
 MAX_PASSES = 10
@@ -33,6 +33,19 @@ async def serve_waiting(session: WriteSession, commands: Sequence[ServeWaiting])
         _record_ends(line, await waiting.end_overdue(session, ttl=ttl))
         served = len(await serve_line(session))
     return [LineServed(served=served, waiting=len(line.places)) for _ in commands]
+
+
+async def end_plays(session: WriteSession, commands: Sequence[EndPlay]) -> set[str]:
+    """End the places that began before the end of the play. Return their holders."""
+    line = await open_line(session)
+    ended = {
+        command.holder
+        for command in commands
+        if command.holder in line.places and line.places[command.holder].waiting_since <= command.ended_at
+    }
+    if ended:
+        _record_ends(line, await waiting.leave(session, sorted(ended), "play_ended"))
+    return ended
 
 
 async def open_line(session: WriteSession) -> WaitingLine:

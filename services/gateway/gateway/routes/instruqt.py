@@ -1,4 +1,4 @@
-"""Webhook of Instruqt: the end of a play ends the lease of its student.
+"""Webhook of Instruqt: the end of a play ends the lease of its student, and the place in the waiting line.
 
 It complements the cleanup script of a track, which cannot run on a machine that has failed.
 """
@@ -57,8 +57,9 @@ router = APIRouter(prefix="/v1/instruqt", tags=["instruqt"])
     },
 )
 async def receive_event(request: Request, _: WebhookHeaders) -> EventResult:
-    """Receive a webhook of Instruqt. The end of a play ends the lease of its participant. A repeated event changes
-    nothing. The signature (Standard Webhooks, or Svix) takes the place of a token."""
+    """Receive a webhook of Instruqt. The end of a play ends the lease of its participant, and the place in the
+    waiting line. A repeated event changes nothing. The signature (Standard Webhooks, or Svix) takes the place of a
+    token."""
     context: Context = request.app.state.context
     if not context.webhooks.is_enabled:
         raise ApiError("EVENTS_NOT_CONFIGURED")
@@ -88,7 +89,8 @@ async def receive_event(request: Request, _: WebhookHeaders) -> EventResult:
 async def _handle_event(
     request: Request, event_type: str, holder: str | None, ended_at: int
 ) -> tuple[EventOutcome, str | None]:
-    """End the lease of the play if the event is its end. Return the outcome and the sandbox of the lease."""
+    """End the lease or the wait of the participant if the event is the end of the play. Return the outcome and the
+    sandbox of the lease."""
     context: Context = request.app.state.context
     if event_type not in context.settings.instruqt_end_events:
         return "ignored", None

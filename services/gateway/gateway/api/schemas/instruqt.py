@@ -5,7 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-EventOutcome = Literal["released", "no_lease", "newer_lease", "no_participant", "ignored", "shadow"]
+EventOutcome = Literal[
+    "released", "stopped_waiting", "no_lease", "newer_lease", "no_participant", "ignored", "shadow"
+]
 
 
 class InstruqtEvent(BaseModel):
@@ -26,8 +28,9 @@ class InstruqtEvent(BaseModel):
 
 class EventResult(BaseModel):
     outcome: EventOutcome = Field(
-        description="`released`: the lease of the participant has ended. `no_lease`: the participant has no lease. "
-        "`newer_lease`: the lease began after the event, so it stays. `no_participant`: the event names no "
-        "participant. `ignored`: the type is not in `INSTRUQT_END_EVENTS`. `shadow`: "
-        "`INSTRUQT_EVENTS_SHADOW` is set, so the broker only counted and logged the event"
+        description="`released`: the lease of the participant has ended. `stopped_waiting`: the participant has "
+        "lost the place in the waiting line. `no_lease`: the participant has neither. `newer_lease`: the lease "
+        "began after the event, so it stays. `no_participant`: the event names no participant. `ignored`: the type "
+        "is not in `INSTRUQT_END_EVENTS`. `shadow`: `INSTRUQT_EVENTS_SHADOW` is set, so the broker only counted "
+        "and logged the event"
     )
