@@ -214,6 +214,10 @@ def _find_unexplained_ends(evidence: Evidence) -> Iterator[str]:
         (operation for operation in _select_kind(evidence, "replace") if operation.outcome != "refused"),
         lambda operation: (operation.sandbox_id, operation.student),
     )
+    ended_plays = _group_by(
+        (operation for operation in _select_kind(evidence, "end_play") if operation.outcome != "refused"),
+        lambda operation: operation.student,
+    )
     for lease in evidence.leases:
         lease_releases = releases.get((lease.sandbox_id, lease.holder), [])
         earliest_expiry = lease.expires_at + (evidence.grace_sec if lease.mode == "active" else 0)
@@ -227,11 +231,43 @@ def _find_unexplained_ends(evidence: Evidence) -> Iterator[str]:
             requests = replacements.get((lease.sandbox_id, lease.holder), [])
             if not any(request.invoked_at - SAME_MOMENT_SEC <= lease.ended_at for request in requests):
                 yield f"no replacement request explains the end of {_format_leases([lease])}"
+        elif lease.end_reason == "play_ended":
+            if not any(
+                event.invoked_at - SAME_MOMENT_SEC <= lease.ended_at and _is_of_play(lease, event)
+                for event in ended_plays.get(lease.holder, [])
+            ):
+                yield f"no end of a play explains the end of {_format_leases([lease])}"
         elif lease.end_reason == ("unclaimed" if lease.mode == "standby" else "expired"):
             if lease.ended_at < earliest_expiry - SAME_MOMENT_SEC:
                 yield f"expired before {_format_time(earliest_expiry)}: {_format_leases([lease])}"
         else:
             yield f"unknown reason for the end of {_format_leases([lease])}"
+
+
+def ended_plays_leave_nothing(evidence: Evidence) -> Iterator[str]:
+    """Require that a confirmed end of a play ended each lease and each wait of its student that began before."""
+    leases = _group_by(evidence.leases, lambda lease: lease.holder)
+    first = {event.event_id: event for event in reversed(evidence.events)}
+    by_type = _group_by(first.values(), lambda event: event.type)
+    wait_ends = {
+        event.data["place"]: event.occurred_at
+        for event in (*by_type.get("waiting.served", []), *by_type.get("waiting.ended", []))
+    }
+    for play in _select_kind(evidence, "end_play"):
+        if play.outcome != "ok" or play.play_ended_at is None:
+            continue
+        for lease in leases.get(play.student, []):
+            if _is_of_play(lease, play) and _get_end(lease) > play.ended_at + SAME_MOMENT_SEC:
+                yield f"{_format_operation(play)} was confirmed, but the lease continues: {_format_leases([lease])}"
+        for waiting in by_type.get("waiting.started", []):
+            is_of_play = waiting.data["holder"] == play.student and int(waiting.occurred_at) <= play.play_ended_at
+            if is_of_play and wait_ends.get(waiting.data["place"], float("inf")) > play.ended_at + SAME_MOMENT_SEC:
+                yield f"{_format_operation(play)} was confirmed, but the student waits: {_format_event(waiting)}"
+
+
+def _is_of_play(lease: Lease, play: Operation) -> bool:
+    """Return whether the lease began before the end of the play, which is known to the second."""
+    return play.play_ended_at is not None and int(lease.allocated_at) <= play.play_ended_at
 
 
 def lease_changes_are_kept(evidence: Evidence) -> Iterator[str]:
@@ -438,6 +474,7 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     releases_are_kept,
     reads_show_answered_leases,
     every_unknown_resolves_to_once_or_never,
+    ended_plays_leave_nothing,
     lease_changes_are_kept,
     only_the_specs_transitions,
     every_event_is_published,
@@ -520,7 +557,11 @@ def _format_leases(leases: Iterable[Lease]) -> str:
 
 
 def _format_operation(operation: Operation) -> str:
-    request = operation.kind if operation.kind == "allocate" else f"{operation.kind} of {operation.sandbox_id}"
+    request = (
+        operation.kind
+        if operation.kind in ("allocate", "end_play")
+        else f"{operation.kind} of {operation.sandbox_id}"
+    )
     return (
         f"operation {operation.number}, {operation.student}'s {request} "
         f"from {_format_time(operation.invoked_at)} to {_format_time(operation.ended_at)},"

@@ -1,11 +1,12 @@
 """Simulated students. They allocate sandboxes, repeat requests, claim, extend and replace, and release their lease
-or let it expire.
+or let it expire. Instruqt reports the end of some plays.
 
 They use the time-out, the backoff and the retry rules of the Instruqt script. Every request is recorded.
 """
 
 import asyncio
 import itertools
+import json
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ import httpx
 
 from instruqt.instruqt_broker_allocation import BACKOFF_SEC, DEFAULT_BUDGET_SEC, REQUEST_TIMEOUT_SEC
 from tests.chaos.evidence import Operation, OperationKind, Outcome
+from tests.integration.instruqt_events import sign_event
 from tests.integration.stack import track_headers
 
 PAUSE_SEC = (0.2, 1.5)
@@ -146,11 +148,14 @@ class Students:
         rng: random.Random,
         idempotency_key: str | None = None,
         standby: bool = False,
+        play_ended_at: int | None = None,
         timeout_sec: float = REQUEST_TIMEOUT_SEC,
     ) -> Operation:
         """Send one request to a random gateway, as a load balancer would, and record it."""
         method, path = _build_route(kind, sandbox_id)
-        headers = track_headers(student)
+        headers, content = track_headers(student), _CONTENTS.get(kind)
+        if play_ended_at is not None:
+            headers, content = sign_event(student, ended_at=play_ended_at)
         if kind == "allocate" and student.startswith(QUOTA_STUDENTS):
             headers["X-Instruqt-Track-ID"] = QUOTA_TRACK
         if idempotency_key is not None:
@@ -166,7 +171,7 @@ class Students:
             async with asyncio.timeout(timeout_sec):
                 url = f"{rng.choice(self._gateways)}/v1/{path}"
                 response = await self._client.request(
-                    method, url, headers=headers, json=_BODIES.get(kind), timeout=timeout_sec
+                    method, url, headers=headers, content=content, timeout=timeout_sec
                 )
         except (httpx.TransportError, TimeoutError) as error:
             failure = type(error).__name__
@@ -193,6 +198,7 @@ class Students:
             retry_after_sec=refusal.get("retry_after", 0),
             allocated_at=lease.get("allocated_at"),
             expires_at=lease.get("expires_at"),
+            play_ended_at=play_ended_at,
         )
         self._history.operations.append(operation)
         if cancellation is not None:
@@ -208,6 +214,7 @@ class Students:
         rng: random.Random,
         idempotency_key: str | None = None,
         standby: bool = False,
+        play_ended_at: int | None = None,
     ) -> Operation:
         """Send requests until the response is final or the script's time budget is used."""
         began_at = time.time()
@@ -216,7 +223,13 @@ class Students:
         while True:
             attempts += 1
             operation = await self.send_request(
-                kind, student, sandbox_id, rng=rng, idempotency_key=idempotency_key, standby=standby
+                kind,
+                student,
+                sandbox_id,
+                rng=rng,
+                idempotency_key=idempotency_key,
+                standby=standby,
+                play_ended_at=play_ended_at,
             )
             pause = operation.retry_after_sec + backoff * rng.uniform(0.5, 1)
             final = operation.status is not None and operation.status not in (408, 429) and operation.status < 500
@@ -263,6 +276,9 @@ class _Student:
             await self._pause()
             if self.rng.random() < 0.25:
                 return  # the lease expires
+            if self.rng.random() < 0.2:
+                await self._end_play(sandbox_id)
+                return  # another play has another participant id
             await self._release(sandbox_id)
             if self.rng.random() < 0.3:
                 await self._release(sandbox_id)
@@ -281,6 +297,14 @@ class _Student:
     async def _release(self, sandbox_id: str) -> Operation:
         return await self.students.run_script("release", self.name, sandbox_id, rng=self.rng)
 
+    async def _end_play(self, sandbox_id: str) -> None:
+        """Send the event of Instruqt, in some cases while the cleanup script of the track runs."""
+        event = self.students.run_script("end_play", self.name, rng=self.rng, play_ended_at=int(time.time()))
+        if self.rng.random() < 0.5:
+            await asyncio.gather(event, self._release(sandbox_id))
+        else:
+            await event
+
     async def _pause(self) -> None:
         await asyncio.sleep(self.rng.uniform(*PAUSE_SEC))
 
@@ -290,12 +314,14 @@ def _build_route(kind: OperationKind, sandbox_id: str | None) -> tuple[str, str]
         return "POST", "allocate"
     if kind == "read":
         return "GET", f"sandboxes/{sandbox_id}"
+    if kind == "end_play":
+        return "POST", "instruqt/events"
     return "POST", f"sandboxes/{sandbox_id}/{'mark-for-deletion' if kind == 'release' else kind}"
 
 
-_BODIES: Mapping[OperationKind, Mapping[str, object]] = {
-    "extend": {"hours": EXTENSION_HOURS},
-    "replace": {"reason": "broken"},
+_CONTENTS: Mapping[OperationKind, bytes] = {
+    "extend": json.dumps({"hours": EXTENSION_HOURS}).encode(),
+    "replace": b'{"reason": "broken"}',
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-OperationKind = Literal["allocate", "release", "read", "claim", "extend", "replace"]
+OperationKind = Literal["allocate", "release", "read", "claim", "extend", "replace", "end_play"]
 Outcome = Literal["ok", "refused", "unknown"]
 """refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later."""
 
@@ -35,6 +35,8 @@ class Operation:
     retry_after_sec: float = 0
     allocated_at: int | None = None
     expires_at: int | None = None
+    play_ended_at: int | None = None
+    """Time of the end in an event of Instruqt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,10 +190,24 @@ def test_a_replacement_goes_before_the_waiting_line() -> None:
     assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, allocated]))] == []
 
 
+def test_the_end_of_a_play_explains_the_end_of_its_lease_only() -> None:
+    play = build_end_of_play("ada", at=20, ended=19)
+    later = build_end_of_play("dan", at=89, ended=88)
+    leases = change_item(CORRECT.leases, 0, end_reason="play_ended")
+    evidence = replace(CORRECT, leases=leases, operations=[*CORRECT.operations, play, later])
+    assert [*checker.every_unknown_resolves_to_once_or_never(evidence)] == []
+    assert [*checker.ended_plays_leave_nothing(evidence)] == []
+
+
 def build_extension(*, at: float, until: float) -> Operation:
     """Return Cyd's confirmed extension of her lease, which ends at START + 150.5."""
     operation = build_operation(20, "cyd", "ok", "3", kind="extend", at=at, status=200, idempotency_key="e")
     return replace(operation, expires_at=int(until))
+
+
+def build_end_of_play(student: str, *, at: float, ended: float) -> Operation:
+    """Return a confirmed event of Instruqt."""
+    return build_operation(21, student, "ok", kind="end_play", at=at, status=200, play_ended_at=int(START + ended))
 
 
 def append_item(items: Any, item: T) -> list[T]:
@@ -324,6 +338,24 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.every_unknown_resolves_to_once_or_never,
         {"leases": change_item(CORRECT.leases, 0, end_reason="broken")},
         "no replacement request explains the end of lease 1",
+    ),
+    "a lease was ended without the end of its play": (
+        checker.every_unknown_resolves_to_once_or_never,
+        {
+            "leases": change_item(CORRECT.leases, 0, end_reason="play_ended"),
+            "operations": append_item(CORRECT.operations, build_end_of_play("ada", at=19, ended=1)),
+        },
+        "no end of a play explains the end of lease 1",
+    ),
+    "a lease continues after the end of its play": (
+        checker.ended_plays_leave_nothing,
+        {"operations": append_item(CORRECT.operations, build_end_of_play("cyd", at=100, ended=100))},
+        "operation 21, cyd's end_play from 16:01:40.000 to 16:01:41.000, was confirmed, but the lease continues",
+    ),
+    "a student waits after the end of the play": (
+        checker.ended_plays_leave_nothing,
+        {"operations": append_item(CORRECT.operations, build_end_of_play("fay", at=46, ended=46))},
+        "but the student waits: waiting.started w3",
     ),
     "a broken sandbox is deleted during its hold": (
         checker.released_sandboxes_are_deleted_in_csp,

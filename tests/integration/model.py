@@ -171,6 +171,16 @@ class Model:
         if lease.end_reason is not None:
             raise Refused(409, "LEASE_ENDED")
 
+    def end_play(self, student: str, ended: int) -> str:
+        """Return the outcome of Instruqt's event about the end of a play."""
+        lease = self.held_by(student)
+        if lease is None:
+            return "no_lease"
+        if lease.begun > ended:
+            return "newer_lease"
+        self._finish_lease(lease, "play_ended")
+        return "released"
+
     def release(self, student: str, sandbox_id: str) -> str:
         """Return the status in the response."""
         lease = self._lease_of(student, sandbox_id)

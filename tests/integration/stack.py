@@ -21,6 +21,7 @@ from devstack.processes import Process, spawn, stop_all
 from devstack.testing import clear_tables
 from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
+from tests.integration import instruqt_events
 
 ROOT = Path(__file__).parents[2]
 TRACK_TOKEN = "test-track-token"
@@ -125,6 +126,11 @@ class Stack:
             f"{self.url}/v1/sandboxes/{sandbox_id}/mark-for-deletion", headers=track_headers(student)
         )
 
+    async def end_play(self, student: str, *, ended_at: float) -> httpx.Response:
+        """Send the webhook of Instruqt about the end of the student's play, at `ended_at` (Unix seconds)."""
+        headers, body = instruqt_events.sign_event(student, ended_at=ended_at)
+        return await self.client.post(f"{self.url}/v1/instruqt/events", headers=headers, content=body)
+
     async def stats(self) -> dict[str, int]:
         response = await self.client.get(f"{self.url}/v1/admin/stats", headers=ADMIN)
         response.raise_for_status()
@@ -221,6 +227,7 @@ async def run_stack(
         "AMQP_URL": amqp_url,
         "BROKER_API_TOKEN": TRACK_TOKEN,
         "BROKER_ADMIN_TOKEN": ADMIN_TOKEN,
+        "INSTRUQT_WEBHOOK_SECRET": instruqt_events.SECRET,
         "BIND_HOST": "127.0.0.1,::1",
         "RATE_LIMIT": "",  # all students come from one address
         "DRAIN_SEC": "0",

@@ -4,6 +4,7 @@ Hypothesis generates the sequences. For a disagreement it reports the shortest s
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -249,6 +250,12 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             assert response.status_code == 200, response.text
             assert (response.json()["sandbox_id"], response.json()["status"]) == (sandbox_id, status)
+
+    @rule(student=STUDENTS, minutes_ago=st.sampled_from([0, 0, 10, 60]))
+    def end_play(self, student: str, minutes_ago: int) -> None:
+        response = self._run(self.stack.end_play(student, ended_at=time.time() - minutes_ago * 60))
+        outcome = self.model.end_play(student, self.model.now - minutes_ago)
+        assert (response.status_code, response.json()) == (200, {"outcome": outcome})
 
     def _read_sandbox(self, student: str, sandbox_id: str) -> None:
         url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}"
