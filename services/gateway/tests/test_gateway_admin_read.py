@@ -85,6 +85,37 @@ async def test_sandbox_of_another_student_or_without_a_lease_returns_403(
     assert "student-2" not in response.text
 
 
+async def test_the_reason_and_the_events_of_a_newer_version_are_shown(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    await add_sandbox(database, "7", "deleted", holder="student-1")
+    rule = await database.fetchval(
+        "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'leases_end_reason'"
+    )
+    await database.execute("ALTER TABLE leases DROP CONSTRAINT leases_end_reason")
+    try:
+        await database.execute("UPDATE leases SET end_reason = 'class_over'")
+        for event, data in (
+            ("sandbox.allocated", {"holder": "student-1"}),
+            ("lease.paused", {"reason": "lunch"}),
+            ("sandbox.deletion_requested", {"reason": "class_over"}),
+        ):
+            await database.execute(
+                "INSERT INTO outbox (type, subject, data) VALUES ($1, '7', $2)", event, json.dumps(data)
+            )
+        sandbox = (await gateway.client.get("/v1/admin/sandboxes/7", headers=ADMIN)).json()
+        (allocation,) = (await gateway.client.get("/v1/admin/allocations", headers=ADMIN)).json()["allocations"]
+    finally:
+        await database.execute("DELETE FROM leases")
+        await database.execute(f"ALTER TABLE leases ADD CONSTRAINT leases_end_reason {rule}")
+    assert (sandbox["end_reason"], allocation["end_reason"]) == ("class_over", "class_over")
+    assert [(step["event"], step["status"], step["by"], step["reason"]) for step in sandbox["history"]] == [
+        ("sandbox.allocated", "allocated", "student", None),
+        ("lease.paused", "allocated", "broker", "lunch"),
+        ("sandbox.deletion_requested", "pending_deletion", "broker", "class_over"),
+    ]
+
+
 async def test_unknown_sandbox_returns_404(gateway: Gateway) -> None:
     response = await gateway.client.get("/v1/sandboxes/7", headers=STUDENT)
     assert (response.status_code, detail(response)["code"]) == (404, "SANDBOX_NOT_FOUND")

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -177,17 +177,28 @@ async def sandbox_details(engine: AsyncEngine, sandbox_id: str) -> SandboxStory 
         return None
     times = {name: row[f"{name}_sec"] for name in _TIMES}
     return SandboxStory.model_validate(
-        {**row, **times, "history": [_transition(*event) for event in reversed(transitions)]}
+        {**row, **times, "history": list(_describe_transitions(reversed(transitions), row["status"]))}
     )
 
 
-def _transition(event_type: str, at: int, data: Mapping[str, Any]) -> Transition:
+def _describe_transitions(events: Iterable[Any], status: SandboxStatus) -> Iterator[Transition]:
+    """Yield a transition for each event, given as type, time and data, oldest first.
+
+    An event that this version does not know keeps the status, at first `status`. An event with an unknown reason
+    counts as caused by the broker.
+    """
+    for event_type, at, data in events:
+        status = STATUS_AFTER_EVENT.get(event_type, status)
+        yield _transition(event_type, at, data, status)
+
+
+def _transition(event_type: str, at: int, data: Mapping[str, Any], status: SandboxStatus) -> Transition:
     reason = data.get("reason")
     return Transition(
         at=at,
         event=event_type,
-        status=STATUS_AFTER_EVENT[event_type],
-        by=ACTOR_OF_EVENT[reason if reason and not data.get("reopened") else event_type],
+        status=status,
+        by=ACTOR_OF_EVENT.get(reason if reason and not data.get("reopened") else event_type, "broker"),
         reason="CSP still lists it" if data.get("reopened") else data.get("note") or reason,
         holder=data.get("holder"),
         track_name=data.get("track_name"),

@@ -1,7 +1,7 @@
 """Types of fields that several response bodies share."""
 
 import uuid
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -20,12 +20,14 @@ Count = Annotated[int, Field(examples=[12])]
 MaybeCount = Annotated[int | None, Field(examples=[12, None])]
 Holder = Annotated[str, Field(examples=["inst-student-1-abc"])]
 MaybeSeconds = Annotated[int | None, Field(examples=[1728054123, None])]
+# Text, because an allocator of the next version may write other reasons than those of DeletionReason.
 EndReason = Annotated[
-    DeletionReason | None,
+    str | None,
     Field(
         examples=["student", None],
-        description="why the lease ended. `unclaimed`: a standby lease without a claim. `broken`: its sandbox was "
-        "replaced. `play_ended`: Instruqt reported the end of the play",
+        description="why the lease ended: " + ", ".join(f"`{reason}`" for reason in get_args(DeletionReason)) + ". "
+        "`unclaimed`: a standby lease without a claim. `broken`: its sandbox was replaced. `play_ended`: Instruqt "
+        "reported the end of the play. Later versions may add reasons",
     ),
 ]
 Mode = Annotated[

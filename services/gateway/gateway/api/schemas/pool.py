@@ -19,7 +19,7 @@ from gateway.api.schemas.fields import (
     TrackName,
     UnixSeconds,
 )
-from sandbox_broker.contract.types import DeletionReason, SandboxStatus
+from sandbox_broker.contract.types import SandboxStatus
 
 
 class Stats(BaseModel):
@@ -124,7 +124,7 @@ class LeaseDetails(BaseModel):
 
 
 class SandboxStory(SandboxSummary, LeaseDetails):
-    deletion_reason: DeletionReason | None
+    deletion_reason: EndReason
     deletion_due_at: MaybeSeconds = Field(description="the earliest time of the next deletion attempt")
     deletion_hold_until: MaybeSeconds = Field(
         description="a broken sandbox is not deleted before this time, so that an operator can inspect it"
