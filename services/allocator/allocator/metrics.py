@@ -30,7 +30,7 @@ EXPIRED = Counter("broker_expiry_orphaned_total", "Leases that the allocator end
 UNCLAIMED = Counter("broker_standby_unclaimed_total", "Standby leases that ended without a claim")
 LEASE_CHANGES = Counter(
     "broker_lease_changes_total",
-    "Requests to claim, extend or replace, by outcome: done, repeated, or the error code in small letters",
+    "Requests to claim, extend or replace, by outcome: done, repeated, waiting, or the error code in small letters",
     ["change", "outcome"],
 )
 BATCH_SIZE = Histogram(

@@ -1,4 +1,4 @@
-"""Waiting line: students who wait for a sandbox, first come, first served.
+"""Waiting line: students who wait for a sandbox, first come, first served, after replacements of broken ones.
 
 The table `waiting` is the line. The lane for students keeps a copy of it in memory, so an allocation learns without
 a query whether others wait for the same sandboxes. Only this lane writes the table, under its epoch. So a copy is
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.commands import AllocateSandbox, ReplaceSandbox
 
 MIN_RETRY_SEC = 2
 MAX_RETRY_SEC = 15
@@ -39,12 +39,14 @@ class Place:
     """Order of the line."""
     waiting_since: int
     """Unix seconds."""
-    command: AllocateSandbox
+    prefix: str
+    command: AllocateSandbox | ReplaceSandbox
     """Request of the student, carried out when the sandbox is there."""
 
     @property
-    def prefix(self) -> str:
-        return self.command.name_prefix or ""
+    def is_replacement(self) -> bool:
+        """True for a student who has a broken sandbox."""
+        return isinstance(self.command, ReplaceSandbox)
 
 
 class WaitingLine:
@@ -60,18 +62,28 @@ class WaitingLine:
         """Sandboxes that are being created, with the seconds after `expected_at`: see `waiting_estimate`."""
         self.expected_at = float("-inf")
         """Time of the event loop."""
+        self.served = 0
+        """Places that ended with a sandbox, since the start."""
         self.places: dict[str, Place] = {}
         """Places by holder, in the order of the line."""
         self.timed_out: dict[str, float] = {}
         """Holders whose longest wait is over, until their next request, with the time of the event loop at which
         the entry ends. A restart of the allocator loses the entries, and such a student then waits anew."""
 
-    def fill(self, places: Iterable[Place], *, epoch: int, now: float) -> None:
+    def fill(self, places: Iterable[tuple[str, Place]], *, epoch: int, now: float) -> None:
         """Replace the copy."""
         if epoch != self.epoch:
             self.loaded_at = now
         self.epoch = epoch
-        self.places = {place.command.holder: place for place in places}
+        self.places = {}
+        self.add(places)
+
+    def add(self, places: Iterable[tuple[str, Place]]) -> None:
+        """Add the places of the holders to the copy, each in its order of service."""
+        self.places |= dict(places)
+        self.places = dict(
+            sorted(self.places.items(), key=lambda item: (not item[1].is_replacement, item[1].waiting_id))
+        )
 
     @contextmanager
     def changing(self) -> Iterator[None]:

@@ -137,6 +137,7 @@ PLANS = {
         "l_1": "leases_pkey: lease_id",  # the second use of the alias
         "s": "sandboxes_pkey: sandbox_id",
         "n": "sandboxes_pkey: sandbox_id",
+        "w": "waiting_one_per_holder: holder",
         "by_replaced": "leases_by_replaced: replaces",
         "new_sandbox": "sandboxes_pkey: sandbox_id",
     },

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from allocator.handlers import waiting
-from allocator.handlers.lease_changes import replace_sandbox
+from allocator.handlers.lease_changes import claim_lease, replace_sandbox
 from allocator.handlers.leases import end_play
 from allocator.sql import waiting as statements
 from allocator.waiting_line import WaitingLimits, WaitingLine
 from allocator.write_session import Fenced, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReplaceSandbox, ServeWaiting
+from sandbox_broker.contract.commands import AllocateSandbox, ClaimLease, EndPlay, ReplaceSandbox, ServeWaiting
 from sandbox_broker.contract.policies import Match, Policy
 from sandbox_broker.contract.replies import LineServed, PlayEnded, Reply, StudentWaiting
 
@@ -236,6 +236,109 @@ async def test_a_request_for_another_prefix_moves_to_the_end(pool: Pool) -> None
     await allocate(session, wait_command("ann", "lab-a-"), wait_command("bob", "lab-b-"))
     assert place(await ask(session, wait_command("ann", "lab-b-"))).position == 2
     assert await holders(pool) == ["bob", "ann"]
+
+
+async def replace(session: WriteSession, sandbox_id: str, holder: str | None, wait_sec: int | None = 900) -> Reply:
+    command = ReplaceSandbox(
+        request_id="request", sandbox_id=sandbox_id, holder=holder, reason="no login", wait_sec=wait_sec
+    )
+    (reply,) = await replace_sandbox(session, [command])
+    return reply
+
+
+async def test_a_student_waits_for_a_replacement_at_the_head_of_the_line(pool: Pool) -> None:
+    session = await pool.write_session()
+    broken = [await pool.lease(holder) for holder in ("ann", "bob")]
+    await ask(session, wait_command("cid"))
+    before = await pool.rows("SELECT * FROM leases ORDER BY 1")
+    assert place(await replace(session, broken[0], "ann")).position == 1
+    assert place(await replace(session, broken[1], "bob")).position == 2
+    assert place(await replace(session, broken[0], "ann")).position == 1
+    assert place(await ask(session, wait_command("cid"))).position == 3
+    assert await pool.rows("SELECT * FROM leases ORDER BY 1") == before
+    await pool.fill(["new-1"])
+    assert await serve(session) == LineServed(served=1, waiting=2)
+    assert (await leased(pool))["ann"] == "new-1"
+    lease = granted_lease(await replace(session, broken[0], "ann"))
+    assert (lease.name, lease.new) == ("new-1", False)
+    assert [event["holder"] for event in await events(pool, "waiting.served")] == ["ann"]
+    assert len(await events(pool, "sandbox.replaced")) == 1
+    await pool.fill(["new-2"])
+    assert granted_lease(await replace(session, broken[1], "bob")).name == "new-2"
+    assert await holders(pool) == ["cid"]
+    await pool.assert_sound()
+
+
+async def test_a_new_allocator_knows_the_students_who_wait_for_a_replacement(pool: Pool) -> None:
+    broken = await pool.lease("ann")
+    old = await pool.write_session()
+    await ask(old, wait_command("bob"))
+    await replace(old, broken, "ann")
+    session = await pool.write_session()
+    await session.raise_epoch()
+    await pool.fill(["new-1"])
+    assert await serve(session) == LineServed(served=1, waiting=1)
+    assert (await leased(pool))["ann"] == "new-1"
+
+
+async def test_an_allocation_returns_the_broken_sandbox_and_keeps_the_place(pool: Pool) -> None:
+    broken = await pool.lease("ann")
+    session = await pool.write_session()
+    await replace(session, broken, "ann")
+    for command in (allocate_command("ann"), wait_command("ann", prefix="lab-")):
+        assert granted_lease(await ask(session, command)).sandbox_id == broken
+    assert await holders(pool) == ["ann"]
+
+
+async def test_another_student_does_not_overtake_a_waiting_replacement(pool: Pool) -> None:
+    broken = await pool.lease("ann"), await pool.lease("bob")
+    session = await pool.write_session()
+    place(await replace(session, broken[0], "ann"))
+    await pool.fill(1)
+    assert place(await replace(session, broken[1], "bob")).position == 1
+    assert await holders(pool) == ["bob"]
+    assert await pool.value("SELECT end_reason FROM leases WHERE sandbox_id = $1", broken[0]) == "broken"
+
+
+@pytest.mark.parametrize("wait_sec", [None, 0])
+async def test_a_replacement_without_the_wish_to_wait_is_refused(pool: Pool, wait_sec: int | None) -> None:
+    broken = await pool.lease("ann")
+    session = await pool.write_session()
+    assert refusal_code(await replace(session, broken, "ann", wait_sec)) == "POOL_EXHAUSTED"
+    place(await replace(session, broken, "ann"))
+    assert refusal_code(await replace(session, broken, "ann", 0)) == "POOL_EXHAUSTED"
+    assert await holders(pool) == []
+
+
+async def test_the_policy_of_the_lease_limits_the_wait_for_a_replacement(pool: Pool) -> None:
+    await pool.apply_policies(Policy(name="exam", match=Match(track_name="exam"), wait_minutes=0))
+    await pool.fill(1)
+    session = await pool.write_session()
+    broken = granted_lease(await ask(session, allocate_command("ann", track="exam"))).sandbox_id
+    session.policies.forget()
+    assert refusal_code(await replace(session, broken, "ann")) == "POOL_EXHAUSTED"
+
+
+@pytest.mark.parametrize("end", ["release", "claim", "administrator"])
+async def test_a_place_for_a_replacement_ends_with_its_reason(pool: Pool, end: str) -> None:
+    broken = await pool.lease("ann")
+    session = await pool.write_session()
+    if end == "claim":
+        await pool.execute("UPDATE leases SET mode = 'standby'")
+    await replace(session, broken, "ann")
+    if end == "release":
+        await release(session, release_command(broken, "ann"))
+    if end == "claim":
+        command = ClaimLease(request_id="request", sandbox_id=broken, holder="ann", new_holder="eve")
+        granted_lease((await claim_lease(session, [command]))[0])
+    await pool.fill(["new-1"])
+    if end == "administrator":
+        assert granted_lease(await replace(session, broken, None, None)).name == "new-1"
+    assert await serve(session) == LineServed(served=0, waiting=0)
+    assert await holders(pool) == []
+    assert await pool.column("SELECT name FROM sandboxes WHERE status = 'available'") == (
+        [] if end == "administrator" else ["new-1"]
+    )
 
 
 async def test_another_idempotency_key_keeps_the_place(pool: Pool) -> None:

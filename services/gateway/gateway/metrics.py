@@ -41,7 +41,8 @@ SLOW_CLIENTS = Counter(
 DELETIONS_MARKED = Counter("broker_deletion_marked_total", "Responses to mark-for-deletion by outcome", ["outcome"])
 LEASE_CHANGES = Counter(
     "broker_lease_change_requests_total",
-    "Requests to claim, extend or replace a lease, by outcome: done, repeated, or the error code in small letters",
+    "Requests to claim, extend or replace a lease, by outcome: done, repeated, waiting, or the error code in small "
+    "letters",
     ["change", "outcome"],
 )
 INSTRUQT_EVENTS = Counter(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sandbox_broker.contract.commands import AllocateSandbox, ClaimLease, Command, ExtendLease, ReplaceSandbox
-from sandbox_broker.contract.replies import LeaseGranted, Reply
+from sandbox_broker.contract.replies import LeaseGranted, Reply, StudentWaiting
 from sandbox_broker.contract.replies import refuse as refusal
 
 from .gateway_harness import ADMIN, LEASE, STUDENT, Gateway, detail, running, say_nothing
@@ -87,6 +87,18 @@ async def test_a_blank_new_holder_keeps_the_holder(gateway: Gateway) -> None:
     # An unset variable of a script arrives as a blank header.
     await gateway.client.post(f"{SANDBOX}/claim", headers={**STUDENT, "X-New-Holder": " "})
     assert only_command(gateway).new_holder is None
+
+
+async def test_a_student_waits_for_a_replacement(gateway: Gateway) -> None:
+    gateway.allocator.answer = answer_with(
+        StudentWaiting(position=1, waiting_since=1728054123, estimated_wait_sec=None, retry_after=2)
+    )
+    headers = {**STUDENT, "Prefer": "respond-async, wait=60"}
+    response = await gateway.client.post(f"{SANDBOX}/replace", headers=headers, json={"reason": "no DNS"})
+    assert (response.status_code, response.headers["Retry-After"]) == (202, "2")
+    assert response.headers["Preference-Applied"] == "respond-async"
+    assert response.json()["status"] == "waiting"
+    assert only_command(gateway).wait_sec == 60
 
 
 async def test_an_extension_needs_no_content_type(gateway: Gateway) -> None:

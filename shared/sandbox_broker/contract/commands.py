@@ -114,15 +114,18 @@ class ExtendLease(Command[LeaseExtended]):
     note: StorableText | None = Field(default=None, min_length=1, max_length=500)
 
 
-class ReplaceSandbox(Command[LeaseGranted]):
-    """End the lease of a broken sandbox, and lease another sandbox to its student. Without a `holder` an
-    administrator replaces the sandbox of any student, without the limit. → LeaseGranted or Refused."""
+class ReplaceSandbox(Command[LeaseGranted | StudentWaiting]):
+    """End the lease of a broken sandbox, and lease another sandbox to its student. A student who wants to wait keeps
+    the broken sandbox until another one is free. Without a `holder` an administrator replaces the sandbox of any
+    student, without the limit. → LeaseGranted, StudentWaiting or Refused."""
 
     type: Literal["ReplaceSandbox"] = "ReplaceSandbox"
     request_id: str
     sandbox_id: SandboxId
     holder: PrintableAscii | None = None
     reason: StorableText = Field(min_length=1, max_length=500)
+    wait_sec: int | None = Field(default=None, ge=0, le=MAX_SEC)
+    """Longest wait in line: see AllocateSandbox. None for an administrator."""
 
 
 class ReleaseSandbox(Command[SandboxReleased]):

@@ -6,10 +6,11 @@ from typing import Literal, TypeVar
 import structlog
 
 from allocator import metrics
+from allocator.handlers import waiting
 from allocator.sql import lease_changes
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
-from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted, Refused, Reply, refuse
+from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted, Refused, Reply, StudentWaiting, refuse
 
 C = TypeVar("C", ClaimLease, ExtendLease, ReplaceSandbox)
 
@@ -44,6 +45,8 @@ async def _change(
             code=reply.code,
         )
         outcome = reply.code.lower()
+    elif isinstance(reply, StudentWaiting):
+        outcome = "waiting"
     else:
         is_new = (
             reply.changed if isinstance(reply, LeaseExtended) else isinstance(reply, LeaseGranted) and reply.new
@@ -116,28 +119,16 @@ async def _extend(session: WriteSession, command: ExtendLease) -> Reply:
 
 
 async def _replace(session: WriteSession, command: ReplaceSandbox) -> Reply:
-    row = await lease_changes.replace(session, command)
+    row = await waiting.replace_in_line(session, command)
     if refusal := _refuse_stranger(command, row):
         return refusal
     if row["new"] is None and row["end_reason"] == "broken":
         raise ConcurrentUpdate  # the statement began before the end of another replacement
     if row["new"] is None or row["over"]:
-        if row["ended"]:
-            return refuse("LEASE_ENDED", sandbox_id=command.sandbox_id)
-        if not row["within_limit"]:
-            return refuse("REPLACEMENT_LIMIT", max_replacements=row["max_replacements"])
-        if row["name_prefix"] is None:
-            return refuse("POOL_EXHAUSTED")
-        return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=row["name_prefix"])
-    if row["new"]:
-        log.warning(
-            "sandbox.replaced",
-            request_id=command.request_id,
-            sandbox_id=command.sandbox_id,
-            replaced_by=row["sandbox_id"],
-            holder=command.holder,
-            reason=command.reason,
-        )
+        if refusal := _refuse_replacement(command, row):
+            return refusal
+        place = await waiting.wait_for_replacement(session, command, row) if command.wait_sec else None
+        return place or _refuse_exhausted(row)
     return LeaseGranted(
         new=row["new"],
         sandbox_id=row["sandbox_id"],
@@ -149,6 +140,21 @@ async def _replace(session: WriteSession, command: ReplaceSandbox) -> Reply:
         mode=row["mode"],
         claimed_at=row["claimed_at"],
     )
+
+
+def _refuse_replacement(command: ReplaceSandbox, row: lease_changes.ReplaceRow) -> Refused | None:
+    """Return the refusal unless the student may have another sandbox."""
+    if row["ended"]:
+        return refuse("LEASE_ENDED", sandbox_id=command.sandbox_id)
+    if not row["within_limit"]:
+        return refuse("REPLACEMENT_LIMIT", max_replacements=row["max_replacements"])
+    return None
+
+
+def _refuse_exhausted(row: lease_changes.ReplaceRow) -> Refused:
+    if row["name_prefix"] is None:
+        return refuse("POOL_EXHAUSTED")
+    return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=row["name_prefix"])
 
 
 def _refuse_stranger(

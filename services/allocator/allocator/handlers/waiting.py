@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
 
 from allocator import domain, metrics
-from allocator.sql import leases, waiting
+from allocator.sql import lease_changes, leases, waiting
 from allocator.waiting_estimate import REFRESH_SEC, estimate_waits, expect_sandboxes
 from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
 from allocator.write_session import WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ServeWaiting
+from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReplaceSandbox, ServeWaiting
 from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
 
 MAX_PASSES = 10
@@ -23,7 +24,7 @@ log = structlog.get_logger()
 async def serve_waiting(session: WriteSession, commands: Sequence[ServeWaiting]) -> list[Reply]:
     """End overdue places, and lease the available sandboxes to the line."""
     line = await open_line(session)
-    served = 0
+    served_before = line.served
     if line.places:
         now = asyncio.get_running_loop().time()
         line.timed_out = {holder: until for holder, until in line.timed_out.items() if until > now}
@@ -31,7 +32,8 @@ async def serve_waiting(session: WriteSession, commands: Sequence[ServeWaiting])
         may_have_asked = now - line.loaded_at >= line.limits.ttl_sec
         ttl = timedelta(seconds=line.limits.ttl_sec) if may_have_asked else None
         _record_ends(line, await waiting.end_overdue(session, ttl=ttl))
-        served = len(await serve_line(session))
+        await serve_line(session)
+    served = line.served - served_before
     return [LineServed(served=served, waiting=len(line.places)) for _ in commands]
 
 
@@ -67,8 +69,10 @@ async def allocate_in_line(
     results: list[leases.AllocationRow | None] = []
     for part in domain.split_on_repeated(commands, lambda command: command.holder):
         await _leave_for_another_request(session, part)
-        repeated = [command for command in part if command.holder in line.places]
-        new = [command for command in part if command.holder not in line.places]
+        # A student who waits for a replacement has a lease, so the allocation returns it and keeps the place.
+        waiting_for_lease = {holder for holder, place in line.places.items() if not place.is_replacement}
+        repeated = [command for command in part if command.holder in waiting_for_lease]
+        new = [command for command in part if command.holder not in waiting_for_lease]
         rows = await serve_line(session, new, repeated)
         results += [rows.get(command.holder) for command in part]
     return results
@@ -81,14 +85,60 @@ async def _leave_for_another_request(session: WriteSession, commands: Sequence[A
         command.holder
         for command in commands
         if (place := line.places.get(command.holder)) is not None
-        and (command.wait_sec == 0 or command.name_prefix != place.command.name_prefix)
+        and not place.is_replacement
+        and (command.wait_sec == 0 or (command.name_prefix or "") != place.prefix)
     ]
     if leaving:
         _record_ends(line, await waiting.leave(session, leaving, "left"))
 
 
+async def replace_in_line(session: WriteSession, command: ReplaceSandbox) -> lease_changes.ReplaceRow:
+    """Replace the sandbox, after the replacements that have waited for longer."""
+    line = await open_line(session)
+    place = line.places.get(command.holder or "")
+    if place is not None and command.wait_sec == 0:
+        _record_ends(line, await waiting.leave(session, [command.holder or ""], "left"))
+        place = None
+    if any(place.is_replacement for place in line.places.values()):
+        await serve_line(session, repeated=[command] if place is not None and place.is_replacement else [])
+    with line.changing():
+        row = await lease_changes.replace(session, command)
+    if row["new"]:
+        _log_replacement(command, row)
+        if (place := line.places.get(row["holder"])) is not None:
+            _record_served(line, row["holder"], place, row)
+    return row
+
+
+async def wait_for_replacement(
+    session: WriteSession, command: ReplaceSandbox, row: lease_changes.ReplaceRow
+) -> StudentWaiting | None:
+    """Return the place of a student whose sandbox is not replaced yet; None if the student must not wait."""
+    line, holder = session.waiting_line, row["holder"]
+    if holder not in line.places:
+        await session.policies.load(session.connection)
+        terms = session.policies.resolve(track_name=row["track_name"], name_prefix=row["name_prefix"])
+        wait_sec = min(command.wait_sec or 0, terms.wait_sec)
+        if not _can_join(line, holder, wait_sec):
+            return None
+        student = waiting.Joining(holder, command, row["name_prefix"], row["track_name"], wait_sec)
+        await _join(session, [student])
+    return (await _describe_places(session, [holder]))[holder]
+
+
+def _log_replacement(command: ReplaceSandbox, row: lease_changes.ReplaceRow) -> None:
+    log.warning(
+        "sandbox.replaced",
+        request_id=command.request_id,
+        sandbox_id=command.sandbox_id,
+        replaced_by=row["sandbox_id"],
+        holder=command.holder,
+        reason=command.reason,
+    )
+
+
 async def serve_line(
-    session: WriteSession, requests: Sequence[AllocateSandbox] = (), repeated: Sequence[AllocateSandbox] = ()
+    session: WriteSession, requests: Sequence[AllocateSandbox] = (), repeated: Sequence[waiting.Request] = ()
 ) -> dict[str, leases.AllocationRow]:
     """Lease the available sandboxes to the line, then to `requests`, first come, first served.
 
@@ -99,14 +149,17 @@ async def serve_line(
     keeping = {
         command.holder: command if _is_changed(command, line.places[command.holder]) else None
         for command in repeated
-        if command.wait_sec is not None
+        if command.wait_sec is not None and command.holder is not None
     }
     rows: dict[str, leases.AllocationRow] = {}
     passed_over: set[str] = set()
     for _ in range(MAX_PASSES):
         new = [command for command in requests if command.holder not in rows]
-        seekers = [place.command for holder, place in line.places.items() if holder not in passed_over] + new
-        prefixes = sorted({command.name_prefix or "" for command in seekers})
+        seekers = [
+            *(_Seeker(holder, place.prefix) for holder, place in line.places.items() if holder not in passed_over),
+            *(_Seeker(command.holder, command.name_prefix or "", command) for command in new),
+        ]
+        prefixes = sorted({seeker.prefix for seeker in seekers})
         with line.changing():
             available, settled = await waiting.look(
                 session, repeated=keeping, requests=new, prefixes=prefixes, number=len(seekers)
@@ -115,21 +168,49 @@ async def serve_line(
             if command is not None:
                 line.places[holder].command = command
         keeping = {}
-        seekers = [command for command in seekers if command.holder not in settled]
-        chosen = assign_sandboxes([command.name_prefix or "" for command in seekers], available)
-        sandboxes = {
-            command.holder: sandbox_id
-            for command, sandbox_id in zip(seekers, chosen, strict=True)
+        seekers = [seeker for seeker in seekers if seeker.command is None or seeker.holder not in settled]
+        chosen = assign_sandboxes([seeker.prefix for seeker in seekers], available)
+        served = [
+            (seeker.command or line.places[seeker.holder].command, sandbox_id)
+            for seeker, sandbox_id in zip(seekers, chosen, strict=True)
             if sandbox_id is not None
-        }
-        served = [command for command in seekers if command.holder in sandboxes]
-        if await _lease_chosen(session, served, sandboxes, rows, passed_over):
+        ]
+        replacing = [command for command, _ in served if isinstance(command, ReplaceSandbox)]
+        leasing = [(command, sandbox_id) for command, sandbox_id in served if isinstance(command, AllocateSandbox)]
+        are_replaced = [await _replace_for_place(session, command) for command in replacing]
+        sandboxes = {command.holder: sandbox_id for command, sandbox_id in leasing}
+        are_leased = await _lease_chosen(session, [command for command, _ in leasing], sandboxes, rows, passed_over)
+        if are_leased and all(are_replaced):
             break
     rest = [command for command in requests if command.holder not in rows]
     for part in domain.split_on_repeated(rest, lambda _: None) if rest else ():
         outcomes = await leases.allocate_chosen(session, part, [None] * len(part))
         rows.update((command.holder, row) for command, row in zip(part, outcomes, strict=True))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Seeker:
+    holder: str
+    prefix: str
+    command: AllocateSandbox | None = None
+    """None: the student has a place."""
+
+
+async def _replace_for_place(session: WriteSession, command: ReplaceSandbox) -> bool:
+    """Replace the sandbox of a waiting student. Return False if the place ends, or the chosen sandbox has gone."""
+    line = session.waiting_line
+    holder, place = next((holder, place) for holder, place in line.places.items() if place.command is command)
+    with line.changing():
+        row = await lease_changes.replace(session, command)
+    if row["new"]:
+        metrics.LEASE_CHANGES.labels("replace", "done").inc()
+        _log_replacement(command, row)
+        _record_served(line, holder, place, row)
+        return True
+    if row["ended"] or not (row["own"] and row["within_limit"]):
+        _record_ends(line, await waiting.leave(session, [holder], "refused"))
+    return False
 
 
 async def _lease_chosen(
@@ -160,7 +241,7 @@ async def _lease_chosen(
             if place is None:
                 continue
             if row["outcome"] == "new":
-                _record_served(line, place, row)
+                _record_served(line, command.holder, place, row)
             elif row["outcome"] == "quota_exceeded":
                 passed_over.add(command.holder)
             else:
@@ -170,7 +251,7 @@ async def _lease_chosen(
     return is_complete
 
 
-def _is_changed(command: AllocateSandbox, place: Place) -> bool:
+def _is_changed(command: waiting.Request, place: Place) -> bool:
     """Return whether the student sent another request for the same place, for example with another key."""
     ignored = {"request_id": "", "traceparent": None, "wait_sec": None}
     return command.model_copy(update=ignored) != place.command.model_copy(update=ignored)
@@ -185,36 +266,54 @@ async def wait_in_line(
     does not allow it, or their longest wait is over.
     """
     line = session.waiting_line
-    joining: dict[str, tuple[AllocateSandbox, float]] = {}
+    joining: dict[str, waiting.Joining] = {}
     for command in commands:
         terms = session.policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
         wait_sec = min(command.wait_sec or 0, terms.wait_sec)
-        is_over = line.timed_out.pop(command.holder, None) is not None
-        has_room = len(line.places) + len(joining) < line.limits.max_places
-        if wait_sec > 0 and command.holder not in line.places and has_room and not is_over:
-            joining.setdefault(command.holder, (command, wait_sec))
+        if _can_join(line, command.holder, wait_sec, others=len(joining)):
+            student = waiting.Joining(command.holder, command, command.name_prefix, command.track_name, wait_sec)
+            joining.setdefault(command.holder, student)
     if joining:
-        await waiting.join(session, *zip(*joining.values(), strict=True))
-        metrics.WAITING_STARTED.inc(len(joining))
-    positions = line.positions(command.holder for command in commands if command.holder in line.places)
-    for holder, (command, _) in joining.items():
+        await _join(session, list(joining.values()))
+    places = await _describe_places(session, [command.holder for command in commands])
+    return {domain.dedup_key(command): places[command.holder] for command in commands if command.holder in places}
+
+
+def _can_join(line: WaitingLine, holder: str, wait_sec: float, *, others: int = 0) -> bool:
+    """Return whether the student may join after `others`. A student whose longest wait is over may not, once."""
+    is_over = line.timed_out.pop(holder, None) is not None
+    has_room = len(line.places) + others < line.limits.max_places
+    return wait_sec > 0 and holder not in line.places and has_room and not is_over
+
+
+async def _join(session: WriteSession, students: Sequence[waiting.Joining]) -> None:
+    line = session.waiting_line
+    await waiting.join(session, students)
+    metrics.WAITING_STARTED.inc(len(students))
+    positions = line.positions(student.holder for student in students)
+    for student in students:
         log.info(
             "waiting.started",
-            request_id=command.request_id,
-            holder=holder,
-            name_prefix=command.name_prefix,
-            position=positions[holder],
+            request_id=student.command.request_id,
+            holder=student.holder,
+            name_prefix=student.name_prefix,
+            position=positions[student.holder],
         )
+
+
+async def _describe_places(session: WriteSession, holders: Sequence[str]) -> dict[str, StudentWaiting]:
+    """Return the reply to each of the holders that waits."""
+    line = session.waiting_line
+    positions = line.positions(holder for holder in holders if holder in line.places)
     estimates = await _estimate_waits(session) if positions else {}
     return {
-        domain.dedup_key(command): StudentWaiting(
-            position=positions[command.holder],
-            waiting_since=line.places[command.holder].waiting_since,
-            estimated_wait_sec=estimates.get(command.holder),
-            retry_after=retry_after_sec(positions[command.holder], line.limits.ttl_sec),
+        holder: StudentWaiting(
+            position=position,
+            waiting_since=line.places[holder].waiting_since,
+            estimated_wait_sec=estimates.get(holder),
+            retry_after=retry_after_sec(position, line.limits.ttl_sec),
         )
-        for command in commands
-        if command.holder in positions
+        for holder, position in positions.items()
     }
 
 
@@ -229,14 +328,17 @@ async def _estimate_waits(session: WriteSession) -> dict[str, int | None]:
     return dict(zip(line.places, estimate_waits(prefixes, line.expected), strict=True))
 
 
-def _record_served(line: WaitingLine, place: Place, row: leases.AllocationRow) -> None:
-    line.remove([place.command.holder])
+def _record_served(
+    line: WaitingLine, holder: str, place: Place, row: leases.AllocationRow | lease_changes.ReplaceRow
+) -> None:
+    line.remove([holder])
+    line.served += 1
     waited_sec = max(0, row["allocated_at"] - place.waiting_since)
     metrics.WAITING_TIME.observe(waited_sec)
     log.info(
         "waiting.served",
         request_id=place.command.request_id,
-        holder=place.command.holder,
+        holder=holder,
         sandbox_id=row["sandbox_id"],
         waited_sec=waited_sec,
     )

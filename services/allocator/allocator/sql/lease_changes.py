@@ -6,7 +6,7 @@ the lease comes before or after it as a whole. The statements follow the rules f
 
 from typing import Literal, TypedDict
 
-from allocator.sql.leases import PICK_ANY, PICK_BY_PREFIX, end_leases
+from allocator.sql.leases import ANNOUNCE_SERVED, PICK_ANY, PICK_BY_PREFIX, end_leases
 from allocator.write_session import GUARD, WriteSession
 from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
 
@@ -114,6 +114,7 @@ FROM guard LEFT JOIN target t ON true LEFT JOIN extended e ON true
 
 # One row or none in every CTE. The statement locks the old sandbox before it picks the new one with SKIP LOCKED, so
 # it never waits while it holds a new sandbox. Without a new sandbox no row reaches `ending`, and nothing changes.
+# With one, the student leaves the waiting line.
 REPLACE = f"""
 WITH {GUARD},
 target AS MATERIALIZED (
@@ -170,6 +171,11 @@ leased AS (
     FROM claimed c CROSS JOIN picked p
     RETURNING sandbox_id, allocated_at, expires_at
 ),
+served AS (
+    DELETE FROM waiting w USING claimed c CROSS JOIN picked p WHERE w.holder = ANY (ARRAY[p.holder COLLATE "C"])
+    RETURNING w.*, c.sandbox_id, c.name
+),
+{ANNOUNCE_SERVED},
 announced_replacement AS (
     INSERT INTO outbox (type, subject, data)
     SELECT event.* FROM leased l CROSS JOIN claimed c CROSS JOIN picked p CROSS JOIN announced
@@ -207,8 +213,9 @@ replacement AS MATERIALIZED (
         WHERE new_sandbox.sandbox_id = earlier.sandbox_id LIMIT 1
     ) s ON true
 )
-SELECT epoch, t.lease_id, t.status, coalesce(t.own, false) AS own, t.end_reason, t.ended_at IS NOT NULL AS ended,
-    coalesce(t.within_limit, false) AS within_limit, nullif(t.prefix, '') AS name_prefix,
+SELECT epoch, t.lease_id, t.status, coalesce(t.own, false) AS own, t.holder, t.track_name,
+    t.end_reason, t.ended_at IS NOT NULL AS ended, coalesce(t.within_limit, false) AS within_limit,
+    nullif(t.prefix, '') AS name_prefix,
     coalesce(t.max_replacements, $10::int) AS max_replacements,
     r.new, r.over, r.sandbox_id, r.name, r.external_id, r.sfdc_account_id, r.mode,
     floor(extract(epoch FROM r.allocated_at))::bigint AS allocated_at,
@@ -260,6 +267,8 @@ class ExtendRow(_LeaseRow):
 class ReplaceRow(_LeaseRow):
     """The columns after `new` describe the lease that replaces the old one."""
 
+    holder: str
+    track_name: str | None
     end_reason: str | None
     within_limit: bool
     max_replacements: int

@@ -177,6 +177,16 @@ PLACE_DATA = """
 """
 """Fields of every event about a place in the waiting line."""
 
+ANNOUNCE_SERVED = f"""
+announced_served AS (
+    INSERT INTO outbox (type, data)
+    SELECT 'waiting.served', jsonb_build_object({PLACE_DATA}, 'sandbox_id', sandbox_id, 'name', name,
+        'waited_sec', floor(extract(epoch FROM now() - waiting_since))::bigint)
+    FROM served
+)
+"""
+"""CTE that announces the places in the CTE `served`."""
+
 # $16 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
 # the statement leases none, because a student would overtake another whose sandbox is gone.
 _CHOSEN = {
@@ -198,12 +208,7 @@ served AS (
     DELETE FROM waiting w USING claimed c WHERE w.holder = ANY (ARRAY[c.holder COLLATE "C"])
     RETURNING w.*, c.sandbox_id, c.name
 ),
-announced_served AS (
-    INSERT INTO outbox (type, data)
-    SELECT 'waiting.served', jsonb_build_object({PLACE_DATA}, 'sandbox_id', sandbox_id, 'name', name,
-        'waited_sec', floor(extract(epoch FROM now() - waiting_since))::bigint)
-    FROM served
-),
+{ANNOUNCE_SERVED},
 """,
 }
 

@@ -7,16 +7,20 @@ serves the line: it removes a place in the statement that grants the lease.
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+from pydantic import Field, TypeAdapter
 
 from allocator.sql.leases import PICK_ANY, PICK_BY_PREFIX, PLACE_DATA
 from allocator.waiting_estimate import Creation
 from allocator.waiting_line import Place, WaitEnd
 from allocator.write_session import GUARD, ConcurrentUpdate, WriteSession
-from sandbox_broker.contract.commands import AllocateSandbox
+from sandbox_broker.contract.commands import AllocateSandbox, ReplaceSandbox
 from sandbox_broker.database.schema import prefix_end
 
-_PLACE = "waiting_id, holder, command::text AS command, floor(extract(epoch FROM waiting_since))::bigint AS since"
+_PLACE = """
+waiting_id, holder, name_prefix, command::text AS command, floor(extract(epoch FROM waiting_since))::bigint AS since
+"""
 LOAD = f"""
 WITH {GUARD}
 SELECT epoch, place.* FROM guard LEFT JOIN LATERAL (
@@ -143,6 +147,20 @@ ORDER BY due_at, creation_id
 
 NEVER = timedelta(days=36_500)
 
+Request = AllocateSandbox | ReplaceSandbox
+_COMMANDS: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="type")])
+
+
+class Joining(NamedTuple):
+    """Student who joins the line."""
+
+    holder: str
+    command: Request
+    name_prefix: str | None
+    track_name: str | None
+    wait_sec: float
+    """Longest wait."""
+
 
 class EndedRow(TypedDict):
     holder: str | None
@@ -163,7 +181,7 @@ async def load(session: WriteSession) -> None:
 async def look(
     session: WriteSession,
     *,
-    repeated: Mapping[str, AllocateSandbox | None],
+    repeated: Mapping[str, Request | None],
     requests: Sequence[AllocateSandbox],
     prefixes: Sequence[str],
     number: int,
@@ -190,19 +208,18 @@ async def look(
     return {row["prefix"]: row["ids"] for row in rows[:-1]}, set(rows[-1]["ids"])
 
 
-async def join(session: WriteSession, commands: Sequence[AllocateSandbox], waits_sec: Sequence[float]) -> None:
-    """Add a place for each command at the end of the line, in this order. `waits_sec` are the longest waits."""
+async def join(session: WriteSession, joining: Sequence[Joining]) -> None:
+    """Add a place for each student at the end of the line, in this order."""
     with session.waiting_line.changing():
         rows = await session.fetch(
             JOIN,
-            [command.holder for command in commands],
-            [command.name_prefix for command in commands],
-            [command.track_name for command in commands],
-            [command.model_dump_json() for command in commands],
-            waits_sec,
+            [student.holder for student in joining],
+            [student.name_prefix for student in joining],
+            [student.track_name for student in joining],
+            [student.command.model_dump_json() for student in joining],
+            [student.wait_sec for student in joining],
         )
-    for row in rows:
-        session.waiting_line.places[row["holder"]] = _place(row)
+    session.waiting_line.add(map(_place, rows))
 
 
 async def load_coming(session: WriteSession) -> list[Creation]:
@@ -239,9 +256,11 @@ async def _end(session: WriteSession, statement: str, *arguments: object) -> lis
     return ended
 
 
-def _place(row: Mapping[str, object]) -> Place:
-    return Place(
-        waiting_id=row["waiting_id"],  # type: ignore[arg-type]
-        waiting_since=row["since"],  # type: ignore[arg-type]
-        command=AllocateSandbox.model_validate_json(row["command"]),  # type: ignore[arg-type]
+def _place(row: Mapping[str, Any]) -> tuple[str, Place]:
+    """Return the holder and the place."""
+    return row["holder"], Place(
+        waiting_id=row["waiting_id"],
+        waiting_since=row["since"],
+        prefix=row["name_prefix"] or "",
+        command=_COMMANDS.validate_json(row["command"]),
     )

@@ -12,13 +12,14 @@ from fastapi import APIRouter, Query, Request, Response
 
 from gateway import metrics
 from gateway.api.errors import ApiError
-from gateway.api.responses import responses
+from gateway.api.responses import STUDENT_WAITING, responses
 from gateway.api.schemas.track import Extension, ExtensionRequest, Lease, ReplacementRequest, StandbyLease
 from gateway.routes import admin_actions, track
 from gateway.web.bodies import describe_body, read_body
-from gateway.web.headers import ExtensionKey, Holder, NewHolder
+from gateway.web.headers import ExtensionKey, Holder, NewHolder, WaitSec
 from sandbox_broker.contract.commands import ClaimLease, Command, ExtendLease, R, ReplaceSandbox
-from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted
+from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted, StudentWaiting
+from sandbox_broker.contract.types import Message
 from sandbox_broker.observability import tracing
 
 MAX_HOURS = 87_600
@@ -126,6 +127,7 @@ async def claim(request: Request, sandbox_id: str, holder: Holder, new_holder: N
     openapi_extra=describe_body(ReplacementRequest),
     responses={
         200: {"model": Lease | StandbyLease, "description": "This sandbox was replaced before by the returned one"},
+        202: STUDENT_WAITING,
         **responses(
             *track.COMMON_ERRORS,
             "INVALID_REQUEST",
@@ -136,12 +138,13 @@ async def claim(request: Request, sandbox_id: str, holder: Holder, new_holder: N
         ),
     },
 )
-async def replace(request: Request, sandbox_id: str, holder: Holder) -> Response:
+async def replace(request: Request, sandbox_id: str, holder: Holder, wait_sec: WaitSec) -> Response:
     """Lease another sandbox to the student instead of a broken one, in one step. Without an available sandbox the
-    student keeps the broken one. An operator can inspect the broken sandbox for `BROKEN_HOLD_HOURS` before it is
+    student keeps the broken one, and a student who sends `Prefer: respond-async` gets a place at the head of the
+    waiting line. An operator can inspect the broken sandbox for `BROKEN_HOLD_HOURS` before it is
     deleted. A repeated call returns the same new sandbox."""
     body = await read_body(request, ReplacementRequest)
-    return await _replace(request, sandbox_id, holder, body.reason)
+    return await _replace(request, sandbox_id, holder, body.reason, wait_sec)
 
 
 @admin_router.post(
@@ -159,10 +162,20 @@ async def replace_for_administrator(request: Request, sandbox_id: str, reason: R
     return await _replace(request, sandbox_id, None, reason)
 
 
-async def _replace(request: Request, sandbox_id: str, holder: str | None, reason: str) -> Response:
+async def _replace(
+    request: Request, sandbox_id: str, holder: str | None, reason: str, wait_sec: int | None = None
+) -> Response:
     reply = await _request_change(
-        request, "replace", ReplaceSandbox, sandbox_id=sandbox_id, holder=holder, reason=reason
+        request,
+        "replace",
+        ReplaceSandbox,
+        sandbox_id=sandbox_id,
+        holder=holder,
+        reason=reason,
+        wait_sec=wait_sec,
     )
+    if isinstance(reply, StudentWaiting):
+        return track.waiting_response(reply)
     return track.lease_response(reply, 201 if reply.new else 200)
 
 
@@ -190,6 +203,12 @@ async def _request_change(
     except ApiError as error:
         metrics.LEASE_CHANGES.labels(change, error.code.lower()).inc()
         raise
-    is_new = reply.changed if isinstance(reply, LeaseExtended) else isinstance(reply, LeaseGranted) and reply.new
-    metrics.LEASE_CHANGES.labels(change, "done" if is_new else "repeated").inc()
+    metrics.LEASE_CHANGES.labels(change, _outcome(reply)).inc()
     return reply
+
+
+def _outcome(reply: Message) -> str:
+    if isinstance(reply, StudentWaiting):
+        return "waiting"
+    is_new = reply.changed if isinstance(reply, LeaseExtended) else isinstance(reply, LeaseGranted) and reply.new
+    return "done" if is_new else "repeated"

@@ -69,7 +69,8 @@ async def _lease(request: Request) -> Response:
             metrics.ALLOCATIONS.labels(outcome="client_gone").inc()
             raise
     if isinstance(reply, StudentWaiting):
-        return _waiting_response(reply)
+        metrics.WAITING.inc()
+        return waiting_response(reply)
     ids["sandbox_id"] = reply.sandbox_id
     if reply.new:
         metrics.ALLOCATED.inc()
@@ -86,8 +87,7 @@ def lease_response(reply: LeaseGranted, status: int) -> Response:
     return Response(lease.model_dump_json(), status, media_type="application/json")
 
 
-def _waiting_response(reply: StudentWaiting) -> Response:
-    metrics.WAITING.inc()
+def waiting_response(reply: StudentWaiting) -> Response:
     return Response(
         Waiting.model_validate(reply, from_attributes=True).model_dump_json(),
         202,

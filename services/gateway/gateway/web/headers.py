@@ -224,6 +224,21 @@ async def _allocation(
     return read_allocation_headers(read_fields(request.scope))
 
 
+async def _wait(
+    request: Request,
+    _: Annotated[
+        Any,
+        _UNRESTRICTED,
+        Header(
+            alias=PREFER,
+            description="`respond-async, wait=<seconds>` (RFC 7240): wait in line if no sandbox is available.",
+            examples=["respond-async, wait=900"],
+        ),
+    ] = None,
+) -> int | None:
+    return read_wait_sec(request.scope, read_fields(request.scope))
+
+
 async def _extension_key(
     request: Request,
     _: Annotated[
@@ -271,6 +286,7 @@ async def _webhook(
 
 
 Holder = Annotated[str, Depends(_holder)]
+WaitSec = Annotated[int | None, Depends(_wait)]
 ExtensionKey = Annotated[str | None, Depends(_extension_key)]
 NewHolder = Annotated[str | None, Depends(_new_holder)]
 Allocation = Annotated[AllocationHeaders, Depends(_allocation)]
