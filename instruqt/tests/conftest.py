@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -193,8 +193,8 @@ class Track:
         assert "Warning" not in err
         return Run(completed.returncode, out, err)
 
-    def allocate(self, *arguments: str, **variables: str | None) -> Run:
-        return self.run(*self.script(ALLOCATION), *arguments, **variables)
+    def allocate(self, *arguments: str, launcher: Sequence[str] = (), **variables: str | None) -> Run:
+        return self.run(*launcher, *self.script(ALLOCATION), *arguments, **variables)
 
     def run_patched(self, statements: str, script: Path) -> Run:
         """Run `script` after `statements`, which change the modules os, platform and sys of its process."""

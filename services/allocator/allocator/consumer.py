@@ -31,7 +31,7 @@ from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.connection import run_with_reconnect, translating_errors
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
-from sandbox_broker.observability import log_context
+from sandbox_broker.observability import log_context, logging
 from sandbox_broker.runtime.service import run_uninterrupted
 
 MAX_PAUSE_SEC = 0.1
@@ -120,5 +120,6 @@ class Consumer:
             replies = iter(await self._dispatcher.dispatch(entries, batch_spans))
             self._relay.wake()
             answers = [(delivery, [next(replies) for _ in commands]) for delivery, commands in envelopes]
+            logging.flush()  # before the replies, because a restored backup is repaired from the lines of leases
             await asyncio.gather(*(publish_replies(self._publisher, *envelope) for envelope in answers))
             await subscription.ack(envelopes[-1][0], all_before=True)

@@ -7,12 +7,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 
+from allocator import consumer
 from allocator.routing import STUDENTS
 from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
@@ -31,10 +33,12 @@ from sandbox_broker.contract.commands import (
     SyncPool,
 )
 from sandbox_broker.contract.replies import SandboxReleased
+from sandbox_broker.messaging import subscription
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription
 from sandbox_broker.migrate import migrate
+from sandbox_broker.observability import logging
 
 from . import bus_harness
 from .allocator_harness import (
@@ -81,6 +85,26 @@ async def test_replies_are_in_the_order_of_the_envelope(pool: Pool, running: All
         "POOL_EXHAUSTED",
     ]
     await pool.assert_sound()
+
+
+async def test_log_lines_of_a_batch_are_written_before_its_replies(
+    pool: Pool, running: Allocator, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    publish_replies = subscription.publish_replies
+
+    def flush() -> None:
+        steps.append("lines")
+
+    async def record_and_publish(*arguments: Any) -> None:
+        steps.append("replies")
+        await publish_replies(*arguments)
+
+    monkeypatch.setattr(logging, "flush", flush)
+    monkeypatch.setattr(consumer, "publish_replies", record_and_publish)
+    await pool.fill(1)
+    await client.request([allocate_command("cid")])
+    assert steps == ["lines", "replies"]
 
 
 async def test_maintenance_commands_run_in_the_order_of_the_envelope(
