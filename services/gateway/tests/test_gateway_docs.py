@@ -44,7 +44,7 @@ STATUSES = {
     ("get", "/v1/admin/leaks"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("post", "/v1/sandboxes/{sandbox_id}/extend"): CHANGE_OF_LEASE,
     ("post", "/v1/sandboxes/{sandbox_id}/claim"): CHANGE_OF_LEASE,
-    ("post", "/v1/sandboxes/{sandbox_id}/replace"): {201, *CHANGE_OF_LEASE},
+    ("post", "/v1/sandboxes/{sandbox_id}/replace"): {201, 202, *CHANGE_OF_LEASE},
     ("post", "/v1/admin/sandboxes/{sandbox_id}/extend"): CHANGE_OF_LEASE,
     ("post", "/v1/admin/sandboxes/{sandbox_id}/replace"): {201, *CHANGE_OF_LEASE},
     ("get", "/v1/admin/stock"): {200, 400, 401, 403, 413, 429, 500, 503},
@@ -154,6 +154,8 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
             assert sent - TRACK_HEADERS == {"Idempotency-Key"}
         elif path.endswith("/claim"):
             assert sent == TRACK_HEADERS | {"X-New-Holder"}
+        elif path == "/v1/sandboxes/{sandbox_id}/replace":
+            assert sent == TRACK_HEADERS | {"Prefer"}
         elif path.startswith("/v1/sandboxes/"):
             assert sent == TRACK_HEADERS
         elif path == EVENTS:
