@@ -10,18 +10,15 @@ import pytest
 
 from csp_simulator.app import create_app
 from csp_simulator.testing import serving
+from sandbox_broker.csp import sessions
 from sandbox_broker.csp.client import CspError, CspUnauthorized, CspUnavailable
-from sandbox_broker.csp.niosxaas import (
-    ACCOUNT_SWITCH,
-    CURRENT_USER,
-    SERVICES,
-    SIGN_IN,
-    CleanedAccount,
-    NiosxaasClient,
-)
+from sandbox_broker.csp.niosxaas import API_ROOT, SERVICES, CleanedAccount, NiosxaasClient
 
 from .shared_harness import CannedTransport
 
+SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER = (
+    f"{API_ROOT}{path}" for path in (sessions.SIGN_IN, sessions.ACCOUNT_SWITCH, sessions.CURRENT_USER)
+)
 EMAIL = "broker@example.com"
 PASSWORD = 'pass"wörd-0123456789'
 UNKNOWN = "00000000-0000-4000-8000-00000000ffff"
@@ -294,7 +291,7 @@ async def test_no_service_is_deleted_if_the_account_switch_had_no_effect(
         await niosxaas.clean_account(first)
     assert str(caught.value) == (
         "CSP is in identity/accounts/00000000-0000-4000-8000-000000000001 after the switch to "
-        f"identity/accounts/{first}. No service was deleted."
+        f"identity/accounts/{first}. Nothing was changed."
     )
     assert await services(simulator) == before
     assert [path for _, path in await asked(simulator)] == [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER]
@@ -325,7 +322,7 @@ async def test_no_service_is_deleted_if_the_current_account_is_unreadable(text: 
         return httpx.Response(200, text=text) if request.url.path == CURRENT_USER else listing([])(request)
 
     async with answering(respond) as niosxaas:
-        with pytest.raises(CspUnavailable, match=r"the current user without an account\. No service was deleted"):
+        with pytest.raises(CspUnavailable, match=r"the current user without an account\. Nothing was changed"):
             await niosxaas.clean_account(UNKNOWN)
     assert paths == [SIGN_IN, ACCOUNT_SWITCH, CURRENT_USER]
 

@@ -112,7 +112,7 @@ async def test_no_service_is_removed_when_the_account_switch_had_no_effect(
     assert await list_deletions(csp) == ["account", "account"]
     assert await csp.accounts() == {}
     for deletion in allocator.all(RecordDeletion):
-        assert "No service was deleted." in (deletion.services_error or "")
+        assert "Nothing was changed." in (deletion.services_error or "")
 
 
 async def test_a_claim_includes_the_time_for_services(csp: Csp, allocator: Allocator, amqp_url: str) -> None:

@@ -47,6 +47,11 @@ MAX_BODY_BYTES: Mapping[str, int] = {
     "delete_service": _MIB,
     "create_account": _MIB,
     "find_account": 4 * _MIB,
+    "list_groups": _MIB,
+    "create_user": _MIB,
+    "find_user": _MIB,
+    "set_password": _MIB,
+    "delete_user": _MIB,
 }
 """Bound of an answer's body by operation, in decoded bytes. An answer over it is CspUnavailable."""
 MAX_RETRY_AFTER_SEC = 86_400.0

@@ -1,28 +1,23 @@
 """Client of NIOSXaaS: delete the services inside an account. Its errors are defined in csp/http.py.
 
-The client first verifies the account of its session. `GET /v2/current_user` with the JWT of the account switch must
-answer `{"result": {"account_id": "identity/accounts/<uuid>"}}` with the uuid of that account. The client assumes
-that CSP derives this answer from the JWT, as for every other call. Infoblox does not document the call. Public
-scripts use it to find the current account.
+The client verifies the account of its session before the first deletion (`sessions.py`).
 """
 
 import asyncio
-import json
 import re
 from dataclasses import dataclass
 from typing import Self
 
 import httpx
 
-from sandbox_broker.csp.http import ACCOUNT_ID, EXTERNAL_ID, CspError, CspHttp, CspUnavailable
+from sandbox_broker.csp.http import EXTERNAL_ID, CspError, CspHttp
+from sandbox_broker.csp.sessions import SessionClient, bearer, hidden_forms
 
-SIGN_IN = "/v2/session/users/sign_in"
-ACCOUNT_SWITCH = "/v2/session/account_switch"
-CURRENT_USER = "/v2/current_user"
+API_ROOT = "/v2"
+"""Path of the session calls below the base URL."""
 SERVICES = "/api/universalinfra/v1/universalservices"
 
 _SERVICE_ID = re.compile(r"infra/universal_service/([\w-]{1,128})", re.ASCII)
-_JWT = re.compile(r"[!-~]{1,16384}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +54,11 @@ class NiosxaasClient:
         """
         if not email.strip() or not password.strip():
             raise ValueError("the NIOSXaaS email and password must not be blank")
-        self._user = {"email": email, "password": password}
         self._service_name = service_name
         self._shadow_mode = shadow_mode
         self._timeout_sec = timeout_sec
-        # Also in its JSON forms, because an answer would quote it as JSON.
-        secrets = (password, *(json.dumps(password, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)))
-        self._http = CspHttp(base_url, secrets=secrets, timeout_sec=timeout_sec, transport=transport)
+        self._http = CspHttp(base_url, secrets=hidden_forms(password), timeout_sec=timeout_sec, transport=transport)
+        self._sessions = SessionClient(self._http, email, password, root=API_ROOT)
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,10 +81,9 @@ class NiosxaasClient:
         deadline = asyncio.get_running_loop().time() + self._timeout_sec
         # A separate session for each account, because a switch affects the whole session. In another account, the
         # same calls would delete the services of another customer.
-        own = await self._jwt("sign-in", SIGN_IN, self._user, None, deadline)
-        account = {"id": f"identity/accounts/{external_id.lower()}"}
-        jwt = await self._jwt("account switch", ACCOUNT_SWITCH, account, own, deadline)
-        await self._require_current_account(account["id"], jwt, deadline)
+        own = await self._sessions.sign_in(deadline)
+        jwt = await self._sessions.switch(own, external_id, deadline)
+        await self._sessions.require_current_account(jwt, external_id, deadline)
         services, failed = await self._services(jwt, deadline)
         names = tuple(self._http.line(service.name) for service in services)
         if self._shadow_mode:
@@ -106,48 +98,11 @@ class NiosxaasClient:
                 deleted.append(name)
         return CleanedAccount(deleted=tuple(deleted), would_delete=(), failed=failed)
 
-    async def _jwt(self, what: str, path: str, body: dict[str, str], jwt: str | None, deadline: float) -> str:
-        """Return the JWT of the answer. Errors never quote the answer, because it may hold a JWT."""
-        headers = _bearer(jwt) if jwt is not None else None
-        answer = await self._http.ask(
-            "POST",
-            path,
-            operation=what.replace("-", "_").replace(" ", "_"),
-            what=f"the {what}",
-            json=body,
-            headers=headers,
-            deadline=deadline,
-        )
-        if answer.status not in (200, 201) or answer.is_html:
-            raise self._http.failure(answer, what=f"the {what}", quote=False)
-        token = (answer.read_object() or {}).get("jwt")
-        if not isinstance(token, str) or not _JWT.fullmatch(token):
-            raise CspUnavailable(f"CSP answered the {what} without a JWT", answer.status)
-        return token
-
-    async def _require_current_account(self, account_id: str, jwt: str, deadline: float) -> None:
-        """Raise CspUnavailable unless CSP confirms that `jwt` acts in `account_id` (identity/accounts/<uuid>)."""
-        what = "the current user"
-        answer = await self._http.ask(
-            "GET", CURRENT_USER, operation="current_user", what=what, headers=_bearer(jwt), deadline=deadline
-        )
-        if answer.status != 200 or answer.is_html:
-            raise self._http.failure(answer, what=what, hide=jwt)
-        user = (answer.read_object() or {}).get("result")
-        current = user.get("account_id") if isinstance(user, dict) else None
-        if not isinstance(current, str) or ACCOUNT_ID.fullmatch(current) is None:
-            raise CspUnavailable(f"CSP answered {what} without an account. No service was deleted.", answer.status)
-        if current.lower() != account_id:
-            raise CspUnavailable(
-                f"CSP is in {current.lower()} after the switch to {account_id}. No service was deleted.",
-                answer.status,
-            )
-
     async def _services(self, jwt: str, deadline: float) -> tuple[list[_Service], tuple[str, ...]]:
         """Return the services to delete, and a line for each record without a readable id or name."""
         what = "the listing of services"
         answer = await self._http.ask(
-            "GET", SERVICES, operation="list_services", what=what, headers=_bearer(jwt), deadline=deadline
+            "GET", SERVICES, operation="list_services", what=what, headers=bearer(jwt), deadline=deadline
         )
         document = answer.read_object()
         # For an account without services, CSP may answer with an empty object.
@@ -169,14 +124,10 @@ class NiosxaasClient:
     async def _delete(self, service: _Service, jwt: str, deadline: float) -> None:
         path, what = f"{SERVICES}/{service.key}", "the deletion of a service"
         answer = await self._http.ask(
-            "DELETE", path, operation="delete_service", what=what, headers=_bearer(jwt), deadline=deadline
+            "DELETE", path, operation="delete_service", what=what, headers=bearer(jwt), deadline=deadline
         )
         if answer.status not in (200, 202, 204, 404) or answer.is_html:
             raise self._http.failure(answer, what=what, hide=jwt)
-
-
-def _bearer(jwt: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {jwt}"}
 
 
 def _key_and_name(record: object) -> tuple[str | None, str | None]:

@@ -1,7 +1,7 @@
 """HTTP simulator of Infoblox CSP with faults that can be injected while it runs.
 
-It serves the CSP API under /v2, and NIOSXaaS under /v2/session and /api/universalinfra. The control API sets the
-faults:
+It serves the CSP API under /v2, with the users of each account, and NIOSXaaS under /api/universalinfra. The control
+API sets the faults:
 
   curl localhost:9200/_control
       list every route and every switch, with its meaning and its current value
@@ -23,6 +23,12 @@ faults:
       answer one deletion with 255 KiB of gzip that decode to 256 MiB
   curl -X PATCH localhost:9200/_control/behaviour -d '{"account_switch_without_effect": true}'
       answer account switches with success, but leave the session in its account
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"account_switch_ready_after_sec": 40}'
+      refuse switches into each account for the 40 seconds after the first one
+  curl -X PATCH localhost:9200/_control/behaviour -d '{"jwt_lifetime_sec": 5, "fail_next_user_passwords": 1}'
+      let JWTs expire after five seconds, and fail one change of a password
+  curl localhost:9200/_control/users
+      list the users inside the accounts
   curl -X POST localhost:9200/_control/accounts/disturb -d '{"drop": 3, "rename": 2, "new_id": 1}'
       remove three random sandboxes, rename two, change the id of one
   curl -X PUT localhost:9200/_control/script -d '{"name": "bad-day", "speed": 100}'

@@ -70,8 +70,8 @@ def _parse_options() -> argparse.Namespace:
         "--accounts", type=count, default=50, help="create sandboxes up to this number; default: %(default)s"
     )
     parser.add_argument("--token", default=DEFAULT_TOKEN, help="accepted API token; default: %(default)s")
-    parser.add_argument("--email", default=DEFAULT_EMAIL, help="accepted user of NIOSXaaS; default: %(default)s")
-    parser.add_argument("--password", default=DEFAULT_PASSWORD, help="password of this user; default: %(default)s")
+    parser.add_argument("--email", default=DEFAULT_EMAIL, help="email of the administrator; default: %(default)s")
+    parser.add_argument("--password", default=DEFAULT_PASSWORD, help="the password; default: %(default)s")
     parser.add_argument("--state", type=Path, metavar="FILE", help="file that keeps the accounts between runs")
     parser.add_argument(
         "--name-prefix", default="sandbox-", help="name prefix of new accounts; default: %(default)s"

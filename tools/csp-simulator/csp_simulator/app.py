@@ -19,7 +19,10 @@ from csp_simulator.faults import FaultInjector
 from csp_simulator.niosxaas import NiosxaasApi
 from csp_simulator.script import ScriptPlayer
 from csp_simulator.services import ServiceStore
+from csp_simulator.session_api import SessionApi
 from csp_simulator.sessions import Sessions
+from csp_simulator.user_api import UserApi
+from csp_simulator.users import UserStore
 
 DEFAULT_TOKEN = "simulator-token"
 DEFAULT_EMAIL = "simulator@example.com"
@@ -44,13 +47,15 @@ def create_app(
     account_store, services, faults = AccountStore(state_file, seed), ServiceStore(), FaultInjector(seed)
     account_store.create_sandboxes(max(0, accounts - account_store.count_active()), name_prefix)
     csp_api = CspApi(account_store, faults, token)
-    niosxaas = NiosxaasApi(account_store, services, Sessions(), faults, (email, password))
+    sessions, users = Sessions(), UserStore()
+    session_api = SessionApi(account_store, users, sessions, faults, (email, password))
+    niosxaas = NiosxaasApi(session_api, sessions, services, faults)
+    user_api = UserApi(session_api, sessions, users, faults)
+    routes = [route for api in (csp_api, session_api, niosxaas, user_api) for route in api.routes()]
     # A separate application, because the recorder must also see its error responses.
-    calls = CallRecorder(
-        Starlette(routes=[*csp_api.routes(), *niosxaas.routes()], exception_handlers=ERROR_HANDLERS)
-    )
+    calls = CallRecorder(Starlette(routes=routes, exception_handlers=ERROR_HANDLERS))
     player = ScriptPlayer(faults, account_store, name_prefix)
-    control = ControlApi(account_store, services, faults, calls, player, name_prefix)
+    control = ControlApi(account_store, services, users, session_api, faults, calls, player, name_prefix)
     return Starlette(
         routes=[
             Route("/healthz", _answer_healthz),

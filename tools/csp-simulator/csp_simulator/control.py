@@ -1,4 +1,4 @@
-"""Control API: accounts, services, faults, scripts and recorded calls. It requires no token."""
+"""Control API: accounts, services, users, faults, scripts and recorded calls. It requires no token."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +14,9 @@ from csp_simulator.calls import CallRecorder
 from csp_simulator.faults import FaultInjector
 from csp_simulator.records import find_problem
 from csp_simulator.services import ServiceStore
+from csp_simulator.session_api import SessionApi
 from csp_simulator.switches import SWITCHES, is_count, is_number
+from csp_simulator.users import UserStore
 
 MAX_ACCOUNTS = 1_000_000
 
@@ -25,6 +27,8 @@ class ControlApi:
 
     accounts: AccountStore
     services: ServiceStore
+    users: UserStore
+    session_api: SessionApi
     faults: FaultInjector
     calls: CallRecorder
     player: script.ScriptPlayer
@@ -40,6 +44,7 @@ class ControlApi:
             Route("/accounts/{external_id}", self.drop_account, methods=["DELETE"]),
             Route("/services", self.list_services, methods=["GET"]),
             Route("/services", self.replace_services, methods=["PUT"]),
+            Route("/users", self.list_users, methods=["GET"]),
             Route("/behaviour", self.show_behaviour, methods=["GET"]),
             Route("/behaviour", self.patch_behaviour, methods=["PATCH"]),
             Route("/script", self.show_script, methods=["GET"]),
@@ -129,6 +134,10 @@ class ControlApi:
         self.services.replace_services(names)
         return await self.list_services(request)
 
+    async def list_users(self, _: Request) -> Response:
+        """List the users inside all accounts, also of deleted accounts, without their passwords."""
+        return Response(self.users.dump_records(), media_type="application/json")
+
     async def show_behaviour(self, _: Request) -> Response:
         """Show the current switches."""
         return JSONResponse(self.faults.settings)
@@ -200,6 +209,8 @@ class ControlApi:
         self.faults.reset(seed)
         self.calls.clear()
         self.services.replace_services({})
+        self.users.clear()
+        self.session_api.reset()
         self.accounts.reset(count, name_prefix, seed)
         return await self.list_accounts(request)
 

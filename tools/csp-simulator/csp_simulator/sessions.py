@@ -1,4 +1,4 @@
-"""Sessions of NIOSXaaS: their JWTs and the account each session is switched to."""
+"""Sessions of users: their JWTs and the account each session is switched to."""
 
 import base64
 import hashlib
@@ -19,13 +19,15 @@ class Sessions:
         self._now = now
         self._key = secrets.token_bytes(32)
         self._accounts: dict[str, str | None] = {}  # by session id, oldest first; None: the user's own account
+        self._users: dict[str, str | None] = {}  # by session id; None: the administrator
 
-    def sign_in(self, lifetime_sec: float) -> str:
-        """Start a session in the user's own account and return its JWT."""
+    def sign_in(self, lifetime_sec: float, account: str | None = None, user_id: str | None = None) -> str:
+        """Start a session and return its JWT. Without a user it is a session of the administrator."""
         if len(self._accounts) >= MAX_SESSIONS:
-            del self._accounts[next(iter(self._accounts))]
+            oldest = next(iter(self._accounts))
+            del self._accounts[oldest], self._users[oldest]
         session = secrets.token_hex(8)
-        self._accounts[session] = None
+        self._accounts[session], self._users[session] = account, user_id
         return self._issue_jwt(session, lifetime_sec)
 
     def switch_account(self, jwt: str, external_id: str | None, lifetime_sec: float) -> str:
@@ -46,6 +48,10 @@ class Sessions:
         """Return the account of a valid JWT, or None for the user's own account."""
         account: str | None = self._read_claims(jwt)["account"]
         return account
+
+    def get_user(self, jwt: str) -> str | None:
+        """Return the user id of a valid JWT, or None for the administrator."""
+        return self._users[self._read_claims(jwt)["session"]]
 
     def _issue_jwt(self, session: str, lifetime_sec: float) -> str:
         claims = {

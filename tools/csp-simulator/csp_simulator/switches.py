@@ -14,6 +14,11 @@ OPERATIONS = {
     "current_user": "current_users",
     "service_listing": "service_listings",
     "service_delete": "service_deletes",
+    "group_listing": "group_listings",
+    "user_create": "user_creates",
+    "user_find": "user_finds",
+    "user_password": "user_passwords",
+    "user_delete": "user_deletes",
 }
 """Operations of the APIs, each with the plural for its `fail_next_…` switch."""
 
@@ -144,6 +149,19 @@ COMMON: Mapping[str, Switch] = {
     "account_switch_without_effect": _flag_switch(
         "answer account switches with success, but leave the session in its account"
     ),
+    "account_switch_ready_after_sec": _seconds_switch(
+        "time from the first switch into an account until switches into it succeed"
+    ),
+    "account_switch_not_ready_status": Switch(
+        403,
+        "must be an error status from 400 to 599",
+        lambda value: isinstance(value, int) and is_number(value, 400, 599),
+        "status of a switch before that time",
+    ),
+    "user_create_error_after_effect": _flag_switch("a failed creation of a user takes effect"),
+    "user_password_error_after_effect": _flag_switch("a failed change of a password takes effect"),
+    "user_delete_error_after_effect": _flag_switch("a failed deletion of a user takes effect"),
+    "reject_sign_ins": _flag_switch("answer 401 to every sign-in, as after a change of the password"),
     "reject_tokens": _flag_switch("answer 401 to every token and JWT, as after a rotation"),
     "jwt_lifetime_sec": _seconds_switch("lifetime of a JWT", default=3600.0),
 }
