@@ -22,7 +22,8 @@ its snapshot is slightly later.
 """
 LATEST_EFFECT_SEC = 60.0
 """Longest time from a client's time-out to the effect of its request. RabbitMQ drops the message within seconds,
-but an allocator that has received it may be slow.
+but an allocator that has received it may be slow. A student who waits and leaves silently keeps the place for
+WAITING_TTL_SEC.
 """
 OVERDUE_SEC = 60.0
 """Longest time from the expiry of a lease, including the grace period, to its end."""
@@ -30,6 +31,8 @@ LOCK_SEC = 1.0
 """Longest wait of a statement for a locked row. An event carries the start of its statement, so the event of a
 change may seem to come after the end of the lease that waited for it.
 """
+FLIGHT_SEC = 150.0
+"""Longest time from the grant of a creation intent to the import of its account, with kills and errors."""
 FAILOVER_SEC = 3.0
 """Longest wait for a reply when an allocator dies and a standby is ready. A client with a shorter time-out, such as
 a probe, does not count as unanswered.
@@ -175,16 +178,17 @@ def reads_show_answered_leases(evidence: Evidence) -> Iterator[str]:
 
 
 def every_unknown_resolves_to_once_or_never(evidence: Evidence) -> Iterator[str]:
-    """Require a request for every lease: a granted allocation with this sandbox, or one with an unknown outcome.
+    """Require a request for every lease: a granted allocation with this sandbox, or one with an unknown outcome, or
+    one that waits in line.
 
-    Each request with an unknown outcome explains at most one lease.
+    Each request without a lease in its response explains at most one lease.
     """
     answers = _group_by(_select_granted(evidence), lambda answer: (answer.sandbox_id, answer.student))
     unknown = _group_by(
         (
             operation
             for operation in evidence.operations
-            if operation.kind in ("allocate", "replace") and operation.outcome == "unknown"
+            if operation.kind in ("allocate", "replace") and operation.outcome in ("unknown", "waiting")
         ),
         lambda operation: operation.student,
     )
@@ -435,6 +439,71 @@ def released_sandboxes_are_deleted_in_csp(evidence: Evidence) -> Iterator[str]:
             yield f"{request} before the end of its hold: {_format_leases([lease])}"
 
 
+def no_stock_exceeds_its_max(evidence: Evidence) -> Iterator[str]:
+    """Require at most `max` sandboxes and creation intents in flight, whenever the allocator grants an intent.
+
+    Accounts made by hand may exceed `max`, so other times do not count.
+    """
+    periods = [
+        *_list_periods_in_stock(evidence),
+        *((intent.name, intent.granted_at, intent.flight_ended_at) for intent in evidence.creations),
+    ]
+    for prefix, limit in evidence.stock_limits.items():
+        of_prefix = [(since, until) for name, since, until in periods if name.startswith(prefix)]
+        for granted_at in sorted({one.granted_at for one in evidence.creations if one.name.startswith(prefix)}):
+            number = sum(
+                since <= granted_at and (until is None or until > granted_at + SAME_MOMENT_SEC)
+                for since, until in of_prefix
+            )
+            if number > limit:
+                yield f"the stock of {prefix} has a max of {limit}, but had {number} at {_format_time(granted_at)}"
+
+
+def _list_periods_in_stock(evidence: Evidence) -> Iterator[tuple[str, float, float | None]]:
+    """Yield the name of each sandbox with the times from and until which it is available or allocated."""
+    for events in _group_events_by_sandbox(evidence).values():
+        since: float | None = None
+        name = str(events[0].data.get("name"))
+        for event in sorted(events, key=lambda event: event.occurred_at):
+            is_in_stock = STATUS_AFTER_EVENT.get(event.type) in (AVAILABLE, ALLOCATED)
+            if is_in_stock and since is None:
+                since = event.occurred_at
+            elif not is_in_stock and since is not None:
+                yield name, since, event.occurred_at
+                since = None
+        if since is not None:
+            yield name, since, None
+
+
+def one_account_per_intent_or_none(evidence: Evidence) -> Iterator[str]:
+    """Require that each creation intent has one account in CSP or none, and that the pool agrees.
+
+    Also an account counts that was deleted after its lease: its discovery shows that it existed.
+    """
+    accounts = _group_by(evidence.accounts, lambda external_id: evidence.accounts[external_id])
+    discovered = _group_by(
+        (event for event in evidence.events if event.type == "sandbox.discovered"),
+        lambda event: event.data.get("name"),
+    )
+    in_pool = {sandbox.external_id for sandbox in evidence.sandboxes if sandbox.status != DELETED}
+    for intent in evidence.creations:
+        in_csp = accounts.get(intent.name, [])
+        existed = {*in_csp, *(str(event.data.get("external_id")) for event in discovered.get(intent.name, []))}
+        if len(existed) > 1:
+            yield f"{intent.name} has {len(existed)} accounts: {' '.join(sorted(existed))}"
+        if intent.flight_ended_at is None:
+            if evidence.collected_at > intent.granted_at + FLIGHT_SEC:
+                yield f"{intent.name} is in flight since {_format_time(intent.granted_at)}"
+            continue
+        recorded = set() if intent.external_id is None else {intent.external_id}
+        if existed != recorded:
+            accounts_in_csp = " and ".join(sorted(existed)) or "none"
+            yield f"{intent.name} is {intent.state} with {intent.external_id}, but CSP had {accounts_in_csp}"
+        for external_id in in_csp:
+            if external_id not in in_pool:
+                yield f"CSP has account {external_id} of {intent.name}, but the pool lacks it"
+
+
 def students_are_served_again_in_time(evidence: Evidence) -> Iterator[str]:
     for recovery in evidence.recoveries:
         fault = f"{recovery.fault}, {_format_time(recovery.since)}"
@@ -482,6 +551,8 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     epochs_never_go_back,
     counts_add_up,
     released_sandboxes_are_deleted_in_csp,
+    no_stock_exceeds_its_max,
+    one_account_per_intent_or_none,
     students_are_served_again_in_time,
     requests_are_answered_while_a_standby_is_there,
     nothing_goes_wrong_that_is_ours,

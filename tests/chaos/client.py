@@ -1,5 +1,5 @@
-"""Simulated students. They allocate sandboxes, repeat requests, claim, extend and replace, and release their lease
-or let it expire. Instruqt reports the end of some plays.
+"""Simulated students. They allocate sandboxes, wait in line, repeat requests, claim, extend and replace, and
+release their lease or let it expire. Instruqt reports the end of some plays.
 
 They use the time-out, the backoff and the retry rules of the Instruqt script. Every request is recorded.
 """
@@ -17,7 +17,12 @@ from typing import Any, Self
 
 import httpx
 
-from instruqt.instruqt_broker_allocation import BACKOFF_SEC, DEFAULT_BUDGET_SEC, REQUEST_TIMEOUT_SEC
+from instruqt.instruqt_broker_allocation import (
+    BACKOFF_SEC,
+    DEFAULT_BUDGET_SEC,
+    DEFAULT_WAIT_SEC,
+    REQUEST_TIMEOUT_SEC,
+)
 from tests.chaos.evidence import Operation, OperationKind, Outcome
 from tests.integration.instruqt_events import sign_event
 from tests.integration.stack import track_headers
@@ -31,6 +36,11 @@ EXTENSION_HOURS = 10 / 3600
 QUOTA_TRACK = "quota-lab"
 QUOTA_STUDENTS = ("student-0-", "student-1-")
 """Students of two places, for the track with a quota. All others are served during every policy."""
+STOCK_PREFIX = "stock-"
+STOCK_STUDENTS = ("student-2-", "student-3-")
+"""Students of two places, for the sandboxes that the provisioner creates. They wait in line."""
+LEAVE_RATE = 0.05
+"""Share of the places in line after which a student leaves silently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,9 @@ class Students:
             headers, content = sign_event(student, ended_at=play_ended_at)
         if kind == "allocate" and student.startswith(QUOTA_STUDENTS):
             headers["X-Instruqt-Track-ID"] = QUOTA_TRACK
+        if kind == "allocate" and student.startswith(STOCK_STUDENTS):
+            headers["X-Sandbox-Name-Prefix"] = STOCK_PREFIX
+            headers["Prefer"] = f"respond-async, wait={DEFAULT_WAIT_SEC:g}"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         if standby:
@@ -195,7 +208,7 @@ class Students:
             outcome=_classify_outcome(response, failure),
             status=None if response is None else response.status_code,
             code=failure or refusal.get("code", ""),
-            retry_after_sec=refusal.get("retry_after", 0),
+            retry_after_sec=refusal.get("retry_after") or body.get("retry_after", 0),
             allocated_at=lease.get("allocated_at"),
             expires_at=lease.get("expires_at"),
             play_ended_at=play_ended_at,
@@ -216,8 +229,12 @@ class Students:
         standby: bool = False,
         play_ended_at: int | None = None,
     ) -> Operation:
-        """Send requests until the response is final or the script's time budget is used."""
-        began_at = time.time()
+        """Send requests until the response is final or the script's time budget is used.
+
+        Each place in line starts the budget again. A student who leaves the line silently, also at the end of the
+        round, leaves no result.
+        """
+        began_at = budget_since = time.time()
         backoff, longest_backoff = BACKOFF_SEC
         attempts = 0
         while True:
@@ -231,9 +248,15 @@ class Students:
                 standby=standby,
                 play_ended_at=play_ended_at,
             )
+            if operation.outcome == "waiting" and time.time() < began_at + DEFAULT_WAIT_SEC:
+                if self._stopping.is_set() or rng.random() < LEAVE_RATE:
+                    return operation
+                await asyncio.sleep(operation.retry_after_sec * rng.uniform(0.9, 1))
+                budget_since, backoff = time.time(), BACKOFF_SEC[0]
+                continue
             pause = operation.retry_after_sec + backoff * rng.uniform(0.5, 1)
             final = operation.status is not None and operation.status not in (408, 429) and operation.status < 500
-            if final or time.time() + pause > began_at + DEFAULT_BUDGET_SEC:
+            if final or time.time() + pause > budget_since + DEFAULT_BUDGET_SEC:
                 break
             await asyncio.sleep(pause)
             backoff = min(2 * backoff, longest_backoff)
@@ -329,6 +352,8 @@ def _classify_outcome(response: httpx.Response | None, failure: str) -> Outcome:
     """Classify a request. Only requests without a connection, and 4xx responses, certainly had no effect."""
     if response is None:
         return "refused" if failure in ("ConnectError", "ConnectTimeout") else "unknown"
+    if response.status_code == 202 and _parse_body(response).get("status") == "waiting":
+        return "waiting"
     if response.is_success:
         return "ok"
     return "refused" if response.is_client_error else "unknown"

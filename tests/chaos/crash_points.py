@@ -10,4 +10,12 @@ POINTS = {
     ),
     "reaper": ("after the claim", "before CSP", "after CSP", "after the record"),
     "csp_syncer": ("before BeginListing", "after StageListing", "before ApplyListing", "after ApplyListing"),
+    "provisioner": (
+        "after the claim",
+        "before CSP",
+        "during CSP",
+        "after CSP",
+        "after the look-up",
+        "after the record",
+    ),
 }

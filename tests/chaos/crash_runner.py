@@ -78,8 +78,10 @@ if module == "provisioner":
     provisioner_main.REQUEST_TIMEOUT_SEC = 3
     refill.CLAIM_MARGIN_SEC = 2
     client, creator = csp_client.CspClient, creation.Creator
+    create_account = crashes.wrap_call(client.create_account, "during CSP")
     creator.create = crashes.wrap(creator.create, "after the claim", None)  # type: ignore[method-assign]
-    client.create_account = crashes.wrap(client.create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    client.create_account = crashes.wrap(create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    client.find_account_by_name = crashes.wrap(client.find_account_by_name, None, "after the look-up")  # type: ignore[method-assign]
     creator._record = crashes.wrap(creator._record, None, "after the record")  # type: ignore[method-assign]
 if module == "csp_syncer":
     from sandbox_broker.messaging import maintenance_client

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 OperationKind = Literal["allocate", "release", "read", "claim", "extend", "replace", "end_play"]
-Outcome = Literal["ok", "refused", "unknown"]
-"""refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later."""
+Outcome = Literal["ok", "refused", "unknown", "waiting"]
+"""refused: the request has no effect, now or later. unknown: it may have had its effect, or have it later. waiting:
+the student has a place in the waiting line, so a lease may follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,18 @@ class Sandbox:
     sandbox_id: str
     external_id: str
     status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creation:
+    """Creation intent."""
+
+    name: str
+    state: str
+    external_id: str | None
+    granted_at: float
+    flight_ended_at: float | None = None
+    """Time from which it no longer counts for the `max` of its stock rule. None: it is in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +142,8 @@ class Evidence:
     events: Sequence[Event]
     """In the order of RabbitMQ, from before the first sandbox was discovered."""
     deletions: Sequence[Deletion]
-    accounts: frozenset[str]
-    """External ids of the accounts in CSP."""
+    accounts: Mapping[str, str]
+    """Names of the accounts in CSP, by external id."""
     epochs: Sequence[EpochObservation]
     recoveries: Sequence[Recovery]
     stats: Mapping[str, int]
@@ -146,3 +159,6 @@ class Evidence:
     """Without overlaps."""
     quotas: Mapping[str, int] = field(default_factory=dict)
     """Limit of the active leases of each policy, the same during the whole round."""
+    creations: Sequence[Creation] = ()
+    stock_limits: Mapping[str, int] = field(default_factory=dict)
+    """`max` of the stock rule of each name prefix, the same during the whole round."""

@@ -12,7 +12,17 @@ import asyncpg
 from devstack.conditions import wait_until
 from sandbox_broker.messaging.connection import open_connection
 from tests.chaos.client import History
-from tests.chaos.evidence import Deletion, EpochObservation, Event, Evidence, Lease, Recovery, Sandbox, Stall
+from tests.chaos.evidence import (
+    Creation,
+    Deletion,
+    EpochObservation,
+    Event,
+    Evidence,
+    Lease,
+    Recovery,
+    Sandbox,
+    Stall,
+)
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, HOLD_SEC, ChaosBroker
 from tests.integration.stack import Stack
 
@@ -28,7 +38,16 @@ SELECT count(*) FROM (
     SELECT FROM sandboxes WHERE status = 'pending_deletion'
     UNION ALL SELECT FROM leases WHERE ended_at IS NULL
     UNION ALL SELECT FROM outbox
+    UNION ALL SELECT FROM creations WHERE in_flight
 ) pending
+"""
+# Without an import, the last entry of the history ended the flight.
+SELECT_CREATIONS = """
+SELECT name, state, external_id, extract(epoch FROM granted_at)::float AS granted_at,
+    CASE WHEN NOT in_flight
+        THEN coalesce(extract(epoch FROM imported_at), (history -> -1 ->> 'at')::numeric)::float
+    END AS flight_ended_at
+FROM creations
 """
 
 
@@ -66,7 +85,8 @@ async def list_active_leases(broker: ChaosBroker) -> list[tuple[str, str]]:
 
 
 async def wait_until_idle(broker: ChaosBroker) -> bool:
-    """Wait until all leases have ended, all used sandboxes are deleted and all events are published.
+    """Wait until all leases have ended, all used sandboxes are deleted, all events are published and no creation is
+    in flight.
 
     Return False after a time-out; the evidence then shows the remaining work.
     """
@@ -124,14 +144,19 @@ async def collect_stack_evidence(
             Deletion(external_id=call["path"].rpartition("/")[2], began_at=call["at"], status=call.get("status"))
             for call in (*calls["calls"], *calls["running"])
         ],
-        accounts=frozenset(record["id"].rpartition("/")[2] for record in accounts["accounts"]),
+        accounts={record["id"].rpartition("/")[2]: record["name"] for record in accounts["accounts"]},
         epochs=epochs,
         recoveries=recoveries,
         stats=await stack.stats(),
         grace_sec=GRACE_SEC,
         hold_sec=HOLD_SEC,
         collected_at=time.time(),
+        creations=await read_creations(database),
     )
+
+
+async def read_creations(database: asyncpg.Pool) -> list[Creation]:
+    return [Creation(**row) for row in await database.fetch(SELECT_CREATIONS)]
 
 
 async def _read_events(amqp_url: str) -> list[Event]:

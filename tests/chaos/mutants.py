@@ -22,9 +22,16 @@ from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery
 from tests.chaos.proxy import Proxy
-from tests.integration.stack import Stack
+from tests.integration.stack import ADMIN, Stack
 
 ALLOCATORS = ("allocator", "second allocator")
+MUTATED = {**dict.fromkeys(ALLOCATORS, "allocator"), "provisioner": "provisioner"}
+"""Module of each process that runs with the planted bugs."""
+STOCK_POLICY = {
+    "name": "stock",
+    "match": {"name_prefix": "stock-"},
+    "stock": {"name_prefix": "stock-", "min": 1, "max": 2},
+}
 ALLOCATE_TIMEOUT_SEC = 10
 """Time-out of the gateway for a reply. It is long, because a round needs the reply even on a busy machine."""
 SERVED_WITHIN_SEC = 5.0
@@ -49,8 +56,10 @@ class Trial:
     """Broker with two allocators."""
     links: dict[str, Proxy]
     """Links of the allocators by name, such as `second allocator to RabbitMQ`."""
+    start: Callable[[str], Awaitable[None]]
+    """Starts a process of MUTATED again."""
     stop_at: Path
-    """File with a point; the allocator that reaches it dies or freezes."""
+    """File with a point; the process that reaches it dies or freezes."""
     students: Students
     history: History
     recoveries: list[Recovery] = field(default_factory=list)
@@ -79,7 +88,7 @@ class Trial:
         link.heal()
 
     async def wait_for_stop(self) -> None:
-        """Wait until an allocator has reached the point in `stop_at`."""
+        """Wait until a process has reached the point in `stop_at`."""
 
         async def is_reached() -> bool:
             return not self.stop_at.exists()
@@ -239,6 +248,24 @@ async def list_deleted_account(trial: Trial) -> None:
     assert (await stack.sync()).status_code == 200
 
 
+async def kill_provisioner_after_creation(trial: Trial) -> None:
+    """Kill the provisioner when CSP has created the account, and let the next one continue the intent."""
+    trial.stop_at.write_text("provisioner: after CSP")
+    applied = await trial.stack.client.put(
+        f"{trial.stack.url}/v1/admin/policies", headers=ADMIN, json={"policies": [STOCK_POLICY]}
+    )
+    assert applied.status_code == 200, applied.text
+    await trial.wait_for_stop()
+    await trial.start("provisioner")
+
+    async def is_full() -> bool:
+        levels = "SELECT available = 1 AND creating = 0 FROM stock_levels"
+        counts_two = "SELECT count(*) = 2 FROM sandboxes WHERE name LIKE 'stock-%'"
+        return any([await trial.stack.database.fetchval(query) for query in (levels, counts_two)])
+
+    await wait_until(is_full)
+
+
 def _is_stopped(process: Process) -> bool:
     return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
@@ -286,4 +313,7 @@ MUTANTS = {
         ("outbox_in_separate_statement",), kill_allocator_after_commit, checker.every_event_is_published
     ),
     "no tombstones": Mutant(("no_tombstones",), list_deleted_account, checker.only_the_specs_transitions),
+    "no look-up by name": Mutant(
+        ("no_look_up_by_name",), kill_provisioner_after_creation, checker.one_account_per_intent_or_none
+    ),
 }

@@ -1,7 +1,8 @@
-"""Runner of an allocator with planted bugs: `python mutating.py allocator`.
+"""Runner of a service with planted bugs: `python mutating.py MODULE`, for the allocator or the provisioner.
 
-PLANTED is a comma-separated list of bugs, and may be empty. Like crash_runner.py it can stop the allocator at a
-point. Statements get a longer time-out, so that a test can observe a blocked one.
+PLANTED is a comma-separated list of bugs, and may be empty. Like crash_runner.py it can stop the service at a
+point. Statements get a longer time-out, so that a test can observe a blocked one. The provisioner has shorter
+time-outs, so that the claims of a killed one end soon.
 """
 
 import asyncio
@@ -30,6 +31,9 @@ from allocator.sql import (
     waiting,
 )
 from devstack.crashes import CrashPoints
+from provisioner import creation, refill
+from provisioner import main as provisioner_main
+from sandbox_broker.csp import client as csp_client
 from sandbox_broker.messaging import publisher, subscription
 
 STATEMENT_TIMEOUT_SEC = 30
@@ -149,6 +153,15 @@ def no_tombstones() -> None:
     )
 
 
+def no_look_up_by_name() -> None:
+    """Create the account of each claimed intent, although an earlier attempt may have created it."""
+
+    async def find_nothing(*_: object) -> None:
+        pass
+
+    creation.Creator._find = find_nothing  # type: ignore[method-assign, assignment]
+
+
 BUGS = {
     bug.__name__: bug
     for bug in (
@@ -159,6 +172,7 @@ BUGS = {
         reply_before_commit,
         outbox_in_separate_statement,
         no_tombstones,
+        no_look_up_by_name,
     )
 }
 
@@ -176,6 +190,10 @@ if __name__ == "__main__":
             crashes.reach("after reply")
 
     consumer.publish_replies = answer_and_stop  # type: ignore[attr-defined]
+    creation.LOOK_UP_TIMEOUT_SEC = provisioner_main.REQUEST_TIMEOUT_SEC = 1
+    refill.CLAIM_MARGIN_SEC = 0.5
+    client = csp_client.CspClient
+    client.create_account = crashes.wrap(client.create_account, None, "after CSP")  # type: ignore[method-assign]
     for name in filter(None, os.environ["PLANTED"].split(",")):
         BUGS[name]()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.chaos.client import QUOTA_STUDENTS, ScriptRun
+from tests.chaos.client import QUOTA_STUDENTS, STOCK_STUDENTS, ScriptRun
 from tests.chaos.evidence import Operation
 from tests.chaos.rounds import InjectedStep, Round
 
@@ -34,9 +34,10 @@ def save_records(round_: Round, directory: Path) -> None:
 def list_failed_runs(round_: Round) -> list[ScriptRun]:
     """List the failed script runs. There should be none, because the pool is never empty in a round.
 
-    Only the refusal of a student above the quota is not a failure.
+    The refusal of a student above the quota is not a failure, and neither is that of a replacement from the stock,
+    which can be empty.
     """
-    return [run for run in round_.history.script_runs if not run.succeeded and not _is_over_quota(run.last)]
+    return [run for run in round_.history.script_runs if not run.succeeded and not _is_expected(run.last)]
 
 
 def describe_failed_run(run: ScriptRun) -> str:
@@ -46,8 +47,11 @@ def describe_failed_run(run: ScriptRun) -> str:
     )
 
 
-def _is_over_quota(operation: Operation) -> bool:
-    return operation.code == "QUOTA_EXCEEDED" and operation.student.startswith(QUOTA_STUDENTS)
+def _is_expected(refusal: Operation) -> bool:
+    if refusal.code == "QUOTA_EXCEEDED":
+        return refusal.student.startswith(QUOTA_STUDENTS)
+    is_replacement = refusal.kind == "replace" and refusal.code == "POOL_EXHAUSTED"
+    return is_replacement and refusal.student.startswith(STOCK_STUDENTS)
 
 
 def _format_faults(injected: Sequence[InjectedStep]) -> Iterator[str]:
@@ -90,9 +94,10 @@ def _format_operations(round_: Round) -> Iterator[str]:
     operations, script_runs = round_.history.operations, round_.history.script_runs
     outcomes = Counter(operation.outcome for operation in operations)
     yield f"{'operations':<44}{len(operations):>7}"
-    for outcome in ("ok", "refused", "unknown"):
+    for outcome in ("ok", "waiting", "refused", "unknown"):
         yield f"  {outcome:<42}{outcomes[outcome]:>7}"
-    for code, number in Counter(_describe_failure(one) for one in operations if one.outcome != "ok").most_common():
+    failures = (one for one in operations if one.outcome in ("refused", "unknown"))
+    for code, number in Counter(map(_describe_failure, failures)).most_common():
         yield f"    {code:<40}{number:>7}"
     yield f"{'script runs':<44}{len(script_runs):>7}"
     yield f"{'  failed':<44}{len(list_failed_runs(round_)):>7}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devstack.conditions import wait_until
-from tests.chaos.client import QUOTA_TRACK, History, Students
+from tests.chaos.client import QUOTA_TRACK, STOCK_PREFIX, History, Students
 from tests.chaos.evidence import EpochObservation, Evidence, FailoverPeriod, Recovery, Stall
 from tests.chaos.evidence_collector import (
     collect_evidence,
@@ -28,6 +28,17 @@ MIN_AVAILABLE = 500
 """Minimum number of available sandboxes. The pool starts with three times as many."""
 PLACES = 8
 QUOTA = 2
+STOCK_MAX = 12
+"""Also sandboxes of students who let their lease expire count for it, so students wait for these, too."""
+STOCK_MIN = (0, 4)
+"""Each change of the policies chooses another `min`, so intents are granted and abandoned."""
+CREATION_FAULTS = {
+    "create_latency_sec": 0.3,
+    "create_latency_spread_sec": 1,
+    "create_error_rate": 0.1,
+    "create_error_status": [500, 502, 503, 504, "cut"],
+    "create_error_after_effect": True,
+}
 APPLY_PAUSE_SEC = (1.0, 5.0)
 """Pause between two changes of the policies."""
 WARM_UP_SEC = 3.0
@@ -75,6 +86,7 @@ async def run_round(
     injected: list[InjectedStep] = []
     failover_periods: list[FailoverPeriod] = []
     not_reached: list[str] = []
+    await broker.stack.control("PATCH", "behaviour", CREATION_FAULTS)
     await _fill_pool(broker)
     say("the pool is filled; students start")
     async with (
@@ -119,7 +131,11 @@ async def run_round(
             say("the broker did not become idle in time")
     evidence = await collect_evidence(broker, history, epochs, [step.recovery for step in injected])
     evidence = dataclasses.replace(
-        evidence, failover_periods=failover_periods, stalls=stalls, quotas={QUOTA_TRACK: QUOTA}
+        evidence,
+        failover_periods=failover_periods,
+        stalls=stalls,
+        quotas={QUOTA_TRACK: QUOTA},
+        stock_limits={STOCK_PREFIX: STOCK_MAX},
     )
     return Round(injected, not_reached, history, evidence)
 
@@ -205,10 +221,15 @@ async def _refill_pool(broker: ChaosBroker) -> None:
 
 
 async def _change_policies(broker: ChaosBroker, rng: random.Random) -> None:
-    """Apply other policies without end. All have the same quota, and sometimes there is no policy."""
-    policy = {"name": QUOTA_TRACK, "match": {"track_name": QUOTA_TRACK}, "max_active": QUOTA}
+    """Apply other policies without end, sometimes without the quota. Its limit and the `max` of the stock stay."""
+    quota = {"name": QUOTA_TRACK, "match": {"track_name": QUOTA_TRACK}, "max_active": QUOTA}
+    stock = {"name": "stock", "match": {"name_prefix": STOCK_PREFIX}}
     while True:
-        policies = [{**policy, "max_replacements": rng.randrange(5)}] if rng.random() < 0.8 else []
+        rule = {"name_prefix": STOCK_PREFIX, "min": rng.randint(*STOCK_MIN), "max": STOCK_MAX}
+        policies = [
+            {**stock, "stock": rule},
+            *([{**quota, "max_replacements": rng.randrange(5)}] if rng.random() < 0.8 else []),
+        ]
         with contextlib.suppress(Exception):  # requests may fail during a fault; the next change follows soon
             await broker.stack.client.put(
                 f"{rng.choice(broker.gateways)}/v1/admin/policies", headers=ADMIN, json={"policies": policies}

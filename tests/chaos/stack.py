@@ -65,6 +65,15 @@ SETTINGS = {
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
     "SYNC_INTERVAL_SEC": "20",
     "SYNC_MAX_GROWTH_FRACTION": "1000",  # a held sync would wait for an operator
+    "STOCK_ENABLED": "true",
+    "STOCK_INTERVAL_SEC": "2",
+    "CREATE_PER_MINUTE": "600",
+    "CREATE_TIMEOUT_SEC": "5",
+    "CREATE_BACKOFF_BASE_SEC": "0.5",
+    "CREATE_BACKOFF_MAX_SEC": "2",
+    "CREATE_MAX_FAILURES": "1000",  # a stopped stock would wait for an operator
+    "CREATE_SYNC_SEC": "2",
+    "WAITING_TTL_SEC": "20",
 }
 
 

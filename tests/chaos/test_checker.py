@@ -8,6 +8,7 @@ import pytest
 
 from tests.chaos import checker
 from tests.chaos.evidence import (
+    Creation,
     Deletion,
     EpochObservation,
     Event,
@@ -86,6 +87,22 @@ def build_sandbox(sandbox_id: str, status: str) -> Sandbox:
     return Sandbox(sandbox_id=sandbox_id, external_id=f"account-{sandbox_id}", status=status)
 
 
+def build_creation(number: int, *, at: float, until: float | None = None, state: str = "created") -> Creation:
+    """Return the intent of the account `account-NUMBER`, or of no account if it is abandoned."""
+    return Creation(
+        name=f"lab-{number}",
+        state=state,
+        external_id=f"account-{number}" if state == "created" else None,
+        granted_at=START + at,
+        flight_ended_at=None if until is None else START + until,
+    )
+
+
+def build_discovery(number: int, *, at: float) -> Event:
+    data = {"name": f"lab-{number}", "external_id": f"account-{number}"}
+    return build_event(f"found-{number}", "sandbox.discovered", str(number), at, **data)
+
+
 DISCOVERED = [build_event(f"found-{n}", "sandbox.discovered", str(n), 0) for n in range(1, 7)]
 
 CORRECT = Evidence(
@@ -106,6 +123,8 @@ CORRECT = Evidence(
         build_operation(10, "dan", "unknown", "4", kind="release", at=70, took=10),
         build_operation(11, "dan", "ok", "4", kind="release", at=81, status=200),
         build_granted(12, "dan", "5", 201, at=90, since=90.5),
+        build_granted(16, "eve", "7", 201, at=10.5, since=11),
+        build_operation(17, "eve", "ok", "7", kind="release", at=11.5, status=200),
         # Dan reads his sandbox before the response to his allocation, and after it.
         build_operation(14, "dan", "refused", "5", kind="read", at=90.1, status=404, code="SANDBOX_NOT_FOUND"),
         build_operation(15, "dan", "ok", "5", kind="read", at=92, status=200),
@@ -116,6 +135,7 @@ CORRECT = Evidence(
         build_lease(3, "3", "cyd", 50.5),
         replace(build_lease(4, "4", "dan", 60.5, 71, end_reason="student"), policy="lab"),
         replace(build_lease(5, "5", "dan", 90.5), policy="lab"),
+        build_lease(7, "7", "eve", 11, 12, end_reason="student"),
     ],
     sandboxes=[
         build_sandbox("1", "deleted"),
@@ -124,6 +144,8 @@ CORRECT = Evidence(
         build_sandbox("4", "deleted"),
         build_sandbox("5", "allocated"),
         build_sandbox("6", "available"),
+        build_sandbox("7", "deleted"),
+        build_sandbox("8", "available"),
     ],
     unpublished=[],
     events=[
@@ -157,14 +179,21 @@ CORRECT = Evidence(
         build_event("6-back", "sandbox.restored", "6", 92),
         build_event("2-left", "sandbox.deletion_requested", "2", 142, reason="expired"),
         build_event("2-gone", "sandbox.deleted", "2", 143),
+        # The stock holds up to two sandboxes. Eve's leaves it, so a third one is created.
+        build_discovery(7, at=10),
+        build_event("7-taken", "sandbox.allocated", "7", 11, holder="eve", name="lab-7"),
+        build_event("7-left", "sandbox.deletion_requested", "7", 12, reason="student"),
+        build_event("7-gone", "sandbox.deleted", "7", 13),
+        build_discovery(8, at=14),
     ],
     deletions=[
         Deletion(external_id="account-1", began_at=START + 21, status=None),
         Deletion(external_id="account-1", began_at=START + 24, status=204),
         Deletion(external_id="account-4", began_at=START + 73, status=404),
         Deletion(external_id="account-2", began_at=START + 142, status=204),
+        Deletion(external_id="account-7", began_at=START + 12.5, status=204),
     ],
-    accounts=frozenset({"account-3", "account-5", "account-6"}),
+    accounts={**{f"account-{n}": f"sandbox-{n}" for n in (3, 5, 6)}, "account-8": "lab-8", "account-9": "lab-9"},
     epochs=[
         EpochObservation(seen_at=START, queue="allocator.commands", epoch=1, backend_pid=11),
         EpochObservation(seen_at=START + 1, queue="allocator.commands", epoch=1, backend_pid=11),
@@ -172,11 +201,18 @@ CORRECT = Evidence(
         EpochObservation(seen_at=START + 2, queue="allocator.commands", epoch=3, backend_pid=13),
     ],
     recoveries=[Recovery(fault="allocator killed", since=START + 12, served_at=START + 21.9)],
-    stats={"available": 1, "allocated": 2, "deleted": 3, "total": 6},
+    stats={"available": 2, "allocated": 2, "deleted": 4, "total": 8},
     grace_sec=GRACE_SEC,
     collected_at=START + 160,
     failover_periods=[FailoverPeriod(since=START + 6.5, until=START + 29.5)],
     quotas={"lab": 1},
+    creations=[
+        build_creation(7, at=5, until=10),
+        build_creation(8, at=5, until=14),
+        build_creation(9, at=12.1),
+        build_creation(10, at=15, until=15, state="abandoned"),
+    ],
+    stock_limits={"lab-": 2},
 )
 
 
@@ -199,6 +235,11 @@ def test_the_end_of_a_play_explains_the_end_of_its_lease_only() -> None:
     assert [*checker.ended_plays_leave_nothing(evidence)] == []
 
 
+def test_a_place_in_line_explains_a_lease() -> None:
+    operations = change_item(CORRECT.operations, 4, outcome="waiting", status=202)
+    assert checker.check(replace(CORRECT, operations=operations)) == []
+
+
 def build_extension(*, at: float, until: float) -> Operation:
     """Return Cyd's confirmed extension of her lease, which ends at START + 150.5."""
     operation = build_operation(20, "cyd", "ok", "3", kind="extend", at=at, status=200, idempotency_key="e")
@@ -217,6 +258,10 @@ def append_item(items: Any, item: T) -> list[T]:
 def change_item(items: Any, index: int, **changes: Any) -> list[Any]:
     """Copy the sequence and change one item."""
     return [replace(item, **changes) if number == index else item for number, item in enumerate(items)]
+
+
+def remove_account(external_id: str) -> dict[str, str]:
+    return {other: name for other, name in CORRECT.accounts.items() if other != external_id}
 
 
 def remove_events(items: Any, *event_ids: str) -> list[Any]:
@@ -484,8 +529,8 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
     ),
     "a sandbox appears without an event": (
         checker.only_the_specs_transitions,
-        {"sandboxes": append_item(CORRECT.sandboxes, build_sandbox("7", "available"))},
-        "sandbox 7 is available, but has no event",
+        {"sandboxes": append_item(CORRECT.sandboxes, build_sandbox("9", "available"))},
+        "sandbox 9 is available, but has no event",
     ),
     "an allocation is never published": (
         checker.every_event_is_published,
@@ -529,13 +574,13 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
     ),
     "the gateway counts too many available sandboxes": (
         checker.counts_add_up,
-        {"stats": {**CORRECT.stats, "available": 2}},
-        "the gateway counts 2 available sandboxes; there are 1",
+        {"stats": {**CORRECT.stats, "available": 3}},
+        "the gateway counts 3 available sandboxes; there are 2",
     ),
     "the gateway counts too many sandboxes in total": (
         checker.counts_add_up,
-        {"stats": {**CORRECT.stats, "total": 7}},
-        "the gateway counts 7 sandboxes in total; there are 6",
+        {"stats": {**CORRECT.stats, "total": 9}},
+        "the gateway counts 9 sandboxes in total; there are 8",
     ),
     "a sandbox is available while a student holds it": (
         checker.counts_add_up,
@@ -549,7 +594,7 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
     ),
     "a released sandbox stays in CSP": (
         checker.released_sandboxes_are_deleted_in_csp,
-        {"accounts": CORRECT.accounts | {"account-1"}},
+        {"accounts": {**CORRECT.accounts, "account-1": "sandbox-1"}},
         "CSP still has account account-1",
     ),
     "a released sandbox is not recorded as deleted": (
@@ -559,7 +604,7 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
     ),
     "an available sandbox is gone from CSP": (
         checker.released_sandboxes_are_deleted_in_csp,
-        {"accounts": CORRECT.accounts - {"account-6"}},
+        {"accounts": remove_account("account-6")},
         "CSP has no account account-6",
     ),
     "a sandbox is deleted during its lease": (
@@ -575,6 +620,41 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
             )
         },
         "to delete account account-6, which has no lease",
+    ),
+    "an intent is granted above the max": (
+        checker.no_stock_exceeds_its_max,
+        {"stock_limits": {"lab-": 2}, "creations": append_item(CORRECT.creations, build_creation(11, at=13))},
+        "the stock of lab- has a max of 2, but had 3",
+    ),
+    "an intent has two accounts": (
+        checker.one_account_per_intent_or_none,
+        {"accounts": {**CORRECT.accounts, "second": "lab-8"}},
+        "lab-8 has 2 accounts: account-8 second",
+    ),
+    "an intent has two accounts, one after the other": (
+        checker.one_account_per_intent_or_none,
+        {"accounts": {**CORRECT.accounts, "second": "lab-7"}},
+        "lab-7 has 2 accounts: account-7 second",
+    ),
+    "an abandoned intent has an account": (
+        checker.one_account_per_intent_or_none,
+        {"accounts": {**CORRECT.accounts, "lost": "lab-10"}},
+        "lab-10 is abandoned with None, but CSP had lost",
+    ),
+    "an account of an intent never existed": (
+        checker.one_account_per_intent_or_none,
+        {"creations": append_item(CORRECT.creations, build_creation(11, at=20, until=21))},
+        "lab-11 is created with account-11, but CSP had none",
+    ),
+    "the pool lacks the account of an intent": (
+        checker.one_account_per_intent_or_none,
+        {"sandboxes": change_item(CORRECT.sandboxes, 7, status="deleted")},
+        "CSP has account account-8 of lab-8, but the pool lacks it",
+    ),
+    "an intent is never settled": (
+        checker.one_account_per_intent_or_none,
+        {"creations": change_item(CORRECT.creations, 2, granted_at=START + 9)},
+        "lab-9 is in flight since",
     ),
     "students wait too long after a fault": (
         checker.students_are_served_again_in_time,

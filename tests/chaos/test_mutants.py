@@ -5,6 +5,7 @@ import dataclasses
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from signal import SIGCONT
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from tests.chaos import checker
 from tests.chaos.client import History, Students
 from tests.chaos.evidence import Evidence
 from tests.chaos.evidence_collector import collect_stack_evidence
-from tests.chaos.mutants import ALLOCATE_TIMEOUT_SEC, ALLOCATORS, MUTANTS, Mutant, Trial
+from tests.chaos.mutants import ALLOCATE_TIMEOUT_SEC, ALLOCATORS, MUTANTS, MUTATED, Mutant, Trial
 from tests.chaos.proxy import HOST, Proxy
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC
 from tests.integration.stack import Stack, run_stack
@@ -35,17 +36,23 @@ SETTINGS = {
     "CLEANUP_INTERVAL_SEC": "1",
     "GRACE_PERIOD_MINUTES": str(GRACE_SEC / 60),
     "SYNC_INTERVAL_SEC": "3600",
+    "STOCK_ENABLED": "true",
+    "STOCK_INTERVAL_SEC": "1",
+    "CREATE_TIMEOUT_SEC": "1",
+    "CREATE_SYNC_SEC": "0.5",
 }
 COUNT_PENDING_WORK = """
 SELECT count(*) FROM (
-    SELECT FROM sandboxes WHERE status = 'pending_deletion' UNION ALL SELECT FROM outbox
+    SELECT FROM sandboxes WHERE status = 'pending_deletion'
+    UNION ALL SELECT FROM outbox
+    UNION ALL SELECT FROM creations WHERE in_flight
 ) pending
 """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Broker:
-    """Broker with one process per service and two allocators. Each round replaces the allocators."""
+    """Broker with one process per service and two allocators. Each round replaces the processes of MUTATED."""
 
     stack: Stack
     amqp_url: str
@@ -100,10 +107,11 @@ def _replace_address(link: Proxy, url: str) -> str:
 
 async def run_mutant(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
     stack, history = broker.stack, History()
-    await replace_allocators(broker, bugs)
+    await replace_services(broker, bugs)
     await stack.fill(SANDBOXES)
     async with Students([stack.url], history, random.Random(0)) as students:
-        trial = Trial(stack, broker.links, broker.stop_at, students, history)
+        start = partial(start_service, broker, bugs)
+        trial = Trial(stack, broker.links, start, broker.stop_at, students, history)
         try:
             await mutant.run_round(trial)
         finally:
@@ -116,10 +124,10 @@ async def run_mutant(broker: Broker, mutant: Mutant, *bugs: str) -> Evidence:
     return dataclasses.replace(evidence, failover_periods=trial.failover_periods)
 
 
-async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
-    """Kill both allocators, clear their command queue and the outbox, and start two new ones with the bugs."""
+async def replace_services(broker: Broker, bugs: Sequence[str]) -> None:
+    """Kill the processes of MUTATED, clear the command queue and the outbox, and start new ones with the bugs."""
     stack = broker.stack
-    for name in ALLOCATORS:
+    for name in MUTATED:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
@@ -127,17 +135,16 @@ async def replace_allocators(broker: Broker, bugs: Sequence[str]) -> None:
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):
             await (await channel.get_queue(queue)).purge()
-    settings = {"PLANTED": ",".join(bugs)}
-    await asyncio.gather(
-        *(
-            stack.start_service(
-                "allocator",
-                name=None if name == "allocator" else name,
-                launcher=(str(LAUNCHER),),
-                settings=settings,
-            )
-            for name in ALLOCATORS
-        )
+    await asyncio.gather(*(start_service(broker, bugs, name) for name in MUTATED))
+
+
+async def start_service(broker: Broker, bugs: Sequence[str], name: str) -> None:
+    module = MUTATED[name]
+    await broker.stack.start_service(
+        module,
+        name=None if name == module else name,
+        launcher=(str(LAUNCHER),),
+        settings={"PLANTED": ",".join(bugs)},
     )
 
 

@@ -5,12 +5,16 @@ Tests start a service with wrapped functions and write the point to a file, as i
 SIGSTOP.
 """
 
+import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+REQUEST_SENT_SEC = 0.001
+"""Time in which a request leaves the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,5 +47,16 @@ class CrashPoints:
             if after:
                 self.reach(after)
             return result
+
+        return wrapped
+
+    def wrap_call(self, work: Callable[..., Awaitable[Any]], during: str) -> Callable[..., Any]:
+        """Return `work`, which calls a server, with a crash point after the request. The server completes it."""
+
+        async def wrapped(*arguments: Any, **named: Any) -> Any:
+            running = asyncio.ensure_future(work(*arguments, **named))
+            await asyncio.wait([running], timeout=REQUEST_SENT_SEC)
+            self.reach(during)
+            return await running
 
         return wrapped
