@@ -4,7 +4,6 @@ The file named by DIE_AT holds the point (see devstack.crashes). The time-outs o
 shortened, so that the claims of a killed one expire soon.
 """
 
-import asyncio
 import os
 import runpy
 import sys
@@ -27,6 +26,7 @@ CRASH_COMMANDS = (
     "ClaimCreations",
     "RecordCreation",
     "RecordCreationFailure",
+    "EndCreations",
 )
 
 module = sys.argv.pop(1)
@@ -51,38 +51,33 @@ if module == "provisioner":
     creation.LOOK_UP_TIMEOUT_SEC = 1
 
     from provisioner import main as provisioner_main
-    from provisioner import refill
+    from provisioner import refill, syncs, throttle
 
     provisioner_main.REQUEST_TIMEOUT_SEC = 1
     refill.CLAIM_MARGIN_SEC = 0.5
     refill.MIN_PAUSE_SEC = 0.1
     refill.NO_REPLY_PAUSE_SEC = 0.2
-    client, creator = csp_client.CspClient, creation.Creator
+    throttle.WINDOW_SEC = 1
+    client, creator, requests = csp_client.CspClient, creation.Creator, syncs.SyncRequests
+    create_account = crashes.wrap_call(client.create_account, "during CSP")
     creator.create = crashes.wrap(creator.create, "after the claim", None)  # type: ignore[method-assign]
-    client.create_account = crashes.wrap(client.create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
+    client.create_account = crashes.wrap(create_account, "before CSP", "after CSP")  # type: ignore[method-assign]
     client.find_account_by_name = crashes.wrap(client.find_account_by_name, None, "after the look-up")  # type: ignore[method-assign]
     creator._record = crashes.wrap(creator._record, None, "after the record")  # type: ignore[method-assign]
+    requests._request = crashes.wrap(requests._request, None, "after the request of a sync")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import routing
-    from allocator.sql import listings
+    from allocator.sql import creations, listings
 
     handlers = routing.MAINTENANCE.handlers
     for command_type, handle in handlers.items():
         name = command_type.__name__
         if name in CRASH_COMMANDS:
             handlers[command_type] = crashes.wrap(handle, f"before {name}", f"after {name}")  # type: ignore[index]
-    apply_listing = listings.apply_listing
-
-    async def apply_listing_and_crash(*arguments: Any, **named: Any) -> Any:
-        """Run the statement with a crash point inside. PostgreSQL completes it after the death of the allocator."""
-        running = asyncio.create_task(apply_listing(*arguments, **named))
-        await asyncio.wait([running], timeout=0.001)
-        crashes.reach("during ApplyListing")
-        result = await running
-        crashes.reach("between ApplyListing and its flags")
-        return result
-
-    listings.apply_listing = apply_listing_and_crash
+    # PostgreSQL completes the statement after the death of the allocator.
+    apply_listing = crashes.wrap_call(listings.apply_listing, "during ApplyListing")
+    listings.apply_listing = crashes.wrap(apply_listing, None, "between ApplyListing and its flags")
+    creations.grant_creations = crashes.wrap(creations.grant_creations, None, "between the grant and the claim")
     subscription.Subscription.ack = crashes.wrap(subscription.Subscription.ack, "before the ack", None)  # type: ignore[method-assign]
 if module == "csp_syncer":
     from csp_syncer import chunking
