@@ -1,0 +1,134 @@
+"""CSP answers 503 for ten minutes and then refuses creations for its quota: few calls, one alert, one command to go
+on.
+
+The time-outs are 60 times shorter than in production.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from devstack.conditions import wait_until
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.ctl import run_brokerctl
+from tests.integration.stack import ADMIN, Stack, run_stack
+
+SPEED = 60
+OUTAGE_SEC = 600 / SPEED
+BACKOFF_SEC = 30 / SPEED
+MAX_FAILURES, CONCURRENCY = 5, 2
+SETTINGS = {
+    "STOCK_ENABLED": "true",
+    "STOCK_INTERVAL_SEC": str(60 / SPEED),
+    "CREATE_PER_MINUTE": "1000",
+    "CREATE_CONCURRENCY": str(CONCURRENCY),
+    "CREATE_MAX_FAILURES": str(MAX_FAILURES),
+    "CREATE_BACKOFF_BASE_SEC": str(BACKOFF_SEC),
+    "CREATE_BACKOFF_MAX_SEC": str(900 / SPEED),
+    "CREATE_SYNC_SEC": str(30 / SPEED),
+    "CIRCUIT_BREAKER_TIMEOUT_SEC": str(60 / SPEED),
+}
+MIN = 4
+CREATED_BEFORE_REFUSAL = 2
+
+
+@pytest.fixture
+async def stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        run_stack(database_url, amqp_url, settings=SETTINGS) as stack,
+    ):
+        yield stack
+
+
+async def list_creations(stack: Stack) -> list[dict[str, Any]]:
+    """Return the answered creations, as CSP has recorded them."""
+    calls: list[dict[str, Any]] = (await stack.control("GET", "calls?method=POST"))["calls"]
+    return sorted(
+        (call for call in calls if call["path"].endswith("/sandbox/accounts")), key=lambda call: call["at"]
+    )
+
+
+async def wait_until_stopped(stack: Stack, cause: str) -> dict[str, Any]:
+    """Return the level of the stopped stock."""
+    level: dict[str, Any] = {}
+
+    async def is_stopped() -> bool:
+        level.update((await stack.admin("GET", "stock")).json()["stock"][0])
+        return (level["state"], level["stop_cause"]) == ("stopped", cause)
+
+    await wait_until(is_stopped)
+    return level
+
+
+async def wait_for_alert(stack: Stack, *, is_stopped: bool) -> None:
+    """Wait until the only series of the alert BrokerStockStopped has this value."""
+
+    async def has_value() -> bool:
+        metrics = await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")
+        series = [line for line in metrics.text.splitlines() if line.startswith("broker_stock_stopped{")]
+        return series == [f'broker_stock_stopped{{name_prefix="lab-"}} {float(is_stopped)}']
+
+    await wait_until(has_value)
+
+
+async def resume(stack: Stack) -> None:
+    resumed = await run_brokerctl(stack, "stock", "resume", "lab-")
+    assert (resumed.status, "is resumed" in resumed.out) == (0, True), resumed
+
+
+async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_resumes(stack: Stack) -> None:
+    await stack.fill(0)
+    await stack.control("PATCH", "behaviour", {"create_error_rate": 1, "create_error_status": 503})
+    outage_began = time.monotonic()
+    policy = {
+        "name": "lab",
+        "match": {"name_prefix": "lab-"},
+        "stock": {"name_prefix": "lab-", "min": MIN, "max": MIN},
+    }
+    applied = await stack.client.put(f"{stack.url}/v1/admin/policies", headers=ADMIN, json={"policies": [policy]})
+    assert applied.status_code == 200, applied.text
+    await wait_until_stopped(stack, "failures")
+    await wait_for_alert(stack, is_stopped=True)
+    await wait_until(lambda: time.monotonic() > outage_began + OUTAGE_SEC)
+    calls = await list_creations(stack)
+    assert MAX_FAILURES <= len(calls) < MAX_FAILURES + CONCURRENCY
+    assert {call["status"] for call in calls} == {503}
+    attempts = defaultdict(list)
+    for call in calls:
+        attempts[call["account_name"]].append(call["at"])
+    for times in attempts.values():
+        assert all(after - before >= BACKOFF_SEC for before, after in pairwise(times)), attempts
+
+    decoys = len((await stack.control("GET", "accounts"))["accounts"])
+    await stack.control("PATCH", "behaviour", {"create_error_rate": 0, "create_quota": CREATED_BEFORE_REFUSAL})
+    await resume(stack)
+    stopped = await wait_until_stopped(stack, "refused")
+    assert "the quota of 2 sandboxes is used up" in stopped["stop_reason"]
+    await wait_for_alert(stack, is_stopped=True)
+    assert "brokerctl stock resume lab-" in (await run_brokerctl(stack, "status")).out
+
+    async def is_imported() -> bool:
+        return (await stack.stats())["available"] == CREATED_BEFORE_REFUSAL
+
+    await wait_until(is_imported)
+    statuses = [call["status"] for call in (await list_creations(stack))[len(calls) :]]
+    assert statuses.count(200) == CREATED_BEFORE_REFUSAL
+    assert 1 <= statuses.count(403) <= CONCURRENCY
+    assert len(statuses) == statuses.count(200) + statuses.count(403)
+
+    await stack.control("PATCH", "behaviour", {"create_quota": None})
+    await resume(stack)
+
+    async def is_full() -> bool:
+        level = (await stack.admin("GET", "stock")).json()["stock"][0]
+        return (level["state"], level["available"], level["creating"]) == ("full", MIN, 0)
+
+    await wait_until(is_full)
+    await wait_for_alert(stack, is_stopped=False)
+    assert len((await stack.control("GET", "accounts"))["accounts"]) == decoys + MIN
