@@ -91,7 +91,7 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
             "failing": 0,
             "error": None,
         }
-        assert (report["pool"]["total"], report["dead_letters"]) == (0, 0)
+        assert (report["pool"]["total"], report["dead_letters"], report["stopped_stock"]) == (0, 0, [])
         await database.execute(
             """
             INSERT INTO csp_listings (begun_at, applied_at, outcome)
@@ -104,6 +104,11 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
                 ('3', 'c', 'c', 'pending_deletion', to_timestamp(4000), 0, NULL),
                 ('4', 'd', 'd', 'deletion_failed', to_timestamp(500), 8, 'CSP answered 501');
             INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), 'q', 'why', '{}', NULL, NULL, NULL, '');
+            INSERT INTO policies (name, document)
+                VALUES ('lab', '{"name": "lab", "stock": {"name_prefix": "lab-", "min": 1, "max": 2}}');
+            INSERT INTO stock_prefixes (name_prefix, next_number, stopped_at, stop_cause, stop_reason)
+            VALUES ('lab-', 1, to_timestamp(5000), 'refused', 'quota'),
+                ('without-rule-', 1, to_timestamp(5000), 'refused', 'quota');
             """
         )
         report = await get_status(gateway)
@@ -116,6 +121,9 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
             "error": "CSP answered 500",
         }
         assert (report["pool"]["total"], report["pool"]["available"], report["dead_letters"]) == (4, 1, 1)
+        assert report["stopped_stock"] == [
+            {"name_prefix": "lab-", "stopped_at": 5000, "cause": "refused", "reason": "quota"}
+        ]
         await database.execute("UPDATE csp_listings SET held_at = now() WHERE applied_at IS NULL")
         csp = (await get_status(gateway))["csp"]
         assert (csp["held"], csp["unfinished_since"]) == (True, None)

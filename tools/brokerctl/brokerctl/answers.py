@@ -75,6 +75,11 @@ class CspState(TypedDict):
     error: str | None
 
 
+class StoppedStock(TypedDict):
+    name_prefix: str
+    reason: str
+
+
 class Status(TypedDict):
     rabbitmq: ServerState
     database: ServerState
@@ -83,6 +88,7 @@ class Status(TypedDict):
     pool: PoolCounts | None
     csp: CspState | None
     dead_letters: Count | None
+    stopped_stock: NotRequired[list[StoppedStock] | None]
     other_broker_at: NotRequired[Timestamp | None]
     database_behind_at: NotRequired[Timestamp | None]
 

@@ -79,6 +79,12 @@ def find_attention_items(gateway: Mapping[str, Any], status: Status | None) -> I
     yield from _check_services(status)
     if status["pool"] is not None:
         yield from _check_pool(status["pool"])
+    for stopped in status.get("stopped_stock") or []:
+        yield AttentionItem(
+            "stock",
+            f"No account is created for {stopped['name_prefix']}: {stopped['reason']}",
+            f"Repair the cause, then run brokerctl stock resume {stopped['name_prefix']}.",
+        )
     if status["csp"] is not None:
         yield from _check_csp(status["csp"])
     if status["dead_letters"]:

@@ -93,6 +93,11 @@ DOWN = {"state": "down", "problem": "no answer in 0.3 s"}
             "PostgreSQL",
             "The database is an older backup without the newest lease. Students get 503.",
         ),
+        (
+            {"stopped_stock": [{"name_prefix": "lab-", "reason": "CSP refused the creation with 403: quota"}]},
+            "stock",
+            "No account is created for lab-: CSP refused the creation with 403: quota",
+        ),
         ({"dead_letters": 7}, "dead letters", "7 messages could not be processed"),
     ],
 )

@@ -15,7 +15,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.errors import ApiError
 from gateway.api.schemas.pool import Stats
-from gateway.api.schemas.status import CspStatus, PartStatus, QueueStatus, ServiceState, ServiceStatus, Status
+from gateway.api.schemas.status import (
+    CspStatus,
+    PartStatus,
+    QueueStatus,
+    ServiceState,
+    ServiceStatus,
+    Status,
+    StoppedStock,
+)
 from gateway.queries.sandboxes import pool_stats, read_connection, unix_seconds
 from sandbox_broker.contract import topology
 from sandbox_broker.database import connections
@@ -26,6 +34,8 @@ from sandbox_broker.database.schema import (
     csp_listings,
     dead_letters,
     sandboxes,
+    stock_prefixes,
+    stock_rules,
 )
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
@@ -60,6 +70,7 @@ class DatabaseReport:
     pool: Stats
     csp: CspStatus
     dead_letters: int
+    stopped_stock: list[StoppedStock]
     other_broker_at: int | None
     database_behind_at: int | None
 
@@ -122,6 +133,7 @@ class StatusReporter:
             pool=known and known.pool,
             csp=known and known.csp,
             dead_letters=known and known.dead_letters,
+            stopped_stock=known and known.stopped_stock,
             other_broker_at=known and known.other_broker_at,
             database_behind_at=known and known.database_behind_at,
         )
@@ -204,12 +216,26 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     )
     seen_at = func.max(allocators.c.other_broker_at)
     other_broker_at = select(unix_seconds(seen_at)).having(seen_at > func.now() - OTHER_BROKER_WARNING)
+    stopped = (
+        select(
+            stock_prefixes.c.name_prefix,
+            unix_seconds(stock_prefixes.c.stopped_at).label("stopped_at"),
+            stock_prefixes.c.stop_cause.label("cause"),
+            stock_prefixes.c.stop_reason.label("reason"),
+        )
+        .join(stock_rules, stock_rules.c.name_prefix == stock_prefixes.c.name_prefix)
+        .where(stock_prefixes.c.stopped_at.is_not(None))
+        .order_by(stock_prefixes.c.name_prefix)
+    )
     behind_at = select(unix_seconds(func.max(allocator_epoch.c.database_behind_at)))
     async with read_connection(engine) as connection:
         last = (await connection.execute(newest)).one_or_none()
         listed_at = await connection.scalar(select(unix_seconds(applied_listing.c.begun_at)))
         deletions = (await connection.execute(pending_summary)).one()
         letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
+        stopped_stock = [
+            StoppedStock.model_validate(dict(row)) for row in (await connection.execute(stopped)).mappings()
+        ]
         other_broker = (await connection.execute(other_broker_at)).scalar_one_or_none()
         database_behind_at = await connection.scalar(behind_at)
     unfinished = last is not None and last.applied_at is None and last.held_at is None
@@ -221,4 +247,4 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         failing=deletions.failing,
         error=deletions.error,
     )
-    return DatabaseReport(pool, csp, letters, other_broker, database_behind_at)
+    return DatabaseReport(pool, csp, letters, stopped_stock, other_broker, database_behind_at)

@@ -59,6 +59,18 @@ class CspStatus(BaseModel):
     )
 
 
+class StoppedStock(BaseModel):
+    """Name prefix for which no account is created until an operator resumes it."""
+
+    name_prefix: str = Field(examples=["lab-adventure-"])
+    stopped_at: UnixSeconds
+    cause: Literal["refused", "failures"] = Field(
+        description="`refused`: CSP refused a creation, for example for its quota. `failures`: too many failed "
+        "attempts in a row"
+    )
+    reason: str = Field(examples=["CSP refused the creation with 403: the quota is used up"])
+
+
 class Status(BaseModel):
     checked_at: UnixSeconds
     rabbitmq: PartStatus
@@ -68,6 +80,9 @@ class Status(BaseModel):
     pool: Stats | None = Field(description="null while the database does not respond, like all fields below")
     csp: CspStatus | None
     dead_letters: Count | None
+    stopped_stock: list[StoppedStock] | None = Field(
+        description="stopped prefixes with a stock rule, see GET /v1/admin/stock"
+    )
     other_broker_at: UnixSeconds | None = Field(
         description="last time that an allocator of another broker used the database, null after ten minutes"
     )
