@@ -2,14 +2,15 @@
 
 import asyncio
 import hashlib
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import asyncpg
 import httpx
 
-from bench.servers import ADMIN_TOKEN, Servers
+from bench.servers import ADMIN_TOKEN, TOKEN, Servers
 from devstack.errors import CannotRun
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import PurgeRecords
@@ -51,6 +52,24 @@ def _build_account(number: int) -> dict[str, object]:
         "created_at": "2025-03-27T16:53:47.605459Z",
         "sfdc_account_id": None,
     }
+
+
+async def replace_sandboxes(servers: Servers, sandboxes: Mapping[str, str]) -> list[float]:
+    """Replace the sandbox of each student, one after the other. Return the duration of each request in ms.
+
+    `sandboxes` has the sandbox ids by student. Raises CannotRun if a replacement is refused.
+    """
+    durations = []
+    async with httpx.AsyncClient(timeout=_ADMIN_TIMEOUT_SEC, trust_env=False) as client:
+        for student, sandbox_id in sandboxes.items():
+            url = f"{servers.broker.url}/v1/sandboxes/{sandbox_id}/replace"
+            headers = {"Authorization": f"Bearer {TOKEN}", "X-Instruqt-Sandbox-ID": student}
+            began = time.perf_counter()
+            response = await client.post(url, headers=headers, json={"reason": "broken"})
+            durations.append((time.perf_counter() - began) * 1e3)
+            if response.status_code != 201:
+                raise CannotRun(f"a replacement was answered {response.status_code}: {response.text}", status=1)
+    return durations
 
 
 async def run_sync(servers: Servers) -> dict[str, int]:

@@ -92,5 +92,6 @@ ALL: tuple[Scenario, ...] = (
     Scenario("beside", "sync-beside", with_maintenance.run_with_sync),
     Scenario("beside", "expiry-beside", with_maintenance.run_with_expiry),
     Scenario("beside", "purge-beside", with_maintenance.run_with_purge),
+    Scenario("beside", "replace-beside", with_maintenance.run_with_replacements),
     Scenario("long", "long", soak.run_soak, long=True),
 )

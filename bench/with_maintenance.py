@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import quantiles
 
 import asyncpg
 
@@ -106,6 +107,26 @@ async def run_with_purge(servers: Servers, sizes: Sizes) -> Run:
     if purged != [old]:
         run = run.with_problems((f"{purged[0]} records were purged, expected {old}",))
     return run.with_figures({"purge s": paced.work_sec})
+
+
+async def run_with_replacements(servers: Servers, sizes: Sizes) -> Run:
+    """Run while other students replace their broken sandboxes, one after the other."""
+    database, broken = servers.broker.database, max(20, sizes.accounts // 200)
+    sandboxes = sizes.accounts // 2 + 2 * broken
+    durations: list[float] = []
+
+    async def work(connection: asyncpg.Connection) -> None:
+        leases = await connection.fetch("SELECT holder, sandbox_id FROM leases WHERE starts_with(holder, 'broken')")
+        durations.extend(await maintenance.replace_sandboxes(servers, dict(map(tuple, leases))))
+
+    await pool.fill(database, sandboxes)
+    await pool.insert_leases(database, "broken", broken)
+    paced = await _run_paced(servers, sizes, work)
+    run = await _verify(servers, paced, sandboxes=sandboxes, leases=2 * broken)
+    replaced = await pool.count_ended_leases(database, "broken")
+    if replaced != broken:
+        run = run.with_problems((f"{replaced} sandboxes were replaced, expected {broken}",))
+    return run.with_figures({"replacement p95 ms": quantiles(durations, n=20)[-1]})
 
 
 @dataclass(frozen=True, slots=True)

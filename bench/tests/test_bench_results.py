@@ -121,6 +121,11 @@ def test_the_broker_is_compared_with_the_best_pgbench_result() -> None:
         ("p99 beside expiry ÷ without", 3.0, {"expiry-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
         ("p99 beside a purge ÷ without", 3.0, {"purge-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
         ("a sync beside students (s)", 61.0, {"sync-beside": {"more": {"sync s": 61.0}}}),
+        (
+            "a replacement beside students, p95 (ms)",
+            101.0,
+            {"replace-beside": {"more": {"replacement p95 ms": 101.0}}},
+        ),
         ("long run, last tenth ÷ first", 0.8, {"long": {"more": {"last tenth ÷ first": 0.8}}}),
         ("long run, largest service (MB)", 151.0, {"long": {"memory": 151.0}}),
         ("long run, memory at the end ÷ middle", 1.2, {"long": {"more": {"memory at the end ÷ middle": 1.2}}}),

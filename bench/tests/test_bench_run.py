@@ -36,6 +36,7 @@ async def test_a_run_of_each_kind_of_scenario_succeeds_and_writes_its_figures(
     assert results["sync-beside"]["more"]["sync s"] > 0
     assert results["expiry-beside"]["more"]["expiry s"] > 0
     assert results["purge-beside"]["more"]["purge s"] > 0
+    assert results["replace-beside"]["more"]["replacement p95 ms"] > 0
     assert results["long"]["more"]["cycles"] >= 2_000
 
 
