@@ -97,6 +97,35 @@ async def test_the_history_of_a_sandbox_and_of_a_student(stack: Stack) -> None:
     assert "never had a sandbox" in (await run_brokerctl(stack, "who", "nobody")).out
 
 
+async def test_an_operator_extends_a_lease_and_replaces_a_broken_sandbox(stack: Stack) -> None:
+    broken = (await stack.allocate("ada", X_Lease_Mode="standby")).json()
+    listed = (await run_brokerctl(stack, "pool", "--mode", "standby", "--json")).json
+    assert [entry["sandbox_id"] for entry in listed] == [broken["sandbox_id"]]
+    extend = ("extend", broken["sandbox_id"], "--hours", "9.5", "--reason", "exam")
+    assert (await run_brokerctl(stack, *extend, "--json")).json["expires_at"] == broken["expires_at"] + 9.5 * 3600
+    assert f"The lease of sandbox {broken['sandbox_id']} ends" in (await run_brokerctl(stack, *extend)).out
+
+    replace = ("replace", broken["sandbox_id"], "--reason", "no DNS")
+    first = await run_brokerctl(stack, *replace, "--json")
+    assert first.json["sandbox_id"] != broken["sandbox_id"]
+    expected = f"Sandbox {first.json['sandbox_id']} ({first.json['name']}) replaces {broken['sandbox_id']}."
+    assert expected in (await run_brokerctl(stack, *replace)).out
+    story = (await run_brokerctl(stack, "sandbox", broken["sandbox_id"])).out
+    assert "sandbox.replaced" in story
+    assert "no DNS" in story
+
+    refused = await run_brokerctl(stack, "retry", broken["sandbox_id"], "--json")
+    assert (refused.status, refused.error["code"]) == (1, "NOT_DELETION_FAILED")
+    assert "end_hold=true" in refused.error["message"]
+    ended = await run_brokerctl(stack, "retry", broken["sandbox_id"], "--end-hold")
+    assert (ended.status, "is pending_deletion" in ended.out) == (0, True)
+    await wait_until(stack.nothing_pending)
+
+    for command in (extend, replace):
+        refused = await run_brokerctl(stack, command[0], "1", *command[2:], "--json")
+        assert (refused.status, refused.error["code"]) == (1, "SANDBOX_NOT_FOUND")
+
+
 async def test_retry_repeats_a_permanently_failed_deletion(stack: Stack) -> None:
     await stack.database.execute(
         "UPDATE sandboxes SET status = 'deletion_failed', status_since = now(), deletion_attempts = 8, "

@@ -189,6 +189,31 @@ async def test_rows_added_or_deleted_between_pages_do_not_affect_other_rows(
     assert ids(first["sandboxes"] + rest["sandboxes"]) == ["10", "11", "12", "13", "14", "16", "17", "18", "19"]
 
 
+@pytest.mark.parametrize("limit", [1, 500])
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"mode": "standby"}, ["0", "3"]),
+        ({"mode": "active"}, ["1", "4"]),
+        ({"mode": "standby", "status": "allocated"}, ["0", "3"]),
+        ({"mode": "standby", "status": "deleted"}, []),
+        ({"mode": "standby", "holder": "student-0"}, ["0"]),
+        ({"mode": "active", "track_name": "dns"}, ["4"]),
+        ({"mode": "standby", "name_prefix": "sandbox-3"}, ["3"]),
+    ],
+    ids="+".join,
+)
+async def test_pages_of_a_mode_contain_active_leases_only(
+    gateway: Gateway, database: asyncpg.Connection, filters: dict[str, Any], expected: list[str], limit: int
+) -> None:
+    for number in range(6):
+        status = "allocated" if number % 3 < 2 else "deleted"
+        track = "dns" if number > 2 else "dhcp"
+        await add(database, str(number), status, holder=f"student-{number}", track=track, at=1_000 + number)
+    await database.execute("UPDATE leases SET mode = 'standby' WHERE sandbox_id IN ('0', '2', '3')")
+    assert ids(await all_pages(gateway, "sandboxes", limit=limit, **filters)) == expected
+
+
 async def test_sandbox_row_includes_its_lease(gateway: Gateway, database: asyncpg.Connection) -> None:
     await add(database, "7", "allocated", holder="student-1", track="dns")
     (row,) = (await page(gateway, "sandboxes"))["sandboxes"]

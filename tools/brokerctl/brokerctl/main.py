@@ -126,12 +126,15 @@ def show_pool(
     status: Annotated[str | None, typer.Option(help="List the sandboxes in this state.")] = None,
     prefix: Annotated[str | None, typer.Option(help="List the sandboxes with this name prefix.")] = None,
     track: Annotated[str | None, typer.Option(help="List the sandboxes of this track.")] = None,
+    mode: Annotated[
+        Literal["standby", "active"] | None, typer.Option(help="List the leased sandboxes in this mode.")
+    ] = None,
     limit: LimitOption = 50,
 ) -> None:
     """Count the sandboxes by state, or list them by a filter."""
     client = create_client(context)
-    if status or prefix or track:
-        filters = {"status": status, "name_prefix": prefix, "track_name": track}
+    if status or prefix or track or mode:
+        filters = {"status": status, "name_prefix": prefix, "track_name": track, "mode": mode}
         entries = list(client.iterate_entries("sandboxes", "sandboxes", SandboxSummary, limit, **filters))
         print_result(as_json, entries, lambda: output.render_sandboxes(entries))
         return
@@ -165,7 +168,7 @@ def show_leases_of_student(
 
 @app.command("waiting")
 def show_waiting_line(context: typer.Context, as_json: JsonOption = False, limit: LimitOption = 50) -> None:
-    """List the students that wait for a sandbox, the next one first."""
+    """List the students that wait for a sandbox, in the order of their arrival."""
     entries = list(create_client(context).iterate_entries("waiting", "waiting", WaitingStudent, limit))
     if not entries and not as_json:
         output.console.print("No student waits.")

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Text, literal_column
+from sqlalchemy import ColumnElement, Text, and_, literal_column
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.schemas.pool import SandboxPage, SandboxSummary
 from gateway.queries.allocation_pages import NEWEST_LEASE, indexed_holder
 from gateway.queries.pagination import EVERY_ROW, IndexScan, fetch_page
 from gateway.queries.sandboxes import label_unix_seconds
-from sandbox_broker.contract.types import SandboxStatus
+from sandbox_broker.contract.types import LeaseMode, SandboxStatus
 from sandbox_broker.database.schema import leases, prefix_end, sandboxes
 
 SPARSE_STATUSES: frozenset[SandboxStatus] = frozenset({"pending_deletion", "deletion_failed", "stale"})
@@ -44,14 +44,16 @@ class SandboxFilter:
     name_prefix: str | None = None
     track_name: str | None = None
     holder: str | None = None
+    mode: LeaseMode | None = None
+    """Mode of the active lease."""
 
 
 async def sandboxes_page(engine: AsyncEngine, wanted: SandboxFilter, *, limit: int, cursor: str) -> SandboxPage:
     """Return a page of sandboxes. The most selective filter determines the order.
 
     The order is: for a holder or track the newest lease first, for a name prefix by name, for the status
-    `allocated` by expiry, for any other status the oldest first, and without filters by sandbox id. Raises ApiError
-    INVALID_CURSOR or DATABASE_UNAVAILABLE.
+    `allocated` and for a mode by expiry, for any other status the oldest first, and without filters by sandbox id.
+    Raises ApiError INVALID_CURSOR or DATABASE_UNAVAILABLE.
     """
     filters = _rank_filters(wanted)
     scan = filters[0][0] if filters else IndexScan(sandboxes, [sandboxes.c.sandbox_id])
@@ -86,6 +88,12 @@ def _rank_filters(wanted: SandboxFilter) -> list[tuple[IndexScan, ColumnElement[
         ranked.insert(
             0 if wanted.status in SPARSE_STATUSES and wanted.holder is None else len(ranked), status_filter
         )
+    if wanted.mode is not None:
+        # A literal instead of a parameter, because it must match the condition of the partial index.
+        conditions = [leases.c.mode == literal_column(f"'{wanted.mode}'"), leases.c.end_reason.is_(None)]
+        mode_scan = IndexScan(leases, (leases.c.expires_at, leases.c.lease_id), conditions)
+        is_sparse = wanted.mode == "standby" and wanted.holder is None
+        ranked.insert(0 if is_sparse else len(ranked), (mode_scan, and_(*conditions)))
     return ranked
 
 

@@ -1,4 +1,4 @@
-"""Pages of the waiting line: the next student first."""
+"""Pages of the waiting line, in the order of arrival."""
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine

@@ -16,7 +16,7 @@ from gateway.queries.grouped_stats import GroupedBy, grouped_stats
 from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
 from gateway.queries.waiting_pages import waiting_page
 from gateway.routes.admin_actions import COMMON_ERRORS
-from sandbox_broker.contract.types import MAX_ID_LENGTH, SandboxStatus
+from sandbox_broker.contract.types import MAX_ID_LENGTH, LeaseMode, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -59,12 +59,14 @@ async def get_sandboxes(
     name_prefix: Text = None,
     track_name: Text = None,
     holder: Text = None,
+    mode: Annotated[LeaseMode | None, Query(description="mode of the active lease")] = None,
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> SandboxPage:
-    """List the sandboxes that match all filters. `name_prefix` has no wildcards."""
+    """List the sandboxes that match all filters. `name_prefix` has no wildcards. `mode=standby` lists those whose
+    standby lease no student has claimed yet."""
     context: Context = request.app.state.context
-    wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None)
+    wanted = SandboxFilter(status, name_prefix or None, track_name or None, holder or None, mode)
     return await sandboxes_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 
@@ -108,6 +110,7 @@ async def get_leaks(request: Request, limit: Limit = 50, cursor: Cursor = "") ->
 
 @router.get("/waiting", responses=responses(*LISTING_ERRORS))
 async def get_waiting(request: Request, limit: Limit = 50, cursor: Cursor = "") -> WaitingPage:
-    """List the students in the waiting line, the next student first."""
+    """List the students in the waiting line in the order of their arrival. Replacements of broken sandboxes are
+    served before all others."""
     context: Context = request.app.state.context
     return await waiting_page(context.engine, limit=limit, cursor=cursor)
