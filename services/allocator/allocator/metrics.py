@@ -33,6 +33,8 @@ LEASE_CHANGES = Counter(
     "Requests to claim, extend or replace, by outcome: done, repeated, waiting, or the error code in small letters",
     ["change", "outcome"],
 )
+REPLACED = LEASE_CHANGES.labels("replace", "done")
+"""Exported from the start, so that the first replacements count in a rate."""
 BATCH_SIZE = Histogram(
     "broker_allocator_batch_size",
     "Commands per batch",

@@ -204,7 +204,7 @@ async def _replace_for_place(session: WriteSession, command: ReplaceSandbox) -> 
     with line.changing():
         row = await lease_changes.replace(session, command)
     if row["new"]:
-        metrics.LEASE_CHANGES.labels("replace", "done").inc()
+        metrics.REPLACED.inc()
         _log_replacement(command, row)
         _record_served(line, holder, place, row)
         return True
