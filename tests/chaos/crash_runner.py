@@ -32,6 +32,7 @@ if module == "allocator":
     commit = ("before a student's commit", "after a student's commit")
     leases.allocate = crashes.wrap(leases.allocate, *commit)
     leases.release = crashes.wrap(leases.release, *commit)
+    leases.end_plays = crashes.wrap(leases.end_plays, *commit)
     lease_changes.claim = crashes.wrap(lease_changes.claim, *commit)
     lease_changes.extend = crashes.wrap(lease_changes.extend, *commit)
     lease_changes.replace = crashes.wrap(lease_changes.replace, *commit)

@@ -27,6 +27,10 @@ CRASH_COMMANDS = (
     "RecordCreation",
     "RecordCreationFailure",
     "EndCreations",
+    "ClaimLease",
+    "ExtendLease",
+    "ReplaceSandbox",
+    "EndPlay",
 )
 
 module = sys.argv.pop(1)
@@ -69,11 +73,11 @@ if module == "allocator":
     from allocator import routing
     from allocator.sql import creations, listings
 
-    handlers = routing.MAINTENANCE.handlers
-    for command_type, handle in handlers.items():
-        name = command_type.__name__
-        if name in CRASH_COMMANDS:
-            handlers[command_type] = crashes.wrap(handle, f"before {name}", f"after {name}")  # type: ignore[index]
+    for lane in (routing.STUDENTS, routing.MAINTENANCE):
+        for command_type, handle in lane.handlers.items():
+            name = command_type.__name__
+            if name in CRASH_COMMANDS:
+                lane.handlers[command_type] = crashes.wrap(handle, f"before {name}", f"after {name}")  # type: ignore[index]
     # PostgreSQL completes the statement after the death of the allocator.
     apply_listing = crashes.wrap_call(listings.apply_listing, "during ApplyListing")
     listings.apply_listing = crashes.wrap(apply_listing, None, "between ApplyListing and its flags")
