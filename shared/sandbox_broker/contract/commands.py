@@ -115,9 +115,9 @@ class ExtendLease(Command[LeaseExtended]):
 
 
 class ReplaceSandbox(Command[LeaseGranted | StudentWaiting]):
-    """End the lease of a broken sandbox, and lease another sandbox to its student. A student who wants to wait keeps
-    the broken sandbox until another one is free. Without a `holder` an administrator replaces the sandbox of any
-    student, without the limit. → LeaseGranted, StudentWaiting or Refused."""
+    """End the lease of a broken sandbox, and lease another sandbox to its student. A student who wants to wait
+    keeps the broken sandbox until another one is free. Without a `holder` an administrator replaces the sandbox of
+    any student, without the limit. → LeaseGranted, StudentWaiting or Refused."""
 
     type: Literal["ReplaceSandbox"] = "ReplaceSandbox"
     request_id: str
