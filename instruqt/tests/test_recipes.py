@@ -9,16 +9,10 @@ import pytest
 import yaml
 
 from .conftest import SCRIPTS, CannedServer, Reply, Run, Track, build_json_reply, build_lease_reply, build_track
+from .recipes import PAGE, read_recipe
 
-PAGE = (SCRIPTS / "README.md").read_text("utf-8")
 RELEASED = build_json_reply(200, {"sandbox_id": "2012224", "status": "pending_deletion"})
 EXTENDED = build_json_reply(200, {"expires_at": 1728075723, "max_expires_at": 1728082923})
-
-
-def read_recipe(title: str) -> dict[str, str]:
-    """Return the scripts of a recipe by their roles."""
-    (section,) = re.findall(rf"^## Recipe: {title}\n(.*?)(?=^## )", PAGE, re.M | re.S)
-    return dict(re.findall(r"^```\w+ (\w+)\n(.*?)^```", section, re.M | re.S))
 
 
 class Lab:
