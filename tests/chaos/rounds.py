@@ -228,7 +228,7 @@ async def _change_policies(broker: ChaosBroker, rng: random.Random) -> None:
         rule = {"name_prefix": STOCK_PREFIX, "min": rng.randint(*STOCK_MIN), "max": STOCK_MAX}
         policies = [
             {**stock, "stock": rule},
-            *([{**quota, "max_replacements": rng.randrange(5)}] if rng.random() < 0.8 else []),
+            *([{**quota, "max_replacements": rng.randint(1, 5)}] if rng.random() < 0.8 else []),
         ]
         with contextlib.suppress(Exception):  # requests may fail during a fault; the next change follows soon
             await broker.stack.client.put(
