@@ -11,6 +11,7 @@ from enum import Enum
 LEASE_MIN = 4 * 60
 GRACE_MIN = 30
 STANDBY_MIN = 24 * 60
+LONGEST_WAIT_MIN = 30
 MAX_EXTENSION_MIN = 4 * 60
 MAX_REPLACEMENTS = 1
 STALE_RETENTION_MIN = 24 * 60
@@ -32,6 +33,46 @@ class Refused(Exception):
         self.code = code
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Rules for the leases of a track."""
+
+    max_active: int | None = None
+    wait_min: int = LONGEST_WAIT_MIN
+
+
+@dataclass(frozen=True)
+class Request:
+    """Allocation of a student."""
+
+    student: str
+    prefix: str | None = None
+    key: str | None = None
+    track: str | None = None
+    standby: bool = False
+    wait_min: int | None = None
+    """Longest wait in line. 0 withdraws an earlier request, None neither joins the line nor leaves it."""
+
+
+@dataclass
+class Place:
+    """Place in the waiting line."""
+
+    request: Request
+    since: int
+    ends: int
+
+    def fits(self, name: str) -> bool:
+        return name.startswith(self.request.prefix or "")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Answer to a student in the waiting line."""
+
+    position: int
+
+
 @dataclass
 class Sandbox:
     """Record of a sandbox in the pool."""
@@ -39,6 +80,8 @@ class Sandbox:
     name: str
     status: str
     since: int
+    sync: int = 0
+    """Number of the sync that made it available. Older ones are leased first to the waiting line."""
     missing: bool = False
     """CSP no longer lists the sandbox of an active lease."""
     on_hold: bool = False
@@ -59,6 +102,8 @@ class Lease:
     extended: int = 0
     replacements: int = 0
     replaced_by: str | None = None
+    track: str | None = None
+    policy: str | None = None
     end_reason: str | None = None
     """None for an active lease."""
 
@@ -72,28 +117,120 @@ class Model:
     sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)
     """Leases by sandbox id: at most one each, kept after the purge of the sandbox record."""
+    policies: dict[str, Policy] = field(default_factory=dict)
+    """Policies by track."""
+    line: list[Place] = field(default_factory=list)
+    """Waiting line, in the order of arrival. It is served before each request."""
+    timed_out: set[str] = field(default_factory=set)
+    """Students whose longest wait is over. Their next request to wait is refused."""
+    syncs: int = 0
 
     # Students
 
-    def allocate(self, student: str, prefix: str | None, key: str | None) -> Lease | set[str]:
-        """Return the student's lease, or the ids of all sandboxes that fit. `grant` records the broker's choice."""
+    def allocate(self, request: Request) -> Lease | set[str] | Waiting:
+        """Return the student's lease, the ids of all sandboxes that fit, or the place in line. `grant` records the
+        broker's choice."""
+        student, key = request.student, request.key
+        place = self.place_of(student)
+        held = self.held_by(student)
         keyed = next((lease for lease in self.leases.values() if key is not None and lease.key == key), None)
+        if place is not None and (held or keyed or request.wait_min == 0 or request.prefix != place.request.prefix):
+            self.line.remove(place)
+            place = None
         if keyed is not None and keyed.holder != student:
             raise Refused(409, "IDEMPOTENCY_KEY_CONFLICT")
-        if held := self.held_by(student):
+        if held is not None:
             return held
         if keyed is not None:  # the lease of this key has ended
             raise Refused(409, "IDEMPOTENCY_KEY_CONFLICT")
-        matching = {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(prefix or "")}
-        if not matching:
-            raise Refused(409, "POOL_EXHAUSTED")
-        return matching
+        if place is not None:
+            return self._repeat(place, request)
+        if self._is_at_quota(request.track):
+            raise Refused(409, "QUOTA_EXCEEDED")
+        matching = self._find_matching(request.prefix)
+        return matching or self._join(request)
 
-    def grant(self, student: str, sandbox_id: str, key: str | None, prefix: str | None, *, standby: bool) -> Lease:
+    def _repeat(self, place: Place, request: Request) -> Lease | Waiting:
+        """Take over another key, track or mode. It may end the wait, because another policy applies."""
+        if request.wait_min is None:
+            raise Refused(409, "POOL_EXHAUSTED")
+        place.request = request
+        self.serve_line()
+        return self.held_by(request.student) or Waiting(self._find_position(place))
+
+    def _join(self, request: Request) -> Waiting:
+        policy = self.policies.get(request.track or "", Policy())
+        wait_min = min(request.wait_min or 0, policy.wait_min)
+        is_over = bool(request.wait_min) and request.student in self.timed_out
+        if is_over:
+            self.timed_out.remove(request.student)
+        if wait_min == 0 or is_over:
+            raise Refused(409, "POOL_EXHAUSTED")
+        place = Place(request, self.now, self.now + wait_min)
+        self.line.append(place)
+        return Waiting(self._find_position(place))
+
+    def place_of(self, student: str) -> Place | None:
+        return next((place for place in self.line if place.request.student == student), None)
+
+    def _find_position(self, place: Place) -> int:
+        """Count the place and those before it that could receive the same sandbox."""
+        prefix = place.request.prefix or ""
+        before = self.line[: self.line.index(place) + 1]
+        prefixes = [other.request.prefix or "" for other in before]
+        return sum(prefix.startswith(other) or other.startswith(prefix) for other in prefixes)
+
+    def serve_line(self) -> list[Lease]:
+        """Lease the available sandboxes to the line, longest available first, and return the new leases.
+
+        A student above the quota is passed over. A student whose key is used, or who has a lease, loses the place.
+        A sandbox that they leave goes to the line once more.
+        """
+        granted: list[Lease] = []
+        passed_over: set[str] = set()
+        while True:
+            free = sorted(self._with_status("available"), key=lambda id: (self.sandboxes[id].sync, id))
+            chosen: list[tuple[Place, str]] = []
+            for place in self.line:
+                fitting = [id for id in free if place.fits(self.sandboxes[id].name)]
+                if fitting and place.request.student not in passed_over:
+                    chosen.append((place, fitting[0]))
+                    free.remove(fitting[0])
+            leases = [self._serve(place, sandbox_id, passed_over) for place, sandbox_id in chosen]
+            granted += [lease for lease in leases if lease is not None]
+            if None not in leases:
+                return granted
+
+    def _serve(self, place: Place, sandbox_id: str, passed_over: set[str]) -> Lease | None:
+        request = place.request
+        is_key_used = request.key is not None and any(lease.key == request.key for lease in self.leases.values())
+        if not (is_key_used or self.held_by(request.student)) and self._is_at_quota(request.track):
+            passed_over.add(request.student)
+            return None
+        self.line.remove(place)
+        if is_key_used or self.held_by(request.student):
+            return None
+        return self.grant(request, sandbox_id)
+
+    def _is_at_quota(self, track: str | None) -> bool:
+        limit = self.policies.get(track or "", Policy()).max_active
+        active = sum(not lease.end_reason and lease.policy == track for lease in self.leases.values())
+        return limit is not None and active >= limit
+
+    def _find_matching(self, prefix: str | None) -> set[str]:
+        return {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(prefix or "")}
+
+    def grant(self, request: Request, sandbox_id: str) -> Lease:
+        lease = self._lease(sandbox_id, request.student, request.key, request.prefix or "", standby=request.standby)
+        lease.track = request.track
+        lease.policy = request.track if request.track in self.policies else None
+        return lease
+
+    def _lease(self, sandbox_id: str, student: str, key: str | None, prefix: str, *, standby: bool) -> Lease:
         self._set_status(sandbox_id, "allocated")
         expires = self.now + (STANDBY_MIN if standby else LEASE_MIN)
         lease = self.leases[sandbox_id] = Lease(
-            sandbox_id, student, key, self.now, expires, prefix or "", standby=standby
+            sandbox_id, student, key, self.now, expires, prefix, standby=standby
         )
         return lease
 
@@ -137,14 +274,15 @@ class Model:
         self._require_active(lease)
         if student is not None and lease.replacements >= MAX_REPLACEMENTS:
             raise Refused(409, "REPLACEMENT_LIMIT")
-        matching = {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(lease.prefix)}
+        matching = self._find_matching(lease.prefix)
         if not matching:
             raise Refused(409, "POOL_EXHAUSTED")
         return matching
 
     def grant_replacement(self, sandbox_id: str, new_sandbox_id: str) -> Lease:
         old = self.leases[sandbox_id]
-        new = self.grant(old.holder, new_sandbox_id, None, old.prefix, standby=old.standby)
+        new = self._lease(new_sandbox_id, old.holder, None, old.prefix, standby=old.standby)
+        new.track, new.policy = old.track, old.policy
         new.expires = max(old.expires, new.expires)
         new.claimed, new.first_holder, new.extended = old.claimed, old.first_holder, old.extended
         new.replacements = old.replacements + 1
@@ -173,9 +311,11 @@ class Model:
 
     def end_play(self, student: str, ended: int) -> str:
         """Return the outcome of Instruqt's event about the end of a play."""
-        lease = self.held_by(student)
+        lease, place = self.held_by(student), self.place_of(student)
+        stops_waiting = place is not None and place.since <= ended
+        self.line = [other for other in self.line if other is not place or not stops_waiting]
         if lease is None:
-            return "no_lease"
+            return "stopped_waiting" if stops_waiting else "no_lease"
         if lease.begun > ended:
             return "newer_lease"
         self._finish_lease(lease, "play_ended")
@@ -231,6 +371,7 @@ class Model:
 
     def sync(self, *, force: bool) -> Counter[str]:
         """Return the counts in the response."""
+        self.syncs += 1
         if self.csp is CspState.REJECTS_TOKEN:
             raise Refused(502, "CSP_UNAVAILABLE")
         pool = self._with_status("available") | self._with_status("allocated")
@@ -252,13 +393,14 @@ class Model:
         sandbox = self.sandboxes.get(sandbox_id)
         if sandbox is None:
             if sandbox_id not in self.leases:  # used sandboxes are never allocated again
-                self.sandboxes[sandbox_id] = Sandbox(name, "available", self.now)
+                self.sandboxes[sandbox_id] = Sandbox(name, "available", self.now, sync=self.syncs)
             return Counter()
         sandbox.missing = False
         if sandbox.status in ("available", "allocated", "stale"):
             sandbox.name = name
         if sandbox.status == "stale":
             self._set_status(sandbox_id, "available")
+            sandbox.sync = self.syncs
             return Counter(restored=1)
         if (
             sandbox.status == "deleted"
@@ -273,6 +415,8 @@ class Model:
     def advance_time(self, minutes: int) -> int:
         """Advance the time. Returns the number of deleted sandboxes, which were stale for a day."""
         self.now += minutes
+        self.timed_out |= {place.request.student for place in self.line if place.ends <= self.now}
+        self.line = [place for place in self.line if place.ends > self.now]
         for lease in list(self.leases.values()):
             if lease.end_reason is None:
                 if lease.standby and self.now >= lease.expires:

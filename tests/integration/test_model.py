@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
-from tests.integration.model import CspState, Lease, Model, Refused
-from tests.integration.stack import Stack, run_stack, track_headers
+from tests.integration.model import CspState, Lease, Model, Policy, Refused, Request, Waiting
+from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 SEQUENCES, STEPS = 12, 40
 
@@ -34,6 +34,12 @@ STUDENTS = st.sampled_from(["ada", "grace", "alan"])
 KEYS = st.sampled_from([None, None, "k1", "k2"])
 NAMES = st.sampled_from(["lab-a-", "lab-b-", "lab_a-"])
 PREFIXES = st.sampled_from([None, None, "lab-a-", "lab-b", "lab_", "LAB-A-", "lab-a-1", "%"])
+TRACKS = st.sampled_from([None, None, "exam"])
+POLICIES = st.sampled_from(
+    [{}, {"exam": Policy(max_active=1)}, {"exam": Policy(max_active=2, wait_min=10)}, {"exam": Policy(wait_min=0)}]
+)
+"""Policies by track."""
+WAITS_MIN = st.sampled_from([0, 5, 20, 60])
 SANDBOX_NUMBERS = st.integers(0, MAX_SANDBOXES)
 """Numbers of sandboxes in the order of their creation in CSP. The last number has no sandbox."""
 MINUTES = st.sampled_from([10, 60, 4 * 60, 24 * 60])
@@ -57,6 +63,7 @@ SETTINGS = {
     "DELETION_MAX_ATTEMPTS": "2",
     "RECORD_RETENTION_DAYS": "3650",
     "SYNC_INTERVAL_SEC": "864000",
+    "WAITING_TTL_SEC": "3600",
 }
 
 # Advance the time by moving all stored timestamps into the past.
@@ -67,6 +74,7 @@ MOVE_TIMESTAMPS = (
     """UPDATE sandboxes SET status_since = status_since - $1::interval, deleted_at = deleted_at - $1::interval,
         missing_since = missing_since - $1::interval, deletion_due_at = deletion_due_at - $1::interval,
         deletion_requested_at = deletion_requested_at - $1::interval""",
+    "UPDATE waiting SET waiting_since = waiting_since - $1::interval, ends_at = ends_at - $1::interval",
     """UPDATE csp_listings SET begun_at = begun_at - $1::interval, applied_at = applied_at - $1::interval,
         held_at = held_at - $1::interval""",
 )
@@ -111,47 +119,94 @@ class BrokerMachine(RuleBasedStateMachine):
     @initialize(csp=st.sampled_from(CspState))
     def set_up_pool(self, csp: CspState) -> None:
         self._run(self.stack.fill(0))
+        self._forget_timed_out()
         for name_prefix, count in (("lab-a-", 4), ("lab-b-", 2)):
             for _ in range(count):
                 self.create_account(name_prefix)
         self.sync(force=False)
         self.set_csp_state(csp)
 
+    def _forget_timed_out(self) -> None:
+        """Let each student wait and leave, because the allocator remembers those whose longest wait is over."""
+        for student in ("ada", "grace", "alan"):
+            for wait_sec in (60, 0):
+                self._run(self.stack.allocate(student, Prefer=f"respond-async, wait={wait_sec}"))
+
     # Students
 
     @rule(student=STUDENTS)
     def allocate(self, student: str) -> None:
-        self._allocate(student, None, None)
+        self._allocate(Request(student))
 
-    @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS, standby=st.booleans())
-    def allocate_with_options(self, student: str, prefix: str | None, key: str | None, standby: bool) -> None:
-        self._allocate(student, prefix, key, standby=standby)
+    @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS, track=TRACKS, standby=st.booleans())
+    def allocate_with_options(
+        self, student: str, prefix: str | None, key: str | None, track: str | None, standby: bool
+    ) -> None:
+        self._allocate(Request(student, prefix, key, track, standby))
 
-    def _allocate(self, student: str, prefix: str | None, key: str | None, *, standby: bool = False) -> None:
+    @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS, track=TRACKS, standby=st.booleans(), wait_min=WAITS_MIN)
+    def wait_in_line(
+        self, student: str, prefix: str | None, key: str | None, track: str | None, standby: bool, wait_min: int
+    ) -> None:
+        """Join the line, repeat or change the request, or leave it, if no sandbox fits."""
+        self._allocate(Request(student, prefix, key, track, standby, wait_min))
+
+    @precondition(lambda self: bool(self.model.line))
+    @rule(data=st.data())
+    def repeat_request(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.model.line) - 1), label="number in line")
+        self._allocate(self.model.line[number].request)
+
+    def _allocate(self, request: Request) -> None:
+        wait = None if request.wait_min is None else f"respond-async, wait={request.wait_min * 60}"
         headers = {
-            "X-Sandbox-Name-Prefix": prefix,
-            "Idempotency-Key": key,
-            "X-Lease-Mode": "standby" if standby else None,
+            "X-Sandbox-Name-Prefix": request.prefix,
+            "Idempotency-Key": request.key,
+            "X-Instruqt-Track-ID": request.track,
+            "X-Lease-Mode": "standby" if request.standby else None,
+            "Prefer": wait,
         }
         response = self._run(
-            self.stack.allocate(student, **{name: value for name, value in headers.items() if value is not None})
+            self.stack.allocate(
+                request.student, **{name: value for name, value in headers.items() if value is not None}
+            )
         )
         try:
-            expected = self.model.allocate(student, prefix, key)
+            expected = self.model.allocate(request)
         except Refused as refused:
             self._assert_refused(response, refused)
             return
-        if isinstance(expected, Lease):
+        body = response.json()
+        if isinstance(expected, Waiting):
+            assert response.status_code == 202, response.text
+            assert (body["status"], body["position"]) == ("waiting", expected.position)
+        elif isinstance(expected, Lease) and expected.sandbox_id in self.bodies:
             assert response.status_code == 200, response.text
-            assert response.json() == self._expected_body(expected)
+            assert body == self._expected_body(expected)
         else:
             assert response.status_code == 201, response.text
-            body = response.json()
-            assert body["sandbox_id"] in expected
-            assert body["expires_at"] - body["allocated_at"] == (24 if standby else 4) * 3600
-            lease = self.model.grant(student, body["sandbox_id"], key, prefix, standby=standby)
+            assert body["expires_at"] - body["allocated_at"] == (24 if request.standby else 4) * 3600
+            if not isinstance(expected, Lease):
+                assert body["sandbox_id"] in expected
+                expected = self.model.grant(request, body["sandbox_id"])
             self._record(body)
-            assert body == self._expected_body(lease)
+            assert body == self._expected_body(expected)
+
+    def _serve_line(self) -> None:
+        """Wait until the broker has served the line, and read the new leases."""
+        leases = self.model.serve_line()
+        self._run(wait_until(self._is_line_served))
+        for lease in leases:
+            response = self._run(self.stack.allocate(lease.holder))
+            assert response.status_code == 200, response.text
+            assert response.json()["sandbox_id"] == lease.sandbox_id
+            self._record(response.json())
+            assert response.json() == self._expected_body(lease)
+
+    async def _is_line_served(self) -> bool:
+        rows = await self.stack.database.fetch("SELECT holder, name_prefix FROM waiting ORDER BY waiting_id")
+        requests = [place.request for place in self.model.line]
+        return [tuple(row) for row in rows] == [(request.student, request.prefix) for request in requests]
 
     def _record(self, body: dict[str, Any]) -> None:
         self.bodies[body["sandbox_id"]] = body
@@ -266,7 +321,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self._assert_refused(response, refused)
         else:
             assert response.status_code == 200, response.text
-            extra_fields = {"status": sandbox.status, "allocated_to_track": student, "track_name": None}
+            extra_fields = {"status": sandbox.status, "allocated_to_track": student, "track_name": lease.track}
             body = self._expected_body(lease) | extra_fields
             assert response.json() == {name: body[name] for name in body if name not in ("mode", "claimed_at")}
 
@@ -306,6 +361,22 @@ class BrokerMachine(RuleBasedStateMachine):
             self._assert_refused(response, refused)
         else:
             assert (response.status_code, response.json()["status"]) == (200, status)
+
+    @rule(policies=POLICIES)
+    def apply_policies(self, policies: dict[str, Policy]) -> None:
+        documents = [
+            {
+                "name": track,
+                "match": {"track_name": track},
+                "wait_minutes": policy.wait_min,
+                **({} if policy.max_active is None else {"max_active": policy.max_active}),
+            }
+            for track, policy in policies.items()
+        ]
+        url = f"{self.stack.url}/v1/admin/policies"
+        response = self._run(self.stack.client.put(url, headers=ADMIN, json={"policies": documents}))
+        assert response.status_code == 200, response.text
+        self.model.policies = policies
 
     @precondition(has_sandbox_in("deletion_failed", "stale"))
     @rule(status=st.sampled_from(["deletion_failed", "stale"]))
@@ -430,16 +501,26 @@ class BrokerMachine(RuleBasedStateMachine):
         assert sandboxes == {(id, s.status, s.name, s.missing) for id, s in self.model.sandboxes.items()}
         leases = self._fetch(
             "SELECT sandbox_id, holder, first_holder, idempotency_key, end_reason, mode = 'standby', "
-            "extended_sec / 60 FROM leases"
+            "extended_sec / 60, policy FROM leases"
         )
         assert leases == {
-            (id, lease.holder, lease.first_holder, lease.key, lease.end_reason, lease.standby, lease.extended)
+            (
+                id,
+                lease.holder,
+                lease.first_holder,
+                lease.key,
+                lease.end_reason,
+                lease.standby,
+                lease.extended,
+                lease.policy,
+            )
             for id, lease in self.model.leases.items()
         }
 
     def _wait_until_idle(self) -> None:
-        """Wait for the background work: expiry of leases and deletions in CSP."""
+        """Wait for the background work: expiry of leases, deletions in CSP and the waiting line."""
         self._run(wait_until(self._is_idle))
+        self._serve_line()
 
     async def _is_idle(self) -> bool:
         pending = {id for id, sandbox in self.model.sandboxes.items() if sandbox.status == "pending_deletion"}
