@@ -58,6 +58,16 @@ GOALS = (
         at_least=0.6,
     ),
     Goal(
+        "throughput with policies ÷ without",
+        lambda r: _throughput_ratio(r, "policies", "ours-200"),
+        at_least=0.97,
+    ),
+    Goal(
+        "throughput with 500 students in line ÷ without",
+        lambda r: _throughput_ratio(r, "waiting-500", "prefix-20"),
+        at_least=0.9,
+    ),
+    Goal(
         "p99 beside a sync ÷ without",
         lambda r: _latency_ratio(r, "p99", "sync-beside", "beside-nothing"),
         at_most=2,

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import allocation, meter, pgbench, pool, slow_clients, soak, with_maintenance
+from bench import allocation, meter, pgbench, pool, slow_clients, soak, waiting, with_maintenance
 from bench.load import LoadResult
 from bench.meter import Run
 from bench.servers import Servers, Target
@@ -79,7 +79,9 @@ ALL: tuple[Scenario, ...] = (
         )
         for scenario in pair
     ),
+    Scenario("policies", "policies", waiting.run_with_policies),
     *_build_variants("prefix", "prefixes", allocation.run_prefixes, [1, 20, 200]),
+    *_build_variants("waiting", "waiting", waiting.run_with_waiting, [500]),
     *_build_variants("ours", "connections", allocation.run_broker, [1_000]),
     *_build_variants("repeat", "connections", allocation.run_repeats, [200]),
     *_build_variants("claim", "clients", run_claim, _CLIENTS),

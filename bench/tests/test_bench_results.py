@@ -117,6 +117,8 @@ def test_the_broker_is_compared_with_the_best_pgbench_result() -> None:
     [
         ("throughput at 1,000,000 sandboxes ÷ 1,000", 0.8, {"pool-1000000": {"requests": 80}, "pool-1000": {}}),
         ("throughput with 200 prefixes ÷ without", 0.5, {"prefix-200": {"requests": 50}, "ours-200": {}}),
+        ("throughput with policies ÷ without", 0.5, {"policies": {"requests": 50}, "ours-200": {}}),
+        ("throughput with 500 students in line ÷ without", 0.5, {"waiting-500": {"requests": 50}, "prefix-20": {}}),
         ("p99 beside a sync ÷ without", 3.0, {"sync-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
         ("p99 beside expiry ÷ without", 3.0, {"expiry-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
         ("p99 beside a purge ÷ without", 3.0, {"purge-beside": {"p99": 6.0}, "beside-nothing": {"p99": 2.0}}),
