@@ -16,7 +16,7 @@ from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from tests.integration.monitoring_files import DASHBOARDS, list_queries
-from tests.integration.stack import PORTS, ROOT, TRACK_TOKEN, Stack, track_headers
+from tests.integration.stack import ADMIN, PORTS, ROOT, TRACK_TOKEN, Stack, track_headers
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -61,6 +61,9 @@ async def publish(stack: Stack, queue: str, body: bytes) -> None:
 
 async def test_every_query_returns_data(stack: Stack, scraping_prometheus: Prometheus) -> None:
     await stack.fill(1000)  # one for each repetition
+    rule = {"name_prefix": "sandbox-", "min": 1, "max": 2}
+    policy = {"name": "stock", "match": {"name_prefix": "sandbox-"}, "stock": rule}
+    await stack.client.put(f"{stack.url}/v1/admin/policies", headers=ADMIN, json={"policies": [policy]})
     attempt = 0
     without_data = {
         (file.name, title, expression)

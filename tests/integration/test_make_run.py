@@ -122,6 +122,7 @@ async def test_the_demo_prints_its_addresses_and_students_get_sandboxes(environm
     demo = await spawn("make demo", ["make", "demo"], env=environment, cwd=ROOT, on_line=lines.append)
     try:
         await wait_for_line(demo, lines, "  Prometheus ")
+        await wait_for_line(demo, lines, "25 students of exam-401 have a sandbox")
         await wait_for_line(demo, lines, "40 students start dns-101")
 
         async def has_lease() -> bool:

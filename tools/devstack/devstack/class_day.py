@@ -1,4 +1,4 @@
-"""Schedule of a demo day: four classes, the behaviour of each student, and incidents."""
+"""Schedule of a demo day: five classes, the behaviour of each student, and incidents."""
 
 import random
 from collections.abc import Iterator
@@ -21,9 +21,13 @@ class Lesson:
     students: int
     shortest_min: float
     longest_min: float
+    name_prefix: str | None = None
+    """Prefix with a stock rule. Its students wait in line while the provisioner creates sandboxes."""
 
 
+STOCK_PREFIX = "exam-"
 LESSONS = (
+    Lesson(8 * 60 + 20, "exam-401", 25, 20, 35, name_prefix=STOCK_PREFIX),
     Lesson(9 * 60, "dns-101", 40, 60, 110),
     Lesson(10 * 60 + 30, "security-201", 50, 60, 100),
     Lesson(13 * 60, "dns-101", 80, 50, 110),
@@ -35,6 +39,7 @@ LESSONS = (
 class Student:
     name: str
     track: str
+    name_prefix: str | None
     at_min: float
     stay_min: float
     releases: bool
@@ -68,6 +73,7 @@ def generate_students(day: int, chance: random.Random) -> Iterator[Student]:
             yield Student(
                 name=f"day{day}-class{number}-student{seat}",
                 track=lesson.track,
+                name_prefix=lesson.name_prefix,
                 at_min=lesson.at_min + ARRIVAL_MIN * chance.random() ** 2,  # most students arrive early
                 stay_min=chance.uniform(lesson.shortest_min, lesson.longest_min),
                 releases=chance.random() >= ABANDON_SHARE,

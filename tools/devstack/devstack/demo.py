@@ -14,7 +14,7 @@ from aio_pika.exceptions import AMQPError
 
 from devstack import class_day, docker, pool, ports, prometheus
 from devstack import settings as environment
-from devstack.class_day import DAY_END_MIN, DAY_START_MIN, Incident, Lesson, Student, format_time
+from devstack.class_day import DAY_END_MIN, DAY_START_MIN, STOCK_PREFIX, Incident, Lesson, Student, format_time
 from devstack.errors import CannotRun
 from devstack.main import SERVICES, Launcher, admin_token, run_stack
 from devstack.output import Terminal
@@ -30,6 +30,13 @@ _ASK_AGAIN_SEC = 30 / SPEED
 _PATIENCE_MIN = 60
 """A student retries for this time. The Instruqt script gives up after two minutes."""
 _REVOKED_TOKEN_REQUESTS = 40
+STOCK_POLICY = {
+    "name": "exam",
+    "match": {"name_prefix": STOCK_PREFIX},
+    "stock": {"name_prefix": STOCK_PREFIX, "min": 2, "max": 40},
+}
+"""A class of this policy arrives at a nearly empty pool."""
+_CREATION_SEC = 150 / SPEED
 
 # Durations of the services are divided by SPEED, like the day.
 DEFAULTS = {
@@ -45,6 +52,14 @@ DEFAULTS = {
     "DELETION_BACKOFF_MAX_SEC": str(3600 / SPEED),
     "DELETION_MAX_ATTEMPTS": "4",
     "CIRCUIT_BREAKER_TIMEOUT_SEC": str(60 / SPEED),
+    "STOCK_ENABLED": "true",
+    "STOCK_INTERVAL_SEC": str(60 / SPEED),
+    "CREATE_PER_MINUTE": "1000",
+    "CREATE_CONCURRENCY": "4",
+    "CREATE_TIMEOUT_SEC": "10",  # a busy machine needs longer than a hundredth of the default
+    "CREATE_BACKOFF_BASE_SEC": str(30 / SPEED),
+    "CREATE_BACKOFF_MAX_SEC": str(900 / SPEED),
+    "CREATE_SYNC_SEC": "1",  # a hundredth of the default would keep the csp-syncer busy
 }
 
 
@@ -88,17 +103,24 @@ class Player:
         self._started_at = 0.0
         self._served = 0
         self._unserved = 0
+        self._waits_min: list[float] = []
+        """Waits in line, in minutes of the day."""
 
     async def play_day(self, number: int) -> None:
         self._started_at = time.monotonic()
         self._served = self._unserved = 0
+        self._waits_min.clear()
         self._print(DAY_START_MIN, f"day {number} begins")
+        await self._control_csp("PATCH", "behaviour", {"create_latency_sec": _CREATION_SEC})
+        await self._apply_policy()
         await self.add_accounts()
         async with asyncio.TaskGroup() as tasks:
             for student in class_day.generate_students(number, self._chance):
                 tasks.create_task(self._attend(student))
             for lesson in class_day.LESSONS:
                 tasks.create_task(self._announce(lesson))
+                if lesson.name_prefix is not None:
+                    tasks.create_task(self._report_line(lesson))
             for incident in class_day.INCIDENTS:
                 tasks.create_task(self._play_incident(incident))
             tasks.create_task(self._print_summary())
@@ -137,6 +159,18 @@ class Player:
         await self._sleep_until(lesson.at_min)
         self._print(lesson.at_min, f"{lesson.students} students start {lesson.track}")
 
+    async def _report_line(self, lesson: Lesson) -> None:
+        """Print when the last student of the class has a sandbox."""
+        await self._sleep_until(lesson.at_min + class_day.ARRIVAL_MIN)
+        while self._served + self._unserved < lesson.students:  # noqa: ASYNC110 (the first class of the day)
+            await asyncio.sleep(_MINUTE_SEC)
+        longest_min = max(self._waits_min, default=0)
+        self._print(
+            self._minute(),
+            f"{self._served} students of {lesson.track} have a sandbox; {len(self._waits_min)} waited in line, "
+            f"the longest for {longest_min:.0f} minutes",
+        )
+
     async def _play_incident(self, incident: Incident) -> None:
         await self._sleep_until(incident.at_min)
         self._print(incident.at_min, incident.text)
@@ -160,22 +194,53 @@ class Player:
             await self._post(f"sandboxes/{lease['sandbox_id']}/mark-for-deletion", student.name)
 
     async def _allocate(self, student: Student) -> dict[str, Any] | None:
-        deadline = time.monotonic() + _PATIENCE_MIN * _MINUTE_SEC
+        began_at = time.monotonic()
+        deadline = began_at + _PATIENCE_MIN * _MINUTE_SEC
+        headers = (
+            {}
+            if student.name_prefix is None
+            else {
+                "X-Sandbox-Name-Prefix": student.name_prefix,
+                "Prefer": "respond-async, wait=900",
+            }
+        )
+        is_waiting = False
         while time.monotonic() < deadline:
-            response = await self._post("allocate", student.name, track=student.track)
-            if response is not None and response.is_success:
+            response = await self._post("allocate", student.name, track=student.track, headers=headers)
+            if response is not None and response.status_code in (200, 201):
+                if is_waiting:
+                    self._waits_min.append((time.monotonic() - began_at) / _MINUTE_SEC)
                 lease: dict[str, Any] = response.json()
                 return lease
+            is_waiting |= response is not None and response.status_code == 202
             await asyncio.sleep(_ASK_AGAIN_SEC)
         return None
 
+    async def _apply_policy(self) -> None:
+        try:
+            response = await self._client.put(
+                f"{self._gateway}/v1/admin/policies",
+                headers={"Authorization": f"Bearer {self._admin_token}"},
+                json={"policies": [STOCK_POLICY]},
+            )
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            self._terminal.print_error(f"The demo has no stock today: {type(error).__name__} {error}")
+
     async def _post(
-        self, path: str, name: str, *, track: str | None = None, token: str | None = None
+        self,
+        path: str,
+        name: str,
+        *,
+        track: str | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response | None:
         headers = {
             "Authorization": f"Bearer {token or self._track_token}",
             "X-Instruqt-Sandbox-ID": name,
             **({"X-Instruqt-Track-ID": track} if track else {}),
+            **(headers or {}),
         }
         try:
             return await self._client.post(f"{self._gateway}/v1/{path}", headers=headers)
@@ -184,6 +249,10 @@ class Player:
 
     async def _control_csp(self, method: str, path: str, body: Any) -> None:
         (await self._client.request(method, f"{self._control}/{path}", json=body)).raise_for_status()
+
+    def _minute(self) -> float:
+        """Return the time of the day, in minutes since midnight."""
+        return DAY_START_MIN + (time.monotonic() - self._started_at) / _MINUTE_SEC
 
     async def _sleep_until(self, minute: float) -> None:
         await asyncio.sleep(self._started_at + (minute - DAY_START_MIN) * _MINUTE_SEC - time.monotonic())

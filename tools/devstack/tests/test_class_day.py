@@ -4,7 +4,7 @@ import random
 
 from devstack import class_day
 from devstack.class_day import DAY_END_MIN, DAY_START_MIN, INCIDENTS, LESSONS
-from devstack.demo import ACCOUNTS, Player
+from devstack.demo import ACCOUNTS, STOCK_POLICY, Player
 
 
 def test_every_student_arrives_and_leaves_within_the_day() -> None:
@@ -23,7 +23,15 @@ def test_some_students_leave_without_a_release() -> None:
 
 
 def test_the_pool_is_too_small_for_the_day() -> None:
-    assert sum(lesson.students for lesson in LESSONS[:3]) > ACCOUNTS
+    students = [lesson.students for lesson in LESSONS if lesson.name_prefix is None]
+    assert sum(students[:3]) > ACCOUNTS
+
+
+def test_the_first_class_arrives_at_a_nearly_empty_stock() -> None:
+    rule = STOCK_POLICY["stock"]
+    assert isinstance(rule, dict)
+    assert LESSONS[0].name_prefix == rule["name_prefix"]
+    assert rule["min"] < LESSONS[0].students < rule["max"]
 
 
 def test_every_incident_is_a_method_of_the_player() -> None:
