@@ -360,6 +360,27 @@ async def test_students_with_the_same_idempotency_key_get_one_lease(pool: Pool) 
     assert refusal_code(await ask(session, wait_command("bob", key="k"))) == "IDEMPOTENCY_KEY_CONFLICT"
 
 
+async def test_a_waiting_student_who_takes_over_a_lease_gets_it(pool: Pool) -> None:
+    standby = await pool.lease("track")
+    await pool.execute("UPDATE leases SET mode = 'standby'")
+    session = await pool.write_session()
+    await allocate(session, wait_command("ann"), wait_command("bob"))
+    command = ClaimLease(request_id="request", sandbox_id=standby, holder="track", new_holder="ann")
+    granted_lease((await claim_lease(session, [command]))[0])
+    lease = granted_lease(await ask(session, wait_command("ann")))
+    assert (lease.new, lease.sandbox_id) == (False, standby)
+    assert await holders(pool) == ["bob"]
+    assert (await events(pool, "waiting.ended"))[0]["reason"] == "refused"
+
+
+async def test_a_waiting_student_with_a_used_key_is_refused(pool: Pool) -> None:
+    await pool.fill(["lab-a-1"])
+    session = await pool.write_session()
+    await allocate(session, wait_command("ann", "lab-b-"), allocate_command("bob", "lab-a-", "k"))
+    assert refusal_code(await ask(session, wait_command("ann", "lab-b-", "k"))) == "IDEMPOTENCY_KEY_CONFLICT"
+    assert await holders(pool) == []
+
+
 async def test_the_line_has_a_limit(pool: Pool) -> None:
     session = await pool.write_session()
     session.waiting_line = WaitingLine(WaitingLimits(ttl_sec=60, max_places=2))

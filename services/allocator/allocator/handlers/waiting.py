@@ -143,7 +143,8 @@ async def serve_line(
     """Lease the available sandboxes to the line, then to `requests`, first come, first served.
 
     Return the outcome of each request, and of each place that was served, by holder. `repeated` are requests of
-    waiting students; they keep their places. No holder occurs twice.
+    waiting students. They keep their places, except a student who has taken over a lease, or whose idempotency key
+    is used by now. No holder occurs twice.
     """
     line = session.waiting_line
     keeping = {
@@ -151,6 +152,7 @@ async def serve_line(
         for command in repeated
         if command.wait_sec is not None and command.holder is not None
     }
+    again = [command for command in repeated if isinstance(command, AllocateSandbox)]
     rows: dict[str, leases.AllocationRow] = {}
     passed_over: set[str] = set()
     for _ in range(MAX_PASSES):
@@ -162,13 +164,21 @@ async def serve_line(
         prefixes = sorted({seeker.prefix for seeker in seekers})
         with line.changing():
             available, settled = await waiting.look(
-                session, repeated=keeping, requests=new, prefixes=prefixes, number=len(seekers)
+                session, repeated=keeping, requests=[*new, *again], prefixes=prefixes, number=len(seekers)
             )
         for holder, command in keeping.items():
             if command is not None:
                 line.places[holder].command = command
-        keeping = {}
-        seekers = [seeker for seeker in seekers if seeker.command is None or seeker.holder not in settled]
+        if needless := [command for command in again if command.holder in settled]:
+            ends = await waiting.leave(session, [command.holder for command in needless], "refused")
+            _record_ends(line, ends)
+            requests = [*requests, *needless]
+        keeping, again = {}, []
+        seekers = [
+            seeker
+            for seeker in seekers
+            if (seeker.holder in line.places if seeker.command is None else seeker.holder not in settled)
+        ]
         chosen = assign_sandboxes([seeker.prefix for seeker in seekers], available)
         served = [
             (seeker.command or line.places[seeker.holder].command, sandbox_id)
