@@ -34,9 +34,11 @@ from sandbox_broker.contract.commands import (
     EndCreations,
     EndLease,
     EndPlay,
+    EndTokenLeases,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
+    IssueToken,
     ListedAccount,
     PurgeRecords,
     RecordCreation,
@@ -44,14 +46,17 @@ from sandbox_broker.contract.commands import (
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RecordTokenUses,
     RefreshSandboxes,
     ReleaseSandbox,
     ReplaceSandbox,
     ReplayDeadLetter,
     ResumeStock,
     RetryDeletion,
+    RevokeToken,
     ServeWaiting,
     StageListing,
+    SuspendToken,
     SyncPool,
 )
 from sandbox_broker.contract.events import Event, encode_event
@@ -82,8 +87,10 @@ from sandbox_broker.contract.replies import (
     SandboxesRefreshed,
     SandboxReleased,
     StudentWaiting,
+    TokenLeasesEnded,
     refuse,
 )
+from sandbox_broker.contract.tokens import Sender, TokenGrant
 from sandbox_broker.contract.types import MAX_ID_LENGTH
 
 FULL = ListedAccount(
@@ -136,6 +143,24 @@ COMMANDS: list[Command] = [
     RecordCreationFailure(run_id=RUN, creation_id=3, attempts=1, error="503", retry_in_sec=30.5),
     RecordCreationFailure(run_id=RUN, creation_id=3, attempts=1, error="quota", refused=True, max_failures=3),
     ResumeStock(request_id="r", name_prefix="lab-"),
+    IssueToken(
+        request_id="r",
+        key_id="0123456789abcdef",
+        token_hash="ab" * 32,
+        pepper_id="01234567",
+        grant=TokenGrant(name="lab", role="track", tracks=("lab",), max_active=50, expires_at=1),
+        sender=Sender(actor="$BROKER_ADMIN_TOKEN", address="192.0.2.1", reason="läb"),
+    ),
+    RevokeToken(request_id="r", name="lab"),
+    SuspendToken(request_id="r", name="lab", suspended=False),
+    EndTokenLeases(request_id="r", name="lab", note="leaked", limit=500),
+    RecordTokenUses(uses={"0123456789abcdef": 1728060000}),
+    AllocateSandbox(
+        request_id="r",
+        holder="h",
+        secret_hash="ab" * 32,
+        sender=Sender(actor="lab", key_id="0123456789abcdef", address="192.0.2.1"),
+    ),
     BeginListing(),
     StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
     StageListing(listing_id=3, accounts=(), unreadable=("9",)),
@@ -203,6 +228,7 @@ REPLIES: list[Reply] = [
     DeadLetterReplayed(dead_letter_id=RUN, queue="allocator.commands", published=True, skipped=1),
     PoliciesApplied(changes=(PolicyChange(name="a", change="changed", fields=("lease_hours",)),)),
     Recorded(changed=False),
+    TokenLeasesEnded(sandbox_ids=("7", "8")),
     SandboxesRefreshed(last="7"),
     SandboxesRefreshed(last=None),
     Purged(count=7),

@@ -39,9 +39,11 @@ from sandbox_broker.contract.commands import (
     EndCreations,
     EndLease,
     EndPlay,
+    EndTokenLeases,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
+    IssueToken,
     ListedAccount,
     PurgeRecords,
     RecordCreation,
@@ -49,17 +51,21 @@ from sandbox_broker.contract.commands import (
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RecordTokenUses,
     RefreshSandboxes,
     ReleaseSandbox,
     ReplaceSandbox,
     ReplayDeadLetter,
     ResumeStock,
     RetryDeletion,
+    RevokeToken,
     ServeWaiting,
     StageListing,
+    SuspendToken,
     SyncPool,
 )
 from sandbox_broker.contract.replies import Refused, Reply
+from sandbox_broker.contract.tokens import TokenGrant
 from sandbox_broker.database.schema import VIEWS, metadata
 from sandbox_broker.declare import declare
 from sandbox_broker.messaging.connection import open_channel
@@ -140,6 +146,16 @@ COMMANDS: tuple[Command, ...] = (
     RecordCreation(creation_id=1, external_id="of-a-customer"),
     RecordCreationFailure(run_id=ID, creation_id=1, attempts=0, error="forged"),
     ResumeStock(request_id="r", name_prefix="lab-"),
+    IssueToken(
+        request_id="r",
+        key_id="0123456789abcdef",
+        token_hash="ab" * 32,
+        grant=TokenGrant(name="forged", role="admin"),
+    ),
+    RevokeToken(request_id="r", name="lab"),
+    SuspendToken(request_id="r", name="lab"),
+    EndTokenLeases(request_id="r", name="lab", note="forged", limit=1000),
+    RecordTokenUses(uses={"0123456789abcdef": 1}),
     RecordJob(job_id=ID, kind="sync"),
     ReplayDeadLetter(request_id="r", dead_letter_id=ID),
     DropDeadLetter(request_id="r", dead_letter_id=ID),

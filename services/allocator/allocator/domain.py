@@ -12,7 +12,7 @@ from sandbox_broker.contract.commands import AllocateSandbox, Command
 
 T = TypeVar("T")
 
-DedupKey = tuple[str, str | None, str | None, int | None, str]
+DedupKey = tuple[str, str | None, str | None, int | None, str, str | None, str | None, str | None]
 
 MAX_GROUP = 500
 """Allocations per statement. Larger statements gain little and hold many locks."""
@@ -113,7 +113,15 @@ def split_on_conflict(entries: Sequence[T]) -> list[list[T]]:
 
 def dedup_key(command: AllocateSandbox) -> DedupKey:
     """Return the key of equal requests. They get the same reply."""
-    return command.holder, command.name_prefix, command.idempotency_key, command.wait_sec, command.mode
+    return (
+        command.holder,
+        command.name_prefix,
+        command.idempotency_key,
+        command.wait_sec,
+        command.mode,
+        command.secret_hash,
+        *((command.sender.key_id, command.track_name) if command.sender is not None else (None, None)),
+    )
 
 
 def raw_commands(body: bytes) -> Iterator[dict[str, Any]]:

@@ -12,14 +12,18 @@ from typing import Final, NamedTuple
 import asyncpg
 import orjson
 
+from allocator import token_book
 from allocator.settings import Settings
+from allocator.token_book import TokenBook
 from sandbox_broker.contract.policies import MatchKind, Policy
 
 NOT_LOADED: Final = -1
 
-LOAD = """
-SELECT version, (SELECT coalesce(jsonb_agg(document), '[]') FROM policies) AS documents FROM policy_set
-"""
+LOAD = f"""
+SELECT version, (SELECT coalesce(jsonb_agg(document), '[]') FROM policies) AS documents,
+    ({token_book.LOAD}) AS tokens
+FROM policy_set
+"""  # noqa: S608 (both parts are constants)
 
 
 class Terms(NamedTuple):
@@ -101,15 +105,18 @@ class PolicyBook:
     def __init__(self, defaults: Terms) -> None:
         self.settings_terms = defaults
         """Terms of the settings, also for leases of earlier versions, which have none of their own."""
+        self.tokens = TokenBook()
         self.forget()
 
     def forget(self) -> None:
-        """Drop the policies. The next statement loads them again."""
+        """Drop the policies and the tokens. The next statement loads them again."""
         self._fill((), version=NOT_LOADED)
+        self.tokens.fill(())
 
     async def load(self, database: asyncpg.Connection) -> None:
         (row,) = await database.fetch(LOAD)
         self._fill(map(Policy.model_validate, orjson.loads(row["documents"])), version=row["version"])
+        self.tokens.fill(orjson.loads(row["tokens"]))
 
     def _fill(self, policies: Iterable[Policy], *, version: int) -> None:
         self.version = version

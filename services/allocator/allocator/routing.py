@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from allocator.audit import run_audited
 from allocator.handlers import (
     creations,
     dead_letters,
@@ -18,6 +19,7 @@ from allocator.handlers import (
     policies,
     purge,
     restore,
+    tokens,
     waiting,
 )
 from allocator.write_session import CUSTOM_PLANS, GENERIC_PLANS, WriteSession
@@ -38,23 +40,28 @@ from sandbox_broker.contract.commands import (
     EndCreations,
     EndLease,
     EndPlay,
+    EndTokenLeases,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
+    IssueToken,
     PurgeRecords,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RecordTokenUses,
     RefreshSandboxes,
     ReleaseSandbox,
     ReplaceSandbox,
     ReplayDeadLetter,
     ResumeStock,
     RetryDeletion,
+    RevokeToken,
     ServeWaiting,
     StageListing,
+    SuspendToken,
 )
 from sandbox_broker.contract.replies import Reply
 
@@ -64,7 +71,7 @@ Handler = Callable[[WriteSession, Sequence[Any]], Awaitable[list[Reply]]]
 def _unbatched(handle: Callable[[WriteSession, Any], Awaitable[Reply]]) -> Handler:
     async def handle_one(session: WriteSession, commands: Sequence[Command]) -> list[Reply]:
         (command,) = commands
-        return [await handle(session, command)]
+        return [await run_audited(session, command, handle)]
 
     return handle_one
 
@@ -139,6 +146,11 @@ MAINTENANCE = Lane(
         DropDeadLetter: _unbatched(dead_letters.drop_dead_letter),
         ConfirmRestore: _unbatched(restore.confirm_restore),
         ApplyPolicies: _unbatched(policies.apply_policies),
+        IssueToken: _unbatched(tokens.issue_token),
+        RevokeToken: _unbatched(tokens.revoke_token),
+        SuspendToken: _unbatched(tokens.suspend_token),
+        EndTokenLeases: _unbatched(tokens.end_token_leases),
+        RecordTokenUses: _unbatched(tokens.record_token_uses),
     },
     max_batch=1,
     batched=False,

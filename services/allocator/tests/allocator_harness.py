@@ -38,6 +38,7 @@ from sandbox_broker.contract.replies import (
     Reply,
     SandboxesRefreshed,
 )
+from sandbox_broker.contract.tokens import Sender
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 
@@ -181,6 +182,9 @@ class Pool:
                 "waiting",
                 "policies",
                 "policy_set",
+                "tokens",
+                "token_uses",
+                "audit",
             )
         ]
 
@@ -245,6 +249,18 @@ class Pool:
             )
         await self.execute("UPDATE policy_set SET version = version + 1, applied_at = now()")
         await self.execute("UPDATE allocator_epoch SET policy_version = version FROM policy_set")
+
+    async def token(self, name: str, key_id: str, **fields: object) -> Sender:
+        """Insert a named token of the role track; return the sender of its commands."""
+        columns = {"key_id": key_id, "name": name, "role": "track", "token_hash": b"hash", **fields}
+        parameters = ", ".join(f"${number}" for number in range(1, len(columns) + 1))
+        await self.execute(
+            f"INSERT INTO tokens ({', '.join(columns)}) VALUES ({parameters})",
+            *columns.values(),
+        )
+        await self.execute("UPDATE policy_set SET version = version + 1")
+        await self.execute("UPDATE allocator_epoch SET policy_version = version FROM policy_set")
+        return Sender(actor=name, key_id=key_id, address="192.0.2.1")
 
     async def overdue(self, holder: str, by: timedelta = timedelta(hours=1)) -> str:
         """Lease a sandbox with a lease overdue by `by`; return its id."""

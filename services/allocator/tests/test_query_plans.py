@@ -17,18 +17,25 @@ _REQUESTS = (
     "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text], ARRAY[1], "
     "ARRAY['active']"
 )
-_TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1]"
-_QUOTA = f"{_TERMS}, ARRAY[100]"
+_TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1], ARRAY['token'], ARRAY[NULL::bytea]"
+_QUOTA = "ARRAY[100], ARRAY['0123456789abcdef'], ARRAY['token'], ARRAY[100], ARRAY[100], ARRAY[100]"
 STATEMENTS = {
     "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
     "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
-    "any with quota": (leases.WITH_QUOTA[leases.ALLOCATE_ANY], f"1, 0, {_REQUESTS}, {_QUOTA}"),
-    "by prefix with quota": (leases.WITH_QUOTA[leases.ALLOCATE_BY_PREFIX], f"1, 0, {_REQUESTS}, {_QUOTA}"),
-    "release": (leases.RELEASE, "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text]"),
+    "any with quota": (leases.WITH_QUOTA[leases.ALLOCATE_ANY], f"1, 0, {_REQUESTS}, {_TERMS}, {_QUOTA}"),
+    "by prefix with quota": (
+        leases.WITH_QUOTA[leases.ALLOCATE_BY_PREFIX],
+        f"1, 0, {_REQUESTS}, {_TERMS}, {_QUOTA}",
+    ),
+    "release": (
+        leases.RELEASE,
+        "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text], ARRAY[NULL::bytea], "
+        "ARRAY[NULL::text], '\\x00'",
+    ),
     "chosen": (leases.ALLOCATE_CHOSEN, f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1']"),
     "chosen with quota": (
         leases.WITH_QUOTA[leases.ALLOCATE_CHOSEN],
-        f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1'], ARRAY[100]",
+        f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1'], {_QUOTA}",
     ),
     "look": (
         waiting.LOOK,
@@ -40,14 +47,14 @@ STATEMENTS = {
     "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
     "end play": (leases.END_PLAYS, "1, ARRAY[0], ARRAY['holder'], ARRAY[0], ARRAY['request'], ARRAY[NULL::text]"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
-    "claim": (lease_changes.CLAIM, "1, '1', 'holder', 'new holder', 14400, 'request'"),
+    "claim": (lease_changes.CLAIM, "1, '1', 'holder', 'new holder', 14400, 'request', NULL, '\\x00', NULL"),
     "extend": (
         lease_changes.EXTEND,
-        "1, '1', 'holder', '00000000-0000-0000-0000-000000000000', 60, NULL, 'request', 14400",
+        "1, '1', 'holder', '00000000-0000-0000-0000-000000000000', 60, NULL, 'request', 14400, NULL, '\\x00', NULL",
     ),
     "replace": (
         lease_changes.REPLACE,
-        "1, '1', 'holder', 'reason', 'request', NULL, interval '1 day', 14400, 86400, 1",
+        "1, '1', 'holder', 'reason', 'request', NULL, interval '1 day', 14400, 86400, 1, NULL, '\\x00', NULL",
     ),
 }
 _COMMON_LOOKUPS = {
@@ -147,6 +154,11 @@ _QUOTA_LOOKUPS = {
     "active_of_policy": "leases_active_by_policy: policy",
     "of_term": "policies_pkey: name",
     "p": "policies_pkey: name",
+    "active_of_token": "leases_active_by_token: token",
+    "hour_of_token": "leases_by_token: token",
+    "minute_of_token": "leases_by_token: token",
+    "of_key": "tokens_pkey: key_id",
+    "k": "tokens_pkey: key_id",
 }
 for _statement in ("any", "by prefix", "chosen"):
     PLANS[f"{_statement} with quota"] = {**PLANS[_statement], **_QUOTA_LOOKUPS}
@@ -206,7 +218,8 @@ def _access_paths(node: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "Relation Name" in node and node["Node Type"] != "ModifyTable":
         path = node.get("Index Name", node["Node Type"])
         if condition := node.get("Index Cond"):
-            path += ": " + condition.replace("(", "").split()[0].rpartition(".")[2]
+            first = condition.replace("ROW(", "").replace("(", "").split()[0].rstrip(",")
+            path += ": " + first.rpartition(".")[2]
         yield node["Alias"], path
     for inner in node.get("Plans", ()):
         yield from _access_paths(inner)

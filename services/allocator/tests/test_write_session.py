@@ -28,24 +28,30 @@ from sandbox_broker.contract.commands import (
     EndCreations,
     EndLease,
     EndPlay,
+    EndTokenLeases,
     ExpireLeases,
     ExtendLease,
     HurryDeletions,
+    IssueToken,
     PurgeRecords,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
     RecordDeletionFailure,
     RecordJob,
+    RecordTokenUses,
     RefreshSandboxes,
     ReplaceSandbox,
     ReplayDeadLetter,
     ResumeStock,
     RetryDeletion,
+    RevokeToken,
     ServeWaiting,
     StageListing,
+    SuspendToken,
 )
 from sandbox_broker.contract.policies import Policy
+from sandbox_broker.contract.tokens import Sender, TokenGrant
 from sandbox_broker.contract.types import MAX_TIME
 
 from .allocator_harness import (
@@ -61,6 +67,8 @@ from .allocator_harness import (
     stage,
 )
 
+LAB_TOKEN = "00000000000000ab"
+"""Key id of the token of the lab."""
 HANDLERS = {**STUDENTS.handlers, **MAINTENANCE.handlers}
 
 
@@ -82,6 +90,8 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         "VALUES ('lab-', 2, now(), 'failures')"
     )
     await pool.execute("UPDATE creation_duty SET run_id = $1", RUN)
+    await pool.token("lab", LAB_TOKEN)
+    await pool.execute("UPDATE leases SET token = 'lab' WHERE holder = 'ann'")
     listing_id = await begin(session)
     await stage(session, listing_id, [account(900), account(int(leased), "renamed")])
     await allocate(session, allocate_command("dan", "waits-", wait_sec=900))
@@ -118,6 +128,17 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         # The holder has had a lease since, so the replay publishes no command.
         ReplayDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("ann"))),
         ApplyPolicies(request_id="request", policies=(Policy(name="lab"),)),
+        IssueToken(
+            request_id="request",
+            key_id="0123456789abcdef",
+            token_hash="ab" * 32,
+            grant=TokenGrant(name="new", role="track"),
+            sender=Sender(actor="$BROKER_ADMIN_TOKEN"),
+        ),
+        RevokeToken(request_id="request", name="lab"),
+        SuspendToken(request_id="request", name="lab"),
+        EndTokenLeases(request_id="request", name="lab", note="leaked", limit=10),
+        RecordTokenUses(uses={LAB_TOKEN: 1_728_060_000}),
         DropDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("bob"))),
     ]
     return {type(command).__name__: command for command in result}

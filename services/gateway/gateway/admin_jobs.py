@@ -8,6 +8,7 @@ from fastapi import Request, Response
 
 from gateway.api.errors import ApiError, from_refusal
 from gateway.api.schemas.actions import JobRunning
+from gateway.audit import audited
 from gateway.context import Context
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import Command, R, RecordJob
@@ -34,15 +35,14 @@ async def run_job(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + context.settings.admin_wait_sec
     job_id = uuid.uuid4()
+    job = audited(request, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind))
     try:
         if await context.publisher.count_consumers(queue.name) == 0:
             raise ApiError(unavailable, parameters={"cause": "not_running"})
         if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "not_running"})
         request.scope["state"]["ids"] = {"job_id": str(job_id)}
-        await _record_job(
-            context, RecordJob(request_id=request.state.request_id, job_id=job_id, kind=kind), deadline
-        )
+        await _record_job(context, job, deadline)
         return await context.rpc_client.request(queue, build_command(job_id), timeout_sec=deadline - loop.time())
     except CommandRefused as error:
         raise from_refusal(error.refusal) from error

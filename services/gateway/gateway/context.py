@@ -9,6 +9,7 @@ from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
 from gateway.web.client_address import ClientAddress
+from gateway.web.named_tokens import NamedTokens
 from gateway.web.rate_limit import RateLimits
 from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.messaging.publisher import Publisher
@@ -21,6 +22,7 @@ class Context:
 
     settings: Settings
     auth: Auth
+    tokens: NamedTokens
     webhooks: WebhookVerifier
     rate_limits: RateLimits | None
     client_address: Callable[[Scope], ClientAddress]

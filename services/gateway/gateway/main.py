@@ -27,6 +27,7 @@ from gateway.routes import (
     admin_read,
     admin_stock,
     admin_sync,
+    admin_tokens,
     instruqt,
     lease_changes,
     track,
@@ -35,6 +36,7 @@ from gateway.settings import Settings
 from gateway.web import auth, client_address, cors, rate_limit, request_middleware, uvicorn_protocol
 from gateway.web.connection_limit import ConnectionLimit
 from gateway.web.direct_routes import DirectRoutes
+from gateway.web.named_tokens import NamedTokens
 from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
@@ -64,8 +66,16 @@ def create_app(settings: Settings) -> FastAPI:
     async def database() -> str | None:
         return await connections.check_connection(engine)
 
+    tokens = NamedTokens(engine, rpc_client, settings.token_pepper)
     tasks = service.lifespan(
-        publisher.run, rpc_client.run, allocator.run, allocator.watch, QueueMetrics(publisher).watch, primary.watch
+        publisher.run,
+        rpc_client.run,
+        allocator.run,
+        allocator.watch,
+        QueueMetrics(publisher).watch,
+        primary.watch,
+        tokens.watch,
+        tokens.record_uses,
     )
 
     @asynccontextmanager
@@ -99,11 +109,13 @@ def create_app(settings: Settings) -> FastAPI:
         settings.broker_admin_token,
         rate_limits.failures if rate_limits else None,
         find_client,
+        tokens,
     )
     status_reporter = StatusReporter(publisher, engine)
     app.state.context = Context(
         settings,
         authentication,
+        tokens,
         WebhookVerifier(settings.instruqt_webhook_secret),
         rate_limits,
         find_client,
@@ -123,6 +135,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_policies.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_tokens.router, dependencies=[Depends(auth.require_admin_token)])
     # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):
         app.add_api_route(

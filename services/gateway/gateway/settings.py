@@ -16,6 +16,8 @@ from gateway.web.client_address import Network, parse_networks
 from gateway.web.rate_limit import Rate
 from sandbox_broker.runtime.settings import DatabaseSettings, Port, Tokens, none_if_empty, split_tokens
 
+MIN_PEPPER_LENGTH = 24
+
 
 def _parsed_by(parse: Callable[[str], object]) -> BeforeValidator:
     """Return a validator that parses text. The default of a field is a parsed value."""
@@ -47,6 +49,14 @@ def _parse_names(value: str) -> tuple[str, ...]:
     return names
 
 
+def _check_peppers(value: SecretStr) -> SecretStr:
+    if any(len(pepper) < MIN_PEPPER_LENGTH for pepper in split_tokens(value)):
+        raise ValueError(
+            f"holds a pepper shorter than {MIN_PEPPER_LENGTH} characters; make one with `openssl rand -hex 24`"
+        )
+    return value
+
+
 def _validate_ops_port(value: int | None, info: ValidationInfo) -> int | None:
     if value is not None and value == info.data.get("gateway_port"):
         raise ValueError("must differ from GATEWAY_PORT")
@@ -56,6 +66,9 @@ def _validate_ops_port(value: int | None, info: ValidationInfo) -> int | None:
 class Settings(DatabaseSettings):
     broker_api_token: Tokens
     broker_admin_token: Tokens
+    token_pepper: Annotated[SecretStr, AfterValidator(_check_peppers)] = SecretStr("")
+    """Keys of the hashes of named tokens, comma-separated; the first is for new tokens. Empty: hashes without a
+    key, which is safe because a token has 256 random bits."""
     gateway_port: Port = 8080
     ops_port: Annotated[Port | None, BeforeValidator(none_if_empty), AfterValidator(_validate_ops_port)] = None
     """Port of /healthz, /readyz and /metrics. None: they use `gateway_port`."""

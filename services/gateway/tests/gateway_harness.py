@@ -26,12 +26,17 @@ from sandbox_broker.contract.commands import (
     DeleteStale,
     DropDeadLetter,
     EndLease,
+    EndTokenLeases,
     ExtendLease,
+    IssueToken,
     PurgeRecords,
     RecordJob,
+    RecordTokenUses,
     ReleaseSandbox,
     ReplayDeadLetter,
     RetryDeletion,
+    RevokeToken,
+    SuspendToken,
     SyncPool,
 )
 from sandbox_broker.contract.replies import (
@@ -47,6 +52,7 @@ from sandbox_broker.contract.replies import (
     Refused,
     Reply,
     SandboxReleased,
+    TokenLeasesEnded,
 )
 
 TRACK_TOKEN = "track-token-1"
@@ -95,7 +101,9 @@ async def say_yes(command: Command) -> Reply:
         )
     if isinstance(command, ApplyPolicies):
         return PoliciesApplied(changes=(PolicyChange(name="a", change="changed", fields=("lease_hours",)),))
-    if isinstance(command, RecordJob | DropDeadLetter):
+    if isinstance(command, EndTokenLeases):
+        return TokenLeasesEnded(sandbox_ids=())
+    if isinstance(command, RecordJob | DropDeadLetter | IssueToken | RevokeToken | SuspendToken | RecordTokenUses):
         return Recorded(changed=True)
     return LEASE
 

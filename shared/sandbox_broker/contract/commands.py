@@ -34,7 +34,9 @@ from sandbox_broker.contract.replies import (
     SandboxesRefreshed,
     SandboxReleased,
     StudentWaiting,
+    TokenLeasesEnded,
 )
+from sandbox_broker.contract.tokens import KeyId, Sender, Sha256, TokenGrant, TokenName
 from sandbox_broker.contract.types import (
     MAX_BIGINT,
     MAX_SEC,
@@ -62,6 +64,9 @@ class Command(Message, Generic[R]):
     """Id of the HTTP request or the tick that caused the command."""
     traceparent: str | None = None
     """W3C trace context of that request or tick, if it is traced."""
+    sender: Sender | None = None
+    """Sender of a command of an administrator, or of a student with a named token. None: a token of a setting, or
+    another service."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -88,6 +93,8 @@ class AllocateSandbox(Command[LeaseGranted | StudentWaiting]):
     """Longest wait in line. 0 gives up a place. None: the student does not wait, as in earlier versions."""
     mode: LeaseMode = "active"
     """Mode of a new lease. The lease that the holder has keeps its own mode."""
+    secret_hash: Sha256 | None = None
+    """SHA-256 of the lease secret. None: the client sent none."""
 
 
 class ClaimLease(Command[LeaseGranted]):
@@ -99,6 +106,8 @@ class ClaimLease(Command[LeaseGranted]):
     sandbox_id: SandboxId
     holder: PrintableAscii
     new_holder: PrintableAscii | None = None
+    secret_hash: Sha256 | None = None
+    """SHA-256 of the lease secret. None: the client sent none."""
 
 
 class ExtendLease(Command[LeaseExtended]):
@@ -112,6 +121,8 @@ class ExtendLease(Command[LeaseExtended]):
     extension_id: uuid.UUID
     extension_sec: int = Field(ge=1, le=MAX_SEC)
     note: StorableText | None = Field(default=None, min_length=1, max_length=500)
+    secret_hash: Sha256 | None = None
+    """SHA-256 of the lease secret. None: the client sent none."""
 
 
 class ReplaceSandbox(Command[LeaseGranted | StudentWaiting]):
@@ -126,6 +137,8 @@ class ReplaceSandbox(Command[LeaseGranted | StudentWaiting]):
     reason: StorableText = Field(min_length=1, max_length=500)
     wait_sec: int | None = Field(default=None, ge=0, le=MAX_SEC)
     """Longest wait in line: see AllocateSandbox. None for an administrator."""
+    secret_hash: Sha256 | None = None
+    """SHA-256 of the lease secret. None: the client sent none."""
 
 
 class ReleaseSandbox(Command[SandboxReleased]):
@@ -135,6 +148,8 @@ class ReleaseSandbox(Command[SandboxReleased]):
     request_id: str
     sandbox_id: SandboxId
     holder: PrintableAscii
+    secret_hash: Sha256 | None = None
+    """SHA-256 of the lease secret. None: the client sent none."""
 
 
 class ServeWaiting(Command[LineServed]):
@@ -413,6 +428,54 @@ class ResumeStock(Command[Recorded]):
     name_prefix: PrintableAscii
 
 
+class IssueToken(Command[Recorded]):
+    """Record a new named token, once for each `key_id`. The token itself stays in the gateway. → Recorded or
+    Refused."""
+
+    type: Literal["IssueToken"] = "IssueToken"
+    request_id: str
+    key_id: KeyId
+    token_hash: Sha256
+    pepper_id: str | None = Field(default=None, max_length=64)
+    """Pepper of the hash. None: no pepper."""
+    grant: TokenGrant
+
+
+class RevokeToken(Command[Recorded]):
+    """End a named token for ever. Its leases stay. → Recorded or Refused."""
+
+    type: Literal["RevokeToken"] = "RevokeToken"
+    request_id: str
+    name: TokenName
+
+
+class SuspendToken(Command[Recorded]):
+    """Suspend a named token, or resume it. Its leases stay. → Recorded or Refused."""
+
+    type: Literal["SuspendToken"] = "SuspendToken"
+    request_id: str
+    name: TokenName
+    suspended: bool = True
+
+
+class EndTokenLeases(Command[TokenLeasesEnded]):
+    """End at most `limit` active leases that were made with the token, for an administrator. `note` gives the
+    reason. → TokenLeasesEnded."""
+
+    type: Literal["EndTokenLeases"] = "EndTokenLeases"
+    request_id: str
+    name: TokenName
+    note: StorableText = Field(min_length=1, max_length=500)
+    limit: int = Field(ge=1, le=1000)
+
+
+class RecordTokenUses(Command[Recorded]):
+    """Record the last uses of tokens, by key id, in Unix seconds with minute precision. → Recorded."""
+
+    type: Literal["RecordTokenUses"] = "RecordTokenUses"
+    uses: dict[KeyId, int] = Field(min_length=1, max_length=10_000)
+
+
 class SyncPool(Command[PoolSynced]):
     """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
@@ -463,6 +526,11 @@ AnyCommand = Annotated[
     | RecordCreation
     | RecordCreationFailure
     | ResumeStock
+    | IssueToken
+    | RevokeToken
+    | SuspendToken
+    | EndTokenLeases
+    | RecordTokenUses
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

@@ -192,6 +192,11 @@ class PolicyChanged(_Data):
     changes: tuple[PolicyChange, ...]
 
 
+class TokenChanged(_Data):
+    name: str
+    change: Literal["issued", "suspended", "resumed", "revoked"]
+
+
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
@@ -214,4 +219,5 @@ EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "stock.stopped": StockStopped,
     "stock.resumed": StockResumed,
     "policy.changed": PolicyChanged,
+    "token.changed": TokenChanged,
 }

@@ -29,6 +29,7 @@ EventType = Literal[
     "stock.stopped",
     "stock.resumed",
     "policy.changed",
+    "token.changed",
 ]
 
 

@@ -16,6 +16,7 @@ RefusalCode = Literal[
     "DATABASE_BEHIND",
     "DEAD_LETTER_NOT_FOUND",
     "EXTENSION_LIMIT",
+    "FORBIDDEN_SCOPE",
     "IDEMPOTENCY_KEY_CONFLICT",
     "INTERNAL_ERROR",
     "INVALID_COMMAND",
@@ -33,6 +34,9 @@ RefusalCode = Literal[
     "SANDBOX_NOT_FOUND",
     "STOCK_RULE_NOT_FOUND",
     "SYNC_HELD",
+    "TOKEN_EXISTS",
+    "TOKEN_NOT_FOUND",
+    "UNAUTHORIZED",
 ]
 
 
@@ -108,6 +112,8 @@ class SandboxReleased(Message):
     sandbox_id: str
     status: SandboxStatus
     deletion_requested_at: int
+    changed: bool = True
+    """False if the deletion had been requested before. Only set for administrators."""
 
 
 class LineServed(Message):
@@ -252,6 +258,11 @@ class PoliciesApplied(Message):
     """Empty if the policies had been applied before."""
 
 
+class TokenLeasesEnded(Message):
+    type: Literal["TokenLeasesEnded"] = "TokenLeasesEnded"
+    sandbox_ids: tuple[str, ...]
+
+
 class DeadLetterReplayed(Message):
     type: Literal["DeadLetterReplayed"] = "DeadLetterReplayed"
     dead_letter_id: uuid.UUID
@@ -292,6 +303,7 @@ Reply = Annotated[
     | CleanedUp
     | CreationsClaimed
     | DeadLetterReplayed
+    | TokenLeasesEnded
     | PoliciesApplied
     | Recorded
     | ListingBegun

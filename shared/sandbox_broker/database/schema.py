@@ -179,6 +179,8 @@ leases = Table(
         comment="replaced sandboxes that the student had before",
     ),
     Column("replaces", _Key, comment="broken sandbox that this one replaces"),
+    Column("token", _Key, comment="name of the token that it was made with; null for a token of a setting"),
+    Column("secret_hash", LargeBinary, comment="SHA-256 of the lease secret; null if the client sent none"),
     CheckConstraint(
         "end_reason IN ('student', 'expired', 'unclaimed', 'broken', 'play_ended', 'admin')",
         name="leases_end_reason",
@@ -199,6 +201,12 @@ leases = Table(
         "policy",
         postgresql_where=text("policy IS NOT NULL AND num_nonnulls(ended_at) = 0"),
     ),
+    Index(
+        "leases_active_by_token",
+        "token",
+        postgresql_where=text("token IS NOT NULL AND num_nonnulls(ended_at) = 0"),
+    ),
+    Index("leases_by_token", "token", "allocated_at", postgresql_where=text("token IS NOT NULL")),
     Index("leases_standby", "expires_at", postgresql_where=text("mode = 'standby' AND end_reason IS NULL")),
     Index("leases_by_first_holder", "first_holder", postgresql_where=text("first_holder IS NOT NULL")),
     Index("leases_by_replaced", "replaces", postgresql_where=text("replaces IS NOT NULL")),
@@ -237,7 +245,76 @@ policy_set = Table(
     Column("version", BigInteger, nullable=False, server_default=text("0")),
     Column("applied_at", _Time),
     CheckConstraint("only_row = 1", name="policy_set_only_row"),
-    comment="the version of all policies",
+    comment="the version of all policies and tokens",
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("key_id", _Key, primary_key=True, comment="the part of the token that is no secret"),
+    Column("name", _Key, nullable=False),
+    Column("role", Text, nullable=False),
+    Column(
+        "tracks",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="labs that the token may lease for; empty for all",
+    ),
+    Column(
+        "prefixes",
+        ARRAY(Text),
+        nullable=False,
+        server_default=text("'{}'"),
+        comment="name prefixes that the token may ask for; empty for all",
+    ),
+    Column("max_active", Integer, comment="limit of active leases of the token"),
+    Column("max_new_per_hour", Integer, comment="limit of new leases within any hour"),
+    Column("max_rate", Integer, comment="limit of new leases within any minute"),
+    Column("expires_at", _Time),
+    Column("token_hash", LargeBinary, nullable=False, comment="HMAC-SHA256 of the token with the pepper"),
+    Column("pepper_id", Text, comment="the pepper of the hash; null for none"),
+    Column("issued_at", _Time, nullable=False, server_default=func.now()),
+    Column("issued_by", Text),
+    Column("suspended_at", _Time),
+    Column("revoked_at", _Time),
+    Column(
+        "quota_grants",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="raised by each statement that grants leases under a limit, so that of two concurrent "
+        "statements the second grants none",
+    ),
+    CheckConstraint("role IN ('track', 'viewer', 'operator', 'admin')", name="tokens_role"),
+    Index("tokens_one_per_name", "name", unique=True, postgresql_where=text("revoked_at IS NULL")),
+    comment="named tokens; revoked ones stay for the audit",
+)
+
+token_uses = Table(
+    "token_uses",
+    metadata,
+    Column("key_id", _Key, primary_key=True),
+    Column("last_used_at", _Time, nullable=False),
+    comment="last use of each token, in minutes",
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("audit_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("at", _Time, nullable=False, server_default=func.now()),
+    Column("actor", _Key, nullable=False, comment="name of the token, or $ and the setting with the token"),
+    Column("action", _Key, nullable=False),
+    Column("object", _Key),
+    Column("reason", Text),
+    Column("request_id", Text),
+    Column("address", Text),
+    Column("outcome", Text, nullable=False, comment="done, unchanged, or the code of the refusal"),
+    Index("audit_by_object", "object", "audit_id", postgresql_where=text("object IS NOT NULL")),
+    Index("audit_by_actor", "actor", "audit_id"),
+    Index("audit_by_time", "at"),
+    comment="commands of administrators and refusals for scope, in the transaction of their effect",
 )
 
 waiting = Table(
@@ -391,7 +468,7 @@ allocator_epoch = Table(
         BigInteger,
         nullable=False,
         server_default=text("0"),
-        comment="the policies that a statement of this queue must use",
+        comment="the policies and tokens that a statement of this queue must use",
     ),
     Column(
         "database_behind_at",

@@ -113,9 +113,9 @@ async def clean_database(database_url: str) -> str:
 
 _TABLES = (
     "sandboxes, leases, lease_extensions, outbox, history, pool_changes, pool_counts, jobs, csp_listings, "
-    "csp_accounts, dead_letters, policies, waiting, creations, stock_prefixes"
+    "csp_accounts, dead_letters, policies, waiting, creations, stock_prefixes, tokens, token_uses, audit"
 )
-# The version of the policies rises, because a running allocator may know the present one.
+# The version of policies and tokens rises, because a running allocator may know the present one.
 # Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the
 # check, because a running relay moves counts between tables.
 _EMPTY = f"""
@@ -133,7 +133,7 @@ BEGIN
 END $$;
 UPDATE cleanup_duty SET run_id = NULL, until = 'epoch';
 UPDATE creation_duty SET run_id = NULL, until = 'epoch', claimed_at = NULL;
-UPDATE policy_set SET version = version + 1, applied_at = NULL WHERE applied_at IS NOT NULL;
+UPDATE policy_set SET version = version + 1, applied_at = NULL;
 UPDATE allocator_epoch SET policy_version = version FROM policy_set WHERE policy_version <> version
 """
 

@@ -6,7 +6,8 @@ from typing import Literal, TypeVar
 import structlog
 
 from allocator import metrics
-from allocator.handlers import waiting
+from allocator.audit import run_audited
+from allocator.handlers import access, waiting
 from allocator.sql import lease_changes
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
@@ -20,22 +21,50 @@ log = structlog.get_logger()
 
 
 async def claim_lease(session: WriteSession, commands: Sequence[ClaimLease]) -> list[Reply]:
-    return [await _change(session, "claim", _claim, command) for command in commands]
+    return await _change_all(session, "claim", _claim, commands)
 
 
 async def extend_lease(session: WriteSession, commands: Sequence[ExtendLease]) -> list[Reply]:
-    return [await _change(session, "extend", _extend, command) for command in commands]
+    return await _change_all(session, "extend", _extend, commands)
 
 
 async def replace_sandbox(session: WriteSession, commands: Sequence[ReplaceSandbox]) -> list[Reply]:
-    return [await _change(session, "replace", _replace, command) for command in commands]
+    return await _change_all(session, "replace", _replace, commands)
+
+
+async def _change_all(
+    session: WriteSession,
+    change: Change,
+    run: Callable[[WriteSession, C, str | None], Awaitable[Reply]],
+    commands: Sequence[C],
+) -> list[Reply]:
+    scopes = await access.find_scopes(session, commands)
+    replies = [
+        await _change(session, change, run, command, scope) for command, scope in zip(commands, scopes, strict=True)
+    ]
+    await access.record_refusals(
+        session,
+        (pair for pair in zip(commands, replies, strict=True) if pair[0].holder is not None),
+    )
+    return replies
 
 
 async def _change(
-    session: WriteSession, change: Change, run: Callable[[WriteSession, C], Awaitable[Reply]], command: C
+    session: WriteSession,
+    change: Change,
+    run: Callable[[WriteSession, C, str | None], Awaitable[Reply]],
+    command: C,
+    scope: str | Refused | None,
 ) -> Reply:
-    """Run one command, count its outcome and log a refusal."""
-    reply = await run(session, command)
+    """Run one command, count its outcome and log a refusal. Audit the command of an administrator, which has no
+    holder."""
+    reply: Reply
+    if isinstance(scope, Refused):
+        reply = scope
+    elif command.holder is None:
+        reply = await run_audited(session, command, lambda session, command: run(session, command, None))
+    else:
+        reply = await run(session, command, scope)
     if isinstance(reply, Refused):
         log.info(
             f"{change}.refused",
@@ -56,8 +85,8 @@ async def _change(
     return reply
 
 
-async def _claim(session: WriteSession, command: ClaimLease) -> Reply:
-    row = await lease_changes.claim(session, command)
+async def _claim(session: WriteSession, command: ClaimLease, scope: str | None) -> Reply:
+    row = await lease_changes.claim(session, command, scope)
     if refusal := _refuse_stranger(command, row):
         return refusal
     if row["ended"]:
@@ -90,8 +119,8 @@ async def _claim(session: WriteSession, command: ClaimLease) -> Reply:
     )
 
 
-async def _extend(session: WriteSession, command: ExtendLease) -> Reply:
-    row = await lease_changes.extend(session, command)
+async def _extend(session: WriteSession, command: ExtendLease, scope: str | None) -> Reply:
+    row = await lease_changes.extend(session, command, scope)
     if refusal := _refuse_stranger(command, row):
         return refusal
     if row["granted_sec"] is not None:
@@ -118,8 +147,8 @@ async def _extend(session: WriteSession, command: ExtendLease) -> Reply:
     )
 
 
-async def _replace(session: WriteSession, command: ReplaceSandbox) -> Reply:
-    row = await waiting.replace_in_line(session, command)
+async def _replace(session: WriteSession, command: ReplaceSandbox, scope: str | None) -> Reply:
+    row = await waiting.replace_in_line(session, command, scope)
     if refusal := _refuse_stranger(command, row):
         return refusal
     if row["new"] is None and row["end_reason"] == "broken":
@@ -167,6 +196,8 @@ def _refuse_stranger(
             return refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
         if command.holder is None:
             return refuse("NOT_ALLOCATED", sandbox_id=command.sandbox_id, status=row["status"])
+    if not row["in_scope"]:
+        return refuse("FORBIDDEN_SCOPE", cause="lease")
     if not row["own"]:
         return refuse("NOT_SANDBOX_OWNER", sandbox_id=command.sandbox_id)
     return None

@@ -6,7 +6,7 @@ from datetime import timedelta
 import structlog
 
 from allocator import domain, metrics
-from allocator.handlers import waiting
+from allocator.handlers import access, waiting
 from allocator.policy_book import PolicyBook
 from allocator.sql import leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
@@ -24,6 +24,14 @@ from sandbox_broker.contract.replies import (
 log = structlog.get_logger()
 
 _ALREADY_COMPLETED = refuse("ALLOCATOR_UNAVAILABLE", cause="redelivered")
+_REFUSALS: Mapping[str, Refused] = {
+    "token_ended": access.TOKEN_ENDED,
+    "out_of_scope": refuse("FORBIDDEN_SCOPE", cause="allocation"),
+    "wrong_secret": refuse("NOT_SANDBOX_OWNER", cause="secret"),
+    "key_used_up": refuse("IDEMPOTENCY_KEY_CONFLICT", cause="own_ended_lease"),
+    "key_of_another": refuse("IDEMPOTENCY_KEY_CONFLICT", cause="other_student"),
+}
+"""Refusals without parameters, by outcome."""
 
 
 async def allocate_sandbox(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
@@ -57,7 +65,12 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
     """Run one allocation per distinct request; duplicates share its reply."""
     unique = {domain.dedup_key(command): command for command in commands}
     rows: dict[domain.DedupKey, leases.AllocationRow | None] = {}
-    direct, queued = (await waiting.open_line(session)).split(list(unique.values()))
+    line = await waiting.open_line(session)
+    if line.places and access.has_unknown_token(session, unique.values()):
+        await access.load_current_tokens(session)
+    strangers = waiting.find_strangers(session, unique)
+    rows.update(strangers)
+    direct, queued = line.split([command for key, command in unique.items() if key not in strangers])
     for group in domain.conflict_free_groups(direct):
         rows.update(_by_key(group, await leases.allocate(session, group)))
     if queued:
@@ -69,6 +82,7 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
     for key, command in unique.items():
         if key not in replies:
             replies[key] = _allocation_reply(command, rows[key], session.policies)
+    await access.record_refusals(session, ((command, replies[key]) for key, command in unique.items()))
     return _share_replies(commands, replies)
 
 
@@ -112,16 +126,21 @@ def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None
         outcome=outcome,
         name_prefix=command.name_prefix,
     )
+    return _refusal(command, outcome, policies)
+
+
+def _refusal(command: AllocateSandbox, outcome: str, policies: PolicyBook) -> Refused:
+    refusal = _REFUSALS.get(outcome)
+    if refusal is not None:
+        return refusal
     if outcome == "quota_exceeded":
         terms = policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
         return refuse("QUOTA_EXCEEDED", cause="policy", policy=terms.policy or "", max_active=terms.max_active or 0)
-    if outcome == "exhausted":
-        if command.name_prefix is None:
-            return refuse("POOL_EXHAUSTED")
-        return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=command.name_prefix)
-    if outcome == "key_used_up":
-        return refuse("IDEMPOTENCY_KEY_CONFLICT", cause="own_ended_lease")
-    return refuse("IDEMPOTENCY_KEY_CONFLICT", cause="other_student")
+    if outcome in leases.QUOTA_OUTCOMES and command.sender is not None:
+        return refuse("QUOTA_EXCEEDED", cause=outcome, token=command.sender.actor)
+    if command.name_prefix is None:
+        return refuse("POOL_EXHAUSTED")
+    return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=command.name_prefix)
 
 
 def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:
@@ -140,14 +159,25 @@ def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.
 
 
 async def release_sandbox(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> list[Reply]:
-    rows = await leases.release(session, commands)
-    return [_release_reply(command, row) for command, row in zip(commands, rows, strict=True)]
+    scopes = await access.find_scopes(session, commands)
+    permitted = [
+        (command, scope) for command, scope in zip(commands, scopes, strict=True) if not isinstance(scope, Refused)
+    ]
+    rows = iter(await leases.release(session, *zip(*permitted, strict=True)) if permitted else ())
+    replies = [
+        scope if isinstance(scope, Refused) else _release_reply(command, next(rows))
+        for command, scope in zip(commands, scopes, strict=True)
+    ]
+    await access.record_refusals(session, zip(commands, replies, strict=True))
+    return replies
 
 
 def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
     refusal: Refused | None = None
     if not row["exists"]:
         refusal = refuse("SANDBOX_NOT_FOUND", sandbox_id=command.sandbox_id)
+    elif not row["in_scope"]:
+        refusal = refuse("FORBIDDEN_SCOPE", cause="lease")
     elif not row["own"]:
         refusal = refuse("NOT_SANDBOX_OWNER", sandbox_id=command.sandbox_id)
     if refusal is not None:
@@ -231,4 +261,5 @@ async def end_lease(session: WriteSession, command: EndLease) -> Reply:
         sandbox_id=command.sandbox_id,
         status=row["status"],
         deletion_requested_at=row["deletion_requested_at"],
+        changed=row["changed"],
     )

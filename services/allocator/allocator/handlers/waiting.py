@@ -1,19 +1,23 @@
 """Waiting line: serve it, let students join it, and end places."""
 
 import asyncio
-from collections.abc import Sequence
+import hmac
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import structlog
 
 from allocator import domain, metrics
+from allocator.handlers import access
 from allocator.sql import lease_changes, leases, waiting
+from allocator.token_book import Token
 from allocator.waiting_estimate import REFRESH_SEC, estimate_waits, expect_sandboxes
 from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
 from allocator.write_session import WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReplaceSandbox, ServeWaiting
-from sandbox_broker.contract.replies import LineServed, Reply, StudentWaiting
+from sandbox_broker.contract.replies import LineServed, Refused, Reply, StudentWaiting
 
 MAX_PASSES = 10
 """Passes over the line per command. A pass is repeated if a chosen sandbox was not leased."""
@@ -92,17 +96,21 @@ async def _leave_for_another_request(session: WriteSession, commands: Sequence[A
         _record_ends(line, await waiting.leave(session, leaving, "left"))
 
 
-async def replace_in_line(session: WriteSession, command: ReplaceSandbox) -> lease_changes.ReplaceRow:
+async def replace_in_line(
+    session: WriteSession, command: ReplaceSandbox, scope: str | None
+) -> lease_changes.ReplaceRow:
     """Replace the sandbox, after the replacements that have waited for longer."""
     line = await open_line(session)
     place = line.places.get(command.holder or "")
+    if place is not None and _refuse_stranger(session, command, place):
+        place = None  # the statement refuses the command
     if place is not None and command.wait_sec == 0:
         _record_ends(line, await waiting.leave(session, [command.holder or ""], "left"))
         place = None
     if any(place.is_replacement for place in line.places.values()):
         await serve_line(session, repeated=[command] if place is not None and place.is_replacement else [])
     with line.changing():
-        row = await lease_changes.replace(session, command)
+        row = await lease_changes.replace(session, command, scope)
     if row["new"]:
         _log_replacement(command, row)
         if (place := line.places.get(row["holder"])) is not None:
@@ -211,8 +219,12 @@ async def _replace_for_place(session: WriteSession, command: ReplaceSandbox) -> 
     """Replace the sandbox of a waiting student. Return False if the place ends, or the chosen sandbox has gone."""
     line = session.waiting_line
     holder, place = next((holder, place) for holder, place in line.places.items() if place.command is command)
+    (scope,) = await access.find_scopes(session, [command])
+    if isinstance(scope, Refused):
+        _record_ends(line, await waiting.leave(session, [holder], "refused"))
+        return False
     with line.changing():
-        row = await lease_changes.replace(session, command)
+        row = await lease_changes.replace(session, command, scope)
     if row["new"]:
         metrics.REPLACED.inc()
         _log_replacement(command, row)
@@ -252,7 +264,7 @@ async def _lease_chosen(
                 continue
             if row["outcome"] == "new":
                 _record_served(line, command.holder, place, row)
-            elif row["outcome"] == "quota_exceeded":
+            elif row["outcome"] in leases.QUOTA_OUTCOMES:
                 passed_over.add(command.holder)
             else:
                 refused.append(command.holder)
@@ -261,10 +273,44 @@ async def _lease_chosen(
     return is_complete
 
 
+def find_strangers(
+    session: WriteSession, commands: Mapping[domain.DedupKey, AllocateSandbox]
+) -> dict[domain.DedupKey, leases.AllocationRow]:
+    """Return the refused outcome of each command for the place of another sender."""
+    places = session.waiting_line.places
+    outcomes: dict[domain.DedupKey, leases.AllocationRow] = {}
+    for key, command in commands.items() if places else ():
+        place = places.get(command.holder)
+        outcome = None if place is None else _refuse_stranger(session, command, place)
+        if outcome is not None:
+            outcomes[key] = {"index": 0, "outcome": outcome}  # type: ignore[typeddict-item]
+    return outcomes
+
+
+def _refuse_stranger(
+    session: WriteSession, command: waiting.Request, place: Place
+) -> Literal["wrong_secret", "out_of_scope"] | None:
+    """Return the refused outcome of a command for a place that its sender may not reach: the place was taken with
+    another secret, or with another token than the sender's, which is limited to its own."""
+    secret_hash = place.command.secret_hash
+    if secret_hash is not None and not hmac.compare_digest(secret_hash, command.secret_hash or ""):
+        return "wrong_secret"
+    token = session.policies.tokens.find(command.sender)
+    if isinstance(token, Token) and token.is_scoped and _key_id(command) != _key_id(place.command):
+        return "out_of_scope"
+    return None
+
+
 def _is_changed(command: waiting.Request, place: Place) -> bool:
     """Return whether the student sent another request for the same place, for example with another key."""
-    ignored = {"request_id": "", "traceparent": None, "wait_sec": None}
-    return command.model_copy(update=ignored) != place.command.model_copy(update=ignored)
+    ignored = {"request_id": "", "traceparent": None, "wait_sec": None, "sender": None}
+    return _key_id(command) != _key_id(place.command) or (
+        command.model_copy(update=ignored) != place.command.model_copy(update=ignored)
+    )
+
+
+def _key_id(command: waiting.Request) -> str | None:
+    return None if command.sender is None else command.sender.key_id
 
 
 async def wait_in_line(

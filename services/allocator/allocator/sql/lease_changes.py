@@ -4,9 +4,17 @@ Each statement handles one command. It locks the row of the lease before it read
 the lease comes before or after it as a whole. The statements follow the rules for generic plans in `sql/leases.py`.
 """
 
+import os
 from typing import Literal, TypedDict
 
-from allocator.sql.leases import ANNOUNCE_SERVED, PICK_ANY, PICK_BY_PREFIX, end_leases
+from allocator.sql.leases import (
+    ANNOUNCE_SERVED,
+    PICK_ANY,
+    PICK_BY_PREFIX,
+    end_leases,
+    has_secret,
+    is_in_scope,
+)
 from allocator.write_session import GUARD, WriteSession
 from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
 
@@ -28,7 +36,9 @@ target AS MATERIALIZED (
     SELECT l.lease_id, l.holder, l.mode, l.ended_at, l.track_name, l.allocated_at, l.expires_at, l.claimed_at,
         coalesce(l.lease_sec, $5::int) AS lease_sec,
         s.external_id, s.name, s.sfdc_account_id, s.status,
-        l.holder = $3 OR l.first_holder = $3 AS own,
+        {is_in_scope("l", "$9::text")} AS in_scope,
+        (l.holder = $3 OR l.first_holder = $3) AND {is_in_scope("l", "$9::text")}
+            AND {has_secret("l", "$7::bytea", "$8::bytea")} AS own,
         coalesce($4::text, l.holder) AS new_holder, other.sandbox_id AS other_sandbox_id
     {_TARGET}
     LEFT JOIN LATERAL (
@@ -55,7 +65,7 @@ announced AS (
     )
     FROM claimed c CROSS JOIN target t
 )
-SELECT epoch, t.lease_id, t.status, coalesce(t.own, false) AS own, t.ended_at IS NOT NULL AS ended,
+SELECT epoch, t.lease_id, t.status, t.in_scope, coalesce(t.own, false) AS own, t.ended_at IS NOT NULL AS ended,
     t.external_id, t.name, t.sfdc_account_id, t.other_sandbox_id, c.sandbox_id IS NOT NULL AS claimed,
     CASE WHEN c.sandbox_id IS NULL THEN t.mode ELSE 'active' END AS mode, coalesce(c.holder, t.holder) AS holder,
     floor(extract(epoch FROM t.allocated_at))::bigint AS allocated_at,
@@ -71,7 +81,9 @@ target AS MATERIALIZED (
     SELECT l.lease_id, l.holder, l.mode, l.ended_at, l.track_name, l.expires_at, l.extended_sec,
         coalesce(l.max_extension_sec, $8::int) AS max_extension_sec,
         s.external_id, s.name, s.status,
-        $3::text IS NULL OR l.holder = $3 AS own,
+        {is_in_scope("l", "$11::text")} AS in_scope,
+        $3::text IS NULL OR l.holder = $3 AND {is_in_scope("l", "$11::text")}
+            AND {has_secret("l", "$9::bytea", "$10::bytea")} AS own,
         granted.extension_sec AS granted_sec, granted.expires_at AS granted_expires_at
     {_TARGET}
     LEFT JOIN LATERAL (
@@ -103,7 +115,7 @@ announced AS (
     )
     FROM extended e CROSS JOIN target t
 )
-SELECT epoch, t.lease_id, t.status, coalesce(t.own, false) AS own, t.ended_at IS NOT NULL AS ended,
+SELECT epoch, t.lease_id, t.status, t.in_scope, coalesce(t.own, false) AS own, t.ended_at IS NOT NULL AS ended,
     t.mode, t.granted_sec, e.lease_id IS NOT NULL AS extended,
     t.max_extension_sec - t.extended_sec AS left_sec,
     floor(extract(epoch FROM coalesce(e.expires_at, t.granted_expires_at, t.expires_at)))::bigint AS expires_at,
@@ -119,7 +131,9 @@ REPLACE = f"""
 WITH {GUARD},
 target AS MATERIALIZED (
     SELECT l.*, s.external_id, s.name, s.status, locked.sandbox_id AS locked_sandbox_id,
-        $3::text IS NULL OR l.holder = $3 AS own,
+        {is_in_scope("l", "$13::text")} AS in_scope,
+        $3::text IS NULL OR l.holder = $3 AND {is_in_scope("l", "$13::text")}
+            AND {has_secret("l", "$11::bytea", "$12::bytea")} AS own,
         $3::text IS NULL OR l.replacements < coalesce(l.max_replacements, $10::int) AS within_limit,
         coalesce(l.name_prefix, '') AS prefix,
         left(l.name_prefix, -1) || chr(ascii(right(l.name_prefix, 1)) + 1) AS prefix_end
@@ -157,11 +171,12 @@ claimed AS (
 leased AS (
     INSERT INTO leases (
         sandbox_id, holder, track_name, name_prefix, mode, claimed_at, first_holder, extended_sec, replaces,
-        replacements, policy, lease_sec, max_extension_sec, standby_sec, max_replacements, expires_at
+        replacements, policy, lease_sec, max_extension_sec, standby_sec, max_replacements, token, secret_hash,
+        expires_at
     )
     SELECT c.sandbox_id, p.holder, p.track_name, p.name_prefix, p.mode, p.claimed_at, p.first_holder,
         p.extended_sec, p.sandbox_id, p.replacements + 1, p.policy, p.lease_sec, p.max_extension_sec,
-        p.standby_sec, p.max_replacements,
+        p.standby_sec, p.max_replacements, p.token, p.secret_hash,
         greatest(
             p.expires_at,
             now() + make_interval(secs => CASE
@@ -213,7 +228,7 @@ replacement AS MATERIALIZED (
         WHERE new_sandbox.sandbox_id = earlier.sandbox_id LIMIT 1
     ) s ON true
 )
-SELECT epoch, t.lease_id, t.status, coalesce(t.own, false) AS own, t.holder, t.track_name,
+SELECT epoch, t.lease_id, t.status, t.in_scope, coalesce(t.own, false) AS own, t.holder, t.track_name,
     t.end_reason, t.ended_at IS NOT NULL AS ended, coalesce(t.within_limit, false) AS within_limit,
     nullif(t.prefix, '') AS name_prefix,
     coalesce(t.max_replacements, $10::int) AS max_replacements,
@@ -232,6 +247,8 @@ class _LeaseRow(TypedDict):
     """None: the sandbox was never leased."""
     status: str | None
     """Status of the sandbox. None: the pool does not contain it."""
+    in_scope: bool
+    """Whether the token of the sender reaches the lease."""
     own: bool
     """Whether the command may change the lease. True for every lease if an administrator sent it."""
     ended: bool
@@ -287,7 +304,8 @@ class ReplaceRow(_LeaseRow):
     claimed_at: int | None
 
 
-async def claim(session: WriteSession, command: ClaimLease) -> ClaimRow:
+async def claim(session: WriteSession, command: ClaimLease, scope: str | None) -> ClaimRow:
+    """`scope` is the token whose leases the sender may change, or None for any, in all functions of this module."""
     row: ClaimRow = await session.fetch_one(
         CLAIM,
         command.sandbox_id,
@@ -295,11 +313,12 @@ async def claim(session: WriteSession, command: ClaimLease) -> ClaimRow:
         command.new_holder,
         session.policies.settings_terms.lease_sec,
         command.request_id,
+        *_access(command, scope),
     )
     return row
 
 
-async def extend(session: WriteSession, command: ExtendLease) -> ExtendRow:
+async def extend(session: WriteSession, command: ExtendLease, scope: str | None) -> ExtendRow:
     """Extend the lease unless it has ended, or the student would exceed the limit.
 
     Raises asyncpg.UniqueViolationError if another allocator granted the same extension concurrently; run it again.
@@ -313,11 +332,12 @@ async def extend(session: WriteSession, command: ExtendLease) -> ExtendRow:
         command.note,
         command.request_id,
         session.policies.settings_terms.max_extension_sec,
+        *_access(command, scope),
     )
     return row
 
 
-async def replace(session: WriteSession, command: ReplaceSandbox) -> ReplaceRow:
+async def replace(session: WriteSession, command: ReplaceSandbox, scope: str | None) -> ReplaceRow:
     """Replace the sandbox if another one is available, and the student may have it."""
     terms = session.policies.settings_terms
     row: ReplaceRow = await session.fetch_one(
@@ -331,5 +351,13 @@ async def replace(session: WriteSession, command: ReplaceSandbox) -> ReplaceRow:
         terms.lease_sec,
         terms.standby_sec,
         terms.max_replacements,
+        *_access(command, scope),
     )
     return row
+
+
+def _access(
+    command: ClaimLease | ExtendLease | ReplaceSandbox, scope: str | None
+) -> tuple[bytes | None, bytes, str | None]:
+    """Return the last parameters of each statement: the hash of the secret, random bytes, and the scope."""
+    return (command.secret_hash and bytes.fromhex(command.secret_hash)) or None, os.urandom(16), scope

@@ -9,19 +9,26 @@ statistics say:
 - Other conditions have a form without a matching index (`status || ''`, `num_nulls`).
 """
 
+import hmac
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from operator import itemgetter
 from typing import Literal, TypedDict
 
 from allocator.policy_book import PolicyBook, Terms
+from allocator.token_book import Token, TokenOutcome
 from allocator.write_session import GUARD, ConcurrentUpdate, PoliciesChanged, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndPlay, ReleaseSandbox
 from sandbox_broker.contract.types import LeaseMode
 from sandbox_broker.database.schema import prefix_end
 
+NOTHING = ", ".join(["NULL"] * 10)
+"""Columns of an outcome without a lease."""
+
 # Parameters: epoch, version of the policy book, one array per column of the requests, one array per column of the
-# terms. A request names its terms by their number, because the requests of a statement share few.
+# terms, the names of the tokens and the hashes of the lease secrets by the index of the request. A request names
+# its terms by their number, because the requests of a statement share few.
 # Format fields: quota, admitted and refused are the parts for policies with max_active, below.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
 # demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
@@ -36,7 +43,8 @@ requests AS MATERIALIZED (
     CROSS JOIN unnest($3::int[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::int[], $10::text[])
         AS r (index, holder, track_name, prefix, prefix_end, idempotency_key, term, mode)
     LEFT JOIN LATERAL (
-        SELECT sandbox.*, active.allocated_at, active.expires_at, active.mode AS current_mode, active.claimed_at
+        SELECT sandbox.*, active.allocated_at, active.expires_at, active.mode AS current_mode, active.claimed_at,
+            active.token, active.secret_hash
         FROM leases active CROSS JOIN LATERAL (
             SELECT sandbox_id, name, external_id, sfdc_account_id FROM sandboxes leased_sandbox
             WHERE leased_sandbox.sandbox_id = active.sandbox_id LIMIT 1
@@ -80,10 +88,11 @@ claimed AS (
 leased AS (
     INSERT INTO leases (
         sandbox_id, holder, track_name, idempotency_key, name_prefix, mode, expires_at,
-        policy, lease_sec, max_extension_sec, standby_sec, max_replacements
+        policy, lease_sec, max_extension_sec, standby_sec, max_replacements, token, secret_hash
     )
     SELECT sandbox_id, holder, track_name, idempotency_key, nullif(prefix, ''), mode, expires_at,
-        ($11::text[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term], ($15::int[])[term]
+        ($11::text[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term], ($15::int[])[term],
+        ($16::text[])[index + 1], ($17::bytea[])[index + 1]
     FROM claimed
 ),
 {{after}}
@@ -101,7 +110,8 @@ announced AS (
 ),
 outcomes AS (
     SELECT index, 'new' AS outcome, sandbox_id, name, external_id, sfdc_account_id,
-        now() AS allocated_at, expires_at, mode, NULL::timestamptz AS claimed_at
+        now() AS allocated_at, expires_at, mode, NULL::timestamptz AS claimed_at,
+        NULL::text AS token, NULL::bytea AS secret_hash
     FROM claimed
     UNION ALL
     SELECT index,
@@ -110,19 +120,20 @@ outcomes AS (
             WHEN sandbox_id IS NOT NULL THEN 'known'
             ELSE 'key_used_up'
         END,
-        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at, current_mode, claimed_at
+        sandbox_id, name, external_id, sfdc_account_id, allocated_at, expires_at, current_mode, claimed_at,
+        token, secret_hash
     FROM requests WHERE sandbox_id IS NOT NULL OR key_is_own IS NOT NULL
     UNION ALL
-    SELECT index, 'exhausted', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM assigned WHERE sandbox_id IS NULL
+    SELECT index, 'exhausted', {NOTHING} FROM assigned WHERE sandbox_id IS NULL
     {{refused}}
     UNION ALL
-    SELECT -1, 'policies_changed', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    SELECT -1, 'policies_changed', {NOTHING}
     FROM guard WHERE policy_version <> $2
 )
 SELECT index, outcome, sandbox_id, name, external_id, sfdc_account_id, mode,
     floor(extract(epoch FROM allocated_at))::bigint AS allocated_at,
     floor(extract(epoch FROM expires_at))::bigint AS expires_at,
-    floor(extract(epoch FROM claimed_at))::bigint AS claimed_at
+    floor(extract(epoch FROM claimed_at))::bigint AS claimed_at, token, secret_hash
 FROM outcomes
 """
 
@@ -187,20 +198,20 @@ announced_served AS (
 """
 """CTE that announces the places in the CTE `served`."""
 
-# $16 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
+# $18 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
 # the statement leases none, because a student would overtake another whose sandbox is gone.
 _CHOSEN = {
     "before": """
 chosen AS MATERIALIZED (
-    SELECT count(*) = cardinality(array_remove($16::text[], NULL)) AS are_available
+    SELECT count(*) = cardinality(array_remove($18::text[], NULL)) AS are_available
     FROM (
-        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($16::text[]) AND status || '' = 'available'
+        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($18::text[]) AND status || '' = 'available'
         FOR UPDATE SKIP LOCKED
     ) locked
 ),
 """,
     "picks": """
-SELECT CASE WHEN chosen.are_available THEN ($16::text[])[asked.index + 1] END
+SELECT CASE WHEN chosen.are_available THEN ($18::text[])[asked.index + 1] END
 FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
 """,
     "after": f"""
@@ -219,8 +230,11 @@ _WITHOUT_QUOTA = {
 }
 
 # quota: the free leases of each policy with max_active. The end of a lease only raises this number meanwhile.
+# token_quota: the free leases of each token with a limit. A request must fit both. The comparison of rows keeps the
+# planner from leases_by_time.
 # turn: policies under which this statement may grant leases. Of two concurrent statements the second finds another
-# quota_grants, gets no turn and must run again, because it has not counted the leases of the first.
+# quota_grants, gets no turn and must run again, because it has not counted the leases of the first. token_turn: the
+# same for tokens. A request that no policy admits takes no place of its token.
 _WITH_QUOTA = {
     "quota": """
 quota AS MATERIALIZED (
@@ -235,6 +249,35 @@ quota AS MATERIALIZED (
     CROSS JOIN LATERAL (SELECT quota_grants FROM policies of_term WHERE of_term.name = t.policy LIMIT 1) p
     WHERE t.max_active IS NOT NULL
 ),
+token_quota AS MATERIALIZED (
+    SELECT t.key_id, t.name, k.quota_grants,
+        t.max_active - (
+            SELECT count(*) FROM (
+                SELECT FROM leases active_of_token
+                WHERE token = t.name AND token IS NOT NULL AND num_nonnulls(ended_at) = 0
+                LIMIT t.max_active
+            ) counted
+        ) AS free,
+        t.max_new_per_hour - (
+            SELECT count(*) FROM (
+                SELECT FROM leases hour_of_token
+                WHERE token = t.name AND token IS NOT NULL
+                  AND (token, allocated_at) > (t.name, now() - interval '1 hour')
+                LIMIT t.max_new_per_hour
+            ) counted
+        ) AS free_of_hour,
+        t.max_rate - (
+            SELECT count(*) FROM (
+                SELECT FROM leases minute_of_token
+                WHERE token = t.name AND token IS NOT NULL
+                  AND (token, allocated_at) > (t.name, now() - interval '1 minute')
+                LIMIT t.max_rate
+            ) counted
+        ) AS free_of_minute
+    FROM unnest($token_keys::text[], $token_names::text[], $token_limits::int[], $hour_limits::int[],
+            $minute_limits::int[]) AS t (key_id, name, max_active, max_new_per_hour, max_rate)
+    CROSS JOIN LATERAL (SELECT quota_grants FROM tokens of_key WHERE of_key.key_id = t.key_id LIMIT 1) k
+),
 wanted AS MATERIALIZED (
     SELECT *, row_number() OVER (PARTITION BY term ORDER BY index) AS place
     FROM requests WHERE sandbox_id IS NULL AND key_is_own IS NULL
@@ -246,20 +289,47 @@ turn AS (
       AND q.free > 0 AND EXISTS (SELECT FROM wanted WHERE wanted.term = q.term)
     RETURNING q.term
 ),
-judged AS MATERIALIZED (
-    SELECT wanted.*, CASE
+judged_by_policy AS MATERIALIZED (
+    SELECT wanted.*, ($16::text[])[wanted.index + 1] AS token_name, CASE
         WHEN q.term IS NULL THEN 'admitted'
         WHEN wanted.place > q.free THEN 'quota_exceeded'
         WHEN turn.term IS NULL THEN 'quota_raced'
         ELSE 'admitted'
-    END AS verdict
+    END AS verdict_of_policy
     FROM wanted LEFT JOIN quota q ON q.term = wanted.term LEFT JOIN turn ON turn.term = wanted.term
+),
+token_turn AS (
+    UPDATE tokens k SET quota_grants = k.quota_grants + 1
+    FROM token_quota q
+    WHERE k.key_id = ANY (ARRAY[q.key_id]) AND k.quota_grants = q.quota_grants
+      AND least(q.free, q.free_of_hour, q.free_of_minute) > 0
+      AND EXISTS (
+          SELECT FROM judged_by_policy j WHERE j.token_name = q.name AND j.verdict_of_policy = 'admitted'
+      )
+    RETURNING q.name
+),
+judged AS MATERIALIZED (
+    SELECT j.*, CASE
+        WHEN j.verdict_of_policy <> 'admitted' THEN j.verdict_of_policy
+        WHEN q.name IS NULL THEN 'admitted'
+        WHEN j.token_place > q.free THEN 'max_active'
+        WHEN j.token_place > q.free_of_hour THEN 'max_new_per_hour'
+        WHEN j.token_place > q.free_of_minute THEN 'max_rate'
+        WHEN token_turn.name IS NULL THEN 'quota_raced'
+        ELSE 'admitted'
+    END AS verdict
+    FROM (
+        SELECT *, row_number() OVER (PARTITION BY token_name, verdict_of_policy ORDER BY index) AS token_place
+        FROM judged_by_policy
+    ) j
+    LEFT JOIN token_quota q ON q.name = j.token_name
+    LEFT JOIN token_turn ON token_turn.name = j.token_name
 ),
 """,
     "admitted": "judged WHERE verdict = 'admitted'",
-    "refused": """
+    "refused": f"""
     UNION ALL
-    SELECT index, verdict, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL FROM judged WHERE verdict <> 'admitted'
+    SELECT index, verdict, {NOTHING} FROM judged WHERE verdict <> 'admitted'
 """,
 }
 
@@ -270,13 +340,45 @@ ALLOCATE_ANY = _ALLOCATE.format(**_ANY, **_WITHOUT_QUOTA)
 ALLOCATE_BY_PREFIX = _ALLOCATE.format(**_BY_PREFIX, **_WITHOUT_QUOTA)
 ALLOCATE_CHOSEN = _ALLOCATE.format(**_CHOSEN, **_WITHOUT_QUOTA)
 
-# The last parameter has max_active of each of the terms.
+
+def _with_quota(parts: Mapping[str, str], first: int) -> str:
+    """Return the statement with the parameters of the quotas from number `first` on: max_active of each of the
+    terms, and one array per column of the tokens."""
+    statement = _ALLOCATE.format(**parts, **_WITH_QUOTA)
+    names = ("max_active", "token_keys", "token_names", "token_limits", "hour_limits", "minute_limits")
+    for number, name in enumerate(names, first):
+        statement = statement.replace(f"${name}", f"${number}")
+    return statement
+
+
 WITH_QUOTA: Mapping[str, str] = {
-    ALLOCATE_ANY: _ALLOCATE.format(**_ANY, **_WITH_QUOTA).replace("$max_active", "$16"),
-    ALLOCATE_BY_PREFIX: _ALLOCATE.format(**_BY_PREFIX, **_WITH_QUOTA).replace("$max_active", "$16"),
-    ALLOCATE_CHOSEN: _ALLOCATE.format(**_CHOSEN, **_WITH_QUOTA).replace("$max_active", "$17"),
+    ALLOCATE_ANY: _with_quota(_ANY, 18),
+    ALLOCATE_BY_PREFIX: _with_quota(_BY_PREFIX, 18),
+    ALLOCATE_CHOSEN: _with_quota(_CHOSEN, 19),
 }
 """Statements for requests under a quota, by the statement without."""
+
+CHECK_POLICY_VERSION = f"""
+WITH {GUARD}
+SELECT policy_version FROM guard
+"""
+
+
+def has_secret(lease: str, given: str, nonce: str) -> str:
+    """Return the SQL condition that the client knows the secret of the lease, if it has one.
+
+    The parameters are the alias of the lease, and expressions for the hash from the client and for random bytes.
+    The time of comparing two hashes with random bytes says nothing about the stored hash.
+    """
+    return (
+        f"(num_nulls({lease}.secret_hash) = 1 "
+        f"OR coalesce(sha256({lease}.secret_hash || {nonce}) = sha256({given} || {nonce}), false))"
+    )
+
+
+def is_in_scope(lease: str, scope: str) -> str:
+    """Return the SQL condition that the lease was made with the token of this name; NULL is any token."""
+    return f"({scope} IS NULL OR coalesce({lease}.token = {scope}, false))"
 
 
 def end_leases(deletion_due: str = "now()", hold_until: str = "NULL") -> str:
@@ -336,13 +438,16 @@ RELEASE = f"""
 WITH {GUARD},
 request AS MATERIALIZED (
     SELECT r.*
-    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[])
-        AS r (index, sandbox_id, holder, request_id, traceparent)
+    FROM guard, unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::text[])
+        AS r (index, sandbox_id, holder, request_id, traceparent, secret_hash, scope)
 ),
 target AS MATERIALIZED (
     SELECT r.index, r.sandbox_id, r.request_id, r.traceparent,
         s.status, s.deletion_requested_at, l.lease_id, l.ended_at,
-        s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists, l.holder = r.holder AS own
+        s.sandbox_id IS NOT NULL OR l.lease_id IS NOT NULL AS exists,
+        {is_in_scope("l", "r.scope")} AS in_scope,
+        l.holder = r.holder AND {is_in_scope("l", "r.scope")}
+            AND {has_secret("l", "r.secret_hash", "$9::bytea")} AS own
     FROM request r
     LEFT JOIN LATERAL (SELECT * FROM sandboxes WHERE sandbox_id = r.sandbox_id LIMIT 1) s ON true
     LEFT JOIN LATERAL (SELECT * FROM leases WHERE sandbox_id = r.sandbox_id LIMIT 1) l ON true
@@ -353,7 +458,7 @@ ending AS MATERIALIZED (
     FROM target WHERE own AND ended_at IS NULL ORDER BY lease_id, index
 ),
 {end_leases()}
-SELECT t.index, t.exists, coalesce(t.own, false) AS own,
+SELECT t.index, t.exists, t.in_scope, coalesce(t.own, false) AS own,
     CASE WHEN t.moved THEN 'pending_deletion' ELSE coalesce(t.status, 'deleted') END AS status,
     floor(extract(epoch FROM CASE WHEN t.moved THEN now() ELSE coalesce(t.deletion_requested_at, t.ended_at) END))
         ::bigint AS deletion_requested_at
@@ -445,8 +550,14 @@ class AllocationRow(TypedDict):
         "key_used_up",
         "exhausted",
         "quota_exceeded",
+        "max_active",
+        "max_new_per_hour",
+        "max_rate",
         "quota_raced",
         "policies_changed",
+        "token_ended",
+        "out_of_scope",
+        "wrong_secret",
     ]
     sandbox_id: str
     name: str
@@ -456,11 +567,21 @@ class AllocationRow(TypedDict):
     expires_at: int
     mode: LeaseMode
     claimed_at: int | None
+    token: str | None
+    """Name of the token that the known lease was made with."""
+    secret_hash: bytes | None
+    """SHA-256 of the secret of the known lease."""
+
+
+QUOTA_OUTCOMES = frozenset({"quota_exceeded", "max_active", "max_new_per_hour", "max_rate"})
+"""Outcomes of requests under a quota. They can succeed later."""
 
 
 class ReleaseRow(TypedDict):
     index: int
     exists: bool
+    in_scope: bool
+    """Whether the token of the sender reaches the lease."""
     own: bool
     status: str
     deletion_requested_at: int | None
@@ -526,34 +647,98 @@ async def _try_to_allocate(
     session: WriteSession, statement: str, commands: Sequence[AllocateSandbox], *more: object
 ) -> list[AllocationRow]:
     """Raises PoliciesChanged if the policy book is outdated, and ConcurrentUpdate."""
-    prefixes = [command.name_prefix or "" for command in commands]
-    terms, term_numbers = number_terms(session.policies, commands)
-    quotas = [term.max_active for term in terms]
-    has_quota = any(quota is not None for quota in quotas)
+    tokens = [session.policies.tokens.judge(command) for command in commands]
+    if any(isinstance(token, str) for token in tokens):
+        await check_policy_version(session)
+    indexes = [index for index, token in enumerate(tokens) if not isinstance(token, str)]
+    rows: list[AllocationRow] = []
+    if indexes:
+        rows = await _run_statement(session, statement, commands, indexes, tokens, *more)
+    rows += [
+        {"index": index, "outcome": outcome}  # type: ignore[typeddict-item]
+        for index, outcome in enumerate(tokens)
+        if isinstance(outcome, str)
+    ]
+    return sorted(rows, key=itemgetter("index"))
+
+
+async def check_policy_version(session: WriteSession) -> None:
+    """Raises PoliciesChanged if the policy book is outdated."""
+    row = await session.fetch_one(CHECK_POLICY_VERSION)
+    if row["policy_version"] != session.policies.version:
+        raise PoliciesChanged
+
+
+async def _run_statement(
+    session: WriteSession,
+    statement: str,
+    commands: Sequence[AllocateSandbox],
+    indexes: Sequence[int],
+    tokens: Sequence[Token | TokenOutcome | None],
+    *more: object,
+) -> list[AllocationRow]:
+    """Run the statement for the commands with these indexes."""
+    requests = [commands[index] for index in indexes]
+    prefixes = [command.name_prefix or "" for command in requests]
+    terms, term_numbers = number_terms(session.policies, requests)
+    max_active = [term.max_active for term in terms]
+    limited = {
+        command.sender.key_id: token
+        for command, token in zip(commands, tokens, strict=True)
+        if command.sender is not None and isinstance(token, Token) and token.has_quota
+    }
+    has_quota = bool(limited) or any(limit is not None for limit in max_active)
+    quotas: tuple[object, ...] = (
+        max_active,
+        list(limited),
+        [token.name for token in limited.values()],
+        [token.max_active for token in limited.values()],
+        [token.max_new_per_hour for token in limited.values()],
+        [token.max_rate for token in limited.values()],
+    )
     rows: list[AllocationRow] = await session.fetch(
         WITH_QUOTA[statement] if has_quota else statement,
         session.policies.version,
-        list(range(len(commands))),
-        [command.holder for command in commands],
-        [command.track_name for command in commands],
+        indexes,
+        [command.holder for command in requests],
+        [command.track_name for command in requests],
         prefixes,
         [prefix_end(prefix) if prefix else "" for prefix in prefixes],
-        [command.idempotency_key for command in commands],
+        [command.idempotency_key for command in requests],
         term_numbers,
-        [command.mode for command in commands],
+        [command.mode for command in requests],
         [term.policy for term in terms],
         [term.lease_sec for term in terms],
         [term.max_extension_sec for term in terms],
         [term.standby_sec for term in terms],
         [term.max_replacements for term in terms],
+        [token.name if isinstance(token, Token) else None for token in tokens],
+        [command.secret_hash and bytes.fromhex(command.secret_hash) for command in commands],
         *more,
-        *([quotas] if has_quota else []),
+        *(quotas if has_quota else ()),
     )
     if rows[0]["outcome"] == "policies_changed":
         raise PoliciesChanged
     if any(row["outcome"] == "quota_raced" for row in rows):
         raise ConcurrentUpdate
-    return sorted(rows, key=itemgetter("index"))
+    return [_check_access(row, commands[row["index"]], tokens[row["index"]]) for row in rows]
+
+
+def _check_access(
+    row: AllocationRow, command: AllocateSandbox, token: Token | TokenOutcome | None
+) -> AllocationRow:
+    """Return the row, or one without the lease if the student has a lease that the sender may not see.
+
+    The hashes of the secrets are compared in constant time.
+    """
+    if row["outcome"] != "known":
+        return row
+    if isinstance(token, Token) and token.is_scoped and row["token"] != token.name:
+        return {"index": row["index"], "outcome": "out_of_scope"}  # type: ignore[typeddict-item]
+    known = row["secret_hash"]
+    if known is not None and not hmac.compare_digest(known, bytes.fromhex(command.secret_hash or "")):
+        return {"index": row["index"], "outcome": "wrong_secret"}  # type: ignore[typeddict-item]
+    return row
 
 
 def number_terms(policies: PolicyBook, commands: Sequence[AllocateSandbox]) -> tuple[list[Terms], list[int]]:
@@ -575,8 +760,11 @@ async def holders_with_ended_lease(session: WriteSession, *, holders: Sequence[s
     return result
 
 
-async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> list[ReleaseRow]:
-    """Return one row per command, in order."""
+async def release(
+    session: WriteSession, commands: Sequence[ReleaseSandbox], scopes: Sequence[str | None]
+) -> list[ReleaseRow]:
+    """Return one row per command, in order. Per command, `scopes` has the token whose leases the sender may
+    release, or None for any."""
     return await session.fetch(
         RELEASE,
         list(range(len(commands))),
@@ -584,6 +772,9 @@ async def release(session: WriteSession, commands: Sequence[ReleaseSandbox]) -> 
         [command.holder for command in commands],
         [command.request_id for command in commands],
         [command.traceparent for command in commands],
+        [command.secret_hash and bytes.fromhex(command.secret_hash) for command in commands],
+        scopes,
+        os.urandom(16),
     )
 
 

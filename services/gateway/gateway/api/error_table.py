@@ -87,17 +87,39 @@ ERRORS: Mapping[str, ErrorSpec] = {
         401,
         "The token is missing or unknown",
         "Send `Authorization: Bearer <token>`. The operator issues tokens.",
+        messages={
+            "token_ended": "The token was revoked or suspended, or has expired. Ask the operator for a new one."
+        },
     ),
     "FORBIDDEN": ErrorSpec(
-        403, "The token is valid, but the route requires an admin token", "Send an admin token."
+        403,
+        "The token is valid, but its role does not permit the route",
+        "Send a token with the role that the message names.",
+        messages={
+            "role": "This route requires the role {required}, and the token has the role {role}. Send a token with "
+            "the required role."
+        },
+    ),
+    "FORBIDDEN_SCOPE": ErrorSpec(
+        403,
+        "The token is limited to labs or name prefixes, and to the leases that were made with it",
+        "Send the token of the lab, with its `X-Instruqt-Track-ID` and `X-Sandbox-Name-Prefix`.",
+        messages={
+            "allocation": "The token does not permit a lease for this lab and name prefix, or the student holds a "
+            "lease that was made with another token. Send the token of the lab, with its X-Instruqt-Track-ID and "
+            "X-Sandbox-Name-Prefix.",
+            "lease": "The lease was not made with this token. Send the token of its allocation.",
+        },
     ),
     "NOT_SANDBOX_OWNER": ErrorSpec(
         403,
-        "Another student holds or held this sandbox",
-        "Send the `X-Instruqt-Sandbox-ID` of the allocation request.",
+        "Another student holds or held this sandbox, or the lease has another secret",
+        "Send the `X-Instruqt-Sandbox-ID` and the `X-Lease-Secret` of the allocation request.",
         messages={
+            "secret": "The student's lease was made with another secret, or by another student. Send the "
+            "X-Lease-Secret of its allocation, or ask the operator to release the lease.",
             "": "Sandbox '{sandbox_id}' is not leased to this student. Send the X-Instruqt-Sandbox-ID of its "
-            "allocation."
+            "allocation.",
         },
     ),
     "EVENTS_NOT_CONFIGURED": ErrorSpec(
@@ -133,6 +155,12 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "Use a `name_prefix` of `GET /v1/admin/stock`.",
         messages={"": "No stock rule has the name prefix '{name_prefix}'. GET /v1/admin/stock lists the rules."},
     ),
+    "TOKEN_NOT_FOUND": ErrorSpec(
+        404,
+        "There is no named token with this name",
+        "Use a `name` of `GET /v1/admin/tokens`.",
+        messages={"": "There is no token '{name}'. GET /v1/admin/tokens lists the tokens."},
+    ),
     "NOT_FOUND": ErrorSpec(
         404,
         "The path does not exist",
@@ -154,10 +182,17 @@ ERRORS: Mapping[str, ErrorSpec] = {
     ),
     "QUOTA_EXCEEDED": ErrorSpec(
         409,
-        "The policy of the lab allows no more active leases (`max_active`)",
-        f"{RETRY_LATER} A lease must end first, or the operator raises the limit with `brokerctl policy apply`.",
+        "The policy of the lab or the token allows no more leases",
+        f"{RETRY_LATER} A lease must end first, or the operator raises the limit (`brokerctl policy apply`, or "
+        "another token).",
         retry_after=30,
         messages={
+            "max_active": "The token '{token}' has all leases that it may have at a time (max_active). Try again "
+            "later, or ask the operator.",
+            "max_new_per_hour": "The token '{token}' has made all leases that it may make within an hour "
+            "(max_new_per_hour). Try again later, or ask the operator.",
+            "max_rate": "The token '{token}' has made all leases that it may make within a minute (max_rate). Try "
+            "again later.",
             "policy": "All {max_active} leases of the policy '{policy}' are in use. Try again later, or ask the "
             "operator to raise max_active.",
         },
@@ -172,6 +207,12 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "none.",
             "other_student": "This idempotency key belongs to a lease of another student. Send a new key, or none.",
         },
+    ),
+    "TOKEN_EXISTS": ErrorSpec(
+        409,
+        "There is a named token with this name",
+        "Choose another name, or revoke the token first.",
+        messages={"": "There is a token '{name}'. Choose another name, or revoke it first."},
     ),
     "LEASE_ENDED": ErrorSpec(
         409,

@@ -110,10 +110,14 @@ LEASE_DETAILS = (
 
 @dataclass(frozen=True, slots=True)
 class HeldSandbox:
-    """A sandbox and its current or last holder. Both are None if it was never leased."""
+    """A sandbox and its current or last lease. All fields are None if it was never leased."""
 
-    holder: str | None
-    sandbox: Sandbox | None
+    holder: str | None = None
+    sandbox: Sandbox | None = None
+    token: str | None = None
+    """Name of the token that the lease was made with."""
+    secret_hash: bytes | None = None
+    """SHA-256 of the lease secret."""
 
 
 async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | None:
@@ -127,6 +131,8 @@ async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | No
             sandboxes.c.sfdc_account_id,
             leases.c.holder,
             leases.c.track_name,
+            leases.c.token,
+            leases.c.secret_hash,
             unix_seconds(leases.c.allocated_at).label("allocated_at"),
             unix_seconds(leases.c.expires_at).label("expires_at"),
         )
@@ -138,8 +144,9 @@ async def held_sandbox(engine: AsyncEngine, sandbox_id: str) -> HeldSandbox | No
     if row is None:
         return None
     if row["holder"] is None:
-        return HeldSandbox(None, None)
-    return HeldSandbox(row["holder"], Sandbox.model_validate({**row, "allocated_to_track": row["holder"]}))
+        return HeldSandbox()
+    sandbox = Sandbox.model_validate({**row, "allocated_to_track": row["holder"]})
+    return HeldSandbox(row["holder"], sandbox, row["token"], row["secret_hash"])
 
 
 async def sandbox_details(engine: AsyncEngine, sandbox_id: str) -> SandboxStory | None:

@@ -12,6 +12,7 @@ from gateway.api.errors import ApiError, from_refusal
 from gateway.api.responses import JOB_RUNNING, responses
 from gateway.api.schemas.actions import Cleanup, Job, JobRunning, RestoreConfirmed
 from gateway.api.schemas.track import Release
+from gateway.audit import audited
 from gateway.context import Context
 from gateway.queries import sandboxes
 from sandbox_broker.contract import topology
@@ -110,11 +111,12 @@ async def _release_by(request: Request, build_command: Callable[..., Command[San
 
 
 async def request_maintenance(request: Request, command: Command[R]) -> R:
-    """Send a command to the maintenance queue of the allocator and return its reply.
+    """Send a command of an administrator to the maintenance queue of the allocator and return its reply.
 
     Raises ApiError ALLOCATOR_UNAVAILABLE, MAINTENANCE_TIMEOUT or the code of a refusal.
     """
     context: Context = request.app.state.context
+    command = audited(request, command)
     try:
         if await context.publisher.count_consumers(topology.ALLOCATOR_MAINTENANCE.name) == 0:
             raise ApiError("ALLOCATOR_UNAVAILABLE", parameters={"cause": "not_running"})

@@ -14,9 +14,11 @@ from gateway import metrics
 from gateway.api.errors import ApiError
 from gateway.api.responses import STUDENT_WAITING, responses
 from gateway.api.schemas.track import Extension, ExtensionRequest, Lease, ReplacementRequest, StandbyLease
+from gateway.audit import audited
 from gateway.routes import admin_actions, track
+from gateway.web import auth, headers
 from gateway.web.bodies import describe_body, read_body
-from gateway.web.headers import ExtensionKey, Holder, NewHolder, WaitSec
+from gateway.web.headers import ExtensionKey, Holder, LeaseSecret, NewHolder, WaitSec
 from sandbox_broker.contract.commands import ClaimLease, Command, ExtendLease, R, ReplaceSandbox
 from sandbox_broker.contract.replies import LeaseExtended, LeaseGranted, StudentWaiting
 from sandbox_broker.contract.types import Message
@@ -48,7 +50,9 @@ Reason = Annotated[str, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*[
         *_ERRORS,
     ),
 )
-async def extend(request: Request, sandbox_id: str, holder: Holder, key: ExtensionKey) -> Extension:
+async def extend(
+    request: Request, sandbox_id: str, holder: Holder, key: ExtensionKey, _: LeaseSecret = None
+) -> Extension:
     """Move the end of the student's lease to a later time. The policy limits all extensions of a lease together.
     The call succeeds until the lease ends, also in the grace period after `expires_at`. Send an `Idempotency-Key`,
     so that a repeated request does not extend the lease twice."""
@@ -110,7 +114,9 @@ def _extension_id(sandbox_id: str, holder: str | None, key: str | None) -> uuid.
         *track.COMMON_ERRORS, "NOT_SANDBOX_OWNER", "ALREADY_CLAIMED", "NEW_HOLDER_HAS_LEASE", *_ERRORS
     ),
 )
-async def claim(request: Request, sandbox_id: str, holder: Holder, new_holder: NewHolder) -> Response:
+async def claim(
+    request: Request, sandbox_id: str, holder: Holder, new_holder: NewHolder, _: LeaseSecret = None
+) -> Response:
     """Start the time of a standby lease when the student arrives. `X-Instruqt-Sandbox-ID` is the id under which the
     lease was taken. With `X-New-Holder`, the lease belongs to this student id from then on. A repeated call returns
     the same lease."""
@@ -138,7 +144,9 @@ async def claim(request: Request, sandbox_id: str, holder: Holder, new_holder: N
         ),
     },
 )
-async def replace(request: Request, sandbox_id: str, holder: Holder, wait_sec: WaitSec) -> Response:
+async def replace(
+    request: Request, sandbox_id: str, holder: Holder, wait_sec: WaitSec, _: LeaseSecret = None
+) -> Response:
     """Lease another sandbox to the student instead of a broken one, in one step. Without an available sandbox the
     student keeps the broken one, and a student who sends `Prefer: respond-async` gets a place at the head of the
     waiting line. An operator can inspect the broken sandbox for `BROKEN_HOLD_HOURS` before it is
@@ -196,8 +204,12 @@ async def _request_change(
             sandbox_id=sandbox_id,
             holder=holder,
             traceparent=tracing.traceparent(),
+            secret_hash=headers.read_secret_hash(request.scope),
+            sender=None if holder is None else auth.build_student_sender(request.scope),
             **fields,
         )
+    if holder is None:
+        command = audited(request, command)
     try:
         reply = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
     except ApiError as error:

@@ -1,5 +1,6 @@
 """Track routes. The scripts of lab authors call them for a student."""
 
+import hmac
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +14,8 @@ from gateway.api.responses import STUDENT_WAITING, responses
 from gateway.api.schemas.track import Lease, Release, Sandbox, StandbyLease, Waiting
 from gateway.context import Context
 from gateway.queries import sandboxes
-from gateway.web import headers
-from gateway.web.headers import Allocation, Holder
+from gateway.web import auth, headers
+from gateway.web.headers import Allocation, Holder, LeaseSecret
 from sandbox_broker.contract.commands import AllocateSandbox, Command, R, ReleaseSandbox
 from sandbox_broker.contract.replies import LeaseGranted, StudentWaiting
 from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
@@ -24,6 +25,8 @@ COMMON_ERRORS = (
     "MISSING_SANDBOX_ID",
     "INVALID_HEADER",
     "UNAUTHORIZED",
+    "FORBIDDEN",
+    "FORBIDDEN_SCOPE",
     "PAYLOAD_TOO_LARGE",
     "RATE_LIMITED",
     "INTERNAL_ERROR",
@@ -58,6 +61,8 @@ async def _lease(request: Request) -> Response:
         wait_sec=headers.read_wait_sec(request.scope, fields),
         mode=allocation.mode,
         traceparent=tracing.traceparent(),
+        secret_hash=headers.read_secret_hash(request.scope, fields),
+        sender=auth.build_student_sender(request.scope),
     )
     with metrics.ALLOCATION_LATENCY.time():
         try:
@@ -107,6 +112,7 @@ def waiting_response(reply: StudentWaiting) -> Response:
             *COMMON_ERRORS,
             "POOL_EXHAUSTED",
             "QUOTA_EXCEEDED",
+            "NOT_SANDBOX_OWNER",
             "IDEMPOTENCY_KEY_CONFLICT",
             "DATABASE_BEHIND",
             "ALLOCATOR_UNAVAILABLE",
@@ -114,7 +120,7 @@ def waiting_response(reply: StudentWaiting) -> Response:
         ),
     },
 )
-async def allocate(_: Holder, __: Allocation) -> Response:
+async def allocate(_: Holder, __: Allocation, ___: LeaseSecret = None) -> Response:
     """Lease a sandbox to the student. Return the active lease if the student holds one. Without an available
     sandbox, a student who sends `Prefer: respond-async` gets a place in the waiting line. With `X-Lease-Mode:
     standby`, the time of a new lease starts with its claim."""
@@ -133,7 +139,7 @@ async def allocate(_: Holder, __: Allocation) -> Response:
         "RELEASE_TIMEOUT",
     ),
 )
-async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -> Release:
+async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder, _: LeaseSecret = None) -> Release:
     """End the student's lease and mark the sandbox for deletion. A repeated or late call succeeds."""
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     with known_sandbox():
@@ -142,6 +148,8 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
             sandbox_id=sandbox_id,
             holder=holder,
             traceparent=tracing.traceparent(),
+            secret_hash=headers.read_secret_hash(request.scope),
+            sender=auth.build_student_sender(request.scope),
         )
     try:
         reply = await request_allocator(request, command, timeout_code="RELEASE_TIMEOUT")
@@ -156,16 +164,31 @@ async def mark_for_deletion(request: Request, sandbox_id: str, holder: Holder) -
     "/sandboxes/{sandbox_id}",
     responses=responses(*COMMON_ERRORS, "NOT_SANDBOX_OWNER", "SANDBOX_NOT_FOUND", "DATABASE_UNAVAILABLE"),
 )
-async def get_sandbox(request: Request, sandbox_id: str, holder: Holder) -> Sandbox:
+async def get_sandbox(request: Request, sandbox_id: str, holder: Holder, _: LeaseSecret = None) -> Sandbox:
     """Return the student's sandbox, also after its release."""
     context: Context = request.app.state.context
     request.scope["state"]["ids"] = {"holder": holder, "sandbox_id": sandbox_id}
     held = await sandboxes.held_sandbox(context.engine, sandbox_id) if "\0" not in sandbox_id else None
     if held is None:
         raise _sandbox_not_found()
+    check_access(request, held.token, held.secret_hash)
     if held.sandbox is None or held.holder != holder:
         raise ApiError("NOT_SANDBOX_OWNER", parameters={"sandbox_id": sandbox_id})
     return held.sandbox
+
+
+def check_access(request: Request, token: str | None, secret_hash: bytes | None) -> None:
+    """Check that the sender may see a lease that was made with this token and has a secret with this hash.
+
+    Raises ApiError FORBIDDEN_SCOPE or NOT_SANDBOX_OWNER. The hashes are compared in constant time.
+    """
+    named = request.state.caller.named
+    if named is not None and named.is_scoped and token != named.name:
+        raise ApiError("FORBIDDEN_SCOPE", parameters={"cause": "lease"})
+    if secret_hash is not None:
+        sent = headers.read_secret_hash(request.scope)
+        if not hmac.compare_digest(secret_hash, bytes.fromhex(sent or "")):
+            raise ApiError("NOT_SANDBOX_OWNER", parameters={"cause": "secret"})
 
 
 async def request_allocator(request: Request, command: Command[R], *, timeout_code: str) -> R:

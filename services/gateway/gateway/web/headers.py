@@ -3,6 +3,7 @@
 The `read_…` functions validate. The dependencies at the end describe the same headers for the OpenAPI document.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +26,20 @@ PREFIX = "X-Sandbox-Name-Prefix"
 KEY = "Idempotency-Key"
 MODE = "X-Lease-Mode"
 NEW_HOLDER = "X-New-Holder"
+SECRET = "X-Lease-Secret"  # noqa: S105 (the name of the header)
 PREFER = "Prefer"
 _PREFER_FIELD = PREFER.lower().encode()
-_FIELDS = {name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY, MODE, NEW_HOLDER)}
+_FIELDS = {
+    name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY, MODE, NEW_HOLDER, SECRET)
+}
 
 # RFC 7240: commas separate preferences, and may stand inside quotes.
 _PREFERENCE = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')
 _WAIT = re.compile(rb'("?)(?P<seconds>[0-9]{1,18})\1')
 WAIT_APPLIED = "respond-async"
 """Value of the response header Preference-Applied for a student in the waiting line."""
+
+MIN_SECRET_LENGTH = 16
 
 _PRINTABLE = re.compile(rb"[\x20-\x7e]*")
 _UNPRINTABLE = re.compile(rb"[^\x20-\x7e]")
@@ -121,6 +127,24 @@ def read_wait_sec(scope: Scope, fields: Fields) -> int | None:
         return None
     wait = _WAIT.fullmatch(preferences.get(b"wait", b""))
     return MAX_SEC if wait is None else min(int(wait["seconds"]), MAX_SEC)
+
+
+def read_secret_hash(scope: Scope, fields: Fields | None = None) -> str | None:
+    """Return the SHA-256 of the lease secret in hexadecimal digits; None if the client sent none.
+
+    Raises ApiError INVALID_HEADER. `fields` are those of `read_fields`, if they have been read.
+    """
+    if fields is None:
+        fields = read_fields(scope)
+    value = _read_value(SECRET, fields)
+    if value is None:
+        return None
+    if len(value) < MIN_SECRET_LENGTH:
+        raise ApiError(
+            "INVALID_HEADER",
+            f"{SECRET} has {len(value)} characters. Send {MIN_SECRET_LENGTH} to {MAX_ID_LENGTH} random ones.",
+        )
+    return hashlib.sha256(value.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +288,29 @@ async def _new_holder(
     return _read_value(NEW_HOLDER, read_fields(request.scope))
 
 
+async def _lease_secret(
+    request: Request,
+    _: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "type": "string",
+                "minLength": MIN_SECRET_LENGTH,
+                "maxLength": MAX_ID_LENGTH,
+                "pattern": r"^[\x21-\x7e]*$",
+            }
+        ),
+        Header(
+            alias=SECRET,
+            description="A secret of the client for the lease, because the student's id is not one. A lease that "
+            "was made with a secret is repeated, read and changed only with the same secret. The broker keeps its "
+            "hash.",
+        ),
+    ] = None,
+) -> None:
+    read_secret_hash(request.scope)
+
+
 async def _webhook(
     _: Annotated[str, Header(alias="webhook-id", description="The id of the event.")] = "",
     __: Annotated[
@@ -288,6 +335,7 @@ async def _webhook(
 Holder = Annotated[str, Depends(_holder)]
 WaitSec = Annotated[int | None, Depends(_wait)]
 ExtensionKey = Annotated[str | None, Depends(_extension_key)]
+LeaseSecret = Annotated[None, Depends(_lease_secret)]
 NewHolder = Annotated[str | None, Depends(_new_holder)]
 Allocation = Annotated[AllocationHeaders, Depends(_allocation)]
 WebhookHeaders = Annotated[None, Depends(_webhook)]

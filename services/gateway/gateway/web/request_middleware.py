@@ -122,7 +122,7 @@ class RequestMiddleware:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
-        rate_limit_status = self._count_request(scope, fields)
+        rate_limit_status = await self._count_request(scope, fields)
 
         async def send_decorated(message: Message) -> None:
             nonlocal status
@@ -182,12 +182,12 @@ class RequestMiddleware:
             return path
         return getattr(scope.get("route"), "path", "unknown")
 
-    def _count_request(self, scope: Scope, fields: Fields) -> RateLimitStatus | None:
+    async def _count_request(self, scope: Scope, fields: Fields) -> RateLimitStatus | None:
         """Identify the caller, and count the request; None if no rate limit applies to it."""
         if not self._rate_limited:
             return None
         context: Context = scope["app"].state.context
-        caller = scope["state"]["caller"] = context.auth.identify(scope["headers"], fields)
+        caller = scope["state"]["caller"] = await context.auth.identify(scope["headers"], fields)
         if context.rate_limits is None or scope["path"] in _OPERATIONS_PATHS | _SIGNED_PATHS:
             return None
         if caller.has_known_token:
@@ -221,6 +221,8 @@ def _log_fields(state: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     if "code" in state:
         logged["code"] = state["code"]
     caller = state.get("caller")
+    if caller is not None and caller.named is not None:
+        logged["token"] = caller.actor
     if caller is not None and not caller.has_known_token and (track := read_claimed_track(fields)):
         logged["claimed_track"] = track
     return logged
