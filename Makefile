@@ -47,6 +47,7 @@ check: setup ## Check style, types, import rules, manifests, Dockerfile, vulnera
 	@$(PYTHON) -m devstack.locks
 	@$(PYTHON) -m devstack.audit
 	@$(PYTHON) -m gateway.api.error_page | diff docs/errors.md - || { echo "run make docs" >&2; exit 1; }
+	@$(PYTHON) -m gateway.api.role_table docs/security.md --check
 	@$(PYTHON) -m devstack.metrics_page | diff docs/metrics.md - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m sandbox_broker.contract.asyncapi | diff docs/asyncapi.json - || { echo "run make docs" >&2; exit 1; }
 	@$(PYTHON) -m k8s_check
@@ -61,6 +62,7 @@ fmt: setup ## Format the code and apply fixes of the linter
 
 docs: setup ## Regenerate the pages generated from the code, and the alerts for Kubernetes
 	@$(PYTHON) -m gateway.api.error_page >docs/errors.md
+	@$(PYTHON) -m gateway.api.role_table docs/security.md
 	@$(PYTHON) -m devstack.metrics_page >docs/metrics.md
 	@$(PYTHON) -m sandbox_broker.contract.asyncapi >docs/asyncapi.json
 	@$(PYTHON) -m k8s_check.monitoring <deploy/prometheus/alerts.yml >deploy/k8s/components/prometheus-operator/rules.yaml

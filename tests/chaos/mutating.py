@@ -19,6 +19,7 @@ import asyncpg
 
 from allocator import consumer, routing, write_session
 from allocator.sql import (
+    audit,
     creations,
     dead_letters,
     deletions,
@@ -28,6 +29,7 @@ from allocator.sql import (
     listings,
     policies,
     purge,
+    tokens,
     waiting,
 )
 from devstack.crashes import CrashPoints
@@ -75,6 +77,8 @@ def no_epoch_guard() -> None:
         jobs,
         listings,
         purge,
+        tokens,
+        audit,
     )
     for module in modules:
         for name, text in list(vars(module).items()):

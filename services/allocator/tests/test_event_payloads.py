@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from allocator.handlers import creations, deletions, lease_changes, leases, policies, waiting
+from allocator.handlers import creations, deletions, lease_changes, leases, policies, tokens, waiting
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyPolicies,
@@ -13,6 +13,7 @@ from sandbox_broker.contract.commands import (
     EndPlay,
     ExpireLeases,
     ExtendLease,
+    IssueToken,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
@@ -26,6 +27,7 @@ from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
 from sandbox_broker.contract.policies import Policy
 from sandbox_broker.contract.replies import CreationsClaimed
+from sandbox_broker.contract.tokens import TokenGrant
 from sandbox_broker.contract.types import MAX_TIME
 
 from .allocator_harness import (
@@ -95,6 +97,15 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     await creations.resume_stock(session, ResumeStock(request_id="request", name_prefix="lab-"))
     policies_command = ApplyPolicies(request_id="request", policies=(Policy(name="lab"),))
     await policies.apply_policies(session, policies_command)
+    await tokens.issue_token(
+        session,
+        IssueToken(
+            request_id="request",
+            key_id="0123456789abcdef",
+            token_hash="ab" * 32,
+            grant=TokenGrant(name="lab", role="track"),
+        ),
+    )
 
     assert refusal_code(await sync(session, [])) == "SYNC_HELD"
     await sync(session, accounts[:-1])

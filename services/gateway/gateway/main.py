@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
+import structlog
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.applications import Starlette
@@ -22,6 +23,7 @@ from gateway.queries.queue_metrics import QueueMetrics
 from gateway.queries.status import StatusReporter
 from gateway.routes import (
     admin_actions,
+    admin_audit,
     admin_dead_letters,
     admin_policies,
     admin_read,
@@ -44,6 +46,8 @@ from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health
 from sandbox_broker.runtime import service, startup
+
+log = structlog.get_logger()
 
 POOL_TIMEOUT_SEC = 2
 """Longest wait of a read for a database connection."""
@@ -135,6 +139,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_policies.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_audit.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_tokens.router, dependencies=[Depends(auth.require_admin_token)])
     # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):
@@ -202,6 +207,11 @@ def _field(problem: Mapping[str, object]) -> str:
 
 def main() -> None:
     settings = startup.prepare(Settings, "gateway")
+    log.warning(
+        "tokens.without_name",
+        settings=["BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN"],
+        advice="These tokens have no limits and no name in the audit. Create named ones: brokerctl token create.",
+    )
     connection_limit = ConnectionLimit(settings.max_connections_per_address, settings.trusted_proxies)
     service.run(
         create_app(settings),

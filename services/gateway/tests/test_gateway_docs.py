@@ -28,10 +28,11 @@ REPLAYED = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 CHANGE_OF_LEASE = {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504}
 EVENTS = "/v1/instruqt/events"
 WEBHOOK_HEADERS = {"webhook-id", "webhook-timestamp", "webhook-signature"}
+TOKENS = "/v1/admin/tokens"
 RETRY_DELETION = "/v1/admin/sandboxes/{sandbox_id}/retry-deletion"
 
 STATUSES = {
-    ("post", "/v1/allocate"): {200, 201, 202, 400, 401, 409, 413, 429, 500, 503, 504},
+    ("post", "/v1/allocate"): {200, 201, 202, 400, 401, 403, 409, 413, 429, 500, 503, 504},
     ("post", "/v1/sandboxes/{sandbox_id}/mark-for-deletion"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
     ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
     ("post", EVENTS): {200, 400, 401, 404, 413, 429, 500, 503, 504},
@@ -60,7 +61,13 @@ STATUSES = {
     ("post", RETRY_DELETION): {200, 400, 401, 403, 404, 409, 413, 429, 500, 503, 504},
     ("post", "/v1/admin/restore/confirm"): {200, 400, 401, 403, 413, 429, 500, 503, 504},
     ("get", "/v1/admin/jobs/{job_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
-    ("get", "/v1/admin/status"): {200, 400, 401, 403, 413, 429, 500},
+    ("get", "/v1/admin/status"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/audit"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", TOKENS): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("post", TOKENS): {201, 400, 401, 403, 409, 413, 429, 500, 503, 504},
+    ("delete", f"{TOKENS}/{{name}}"): {204, 400, 401, 403, 404, 413, 429, 500, 503, 504},
+    ("post", f"{TOKENS}/{{name}}/suspend"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
+    ("post", f"{TOKENS}/{{name}}/resume"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
     ("get", DEAD_LETTERS): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", f"{DEAD_LETTERS}/{{dead_letter_id}}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
     ("delete", f"{DEAD_LETTERS}/{{dead_letter_id}}"): {200, 400, 401, 403, 404, 413, 429, 500, 503, 504},
@@ -77,7 +84,7 @@ CODES_WITHOUT_ROUTE = {
     "CORS_REFUSED",
     "STOPPING",
 }
-TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID"}
+TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID", "X-Lease-Secret"}
 
 
 @pytest.fixture
@@ -150,8 +157,10 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
                 "Prefer",
                 "X-Lease-Mode",
             }
+        elif path == "/v1/sandboxes/{sandbox_id}/extend":
+            assert sent == TRACK_HEADERS | {"Idempotency-Key"}
         elif path.endswith("/extend"):
-            assert sent - TRACK_HEADERS == {"Idempotency-Key"}
+            assert sent == {"Idempotency-Key"}
         elif path.endswith("/claim"):
             assert sent == TRACK_HEADERS | {"X-New-Holder"}
         elif path == "/v1/sandboxes/{sandbox_id}/replace":

@@ -232,6 +232,59 @@ class RestoreConfirmed(TypedDict):
     changed: bool
 
 
+class IssuedToken(TypedDict):
+    name: str
+    role: str
+    token: str
+
+
+class Token(TypedDict):
+    name: str
+    role: str
+    tracks: list[str]
+    prefixes: list[str]
+    max_active: Count | None
+    max_new_per_hour: Count | None
+    max_rate: Count | None
+    expires_at: Timestamp | None
+    suspended_at: Timestamp | None
+    last_used_at: Timestamp | None
+
+
+class Tokens(TypedDict):
+    tokens: list[Token]
+
+
+class TokenLease(TypedDict):
+    sandbox_id: str
+    holder: str
+    track_name: str | None
+    allocated_at: Timestamp
+
+
+class TokenSuspended(TypedDict):
+    name: str
+    released: list[str]
+    leases: list[TokenLease]
+
+
+class TokenResumed(TypedDict):
+    name: str
+    changed: bool
+
+
+class AuditEntry(TypedDict):
+    audit_id: Count
+    at: Timestamp
+    actor: str
+    action: str
+    object: str | None
+    reason: str | None
+    request_id: str | None
+    address: str | None
+    outcome: str
+
+
 class Policies(TypedDict):
     policies: list[dict[str, Any]]
 

@@ -4,6 +4,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.error import URLError
@@ -80,8 +81,8 @@ class AdminClient:
     def put(self, path: str, shape: type[Shape], body: Any, **parameters: Any) -> Shape:
         return self.request("PUT", path, shape, body, **parameters)
 
-    def delete(self, path: str, shape: type[Shape]) -> Shape:
-        return self.request("DELETE", path, shape)
+    def delete(self, path: str, shape: type[Shape], **parameters: Any) -> Shape:
+        return self.request("DELETE", path, shape, **parameters)
 
     def iterate_entries(
         self, path: str, field: str, shape: type[Shape], limit: int, **parameters: Any
@@ -127,7 +128,7 @@ class AdminClient:
                 describe_unreachable_gateway(self.url, str(reason) or type(reason).__name__)
             ) from None
         try:
-            answer = _parse_json(content)
+            answer = None if status == HTTPStatus.NO_CONTENT else _parse_json(content)
             if 200 <= status < 300:
                 return validate_answer(answer, shape)
             detail = validate_answer(answer, _ErrorBody)["detail"]

@@ -12,7 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.live import Live
 
-from brokerctl import dead_letters, output, policies, progress, restore, stock
+from brokerctl import audit, dead_letters, output, policies, progress, restore, stock, tokens
 from brokerctl.answers import (
     Allocation,
     Extension,
@@ -44,6 +44,8 @@ app.add_typer(dead_letters.app, name="dlq")
 app.add_typer(restore.app, name="restore")
 app.add_typer(stock.app, name="stock")
 app.add_typer(policies.app, name="policy")
+app.add_typer(tokens.app, name="token")
+app.command("audit")(audit.show_audit)
 
 SandboxIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Sandbox id: the csp_id in CSP.")]
 

@@ -64,7 +64,7 @@ def revoke_token(
     context: typer.Context, name: NameArgument, reason: ReasonOption = None, as_json: JsonOption = False
 ) -> None:
     """Revoke a token for ever. Gateways refuse it within 5 s. Its leases stay."""
-    create_client(context).delete(f"tokens/{quote_segment(name)}", None, reason=reason)
+    create_client(context).delete(f"tokens/{quote_segment(name)}", type(None), reason=reason)
     print_result(as_json, {"name": name}, lambda: output.printable_text(f"The token {name} is revoked."))
 
 

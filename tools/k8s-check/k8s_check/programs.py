@@ -67,6 +67,7 @@ SECRET_SETTINGS = frozenset(
         "csp_api_token",
         "instruqt_webhook_secret",
         "niosxaas_password",
+        "token_pepper",
     }
 )
 """Settings with a password or a token. A test compares them with the types of the settings."""

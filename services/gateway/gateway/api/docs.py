@@ -14,7 +14,9 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from gateway.api.responses import describe_header, responses
+from gateway.audit import MAX_REASON
 from gateway.web.headers import STUDENT
+from gateway.web.roles import required_role
 
 _STATIC = files("gateway") / "static"
 # Only the files of fastapi-offline are used: a release of Swagger UI, locked by its hash like every dependency.
@@ -97,12 +99,32 @@ def _build_handler(content: bytes, media_type: str) -> Callable[[], Awaitable[Re
     return serve
 
 
+def _describe_admin_route(method: str, path: str, operation: dict[str, Any]) -> None:
+    """Add the required role, and the reason for the audit to a route that changes something."""
+    role = required_role(method, path)
+    operation["x-required-role"] = role
+    operation["description"] = f"{operation['description']}\n\nRequires the role `{role}`."
+    parameters = operation.setdefault("parameters", [])
+    if method != "GET" and all(parameter["name"] != "reason" for parameter in parameters):
+        parameters.append(
+            {
+                "name": "reason",
+                "in": "query",
+                "required": False,
+                "description": "reason for the audit",
+                "schema": {"type": "string", "maxLength": MAX_REASON},
+            }
+        )
+
+
 def _document(app: FastAPI) -> dict[str, Any]:
     """Return the document of FastAPI with the header that the gateway itself requires, and with the headers that
     the middleware adds to every response."""
     document = app.openapi()
     for path, operations in document["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
+            if path.startswith("/v1/admin"):
+                _describe_admin_route(method.upper(), path, operation)
             for parameter in operation.get("parameters", ()):
                 parameter["required"] |= parameter["name"] == STUDENT
             parameters = {parameter["name"] for parameter in operation.get("parameters", ())}

@@ -29,7 +29,7 @@ class Error(BaseModel):
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
     """Return the error responses of a route for its OpenAPI entry, by status."""
     entries: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
+    for code in dict.fromkeys(codes):
         spec = ERRORS[code]
         entry = entries.setdefault(
             spec.status,

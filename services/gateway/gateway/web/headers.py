@@ -297,7 +297,7 @@ async def _lease_secret(
                 "type": "string",
                 "minLength": MIN_SECRET_LENGTH,
                 "maxLength": MAX_ID_LENGTH,
-                "pattern": r"^[\x21-\x7e]*$",
+                "pattern": r"^[\x20-\x7e]*$",
             }
         ),
         Header(

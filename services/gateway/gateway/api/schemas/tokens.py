@@ -26,9 +26,13 @@ class TokenRequest(TokenGrant):
 
 class IssuedToken(BaseModel):
     name: str = Field(examples=["lab-adventure"])
-    role: Role
+    role: Role = Field(examples=["track"])
     token: Annotated[
-        str, Field(description="the token itself. The broker keeps only a hash and never shows it again")
+        str,
+        Field(
+            examples=["sbt_0123456789abcdef_<secret>"],
+            description="the token itself. The broker keeps only a hash and never shows it again",
+        ),
     ]
 
 
@@ -38,17 +42,26 @@ class TokenRecord(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     name: str = Field(examples=["lab-adventure"])
-    role: Role
-    tracks: Annotated[list[str], Field(description="labs that the token may lease for; empty for all")]
-    prefixes: Annotated[list[str], Field(description="name prefixes that it may ask for; empty for all")]
-    max_active: Annotated[int | None, Field(description="limit of active leases")]
-    max_new_per_hour: Annotated[int | None, Field(description="limit of new leases within any hour")]
-    max_rate: Annotated[int | None, Field(description="limit of new leases within any minute")]
-    expires_at: int | None
-    issued_at: int
-    issued_by: str | None
-    suspended_at: Annotated[int | None, Field(description="null: not suspended")]
-    last_used_at: Annotated[int | None, Field(description="last use, with minute precision; null: never")]
+    role: Role = Field(examples=["track"])
+    tracks: Annotated[
+        list[str],
+        Field(examples=[["lab-adventure"]], description="labs that the token may lease for; empty for all"),
+    ]
+    prefixes: Annotated[
+        list[str], Field(examples=[["lab-"]], description="name prefixes that it may ask for; empty for all")
+    ]
+    max_active: Annotated[int | None, Field(examples=[100], description="limit of active leases")]
+    max_new_per_hour: Annotated[
+        int | None, Field(examples=[300], description="limit of new leases within any hour")
+    ]
+    max_rate: Annotated[int | None, Field(examples=[60], description="limit of new leases within any minute")]
+    expires_at: int | None = Field(examples=[1767225600])
+    issued_at: int = Field(examples=[1728054123])
+    issued_by: str | None = Field(examples=["$BROKER_ADMIN_TOKEN"])
+    suspended_at: Annotated[int | None, Field(examples=[1728054200], description="null: not suspended")]
+    last_used_at: Annotated[
+        int | None, Field(examples=[1728054180], description="last use, with minute precision; null: never")
+    ]
 
 
 class Tokens(BaseModel):
@@ -59,19 +72,21 @@ class HeldLease(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     sandbox_id: str = Field(examples=["2012224"])
-    holder: str
-    track_name: str | None
-    allocated_at: int
-    expires_at: int
+    holder: str = Field(examples=["inst-student-1-abc"])
+    track_name: str | None = Field(examples=["lab-adventure"])
+    allocated_at: int = Field(examples=[1728054123])
+    expires_at: int = Field(examples=[1728068523])
 
 
 class TokenSuspended(BaseModel):
     name: str = Field(examples=["lab-adventure"])
-    changed: Annotated[bool, Field(description="false if it was in this state before")]
-    released: Annotated[list[str], Field(description="sandboxes whose leases the call ended")]
+    changed: Annotated[bool, Field(examples=[True], description="false if it was in this state before")]
+    released: Annotated[
+        list[str], Field(examples=[["2012224"]], description="sandboxes whose leases the call ended")
+    ]
     leases: Annotated[list[HeldLease], Field(description="active leases of the token, the newest 500")]
 
 
 class TokenResumed(BaseModel):
     name: str = Field(examples=["lab-adventure"])
-    changed: Annotated[bool, Field(description="false if it was not suspended")]
+    changed: Annotated[bool, Field(examples=[True], description="false if it was not suspended")]
