@@ -82,6 +82,7 @@ PLACEHOLDERS: Mapping[str, str] = {
     "database_url": "postgresql://placeholder:placeholder@postgres/sandbox_broker",
     "broker_api_token": "placeholder-of-the-track-token",
     "broker_admin_token": "placeholder-of-the-admin-token",
+    "token_pepper": "placeholder-of-the-token-pepper",
     "instruqt_webhook_secret": "whsec_cGxhY2Vob2xkZXItb2YtdGhlLXdlYmhvb2stc2VjcmV0",
 }
 """Valid values for settings whose real value exists only in the cluster."""

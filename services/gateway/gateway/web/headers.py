@@ -295,9 +295,8 @@ async def _lease_secret(
         WithJsonSchema(
             {
                 "type": "string",
-                "minLength": MIN_SECRET_LENGTH,
                 "maxLength": MAX_ID_LENGTH,
-                "pattern": r"^[\x20-\x7e]*$",
+                "pattern": r"^([\x20-\x7e]{16,})?$",
             }
         ),
         Header(
