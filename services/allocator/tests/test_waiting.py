@@ -341,6 +341,27 @@ async def test_a_place_for_a_replacement_ends_with_its_reason(pool: Pool, end: s
     )
 
 
+@pytest.mark.parametrize("has_sandbox", [True, False])
+async def test_a_place_for_a_first_sandbox_is_not_one_for_a_replacement(pool: Pool, has_sandbox: bool) -> None:
+    session = await pool.write_session()
+    broken = await pool.lease("setup")
+    await ask(session, wait_command("ann"))
+    await pool.execute("UPDATE leases SET holder = 'ann'")
+    if has_sandbox:
+        await pool.fill(["lab-1"])
+        assert granted_lease(await replace(session, broken, "ann", None)).new
+        assert await holders(pool) == ["ann"]
+        return
+    assert refusal_code(await replace(session, broken, "ann", None)) == "POOL_EXHAUSTED"
+    assert refusal_code(await replace(session, broken, "ann", 0)) == "POOL_EXHAUSTED"
+    assert await events(pool, "waiting.ended") == []
+    place(await replace(session, broken, "ann"))
+    assert [event["reason"] for event in await events(pool, "waiting.ended")] == ["left"]
+    await pool.fill(["lab-1"])
+    assert (await serve(session)).served == 1
+    assert await pool.value("SELECT end_reason FROM leases WHERE sandbox_id = $1", broken) == "broken"
+
+
 async def test_another_idempotency_key_keeps_the_place(pool: Pool) -> None:
     session = await pool.write_session()
     await allocate(session, wait_command("ann", key="k1"), wait_command("bob"))

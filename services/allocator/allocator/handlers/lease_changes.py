@@ -156,7 +156,9 @@ async def _replace(session: WriteSession, command: ReplaceSandbox, scope: str | 
     if row["new"] is None or row["over"]:
         if refusal := _refuse_replacement(command, row):
             return refusal
-        place = await waiting.wait_for_replacement(session, command, row) if command.wait_sec else None
+        place = None
+        if command.wait_sec is not None:
+            place = await waiting.wait_for_replacement(session, command, row)
         return place or _refuse_exhausted(row)
     return LeaseGranted(
         new=row["new"],

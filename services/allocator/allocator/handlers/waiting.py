@@ -104,16 +104,13 @@ async def replace_in_line(
     place = line.places.get(command.holder or "")
     if place is not None and _refuse_stranger(session, command, place):
         place = None  # the statement refuses the command
-    if place is not None and command.wait_sec == 0:
-        _record_ends(line, await waiting.leave(session, [command.holder or ""], "left"))
-        place = None
     if any(place.is_replacement for place in line.places.values()):
         await serve_line(session, repeated=[command] if place is not None and place.is_replacement else [])
     with line.changing():
         row = await lease_changes.replace(session, command, scope)
     if row["new"]:
         _log_replacement(command, row)
-        if (place := line.places.get(row["holder"])) is not None:
+        if (place := line.places.get(row["holder"])) is not None and place.is_replacement:
             _record_served(line, row["holder"], place, row)
     return row
 
@@ -121,12 +118,20 @@ async def replace_in_line(
 async def wait_for_replacement(
     session: WriteSession, command: ReplaceSandbox, row: lease_changes.ReplaceRow
 ) -> StudentWaiting | None:
-    """Return the place of a student whose sandbox is not replaced yet; None if the student must not wait."""
+    """Return the place of a student whose sandbox is not replaced yet; None if the student may not wait.
+
+    The student leaves a place with another wish: a withdrawn one, or one for a first sandbox.
+    """
     line, holder = session.waiting_line, row["holder"]
+    place = line.places.get(holder)
+    if place is not None and place.is_replacement == (command.wait_sec == 0):
+        _record_ends(line, await waiting.leave(session, [holder], "left"))
+    if not command.wait_sec:
+        return None
     if holder not in line.places:
         await session.policies.load(session.connection)
         terms = session.policies.resolve(track_name=row["track_name"], name_prefix=row["name_prefix"])
-        wait_sec = min(command.wait_sec or 0, terms.wait_sec)
+        wait_sec = min(command.wait_sec, terms.wait_sec)
         if not _can_join(line, holder, wait_sec):
             return None
         student = waiting.Joining(holder, command, row["name_prefix"], row["track_name"], wait_sec)

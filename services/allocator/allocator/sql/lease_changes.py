@@ -126,7 +126,7 @@ FROM guard LEFT JOIN target t ON true LEFT JOIN extended e ON true
 
 # One row or none in every CTE. The statement locks the old sandbox before it picks the new one with SKIP LOCKED, so
 # it never waits while it holds a new sandbox. Without a new sandbox no row reaches `ending`, and nothing changes.
-# With one, the student leaves the waiting line.
+# With one, the student no longer waits for it.
 REPLACE = f"""
 WITH {GUARD},
 target AS MATERIALIZED (
@@ -187,7 +187,8 @@ leased AS (
     RETURNING sandbox_id, allocated_at, expires_at
 ),
 served AS (
-    DELETE FROM waiting w USING claimed c CROSS JOIN picked p WHERE w.holder = ANY (ARRAY[p.holder COLLATE "C"])
+    DELETE FROM waiting w USING claimed c CROSS JOIN picked p
+    WHERE w.holder = ANY (ARRAY[p.holder COLLATE "C"]) AND w.command ->> 'type' = 'ReplaceSandbox'
     RETURNING w.*, c.sandbox_id, c.name
 ),
 {ANNOUNCE_SERVED},
