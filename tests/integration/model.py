@@ -61,6 +61,8 @@ class Place:
     request: Request
     since: int
     ends: int
+    replaces: str | None = None
+    """Broken sandbox of the student, who waits for a replacement."""
 
     def fits(self, name: str) -> bool:
         return name.startswith(self.request.prefix or "")
@@ -120,7 +122,7 @@ class Model:
     policies: dict[str, Policy] = field(default_factory=dict)
     """Policies by track."""
     line: list[Place] = field(default_factory=list)
-    """Waiting line, in the order of arrival. It is served before each request."""
+    """Waiting line: replacements first, each kind in the order of arrival. It is served before each request."""
     timed_out: set[str] = field(default_factory=set)
     """Students whose longest wait is over. Their next request to wait is refused."""
     syncs: int = 0
@@ -132,9 +134,14 @@ class Model:
         broker's choice."""
         student, key = request.student, request.key
         place = self.place_of(student)
+        replacing = place is not None and place.replaces is not None
         held = self.held_by(student)
         keyed = next((lease for lease in self.leases.values() if key is not None and lease.key == key), None)
-        if place is not None and (held or keyed or request.wait_min == 0 or request.prefix != place.request.prefix):
+        if (
+            place is not None
+            and not replacing
+            and (held or keyed or request.wait_min == 0 or request.prefix != place.request.prefix)
+        ):
             self.line.remove(place)
             place = None
         if keyed is not None and keyed.holder != student:
@@ -143,12 +150,14 @@ class Model:
             return held
         if keyed is not None:  # the lease of this key has ended
             raise Refused(409, "IDEMPOTENCY_KEY_CONFLICT")
-        if place is not None:
+        if place is not None and not replacing:
             return self._repeat(place, request)
         if self._is_at_quota(request.track):
             raise Refused(409, "QUOTA_EXCEEDED")
         matching = self._find_matching(request.prefix)
-        return matching or self._join(request)
+        if matching or not (replacing and place is not None and request.wait_min):
+            return matching or self._join(request)
+        return Waiting(self._find_position(place))
 
     def _repeat(self, place: Place, request: Request) -> Lease | Waiting:
         """Take over another key, track or mode. It may end the wait, because another policy applies."""
@@ -158,7 +167,7 @@ class Model:
         self.serve_line()
         return self.held_by(request.student) or Waiting(self._find_position(place))
 
-    def _join(self, request: Request) -> Waiting:
+    def _join(self, request: Request, replaces: str | None = None) -> Waiting:
         policy = self.policies.get(request.track or "", Policy())
         wait_min = min(request.wait_min or 0, policy.wait_min)
         is_over = bool(request.wait_min) and request.student in self.timed_out
@@ -166,8 +175,9 @@ class Model:
             self.timed_out.remove(request.student)
         if wait_min == 0 or is_over:
             raise Refused(409, "POOL_EXHAUSTED")
-        place = Place(request, self.now, self.now + wait_min)
+        place = Place(request, self.now, self.now + wait_min, replaces)
         self.line.append(place)
+        self.line.sort(key=lambda place: place.replaces is None)
         return Waiting(self._find_position(place))
 
     def place_of(self, student: str) -> Place | None:
@@ -203,6 +213,8 @@ class Model:
 
     def _serve(self, place: Place, sandbox_id: str, passed_over: set[str]) -> Lease | None:
         request = place.request
+        if place.replaces is not None:
+            return self._serve_replacement(place, place.replaces, sandbox_id)
         is_key_used = request.key is not None and any(lease.key == request.key for lease in self.leases.values())
         if not (is_key_used or self.held_by(request.student)) and self._is_at_quota(request.track):
             passed_over.add(request.student)
@@ -211,6 +223,12 @@ class Model:
         if is_key_used or self.held_by(request.student):
             return None
         return self.grant(request, sandbox_id)
+
+    def _serve_replacement(self, place: Place, broken: str, sandbox_id: str) -> Lease | None:
+        self.line.remove(place)
+        lease = self.leases[broken]
+        is_allowed = lease.holder == place.request.student and lease.replacements < MAX_REPLACEMENTS
+        return self.grant_replacement(broken, sandbox_id) if is_allowed and not lease.end_reason else None
 
     def _is_at_quota(self, track: str | None) -> bool:
         limit = self.policies.get(track or "", Policy()).max_active
@@ -221,6 +239,7 @@ class Model:
         return {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(prefix or "")}
 
     def grant(self, request: Request, sandbox_id: str) -> Lease:
+        self.line = [place for place in self.line if place.request.student != request.student]
         lease = self._lease(sandbox_id, request.student, request.key, request.prefix or "", standby=request.standby)
         lease.track = request.track
         lease.policy = request.track if request.track in self.policies else None
@@ -263,9 +282,11 @@ class Model:
         lease.expires += minutes
         return lease
 
-    def replace(self, student: str | None, sandbox_id: str) -> Lease | set[str]:
-        """Return the lease of an earlier replacement, or the ids of all sandboxes that fit. `grant_replacement`
-        records the broker's choice."""
+    def replace(
+        self, student: str | None, sandbox_id: str, wait_min: int | None = None
+    ) -> Lease | set[str] | Waiting:
+        """Return the lease of an earlier replacement, the ids of all sandboxes that fit, or the place in line.
+        `grant_replacement` records the broker's choice."""
         lease = self._lease_to_change(student, sandbox_id)
         if lease.replaced_by is not None:
             new = self.leases[lease.replaced_by]
@@ -274,13 +295,24 @@ class Model:
         self._require_active(lease)
         if student is not None and lease.replacements >= MAX_REPLACEMENTS:
             raise Refused(409, "REPLACEMENT_LIMIT")
-        matching = self._find_matching(lease.prefix)
-        if not matching:
+        return self._find_matching(lease.prefix) or self._wait_for_replacement(lease, wait_min)
+
+    def _wait_for_replacement(self, lease: Lease, wait_min: int | None) -> Waiting:
+        place = self.place_of(lease.holder)
+        is_other_wish = place is not None and (place.replaces == lease.sandbox_id) == (wait_min == 0)
+        if place is not None and wait_min is not None and is_other_wish:
+            self.line.remove(place)
+            place = None
+        if not wait_min:
             raise Refused(409, "POOL_EXHAUSTED")
-        return matching
+        if place is not None:
+            return Waiting(self._find_position(place))
+        request = Request(lease.holder, lease.prefix or None, track=lease.track, wait_min=wait_min)
+        return self._join(request, lease.sandbox_id)
 
     def grant_replacement(self, sandbox_id: str, new_sandbox_id: str) -> Lease:
         old = self.leases[sandbox_id]
+        self.line = [place for place in self.line if not place.replaces or place.request.student != old.holder]
         new = self._lease(new_sandbox_id, old.holder, None, old.prefix, standby=old.standby)
         new.track, new.policy = old.track, old.policy
         new.expires = max(old.expires, new.expires)

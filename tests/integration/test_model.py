@@ -155,7 +155,11 @@ class BrokerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def repeat_request(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(0, len(self.model.line) - 1), label="number in line")
-        self._allocate(self.model.line[number].request)
+        place = self.model.line[number]
+        if place.replaces is None:
+            self._allocate(place.request)
+        else:
+            self._replace(place.request.student, place.replaces, place.request.wait_min)
 
     def _allocate(self, request: Request) -> None:
         wait = None if request.wait_min is None else f"respond-async, wait={request.wait_min * 60}"
@@ -204,9 +208,12 @@ class BrokerMachine(RuleBasedStateMachine):
             assert response.json() == self._expected_body(lease)
 
     async def _is_line_served(self) -> bool:
-        rows = await self.stack.database.fetch("SELECT holder, name_prefix FROM waiting ORDER BY waiting_id")
-        requests = [place.request for place in self.model.line]
-        return [tuple(row) for row in rows] == [(request.student, request.prefix) for request in requests]
+        rows = await self.stack.database.fetch(
+            "SELECT holder, name_prefix, command ->> 'sandbox_id' FROM waiting "
+            "ORDER BY command ? 'sandbox_id' DESC, waiting_id"
+        )
+        places = [(place.request.student, place.request.prefix, place.replaces) for place in self.model.line]
+        return [tuple(row) for row in rows] == places
 
     def _record(self, body: dict[str, Any]) -> None:
         self.bodies[body["sandbox_id"]] = body
@@ -263,24 +270,32 @@ class BrokerMachine(RuleBasedStateMachine):
         self._record(body)
 
     @precondition(has_sandbox_in("allocated"))
-    @rule(data=st.data(), by_administrator=st.booleans())
-    def replace(self, data: st.DataObject, by_administrator: bool) -> None:
+    @rule(data=st.data(), by_administrator=st.booleans(), wait_min=st.none() | WAITS_MIN)
+    def replace(self, data: st.DataObject, by_administrator: bool, wait_min: int | None) -> None:
         sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
-        self._replace(None if by_administrator else self.model.leases[sandbox_id].holder, sandbox_id)
+        if by_administrator:
+            self._replace(None, sandbox_id)
+        else:
+            self._replace(self.model.leases[sandbox_id].holder, sandbox_id, wait_min)
 
-    def _replace(self, student: str | None, sandbox_id: str) -> None:
+    def _replace(self, student: str | None, sandbox_id: str, wait_min: int | None = None) -> None:
         if student is None:
             response = self._admin("POST", f"sandboxes/{sandbox_id}/replace", reason="no DNS")
         else:
             url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/replace"
             headers = track_headers(student)
+            if wait_min is not None:
+                headers["Prefer"] = f"respond-async, wait={wait_min * 60}"
             response = self._run(self.stack.client.post(url, headers=headers, json={"reason": "no DNS"}))
         try:
-            expected = self.model.replace(student, sandbox_id)
+            expected = self.model.replace(student, sandbox_id, wait_min)
         except Refused as refused:
             self._assert_refused(response, refused)
             return
         body = response.json()
+        if isinstance(expected, Waiting):
+            assert (response.status_code, body["position"]) == (202, expected.position), response.text
+            return
         if isinstance(expected, Lease):
             assert response.status_code == 200, response.text
             assert body == self._expected_body(expected)

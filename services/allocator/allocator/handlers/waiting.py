@@ -105,7 +105,7 @@ async def replace_in_line(
     if place is not None and _refuse_stranger(session, command, place):
         place = None  # the statement refuses the command
     if any(place.is_replacement for place in line.places.values()):
-        await serve_line(session, repeated=[command] if place is not None and place.is_replacement else [])
+        await serve_line(session, repeated=[command] if _waits_for(place, command) else [])
     with line.changing():
         row = await lease_changes.replace(session, command, scope)
     if row["new"]:
@@ -120,11 +120,11 @@ async def wait_for_replacement(
 ) -> StudentWaiting | None:
     """Return the place of a student whose sandbox is not replaced yet; None if the student may not wait.
 
-    The student leaves a place with another wish: a withdrawn one, or one for a first sandbox.
+    The student leaves a place that is withdrawn, and one with another purpose than this replacement.
     """
     line, holder = session.waiting_line, row["holder"]
     place = line.places.get(holder)
-    if place is not None and place.is_replacement == (command.wait_sec == 0):
+    if place is not None and _waits_for(place, command) == (command.wait_sec == 0):
         _record_ends(line, await waiting.leave(session, [holder], "left"))
     if not command.wait_sec:
         return None
@@ -137,6 +137,12 @@ async def wait_for_replacement(
         student = waiting.Joining(holder, command, row["name_prefix"], row["track_name"], wait_sec)
         await _join(session, [student])
     return (await _describe_places(session, [holder]))[holder]
+
+
+def _waits_for(place: Place | None, command: ReplaceSandbox) -> bool:
+    """Return whether the place is for the replacement of the same sandbox."""
+    other = None if place is None else place.command
+    return isinstance(other, ReplaceSandbox) and other.sandbox_id == command.sandbox_id
 
 
 def _log_replacement(command: ReplaceSandbox, row: lease_changes.ReplaceRow) -> None:
