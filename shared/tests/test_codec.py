@@ -22,6 +22,7 @@ from sandbox_broker.contract.commands import (
     ApplyListing,
     ApplyPolicies,
     BeginListing,
+    ClaimAccess,
     ClaimCreations,
     ClaimDeletions,
     ClaimLease,
@@ -41,6 +42,9 @@ from sandbox_broker.contract.commands import (
     IssueToken,
     ListedAccount,
     PurgeRecords,
+    RecordAccess,
+    RecordAccessFailure,
+    RecordAccessRemoval,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
@@ -54,6 +58,7 @@ from sandbox_broker.contract.commands import (
     ResumeStock,
     RetryDeletion,
     RevokeToken,
+    RotateAccessKeys,
     ServeWaiting,
     StageListing,
     SuspendToken,
@@ -62,11 +67,14 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.events import Event, encode_event
 from sandbox_broker.contract.policies import Match, Policy, StockRule
 from sandbox_broker.contract.replies import (
+    AccessClaimed,
+    AccessKeysRotated,
     CleanedUp,
     CreationsClaimed,
     DeadLetterReplayed,
     DeletionsClaimed,
     DeletionsHurried,
+    DueAccess,
     DueCreation,
     DueDeletion,
     LeaseExtended,
@@ -161,6 +169,12 @@ COMMANDS: list[Command] = [
         secret_hash="ab" * 32,
         sender=Sender(actor="lab", key_id="0123456789abcdef", address="192.0.2.1"),
     ),
+    AllocateSandbox(request_id="r", holder="h", access="user"),
+    ClaimAccess(limit=5, max_running=5, claim_sec=90.5, email_domain="labs.example.com", removal_wait_sec=300),
+    RecordAccess(sandbox_id="7", claim_id=RUN, user_id="u-1"),
+    RecordAccessFailure(sandbox_id="7", claim_id=RUN, error="503", retry_in_sec=5.5, failed=True),
+    RecordAccessRemoval(sandbox_id="7", claim_id=RUN),
+    RotateAccessKeys(request_id="r", limit=500),
     BeginListing(),
     StageListing(listing_id=3, accounts=(FULL, ListedAccount(sandbox_id="8", external_id="u-8", name="8"))),
     StageListing(listing_id=3, accounts=(), unreadable=("9",)),
@@ -211,6 +225,22 @@ REPLIES: list[Reply] = [
     DeletionsClaimed(deletions=(), on_duty=False, next_in_sec=12.5),
     DeletionsHurried(on_duty=True, hurried=3),
     CleanedUp(deleted=3, failed=1, duration_ms=12),
+    AccessClaimed(
+        logins=(
+            DueAccess(
+                sandbox_id="7",
+                external_id="u",
+                claim_id=RUN,
+                email="h@labs.example.com",
+                groups=("user", "act_admin"),
+                password="encrypted",
+                attempts=1,
+                waiting_sec=12.5,
+            ),
+        )
+    ),
+    AccessClaimed(logins=(), next_in_sec=4.5),
+    AccessKeysRotated(rotated=3, remaining=1, unreadable=1),
     CreationsClaimed(
         creations=(
             DueCreation(

@@ -27,6 +27,7 @@ from allocator.sql import (
     lease_changes,
     leases,
     listings,
+    logins,
     policies,
     purge,
     tokens,
@@ -68,6 +69,7 @@ def no_lock_and_no_recheck() -> None:
 def no_epoch_guard() -> None:
     modules: Sequence[ModuleType] = (
         leases,
+        logins,
         lease_changes,
         waiting,
         policies,

@@ -49,6 +49,7 @@ ACTIONS = {
     "ResumeStock": "stock.resume",
     "RetryDeletion": "deletion.retry",
     "RevokeToken": "token.revoke",
+    "RotateAccessKeys": "access.rotate_keys",
     "SuspendToken": "token.suspend",
 }
 """Action of an audit entry, by the type of the command. Other commands are named by their type."""

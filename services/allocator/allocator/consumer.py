@@ -32,6 +32,7 @@ from sandbox_broker.messaging.connection import run_with_reconnect, translating_
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.subscription import Subscription, decode_delivery, publish_replies
 from sandbox_broker.observability import log_context, logging
+from sandbox_broker.runtime.access_keys import parse_access_keys
 from sandbox_broker.runtime.service import run_uninterrupted
 
 MAX_PAUSE_SEC = 0.1
@@ -58,6 +59,7 @@ class Consumer:
             policies=PolicyBook(default_terms(settings)),
             waiting_line=WaitingLine(WaitingLimits(settings.waiting_ttl_sec, settings.waiting_max)),
             broken_hold=timedelta(hours=settings.broken_hold_hours),
+            access_keys=parse_access_keys(settings.access_keys),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
             newest_lease=NewestLease(settings.amqp_url),

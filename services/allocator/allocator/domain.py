@@ -12,7 +12,7 @@ from sandbox_broker.contract.commands import AllocateSandbox, Command
 
 T = TypeVar("T")
 
-DedupKey = tuple[str, str | None, str | None, int | None, str, str | None, str | None, str | None]
+DedupKey = tuple[str, str | None, str | None, int | None, str, str | None, str | None, str | None, str | None]
 
 MAX_GROUP = 500
 """Allocations per statement. Larger statements gain little and hold many locks."""
@@ -119,6 +119,7 @@ def dedup_key(command: AllocateSandbox) -> DedupKey:
         command.idempotency_key,
         command.wait_sec,
         command.mode,
+        command.access,
         command.secret_hash,
         *((command.sender.key_id, command.track_name) if command.sender is not None else (None, None)),
     )

@@ -77,6 +77,20 @@ CREATION = Histogram(
     "Time from the first claim of a creation intent until its sandbox is available",
     buckets=(1, 5, 10, 30, 60, 90, 120, 150, 180, 240, 300, 450, 600, 900, 1800, 3600),
 )
+ACCESS_READY = Histogram(
+    "broker_access_ready_seconds",
+    "Time from the begin of a lease until its login inside the sandbox is ready",
+    buckets=(1, 2, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800),
+)
+ACCESS_LOGINS = {
+    state: Gauge(f"broker_access_{state}", meaning)
+    for state, meaning in {
+        "pending": "Logins inside sandboxes that the provisioner has to create",
+        "failed": "Logins inside sandboxes whose creation failed; the provisioner tries them again",
+        "removing": "Logins of ended leases whose users the provisioner has to delete",
+        "remains": "Users that remain in CSP, because the deletion of their account did not wait longer",
+    }.items()
+}
 INVARIANT_VIOLATIONS = Gauge(
     "broker_invariant_violations",
     "Violations of a rule of the pool, as last counted by the active allocator; must be 0",

@@ -41,6 +41,8 @@ class Terms(NamedTuple):
     """Longest wait in the waiting line."""
     max_active: int | None
     """Limit of the active leases of the policy. None: no limit."""
+    access_groups: tuple[str, ...] | None
+    """Groups of the login inside the sandbox. None: no login."""
 
 
 def default_terms(settings: Settings) -> Terms:
@@ -52,6 +54,7 @@ def default_terms(settings: Settings) -> Terms:
         max_replacements=settings.max_replacements,
         wait_sec=round(settings.max_wait_minutes * 60),
         max_active=None,
+        access_groups=None,
     )
 
 
@@ -73,6 +76,7 @@ def build_terms(policy: Policy, defaults: Terms) -> Terms:
         ),
         wait_sec=defaults.wait_sec if policy.wait_minutes is None else round(policy.wait_minutes * 60),
         max_active=policy.max_active,
+        access_groups=None if policy.access is None else policy.access.groups,
     )
 
 

@@ -1,7 +1,7 @@
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from sandbox_broker.contract.policies import MAX_HOURS
-from sandbox_broker.runtime.settings import DatabaseSettings, Port
+from sandbox_broker.runtime.settings import AccessKeyList, DatabaseSettings, Port
 
 
 class Settings(DatabaseSettings):
@@ -16,4 +16,5 @@ class Settings(DatabaseSettings):
     """Time without a repetition of the request after which a student loses the place in the waiting line."""
     waiting_max: int = Field(default=2000, ge=0, le=100_000)
     broken_hold_hours: float = Field(default=24, ge=0, le=MAX_HOURS)
+    access_keys: AccessKeyList = SecretStr("")
     invariant_check_sec: float = Field(default=60, gt=0)

@@ -15,6 +15,7 @@ from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.observability import log_context
+from sandbox_broker.runtime.access_keys import AccessKeys
 
 T = TypeVar("T")
 
@@ -96,6 +97,7 @@ class WriteSession:
         broken_hold: timedelta,
         statement_timeout_sec: float,
         planner_settings: str,
+        access_keys: AccessKeys | None = None,
         newest_lease: NewestLease | None = None,
         needs_all_leases: bool = False,
     ) -> None:
@@ -113,6 +115,8 @@ class WriteSession:
         self.waiting_line = waiting_line
         self.broken_hold = broken_hold
         """Time between the replacement of a broken sandbox and its deletion."""
+        self.access_keys = access_keys
+        """None: no logins."""
         self.epoch = 0
         """Fencing epoch of every statement; 0 on standby."""
 

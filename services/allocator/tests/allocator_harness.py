@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 
@@ -41,9 +41,11 @@ from sandbox_broker.contract.replies import (
 from sandbox_broker.contract.tokens import Sender
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.runtime.access_keys import AccessKeys
 
 DEFAULT_TERMS = default_terms(Settings(amqp_url="amqp://127.0.0.1", database_url="postgresql://x", _env_file=None))
 WAITING = WaitingLimits(ttl_sec=60, max_places=2000)
+ACCESS_KEY = "c2FuZGJveC1icm9rZXItdGVzdC1rZXktMDEyMzQ1Njc="
 BROKEN_HOLD = timedelta(hours=24)
 RUN = uuid.UUID(int=8)
 """Id of a clean-up run."""
@@ -55,6 +57,7 @@ def allocate_command(
     key: str | None = None,
     track: str | None = None,
     wait_sec: int | None = None,
+    access: Literal["user"] | None = None,
 ) -> AllocateSandbox:
     return AllocateSandbox(
         request_id="request",
@@ -63,6 +66,7 @@ def allocate_command(
         idempotency_key=key,
         track_name=track,
         wait_sec=wait_sec,
+        access=access,
     )
 
 
@@ -108,6 +112,7 @@ class Pool:
             policies=PolicyBook(DEFAULT_TERMS),
             waiting_line=WaitingLine(WAITING),
             broken_hold=BROKEN_HOLD,
+            access_keys=AccessKeys(ACCESS_KEY),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
         )
@@ -178,6 +183,7 @@ class Pool:
                 "creations",
                 "stock_prefixes",
                 "creation_duty",
+                "accesses",
                 "dead_letters",
                 "waiting",
                 "policies",

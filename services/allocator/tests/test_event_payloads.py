@@ -2,10 +2,12 @@
 
 from typing import get_args
 
-from allocator.handlers import creations, deletions, lease_changes, leases, policies, tokens, waiting
+from allocator.handlers import creations, deletions, lease_changes, leases, logins, policies, tokens, waiting
+from allocator.write_session import WriteSession
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ApplyPolicies,
+    ClaimAccess,
     ClaimCreations,
     ClaimDeletions,
     ClaimLease,
@@ -14,6 +16,9 @@ from sandbox_broker.contract.commands import (
     ExpireLeases,
     ExtendLease,
     IssueToken,
+    RecordAccess,
+    RecordAccessFailure,
+    RecordAccessRemoval,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
@@ -26,7 +31,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.event_payloads import EVENT_DATA
 from sandbox_broker.contract.events import EventType
 from sandbox_broker.contract.policies import Policy
-from sandbox_broker.contract.replies import CreationsClaimed
+from sandbox_broker.contract.replies import AccessClaimed, CreationsClaimed, DueAccess
 from sandbox_broker.contract.tokens import TokenGrant
 from sandbox_broker.contract.types import MAX_TIME
 
@@ -95,6 +100,7 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
         RecordCreationFailure(run_id=RUN, creation_id=second.creation_id, attempts=0, error="quota", refused=True),
     )
     await creations.resume_stock(session, ResumeStock(request_id="request", name_prefix="lab-"))
+    await end_logins(pool, session)
     policies_command = ApplyPolicies(request_id="request", policies=(Policy(name="lab"),))
     await policies.apply_policies(session, policies_command)
     await tokens.issue_token(
@@ -126,3 +132,38 @@ async def test_every_event_matches_its_documented_payload(pool: Pool) -> None:
     reasons = {event.model_dump().get("reason") for event in data}
     assert {"student", "expired", "broken", "play_ended", "admin"} <= reasons
     assert any(event.model_dump().get("reopened") is True for event in data)
+
+
+async def end_logins(pool: Pool, session: WriteSession) -> None:
+    """Let two logins fail, become ready, and end with their leases: one by a removal, one with its account."""
+    for number in (97, 98):
+        await pool.execute(
+            "INSERT INTO sandboxes (sandbox_id, external_id, name, status) "
+            "VALUES ($1, 'account-' || $1, 'login-' || $1, 'available')",
+            str(number),
+        )
+        await allocate(session, allocate_command(f"student-{number}", "login-", access="user"))
+    for due in await claim_logins(session):
+        await logins.record_access_failure(
+            session,
+            RecordAccessFailure(
+                sandbox_id=due.sandbox_id, claim_id=due.claim_id, error="503", retry_in_sec=0, failed=True
+            ),
+        )
+    for due in await claim_logins(session):
+        await logins.record_access(
+            session, RecordAccess(sandbox_id=due.sandbox_id, claim_id=due.claim_id, user_id="user-1")
+        )
+        await leases.end_lease(session, EndLease(request_id="request", sandbox_id=due.sandbox_id, note="left"))
+    first, second = await claim_logins(session)
+    await logins.record_access_removal(
+        session, RecordAccessRemoval(sandbox_id=first.sandbox_id, claim_id=first.claim_id)
+    )
+    await deletions.record_deletion(session, RecordDeletion(sandbox_id=second.sandbox_id))
+
+
+async def claim_logins(session: WriteSession) -> tuple[DueAccess, ...]:
+    command = ClaimAccess(limit=9, max_running=9, claim_sec=60, email_domain="labs", removal_wait_sec=0)
+    reply = await logins.claim_access(session, command)
+    assert isinstance(reply, AccessClaimed)
+    return reply.logins

@@ -3,7 +3,7 @@
 import pytest
 
 from allocator.policy_book import PolicyBook, build_terms
-from sandbox_broker.contract.policies import Match, Policy, StockRule
+from sandbox_broker.contract.policies import Access, Match, Policy, StockRule
 
 from .allocator_harness import DEFAULT_TERMS, Pool
 
@@ -72,9 +72,10 @@ def test_a_policy_replaces_only_the_defaults_that_it_names() -> None:
         max_replacements=0,
         wait_minutes=0.5,
         max_active=0,
+        access=Access(groups=("user",)),
     )
     terms = build_terms(policy, DEFAULT_TERMS)
-    assert terms == ("p", 30_600, 0, 172_800, 0, 30, 0)
+    assert terms == ("p", 30_600, 0, 172_800, 0, 30, 0, ("user",))
 
 
 def test_a_lease_lasts_at_least_one_second() -> None:

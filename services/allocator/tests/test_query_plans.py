@@ -17,7 +17,10 @@ _REQUESTS = (
     "ARRAY[0], ARRAY['holder'], ARRAY['track'], ARRAY['lab-'], ARRAY['lab.'], ARRAY[NULL::text], ARRAY[1], "
     "ARRAY['active']"
 )
-_TERMS = "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1], ARRAY['token'], ARRAY[NULL::bytea]"
+_TERMS = (
+    "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1], ARRAY['token'], ARRAY[NULL::bytea], "
+    "ARRAY['[\"user\"]']"
+)
 _QUOTA = "ARRAY[100], ARRAY['0123456789abcdef'], ARRAY['token'], ARRAY[100], ARRAY[100], ARRAY[100]"
 STATEMENTS = {
     "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
@@ -75,6 +78,10 @@ _LEASE_LOOKUPS = {
     "leased": "leases_one_per_sandbox: sandbox_id",
     "leased_sandbox": "sandboxes_pkey: sandbox_id",
 }
+_LOGIN_LOOKUPS = {
+    "kept_login": "accesses_pkey: sandbox_id",
+    "erased": "accesses_pkey: sandbox_id",
+}
 PLANS = {
     "any": {**_COMMON_LOOKUPS, "oldest": "sandboxes_available: available_since"},
     "by prefix": {
@@ -113,12 +120,14 @@ PLANS = {
         "leases": "leases_one_per_sandbox: sandbox_id",
         "l": "leases_pkey: lease_id",
         "s": "sandboxes_pkey: sandbox_id",
+        **_LOGIN_LOOKUPS,
     },
     "end play": {
         "allocator_epoch": "allocator_epoch_once: epoch",
         "active": "leases_one_per_holder: holder",
         "l": "leases_pkey: lease_id",
         "s": "sandboxes_pkey: sandbox_id",
+        **_LOGIN_LOOKUPS,
     },
     "ended lease": {
         "allocator_epoch": "allocator_epoch_once: epoch",
@@ -147,6 +156,8 @@ PLANS = {
         "w": "waiting_one_per_holder: holder",
         "by_replaced": "leases_by_replaced: replaces",
         "new_sandbox": "sandboxes_pkey: sandbox_id",
+        "old_login": "accesses_pkey: sandbox_id",
+        **_LOGIN_LOOKUPS,
     },
 }
 

@@ -17,6 +17,7 @@ from sandbox_broker.contract.commands import (
     ApplyListing,
     ApplyPolicies,
     BeginListing,
+    ClaimAccess,
     ClaimCreations,
     ClaimDeletions,
     ClaimLease,
@@ -34,6 +35,9 @@ from sandbox_broker.contract.commands import (
     HurryDeletions,
     IssueToken,
     PurgeRecords,
+    RecordAccess,
+    RecordAccessFailure,
+    RecordAccessRemoval,
     RecordCreation,
     RecordCreationFailure,
     RecordDeletion,
@@ -46,6 +50,7 @@ from sandbox_broker.contract.commands import (
     ResumeStock,
     RetryDeletion,
     RevokeToken,
+    RotateAccessKeys,
     ServeWaiting,
     StageListing,
     SuspendToken,
@@ -53,8 +58,10 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.policies import Policy
 from sandbox_broker.contract.tokens import Sender, TokenGrant
 from sandbox_broker.contract.types import MAX_TIME
+from sandbox_broker.runtime.access_keys import AccessKeys
 
 from .allocator_harness import (
+    ACCESS_KEY,
     RUN,
     Pool,
     account,
@@ -76,6 +83,7 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     """Return one command per type; each would change the database."""
     await pool.fill(1)
     leased, pending = await pool.lease("ann"), await pool.pending()
+    removing = await pool.pending()
     standby = await pool.lease("setup")
     await pool.execute("UPDATE leases SET mode = 'standby' WHERE holder = 'setup'")
     (failed,) = await pool.fill(1, "deletion_failed")
@@ -97,6 +105,15 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     await allocate(session, allocate_command("dan", "waits-", wait_sec=900))
     await pool.fill(["waits-1"])
     creation_id = await pool.value("SELECT creation_id FROM creations")
+    await pool.execute(
+        "INSERT INTO accesses (sandbox_id, groups, claim, email, first_claimed_at, due_at, state, ended_at, "
+        "password, password_key) VALUES ($1, '[]', $3, 'ann@labs', now(), now(), 'pending', NULL, $4, 'old'), "
+        "($2, '[]', $3, 'gone@labs', now(), now(), 'removing', now(), NULL, NULL)",
+        leased,
+        removing,
+        RUN,
+        AccessKeys(ACCESS_KEY).encrypt("password"),
+    )
     result: list[Command] = [
         ServeWaiting(),
         allocate_command("cid"),
@@ -118,6 +135,11 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         RecordCreation(creation_id=creation_id, external_id="account-901"),
         RecordCreationFailure(run_id=RUN, creation_id=creation_id, attempts=0, error="503"),
         ResumeStock(request_id="request", name_prefix="lab-"),
+        ClaimAccess(limit=1, max_running=9, claim_sec=60, email_domain="labs", removal_wait_sec=1),
+        RecordAccess(sandbox_id=leased, claim_id=RUN, user_id="user-1"),
+        RecordAccessFailure(sandbox_id=leased, claim_id=RUN, error="503", retry_in_sec=1),
+        RecordAccessRemoval(sandbox_id=removing, claim_id=RUN),
+        RotateAccessKeys(request_id="request", limit=10),
         BeginListing(),
         StageListing(listing_id=listing_id, accounts=(account(901),)),
         ApplyListing(listing_id=listing_id, total=2, max_stale_fraction=0, force=True),

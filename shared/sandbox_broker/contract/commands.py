@@ -14,6 +14,8 @@ from typing_extensions import TypeVar
 
 from sandbox_broker.contract.policies import MAX_POLICIES, InvalidPolicies, Policy, find_conflicts
 from sandbox_broker.contract.replies import (
+    AccessClaimed,
+    AccessKeysRotated,
     CleanedUp,
     CreationsClaimed,
     DeadLetterReplayed,
@@ -95,6 +97,8 @@ class AllocateSandbox(Command[LeaseGranted | StudentWaiting]):
     """Mode of a new lease. The lease that the holder has keeps its own mode."""
     secret_hash: Sha256 | None = None
     """SHA-256 of the lease secret. None: the client sent none."""
+    access: Literal["user"] | None = None
+    """`user`: a new lease has a login inside its sandbox, also without a policy that grants one."""
 
 
 class ClaimLease(Command[LeaseGranted]):
@@ -420,6 +424,60 @@ class RecordCreationFailure(Command[Recorded]):
     max_failures: int = Field(default=5, ge=1, le=1_000_000)
 
 
+class ClaimAccess(Command[AccessClaimed]):
+    """Claim at most `limit` due logins for `claim_sec` seconds: logins to create, and logins of ended leases to
+    remove. At most `max_running` claims run at once, over all provisioners. A claim without a result ends after
+    that time. `email_domain` completes the emails of new logins. After the end of a lease, the deletion of its
+    sandbox waits at most `removal_wait_sec` seconds for the removal of the login. → AccessClaimed or Refused."""
+
+    type: Literal["ClaimAccess"] = "ClaimAccess"
+    limit: int = Field(ge=1, le=100)
+    max_running: int = Field(ge=1, le=1000)
+    claim_sec: float = Field(gt=0, le=MAX_SEC)
+    email_domain: PrintableAscii
+    removal_wait_sec: float = Field(ge=0, le=MAX_SEC)
+
+
+class RecordAccess(Command[Recorded]):
+    """Record that the user `user_id` with the claimed password is inside the sandbox. → Recorded."""
+
+    type: Literal["RecordAccess"] = "RecordAccess"
+    sandbox_id: SandboxId
+    claim_id: uuid.UUID
+    user_id: PrintableAscii
+
+
+class RecordAccessFailure(Command[Recorded]):
+    """Record that a claimed login was not created, or not removed. It is due again after `retry_in_sec` seconds.
+    `failed`: students and lab authors see the login as failed, with `error` as the reason, until an attempt
+    succeeds. → Recorded."""
+
+    type: Literal["RecordAccessFailure"] = "RecordAccessFailure"
+    sandbox_id: SandboxId
+    claim_id: uuid.UUID
+    error: StorableText = Field(max_length=500)
+    retry_in_sec: float = Field(ge=0, le=MAX_SEC)
+    failed: bool = False
+
+
+class RecordAccessRemoval(Command[Recorded]):
+    """Record that the user of a claimed login is no longer inside the sandbox. The sandbox may be deleted then.
+    → Recorded."""
+
+    type: Literal["RecordAccessRemoval"] = "RecordAccessRemoval"
+    sandbox_id: SandboxId
+    claim_id: uuid.UUID
+
+
+class RotateAccessKeys(Command[AccessKeysRotated]):
+    """Encrypt at most `limit` passwords again with the first key of ACCESS_KEYS, for an administrator.
+    → AccessKeysRotated or Refused."""
+
+    type: Literal["RotateAccessKeys"] = "RotateAccessKeys"
+    request_id: str
+    limit: int = Field(ge=1, le=1000)
+
+
 class ResumeStock(Command[Recorded]):
     """Continue to create accounts of a stopped prefix, for an administrator. → Recorded or Refused."""
 
@@ -531,6 +589,11 @@ AnyCommand = Annotated[
     | SuspendToken
     | EndTokenLeases
     | RecordTokenUses
+    | ClaimAccess
+    | RecordAccess
+    | RecordAccessFailure
+    | RecordAccessRemoval
+    | RotateAccessKeys
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

@@ -197,6 +197,40 @@ class TokenChanged(_Data):
     change: Literal["issued", "suspended", "resumed", "revoked"]
 
 
+class _AccessEvent(SandboxEvent):
+    """Events about the login inside a sandbox. They hold no email, no password and no user id."""
+
+    holder: str
+
+
+class AccessReady(_AccessEvent):
+    """The student can fetch the login."""
+
+    after_sec: int
+    """Seconds since the begin of the lease."""
+
+
+class AccessFailed(_AccessEvent):
+    """The login could not be created. The broker tries it again later, so `access.ready` may follow."""
+
+    error: str
+
+
+class AccessEnded(_AccessEvent):
+    """The lease ended. The password was erased, and the user inside the sandbox is to be deleted."""
+
+
+class AccessRemoved(_AccessEvent):
+    """The user inside the sandbox was deleted."""
+
+
+class AccessRemains(_AccessEvent):
+    """The account was deleted before its user, because the removal of the user took too long."""
+
+    error: str | None
+    """The last error."""
+
+
 EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "sandbox.discovered": SandboxEvent,
     "sandbox.allocated": Allocated,
@@ -220,4 +254,9 @@ EVENT_DATA: Mapping[EventType, type[BaseModel]] = {
     "stock.resumed": StockResumed,
     "policy.changed": PolicyChanged,
     "token.changed": TokenChanged,
+    "access.ready": AccessReady,
+    "access.failed": AccessFailed,
+    "access.ended": AccessEnded,
+    "access.removed": AccessRemoved,
+    "access.remains": AccessRemains,
 }

@@ -30,6 +30,11 @@ EventType = Literal[
     "stock.resumed",
     "policy.changed",
     "token.changed",
+    "access.ready",
+    "access.failed",
+    "access.ended",
+    "access.removed",
+    "access.remains",
 ]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sandbox_broker.contract.types import LeaseMode, Message, SandboxStatus
 
 RefusalCode = Literal[
+    "ACCESS_NOT_CONFIGURED",
     "ALLOCATOR_UNAVAILABLE",
     "ALREADY_CLAIMED",
     "CSP_UNAVAILABLE",
@@ -199,6 +200,45 @@ class CreationsClaimed(Message):
     """Seconds since the newest of them was recorded."""
 
 
+class DueAccess(BaseModel):
+    """A claimed login: to create unless `remove` is set."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    sandbox_id: str
+    external_id: str
+    """UUID of the account in CSP."""
+    claim_id: uuid.UUID
+    remove: bool = False
+    """Delete the user, because the lease has ended."""
+    email: str
+    groups: tuple[str, ...]
+    password: str | None = Field(default=None, repr=False)
+    """Encrypted with a key of ACCESS_KEYS. The same in each claim of a login. None with `remove`."""
+    user_id: str | None = None
+    """None: not recorded, so a user may exist whose id is unknown."""
+    attempts: int
+    """Number of failed attempts."""
+    waiting_sec: float
+    """Seconds since the lease began or, with `remove`, since it ended."""
+
+
+class AccessClaimed(Message):
+    type: Literal["AccessClaimed"] = "AccessClaimed"
+    logins: tuple[DueAccess, ...]
+    next_in_sec: float | None = None
+    """Seconds until the next login can be due, if `logins` is empty. None if none is pending."""
+
+
+class AccessKeysRotated(Message):
+    type: Literal["AccessKeysRotated"] = "AccessKeysRotated"
+    rotated: int
+    remaining: int
+    """Passwords that another key than the first one encrypts."""
+    unreadable: int
+    """Those of them that no key of ACCESS_KEYS decrypts."""
+
+
 class Recorded(Message):
     """The command was carried out. `changed` is false if it had been carried out before."""
 
@@ -298,6 +338,8 @@ Reply = Annotated[
     | LineServed
     | PlayEnded
     | LeasesExpired
+    | AccessClaimed
+    | AccessKeysRotated
     | DeletionsClaimed
     | DeletionsHurried
     | CleanedUp

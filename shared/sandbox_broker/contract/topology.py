@@ -76,6 +76,7 @@ COMMANDS = Exchange(
             commands.ResumeStock,
             commands.RetryDeletion,
             commands.RevokeToken,
+            commands.RotateAccessKeys,
             commands.ServeWaiting,
             commands.SuspendToken,
             commands.SyncPool,
@@ -118,8 +119,12 @@ COMMANDS_FROM_PROVISIONER = Exchange(
     "direct",
     frozenset(
         {
+            commands.ClaimAccess,
             commands.ClaimCreations,
             commands.EndCreations,
+            commands.RecordAccess,
+            commands.RecordAccessFailure,
+            commands.RecordAccessRemoval,
             commands.RecordCreation,
             commands.RecordCreationFailure,
             commands.SyncPool,
@@ -207,6 +212,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(EXPIRY_TICKS, TICKS, EXPIRY_TICKS.name),
     Binding(STOCK_TICKS, TICKS, STOCK_TICKS.name),
     Binding(REAPER_EVENTS, EVENTS, "sandbox.deletion_requested"),
+    Binding(REAPER_EVENTS, EVENTS, "access.removed"),
     # One new lease of each batch is enough to wake the provisioner. Sending all of them would double the work of
     # RabbitMQ.
     Binding(PROVISIONER_EVENTS, EVENTS, NEWEST_LEASE.name),
@@ -214,6 +220,7 @@ BINDINGS: tuple[Binding, ...] = (
     Binding(PROVISIONER_EVENTS, EVENTS, "policy.changed"),
     Binding(PROVISIONER_EVENTS, EVENTS, "waiting.started"),
     Binding(PROVISIONER_EVENTS, EVENTS, "stock.resumed"),
+    Binding(PROVISIONER_EVENTS, EVENTS, "access.ended"),
     # Expired commands are dropped, because their senders have stopped waiting. Rejected messages, and messages that
     # crash their consumers repeatedly, are kept. RabbitMQ writes the reason into the header.
     Binding(

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     Sequence,
@@ -656,4 +657,45 @@ creation_duty = Table(
     Column("claimed_at", _Time, comment="when a provisioner last asked"),
     CheckConstraint("only_row = 1", name="creation_duty_only_row"),
     comment="which run may create accounts, and until when without asking again",
+)
+
+accesses = Table(
+    "accesses",
+    metadata,
+    Column("sandbox_id", _Key, primary_key=True),
+    Column("state", _Key, nullable=False, server_default=text("'pending'")),
+    Column("groups", JSONB, nullable=False, comment="names of the groups of the user"),
+    Column("requested_at", _Time, nullable=False, server_default=func.now()),
+    Column(
+        "due_at",
+        _Time,
+        server_default=func.now(),
+        comment="not to be claimed before: backoff, or claimed by a provisioner; null while there is no work",
+    ),
+    Column("claim", Uuid, comment="the attempt that has it in hand"),
+    Column("first_claimed_at", _Time, comment="from then on a user may exist"),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("error", Text),
+    Column("email", Text),
+    Column("password", Text, comment="encrypted with a key of ACCESS_KEYS"),
+    Column("password_key", _Key, comment="name of this key"),
+    Column("user_id", Text, comment="id of the user in CSP"),
+    Column("ready_at", _Time),
+    Column("removal_wait", Interval, comment="longest wait of the deletion of the sandbox for the removal"),
+    Column("ended_at", _Time, comment="end of the lease"),
+    Column("removed_at", _Time),
+    CheckConstraint(
+        "state IN ('pending', 'ready', 'failed', 'removing', 'removed', 'remains')", name="accesses_state"
+    ),
+    CheckConstraint("(ended_at IS NULL) = (state IN ('pending', 'ready', 'failed'))", name="accesses_ended"),
+    CheckConstraint("ended_at IS NULL OR password IS NULL", name="accesses_password_erased"),
+    CheckConstraint(
+        "state <> 'ready' OR password IS NOT NULL AND user_id IS NOT NULL AND email IS NOT NULL",
+        name="accesses_ready",
+    ),
+    CheckConstraint("(password IS NULL) = (password_key IS NULL)", name="accesses_password_key"),
+    Index("accesses_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+    Index("accesses_by_state", "state", postgresql_where=text("state IN ('failed', 'removing', 'remains')")),
+    Index("accesses_by_key", "password_key", postgresql_where=text("password IS NOT NULL")),
+    comment="logins inside sandboxes: one user per lease that asked for it",
 )

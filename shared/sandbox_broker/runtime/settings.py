@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sandbox_broker.runtime import proxy
+from sandbox_broker.runtime.access_keys import parse_access_keys
 from sandbox_broker.runtime.proxy import is_loopback
 from sandbox_broker.runtime.server_urls import (
     amqp_host,
@@ -107,6 +108,11 @@ def _check_csp_token(value: SecretStr) -> SecretStr:
     return value
 
 
+def _check_access_keys(value: SecretStr) -> SecretStr:
+    parse_access_keys(value)
+    return value
+
+
 def _normalize_insecure_csp(value: str) -> str:
     text = value.lower()
     if text in ("", "false", "0", "no", "off"):
@@ -152,6 +158,9 @@ CspUrl = Annotated[HttpUrl, AfterValidator(_require_tls)]
 CspToken = Annotated[SecretStr, AfterValidator(_check_csp_token)]
 Tokens = Annotated[SecretStr, AfterValidator(_check_token_list)]
 """A comma-separated list of tokens, so that tokens can be rotated without downtime."""
+
+AccessKeyList = Annotated[SecretStr, AfterValidator(_check_access_keys)]
+"""A comma-separated list of Fernet keys. Empty: no logins."""
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 

@@ -29,6 +29,12 @@ COUNT_ON_HOLD = """
 SELECT count(*) FROM sandboxes
 WHERE deletion_hold_until IS NOT NULL AND deletion_hold_until > now() AND status = 'pending_deletion'
 """
+COUNT_LOGINS = """
+SELECT state, count(*) FROM accesses
+WHERE state IN ('failed', 'removing', 'remains') GROUP BY state
+UNION ALL
+SELECT 'pending', count(*) FROM accesses WHERE due_at IS NOT NULL AND state = 'pending'
+"""
 COUNT_DEAD_LETTERS = "SELECT count(*) FROM dead_letters"
 # held: the newest applied or held listing is held. leaked: accounts of the last applied listing without a sandbox
 # in the pool. missing: leased sandboxes without an account in CSP.
@@ -64,6 +70,7 @@ class PoolMetrics:
                 oldest_deletion_sec = await connection.scalar(text(OLDEST_DELETION))
                 standby = await connection.scalar(text(COUNT_STANDBY))
                 on_hold = await connection.scalar(text(COUNT_ON_HOLD))
+                logins: dict[str, int] = dict((await connection.execute(text(COUNT_LOGINS))).all())
                 dead_letters = await connection.scalar(text(COUNT_DEAD_LETTERS))
                 sync = (await connection.execute(text(SYNC_STATE))).one()
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
@@ -77,6 +84,8 @@ class PoolMetrics:
         metrics.OLDEST_DELETION.set(oldest_deletion_sec)
         metrics.STANDBY.set(standby or 0)
         metrics.ON_HOLD.set(on_hold or 0)
+        for state, gauge in metrics.ACCESS_LOGINS.items():
+            gauge.set(logins.get(state, 0))
         metrics.DEAD_LETTERS.set(dead_letters or 0)
         metrics.OUTBOX_LAG.set(outbox_lag_sec)
         metrics.EXHAUSTION.total = self._forecast.exhaustion_sec(

@@ -57,12 +57,20 @@ async def end_cleanup(session: WriteSession, command: EndCleanup) -> Reply:
 
 
 async def record_deletion(session: WriteSession, command: RecordDeletion) -> Reply:
-    changed = await deletions.record_deletion(
+    row = await deletions.record_deletion(
         session, sandbox_id=command.sandbox_id, services_error=command.services_error
     )
-    if changed:
+    if row["changed"]:
         log.info("sandbox.deleted", sandbox_id=command.sandbox_id)
-    return replies.Recorded(changed=changed)
+    if row["remaining_email"] is not None:
+        log.error(
+            "access.user_remains",
+            sandbox_id=command.sandbox_id,
+            email=row["remaining_email"],
+            user_id=row["remaining_user_id"],
+            action="Delete this user in CSP by hand, because its account is gone.",
+        )
+    return replies.Recorded(changed=row["changed"])
 
 
 async def record_deletion_failure(session: WriteSession, command: RecordDeletionFailure) -> Reply:

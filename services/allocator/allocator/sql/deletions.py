@@ -60,7 +60,7 @@ CLAIM_UNTRIED_DELETIONS = {
 }
 
 # Deletions claimed by this run are in progress. They stay as they are, or the run would delete them twice. Broken
-# sandboxes on hold wait for an operator.
+# sandboxes on hold wait for an operator, and others for the removal of the login inside them.
 HURRY_DELETIONS = f"""
 WITH {GUARD},
 {_LEADER_LEASE},
@@ -71,6 +71,9 @@ postponed AS MATERIALIZED (
         WHERE status = 'pending_deletion' AND deletion_due_at > now()
           AND deletion_claim IS DISTINCT FROM duty.run_id
           AND (deletion_hold_until IS NULL OR deletion_hold_until <= now())
+          AND NOT EXISTS (
+              SELECT FROM accesses a WHERE a.sandbox_id = sandboxes.sandbox_id AND a.state = 'removing'
+          )
         ORDER BY deletion_due_at LIMIT $4 FOR UPDATE SKIP LOCKED
     ) s
 ),
@@ -99,13 +102,25 @@ moved AS (
     WHERE s.sandbox_id = $2 AND s.status = 'pending_deletion'
     RETURNING s.sandbox_id, s.external_id, s.name
 ),
+remaining AS (
+    UPDATE accesses a SET state = 'remains', due_at = NULL FROM moved m
+    WHERE a.sandbox_id = m.sandbox_id AND a.state = 'removing'
+    RETURNING a.email, a.user_id, a.error
+),
 announced AS (
     INSERT INTO outbox (type, subject, data)
     SELECT 'sandbox.deleted', m.sandbox_id,
         jsonb_build_object('sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name)
     FROM moved m
+    UNION ALL
+    SELECT 'access.remains', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', l.holder,
+        'error', r.error
+    )
+    FROM moved m CROSS JOIN remaining r JOIN leases l ON l.sandbox_id = m.sandbox_id
 )
-SELECT epoch, EXISTS (SELECT FROM moved) AS changed FROM guard
+SELECT epoch, EXISTS (SELECT FROM moved) AS changed, r.email AS remaining_email, r.user_id AS remaining_user_id
+FROM guard LEFT JOIN remaining r ON true
 """
 
 # The claim and its number of attempts are the condition. A duplicate message finds them changed, and so does a late
@@ -178,6 +193,14 @@ class ClaimRow(TypedDict):
     missing: bool
 
 
+class DeletionRow(TypedDict):
+    changed: bool
+    """Whether the sandbox was pending."""
+    remaining_email: str | None
+    """Email of a user that the account had at its deletion. None: there was none."""
+    remaining_user_id: str | None
+
+
 class HurryRow(TypedDict):
     on_duty: bool
     hurried: int
@@ -223,10 +246,10 @@ async def end_cleanup(session: WriteSession, *, run_id: uuid.UUID) -> bool:
     return changed
 
 
-async def record_deletion(session: WriteSession, *, sandbox_id: str, services_error: str | None) -> bool:
-    """Mark a pending sandbox as deleted; return whether it was pending."""
-    changed: bool = (await session.fetch_one(RECORD_DELETION, sandbox_id, services_error))["changed"]
-    return changed
+async def record_deletion(session: WriteSession, *, sandbox_id: str, services_error: str | None) -> DeletionRow:
+    """Mark a pending sandbox as deleted. A user inside it remains, if its removal has not been recorded."""
+    row: DeletionRow = await session.fetch_one(RECORD_DELETION, sandbox_id, services_error)
+    return row
 
 
 async def record_deletion_failure(

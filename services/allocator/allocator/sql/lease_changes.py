@@ -192,6 +192,12 @@ served AS (
     RETURNING w.*, c.sandbox_id, c.name
 ),
 {ANNOUNCE_SERVED},
+login_requested AS (
+    INSERT INTO accesses (sandbox_id, groups)
+    SELECT l.sandbox_id, a.groups FROM leased l CROSS JOIN picked p CROSS JOIN LATERAL (
+        SELECT groups FROM accesses old_login WHERE old_login.sandbox_id = p.sandbox_id LIMIT 1
+    ) a
+),
 announced_replacement AS (
     INSERT INTO outbox (type, subject, data)
     SELECT event.* FROM leased l CROSS JOIN claimed c CROSS JOIN picked p CROSS JOIN announced

@@ -10,6 +10,7 @@ statistics say:
 """
 
 import hmac
+import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -94,6 +95,10 @@ leased AS (
         ($11::text[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term], ($15::int[])[term],
         ($16::text[])[index + 1], ($17::bytea[])[index + 1]
     FROM claimed
+),
+access_requested AS (
+    INSERT INTO accesses (sandbox_id, groups)
+    SELECT sandbox_id, ($18::text[])[term]::jsonb FROM claimed WHERE ($18::text[])[term] IS NOT NULL
 ),
 {{after}}
 announced AS (
@@ -198,20 +203,20 @@ announced_served AS (
 """
 """CTE that announces the places in the CTE `served`."""
 
-# $18 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
+# $19 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
 # the statement leases none, because a student would overtake another whose sandbox is gone.
 _CHOSEN = {
     "before": """
 chosen AS MATERIALIZED (
-    SELECT count(*) = cardinality(array_remove($18::text[], NULL)) AS are_available
+    SELECT count(*) = cardinality(array_remove($19::text[], NULL)) AS are_available
     FROM (
-        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($18::text[]) AND status || '' = 'available'
+        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($19::text[]) AND status || '' = 'available'
         FOR UPDATE SKIP LOCKED
     ) locked
 ),
 """,
     "picks": """
-SELECT CASE WHEN chosen.are_available THEN ($18::text[])[asked.index + 1] END
+SELECT CASE WHEN chosen.are_available THEN ($19::text[])[asked.index + 1] END
 FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
 """,
     "after": f"""
@@ -352,9 +357,9 @@ def _with_quota(parts: Mapping[str, str], first: int) -> str:
 
 
 WITH_QUOTA: Mapping[str, str] = {
-    ALLOCATE_ANY: _with_quota(_ANY, 18),
-    ALLOCATE_BY_PREFIX: _with_quota(_BY_PREFIX, 18),
-    ALLOCATE_CHOSEN: _with_quota(_CHOSEN, 19),
+    ALLOCATE_ANY: _with_quota(_ANY, 19),
+    ALLOCATE_BY_PREFIX: _with_quota(_BY_PREFIX, 19),
+    ALLOCATE_CHOSEN: _with_quota(_CHOSEN, 20),
 }
 """Statements for requests under a quota, by the statement without."""
 
@@ -383,21 +388,42 @@ def is_in_scope(lease: str, scope: str) -> str:
 
 def end_leases(deletion_due: str = "now()", hold_until: str = "NULL") -> str:
     """Return the CTEs that end the leases of the CTE `ending (lease_id, sandbox_id, reason, note, request_id,
-    traceparent)` and request the deletion of their sandboxes.
+    traceparent)`, erase the passwords of their logins, and request the deletion of their sandboxes. The deletion
+    waits for the removal of a login, at most for the time that its claim has set. A running attempt to create a
+    login keeps its claim, so that the removal comes after it.
 
     The parameters are SQL expressions for the time of the deletion, and for the end of the hold before it.
     """
     return f"""
+ending_login AS MATERIALIZED (
+    SELECT e.*, a.sandbox_id AS login, a.removal_wait
+    FROM ending e LEFT JOIN LATERAL (
+        SELECT sandbox_id, removal_wait FROM accesses kept_login
+        WHERE kept_login.sandbox_id = e.sandbox_id LIMIT 1 FOR UPDATE
+    ) a ON true
+),
 ended AS (
     UPDATE leases l SET ended_at = now(), end_reason = e.reason, end_note = e.note
-    FROM ending e
+    FROM ending_login e
     WHERE l.lease_id = ANY (ARRAY[e.lease_id]) AND num_nulls(l.ended_at) = 1
-    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id, e.traceparent
+    RETURNING l.sandbox_id, l.holder, l.track_name, e.reason, e.request_id, e.traceparent, e.login, e.removal_wait
+),
+login_ended AS (
+    UPDATE accesses erased
+    SET ended_at = now(), password = NULL, password_key = NULL,
+        state = CASE WHEN erased.first_claimed_at IS NULL THEN 'removed' ELSE 'removing' END,
+        due_at = CASE
+            WHEN erased.claim IS NOT NULL THEN erased.due_at WHEN erased.first_claimed_at IS NOT NULL THEN now()
+        END
+    FROM ended
+    WHERE erased.sandbox_id = ANY (ARRAY[ended.login])
+    RETURNING erased.sandbox_id, erased.state
 ),
 moved AS (
     UPDATE sandboxes s
     SET status = 'pending_deletion', status_since = now(), deletion_requested_at = now(),
-        deletion_due_at = {deletion_due}, deletion_hold_until = {hold_until}, deletion_reason = ended.reason,
+        deletion_due_at = greatest({deletion_due}, now() + ended.removal_wait),
+        deletion_hold_until = {hold_until}, deletion_reason = ended.reason,
         deletion_request_id = ended.request_id, deletion_traceparent = ended.traceparent
     FROM ended
     WHERE s.sandbox_id = ANY (ARRAY[ended.sandbox_id]) AND s.status || '' = 'allocated'
@@ -412,6 +438,13 @@ announced AS (
     )
     FROM moved m
     RETURNING outbox_id
+),
+announced_login AS (
+    INSERT INTO outbox (type, subject, data)
+    SELECT 'access.ended', m.sandbox_id, jsonb_build_object(
+        'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', m.holder
+    )
+    FROM moved m WHERE m.sandbox_id IN (SELECT sandbox_id FROM login_ended WHERE state = 'removing')
 )
 """
 
@@ -714,6 +747,7 @@ async def _run_statement(
         [term.max_replacements for term in terms],
         [token.name if isinstance(token, Token) else None for token in tokens],
         [command.secret_hash and bytes.fromhex(command.secret_hash) for command in commands],
+        [None if term.access_groups is None else json.dumps(term.access_groups) for term in terms],
         *more,
         *(quotas if has_quota else ()),
     )
@@ -744,13 +778,15 @@ def _check_access(
 def number_terms(policies: PolicyBook, commands: Sequence[AllocateSandbox]) -> tuple[list[Terms], list[int]]:
     """Return the distinct terms of the commands, and per command the number of its terms, counted from 1."""
     numbers: dict[Terms, int] = {}
-    term_numbers = [
-        numbers.setdefault(
-            policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix), len(numbers) + 1
-        )
-        for command in commands
-    ]
+    term_numbers = [numbers.setdefault(_find_terms(policies, command), len(numbers) + 1) for command in commands]
     return list(numbers), term_numbers
+
+
+def _find_terms(policies: PolicyBook, command: AllocateSandbox) -> Terms:
+    terms = policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
+    if command.access is not None and terms.access_groups is None:
+        return terms._replace(access_groups=(command.access,))
+    return terms
 
 
 async def holders_with_ended_lease(session: WriteSession, *, holders: Sequence[str]) -> list[str]:
