@@ -1,18 +1,22 @@
 """Wiring of the provisioner."""
 
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
+import structlog
 from starlette.applications import Starlette
 
 from provisioner import metrics
+from provisioner.access import AccessWorker
+from provisioner.access_runs import AccessRuns
 from provisioner.creation import LOOK_UP_TIMEOUT_SEC, Creator
 from provisioner.refill import Refill
 from provisioner.settings import Settings
 from provisioner.syncs import SyncRequests
 from sandbox_broker.contract import topology
-from sandbox_broker.csp.circuit_breaker import CspCircuit
+from sandbox_broker.csp.circuit_breaker import CircuitBreaker, CspCircuit
 from sandbox_broker.csp.client import CspClient
 from sandbox_broker.messaging import ticks
 from sandbox_broker.messaging.connection import run_with_reconnect
@@ -22,6 +26,9 @@ from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health
 from sandbox_broker.runtime import service, startup
+from sandbox_broker.runtime.access_keys import parse_access_keys
+
+log = structlog.get_logger()
 
 REQUEST_TIMEOUT_SEC = 10.0
 """Longest wait for a reply of the allocator."""
@@ -41,6 +48,16 @@ def create_app(settings: Settings) -> Starlette:
     refill = Refill(settings, allocator, creator, circuit, syncs)
     metrics.CIRCUIT.set_function(lambda: circuit.state)
 
+    worker, runs = _build_access(settings, allocator)
+
+    def wake() -> None:
+        refill.wake()
+        if runs is not None:
+            runs.wake()
+
+    async def handle_tick() -> None:
+        wake()
+
     async def queue() -> str | None:
         return None if rpc_client.connected else "not connected to RabbitMQ"
 
@@ -48,25 +65,44 @@ def create_app(settings: Settings) -> Starlette:
         publisher.run,
         rpc_client.run,
         refill.run,
+        *([] if runs is None else [runs.run]),
         partial(
             run_with_reconnect,
             url,
             "provisioner-events",
-            partial(wake_on_events, topology.PROVISIONER_EVENTS, refill.wake),
+            partial(wake_on_events, topology.PROVISIONER_EVENTS, wake),
         ),
-        partial(ticks.consume_ticks, url, topology.STOCK_TICKS, settings.stock_interval_sec, refill.handle_tick),
+        partial(ticks.consume_ticks, url, topology.STOCK_TICKS, settings.stock_interval_sec, handle_tick),
         partial(ticks.publish_ticks, publisher, topology.STOCK_TICKS, settings.stock_interval_sec),
     )
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with csp, look_up, tasks(app):
+        async with csp, look_up, AsyncExitStack() as stack:
+            if worker is not None:
+                stack.push_async_callback(worker.aclose)
+            await stack.enter_async_context(tasks(app))
             yield
 
     return Starlette(
         routes=health.routes({"queue": queue}),
         lifespan=lifespan,
     )
+
+
+def _build_access(
+    settings: Settings, allocator: MaintenanceClient
+) -> tuple[AccessWorker, AccessRuns] | tuple[None, None]:
+    """Return the parts for logins inside sandboxes, (None, None) without an administrator who signs in."""
+    keys = parse_access_keys(settings.access_keys)
+    if keys is None or not settings.has_access:
+        log.info("access.disabled", action="Set CSP_LOGIN_EMAIL to create logins inside sandboxes.")
+        return None, None
+    circuit = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
+    worker = AccessWorker(settings, keys, allocator, circuit)
+    metrics.SIGN_IN_REFUSED.set_function(lambda: worker.is_sign_in_refused)
+    metrics.ACCESS_CIRCUIT.set_function(lambda: circuit.state(time.monotonic()))
+    return worker, AccessRuns(settings, allocator, worker, circuit)
 
 
 def main() -> None:

@@ -24,5 +24,23 @@ DURATION = Histogram(
 )
 SYNCS = Counter("broker_stock_syncs_requested_total", "Syncs that the provisioner requested for created accounts")
 
+LOGINS_CREATED = Counter("broker_access_created_total", "Logins that the provisioner created inside sandboxes")
+LOGINS_REMOVED = Counter("broker_access_removed_total", "Users that the provisioner deleted after a lease")
+LOGIN_FAILURES = Counter(
+    "broker_access_failures_total",
+    "Failed attempts to create or remove a login, by reason: not_ready (CSP does not switch into the account yet), "
+    "unavailable, refused, sign_in (CSP refuses the administrator), key (no key decrypts the password)",
+    ["reason"],
+)
+LOGINS_RUNNING = Gauge("broker_access_running", "Attempts to create or remove a login that run now")
+SIGN_IN_REFUSED = Gauge(
+    "broker_access_sign_in_refused", "1 while CSP refuses the sign-in of the broker's administrator, else 0"
+)
+ACCESS_CIRCUIT = Gauge(
+    "broker_access_circuit_state", "State of the circuit breaker for logins: 0 closed, 1 half open, 2 open"
+)
+
+for _reason in ("not_ready", "unavailable", "refused", "sign_in", "key"):
+    LOGIN_FAILURES.labels(_reason)
 for _reason in ("unavailable", "refused", "invalid"):
     FAILED.labels(_reason)

@@ -61,9 +61,6 @@ class Refill:
         """Claim creations, because the stock may have changed."""
         self._wake_event.set()
 
-    async def handle_tick(self) -> None:
-        self.wake()
-
     async def run(self) -> None:
         """Create accounts for ever: after each wake-up, and when the next creation or sync is due."""
         if not self._settings.stock_enabled:
