@@ -14,6 +14,7 @@ from gateway.web.rate_limit import RateLimits
 from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
+from sandbox_broker.runtime.access_keys import AccessKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,4 @@ class Context:
     rpc_client: RpcClient
     allocator: AllocatorClient
     status_reporter: StatusReporter
+    access_keys: AccessKeys | None

@@ -22,6 +22,7 @@ from gateway.context import Context
 from gateway.queries.queue_metrics import QueueMetrics
 from gateway.queries.status import StatusReporter
 from gateway.routes import (
+    access,
     admin_actions,
     admin_audit,
     admin_dead_letters,
@@ -46,6 +47,7 @@ from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.observability import health
 from sandbox_broker.runtime import service, startup
+from sandbox_broker.runtime.access_keys import parse_access_keys
 
 log = structlog.get_logger()
 
@@ -128,10 +130,13 @@ def create_app(settings: Settings) -> FastAPI:
         rpc_client,
         allocator,
         status_reporter,
+        parse_access_keys(settings.access_keys),
     )
     app.include_router(track.router, dependencies=[Depends(auth.require_track_token)])
     app.include_router(instruqt.router)  # the signature of a webhook takes the place of a token
     app.include_router(lease_changes.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(access.router, dependencies=[Depends(auth.require_track_token)])
+    app.include_router(access.admin_router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(lease_changes.admin_router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_read.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])

@@ -45,6 +45,9 @@ LEASE_CHANGES = Counter(
     "letters",
     ["change", "outcome"],
 )
+ACCESS_REQUESTS = Counter(
+    "broker_access_requests_total", "Requests for the login inside a sandbox by outcome", ["outcome"]
+)
 INSTRUQT_EVENTS = Counter(
     "broker_instruqt_events_total",
     "Events of Instruqt by outcome, refused ones included",

@@ -14,7 +14,15 @@ from pydantic_settings import NoDecode
 from gateway.web import cors, rate_limit, webhook_signature
 from gateway.web.client_address import Network, parse_networks
 from gateway.web.rate_limit import Rate
-from sandbox_broker.runtime.settings import DatabaseSettings, Port, Tokens, none_if_empty, split_tokens
+from sandbox_broker.runtime.settings import (
+    AccessKeyList,
+    DatabaseSettings,
+    HttpUrl,
+    Port,
+    Tokens,
+    none_if_empty,
+    split_tokens,
+)
 
 MIN_PEPPER_LENGTH = 24
 
@@ -81,6 +89,9 @@ class Settings(DatabaseSettings):
     max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)
+    access_keys: AccessKeyList = SecretStr("")
+    """Keys that decrypt the passwords of logins inside sandboxes. Empty: no logins."""
+    access_login_url: HttpUrl = "https://csp.infoblox.com"
 
     instruqt_webhook_secret: Annotated[SecretStr, AfterValidator(webhook_signature.check_secrets)] = SecretStr("")
     """Signing secrets of Instruqt's webhooks, comma-separated. Empty: the route for events is off."""

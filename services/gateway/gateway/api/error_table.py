@@ -149,6 +149,21 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "unknown_id": "There is no such dead letter. See GET /v1/admin/dead-letters.",
         },
     ),
+    "ACCESS_NOT_REQUESTED": ErrorSpec(
+        404,
+        "The lease has no login inside its sandbox",
+        "Release the sandbox, and allocate with `X-Sandbox-Access: user`, or ask for a policy with `access`.",
+        messages={
+            "": "The lease of sandbox '{sandbox_id}' has no login. Release it, and allocate with X-Sandbox-Access: "
+            "user."
+        },
+    ),
+    "ACCESS_ENDED": ErrorSpec(
+        410,
+        "The lease has ended, so its login does not exist any more",
+        "Allocate again to get another sandbox with another login.",
+        messages={"": "The lease of sandbox '{sandbox_id}' has ended, and its login is gone. Allocate again."},
+    ),
     "STOCK_RULE_NOT_FOUND": ErrorSpec(
         404,
         "No policy has a stock rule with this name prefix",
@@ -219,6 +234,11 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "The lease has ended, so it cannot be claimed, extended or replaced",
         "Allocate again to get another sandbox.",
         messages={"": "The lease of sandbox '{sandbox_id}' has ended. Allocate again."},
+    ),
+    "ACCESS_NOT_CONFIGURED": ErrorSpec(
+        409,
+        "The allocator has no `ACCESS_KEYS`, so it stores no passwords of logins",
+        "Set `ACCESS_KEYS` for the gateway, the allocator and the provisioner.",
     ),
     "NOT_CLAIMED": ErrorSpec(
         409,
@@ -395,6 +415,12 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "not_running": "No reaper is running. Start it, then try again.",
             "queue_down": QUEUE_DOWN,
         },
+    ),
+    "ACCESS_UNREADABLE": ErrorSpec(
+        503,
+        "No key in `ACCESS_KEYS` of the gateway decrypts the password of the login",
+        f"{RETRY_LATER} The operator adds the missing key to `ACCESS_KEYS`.",
+        retry_after=30,
     ),
     "DATABASE_UNAVAILABLE": ErrorSpec(503, "The database does not respond", RETRY_LATER, retry_after=2),
     "NOT_READY": ErrorSpec(

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from gateway.api.error_table import ERRORS
+from gateway.api.schemas.access import AccessPending
 from gateway.api.schemas.actions import JobRunning
 from gateway.api.schemas.track import Waiting
 
@@ -70,6 +71,12 @@ STUDENT_WAITING: dict[str, Any] = {
         "Retry-After": {"description": "seconds until the next request", "schema": {"type": "integer"}},
         "Preference-Applied": {"description": "`respond-async`", "schema": {"type": "string"}},
     },
+}
+
+ACCESS_PENDING: dict[str, Any] = {
+    "model": AccessPending,
+    "description": "The broker is creating the login. Repeat the request after `retry_after` seconds.",
+    "headers": {"Retry-After": {"description": "seconds until the next request", "schema": {"type": "integer"}}},
 }
 
 JOB_RUNNING: dict[str, Any] = {

@@ -51,6 +51,11 @@ STATUS_AFTER_EVENT: Mapping[str, SandboxStatus] = {
     "sandbox.deletion_failed": "deletion_failed",
     "sandbox.stale": "stale",
     "sandbox.restored": "available",
+    "access.ready": "allocated",
+    "access.failed": "allocated",
+    "access.ended": "pending_deletion",
+    "access.removed": "pending_deletion",
+    "access.remains": "deleted",
 }
 """Status of a sandbox after an event, by event type."""
 ACTOR_OF_EVENT: Mapping[str, Actor] = {
@@ -70,6 +75,11 @@ ACTOR_OF_EVENT: Mapping[str, Actor] = {
     "sandbox.deletion_failed": "broker",
     "sandbox.stale": "csp",
     "sandbox.restored": "csp",
+    "access.ready": "broker",
+    "access.failed": "broker",
+    "access.ended": "broker",
+    "access.removed": "broker",
+    "access.remains": "broker",
 }
 """Actor that caused an event, by the reason of the event, or by its type if it has no reason."""
 

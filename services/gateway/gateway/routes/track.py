@@ -61,6 +61,7 @@ async def _lease(request: Request) -> Response:
         idempotency_key=allocation.idempotency_key,
         wait_sec=headers.read_wait_sec(request.scope, fields),
         mode=allocation.mode,
+        access=allocation.access,
         traceparent=tracing.traceparent(),
         secret_hash=headers.read_secret_hash(request.scope, fields),
         sender=auth.build_student_sender(request.scope),

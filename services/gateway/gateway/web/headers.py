@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header, Request
 from pydantic import WithJsonSchema
@@ -27,10 +27,12 @@ KEY = "Idempotency-Key"
 MODE = "X-Lease-Mode"
 NEW_HOLDER = "X-New-Holder"
 SECRET = "X-Lease-Secret"  # noqa: S105 (the name of the header)
+ACCESS = "X-Sandbox-Access"
 PREFER = "Prefer"
 _PREFER_FIELD = PREFER.lower().encode()
 _FIELDS = {
-    name: name.lower().encode() for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY, MODE, NEW_HOLDER, SECRET)
+    name: name.lower().encode()
+    for name in (STUDENT, STUDENT_OLD, TRACK, PREFIX, KEY, MODE, NEW_HOLDER, SECRET, ACCESS)
 }
 
 # RFC 7240: commas separate preferences, and may stand inside quotes.
@@ -153,6 +155,7 @@ class AllocationHeaders:
     name_prefix: str | None
     idempotency_key: str | None
     mode: LeaseMode
+    access: Literal["user"] | None
 
 
 def read_allocation_headers(fields: Fields) -> AllocationHeaders:
@@ -162,6 +165,7 @@ def read_allocation_headers(fields: Fields) -> AllocationHeaders:
         _read_value(PREFIX, fields),
         _read_value(KEY, fields),
         _read_mode(fields),
+        _read_access(fields),
     )
 
 
@@ -172,6 +176,15 @@ def _read_mode(fields: Fields) -> LeaseMode:
     if value.lower() == "standby":
         return "standby"
     raise ApiError("INVALID_HEADER", f"{MODE} is '{value}'. Send standby, or omit the header.")
+
+
+def _read_access(fields: Fields) -> Literal["user"] | None:
+    value = _read_value(ACCESS, fields)
+    if value is None:
+        return None
+    if value.lower() == "user":
+        return "user"
+    raise ApiError("INVALID_HEADER", f"{ACCESS} is '{value}'. Send user, or omit the header.")
 
 
 # Schemas for the OpenAPI document. FastAPI does not validate them, because the errors above have their own codes.
@@ -242,6 +255,15 @@ async def _allocation(
             alias=MODE,
             description="`standby` for the hot start of Instruqt: the lease ends after STANDBY_HOURS, unless it is "
             "claimed before, and its time starts with the claim. Default: `active`.",
+        ),
+    ] = None,
+    ______: Annotated[
+        Any,
+        WithJsonSchema({"type": "string", "enum": ["user"], "examples": ["user"]}),
+        Header(
+            alias=ACCESS,
+            description="`user`: a new lease has a login inside its sandbox, even if no policy grants one. "
+            "`GET /v1/sandboxes/{sandbox_id}/access` returns it.",
         ),
     ] = None,
 ) -> AllocationHeaders:
