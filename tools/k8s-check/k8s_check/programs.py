@@ -83,6 +83,8 @@ PLACEHOLDERS: Mapping[str, str] = {
     "broker_api_token": "placeholder-of-the-track-token",
     "broker_admin_token": "placeholder-of-the-admin-token",
     "token_pepper": "placeholder-of-the-token-pepper",
+    "access_keys": "cGxhY2Vob2xkZXItb2YtdGhlLWFjY2Vzcy1rZXktMDE=",
+    "csp_login_password": "placeholder-of-the-login-password",
     "instruqt_webhook_secret": "whsec_cGxhY2Vob2xkZXItb2YtdGhlLXdlYmhvb2stc2VjcmV0",
 }
 """Valid values for settings whose real value exists only in the cluster."""
