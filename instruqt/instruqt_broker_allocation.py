@@ -7,6 +7,7 @@ For the lifecycle scripts of an Instruqt track. Requires Python 3.8 or newer, no
     python3 instruqt_broker_allocation.py --claim          start the time of a standby lease for the student
     python3 instruqt_broker_allocation.py --extend HOURS   extend the lease
     python3 instruqt_broker_allocation.py --replace REASON get another sandbox for a broken one
+    ... --access                                             also get a login inside the sandbox, and wait for it
 
 Environment:
 
@@ -17,9 +18,11 @@ Environment:
     BROKER_API_URL           base URL of the broker, with or without /v1
     BROKER_TIMEOUT_SEC       time limit for attempts without an answer of the broker (120)
     BROKER_WAIT_SEC          longest wait in line while no sandbox is free (900); 0: fail at once
+    BROKER_ACCESS_SEC        longest wait for the login inside the sandbox (600)
     BROKER_OUTPUT_DIR        directory of the files; unset: the working directory
 
-Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh. On a host with Instruqt's agent, sets the
+Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh. With --access also user_email.txt,
+user_password.txt, user_id.txt and user_credentials.sh, which only this user can read. On a host with Instruqt's agent, sets the
 variables of sandbox_env.sh there, too. A repeated run returns the same sandbox. Exit code: 0 done, 1 refused or no
 response, 2 misconfigured.
 """
@@ -69,7 +72,12 @@ STANDBY_VARIABLES = ("INSTRUQT__SANDBOX_ID", "_SANDBOX_ID")  # the sandbox of In
 LEASE_FIELDS = ("sandbox_id", "external_id", "name")
 EXTENSION_FIELDS = ("expires_at", "max_expires_at")
 ACCOUNT_FILE, NAME_FILE, SHELL_FILE = "external_id.txt", "sandbox_name.txt", "sandbox_env.sh"
+LOGIN_FIELDS = ("email", "password", "user_id", "login_url")
+LOGIN_FILES = ("user_email.txt", "user_password.txt", "user_id.txt")
+CREDENTIALS_FILE = "user_credentials.sh"
 DEFAULT_WAIT_SEC = 900.0
+DEFAULT_ACCESS_SEC = 600.0
+ACCESS_PROGRESS_SEC = 15.0
 TOOL_TIMEOUT_SEC = 10.0
 MAX_REASON = 500
 ADVICE = {
@@ -80,6 +88,11 @@ ADVICE = {
     409: "Start the lab again when other students have finished, or ask the broker's operator for more"
     " sandboxes. If SANDBOX_NAME_PREFIX is set, only sandboxes whose names start with it count.",
 }
+
+
+ACCESS_ADVICE = dict(ADVICE)
+ACCESS_ADVICE[404] = "The sandbox was allocated without a login. Release it, and allocate it with --access."
+ACCESS_ADVICE[410] = "Allocate a sandbox first."
 
 
 # --- Shared lines: identical in both scripts, because each script works alone. A test compares them. ---
@@ -350,8 +363,8 @@ class RacingHTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def post_once(url, headers, content, seconds):
-    # type: (str, Dict[str, str], bytes, float) -> Response
-    """Send one POST. Use the configured proxy unless the broker runs on this machine."""
+    # type: (str, Dict[str, str], Optional[bytes], float) -> Response
+    """Send one POST, or one GET if `content` is None. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(
         AnyStatusProcessor,
@@ -360,7 +373,8 @@ def post_once(url, headers, content, seconds):
         urllib.request.ProxyHandler({} if is_local else None),
     )
     # A new Request per attempt, because urllib modifies a proxied one and would not tunnel it again.
-    request = urllib.request.Request(url, data=content, headers=headers, method="POST")
+    method = "GET" if content is None else "POST"
+    request = urllib.request.Request(url, data=content, headers=headers, method=method)
     try:
         with opener.open(request, timeout=seconds) as response:
             received = response.read(MAX_BODY_BYTES)
@@ -374,7 +388,7 @@ def post_once(url, headers, content, seconds):
 
 
 def post_with_deadline(url, headers, content, seconds):
-    # type: (str, Dict[str, str], bytes, float) -> Response
+    # type: (str, Dict[str, str], Optional[bytes], float) -> Response
     """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
     responses = queue.Queue()  # type: queue.Queue[Response]
     threading.Thread(target=lambda: responses.put(post_once(url, headers, content, seconds)), daemon=True).start()
@@ -423,13 +437,13 @@ def describe_place(body):
 
 
 class Request(object):
-    """A POST to the broker, repeated until its response is final."""
+    """A POST to the broker, or a GET, repeated until its response is final."""
 
     def __init__(self, url, headers, body, is_complete):
         # type: (str, Dict[str, str], Optional[Dict[str, Any]], Callable[[Dict[str, Any]], bool]) -> None
         self.url = url
         self.headers = headers
-        self.content = b"" if body is None else json.dumps(body).encode()
+        self.content = b"" if body is None else json.dumps(body).encode()  # type: Optional[bytes]
         self.is_complete = is_complete
 
     def send(self, budget, wait):
@@ -587,9 +601,9 @@ def find_obstacle(path):
     return ""
 
 
-def write_files(directory, contents):
-    # type: (str, Mapping[str, str]) -> None
-    """Write each file atomically. All are on disk under temporary names before the first is renamed."""
+def write_files(directory, contents, mode=0o644):
+    # type: (str, Mapping[str, str], int) -> None
+    """Write each file atomically, readable for hooks of other users unless `mode` says otherwise. All are on disk under temporary names before the first is renamed."""
     staged = {}  # type: Dict[str, str]
     try:
         for name, text in contents.items():
@@ -598,7 +612,7 @@ def write_files(directory, contents):
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # readable for hooks of other users; contains no secrets
+            os.chmod(file.name, mode)
         for temporary, path in staged.items():
             os.replace(temporary, path)
     except OSError as error:
@@ -662,6 +676,13 @@ def is_lease(body):
     return all(is_text(body.get(field)) for field in LEASE_FIELDS)
 
 
+def is_login(body):
+    # type: (Dict[str, Any]) -> bool
+    if body.get("status") == "ready":
+        return all(is_text(body.get(field)) for field in LOGIN_FIELDS)
+    return body.get("status") in ("pending", "failed")
+
+
 def is_extension(body):
     # type: (Dict[str, Any]) -> bool
     return all(isinstance(body.get(field), int) for field in EXTENSION_FIELDS)
@@ -697,12 +718,15 @@ class Setup(object):
         self.url = read_api_url()
         self.budget = read_time_budget()
         self.wait = read_seconds("BROKER_WAIT_SEC", DEFAULT_WAIT_SEC, 0.0)
+        self.access_sec = read_seconds("BROKER_ACCESS_SEC", DEFAULT_ACCESS_SEC, 0.0)
         self.directory = find_directory()
 
 
-def allocate(setup, is_standby):
-    # type: (Setup, bool) -> None
+def allocate(setup, is_standby, has_access):
+    # type: (Setup, bool, bool) -> None
     headers = setup.headers
+    if has_access:
+        headers["X-Sandbox-Access"] = "user"
     for header, variable in OPTIONAL_HEADERS.items():
         value = read_header_value(variable)
         if value:
@@ -768,6 +792,58 @@ def replace(setup, reason):
     keep_lease(response, setup.directory, "allocated")
 
 
+def fetch_login(setup):
+    # type: (Setup) -> None
+    """Wait for the login inside the sandbox, and write its files. Raises ScriptError if the broker cannot create
+    it, or the time is over."""
+    sandbox_id, holders = read_sandbox_id(setup.directory), find_holders(setup.directory)
+    request = Request(build_sandbox_url(setup.url, sandbox_id, "access"), build_headers(), None, is_login)
+    request.content = None
+    print_line("waiting for the login inside sandbox {}; a new sandbox needs some minutes".format(sandbox_id))
+    began = told = time.monotonic()
+    while True:
+        response = send_for_holders(request, holders, setup.budget, 0.0)
+        if not response.is_success:
+            raise_refused(response, ACCESS_ADVICE)
+        status, waited = response.body["status"], time.monotonic() - began
+        if status == "ready":
+            break
+        if status == "failed":
+            reason = response.body.get("reason")
+            raise ScriptError(
+                1, "there is no login inside the sandbox yet: {} Run this again later.".format(reason)
+            )
+        left = setup.access_sec - waited
+        if left <= 0:
+            raise ScriptError(
+                1,
+                "the login was not ready after the {:g} s of BROKER_ACCESS_SEC. Run this again later, or ask the"
+                " broker's operator.".format(setup.access_sec),
+            )
+        if time.monotonic() - told >= ACCESS_PROGRESS_SEC:
+            told = time.monotonic()
+            print_line("the login is not ready after {:.0f} s; waiting {:.0f} s more at most".format(waited, left))
+        pause = min(MAX_LINE_PAUSE_SEC, read_retry_after(response) or DEFAULT_LINE_PAUSE_SEC, left)
+        time.sleep(pause * random.uniform(0.9, 1.0))  # noqa: S311 (jitter)
+    write_login(response.body, setup.directory)
+
+
+def write_login(login, directory):
+    # type: (Mapping[str, Any], str) -> None
+    email, password, user_id, url = (login[field] for field in LOGIN_FIELDS)
+    contents = dict(zip(LOGIN_FILES, (email, password, user_id)))  # noqa: B905 (`strict` needs Python 3.10)
+    variables = {
+        "CSP_USER_EMAIL": email,
+        "CSP_USER_PASSWORD": password,
+        "CSP_USER_ID": user_id,
+        "CSP_LOGIN_URL": url,
+    }
+    exports = " ".join("{}={}".format(variable, shlex.quote(value)) for variable, value in variables.items())
+    contents[CREDENTIALS_FILE] = "export {}\n".format(exports)
+    write_files(directory, contents, 0o600)  # the password of the student
+    print_line("the student signs in at {} as {}; the password is in {}".format(url, email, LOGIN_FILES[1]))
+
+
 def require_sandbox_id(directory):
     # type: (str) -> str
     sandbox_id = read_sandbox_id(directory)
@@ -806,6 +882,9 @@ def parse_arguments():
     actions.add_argument(
         "--replace", type=parse_reason, metavar="REASON", help="get another sandbox for a broken one"
     )
+    parser.add_argument(
+        "--access", action="store_true", help="also get a login inside the sandbox, and wait for it"
+    )
     return parser.parse_args()
 
 
@@ -819,7 +898,9 @@ def run(arguments):
     elif arguments.replace is not None:
         replace(setup, arguments.replace)
     else:
-        allocate(setup, arguments.standby)
+        allocate(setup, arguments.standby, arguments.access)
+    if arguments.access:
+        fetch_login(setup)
 
 
 def main():

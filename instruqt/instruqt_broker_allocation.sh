@@ -8,17 +8,24 @@
 #   sh instruqt_broker_allocation.sh --claim           start the time of a standby lease for the student
 #   sh instruqt_broker_allocation.sh --extend HOURS    extend the lease
 #   sh instruqt_broker_allocation.sh --replace REASON  get another sandbox for a broken one
+#   ... --access                                         also get a login inside the sandbox, and wait for it
 #
 # Environment: BROKER_API_TOKEN, INSTRUQT_PARTICIPANT_ID, INSTRUQT_TRACK_SLUG, SANDBOX_NAME_PREFIX, BROKER_API_URL,
-# BROKER_TIMEOUT_SEC (120), BROKER_WAIT_SEC (900), BROKER_OUTPUT_DIR. Exit code: 0 done, 1 refused or no response,
+# BROKER_TIMEOUT_SEC (120), BROKER_WAIT_SEC (900), BROKER_ACCESS_SEC (600), BROKER_OUTPUT_DIR. Exit code: 0 done, 1 refused or no response,
 # 2 misconfigured.
 set -u
 
 SCRIPT=instruqt_broker_allocation
 DEFAULT_WAIT_SEC=900
+DEFAULT_ACCESS_SEC=600
+ACCESS_PROGRESS_CS=1500
 ACCOUNT_FILE=external_id.txt
 NAME_FILE=sandbox_name.txt
 SHELL_FILE=sandbox_env.sh
+EMAIL_FILE=user_email.txt
+PASSWORD_FILE=user_password.txt
+USER_ID_FILE=user_id.txt
+CREDENTIALS_FILE=user_credentials.sh
 LEASE_FIELDS="sandbox_id external_id name"
 EXTENSION_FIELDS="expires_at max_expires_at"
 MAX_REASON=500
@@ -63,6 +70,7 @@ LINE_PAUSE_CS=500
 MAX_LINE_PAUSE_CS=2000 # a student loses the place in the waiting line after 60 s without a request
 SANDBOX_FILE=sandbox_id.txt
 HOLDER_FILE=holder_id.txt
+method=POST
 
 # Times are whole centiseconds (…_cs), because the arithmetic of a shell has no fractions. Functions return values in
 # variables, because `fail` ends the script only outside a command substitution.
@@ -292,11 +300,11 @@ quote_for_curl() {
     printf '"%s"' "$(printf '%s' "$1" | sed 's/[\\"]/\\&/g')"
 }
 
-# Send one POST. Returns the HTTP status in $status (0: no response, with the reason in $failure). The fields of the
+# Send one request by $method. Returns the HTTP status in $status (0: no response, with the reason in $failure). The fields of the
 # response are files in $work: see parse_response.
 post_once() { # TIMEOUT_CS
     rm -f "$work"/*
-    set -- "$1" -q --silent --show-error --globoff --path-as-is --request POST --config - \
+    set -- "$1" -q --silent --show-error --globoff --path-as-is --request "$method" --config - \
         --user-agent "$SCRIPT/1.1 sh" --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}'
     host=${url#*://}
     host=${host%%/*}
@@ -317,7 +325,7 @@ post_once() { # TIMEOUT_CS
             printf '%s\n' "$more_headers" | while IFS= read -r line; do
                 [ -z "$line" ] || printf 'header = %s\n' "$(quote_for_curl "$line")"
             done
-            printf 'data = %s\n' "$(quote_for_curl "$content")"
+            [ "$method" = GET ] || printf 'data = %s\n' "$(quote_for_curl "$content")"
         } | curl "$@" --max-time "$timeout" 2>"$work/problem"
     ); then
         parse_response
@@ -359,7 +367,8 @@ parse_response() {
             printf "%d", seconds * 100 > (work "/header_retry_cs")
         }' "$work/headers"
     [ -s "$work/body" ] && awk -v work="$work" \
-        -v texts=" sandbox_id external_id name status detail.code detail.message detail.request_id " \
+        -v texts=" sandbox_id external_id name status email password user_id login_url reason \
+detail.code detail.message detail.request_id " \
         -v numbers=" position estimated_wait_sec expires_at max_expires_at retry_after detail.retry_after " '
         { text = text (NR > 1 ? "\n" : "") $0 }
         function hex(digits, i, result) {
@@ -641,10 +650,11 @@ is_sticky() {
 }
 
 # Write files atomically: all are on disk under temporary names before the first is renamed. The content of the file
-# NAME is in $work/new-NAME.
+# NAME is in $work/new-NAME. $file_mode is 644, so that hooks of other users can read them, or 600 for secrets.
 write_files() { # NAME…
     for name in "$@"; do
-        if ! (set -C && cat "$work/new-$name" >"$directory/.$name.$$" && chmod 644 "$directory/.$name.$$") \
+        if ! (umask 077 && set -C && cat "$work/new-$name" >"$directory/.$name.$$" \
+            && chmod "$file_mode" "$directory/.$name.$$") \
             2>"$work/problem"; then
             remove_staged "$@"
             fail 2 "cannot write $directory: $(cat "$work/problem"). Run this in a writable directory."
@@ -733,6 +743,8 @@ same directory."
 allocate() {
     add_header X-Instruqt-Track-ID INSTRUQT_TRACK_SLUG "${INSTRUQT_TRACK_SLUG:-}"
     add_header X-Sandbox-Name-Prefix SANDBOX_NAME_PREFIX "${SANDBOX_NAME_PREFIX:-}"
+    [ -z "$access" ] || more_headers="${more_headers}X-Sandbox-Access: user
+"
     if [ "$action" = standby ]; then
         check_directory
         find_standby_holder
@@ -804,12 +816,104 @@ replace() {
     keep_lease allocated
 }
 
-fail_usage() {
-    fail 2 "wrong arguments. Usage: sh $SCRIPT.sh [--standby | --claim | --extend HOURS | --replace REASON]"
+# Wait for the login inside the sandbox, and write its files. Ends the script if the broker cannot create it, or the
+# time is over.
+fetch_login() {
+    read_sandbox_id
+    find_holders
+    build_sandbox_url access
+    method=GET
+    more_headers=
+    wait_cs=0
+    required=status
+    print_line "waiting for the login inside sandbox $sandbox_id; a new sandbox needs some minutes"
+    read_clock
+    access_began_cs=$now_cs
+    told_cs=$now_cs
+    while :; do
+        send_for_holders
+        is_success || fail_access
+        case $(cat "$work/status") in
+        ready) break ;;
+        failed)
+            read_field reason
+            fail 1 "there is no login inside the sandbox yet: $value Run this again later."
+            ;;
+        esac
+        read_clock
+        waited_cs=$((now_cs - access_began_cs))
+        left_cs=$((access_cs - waited_cs))
+        if [ "$left_cs" -le 0 ]; then
+            fail 1 "the login was not ready after the $access_sec s of BROKER_ACCESS_SEC. Run this again later, or ask \
+the broker's operator."
+        fi
+        if [ $((now_cs - told_cs)) -ge "$ACCESS_PROGRESS_CS" ]; then
+            told_cs=$now_cs
+            print_line "the login is not ready after $((waited_cs / 100)) s; waiting $((left_cs / 100)) s more at most"
+        fi
+        read_retry_after
+        [ "$cs" -gt 0 ] || cs=$LINE_PAUSE_CS
+        [ "$cs" -le "$MAX_LINE_PAUSE_CS" ] || cs=$MAX_LINE_PAUSE_CS
+        [ "$cs" -le "$left_cs" ] || cs=$left_cs
+        pause "$cs"
+    done
+    write_login
 }
 
+fail_access() {
+    describe_response
+    case $status in
+    404) advice="The sandbox was allocated without a login. Release it, and allocate it with --access." ;;
+    410) advice="Allocate a sandbox first." ;;
+    *) find_advice ;;
+    esac
+    fail 1 "$response. $advice"
+}
+
+# Write the files of the login in the response. Only this user can read them, because they hold the password.
+write_login() {
+    exports="export"
+    for field in email password user_id login_url; do
+        read_field "$field"
+        [ -n "$value" ] || fail 1 "the broker returned a login without $field. Run this again later."
+        quote "$value"
+        case $field in
+        email) new_email=$value exports="$exports CSP_USER_EMAIL=$quoted" ;;
+        password) new_password=$value exports="$exports CSP_USER_PASSWORD=$quoted" ;;
+        user_id) new_user_id=$value exports="$exports CSP_USER_ID=$quoted" ;;
+        login_url) login_url=$value exports="$exports CSP_LOGIN_URL=$quoted" ;;
+        esac
+    done
+    printf '%s' "$new_email" >"$work/new-$EMAIL_FILE"
+    printf '%s' "$new_password" >"$work/new-$PASSWORD_FILE"
+    printf '%s' "$new_user_id" >"$work/new-$USER_ID_FILE"
+    printf '%s\n' "$exports" >"$work/new-$CREDENTIALS_FILE"
+    file_mode=600
+    write_files "$EMAIL_FILE" "$PASSWORD_FILE" "$USER_ID_FILE" "$CREDENTIALS_FILE"
+    print_line "the student signs in at $login_url as $new_email; the password is in $PASSWORD_FILE"
+}
+
+fail_usage() {
+    fail 2 "wrong arguments. Usage: sh $SCRIPT.sh [--standby | --claim | --extend HOURS | --replace REASON] [--access]"
+}
+
+# Return the arguments of the action in $action and its variables, and --access, which may stand first or last.
 parse_arguments() {
     action=allocate
+    access=
+    last=
+    [ $# -eq 0 ] || eval "last=\${$#}"
+    if [ "${1:-}" = --access ]; then
+        access=yes
+        shift
+    elif [ "$last" = --access ]; then
+        access=yes
+        case $# in
+        2) set -- "$1" ;;
+        3) set -- "$1" "$2" ;;
+        *) fail_usage ;;
+        esac
+    fi
     case ${1:-} in
     --standby | --claim)
         [ $# -eq 1 ] || fail_usage
@@ -851,6 +955,10 @@ read_time_budget
 read_seconds BROKER_WAIT_SEC "${BROKER_WAIT_SEC:-}" "$DEFAULT_WAIT_SEC" 0
 wait_cs=$cs
 wait_sec=$seconds
+read_seconds BROKER_ACCESS_SEC "${BROKER_ACCESS_SEC:-}" "$DEFAULT_ACCESS_SEC" 0
+access_cs=$cs
+access_sec=$seconds
+file_mode=644
 find_directory
 make_work_directory
 more_headers=
@@ -862,3 +970,4 @@ extend) extend ;;
 replace) replace ;;
 *) allocate ;;
 esac
+[ -z "$access" ] || fetch_login

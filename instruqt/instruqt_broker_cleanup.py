@@ -321,8 +321,8 @@ class RacingHTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def post_once(url, headers, content, seconds):
-    # type: (str, Dict[str, str], bytes, float) -> Response
-    """Send one POST. Use the configured proxy unless the broker runs on this machine."""
+    # type: (str, Dict[str, str], Optional[bytes], float) -> Response
+    """Send one POST, or one GET if `content` is None. Use the configured proxy unless the broker runs on this machine."""
     is_local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(
         AnyStatusProcessor,
@@ -331,7 +331,8 @@ def post_once(url, headers, content, seconds):
         urllib.request.ProxyHandler({} if is_local else None),
     )
     # A new Request per attempt, because urllib modifies a proxied one and would not tunnel it again.
-    request = urllib.request.Request(url, data=content, headers=headers, method="POST")
+    method = "GET" if content is None else "POST"
+    request = urllib.request.Request(url, data=content, headers=headers, method=method)
     try:
         with opener.open(request, timeout=seconds) as response:
             received = response.read(MAX_BODY_BYTES)
@@ -345,7 +346,7 @@ def post_once(url, headers, content, seconds):
 
 
 def post_with_deadline(url, headers, content, seconds):
-    # type: (str, Dict[str, str], bytes, float) -> Response
+    # type: (str, Dict[str, str], Optional[bytes], float) -> Response
     """Run `post_once` for at most `seconds`, even if the name look-up hangs or the body arrives byte by byte."""
     responses = queue.Queue()  # type: queue.Queue[Response]
     threading.Thread(target=lambda: responses.put(post_once(url, headers, content, seconds)), daemon=True).start()
@@ -394,13 +395,13 @@ def describe_place(body):
 
 
 class Request(object):
-    """A POST to the broker, repeated until its response is final."""
+    """A POST to the broker, or a GET, repeated until its response is final."""
 
     def __init__(self, url, headers, body, is_complete):
         # type: (str, Dict[str, str], Optional[Dict[str, Any]], Callable[[Dict[str, Any]], bool]) -> None
         self.url = url
         self.headers = headers
-        self.content = b"" if body is None else json.dumps(body).encode()
+        self.content = b"" if body is None else json.dumps(body).encode()  # type: Optional[bytes]
         self.is_complete = is_complete
 
     def send(self, budget, wait):

@@ -39,6 +39,7 @@ LINE_PAUSE_CS=500
 MAX_LINE_PAUSE_CS=2000 # a student loses the place in the waiting line after 60 s without a request
 SANDBOX_FILE=sandbox_id.txt
 HOLDER_FILE=holder_id.txt
+method=POST
 
 # Times are whole centiseconds (…_cs), because the arithmetic of a shell has no fractions. Functions return values in
 # variables, because `fail` ends the script only outside a command substitution.
@@ -268,11 +269,11 @@ quote_for_curl() {
     printf '"%s"' "$(printf '%s' "$1" | sed 's/[\\"]/\\&/g')"
 }
 
-# Send one POST. Returns the HTTP status in $status (0: no response, with the reason in $failure). The fields of the
+# Send one request by $method. Returns the HTTP status in $status (0: no response, with the reason in $failure). The fields of the
 # response are files in $work: see parse_response.
 post_once() { # TIMEOUT_CS
     rm -f "$work"/*
-    set -- "$1" -q --silent --show-error --globoff --path-as-is --request POST --config - \
+    set -- "$1" -q --silent --show-error --globoff --path-as-is --request "$method" --config - \
         --user-agent "$SCRIPT/1.1 sh" --dump-header "$work/headers" --output "$work/body" --write-out '%{http_code}'
     host=${url#*://}
     host=${host%%/*}
@@ -293,7 +294,7 @@ post_once() { # TIMEOUT_CS
             printf '%s\n' "$more_headers" | while IFS= read -r line; do
                 [ -z "$line" ] || printf 'header = %s\n' "$(quote_for_curl "$line")"
             done
-            printf 'data = %s\n' "$(quote_for_curl "$content")"
+            [ "$method" = GET ] || printf 'data = %s\n' "$(quote_for_curl "$content")"
         } | curl "$@" --max-time "$timeout" 2>"$work/problem"
     ); then
         parse_response
@@ -335,7 +336,8 @@ parse_response() {
             printf "%d", seconds * 100 > (work "/header_retry_cs")
         }' "$work/headers"
     [ -s "$work/body" ] && awk -v work="$work" \
-        -v texts=" sandbox_id external_id name status detail.code detail.message detail.request_id " \
+        -v texts=" sandbox_id external_id name status email password user_id login_url reason \
+detail.code detail.message detail.request_id " \
         -v numbers=" position estimated_wait_sec expires_at max_expires_at retry_after detail.retry_after " '
         { text = text (NR > 1 ? "\n" : "") $0 }
         function hex(digits, i, result) {

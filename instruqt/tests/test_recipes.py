@@ -102,6 +102,20 @@ def test_a_paused_track_prepares_each_sandbox_once(lab: Lab) -> None:
     assert lab.read("sandbox_id.txt") == "2012225"
 
 
+@pytest.mark.parametrize("lab", ["login inside the sandbox"], indirect=True)
+def test_a_track_shows_the_login_to_its_student(lab: Lab) -> None:
+    lab.add_command("agent", 'echo "$*" >>agent.log')
+    login = {"status": "ready", "email": "s@labs", "password": "A!b?1'x", "user_id": "u", "login_url": "https://csp"}
+    run = lab.run("setup", build_lease_reply(), build_json_reply(200, login))
+    assert (run.code, run.err) == (0, "")
+    assert "The student signs in at https://csp as s@labs." in run.out
+    assert lab.read("agent.log").splitlines()[-2:] == [
+        "variable set CSP_USER_EMAIL s@labs",
+        "variable set CSP_USER_PASSWORD A!b?1'x",
+    ]
+    assert lab.run("cleanup", RELEASED).code == 0
+
+
 @pytest.mark.parametrize("lab", ["existing tracks"], indirect=True)
 def test_a_track_of_the_newer_generation_finds_its_ids(lab: Lab) -> None:
     assert lab.run("setup", build_lease_reply()).code == 0
