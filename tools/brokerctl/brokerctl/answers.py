@@ -127,6 +127,12 @@ class StockResumed(TypedDict):
     changed: bool
 
 
+class KeysRotated(TypedDict):
+    rotated: int
+    remaining: int
+    unreadable: int
+
+
 class SandboxSummary(TypedDict):
     sandbox_id: str
     name: str

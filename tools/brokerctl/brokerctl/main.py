@@ -12,7 +12,7 @@ import typer
 from rich.console import RenderableType
 from rich.live import Live
 
-from brokerctl import audit, dead_letters, output, policies, progress, restore, stock, tokens
+from brokerctl import access, audit, dead_letters, output, policies, progress, restore, stock, tokens
 from brokerctl.answers import (
     Allocation,
     Extension,
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(dead_letters.app, name="dlq")
 app.add_typer(restore.app, name="restore")
 app.add_typer(stock.app, name="stock")
+app.add_typer(access.app, name="access")
 app.add_typer(policies.app, name="policy")
 app.add_typer(tokens.app, name="token")
 app.command("audit")(audit.show_audit)
