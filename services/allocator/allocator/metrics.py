@@ -88,7 +88,8 @@ ACCESS_LOGINS = {
         "pending": "Logins inside sandboxes that the provisioner has to create",
         "failed": "Logins inside sandboxes whose creation failed; the provisioner tries them again",
         "removing": "Logins of ended leases whose users the provisioner has to delete",
-        "remains": "Users that remain in CSP, because the deletion of their account did not wait longer",
+        "remains": "Users of the leases that ended within the last day, which remain in CSP, because the deletion "
+        "of their account did not wait longer",
     }.items()
 }
 INVARIANT_VIOLATIONS = Gauge(

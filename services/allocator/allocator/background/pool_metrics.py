@@ -31,7 +31,8 @@ WHERE deletion_hold_until IS NOT NULL AND deletion_hold_until > now() AND status
 """
 COUNT_LOGINS = """
 SELECT state, count(*) FROM accesses
-WHERE state IN ('failed', 'removing', 'remains') GROUP BY state
+WHERE state IN ('failed', 'removing', 'remains') AND (state <> 'remains' OR ended_at > now() - interval '1 day')
+GROUP BY state
 UNION ALL
 SELECT 'pending', count(*) FROM accesses WHERE due_at IS NOT NULL AND state = 'pending'
 """
