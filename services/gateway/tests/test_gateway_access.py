@@ -44,9 +44,9 @@ async def lease(database: asyncpg.Connection, *, ended: bool = False) -> None:
         "INSERT INTO sandboxes (sandbox_id, external_id, name, status) VALUES ('1', 'a-1', 'lab-1', 'allocated')"
     )
     await database.execute(
-        "INSERT INTO leases (sandbox_id, holder, expires_at, ended_at, end_reason) "
-        "VALUES ('1', 'student-1', now() + interval '1 hour', $1, $2)",
-        *(await database.fetchrow("SELECT now(), 'student'") if ended else (None, None)),
+        "INSERT INTO leases (sandbox_id, holder, expires_at, ended_at, end_reason) VALUES ('1', 'student-1', "
+        "now() + interval '1 hour', CASE WHEN $1 THEN now() END, CASE WHEN $1 THEN 'student' END)",
+        ended,
     )
 
 

@@ -444,7 +444,9 @@ announced_login AS (
     SELECT 'access.ended', m.sandbox_id, jsonb_build_object(
         'sandbox_id', m.sandbox_id, 'external_id', m.external_id, 'name', m.name, 'holder', m.holder
     )
-    FROM moved m WHERE m.sandbox_id IN (SELECT sandbox_id FROM login_ended WHERE state = 'removing')
+    FROM moved m
+    WHERE m.sandbox_id IN (SELECT sandbox_id FROM login_ended WHERE state = 'removing')
+      AND EXISTS (SELECT FROM announced)
 )
 """
 

@@ -146,7 +146,8 @@ SELECT epoch, a.sandbox_id, a.password FROM guard LEFT JOIN LATERAL (
 ) a ON true
 """
 
-# The old password is the condition, so a login that ended meanwhile stays without a password.
+# The old password is the condition, so a login that ended meanwhile stays without a password. The statement counts in
+# the snapshot from before its own changes.
 REPLACE_PASSWORDS = f"""
 WITH {GUARD},
 replaced AS (
@@ -156,7 +157,8 @@ replaced AS (
     RETURNING 1
 )
 SELECT epoch, (SELECT count(*) FROM replaced) AS rotated,
-    (SELECT count(*) FROM accesses WHERE password IS NOT NULL AND password_key <> $2) AS outdated
+    (SELECT count(*) FROM accesses WHERE password IS NOT NULL AND password_key <> $2)
+        - (SELECT count(*) FROM replaced) AS outdated
 FROM guard
 """
 

@@ -1,0 +1,242 @@
+"""Logins inside sandboxes on the running broker: a class, kills at every step, a wrong password, a key rotation."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.fernet import Fernet
+
+from devstack.conditions import wait_until
+from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
+
+LOGIN_EMAIL, LOGIN_PASSWORD = "simulator@example.com", "simulator-password"
+KEY = Fernet.generate_key().decode()
+SETTINGS = {
+    "CSP_LOGIN_EMAIL": LOGIN_EMAIL,
+    "CSP_LOGIN_PASSWORD": LOGIN_PASSWORD,
+    "ACCESS_KEYS": KEY,
+    "ACCESS_EMAIL_DOMAIN": "labs.example.com",
+    "ACCESS_ATTEMPT_TIMEOUT_SEC": "2",
+    "ACCESS_REMOVAL_WAIT_SEC": "120",
+    "CIRCUIT_BREAKER_TIMEOUT_SEC": "1",
+}
+NAMED_POINTS = {
+    "sign-in": ("POST", "session/users/sign_in", "sign_in"),
+    "account switch": ("POST", "session/account_switch", "account_switch"),
+    "current user": ("GET", "current_user", "current_user"),
+    "groups": ("GET", "groups", "group_listing"),
+    "user": ("POST", "users", "user_create"),
+    "password": ("POST", "password", "user_password"),
+}
+
+
+@pytest.fixture(scope="module")
+async def shared_stack(empty_database_url: str, amqp_url: str) -> AsyncIterator[Stack]:
+    async with run_stack(empty_database_url, amqp_url, settings=SETTINGS) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def stack(shared_stack: Stack) -> Stack:
+    await shared_stack.control("POST", "reset", {})
+    return shared_stack
+
+
+async def get_access(stack: Stack, sandbox_id: str, student: str) -> httpx.Response:
+    return await stack.client.get(f"{stack.url}/v1/sandboxes/{sandbox_id}/access", headers=track_headers(student))
+
+
+async def is_status(stack: Stack, sandbox_id: str, student: str, status: str) -> bool:
+    return bool((await get_access(stack, sandbox_id, student)).json().get("status") == status)
+
+
+async def allocate(stack: Stack, student: str) -> str:
+    response = await stack.allocate(student, X_Sandbox_Access="user")
+    assert response.status_code == 201, response.text
+    return str(response.json()["sandbox_id"])
+
+
+async def users(stack: Stack) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = (await stack.control("GET", "users"))["users"]
+    return records
+
+
+async def can_sign_in(stack: Stack, login: dict[str, Any]) -> bool:
+    body = {"email": login["email"], "password": login["password"]}
+    response = await stack.client.post(f"{stack.simulator}/v2/session/users/sign_in", json=body)
+    return response.status_code == 200
+
+
+async def release_all(stack: Stack, leases: dict[str, str]) -> None:
+    for sandbox_id, student in leases.items():
+        assert (await stack.release(sandbox_id, student)).status_code == 200
+
+
+async def is_clean(stack: Stack) -> bool:
+    """Return whether all released sandboxes are deleted, with the users inside them."""
+    return await stack.nothing_pending() and await users(stack) == []
+
+
+async def test_a_login_from_the_allocation_to_the_deletion(stack: Stack) -> None:
+    await stack.fill(2)
+    sandbox_id = await allocate(stack, "ann")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"))
+    login = (await get_access(stack, sandbox_id, "ann")).json()
+    assert login["email"] == "ann@labs.example.com"
+    assert await can_sign_in(stack, login)
+    assert (await get_access(stack, sandbox_id, "mallory")).status_code == 403
+    await stack.release(sandbox_id, "ann")
+    assert (await get_access(stack, sandbox_id, "ann")).status_code == 410
+    await wait_until(partial(is_clean, stack))
+    assert not await can_sign_in(stack, login)
+    deletions = [call["path"].split("/")[2] for call in await stack.deletions()]
+    assert deletions == ["users", "sandbox"], "the user is deleted before the account"
+    assert await stack.database.fetchval("SELECT state FROM accesses") == "removed"
+
+
+async def test_a_class_gets_its_logins_soon_after_csp_lets_the_broker_in(stack: Stack) -> None:
+    students = 40
+    await stack.fill(students)
+    await stack.control("PATCH", "behaviour", {"account_switch_ready_after_sec": 8})
+    await asyncio.gather(*(allocate(stack, f"s-{number}") for number in range(students)))
+
+    async def are_ready() -> bool:
+        return bool(
+            await stack.database.fetchval("SELECT count(*) = $1 FROM accesses WHERE state = 'ready'", students)
+        )
+
+    await wait_until(are_ready, within_sec=120)
+    assert sorted(user["email"] for user in await users(stack)) == sorted(
+        f"s-{number}@labs.example.com" for number in range(students)
+    )
+    assert len({user["account"] for user in await users(stack)}) == students
+
+
+@pytest.mark.parametrize("point", NAMED_POINTS)
+async def test_a_kill_at_a_step_leaves_one_user(stack: Stack, point: str) -> None:
+    """The provisioner dies while CSP carries out this step."""
+    await stack.fill(1)
+    method, path, operation = NAMED_POINTS[point]
+    await _kill_and_restart(stack, "provisioner")  # without a session
+    await stack.control("PATCH", "behaviour", {f"{operation}_latency_sec": 1})
+    sandbox_id = await allocate(stack, "ann")
+
+    async def is_running() -> bool:
+        calls = (await stack.control("GET", f"calls?method={method}&path_contains={path}"))["running"]
+        return bool(calls)
+
+    await wait_until(is_running, every_sec=0.05)
+    await _kill(stack, "provisioner")
+    await stack.control("PATCH", "behaviour", {f"{operation}_latency_sec": 0})
+    await stack.start_service("provisioner")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"), within_sec=60)
+    (user,) = await users(stack)
+    login = (await get_access(stack, sandbox_id, "ann")).json()
+    assert user["id"] == login["user_id"]
+    assert await can_sign_in(stack, login)
+    await stack.release(sandbox_id, "ann")
+    await wait_until(partial(is_clean, stack), within_sec=60)
+
+
+async def test_random_kills_leave_one_user_for_each_login_and_none_after_the_end(stack: Stack) -> None:
+    await stack.fill(24)
+    await stack.control(
+        "PATCH",
+        "behaviour",
+        {f"{operation}_latency_spread_sec": 0.2 for _, _, operation in NAMED_POINTS.values()},
+    )
+    chosen = random.Random(31)
+    with_login, without = {}, {}
+    for number in range(12):
+        with_login[await allocate(stack, f"login-{number}")] = f"login-{number}"
+        without[(await stack.allocate(f"plain-{number}")).json()["sandbox_id"]] = f"plain-{number}"
+        if number % 3 == 2:
+            await _kill_and_restart(stack, chosen.choice(["provisioner", "allocator", "reaper"]))
+    for sandbox_id, student in with_login.items():
+        await wait_until(partial(is_status, stack, sandbox_id, student, "ready"), within_sec=90)
+    assert sorted(user["email"] for user in await users(stack)) == sorted(
+        f"{student}@labs.example.com" for student in with_login.values()
+    )
+    for sandbox_id, student in with_login.items():
+        assert await can_sign_in(stack, (await get_access(stack, sandbox_id, student)).json())
+    await release_all(stack, {**with_login, **without})
+    for module in ("provisioner", "reaper", "allocator"):
+        await _kill_and_restart(stack, module)
+    await wait_until(partial(is_clean, stack), within_sec=120)
+    assert await stack.database.fetchval("SELECT count(*) FROM accesses WHERE state <> 'removed'") == 0
+    await stack.assert_sound()
+
+
+async def _kill(stack: Stack, module: str) -> None:
+    stack.processes[module].kill()
+    await stack.processes[module].wait()
+
+
+async def _kill_and_restart(stack: Stack, module: str) -> None:
+    await _kill(stack, module)
+    await stack.start_service(module)
+
+
+async def test_a_wrong_password_of_the_administrator_leaves_leases_alone_and_recovers(stack: Stack) -> None:
+    await stack.fill(3)
+    await _kill_and_restart(stack, "provisioner")  # without a session
+    await stack.control("PATCH", "behaviour", {"reject_sign_ins": True})
+    sandbox_id = await allocate(stack, "ann")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "failed"))
+    assert "CSP refuses the sign-in" in (await get_access(stack, sandbox_id, "ann")).json()["reason"]
+    assert (await stack.allocate("bob")).status_code == 201
+    assert (await stack.release(sandbox_id, "ann")).status_code == 200
+    other = await allocate(stack, "eve")
+    await wait_until(partial(is_status, stack, other, "eve", "failed"))
+    await stack.control("PATCH", "behaviour", {"reject_sign_ins": False})
+    await wait_until(partial(is_status, stack, other, "eve", "ready"), within_sec=30)
+
+
+async def test_a_deletion_waits_for_the_removal_no_longer_than_allowed(stack: Stack) -> None:
+    await stack.fill(1)
+    sandbox_id = await allocate(stack, "ann")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"))
+    await stack.control("PATCH", "behaviour", {"user_delete_error_rate": 1, "user_delete_error_status": 403})
+    await stack.release(sandbox_id, "ann")
+
+    async def has_failed() -> bool:
+        return bool(await stack.database.fetchval("SELECT attempts > 0 FROM accesses WHERE state = 'removing'"))
+
+    await wait_until(has_failed)
+    assert (await stack.stats())["pending_deletion"] == 1
+    await stack.database.execute("UPDATE sandboxes SET deletion_due_at = now() WHERE status = 'pending_deletion'")
+    await wait_until(stack.nothing_pending)
+    (row,) = await stack.database.fetch("SELECT state, email FROM accesses")
+    assert tuple(row) == ("remains", "ann@labs.example.com")
+    assert [user["email"] for user in await users(stack)] == ["ann@labs.example.com"]
+
+
+async def test_keys_are_rotated_while_students_use_their_logins(stack: Stack) -> None:
+    await stack.fill(2)
+    sandbox_id = await allocate(stack, "ann")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"))
+    login = (await get_access(stack, sandbox_id, "ann")).json()
+    new = Fernet.generate_key().decode()
+    for keys in (f"{KEY},{new}", f"{new},{KEY}"):
+        for module in ("gateway", "provisioner", "allocator"):
+            await _kill(stack, module)
+            await stack.start_service(module, settings={"ACCESS_KEYS": keys})
+
+    async def rotate() -> httpx.Response:
+        return await stack.client.post(f"{stack.url}/v1/admin/access/rotate-keys", headers=ADMIN)
+
+    await wait_until(partial(_is_ok, rotate))
+    assert (await rotate()).json() == {"rotated": 0, "remaining": 0, "unreadable": 0}
+    await _kill(stack, "gateway")
+    await stack.start_service("gateway", settings={"ACCESS_KEYS": new})
+    assert (await get_access(stack, sandbox_id, "ann")).json() == login
+    for module in ("gateway", "provisioner", "allocator"):
+        await _kill_and_restart(stack, module)
+
+
+async def _is_ok(request: Any) -> bool:
+    return bool((await request()).status_code == 200)
