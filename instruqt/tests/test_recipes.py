@@ -105,7 +105,13 @@ def test_a_paused_track_prepares_each_sandbox_once(lab: Lab) -> None:
 @pytest.mark.parametrize("lab", ["login inside the sandbox"], indirect=True)
 def test_a_track_shows_the_login_to_its_student(lab: Lab) -> None:
     lab.add_command("agent", 'echo "$*" >>agent.log')
-    login = {"status": "ready", "email": "s@labs", "password": "A!b?1'x", "user_id": "u", "login_url": "https://csp"}
+    login = {
+        "status": "ready",
+        "email": "s@labs",
+        "password": "A!b?1'x",
+        "user_id": "u",
+        "login_url": "https://csp",
+    }
     run = lab.run("setup", build_lease_reply(), build_json_reply(200, login))
     assert (run.code, run.err) == (0, "")
     assert "The student signs in at https://csp as s@labs." in run.out

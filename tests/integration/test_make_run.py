@@ -93,6 +93,7 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_all_process
                 f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats", headers=admin_headers(lines)
             )
         assert (stats.json()["available"], stats.json()["allocated"]) == (49, 1)
+        await use_login(command, environment, tmp_path / "login")
         for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"):
             assert listening_addresses(int(environment[variable])) <= LOOPBACK
         brokerctl = Path(sys.executable).with_name("brokerctl")
@@ -114,6 +115,34 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_all_process
         await make.wait()
     assert any("All processes have stopped." in line for line in lines)
     assert all(is_free(int(environment[variable])) for variable in (*PORTS.values(), "CSP_SIMULATOR_PORT"))
+
+
+async def use_login(command: str, environment: dict[str, str], directory: Path) -> None:
+    """Allocate with --access, sign in to the simulator as the student, and clean up."""
+    directory.mkdir()
+    simulator = f"http://127.0.0.1:{environment['CSP_SIMULATOR_PORT']}"
+    command = command.replace("INSTRUQT_PARTICIPANT_ID=student-1", "INSTRUQT_PARTICIPANT_ID=student-2")
+    code, output = await run(["bash", "-c", f"{command} --access"], cwd=directory)
+    assert code == 0, output
+    email, password = ((directory / f"user_{name}.txt").read_text() for name in ("email", "password"))
+    assert email == "student-2@labs.example.com"
+    async with httpx.AsyncClient(trust_env=False) as client:
+        response = await client.post(
+            f"{simulator}/v2/session/users/sign_in", json={"email": email, "password": password}
+        )
+        assert response.status_code == 200
+        assert password not in output
+        cleanup = command.replace("instruqt_broker_allocation", "instruqt_broker_cleanup")
+        code, output = await run(["bash", "-c", cleanup], cwd=directory)
+        assert code == 0, output
+        external_id = (directory / "external_id.txt").read_text()
+
+        async def are_user_and_account_gone() -> bool:
+            users = (await client.get(f"{simulator}/_control/users")).json()["users"]
+            accounts = (await client.get(f"{simulator}/_control/accounts")).text
+            return not users and external_id not in accounts
+
+        await wait_until(are_user_and_account_gone)
 
 
 async def test_the_demo_prints_its_addresses_and_students_get_sandboxes(environment: dict[str, str]) -> None:

@@ -190,6 +190,7 @@ class Launcher:
 
     def _environment(self) -> dict[str, str]:
         return {
+            **environment.login_settings(self.settings),
             **self.settings.environment,
             **self.settings.tokens,
             **{name: str(port) for name, port in self.settings.ports.items()},

@@ -1,5 +1,6 @@
 """Settings of devstack: from the environment, the clone's `.env` file, and development defaults, in this order."""
 
+import base64
 import getpass
 import hashlib
 import os
@@ -10,6 +11,7 @@ from urllib.parse import quote
 
 from dotenv import dotenv_values
 
+from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD
 from devstack.errors import CannotRun
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,6 +134,23 @@ def load(
         cluster=_cluster(value("CLUSTER"), [name for name in ("DATABASE_URL", "AMQP_URL") if value(name)]),
         demo=demo,
     )
+
+
+def login_settings(settings: Settings) -> dict[str, str]:
+    """Return the settings for logins inside sandboxes of the simulator, none for another CSP.
+
+    The key follows from the admin token, so that a later run reads the passwords of this one.
+    """
+    if settings.csp_base_url is not None:
+        return {}
+    key = hashlib.sha256(f"ACCESS_KEYS of {settings.tokens['BROKER_ADMIN_TOKEN']}".encode()).digest()
+    return {
+        "CSP_LOGIN_EMAIL": DEFAULT_EMAIL,
+        "CSP_LOGIN_PASSWORD": DEFAULT_PASSWORD,
+        "ACCESS_EMAIL_DOMAIN": "labs.example.com",
+        "ACCESS_KEYS": base64.urlsafe_b64encode(key).decode(),
+        "ACCESS_LOGIN_URL": settings.simulator_url,
+    }
 
 
 def digest(text: str) -> str:

@@ -46,6 +46,9 @@ def summary_lines(
     yield f"  BROKER_API_URL={gateway}/v1 BROKER_API_TOKEN={track_token} INSTRUQT_PARTICIPANT_ID=student-1 \\"
     yield f"    python3 {script}"
     yield ""
+    if settings.csp_base_url is None:
+        yield "With --access, the script also fetches a login inside the sandbox (docs/access.md)."
+        yield ""
     yield "or with curl:"
     yield ""
     yield f"  curl -X POST {gateway}/v1/allocate -H 'X-Instruqt-Sandbox-ID: student-1' \\"

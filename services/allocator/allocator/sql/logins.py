@@ -146,8 +146,8 @@ SELECT epoch, a.sandbox_id, a.password FROM guard LEFT JOIN LATERAL (
 ) a ON true
 """
 
-# The old password is the condition, so a login that ended meanwhile stays without a password. The statement counts in
-# the snapshot from before its own changes.
+# The old password is the condition, so a login that ended meanwhile stays without a password. The statement counts
+# in the snapshot from before its own changes.
 REPLACE_PASSWORDS = f"""
 WITH {GUARD},
 replaced AS (
