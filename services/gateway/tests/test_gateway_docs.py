@@ -43,6 +43,8 @@ STATUSES = {
     ("post", "/v1/admin/sync"): {200, 202, 400, 401, 403, 409, 413, 429, 500, 502, 503},
     ("get", "/v1/admin/sync"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", "/v1/admin/leaks"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/sandboxes/{sandbox_id}/access"): {200, 202, 400, 401, 403, 404, 410, 413, 429, 500, 503},
+    ("post", "/v1/admin/access/rotate-keys"): {200, 400, 401, 403, 409, 413, 429, 500, 503, 504},
     ("post", "/v1/sandboxes/{sandbox_id}/extend"): CHANGE_OF_LEASE,
     ("post", "/v1/sandboxes/{sandbox_id}/claim"): CHANGE_OF_LEASE,
     ("post", "/v1/sandboxes/{sandbox_id}/replace"): {201, 202, *CHANGE_OF_LEASE},
@@ -156,6 +158,7 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
                 "Idempotency-Key",
                 "Prefer",
                 "X-Lease-Mode",
+                "X-Sandbox-Access",
             }
         elif path == "/v1/sandboxes/{sandbox_id}/extend":
             assert sent == TRACK_HEADERS | {"Idempotency-Key"}
@@ -191,6 +194,9 @@ async def test_the_document_describes_valid_header_values(document: Any) -> None
                     continue
                 if parameter["name"] == "X-Lease-Mode":
                     assert schema["enum"] == ["active", "standby"]
+                    continue
+                if parameter["name"] == "X-Sandbox-Access":
+                    assert schema["enum"] == ["user"]
                     continue
                 assert (schema["type"], schema["maxLength"]) == ("string", MAX_ID_LENGTH)
                 validator = OAS31Validator(schema)

@@ -65,6 +65,8 @@ SECRET_SETTINGS = frozenset(
         "broker_api_token",
         "broker_admin_token",
         "csp_api_token",
+        "csp_login_password",
+        "access_keys",
         "instruqt_webhook_secret",
         "niosxaas_password",
         "token_pepper",

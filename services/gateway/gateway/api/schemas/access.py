@@ -9,9 +9,9 @@ from gateway.api.schemas.fields import Count
 
 class AccessReady(BaseModel):
     status: Literal["ready"] = "ready"
-    # Without an example, so that no text of the document looks like a password.
     email: Annotated[str, Field(examples=["inst-student-1-abc@labs.example.com"])]
-    password: str
+    # No text of the document looks like a password.
+    password: Annotated[str, Field(examples=["<the password>"])]
     user_id: Annotated[str, Field(description="id of the user in CSP")]
     login_url: Annotated[str, Field(examples=["https://csp.infoblox.com"])]
 
