@@ -142,6 +142,62 @@ async def test_a_kill_at_a_step_leaves_one_user(stack: Stack, point: str) -> Non
     await wait_until(partial(is_clean, stack), within_sec=60)
 
 
+async def test_a_kill_before_the_record_leaves_one_user(stack: Stack) -> None:
+    """The provisioner has created the user and dies before the allocator hears of it."""
+    await stack.fill(1)
+    await stack.control("PATCH", "behaviour", {"user_password_latency_sec": 1})
+    sandbox_id = await allocate(stack, "ann")
+
+    async def has_user() -> bool:
+        return len(await users(stack)) == 1
+
+    await wait_until(has_user)
+    await _kill(stack, "allocator")
+
+    async def has_password() -> bool:
+        return bool((await users(stack))[0]["has_password"])
+
+    await wait_until(has_password)
+    await _kill(stack, "provisioner")
+    await stack.control("PATCH", "behaviour", {"user_password_latency_sec": 0})
+    await stack.start_service("allocator")
+    await stack.start_service("provisioner")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"), within_sec=60)
+    (user,) = await users(stack)
+    login = (await get_access(stack, sandbox_id, "ann")).json()
+    assert user["id"] == login["user_id"]
+    assert await can_sign_in(stack, login)
+
+
+@pytest.mark.parametrize("after_effect", [False, True])
+async def test_a_kill_during_the_removal_leaves_no_user(stack: Stack, after_effect: bool) -> None:
+    await stack.fill(1)
+    sandbox_id = await allocate(stack, "ann")
+    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"))
+    await stack.control("PATCH", "behaviour", {"user_delete_latency_sec": 1})
+    await stack.release(sandbox_id, "ann")
+    key = "calls" if after_effect else "running"
+
+    async def has_call() -> bool:
+        return bool((await stack.control("GET", "calls?method=DELETE&path_contains=users"))[key])
+
+    if after_effect:
+        await _kill(stack, "reaper")
+
+        async def is_running() -> bool:
+            return bool((await stack.control("GET", "calls?method=DELETE&path_contains=users"))["running"])
+
+        await wait_until(is_running)
+        await _kill(stack, "allocator")
+    await wait_until(has_call)
+    await _kill(stack, "provisioner")
+    await stack.control("PATCH", "behaviour", {"user_delete_latency_sec": 0})
+    for module in ("allocator", "reaper", "provisioner") if after_effect else ("provisioner",):
+        await stack.start_service(module)
+    await wait_until(partial(is_clean, stack), within_sec=90)
+    assert [call["path"].split("/")[2] for call in await stack.deletions()][-1] == "sandbox"
+
+
 async def test_random_kills_leave_one_user_for_each_login_and_none_after_the_end(stack: Stack) -> None:
     await stack.fill(24)
     await stack.control(

@@ -14,6 +14,7 @@ from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.rabbitmq import PrivateRabbitMQ
 from sandbox_broker.migrate import migrate
+from sandbox_broker.runtime.access_keys import AccessKeys
 from tests.integration.stack import Stack, run_stack
 
 TRACK = "track-9f2c61d0b7"
@@ -22,6 +23,9 @@ CSP = "csp-token-71b3e2f6aa"
 DATABASE_PASSWORD = "database/b0d9 4417"
 QUEUE_PASSWORD = "queue/e7716c0f"
 NIOSXAAS_PASSWORD = 'niosxaas"55d0c2'
+LOGIN_PASSWORD = 'login"9e01ab'
+ACCESS_KEY = "c2FuZGJveC1icm9rZXItdGVzdC1rZXktMDEyMzQ1Njc="
+STUDENT_PASSWORD = "Student-77c0!?"
 UNKNOWN_TOKEN = "unknown-token-c81f"
 JWT = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJzZWNyZXQifQ.c2VjcmV0"
 SECRETS = {
@@ -31,6 +35,10 @@ SECRETS = {
     *(form for text in (DATABASE_PASSWORD, QUEUE_PASSWORD) for form in (text, quote(text, safe=""))),
     'niosxaas"55d0c2',
     'niosxaas\\"55d0c2',
+    LOGIN_PASSWORD,
+    'login\\"9e01ab',
+    ACCESS_KEY,
+    STUDENT_PASSWORD,
     UNKNOWN_TOKEN,
     "eyJhbGciOiJub25lIn0",
     "c2VjcmV0",
@@ -94,7 +102,12 @@ async def test_no_log_line_contains_a_secret(servers: tuple[PrivatePostgres, Pri
             "NIOSXAAS_BASE_URL": csp,
             "NIOSXAAS_EMAIL": "user@example.com",
             "NIOSXAAS_PASSWORD": NIOSXAAS_PASSWORD,
+            "CSP_LOGIN_EMAIL": "administrator@example.com",
+            "CSP_LOGIN_PASSWORD": LOGIN_PASSWORD,
+            "ACCESS_KEYS": ACCESS_KEY,
+            "ACCESS_EMAIL_DOMAIN": "labs.example.com",
             "CIRCUIT_BREAKER_TIMEOUT_SEC": "0.1",
+            "STOCK_INTERVAL_SEC": "2",
             "DELETION_MAX_ATTEMPTS": "1000",
             "DELETION_BACKOFF_MAX_SEC": "0.5",
         }
@@ -152,6 +165,21 @@ async def _cause_failures(
         return all(any(event in line for line in lines) for event in events)
 
     await wait_until(are_csp_failures_logged)
+
+    # Responses of CSP to the sign-in for a login inside a sandbox.
+    await stack.database.execute(
+        "INSERT INTO sandboxes (sandbox_id, external_id, name, status) "
+        "VALUES ('8', 'af06cbf7-b07c-4c4f-bfa4-bd7dd0e2d4c8', 'l', 'allocated')"
+    )
+    await stack.database.execute(
+        "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ('8', 'lovelace', now() + interval '1 hour')"
+    )
+    await stack.database.execute(
+        "INSERT INTO accesses (sandbox_id, groups, password, password_key) VALUES ('8', '[\"user\"]', $1, 'key')",
+        AccessKeys(ACCESS_KEY).encrypt(STUDENT_PASSWORD),
+    )
+
+    await wait_for_log("csp.login_failed", 2)
 
     # Internal errors, logged with a traceback.
     await stack.database.execute(

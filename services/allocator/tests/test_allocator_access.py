@@ -9,7 +9,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from allocator.access_password import generate_password
-from allocator.handlers import deletions, lease_changes, leases, logins
+from allocator.handlers import deletions, lease_changes, leases, logins, purge
 from allocator.routing import MAINTENANCE
 from allocator.sql import logins as sql_logins
 from allocator.write_session import WriteSession
@@ -21,6 +21,7 @@ from sandbox_broker.contract.commands import (
     EndLease,
     ExpireLeases,
     HurryDeletions,
+    PurgeRecords,
     RecordAccess,
     RecordAccessFailure,
     RecordAccessRemoval,
@@ -344,6 +345,18 @@ async def test_the_deletion_waits_a_bounded_time_and_records_the_user(
     assert (row["state"], row["email"], row["user_id"]) == ("remains", f"ann@{DOMAIN}", "user-1")
     assert await claim(session) == []
     assert set((await pool.events(sandbox_id))[-2:]) == {"sandbox.deleted", "access.remains"}
+
+
+async def test_a_purged_sandbox_takes_its_login_along(
+    pool: Pool, session: WriteSession, students: WriteSession
+) -> None:
+    sandbox_id = await lease(pool, students)
+    await make_ready(session)
+    await release(students, release_command(sandbox_id, "ann"))
+    await pool.execute("UPDATE sandboxes SET status = 'deletion_failed'")
+    await purge.purge_records(session, PurgeRecords(status="deletion_failed", limit=10))
+    assert await pool.value("SELECT count(*) FROM accesses") == 0
+    assert (await send_claim(session)).next_in_sec is None
 
 
 async def test_a_broken_sandbox_stays_on_hold_after_the_removal(

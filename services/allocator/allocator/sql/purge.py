@@ -45,6 +45,9 @@ purged AS (
 ),
 purged_history AS (
     DELETE FROM history WHERE sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM purged))
+),
+purged_logins AS (
+    DELETE FROM accesses WHERE sandbox_id = ANY (ARRAY(SELECT sandbox_id FROM purged))
 )
 SELECT epoch, (SELECT count(*) FROM purged) AS count FROM guard
 """
@@ -57,6 +60,6 @@ async def delete_stale(session: WriteSession, *, stale_for: timedelta, limit: in
 
 
 async def purge_records(session: WriteSession, *, status: str, for_at_least: timedelta, limit: int) -> int:
-    """Remove sandboxes after `for_at_least` in `status`, with their history; return their number."""
+    """Remove sandboxes after `for_at_least` in `status`, with their history and logins; return their number."""
     count: int = (await session.fetch_one(PURGE_RECORDS, status, for_at_least, limit))["count"]
     return count

@@ -12,7 +12,9 @@ class AccessReady(BaseModel):
     email: Annotated[str, Field(examples=["inst-student-1-abc@labs.example.com"])]
     # No text of the document looks like a password.
     password: Annotated[str, Field(examples=["<the password>"])]
-    user_id: Annotated[str, Field(description="id of the user in CSP")]
+    user_id: Annotated[
+        str, Field(examples=["5b1e7c52-2f3b-4f7e-8d0b-1d2c3e4f5a6b"], description="id of the user in CSP")
+    ]
     login_url: Annotated[str, Field(examples=["https://csp.infoblox.com"])]
 
 
