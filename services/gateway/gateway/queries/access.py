@@ -15,6 +15,10 @@ class Login:
     """Current or last holder of the sandbox. None: it was never leased."""
     has_ended: bool
     """Whether the lease has ended."""
+    token: str | None
+    """Named token that the lease was made with."""
+    secret_hash: bytes | None
+    """Hash of the lease secret."""
     state: str | None
     """None: the lease has no login."""
     email: str | None
@@ -30,6 +34,8 @@ async def find_login(engine: AsyncEngine, sandbox_id: str) -> Login | None:
         select(
             leases.c.holder,
             leases.c.ended_at.is_not(None).label("has_ended"),
+            leases.c.token,
+            leases.c.secret_hash,
             accesses.c.state,
             accesses.c.email,
             accesses.c.password,

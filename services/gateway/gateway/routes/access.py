@@ -9,7 +9,7 @@ from gateway.api.schemas.access import AccessFailed, AccessPending, AccessReady,
 from gateway.context import Context
 from gateway.queries import access
 from gateway.routes import admin_actions, track
-from gateway.web.headers import Holder
+from gateway.web.headers import Holder, LeaseSecret
 from sandbox_broker.contract.commands import RotateAccessKeys
 from sandbox_broker.runtime.access_keys import UnknownKey
 
@@ -40,7 +40,7 @@ admin_router = APIRouter(prefix="/v1/admin/access", tags=["admin"])
         ),
     },
 )
-async def get_access(request: Request, sandbox_id: str, holder: Holder) -> Response:
+async def get_access(request: Request, sandbox_id: str, holder: Holder, _: LeaseSecret = None) -> Response:
     """Return the login inside the student's sandbox. A lease has one if its policy grants it (`access`), or if the
     allocation asked for it (`X-Sandbox-Access: user`). Repeat the request while it is `pending`. After the end of
     the lease the login does not exist any more."""
@@ -63,6 +63,7 @@ async def _find_access(
     login = await access.find_login(context.engine, sandbox_id) if "\0" not in sandbox_id else None
     if login is None:
         raise ApiError("SANDBOX_NOT_FOUND", parameters={"cause": "unknown_id"})
+    track.check_access(request, login.token, login.secret_hash)
     if login.holder != holder:
         raise ApiError("NOT_SANDBOX_OWNER", parameters={"sandbox_id": sandbox_id})
     if login.has_ended:
