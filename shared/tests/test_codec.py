@@ -145,6 +145,7 @@ COMMANDS: list[Command] = [
         dry_run=True,
     ),
     ClaimCreations(run_id=RUN, limit=2, claim_sec=600.5),
+    ClaimCreations(run_id=RUN, limit=2, claim_sec=600.5, received=(1, 2)),
     ClaimCreations(run_id=RUN, limit=2, claim_sec=600.5, dry_run=True),
     EndCreations(run_id=RUN),
     RecordCreation(creation_id=3, external_id="u-7"),

@@ -36,9 +36,17 @@ async def session(pool: Pool) -> WriteSession:
 
 
 async def send_claim(
-    session: WriteSession, *, run: uuid.UUID = RUN, limit: int = 100, claim_sec: float = 60, dry_run: bool = False
+    session: WriteSession,
+    *,
+    run: uuid.UUID = RUN,
+    limit: int = 100,
+    claim_sec: float = 60,
+    received: tuple[int, ...] | None = None,
+    dry_run: bool = False,
 ) -> CreationsClaimed:
-    command = ClaimCreations(run_id=run, limit=limit, claim_sec=claim_sec, dry_run=dry_run, request_id="tick")
+    command = ClaimCreations(
+        run_id=run, limit=limit, claim_sec=claim_sec, received=received, dry_run=dry_run, request_id="tick"
+    )
     reply = await claim_creations(session, command)
     assert isinstance(reply, CreationsClaimed)
     return reply
@@ -102,6 +110,22 @@ async def test_a_claim_grants_the_missing_intents_with_numbered_names(pool: Pool
     assert reply.creations == ()
     assert reply.next_in_sec is not None
     assert reply.next_in_sec > 0
+
+
+async def test_a_claim_whose_reply_was_lost_is_due_at_once(pool: Pool, session: WriteSession) -> None:
+    await pool.stock_rule("lab-", 2, 2)
+    assert names(await claim(session, limit=1, received=())) == ["lab-1"]
+    due = await claim(session, received=())
+    assert {creation.name: (creation.attempts, creation.claimed_before) for creation in due} == {
+        "lab-1": (0, True),
+        "lab-2": (0, False),
+    }
+    received = tuple(creation.creation_id for creation in due)
+    assert names(await claim(session, received=(received[0],))) == [due[1].name]
+    assert await claim(session, received=received) == []
+    assert await claim(session) == []  # a provisioner of an earlier version
+    await pool.execute("UPDATE creation_duty SET until = now()")
+    assert await claim(session, run=OTHER_RUN, received=()) == []
 
 
 async def test_available_sandboxes_fill_the_stock_and_leased_ones_count_for_max(

@@ -53,6 +53,8 @@ class Refill:
         self._wake_event = asyncio.Event()
         self._run_id = uuid.uuid4()
         self._running: set[asyncio.Task[None]] = set()
+        self._received: dict[int, float] = {}
+        """Time of the monotonic clock at which the claim of each received creation has ended at the latest."""
         self._dry_run_names: tuple[str, ...] = ()
         # A claim lasts for its request, the attempt in CSP, and the record.
         self._claim_sec = 3 * allocator.timeout_sec + creator.max_duration_sec + CLAIM_MARGIN_SEC
@@ -95,8 +97,11 @@ class Refill:
             if (wait_sec := self._throttle.seconds_until_free(time.monotonic())) > 0:
                 return wait_sec
             requested_at = time.monotonic()
+            self._received = {key: until for key, until in self._received.items() if until > requested_at}
             claimed = await self._allocator.request(
-                ClaimCreations(run_id=self._run_id, limit=1, claim_sec=self._claim_sec)
+                ClaimCreations(
+                    run_id=self._run_id, limit=1, claim_sec=self._claim_sec, received=tuple(self._received)
+                )
             )
             self._syncs.note_awaited(claimed)
             # Also here, because short creations may follow each other for minutes.
@@ -107,6 +112,7 @@ class Refill:
                 return await self._end(claimed)
             for creation in claimed.creations:
                 self._throttle.record_start(time.monotonic())
+                self._received[creation.creation_id] = time.monotonic() + self._claim_sec
                 self._start(group, creation, requested_at + self._allocator.timeout_sec)
         if self._circuit.state is State.OPEN and not self._running:
             pause_sec = self._circuit.seconds_until_half_open

@@ -81,6 +81,8 @@ class Allocator:
 
     due: dict[int, DueCreation] = field(default_factory=dict)
     due_at: dict[int, float] = field(default_factory=dict)
+    claims: dict[int, uuid.UUID] = field(default_factory=dict)
+    """Run of each claim without a result."""
     created: dict[str, str] = field(default_factory=dict)
     """External id of each created account, by name."""
     failed: dict[str, RecordCreationFailure] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class Allocator:
     def end_claims(self) -> None:
         """End all claims and the leader lease, as if their times were over."""
         self.due_at.clear()
+        self.claims.clear()
         self.leader = (None, 0)
 
     async def answer(self, command: Command) -> Reply:
@@ -127,6 +130,7 @@ class Allocator:
             case RecordCreationFailure():
                 creation = self.due.pop(command.creation_id)
                 self.due_at.pop(command.creation_id, None)
+                self.claims.pop(command.creation_id, None)
                 self.failed[creation.name] = command
                 if command.retry_in_sec is not None:
                     changes = {"attempts": creation.attempts + 1, "claimed_before": True}
@@ -146,9 +150,12 @@ class Allocator:
         if run_id != command.run_id and until > now:
             return CreationsClaimed(creations=(), on_duty=False, next_in_sec=until - now)
         self.leader = (command.run_id, now + command.claim_sec)
-        ready = [creation for key, creation in self.due.items() if self.due_at.get(key, 0) <= now]
+        lost = {key for key, run_id in self.claims.items() if run_id == command.run_id}
+        lost -= set(lost if command.received is None else command.received)
+        ready = [creation for key, creation in self.due.items() if self.due_at.get(key, 0) <= now or key in lost]
         claimed = tuple(ready[: command.limit])
         for creation in claimed:
+            self.claims[creation.creation_id] = command.run_id
             self.due_at[creation.creation_id] = now + command.claim_sec
             self.due[creation.creation_id] = creation.model_copy(update={"claimed_before": True})
         later = [self.due_at.get(key, now) - now for key in self.due if self.due_at.get(key, now) < float("inf")]

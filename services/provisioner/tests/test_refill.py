@@ -18,8 +18,9 @@ from sandbox_broker.contract.commands import (
     RecordCreationFailure,
     SyncPool,
 )
+from sandbox_broker.contract.replies import Reply
 
-from .provisioner_harness import Allocator, Csp, announce, provisioning, sample, simulated_csp
+from .provisioner_harness import REFUSED, Allocator, Csp, announce, provisioning, sample, simulated_csp
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +178,23 @@ async def test_without_an_allocator_the_refill_tries_again(csp: Csp, allocator: 
     async with provisioning(amqp_url, csp):
         await wait_until(lambda: allocator.created)
     assert len({command.run_id for command in allocator.all(ClaimCreations)[:4]}) == 1
+
+
+async def test_a_claim_without_a_reply_is_repeated(
+    csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim lasts for minutes, longer than this test."""
+    answer = allocator.answer
+
+    async def lose_first_reply(command: Command) -> Reply:
+        reply = await answer(command)
+        return REFUSED if allocator.all(ClaimCreations) == [command] else reply
+
+    monkeypatch.setattr(allocator, "answer", lose_first_reply)
+    allocator.add(2)
+    async with provisioning(amqp_url, csp):
+        await wait_until(lambda: len(allocator.created) == 2)
+    assert sorted(await csp.names()) == ["lab-1", "lab-2"]
 
 
 # Syncs

@@ -382,13 +382,15 @@ class ConfirmRestore(Command[Recorded]):
 class ClaimCreations(Command[CreationsClaimed]):
     """Grant the creation intents that the stock rules need, and claim at most `limit` due ones for `claim_sec`
     seconds. Renews the leader lease of the run for the same time. Other runs get no claim meanwhile. A claim
-    without a result ends after that time. `dry_run` grants and claims nothing, and returns the missing creations
-    with the id 0. → CreationsClaimed."""
+    without a result ends after that time. `received` has the ids of the claims that reached the run and may last.
+    Other claims of the run are due at once, because their reply was lost; None: they end by themselves. `dry_run`
+    grants and claims nothing, and returns the missing creations with the id 0. → CreationsClaimed."""
 
     type: Literal["ClaimCreations"] = "ClaimCreations"
     run_id: uuid.UUID
     limit: int = Field(ge=1, le=1000)
     claim_sec: float = Field(gt=0, le=MAX_SEC)
+    received: tuple[int, ...] | None = None
     dry_run: bool = False
 
 

@@ -38,7 +38,9 @@ async def claim_creations(session: WriteSession, command: ClaimCreations) -> Rep
     for name_prefix, number in granted.items():
         log.info("stock.creations_granted", name_prefix=name_prefix, number=number)
     return _to_reply(
-        await creations.claim_creations(session, run_id=command.run_id, claim=claim, limit=command.limit)
+        await creations.claim_creations(
+            session, run_id=command.run_id, claim=claim, limit=command.limit, received=command.received
+        )
     )
 
 

@@ -13,6 +13,7 @@ A name belongs to one intent for ever (`creations_one_per_name`), so rows are ne
 """
 
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypedDict
 
@@ -144,6 +145,10 @@ SELECT epoch, (SELECT name_prefix FROM rule) AS name_prefix, EXISTS (SELECT FROM
 FROM guard
 """
 
+# A claim that the run has not received is due: the reply was lost, so no attempt has begun. The requests of a run
+# follow each other, so `received` is complete.
+_IS_DUE = "(c.due_at <= now() OR c.claim = $2 AND c.creation_id <> ALL ($5::bigint[]))"
+
 # The emptiest prefix comes first. Its claimed intents count as filled, so several prefixes take turns.
 CLAIM_CREATIONS = f"""
 WITH {GUARD},
@@ -155,7 +160,7 @@ levels AS MATERIALIZED (
 due AS MATERIALIZED (
     SELECT c.creation_id, c.first_claimed_at IS NOT NULL AS claimed_before, l.filled, l.admin_user
     FROM duty CROSS JOIN levels l JOIN creations c ON c.name_prefix = l.name_prefix
-    WHERE c.in_flight AND c.state = 'pending' AND c.due_at <= now() AND duty.run_id = $2
+    WHERE c.in_flight AND c.state = 'pending' AND {_IS_DUE} AND duty.run_id = $2
     ORDER BY l.filled, c.due_at, c.creation_id LIMIT $4
     FOR UPDATE OF c SKIP LOCKED
 ),
@@ -424,10 +429,13 @@ async def add_prefixes(session: WriteSession) -> None:
 
 
 async def claim_creations(
-    session: WriteSession, *, run_id: uuid.UUID, claim: timedelta, limit: int
+    session: WriteSession, *, run_id: uuid.UUID, claim: timedelta, limit: int, received: Sequence[int] | None
 ) -> list[ClaimRow]:
-    """Take or extend the leader lease, and claim up to `limit` due intents, both for the duration `claim`."""
-    rows: list[ClaimRow] = await session.fetch(CLAIM_CREATIONS, run_id, claim, limit)
+    """Take or extend the leader lease, and claim up to `limit` due intents, both for the duration `claim`.
+
+    Claims of the run that are not in `received` are due, unless it is None.
+    """
+    rows: list[ClaimRow] = await session.fetch(CLAIM_CREATIONS, run_id, claim, limit, received)
     return rows
 
 
