@@ -256,6 +256,8 @@ class Students:
                 continue
             pause = operation.retry_after_sec + backoff * rng.uniform(0.5, 1)
             final = operation.status is not None and operation.status not in (408, 429) and operation.status < 500
+            if kind == "end_play":  # Instruqt repeats each refused event; a gateway with a wrong clock refuses it
+                final = operation.outcome == "ok"
             if final or time.time() + pause > budget_since + DEFAULT_BUDGET_SEC:
                 break
             await asyncio.sleep(pause)

@@ -35,7 +35,7 @@ STOCK_MIN = (0, 4)
 CREATION_FAULTS = {
     "create_latency_sec": 0.3,
     "create_latency_spread_sec": 1,
-    "create_error_rate": 0.1,
+    "create_error_rate": 0.2,
     "create_error_status": [500, 502, 503, 504, "cut"],
     "create_error_after_effect": True,
 }
