@@ -1,10 +1,12 @@
 """Classes that arrive at an empty pool: the students wait, the provisioner creates sandboxes, the line is served.
 
-All durations of the stock are 20 times shorter than in production.
+All durations of the stock are 20 times shorter than in production. LINE sets the number of students of the second
+test (200 for the full size).
 """
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +45,8 @@ MIN = 20
 MAX = STUDENTS + MIN
 """All students wait at once, so the stock reaches its `max`."""
 PREFIXES = ("lab-a-", "lab-b-")
-LINE, LEAVING, SANDBOXES = 200, 50, 50
+LINE = int(os.environ.get("LINE", "80"))
+LEAVING = SANDBOXES = LINE // 4
 
 
 @pytest.fixture(scope="module")
