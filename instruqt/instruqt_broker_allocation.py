@@ -21,8 +21,9 @@ Environment:
     BROKER_ACCESS_SEC        longest wait for the login inside the sandbox (600)
     BROKER_OUTPUT_DIR        directory of the files; unset: the working directory
 
-Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh. With --access also user_email.txt,
-user_password.txt, user_id.txt and user_credentials.sh, which only this user can read. On a host with Instruqt's agent, sets the
+Writes sandbox_id.txt, external_id.txt, sandbox_name.txt and sandbox_env.sh, and lease_secret.txt, which the broker
+requires for this lease from then on. With --access also user_email.txt, user_password.txt, user_id.txt and
+user_credentials.sh. Only this user can read the secret and the login. On a host with Instruqt's agent, sets the
 variables of sandbox_env.sh there, too. A repeated run returns the same sandbox. Exit code: 0 done, 1 refused or no
 response, 2 misconfigured.
 """
@@ -46,6 +47,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import selectors
 import shlex
 import shutil
@@ -107,7 +109,7 @@ MAX_PAUSE_SEC = 86400.0
 DEFAULT_LINE_PAUSE_SEC = 5.0
 MAX_LINE_PAUSE_SEC = 20.0  # a student loses the place in the waiting line after 60 s without a request
 MAX_BODY_BYTES = 1 << 20
-SANDBOX_FILE, HOLDER_FILE = "sandbox_id.txt", "holder_id.txt"
+SANDBOX_FILE, HOLDER_FILE, SECRET_FILE = "sandbox_id.txt", "holder_id.txt", "lease_secret.txt"
 NOT_OWNER = "NOT_SANDBOX_OWNER"
 
 
@@ -286,6 +288,20 @@ def read_kept_holder(directory):
     except (OSError, ValueError):
         return ""
     return holder if re.fullmatch("[ -~]*", holder) else ""
+
+
+def read_secret(directory):
+    # type: (str) -> str
+    """Return the secret of the lease, or "" without one. The broker changes a lease only for its secret."""
+    try:
+        secret = read_id(directory, SECRET_FILE)
+    except NotADirectoryError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise ScriptError(
+            2, "cannot read {}: {}. Run this as the user who allocated the sandbox.".format(SECRET_FILE, error)
+        )
+    return secret if re.fullmatch("[ -~]{16,128}", secret) else ""
 
 
 class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
@@ -574,7 +590,7 @@ def check_directory(directory):
     try:
         os.makedirs(directory, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
-        for name in (SANDBOX_FILE, ACCOUNT_FILE, NAME_FILE, SHELL_FILE):
+        for name in (SANDBOX_FILE, ACCOUNT_FILE, NAME_FILE, SHELL_FILE, SECRET_FILE):
             path = os.path.join(directory, name)
             obstacle = find_obstacle(path)
             if obstacle:
@@ -621,6 +637,28 @@ def write_files(directory, contents, mode=0o644):
         for temporary in staged:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def create_secret(directory):
+    # type: (str) -> str
+    """Return the secret for the lease, and keep it for the other commands and the cleanup, readable for this user
+    only. The file exists before the first request, so a repeated request has the same secret."""
+    secret = read_secret(directory)
+    if secret:
+        return secret
+    path = os.path.join(directory, SECRET_FILE)
+    descriptor, temporary = tempfile.mkstemp(dir=directory)  # mode 600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise_unwritable(directory, error.strerror)
+    return read_secret(directory)
 
 
 def read_earlier_sandbox_id(directory):
@@ -720,6 +758,9 @@ class Setup(object):
         self.wait = read_seconds("BROKER_WAIT_SEC", DEFAULT_WAIT_SEC, 0.0)
         self.access_sec = read_seconds("BROKER_ACCESS_SEC", DEFAULT_ACCESS_SEC, 0.0)
         self.directory = find_directory()
+        secret = read_secret(self.directory)
+        if secret:
+            self.headers["X-Lease-Secret"] = secret
 
 
 def allocate(setup, is_standby, has_access):
@@ -737,6 +778,7 @@ def allocate(setup, is_standby, has_access):
     if is_standby:
         headers[HOLDER] = find_standby_holder(setup.directory)
         headers["X-Lease-Mode"] = "standby"
+    headers["X-Lease-Secret"] = create_secret(setup.directory)
     print_line("requesting a sandbox from {}".format(setup.url))
     response = Request(setup.url + "/allocate", headers, None, is_lease).send(setup.budget, setup.wait)
     if not response.is_success:

@@ -70,6 +70,7 @@ LINE_PAUSE_CS=500
 MAX_LINE_PAUSE_CS=2000 # a student loses the place in the waiting line after 60 s without a request
 SANDBOX_FILE=sandbox_id.txt
 HOLDER_FILE=holder_id.txt
+SECRET_FILE=lease_secret.txt
 method=POST
 
 # Times are whole centiseconds (…_cs), because the arithmetic of a shell has no fractions. Functions return values in
@@ -241,6 +242,20 @@ read_kept_holder() {
     case $kept in *[!\ -~]*) kept= ;; esac
 }
 
+# Return the secret of the lease in $secret; "" without one. The broker changes a lease only for its secret.
+read_secret() {
+    secret=
+    path=$directory/$SECRET_FILE
+    [ -e "$path" ] || return 0
+    if ! secret=$(cat "$path" 2>/dev/null); then
+        fail 2 "cannot read $SECRET_FILE. Run this as the user who allocated the sandbox."
+    fi
+    trim "$secret"
+    secret=$trimmed
+    case $secret in *[!\ -~]*) secret= ;; esac
+    if [ "${#secret}" -lt 16 ] || [ "${#secret}" -gt 128 ]; then secret=; fi
+}
+
 # Return the student ids under which the sandbox of the files may be leased in $holder and $other_holder.
 find_holders() {
     read_kept_holder
@@ -320,6 +335,7 @@ post_once() { # TIMEOUT_CS
             printf 'url = %s\n' "$(quote_for_curl "$url")"
             printf 'header = %s\n' "$(quote_for_curl "Authorization: Bearer $token")"
             printf 'header = %s\n' "$(quote_for_curl "X-Instruqt-Sandbox-ID: $holder")"
+            [ -z "$secret" ] || printf 'header = %s\n' "$(quote_for_curl "X-Lease-Secret: $secret")"
             printf 'header = "Content-Type: application/json"\n'
             [ -z "$prefer" ] || printf 'header = %s\n' "$(quote_for_curl "Prefer: $prefer")"
             printf '%s\n' "$more_headers" | while IFS= read -r line; do
@@ -623,7 +639,7 @@ check_directory() {
     if ! { mkdir -p "$directory" && probe=$(mktemp "$directory/.broker.XXXXXX") && rm -f "$probe"; } 2>"$work/problem"; then
         fail 2 "cannot write $directory: $(cat "$work/problem"). Run this in a writable directory."
     fi
-    for name in "$SANDBOX_FILE" "$ACCOUNT_FILE" "$NAME_FILE" "$SHELL_FILE"; do
+    for name in "$SANDBOX_FILE" "$ACCOUNT_FILE" "$NAME_FILE" "$SHELL_FILE" "$SECRET_FILE"; do
         path=$directory/$name
         find_obstacle
         [ -z "$obstacle" ] || fail 2 "cannot replace $path: $obstacle. Remove it or use another directory."
@@ -734,6 +750,22 @@ find_standby_holder() {
     write_files "$HOLDER_FILE"
 }
 
+# Return the secret for the lease in $secret, and keep it for the other commands and the cleanup, readable for this
+# user only. The file exists before the first request, so a repeated request has the same secret.
+create_secret() {
+    read_secret
+    [ -z "$secret" ] || return 0
+    draw_id
+    secret=$new_id
+    draw_id
+    if ! (umask 077 && set -C && printf '%s' "$secret$new_id" >"$directory/.$SECRET_FILE.$$" \
+        && mv -f "$directory/.$SECRET_FILE.$$" "$directory/$SECRET_FILE") 2>"$work/problem"; then
+        rm -f "$directory/.$SECRET_FILE.$$"
+        fail 2 "cannot write $directory/$SECRET_FILE: $(cat "$work/problem"). Run this in a writable directory."
+    fi
+    read_secret
+}
+
 require_sandbox_id() {
     read_sandbox_id
     [ -n "$sandbox_id" ] || fail 2 "$SANDBOX_FILE is missing or empty in $directory. Allocate a sandbox first, in the \
@@ -754,6 +786,7 @@ allocate() {
         holder=$participant
         check_directory
     fi
+    create_secret
     url=$api_url/allocate
     required=$LEASE_FIELDS
     print_line "requesting a sandbox from $api_url"
@@ -961,6 +994,7 @@ access_sec=$seconds
 file_mode=644
 find_directory
 make_work_directory
+read_secret
 more_headers=
 content=
 other_holder=

@@ -65,7 +65,7 @@ MAX_PAUSE_SEC = 86400.0
 DEFAULT_LINE_PAUSE_SEC = 5.0
 MAX_LINE_PAUSE_SEC = 20.0  # a student loses the place in the waiting line after 60 s without a request
 MAX_BODY_BYTES = 1 << 20
-SANDBOX_FILE, HOLDER_FILE = "sandbox_id.txt", "holder_id.txt"
+SANDBOX_FILE, HOLDER_FILE, SECRET_FILE = "sandbox_id.txt", "holder_id.txt", "lease_secret.txt"
 NOT_OWNER = "NOT_SANDBOX_OWNER"
 
 
@@ -244,6 +244,20 @@ def read_kept_holder(directory):
     except (OSError, ValueError):
         return ""
     return holder if re.fullmatch("[ -~]*", holder) else ""
+
+
+def read_secret(directory):
+    # type: (str) -> str
+    """Return the secret of the lease, or "" without one. The broker changes a lease only for its secret."""
+    try:
+        secret = read_id(directory, SECRET_FILE)
+    except NotADirectoryError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise ScriptError(
+            2, "cannot read {}: {}. Run this as the user who allocated the sandbox.".format(SECRET_FILE, error)
+        )
+    return secret if re.fullmatch("[ -~]{16,128}", secret) else ""
 
 
 class AnyStatusProcessor(urllib.request.HTTPErrorProcessor):
@@ -521,6 +535,9 @@ def release():
         return
     headers, url, budget = build_headers(), read_api_url(), read_time_budget()
     holders = find_holders(find_directory())
+    secret = read_secret(find_directory())
+    if secret:
+        headers["X-Lease-Secret"] = secret
     print_line("releasing sandbox {} at {}".format(sandbox_id, url))
     request = Request(build_sandbox_url(url, sandbox_id, "mark-for-deletion"), headers, None, is_release)
     response = send_for_holders(request, holders, budget, 0.0)

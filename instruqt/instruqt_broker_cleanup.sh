@@ -39,6 +39,7 @@ LINE_PAUSE_CS=500
 MAX_LINE_PAUSE_CS=2000 # a student loses the place in the waiting line after 60 s without a request
 SANDBOX_FILE=sandbox_id.txt
 HOLDER_FILE=holder_id.txt
+SECRET_FILE=lease_secret.txt
 method=POST
 
 # Times are whole centiseconds (…_cs), because the arithmetic of a shell has no fractions. Functions return values in
@@ -210,6 +211,20 @@ read_kept_holder() {
     case $kept in *[!\ -~]*) kept= ;; esac
 }
 
+# Return the secret of the lease in $secret; "" without one. The broker changes a lease only for its secret.
+read_secret() {
+    secret=
+    path=$directory/$SECRET_FILE
+    [ -e "$path" ] || return 0
+    if ! secret=$(cat "$path" 2>/dev/null); then
+        fail 2 "cannot read $SECRET_FILE. Run this as the user who allocated the sandbox."
+    fi
+    trim "$secret"
+    secret=$trimmed
+    case $secret in *[!\ -~]*) secret= ;; esac
+    if [ "${#secret}" -lt 16 ] || [ "${#secret}" -gt 128 ]; then secret=; fi
+}
+
 # Return the student ids under which the sandbox of the files may be leased in $holder and $other_holder.
 find_holders() {
     read_kept_holder
@@ -289,6 +304,7 @@ post_once() { # TIMEOUT_CS
             printf 'url = %s\n' "$(quote_for_curl "$url")"
             printf 'header = %s\n' "$(quote_for_curl "Authorization: Bearer $token")"
             printf 'header = %s\n' "$(quote_for_curl "X-Instruqt-Sandbox-ID: $holder")"
+            [ -z "$secret" ] || printf 'header = %s\n' "$(quote_for_curl "X-Lease-Secret: $secret")"
             printf 'header = "Content-Type: application/json"\n'
             [ -z "$prefer" ] || printf 'header = %s\n' "$(quote_for_curl "Prefer: $prefer")"
             printf '%s\n' "$more_headers" | while IFS= read -r line; do
@@ -598,6 +614,7 @@ read_api_url
 read_time_budget
 find_holders
 make_work_directory
+read_secret
 wait_cs=0
 wait_sec=0
 more_headers=

@@ -163,6 +163,9 @@ class Run:
     err: str
 
 
+SECRET_FILE = "lease_secret.txt"
+
+
 @dataclass
 class Track:
     """Working directory and environment of a lab host. Runs the scripts like Instruqt's hooks."""
@@ -207,7 +210,12 @@ class Track:
         return self.run(*self.script(CLEANUP), **variables)
 
     def files(self) -> dict[str, str]:
-        return {path.name: path.read_text("utf-8") for path in self.directory.iterdir() if path.is_file()}
+        """Return the content of each file by its name, without the secret of the lease."""
+        return {
+            path.name: path.read_text("utf-8")
+            for path in self.directory.iterdir()
+            if path.is_file() and path.name != SECRET_FILE
+        }
 
 
 @pytest.fixture(params=["python", "shell"])

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import LEASE, SCRIPTS, CannedServer, Reply, Track, build_json_reply, build_lease_reply, build_refusal
+from .conftest import (
+    LEASE,
+    SCRIPTS,
+    SECRET_FILE,
+    CannedServer,
+    Reply,
+    Track,
+    build_json_reply,
+    build_lease_reply,
+    build_refusal,
+)
 
 ALLOCATION_SCRIPT = SCRIPTS / "instruqt_broker_allocation.py"
 AS_ANOTHER_USER = "os.geteuid = lambda: 12345"
@@ -18,7 +28,9 @@ FILES = {
 }
 
 
-def test_a_new_lease_is_written_to_exactly_four_files(track: Track, broker: CannedServer) -> None:
+def test_a_new_lease_is_written_to_exactly_four_files_besides_the_secret(
+    track: Track, broker: CannedServer
+) -> None:
     run = track.allocate()
     assert (run.code, run.err) == (0, "")
     assert "allocated sandbox sandbox-1" in run.out
@@ -91,7 +103,8 @@ def test_an_unusual_earlier_file_is_replaced(track: Track, broker: CannedServer,
 
 def test_other_users_can_read_the_files(track: Track, broker: CannedServer) -> None:
     track.allocate()
-    assert {stat.S_IMODE(path.stat().st_mode) for path in track.directory.iterdir()} == {0o644}
+    paths = [path for path in track.directory.iterdir() if path.name != SECRET_FILE]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o644}
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,13 @@ async def test_the_printed_command_leases_a_sandbox_and_ctrl_c_stops_all_process
         code, output = await run(["bash", "-c", command], cwd=tmp_path)
         assert code == 0, output
         created = {path.name for path in tmp_path.iterdir()}
-        assert created == {"sandbox_id.txt", "external_id.txt", "sandbox_name.txt", "sandbox_env.sh"}
+        assert created == {
+            "sandbox_id.txt",
+            "external_id.txt",
+            "sandbox_name.txt",
+            "sandbox_env.sh",
+            "lease_secret.txt",
+        }
         async with httpx.AsyncClient(trust_env=False) as client:
             stats = await client.get(
                 f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats", headers=admin_headers(lines)
