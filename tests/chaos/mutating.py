@@ -28,6 +28,7 @@ from allocator.sql import (
     leases,
     listings,
     logins,
+    personal_data,
     policies,
     purge,
     tokens,
@@ -78,9 +79,11 @@ def no_epoch_guard() -> None:
         deletions,
         jobs,
         listings,
+        personal_data,
         purge,
         tokens,
         audit,
+        personal_data,
     )
     for module in modules:
         for name, text in list(vars(module).items()):

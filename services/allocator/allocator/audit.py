@@ -26,6 +26,7 @@ from sandbox_broker.contract.replies import (
     Refused,
     Reply,
     SandboxReleased,
+    StudentForgotten,
     TokenLeasesEnded,
 )
 
@@ -42,6 +43,7 @@ ACTIONS = {
     "EndLease": "lease.release",
     "EndTokenLeases": "lease.release",
     "ExtendLease": "lease.extend",
+    "ForgetStudent": "student.forget",
     "IssueToken": "token.create",
     "PurgeRecords": "sandboxes.bulk_delete",
     "ReplaceSandbox": "lease.replace",
@@ -70,7 +72,11 @@ async def run_audited(
 
 def build_entries(command: Command, reply: Reply) -> list[Entry]:
     """Return the entries of the command: one, or one per ended lease."""
-    objects = list(reply.sandbox_ids) if isinstance(reply, TokenLeasesEnded) else [find_object(command)]
+    objects: list[str | None] = [find_object(command)]
+    if isinstance(reply, TokenLeasesEnded):
+        objects = list(reply.sandbox_ids)
+    elif isinstance(reply, StudentForgotten):
+        objects = [reply.pseudonym]
     return [build_entry(command, name, _find_outcome(reply)) for name in objects]
 
 

@@ -32,8 +32,10 @@ from sandbox_broker.contract.commands import (
     EndTokenLeases,
     ExpireLeases,
     ExtendLease,
+    ForgetStudent,
     HurryDeletions,
     IssueToken,
+    PurgeAudit,
     PurgeRecords,
     RecordAccess,
     RecordAccessFailure,
@@ -99,6 +101,7 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
     )
     await pool.execute("UPDATE creation_duty SET run_id = $1", RUN)
     await pool.token("lab", LAB_TOKEN)
+    await pool.execute("INSERT INTO audit (actor, action, outcome) VALUES ('a', 'b', 'done')")
     await pool.execute("UPDATE leases SET token = 'lab' WHERE holder = 'ann'")
     listing_id = await begin(session)
     await stage(session, listing_id, [account(900), account(int(leased), "renamed")])
@@ -161,6 +164,8 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         SuspendToken(request_id="request", name="lab"),
         EndTokenLeases(request_id="request", name="lab", note="leaked", limit=10),
         RecordTokenUses(uses={LAB_TOKEN: 1_728_060_000}),
+        ForgetStudent(request_id="request", student="gone"),
+        PurgeAudit(for_sec=0, limit=10),
         DropDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("bob"))),
     ]
     return {type(command).__name__: command for command in result}

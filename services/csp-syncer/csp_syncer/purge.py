@@ -3,7 +3,7 @@
 import structlog
 
 from csp_syncer.settings import Settings
-from sandbox_broker.contract.commands import DeleteStale, PurgeRecords
+from sandbox_broker.contract.commands import DeleteStale, PurgeAudit, PurgeRecords
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.outcome import CommandNotDone
 
@@ -21,6 +21,7 @@ async def purge(settings: Settings, allocator: MaintenanceClient) -> None:
         for command in (
             DeleteStale(stale_for_sec=STALE_HOURS * 3600, limit=BATCH_SIZE),
             PurgeRecords(status="deleted", for_sec=retention_sec, limit=BATCH_SIZE),
+            PurgeAudit(for_sec=settings.audit_retention_days * 24 * 3600, limit=BATCH_SIZE),
         ):
             while (await allocator.request(command)).count == BATCH_SIZE:
                 pass

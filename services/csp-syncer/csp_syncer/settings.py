@@ -11,6 +11,7 @@ class Settings(CspSettings):
     sync_name_allow: str = ""
     """Comma-separated name prefixes. Empty: all names."""
     record_retention_days: float = Field(default=30, gt=0, le=3650)
+    audit_retention_days: float = Field(default=400, gt=0, le=3650)
 
     @property
     def name_prefixes(self) -> tuple[str, ...]:

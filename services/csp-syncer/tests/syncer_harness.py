@@ -24,6 +24,7 @@ from sandbox_broker.contract.commands import (
     BeginListing,
     Command,
     DeleteStale,
+    PurgeAudit,
     PurgeRecords,
     RecordJob,
     RefreshSandboxes,
@@ -86,7 +87,7 @@ class Allocator:
     staged: dict[int, list[str]] = field(default_factory=dict)
     received: list[Command] = field(default_factory=list)
     jobs: list[RecordJob] = field(default_factory=list)
-    purges: list[DeleteStale | PurgeRecords] = field(default_factory=list)
+    purges: list[DeleteStale | PurgeAudit | PurgeRecords] = field(default_factory=list)
     to_purge: int = 0
     to_refresh: list[str] = field(default_factory=list)
     refusal: Callable[[Command], Refused | None] = lambda _: None
@@ -96,7 +97,7 @@ class Allocator:
         return [command for command in self.received if isinstance(command, kind)]
 
     async def answer(self, command: Command) -> Reply:
-        if isinstance(command, DeleteStale | PurgeRecords):
+        if isinstance(command, DeleteStale | PurgeAudit | PurgeRecords):
             self.purges.append(command)
             count = min(command.limit, self.to_purge)
             self.to_purge -= count

@@ -18,6 +18,7 @@ from sandbox_broker.contract.commands import (
     BeginListing,
     Command,
     DeleteStale,
+    PurgeAudit,
     PurgeRecords,
     RefreshSandboxes,
     ReleaseSandbox,
@@ -439,12 +440,13 @@ async def test_a_job_gets_the_parameters_of_a_refusal(
 async def test_the_purge_runs_until_its_work_is_done(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     allocator.to_purge = 1100
     async with syncing(amqp_url, csp, record_retention_days=2):
-        await wait_until(lambda: len(allocator.purges) >= 4)
+        await wait_until(lambda: len(allocator.purges) >= 5)
     (tick,) = {command.request_id for command in allocator.purges}
     assert str(tick).startswith("tick-")
     assert allocator.purges == [
         *[DeleteStale(request_id=tick, stale_for_sec=24 * 3600, limit=500)] * 3,
         PurgeRecords(request_id=tick, status="deleted", for_sec=2 * 24 * 3600, limit=500),
+        PurgeAudit(request_id=tick, for_sec=400 * 24 * 3600, limit=500),
     ]
 
 

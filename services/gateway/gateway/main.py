@@ -29,6 +29,7 @@ from gateway.routes import (
     admin_policies,
     admin_read,
     admin_stock,
+    admin_students,
     admin_sync,
     admin_tokens,
     instruqt,
@@ -145,6 +146,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_policies.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_audit.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_students.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_tokens.router, dependencies=[Depends(auth.require_admin_token)])
     # Add them as routes of FastAPI, because the OpenAPI document and the metrics contain no other routes.
     for route in health.routes({"queue": queue, "database": database}):

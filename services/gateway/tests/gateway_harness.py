@@ -28,6 +28,7 @@ from sandbox_broker.contract.commands import (
     EndLease,
     EndTokenLeases,
     ExtendLease,
+    ForgetStudent,
     IssueToken,
     PurgeRecords,
     RecordJob,
@@ -52,6 +53,7 @@ from sandbox_broker.contract.replies import (
     Refused,
     Reply,
     SandboxReleased,
+    StudentForgotten,
     TokenLeasesEnded,
 )
 
@@ -101,6 +103,8 @@ async def say_yes(command: Command) -> Reply:
         )
     if isinstance(command, ApplyPolicies):
         return PoliciesApplied(changes=(PolicyChange(name="a", change="changed", fields=("lease_hours",)),))
+    if isinstance(command, ForgetStudent):
+        return StudentForgotten(pseudonym="forgotten-1", leases=2)
     if isinstance(command, EndTokenLeases):
         return TokenLeasesEnded(sandbox_ids=())
     if isinstance(command, RecordJob | DropDeadLetter | IssueToken | RevokeToken | SuspendToken | RecordTokenUses):

@@ -35,6 +35,7 @@ from sandbox_broker.contract.replies import (
     Recorded,
     SandboxesRefreshed,
     SandboxReleased,
+    StudentForgotten,
     StudentWaiting,
     TokenLeasesEnded,
 )
@@ -536,6 +537,22 @@ class RecordTokenUses(Command[Recorded]):
     uses: dict[KeyId, int] = Field(min_length=1, max_length=10_000)
 
 
+class ForgetStudent(Command[StudentForgotten]):
+    """Replace a student id by a random pseudonym, for an administrator. → StudentForgotten or Refused."""
+
+    type: Literal["ForgetStudent"] = "ForgetStudent"
+    request_id: str
+    student: PrintableAscii
+
+
+class PurgeAudit(Command[Purged]):
+    """Remove at most `limit` entries of the audit that are older than `for_sec` seconds. → Purged."""
+
+    type: Literal["PurgeAudit"] = "PurgeAudit"
+    for_sec: float = Field(ge=0, le=MAX_SEC)
+    limit: int = Field(ge=1, le=1000)
+
+
 class SyncPool(Command[PoolSynced]):
     """Run a sync now, or join the running sync. → PoolSynced or Refused."""
 
@@ -596,6 +613,8 @@ AnyCommand = Annotated[
     | RecordAccessFailure
     | RecordAccessRemoval
     | RotateAccessKeys
+    | ForgetStudent
+    | PurgeAudit
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

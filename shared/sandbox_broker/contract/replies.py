@@ -34,6 +34,7 @@ RefusalCode = Literal[
     "QUOTA_EXCEEDED",
     "SANDBOX_NOT_FOUND",
     "STOCK_RULE_NOT_FOUND",
+    "STUDENT_HAS_LEASE",
     "SYNC_HELD",
     "TOKEN_EXISTS",
     "TOKEN_NOT_FOUND",
@@ -298,6 +299,13 @@ class PoliciesApplied(Message):
     """Empty if the policies had been applied before."""
 
 
+class StudentForgotten(Message):
+    type: Literal["StudentForgotten"] = "StudentForgotten"
+    pseudonym: str
+    leases: int
+    """Number of past leases that have the pseudonym now."""
+
+
 class TokenLeasesEnded(Message):
     type: Literal["TokenLeasesEnded"] = "TokenLeasesEnded"
     sandbox_ids: tuple[str, ...]
@@ -346,6 +354,7 @@ Reply = Annotated[
     | CreationsClaimed
     | DeadLetterReplayed
     | TokenLeasesEnded
+    | StudentForgotten
     | PoliciesApplied
     | Recorded
     | ListingBegun

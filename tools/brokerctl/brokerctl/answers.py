@@ -279,6 +279,11 @@ class TokenResumed(TypedDict):
     changed: bool
 
 
+class StudentForgotten(TypedDict):
+    pseudonym: str
+    leases: Count
+
+
 class AuditEntry(TypedDict):
     audit_id: Count
     at: Timestamp

@@ -21,6 +21,7 @@ from brokerctl.answers import (
     SandboxSummary,
     StateCounts,
     Stats,
+    StudentForgotten,
     SyncState,
     TransitionResult,
     WaitingStudent,
@@ -167,6 +168,22 @@ def show_leases_of_student(
         output.console.print(output.printable_text(f"{student} never had a sandbox."))
         return
     print_result(as_json, entries, lambda: output.render_allocations(entries))
+
+
+@app.command("forget")
+def forget_student(
+    context: typer.Context,
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Student id: INSTRUQT_PARTICIPANT_ID.")],
+    *,
+    reason: Annotated[str | None, typer.Option(help="Reason; the broker keeps it in the audit.")] = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace a student id everywhere by a pseudonym. Refused while the student has a lease."""
+    confirm_action(yes, f"Replace the id {student} by a pseudonym for ever?")
+    result = create_client(context).request("POST", "forget", StudentForgotten, {"student": student}, reason=reason)
+    line = f"{result['leases']} past leases have the pseudonym {result['pseudonym']} now."
+    print_result(as_json, result, lambda: output.printable_text(line))
 
 
 @app.command("waiting")

@@ -223,6 +223,11 @@ ERRORS: Mapping[str, ErrorSpec] = {
             "other_student": "This idempotency key belongs to a lease of another student. Send a new key, or none.",
         },
     ),
+    "STUDENT_HAS_LEASE": ErrorSpec(
+        409,
+        "The student has an active lease or waits for one, so the id is still needed",
+        "Release the sandbox first, or wait for the end of the lease.",
+    ),
     "TOKEN_EXISTS": ErrorSpec(
         409,
         "There is a named token with this name",

@@ -21,6 +21,7 @@ _EXCEPTIONS: Mapping[tuple[str, str], Role] = {
     ("DELETE", "/v1/admin/tokens/{name}"): "admin",
     ("POST", "/v1/admin/tokens/{name}/suspend"): "admin",
     ("POST", "/v1/admin/tokens/{name}/resume"): "admin",
+    ("POST", "/v1/admin/forget"): "admin",
     ("PUT", "/v1/admin/policies"): "admin",
 }
 
