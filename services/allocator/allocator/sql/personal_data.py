@@ -7,7 +7,8 @@ from allocator.write_session import GUARD, WriteSession
 
 # Parameters: epoch, student id, pseudonym. blocked: a student with a lease or a place needs the id. A lease that is
 # granted concurrently keeps the id; the administrator forgets it after its end. The fields holder and first_holder
-# hold whole ids. Reasons are free text, so the id is replaced inside of them.
+# hold whole ids. The email of a login contains the id; it is needed until CSP has removed the user. Reasons are
+# free text, so the id is replaced inside of them.
 FORGET = f"""
 WITH {GUARD},
 blocked AS MATERIALIZED (
@@ -33,6 +34,9 @@ forgotten AS (
 history_of_sandboxes AS (
     UPDATE history h SET data = {{data}}
     FROM held WHERE h.sandbox_id = held.sandbox_id
+),
+logins AS (
+    UPDATE accesses a SET email = NULL FROM held WHERE a.sandbox_id = held.sandbox_id AND a.state = 'removed'
 ),
 unpublished AS (
     UPDATE outbox o SET data = {{data}}
