@@ -357,3 +357,32 @@ def test_the_time_for_a_wrong_token_does_not_depend_on_its_beginning() -> None:
     # Twice the time is far beyond noise of medians, and a chance of failure by a busy machine is small, because all
     # kinds share its pauses.
     assert max(medians.values()) < 2 * min(medians.values()), medians
+
+
+async def test_a_lease_is_read_only_with_its_token_and_its_secret(
+    gateway: Gateway, database: asyncpg.Connection
+) -> None:
+    secret = "the secret of student-1"
+    await database.execute(
+        "INSERT INTO sandboxes (sandbox_id, external_id, name, status) VALUES ('7', 'u-7', 'lab-7', 'allocated')"
+    )
+    await database.execute(
+        "INSERT INTO leases (sandbox_id, holder, expires_at, token, secret_hash) "
+        "VALUES ('7', 'student-1', now(), 'a', $1)",
+        hashlib.sha256(secret.encode()).digest(),
+    )
+    own = await insert_token(database, "a", tracks=["a"])
+    other = await insert_token(database, "b", tracks=["b"])
+
+    async def read(headers: dict[str, str], **more: str) -> str:
+        sent = {**STUDENT, **headers, **{name.replace("_", "-"): value for name, value in more.items()}}
+        response = await gateway.client.get("/v1/sandboxes/7", headers=sent)
+        if response.status_code == 403:
+            assert "lab-7" not in response.text
+        return "200" if response.status_code == 200 else str(detail(response)["code"])
+
+    assert await read(own, X_Lease_Secret=secret) == "200"
+    assert await read(own) == "NOT_SANDBOX_OWNER"
+    assert await read(own, X_Lease_Secret=secret[:-1] + "2") == "NOT_SANDBOX_OWNER"
+    assert await read(other, X_Lease_Secret=secret) == "FORBIDDEN_SCOPE"
+    assert await read(TRACK, X_Lease_Secret=secret) == "200"
