@@ -1,0 +1,65 @@
+"""Named tokens, lease secrets and the audit on the running broker."""
+
+from typing import Any
+
+import httpx
+
+from devstack.conditions import wait_until
+from tests.integration.stack import ADMIN, Stack
+
+SECRET = "the secret of the script"
+
+
+async def issue(stack: Stack, **grant: Any) -> dict[str, str]:
+    """Issue a named token; return its header."""
+    response = await stack.client.post(f"{stack.url}/v1/admin/tokens", headers=ADMIN, json=grant)
+    assert response.status_code == 201, response.text
+    return {"Authorization": f"Bearer {response.json()['token']}"}
+
+
+async def allocate(stack: Stack, token: dict[str, str], student: str, track: str, **more: str) -> httpx.Response:
+    headers = {**token, "X-Instruqt-Sandbox-ID": student, "X-Instruqt-Track-ID": track, **more}
+    return await stack.client.post(f"{stack.url}/v1/allocate", headers=headers)
+
+
+async def test_a_leaked_token_is_contained_and_the_audit_says_who_and_why(stack: Stack) -> None:
+    lab = await issue(stack, name="lab-a", role="track", tracks=["a"], max_active=2)
+    shift = await issue(stack, name="night-shift", role="operator")
+    headers = {"X-Lease-Secret": SECRET}
+    leased = await allocate(stack, lab, "student-1", "a", **headers)
+    assert leased.status_code == 201, leased.text
+    sandbox_id = leased.json()["sandbox_id"]
+    refused = await allocate(stack, lab, "student-2", "b")
+    assert (refused.status_code, refused.json()["detail"]["code"]) == (403, "FORBIDDEN_SCOPE")
+    stolen = await allocate(stack, lab, "student-1", "a")
+    assert (stolen.status_code, stolen.json()["detail"]["code"]) == (403, "NOT_SANDBOX_OWNER")
+    assert (await allocate(stack, lab, "student-2", "a")).status_code == 201
+    full = await allocate(stack, lab, "student-3", "a")
+    assert (full.status_code, full.json()["detail"]["code"]) == (409, "QUOTA_EXCEEDED")
+
+    released = await stack.client.post(
+        f"{stack.url}/v1/admin/sandboxes/{sandbox_id}/release", headers=shift, params={"reason": "class over"}
+    )
+    assert released.status_code == 200, released.text
+    audit = (await stack.admin("GET", "audit", object=sandbox_id)).json()["entries"]
+    assert [(entry["actor"], entry["action"], entry["reason"], entry["outcome"]) for entry in audit] == [
+        ("night-shift", "lease.release", "class over", "done")
+    ]
+
+    contained = await stack.admin("POST", "tokens/lab-a/suspend", release="true", reason="leaked")
+    assert contained.status_code == 200, contained.text
+    assert (len(contained.json()["released"]), contained.json()["leases"]) == (1, [])
+    assert (await allocate(stack, lab, "student-4", "a")).status_code == 401
+    assert (await stack.admin("DELETE", "tokens/lab-a")).status_code == 204
+
+    forgotten = await stack.client.post(
+        f"{stack.url}/v1/admin/forget", headers=ADMIN, json={"student": "student-1"}
+    )
+    assert forgotten.status_code == 200, forgotten.text
+    assert (await stack.admin("GET", "allocations", holder="student-1")).json()["count"] == 0
+
+    async def is_use_recorded() -> bool:
+        listed = (await stack.admin("GET", "tokens")).json()["tokens"]
+        return [entry["last_used_at"] is not None for entry in listed] == [True]
+
+    await wait_until(is_use_recorded)
