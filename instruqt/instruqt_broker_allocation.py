@@ -839,7 +839,7 @@ def fetch_login(setup):
     """Wait for the login inside the sandbox, and write its files. Raises ScriptError if the broker cannot create
     it, or the time is over."""
     sandbox_id, holders = read_sandbox_id(setup.directory), find_holders(setup.directory)
-    request = Request(build_sandbox_url(setup.url, sandbox_id, "access"), build_headers(), None, is_login)
+    request = Request(build_sandbox_url(setup.url, sandbox_id, "access"), setup.headers, None, is_login)
     request.content = None
     print_line("waiting for the login inside sandbox {}; a new sandbox needs some minutes".format(sandbox_id))
     began = told = time.monotonic()

@@ -27,7 +27,9 @@ def test_the_login_is_written_to_files_of_the_user_only(track: Track, broker: Ca
     allocation, request = broker.calls
     assert allocation.headers["X-Sandbox-Access"] == "user"
     assert (request.method, request.path, request.body) == ("GET", "/v1/sandboxes/2012224/access", b"")
-    assert request.headers["X-Instruqt-Sandbox-ID"] == allocation.headers["X-Instruqt-Sandbox-ID"]
+    for header in ("X-Instruqt-Sandbox-ID", "X-Lease-Secret"):
+        assert request.headers[header] == allocation.headers[header]
+        assert request.headers[header]
     files = track.files()
     assert {name: files[name] for name in FILES[:3]} == {
         "user_email.txt": "student-1@labs.example.com",
