@@ -18,13 +18,11 @@ import structlog
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway.api.errors import ApiError
 from gateway.queries import tokens
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import RecordTokenUses
 from sandbox_broker.contract.tokens import Role
-from sandbox_broker.messaging.connection import Disconnected
-from sandbox_broker.messaging.outcome import CommandRefused, NoReply, ServiceUnavailable
+from sandbox_broker.messaging.outcome import CommandNotDone
 from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.runtime.settings import split_tokens
 
@@ -156,8 +154,8 @@ class NamedTokens:
     async def _try_to_refresh(self) -> None:
         try:
             await self.refresh()
-        except ApiError as error:
-            log.warning("tokens.not_refreshed", error=str(error))
+        except Exception as error:  # noqa: BLE001 (the gateway serves students meanwhile, and tries again soon)
+            log.warning("tokens.not_refreshed", error=str(error) or type(error).__name__)
 
     async def watch(self) -> None:
         while True:
@@ -176,7 +174,7 @@ class NamedTokens:
                 await self._rpc_client.request(
                     topology.ALLOCATOR_MAINTENANCE, RecordTokenUses(uses=uses), timeout_sec=RECORD_TIMEOUT_SEC
                 )
-            except (CommandRefused, Disconnected, NoReply, ServiceUnavailable) as error:
+            except CommandNotDone as error:
                 log.info("tokens.uses_not_recorded", error=str(error))
                 continue
             self._recorded.update(uses)
