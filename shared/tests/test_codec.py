@@ -431,9 +431,10 @@ def test_encode_event_writes_the_same_json_as_the_model() -> None:
     moment = datetime(2025, 3, 27, 16, 53, 47, 605459, tzinfo=UTC)
     for subject in ('7"\\', None):
         event_id, data = "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11", '{"name": "läb", "n": null}'
-        body = encode_event(event_id, "sandbox.deleted", subject, moment, data)
+        body = encode_event(event_id, "sandbox.deleted", subject, moment, data, sequence=17)
         event = Event.model_validate_json(body)
-        assert (event.subject, event.time, event.data) == (subject, moment, {"name": "läb", "n": None})
+        assert (event.subject, event.time, event.sequence) == (subject, moment, "17")
+        assert event.data == {"name": "läb", "n": None}
         assert json.loads(body) == json.loads(event.model_dump_json(exclude_none=True)) | {
             "time": "2025-03-27T16:53:47.605459+00:00"
         }

@@ -65,6 +65,13 @@ async def test_watch_without_a_terminal_prints_a_line_per_poll(stack: Stack) -> 
 async def test_pool_counts_and_lists_sandboxes(stack: Stack) -> None:
     lease = (await stack.allocate("ada", X_Instruqt_Track_ID="dns-101")).json()
     assert (await run_brokerctl(stack, "pool", "--json")).json["available"] == 49
+    history = (await run_brokerctl(stack, "pool", "--hours", "1", "--json")).json
+    assert history["step_sec"] == 30
+    assert "waiting" in (await run_brokerctl(stack, "pool", "--hours", "1")).out
+    held = (
+        await run_brokerctl(stack, "leases", "--track", "dns-101", "--at", "2100-01-01T00:00:00", "--json")
+    ).json
+    assert [entry["holder"] for entry in held] == ["ada"]
     by_track = (await run_brokerctl(stack, "pool", "--by", "track_name", "--json")).json
     assert [(group["value"], group["allocated"]) for group in by_track["groups"]] == [("dns-101", 1)]
     assert "dns-101" in (await run_brokerctl(stack, "pool", "--by", "track_name")).out

@@ -565,14 +565,16 @@ async def test_a_user_cannot_change_the_topology(servers_with_roles: Servers, us
 
 
 @pytest.mark.parametrize("user", RECEIVES_REPLIES)
-async def test_a_user_can_bind_its_queue_to_replies_only(servers_with_roles: Servers, user: str) -> None:
+async def test_a_user_can_bind_its_queue_to_its_exchanges_only(servers_with_roles: Servers, user: str) -> None:
+    allowed = {topology.REPLIES, topology.EVENTS} if user == "gateway" else {topology.REPLIES}
     connection = await aio_pika.connect(servers_with_roles.amqp_url(user))
     async with connection:
         channel = await open_channel(connection, confirms=False)
         own = (await channel.queue_declare(exclusive=True)).queue or ""
-        await channel.queue_bind(own, topology.REPLIES.name, own)
+        for exchange in allowed:
+            await channel.queue_bind(own, exchange.name, own)
         for exchange in topology.EXCHANGES:
-            if exchange != topology.REPLIES:
+            if exchange not in allowed:
                 channel = await open_channel(connection, confirms=False)
                 with pytest.raises(ChannelAccessRefused):
                     await channel.queue_bind(own, exchange.name, "#")

@@ -7,6 +7,7 @@ from starlette.applications import Starlette
 from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.background.invariant_check import check_invariants
 from allocator.background.outbox_relay import OutboxRelay
+from allocator.background.pool_history import PoolHistory
 from allocator.background.pool_metrics import PoolMetrics
 from allocator.background.presence import Presence
 from allocator.background.stock_metrics import StockMetrics
@@ -29,6 +30,7 @@ def create_app(settings: Settings) -> Starlette:
     relay = OutboxRelay(primary, publisher, NewestLease(settings.amqp_url))
     collector = DeadLetterCollector(settings.amqp_url, engine)
     pool_metrics, stock_metrics = PoolMetrics(engine), StockMetrics(engine)
+    pool_history = PoolHistory(engine)
     waiting_line_watch = WaitingLineWatch(publisher, engine)
     presence = Presence(settings.amqp_url, engine)
     students, maintenance = (
@@ -63,6 +65,7 @@ def create_app(settings: Settings) -> Starlette:
             primary.watch,
             update_pool_metrics,
             stock_metrics.run,
+            pool_history.run,
             check_invariants_periodically,
             collector.run,
             relay.run,

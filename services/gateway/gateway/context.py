@@ -5,6 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Scope
 
 from gateway.allocator_client import AllocatorClient
+from gateway.event_feed import EventFeed
 from gateway.queries.status import StatusReporter
 from gateway.settings import Settings
 from gateway.web.auth import Auth
@@ -31,5 +32,6 @@ class Context:
     publisher: Publisher
     rpc_client: RpcClient
     allocator: AllocatorClient
+    event_feed: EventFeed
     status_reporter: StatusReporter
     access_keys: AccessKeys | None

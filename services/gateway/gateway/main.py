@@ -19,6 +19,7 @@ from gateway.allocator_client import AllocatorClient
 from gateway.api import docs, errors
 from gateway.api.errors import ApiError
 from gateway.context import Context
+from gateway.event_feed import EventFeed
 from gateway.queries.queue_metrics import QueueMetrics
 from gateway.queries.status import StatusReporter
 from gateway.routes import (
@@ -26,6 +27,7 @@ from gateway.routes import (
     admin_actions,
     admin_audit,
     admin_dead_letters,
+    admin_events,
     admin_policies,
     admin_read,
     admin_stock,
@@ -74,6 +76,12 @@ def create_app(settings: Settings) -> FastAPI:
         return await connections.check_connection(engine)
 
     tokens = NamedTokens(engine, rpc_client, settings.token_pepper)
+    event_feed = EventFeed(
+        settings.amqp_url,
+        max_streams=settings.max_event_streams,
+        is_stopping=lambda: getattr(app.state, "stopping", False),
+    )
+    metrics.EVENT_STREAMS.set_function(lambda: event_feed.count)
     tasks = service.lifespan(
         publisher.run,
         rpc_client.run,
@@ -83,6 +91,8 @@ def create_app(settings: Settings) -> FastAPI:
         primary.watch,
         tokens.watch,
         tokens.record_uses,
+        event_feed.run,
+        event_feed.end_at_stop,
     )
 
     @asynccontextmanager
@@ -130,6 +140,7 @@ def create_app(settings: Settings) -> FastAPI:
         publisher,
         rpc_client,
         allocator,
+        event_feed,
         status_reporter,
         parse_access_keys(settings.access_keys),
     )
@@ -143,6 +154,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin_actions.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_sync.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_dead_letters.router, dependencies=[Depends(auth.require_admin_token)])
+    app.include_router(admin_events.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_stock.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_policies.router, dependencies=[Depends(auth.require_admin_token)])
     app.include_router(admin_audit.router, dependencies=[Depends(auth.require_admin_token)])

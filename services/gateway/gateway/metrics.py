@@ -63,3 +63,11 @@ QUEUE_AGE = Gauge(
     ["queue"],
 )
 QUEUE_CONSUMERS = Gauge("broker_queue_consumers", "Consumers, including standby consumers", ["queue"])
+EVENT_STREAMS = Gauge("broker_event_streams", "Open streams of GET /v1/admin/events")
+EVENT_STREAMS_DROPPED = Counter(
+    "broker_event_streams_dropped_total",
+    "Streams that the gateway refused because of too_many others, or ended because the client was slow",
+    ["reason"],
+)
+for _reason in ("slow", "too_many"):
+    EVENT_STREAMS_DROPPED.labels(_reason)

@@ -88,6 +88,7 @@ class Settings(DatabaseSettings):
     client_timeout_sec: float = Field(default=30, gt=0, le=300)
     max_connections_per_address: int = Field(default=1000, ge=1, le=1_000_000)
     drain_sec: float = Field(default=5, ge=0, le=20)
+    max_event_streams: int = Field(default=100, ge=0, le=10_000)
     admin_wait_sec: float = Field(default=25, gt=0, le=300)
     access_keys: AccessKeyList = SecretStr("")
     """Keys that decrypt the passwords of logins inside sandboxes. Empty: no logins."""

@@ -246,6 +246,8 @@ async def test_sandbox_row_includes_its_lease(gateway: Gateway, database: asyncp
         {"holder": "student-1", "since": 1_005},
         {"track_name": "dns", "until": 1_015},
         {"since": 5_000},
+        {"held_at": 1_010},
+        {"track_name": "dns", "held_at": 1_012},
     ],
     ids=lambda filters: "+".join(filters) or "none",
 )
@@ -261,11 +263,13 @@ async def test_pages_contain_each_matching_lease_once_newest_first(
     expected = await database.fetch(
         "SELECT lease_id FROM leases WHERE ($1::text IS NULL OR holder = $1) "
         "AND ($2::text IS NULL OR track_name = $2) AND allocated_at >= to_timestamp($3) "
-        "AND allocated_at < to_timestamp($4) ORDER BY allocated_at DESC, lease_id DESC",
+        "AND allocated_at < to_timestamp($4) AND ($5::float IS NULL OR allocated_at <= to_timestamp($5) "
+        "AND (ended_at IS NULL OR ended_at > to_timestamp($5))) ORDER BY allocated_at DESC, lease_id DESC",
         filters.get("holder"),
         filters.get("track_name"),
         filters.get("since", 0),
         filters.get("until", 10_000),
+        filters.get("held_at"),
     )
     assert [row["lease_id"] for row in rows] == [row["lease_id"] for row in expected]
 

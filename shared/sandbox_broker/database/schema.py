@@ -363,6 +363,8 @@ history = Table(
     Column("type", Text, nullable=False),
     Column("occurred_at", _Time, nullable=False),
     Column("data", JSONB, nullable=False),
+    Column("event_id", Uuid, comment="null for events of earlier versions"),
+    Index("history_by_order", "outbox_id"),
     comment="the published events of each sandbox whose record is kept",
 )
 
@@ -388,6 +390,19 @@ pool_counts = Table(
     CheckConstraint("kind IN ('pool', 'name_prefix', 'track_name')", name="pool_counts_kind"),
     Index("pool_counts_zero", "kind", postgresql_where=text("number = 0")),
     comment="how many sandboxes there are; exact together with pool_changes",
+)
+
+pool_samples = Table(
+    "pool_samples",
+    metadata,
+    Column("sampled_at", _Time, primary_key=True, comment="begin of its half minute"),
+    Column("available", BigInteger, nullable=False),
+    Column("allocated", BigInteger, nullable=False),
+    Column("pending_deletion", BigInteger, nullable=False),
+    Column("deletion_failed", BigInteger, nullable=False),
+    Column("stale", BigInteger, nullable=False),
+    Column("waiting", BigInteger, nullable=False, comment="students in the waiting line"),
+    comment="the pool over time, two samples a minute for a week",
 )
 
 cleanup_duty = Table(

@@ -191,6 +191,21 @@ class Lease(TypedDict):
     expires_at: Timestamp
 
 
+class PoolSample(TypedDict):
+    at: Timestamp
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    waiting: Count
+
+
+class PoolHistory(TypedDict):
+    samples: list[PoolSample]
+    step_sec: Count
+
+
 class WaitingStudent(TypedDict):
     holder: str
     name_prefix: str | None

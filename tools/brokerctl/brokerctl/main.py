@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from brokerctl.answers import (
     Allocation,
     Extension,
     Lease,
+    PoolHistory,
     Sandbox,
     SandboxSummary,
     StateCounts,
@@ -133,10 +135,17 @@ def show_pool(
     mode: Annotated[
         Literal["standby", "active"] | None, typer.Option(help="List the leased sandboxes in this mode.")
     ] = None,
+    hours: Annotated[
+        int | None, typer.Option(min=1, max=168, help="Show the counts over this time until now.")
+    ] = None,
     limit: LimitOption = 50,
 ) -> None:
-    """Count the sandboxes by state, or list them by a filter."""
+    """Count the sandboxes by state, now or over time, or list them by a filter."""
     client = create_client(context)
+    if hours is not None:
+        history = client.get("stats/history", PoolHistory, hours=hours)
+        print_result(as_json, history, lambda: output.render_pool_history(history))
+        return
     if status or prefix or track or mode:
         filters = {"status": status, "name_prefix": prefix, "track_name": track, "mode": mode}
         entries = list(client.iterate_entries("sandboxes", "sandboxes", SandboxSummary, limit, **filters))
@@ -184,6 +193,24 @@ def forget_student(
     result = create_client(context).request("POST", "forget", StudentForgotten, {"student": student}, reason=reason)
     line = f"{result['leases']} past leases have the pseudonym {result['pseudonym']} now."
     print_result(as_json, result, lambda: output.printable_text(line))
+@app.command("leases")
+def show_leases(
+    context: typer.Context,
+    *,
+    as_json: JsonOption = False,
+    track: Annotated[str | None, typer.Option(help="Leases of this track.")] = None,
+    at: Annotated[
+        datetime | None, typer.Option(help="Leases that were active at this local time, like 2026-03-27T14:00:00.")
+    ] = None,
+    limit: LimitOption = 50,
+) -> None:
+    """List the leases of all students, newest first."""
+    held_at = None if at is None else int(at.timestamp())
+    filters = {"track_name": track, "held_at": held_at}
+    entries = list(
+        create_client(context).iterate_entries("allocations", "allocations", Allocation, limit, **filters)
+    )
+    print_result(as_json, entries, lambda: output.render_allocations(entries))
 
 
 @app.command("waiting")

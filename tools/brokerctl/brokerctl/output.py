@@ -232,6 +232,12 @@ def _format_claim(lease: Mapping[str, Any]) -> str | None:
     return "not claimed" if lease.get("mode") == "standby" else None
 
 
+def render_pool_history(history: Mapping[str, Any]) -> RenderableType:
+    columns = ("available", "allocated", "pending_deletion", "deletion_failed", "stale", "waiting")
+    rows = [(format_time(sample["at"]), *(sample[name] for name in columns)) for sample in history["samples"]]
+    return build_table(("time", *columns), rows, numbers=columns)
+
+
 def render_waiting_line(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows = [
         (

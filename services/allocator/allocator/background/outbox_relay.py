@@ -43,10 +43,11 @@ FROM outbox ORDER BY outbox_id LIMIT $1
 """
 MOVE_TO_HISTORY = """
 WITH published AS (
-    DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[]) RETURNING subject, outbox_id, type, occurred_at, data
+    DELETE FROM outbox WHERE outbox_id = ANY($1::bigint[])
+    RETURNING subject, outbox_id, type, occurred_at, data, event_id
 )
-INSERT INTO history (sandbox_id, outbox_id, type, occurred_at, data)
-SELECT subject, outbox_id, type, occurred_at, data FROM published WHERE subject IS NOT NULL
+INSERT INTO history (sandbox_id, outbox_id, type, occurred_at, data, event_id)
+SELECT subject, outbox_id, type, occurred_at, data, event_id FROM published WHERE subject IS NOT NULL
 """
 # One statement deletes the logged changes and adds them, so each change counts once.
 UPDATE_COUNTERS = """
@@ -155,7 +156,14 @@ def _messages(rows: Sequence[asyncpg.Record]) -> list[OutboundMessage]:
     return [
         OutboundMessage(
             row["type"],
-            encode_event(row["event_id"], row["type"], row["subject"], row["occurred_at"], row["data"]),
+            encode_event(
+                row["event_id"],
+                row["type"],
+                row["subject"],
+                row["occurred_at"],
+                row["data"],
+                sequence=row["outbox_id"],
+            ),
             row["event_id"],
             EVENT_CONTENT_TYPE,
             hidden_routing_key=topology.NEWEST_LEASE.name if index == newest else None,

@@ -426,6 +426,19 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "No key in `ACCESS_KEYS` of the gateway decrypts the password of the login",
         f"{RETRY_LATER} The operator adds the missing key to `ACCESS_KEYS`.",
         retry_after=30,
+    "EVENTS_UNAVAILABLE": ErrorSpec(
+        503,
+        "RabbitMQ does not send events to this gateway",
+        RETRY_LATER,
+        retry_after=5,
+        messages={"": "RabbitMQ does not send events to this gateway. Try again in a few seconds."},
+    ),
+    "TOO_MANY_STREAMS": ErrorSpec(
+        503,
+        "The gateway has `MAX_EVENT_STREAMS` open event streams",
+        "Close streams that are not needed, or use another gateway.",
+        retry_after=30,
+        messages={"": "This gateway has no free event stream. Close some, or try again later."},
     ),
     "DATABASE_UNAVAILABLE": ErrorSpec(503, "The database does not respond", RETRY_LATER, retry_after=2),
     "NOT_READY": ErrorSpec(

@@ -1,7 +1,7 @@
 """Pages of allocations: the leases, newest first."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import BigInteger, ColumnElement, Text, func, literal_column
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -47,6 +47,8 @@ class AllocationFilter:
     """Unix seconds, inclusive."""
     until: int | None = None
     """Unix seconds, exclusive."""
+    held_at: int | None = None
+    """Unix seconds: leases that had begun and had not ended."""
 
 
 async def allocations_page(
@@ -63,6 +65,11 @@ async def allocations_page(
     if wanted.since is not None:
         scan_conditions.append(leases.c.allocated_at >= _datetime(wanted.since))
     until = None if wanted.until is None else _datetime(wanted.until)
+    if wanted.held_at is not None:
+        held_at = _datetime(wanted.held_at)
+        begun_before = held_at + timedelta(seconds=1)
+        until = begun_before if until is None else min(until, begun_before)
+        other_conditions.append(leases.c.ended_at.is_(None) | (leases.c.ended_at > held_at))
     scan = IndexScan(leases, NEWEST_LEASE, scan_conditions, until, descending=True)
     rows, next_cursor = await fetch_page(
         engine, scan, _COLUMNS, leases, other_conditions, limit=limit, cursor=cursor, wanted=wanted

@@ -6,13 +6,14 @@ from fastapi import APIRouter, Query, Request
 
 from gateway.api.errors import ApiError
 from gateway.api.responses import responses
-from gateway.api.schemas.pool import Allocations, GroupedStats, Leaks, SandboxPage, SandboxStory, Stats
+from gateway.api.schemas.pool import Allocations, GroupedStats, Leaks, PoolHistory, SandboxPage, SandboxStory, Stats
 from gateway.api.schemas.status import Status
 from gateway.api.schemas.waiting import WaitingPage
 from gateway.context import Context
 from gateway.queries import cursors, leaks, sandboxes
 from gateway.queries.allocation_pages import AllocationFilter, allocations_page
 from gateway.queries.grouped_stats import GroupedBy, grouped_stats
+from gateway.queries.pool_history import pool_history
 from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
 from gateway.queries.waiting_pages import waiting_page
 from gateway.routes.admin_actions import COMMON_ERRORS
@@ -49,6 +50,15 @@ async def get_stats(
     if by is None:
         return await sandboxes.pool_stats(context.engine)
     return await grouped_stats(context.engine, by, limit=limit, cursor=cursor)
+
+
+@router.get("/stats/history", responses=responses(*COMMON_ERRORS, "DATABASE_UNAVAILABLE"))
+async def get_stats_history(
+    request: Request, hours: Annotated[int, Query(ge=1, le=168, description="length of the period")] = 24
+) -> PoolHistory:
+    """Return the number of sandboxes in each status over time. The broker keeps a week."""
+    context: Context = request.app.state.context
+    return await pool_history(context.engine, hours)
 
 
 @router.get("/sandboxes", responses=responses(*LISTING_ERRORS))
@@ -90,13 +100,14 @@ async def get_allocations(
     holder: Text = None,
     since: Time = None,
     until: Time = None,
+    held_at: Time = None,
     limit: Limit = 50,
     cursor: Cursor = "",
 ) -> Allocations:
     """List leases, newest first, with their student, sandbox, duration and end. `since` (inclusive) and `until`
-    (exclusive) limit the time of allocation."""
+    (exclusive) limit the time of allocation. `held_at` selects the leases that were active at this time."""
     context: Context = request.app.state.context
-    wanted = AllocationFilter(track_name or None, holder or None, since, until)
+    wanted = AllocationFilter(track_name or None, holder or None, since, until, held_at)
     return await allocations_page(context.engine, wanted, limit=limit, cursor=cursor)
 
 

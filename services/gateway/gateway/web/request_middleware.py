@@ -162,7 +162,8 @@ class RequestMiddleware:
         path, state = scope["path"], scope["state"]
         endpoint = self._endpoint or self._route_path(method, scope)
         known_method = method if method in METHODS else "other"
-        metrics.request_latency(known_method, endpoint, status).observe(seconds)
+        if "is_stream" not in state:  # the duration of a stream is the choice of its client
+            metrics.request_latency(known_method, endpoint, status).observe(seconds)
         state["outcome"] = (known_method, endpoint, status)
         if path.startswith("/v1"):
             log.info(

@@ -54,6 +54,21 @@ class GroupedStats(Stats):
     cursor: Cursor
 
 
+class PoolSample(BaseModel):
+    at: UnixSeconds
+    available: Count
+    allocated: Count
+    pending_deletion: Count
+    deletion_failed: Count
+    stale: Count
+    waiting: Count = Field(description="students in the waiting line")
+
+
+class PoolHistory(BaseModel):
+    samples: list[PoolSample] = Field(description="oldest first, at most 300. A stopped allocator leaves a gap")
+    step_sec: Annotated[int, Field(examples=[300], description="time between two samples")]
+
+
 class SandboxSummary(BaseModel):
     sandbox_id: SandboxId
     name: Name
