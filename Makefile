@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Additional arguments of the command behind a target: make test ARGS="-k lease -x"
 ARGS :=
 
-SERVICES := gateway allocator reaper csp-syncer provisioner
+SERVICES := gateway allocator reaper csp-syncer provisioner console
 OURS := sandbox-broker $(SERVICES:%=sandbox-broker-%) csp-simulator devstack k8s-check brokerctl
 COMPILE := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command "make lock"

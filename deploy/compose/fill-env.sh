@@ -27,7 +27,9 @@ while IFS= read -r line || [ -n "$line" ]; do
     CSP_API_TOKEN=)
         [ "$real_csp" -gt 0 ] || line=$line$(random)
         ;;
-    *_TOKEN= | *_PASSWORD=)
+    # The tokens of OpenID Connect are optional, and an operator issues them.
+    CONSOLE_*_TOKEN=) ;;
+    *_TOKEN= | *_PASSWORD= | CONSOLE_SECRET=)
         line=$line$(random)
         ;;
     esac

@@ -98,6 +98,9 @@ secret migration <<EOF
 DATABASE_URL=$owner_url
 AMQP_URL=$(amqp_url migration)
 EOF
+secret console <<EOF
+CONSOLE_SECRET=$(random)
+EOF
 for service in reaper csp-syncer provisioner; do
     secret $service <<EOF
 AMQP_URL=$(amqp_url $service)

@@ -24,7 +24,7 @@ from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_T
 FILE = ROOT / "docker-compose.yml"
 SERVICES: Mapping[str, Any] = yaml.safe_load(FILE.read_text())["services"]
 BUILT = {name: service["build"]["args"] for name, service in SERVICES.items() if "build" in service}
-OURS = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner")
+OURS = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner", "console")
 SERVERS = ("postgres", "rabbitmq", "csp-simulator")
 BASE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
 PORTS = ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")

@@ -27,12 +27,14 @@ ROOT = Path(__file__).parents[2]
 TRACK_TOKEN = "test-track-token"
 ADMIN_TOKEN = "test-admin-token"
 CSP_TOKEN = "test-csp-token"
+CONSOLE_SECRET = "test-console-secret"
 PORTS = {
     "gateway": "GATEWAY_PORT",
     "allocator": "ALLOCATOR_PORT",
     "reaper": "REAPER_PORT",
     "csp_syncer": "CSP_SYNCER_PORT",
     "provisioner": "PROVISIONER_PORT",
+    "console": "CONSOLE_PORT",
 }
 
 
@@ -232,6 +234,7 @@ async def run_stack(
         "RATE_LIMIT": "",  # all students come from one address
         "DRAIN_SEC": "0",
         "CSP_BASE_URL": f"{simulator}/v2",
+        "CONSOLE_SECRET": CONSOLE_SECRET,
         "CSP_API_TOKEN": CSP_TOKEN,
         "CLEANUP_BATCH_DELAY_SEC": "0",
         "CLEANUP_INTERVAL_SEC": "5",
@@ -240,6 +243,8 @@ async def run_stack(
         **{variable: str(free_port()) for variable in PORTS.values()},
         **(settings or {}),
     }
+    environment.setdefault("BROKER_API_URL", f"http://127.0.0.1:{environment['GATEWAY_PORT']}")
+    environment.setdefault("CONSOLE_URL", f"http://127.0.0.1:{environment['CONSOLE_PORT']}")
     limits = httpx.Limits(max_connections=400, max_keepalive_connections=400)
     async with (
         httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client,

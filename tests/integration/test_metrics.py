@@ -15,6 +15,7 @@ SERVICES = {
     "reaper": "reaper",
     "csp-syncer": "csp_syncer",
     "provisioner": "provisioner",
+    "console": "console",
 }
 
 

@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 
 import allocator.settings
+import console.settings
 import csp_syncer.settings
 import gateway.settings
 import provisioner.settings
 import reaper.settings
 from devstack.ports import free_port
 from devstack.processes import run
-from sandbox_broker.runtime.settings import ServiceSettings, load
+from sandbox_broker.runtime.settings import ProcessSettings, load
 from tests.integration.stack import PORTS, ROOT
 
-SETTINGS: dict[str, type[ServiceSettings]] = {
+SETTINGS: dict[str, type[ProcessSettings]] = {
     "gateway": gateway.settings.Settings,
     "allocator": allocator.settings.Settings,
     "reaper": reaper.settings.Settings,
     "csp_syncer": csp_syncer.settings.Settings,
     "provisioner": provisioner.settings.Settings,
+    "console": console.settings.Settings,
 }
 DATABASE = ["gateway", "allocator"]
 CSP = ["reaper", "csp_syncer", "provisioner"]
@@ -32,6 +34,7 @@ VALID = {
     "BROKER_API_TOKEN": "one-track-token",
     "BROKER_ADMIN_TOKEN": "one-admin-token",
     "CSP_API_TOKEN": "one-csp-token",
+    "CONSOLE_SECRET": "one-console-secret",
     "CSP_BASE_URL": "http://127.0.0.1:1/v2",
 }
 
@@ -53,6 +56,9 @@ def replace_setting(environment: dict[str, str], variable: str, value: str | Non
         (["gateway"], "BROKER_API_TOKEN", "short"),
         (["gateway"], "BROKER_API_TOKEN", "dev-track-token"),
         (["gateway"], "BROKER_ADMIN_TOKEN", "one-track-token"),
+        (["console"], "CONSOLE_SECRET", None),
+        (["console"], "CONSOLE_SECRET", "short"),
+        (["console"], "OIDC_ROLES", "instructors=owner"),
         (CSP, "CSP_API_TOKEN", None),
         (CSP, "CSP_API_TOKEN", "dev-csp-token"),
         (CSP, "CSP_BASE_URL", "http://csp.example/v2"),

@@ -5,7 +5,7 @@ set -eu
 
 venv=.venv
 stamp=$venv/.installed
-ours="shared services/gateway services/allocator services/reaper services/csp-syncer services/provisioner tools/csp-simulator tools/devstack tools/k8s-check tools/brokerctl"
+ours="shared services/gateway services/allocator services/reaper services/csp-syncer services/provisioner services/console tools/csp-simulator tools/devstack tools/k8s-check tools/brokerctl"
 
 inputs() {
     for package in $ours; do echo "$package/pyproject.toml"; done

@@ -25,7 +25,7 @@ async def test_a_half_minute_has_one_sample_with_all_counts(pool: Pool) -> None:
     assert 2 <= len(rows) <= 3  # four runs may fall into two half minutes
     assert dict(rows[-1]) | {"sampled_at": None} == {
         "sampled_at": None,
-        "available": 2,
+        "available": 3,
         "allocated": 1,
         "pending_deletion": 0,
         "deletion_failed": 0,

@@ -37,6 +37,9 @@ STATUSES = {
     ("get", "/v1/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
     ("post", EVENTS): {200, 400, 401, 404, 413, 429, 500, 503, 504},
     ("get", "/v1/admin/stats"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/stats/history"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/events"): {200, 400, 401, 403, 413, 429, 500, 503},
+    ("get", "/v1/admin/whoami"): {200, 400, 401, 403, 413, 429, 500},
     ("get", "/v1/admin/sandboxes"): {200, 400, 401, 403, 413, 429, 500, 503},
     ("get", "/v1/admin/sandboxes/{sandbox_id}"): {200, 400, 401, 403, 404, 413, 429, 500, 503},
     ("get", "/v1/admin/allocations"): {200, 400, 401, 403, 413, 429, 500, 503},
@@ -173,6 +176,8 @@ async def test_the_document_lists_the_headers(document: Any) -> None:
             assert sent == TRACK_HEADERS
         elif path == EVENTS:
             assert sent == WEBHOOK_HEADERS
+        elif path == "/v1/admin/events":
+            assert sent == {"last-event-id"}
         else:
             assert sent == set()
         for status, response in operation["responses"].items():
@@ -198,6 +203,9 @@ async def test_the_document_describes_valid_header_values(document: Any) -> None
                     continue
                 if parameter["name"] == "X-Sandbox-Access":
                     assert schema["enum"] == ["user"]
+                    continue
+                if parameter["name"] == "last-event-id":  # not an id of a student
+                    assert schema["pattern"] == "^[0-9]*$"
                     continue
                 assert (schema["type"], schema["maxLength"]) == ("string", MAX_ID_LENGTH)
                 validator = OAS31Validator(schema)

@@ -363,7 +363,7 @@ history = Table(
     Column("type", Text, nullable=False),
     Column("occurred_at", _Time, nullable=False),
     Column("data", JSONB, nullable=False),
-    Column("event_id", Uuid, comment="null for events of earlier versions"),
+    Column("event_id", Uuid),
     Index("history_by_order", "outbox_id"),
     comment="the published events of each sandbox whose record is kept",
 )
@@ -395,14 +395,13 @@ pool_counts = Table(
 pool_samples = Table(
     "pool_samples",
     metadata,
-    Column("sampled_at", _Time, primary_key=True, comment="begin of its half minute"),
+    Column("sampled_at", _Time, primary_key=True),
     Column("available", BigInteger, nullable=False),
     Column("allocated", BigInteger, nullable=False),
     Column("pending_deletion", BigInteger, nullable=False),
     Column("deletion_failed", BigInteger, nullable=False),
     Column("stale", BigInteger, nullable=False),
-    Column("waiting", BigInteger, nullable=False, comment="students in the waiting line"),
-    comment="the pool over time, two samples a minute for a week",
+    Column("waiting", BigInteger, nullable=False),
 )
 
 cleanup_duty = Table(

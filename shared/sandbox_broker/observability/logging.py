@@ -16,14 +16,14 @@ from sandbox_broker.observability import log_context, metrics
 from sandbox_broker.observability.log_blocks import LogBlocks
 from sandbox_broker.observability.log_rate_limit import LogRateLimit
 from sandbox_broker.observability.redaction import Redaction, secrets_of
-from sandbox_broker.runtime.settings import ServiceSettings
+from sandbox_broker.runtime.settings import ProcessSettings
 
 log = structlog.get_logger()
 
 _blocks = LogBlocks()
 
 
-def configure(settings: ServiceSettings, service: str) -> None:
+def configure(settings: ProcessSettings, service: str) -> None:
     """Configure structlog and the loggers of libraries to write to standard output in one format. Call once, in
     main."""
     shared: list[structlog.typing.Processor] = [

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal
 
-from sandbox_broker.runtime.settings import ServiceSettings
+from sandbox_broker.runtime.settings import ProcessSettings
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -30,7 +30,7 @@ _ratio = 0.0
 _current: ContextVar["Span | None"] = ContextVar("span", default=None)
 
 
-def configure(settings: ServiceSettings, service: str) -> None:
+def configure(settings: ProcessSettings, service: str) -> None:
     """Enable tracing if an OTLP endpoint is set. Call once, in main."""
     global _tracer, _ratio  # noqa: PLW0603 (one per process, like the loggers)
     if settings.otel_exporter_otlp_endpoint is not None:

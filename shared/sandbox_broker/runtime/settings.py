@@ -183,16 +183,21 @@ class EnvironmentSettings(BaseSettings):
         }
 
 
-class ServiceSettings(EnvironmentSettings):
-    """Settings of every service."""
+class ProcessSettings(EnvironmentSettings):
+    """Settings of every process with an HTTP port and a log."""
 
-    amqp_url: AmqpUrl = Field(repr=False)
     bind_host: Annotated[str, AfterValidator(_addresses)] = ""
     """Listening addresses of the service. Empty for all addresses, IPv4 and IPv6."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_to_upper)] = "INFO"
     log_format: Annotated[Literal["json", "console"], BeforeValidator(_to_lower)] = "json"
     otel_exporter_otlp_endpoint: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None
     otel_traces_sampler_arg: float = Field(default=0.01, ge=0, le=1)
+
+
+class ServiceSettings(ProcessSettings):
+    """Settings of a service that uses RabbitMQ."""
+
+    amqp_url: AmqpUrl = Field(repr=False)
 
 
 class DatabaseSettings(ServiceSettings):

@@ -4,9 +4,9 @@ from typing import TypeVar
 
 from sandbox_broker.observability import logging, tracing
 from sandbox_broker.runtime import preflight
-from sandbox_broker.runtime.settings import DatabaseSettings, ServiceSettings, load
+from sandbox_broker.runtime.settings import DatabaseSettings, ProcessSettings, ServiceSettings, load
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=ProcessSettings)
 
 
 def prepare(settings_class: type[S], service: str) -> S:
@@ -18,6 +18,7 @@ def prepare(settings_class: type[S], service: str) -> S:
     settings = load(settings_class)
     logging.configure(settings, service)
     tracing.configure(settings, service)
-    database_url = settings.database_url if isinstance(settings, DatabaseSettings) else None
-    preflight.check(amqp_url=settings.amqp_url, database_url=database_url)
+    if isinstance(settings, ServiceSettings):
+        database_url = settings.database_url if isinstance(settings, DatabaseSettings) else None
+        preflight.check(amqp_url=settings.amqp_url, database_url=database_url)
     return settings

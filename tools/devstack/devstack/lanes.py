@@ -17,7 +17,17 @@ _PROGRAMS = {
     *("haproxy", "nginx", "prometheus", "promtool", "chromium", "chromium-browser", "google-chrome", "wrk"),
     *("apt-get", "make"),
 }
-_MODULES = {"gateway", "allocator", "reaper", "csp_syncer", "provisioner", "devstack", "devstack.demo", "bench"}
+_MODULES = {
+    "gateway",
+    "allocator",
+    "reaper",
+    "csp_syncer",
+    "provisioner",
+    "console",
+    "devstack",
+    "devstack.demo",
+    "bench",
+}
 _fast_test: str | None = None
 """Id of the running test, if it belongs to the fast lane."""
 

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from devstack.settings import ROOT
 
-SERVICES = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner")
+SERVICES = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner", "console")
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", re.MULTILINE)
 
 

@@ -26,6 +26,7 @@ SERVICES = {
     "reaper": ("reaper", "REAPER_PORT"),
     "csp-syncer": ("csp_syncer", "CSP_SYNCER_PORT"),
     "provisioner": ("provisioner", "PROVISIONER_PORT"),
+    "console": ("console", "CONSOLE_PORT"),
 }
 """Service name -> module and variable of the port."""
 
@@ -195,6 +196,9 @@ class Launcher:
             **self.settings.tokens,
             **{name: str(port) for name, port in self.settings.ports.items()},
             "DATABASE_URL": self.database_url,
+            # For the console. brokerctl of this run has them from its file.
+            "BROKER_API_URL": self.settings.gateway_url,
+            "CONSOLE_URL": self.settings.console_url,
             "AMQP_URL": self.amqp_url,
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
             # One gateway port is enough on one machine. OPS_PORT in .env is for containers.

@@ -11,6 +11,7 @@ MODULES = {
     "reaper": "reaper",
     "csp-syncer": "csp_syncer",
     "provisioner": "provisioner",
+    "console": "console",
 }
 """Service name -> module."""
 
@@ -19,8 +20,8 @@ _HEAD = """\
 # Metrics
 
 `GET /metrics` of each service, for Prometheus: the gateway on `OPS_PORT` if that is set and else on its port, the
-allocator on 9101, the reaper on 9102, the csp-syncer on 9103, the provisioner on 9104. Each also has the
-`process_…` and `python_…` metrics of the Prometheus client.
+allocator on 9101, the reaper on 9102, the csp-syncer on 9103, the provisioner on 9104, the console on 9105. Each
+also has the `process_…` and `python_…` metrics of the Prometheus client.
 
 No label has a value that a client can make up: endpoints are routes, methods and queues are known ones, outcomes
 are codes of [errors](errors.md) or states.

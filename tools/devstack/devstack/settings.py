@@ -22,11 +22,12 @@ PORTS = {
     "REAPER_PORT": 9102,
     "CSP_SYNCER_PORT": 9103,
     "PROVISIONER_PORT": 9104,
+    "CONSOLE_PORT": 9105,
     "CSP_SIMULATOR_PORT": 9200,
 }
 """Variable -> default of every port used by `make run`."""
 
-TOKENS = ("BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN", "CSP_API_TOKEN")
+TOKENS = ("BROKER_API_TOKEN", "BROKER_ADMIN_TOKEN", "CSP_API_TOKEN", "CONSOLE_SECRET")
 
 POSTGRES_IMAGE = "postgres:17.11"
 RABBITMQ_IMAGE = "rabbitmq:4.3-management"
@@ -85,6 +86,10 @@ class Settings:
     @property
     def gateway_url(self) -> str:
         return f"http://127.0.0.1:{self.ports['GATEWAY_PORT']}"
+
+    @property
+    def console_url(self) -> str:
+        return self.environment.get("CONSOLE_URL") or f"http://127.0.0.1:{self.ports['CONSOLE_PORT']}"
 
     @property
     def simulator_url(self) -> str:

@@ -13,6 +13,7 @@ _METRICS = {
     "reaper": "REAPER_PORT",
     "csp-syncer": "CSP_SYNCER_PORT",
     "provisioner": "PROVISIONER_PORT",
+    "console": "CONSOLE_PORT",
 }
 
 
@@ -27,6 +28,7 @@ def summary_lines(
     yield ""
     yield f"Ready after {seconds:.1f} s ({set_up:.1f} s of it for PostgreSQL and RabbitMQ). {_pool_line(counts)}"
     yield ""
+    yield f"  console        {settings.console_url}  (sign in with the admin token)"
     yield f"  API            {gateway}/v1"
     yield f"  docs           {gateway}/v1/docs"
     for number, (name, variable) in enumerate(_METRICS.items()):

@@ -13,7 +13,9 @@ from k8s_check.manifests import (
     select_kind,
 )
 
-BACKGROUND = frozenset({"Deployment reaper", "Deployment csp-syncer", "Deployment provisioner"})
+BACKGROUND = frozenset(
+    {"Deployment reaper", "Deployment csp-syncer", "Deployment provisioner", "Deployment console"}
+)
 """Pods whose work can wait. All others have a higher priority."""
 
 _GITOPS_ANNOTATIONS = {

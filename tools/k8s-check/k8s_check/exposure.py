@@ -7,6 +7,8 @@ from k8s_check.published_routes import list_published_routes
 
 ADMIN_PATH = "/v1/admin/status"
 """Example of a route of the admin API. The checks use it for the whole admin API."""
+TRACK_PATH = "/v1/allocate"
+"""Example of a track route."""
 INTERNAL_PATHS = ("/metrics", "/healthz", "/readyz")
 
 _ALLOW_LIST_ANNOTATIONS = (
@@ -23,7 +25,8 @@ def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
         )
     publishers = {route.title for route in routes if route.is_match(ADMIN_PATH)}
     yield from _check_ingresses(list(select_kind(manifests, "Ingress")), publishers)
-    yield from _check_http_routes(list(select_kind(manifests, "HTTPRoute")), publishers)
+    track_publishers = {route.title for route in routes if route.is_match(TRACK_PATH)}
+    yield from _check_http_routes(list(select_kind(manifests, "HTTPRoute")), publishers, track_publishers)
 
 
 def _check_ingresses(ingresses: Sequence[Manifest], publishers: set[str]) -> Iterator[str]:
@@ -38,7 +41,9 @@ def _has_allow_list(ingress: Manifest) -> bool:
     return any(annotations.get(name, "").strip() for name in _ALLOW_LIST_ANNOTATIONS)
 
 
-def _check_http_routes(http_routes: Sequence[Manifest], publishers: set[str]) -> Iterator[str]:
+def _check_http_routes(
+    http_routes: Sequence[Manifest], publishers: set[str], track_publishers: set[str]
+) -> Iterator[str]:
     """An HTTPRoute has no allow-list of addresses, so the admin API needs a Gateway of its own."""
     for route in http_routes:
         if any("sectionName" not in parent for parent in route["spec"]["parentRefs"]):
@@ -46,7 +51,7 @@ def _check_http_routes(http_routes: Sequence[Manifest], publishers: set[str]) ->
     track_gateways = {
         gateway
         for route in http_routes
-        if format_title(route) not in publishers
+        if format_title(route) in track_publishers - publishers
         for gateway in _list_gateways(route)
     }
     for route in http_routes:

@@ -171,6 +171,8 @@ def _list_needed_connections(manifests: Sequence[Manifest], pods: Sequence[PodTe
                 yield Connection(pod.name, POSTGRES, 5432)
             if "amqp_url" in program.fields:
                 yield Connection(pod.name, RABBITMQ, _find_amqp_port(manifests))
+            if "broker_api_url" in program.fields:
+                yield Connection(pod.name, "gateway", 8080)
             if "csp_base_url" in program.fields:
                 yield from (Connection(pod.name, PROXY, port) for _, port in proxies)
                 yield from (Connection(pod.name, name, 443) for name in _CSP if not proxies)

@@ -8,10 +8,12 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 import allocator.main
 import allocator.settings
+import console.main
+import console.settings
 import csp_syncer.main
 import csp_syncer.settings
 import gateway.main
@@ -49,6 +51,7 @@ SERVICES: Mapping[str, Program] = {
     "reaper": Program(reaper.settings.Settings, reaper.main.create_app, "reaper_port"),
     "csp-syncer": Program(csp_syncer.settings.Settings, csp_syncer.main.create_app, "csp_syncer_port"),
     "provisioner": Program(provisioner.settings.Settings, provisioner.main.create_app, "provisioner_port"),
+    "console": Program(console.settings.Settings, console.main.create_app, "console_port"),
 }
 """Services by image name."""
 
@@ -64,12 +67,17 @@ SECRET_SETTINGS = frozenset(
         "database_url",
         "broker_api_token",
         "broker_admin_token",
+        "console_admin_token",
+        "console_operator_token",
+        "console_secret",
+        "console_viewer_token",
         "csp_api_token",
         "csp_login_password",
         "access_keys",
         "instruqt_webhook_secret",
         "niosxaas_password",
         "token_pepper",
+        "oidc_client_secret",
     }
 )
 """Settings with a password or a token. A test compares them with the types of the settings."""
@@ -87,6 +95,11 @@ PLACEHOLDERS: Mapping[str, str] = {
     "token_pepper": "placeholder-of-the-token-pepper",
     "access_keys": "cGxhY2Vob2xkZXItb2YtdGhlLWFjY2Vzcy1rZXktMDE=",
     "csp_login_password": "placeholder-of-the-login-password",
+    "console_admin_token": "placeholder-of-the-admin-token",
+    "console_operator_token": "placeholder-of-the-operator-token",
+    "console_secret": "placeholder-of-the-secret",
+    "console_viewer_token": "placeholder-of-the-viewer-token",
+    "oidc_client_secret": "placeholder-of-the-client-secret",
     "instruqt_webhook_secret": "whsec_cGxhY2Vob2xkZXItb2YtdGhlLXdlYmhvb2stc2VjcmV0",
 }
 """Valid values for settings whose real value exists only in the cluster."""
@@ -142,4 +155,5 @@ def map_paths(program: Program, settings: BaseSettings) -> dict[str, int]:
         return {}
     app = program.create_app(settings)
     api_paths = app.openapi()["paths"] if isinstance(app, FastAPI) else {}
+    api_paths = [*api_paths, *(route.path for route in app.routes if isinstance(route, Mount))]
     return dict.fromkeys(api_paths, list_ports(program, settings)[0]) | map_get_paths(program, settings)

@@ -21,7 +21,12 @@ RETRY_MS = 2000
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
 LastEventId = Annotated[
-    str, Header(pattern=r"^[0-9]{0,18}$", description="`id` of the last received event; the stream continues there")
+    str,
+    Header(
+        pattern=r"^[0-9]*$",
+        max_length=18,
+        description="`id` of the last received event; the stream continues there",
+    ),
 ]
 
 _STREAM = {

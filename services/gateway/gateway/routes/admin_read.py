@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request
 from gateway.api.errors import ApiError
 from gateway.api.responses import responses
 from gateway.api.schemas.pool import Allocations, GroupedStats, Leaks, PoolHistory, SandboxPage, SandboxStory, Stats
-from gateway.api.schemas.status import Status
+from gateway.api.schemas.status import Status, WhoAmI
 from gateway.api.schemas.waiting import WaitingPage
 from gateway.context import Context
 from gateway.queries import cursors, leaks, sandboxes
@@ -17,6 +17,7 @@ from gateway.queries.pool_history import pool_history
 from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
 from gateway.queries.waiting_pages import waiting_page
 from gateway.routes.admin_actions import COMMON_ERRORS
+from gateway.web.auth import Caller
 from sandbox_broker.contract.types import MAX_ID_LENGTH, LeaseMode, SandboxStatus
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -30,6 +31,13 @@ Cursor = Annotated[
 Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
 """Printable ASCII, as in the headers of an allocation. An empty text is no filter."""
 Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]
+
+
+@router.get("/whoami", responses=responses(*COMMON_ERRORS))
+async def get_whoami(request: Request) -> WhoAmI:
+    """Return the role of the token of this request."""
+    caller: Caller = request.scope["state"]["caller"]
+    return WhoAmI(name=None, role=caller.role)
 
 
 @router.get("/status", responses=responses(*COMMON_ERRORS))

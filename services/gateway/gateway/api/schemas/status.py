@@ -90,3 +90,10 @@ class Status(BaseModel):
         description="last time that an allocator found the newest lease missing in the database: it is an older "
         "backup, and allocations are refused. Null otherwise"
     )
+
+
+class WhoAmI(BaseModel):
+    name: str | None = Field(
+        examples=[None, "instructors"], description="name of the token; null for a token of BROKER_ADMIN_TOKEN"
+    )
+    role: str = Field(examples=["admin"], description="`viewer`, `operator` or `admin`")
