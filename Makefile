@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-fast test-versions test-containers bench chaos check k8s-check fmt docs lock clean
+.PHONY: help setup run demo screenshots test test-fast test-versions test-containers bench chaos check k8s-check fmt docs lock clean
 
 PYTHON := .venv/bin/python
 # Without bytecode files, each of the many processes would compile all modules again.
@@ -20,6 +20,9 @@ run: setup ## Run the whole broker on this machine until Ctrl-C; CLUSTER=1 start
 
 demo: setup ## Like run, with simulated class days at 100 times their speed, for brokerctl and the dashboards
 	@$(PYTHON) -m devstack.demo
+
+screenshots: setup ## Renew the pictures of the console in docs/images, with a running broker of its own
+	@$(PYTHON) -m pytest -q tests/integration/screenshots.py
 
 test: setup ## Run all tests with real PostgreSQL and RabbitMQ; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest -n 5 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -72,6 +75,7 @@ lock: setup ## Regenerate requirements/*.txt from the pyproject files; ARGS=--up
 		$(COMPILE) $(ARGS) --no-emit-package sandbox-broker \
 			-o requirements/$$service.txt services/$$service/pyproject.toml || exit 1; \
 	done
+	@$(COMPILE) $(ARGS) -o requirements/npm.txt requirements/npm.in
 	@$(COMPILE) $(ARGS) $(OURS:%=--no-emit-package %) --group dev -o requirements/dev.txt pyproject.toml
 
 clean: ## Remove the virtual environment, caches, and the local accounts and tokens of make run

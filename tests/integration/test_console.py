@@ -1,0 +1,344 @@
+"""Console in a real browser on the running broker: sign-in, pages, actions, live updates, accessibility."""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+from playwright.async_api import Browser, Page, Request, async_playwright, expect
+
+from devstack import chromium
+from devstack.conditions import wait_until
+from devstack.errors import CannotRun
+from devstack.output import Terminal
+from devstack.ports import free_port
+from devstack.processes import spawn
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_stack
+
+TIMEOUT_MS = 30_000
+AXE = ROOT / "services" / "console" / "node_modules" / "axe-core" / "axe.min.js"
+PAGES = ("/", "/leases?only=all", "/sandboxes", "/deletions", "/sync", "/dead-letters", "/policies")
+HOSTILE = '=1+1"><img src=x onerror=alert(1)>'
+"""Printable ASCII is all that the API accepts in names."""
+WATCH = """
+document.addEventListener("securitypolicyviolation", violation =>
+    console.error(`policy: ${violation.violatedDirective} ${violation.blockedURI}`))
+"""
+POLICIES = {"policies": [{"name": "adventure", "match": {"track_name": "lab"}, "lease_hours": 8}]}
+
+
+@dataclass
+class Console:
+    """Browser page that is signed in. `problems` are errors of scripts, of the policy and of requests."""
+
+    page: Page
+    url: str
+    problems: list[str] = field(default_factory=list)
+
+    async def open(self, path: str) -> None:
+        await self.page.goto(f"{self.url}{path}")
+
+    def note_request(self, request: Request) -> None:
+        if not request.url.startswith((self.url, "data:")):
+            self.problems.append(f"external: {request.url}")
+
+
+@pytest.fixture(scope="module")
+async def own_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
+    async with new_database() as database_url, new_vhost() as amqp_url, run_stack(database_url, amqp_url) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    try:
+        path = await chromium.find_chromium(Terminal())
+    except CannotRun as reason:
+        pytest.fail(f"this test needs a real browser: {reason}")
+    async with async_playwright() as playwright:
+        launched = await playwright.chromium.launch(
+            executable_path=path, chromium_sandbox=os.geteuid() != 0, timeout=TIMEOUT_MS * 3
+        )
+        yield launched
+        await launched.close()
+
+
+@pytest.fixture
+async def stack(own_stack: Stack) -> Stack:
+    await own_stack.fill(20)
+    return own_stack
+
+
+@pytest.fixture
+async def console(stack: Stack, browser: Browser) -> AsyncIterator[Console]:
+    context = await browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
+    page = await context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    console = Console(page, console_url(stack))
+    page.on("console", lambda line: console.problems.append(line.text) if line.type == "error" else None)
+    page.on("pageerror", lambda error: console.problems.append(str(error)))
+    page.on("dialog", lambda dialog: console.problems.append(f"dialog: {dialog.message}"))
+    page.on("request", console.note_request)
+    await page.add_init_script(WATCH)
+    await console.open("/")
+    await sign_in(page, ADMIN_TOKEN)
+    await expect(page).to_have_title("Overview · Sandbox Broker")
+    yield console
+    await context.close()
+
+
+def console_url(stack: Stack) -> str:
+    return stack.environment["CONSOLE_URL"]
+
+
+async def sign_in(page: Page, token: str) -> None:
+    await page.get_by_label("Token").fill(token)
+    await page.get_by_role("button", name="Sign in with a token").click()
+
+
+async def lease(stack: Stack, student: str, track: str = "lab") -> str:
+    response = await stack.allocate(student, X_Instruqt_Track_ID=track)
+    assert response.status_code == 201, response.text
+    sandbox_id: str = response.json()["sandbox_id"]
+    return sandbox_id
+
+
+async def test_only_tokens_of_roles_sign_in(stack: Stack, browser: Browser) -> None:
+    page = await browser.new_page()
+    await page.goto(f"{console_url(stack)}/leases?only=all")
+    await expect(page).to_have_title("Sign in · Sandbox Broker")
+    await sign_in(page, TRACK_TOKEN)
+    await expect(page.get_by_role("alert")).to_contain_text("for tracks")
+    await sign_in(page, "an-unknown-token")
+    await expect(page.get_by_role("alert")).to_contain_text("unknown")
+    await sign_in(page, ADMIN_TOKEN)
+    await expect(page).to_have_url(f"{console_url(stack)}/leases?only=all")
+    (cookie,) = await page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Lax")
+    assert ADMIN_TOKEN not in cookie["value"]
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(page).to_have_title("Sign in · Sandbox Broker")
+    await page.goto(f"{console_url(stack)}/")
+    await expect(page).to_have_title("Sign in · Sandbox Broker")
+    await page.context.close()
+
+
+async def test_the_overview_follows_the_broker(stack: Stack, console: Console) -> None:
+    page = console.page
+    await expect(page.get_by_role("heading", level=1)).to_be_visible()
+    leased = page.locator(".tile.allocated .value")
+    await expect(leased).to_have_text(re.compile("^0"))
+    began = time.monotonic()
+    await lease(stack, "ann")
+    await expect(leased).to_have_text(re.compile("^1"))
+    assert time.monotonic() - began < 2 or os.getloadavg()[0] > 2  # a busy machine is slow for other reasons
+    assert console.problems == []
+
+
+async def test_an_operator_ends_a_lease_with_a_reason(stack: Stack, console: Console) -> None:
+    sandbox_id = await lease(stack, "ann")
+    page = console.page
+    await console.open("/leases")
+    row = page.get_by_role("row", name=re.compile("ann"))
+    await row.get_by_role("link", name="End", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    await expect(dialog).to_contain_text("This ends the lab of student ann now")
+    await dialog.get_by_role("link", name="Cancel").click()
+    await expect(dialog).to_be_hidden()
+    await row.get_by_role("link", name="End", exact=True).press("Enter")
+    await dialog.get_by_label("Reason").fill("the student left")
+    await page.keyboard.press("Tab")
+    await page.keyboard.press("Enter")
+    await expect(page.locator(".banner.done")).to_contain_text("The lease has ended")
+    await expect(page.get_by_text("the student left").first).to_be_visible()
+    story = (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()
+    assert (story["end_reason"], story["end_note"]) == ("admin", "the student left")
+    assert console.problems == []
+
+
+async def test_a_lease_is_extended_and_a_sandbox_is_replaced(stack: Stack, console: Console) -> None:
+    sandbox_id = await lease(stack, "ann")
+    before = (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()["expires_at"]
+    page = console.page
+    await console.open(f"/actions/sandboxes/extend?id={sandbox_id}")
+    await page.get_by_label("Hours to add").fill("3")
+    await page.get_by_label("Reason").fill("slow lab")
+    await page.get_by_role("button", name="Extend the lease").click()
+    await expect(page.locator(".banner.done")).to_contain_text("The lease is extended")
+    assert (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()["expires_at"] == before + 3 * 3600
+    await page.get_by_role("link", name="Replace", exact=True).click()
+    await page.get_by_role("dialog").get_by_label("Reason").fill("no network")
+    await page.get_by_role("dialog").get_by_role("button", name="Replace the sandbox").click()
+    await expect(page.locator(".banner.done")).to_contain_text("The student has sandbox")
+    assert (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()["end_reason"] == "broken"
+
+
+async def test_a_held_sync_is_approved(stack: Stack, console: Console) -> None:
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.1})
+    try:
+        assert (await stack.sync()).status_code == 409
+        page = console.page
+        await console.open("/")
+        await expect(page.get_by_role("heading", name="A sync is held")).to_be_visible()
+        await page.get_by_role("link", name="Open: A sync is held").click()
+        await expect(page.locator(".changes")).to_contain_text("become stale")
+        await page.get_by_role("link", name="Approve and apply").click()
+        await page.get_by_role("dialog").get_by_label("Reason").fill("CSP is right")
+        await page.get_by_role("dialog").get_by_role("button", name="Approve and apply").click()
+        await expect(page.locator(".banner.done")).to_contain_text("The listing is applied")
+        assert (await stack.stats())["stale"] == 18
+    finally:
+        await stack.control("PATCH", "behaviour", {"listing_fraction": 1.0})
+
+
+async def test_dead_letters_are_shown_and_dropped(stack: Stack, console: Console) -> None:
+    payload = b'{"x": "</pre><script>alert(1)</script>"}'
+    await stack.database.execute(
+        "INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), 'allocator.maintenance', '<b>why</b>', '{}', "
+        "'m', 'c', 'application/json', $1)",
+        payload,
+    )
+    page = console.page
+    await console.open("/dead-letters")
+    await page.get_by_role("rowheader").get_by_role("link").click()
+    await expect(page.locator(".payload")).to_have_text(payload.decode())
+    await page.get_by_role("link", name="Replay").click()
+    await page.get_by_role("dialog").get_by_label("Reason").fill("try")
+    await page.get_by_role("dialog").get_by_role("button", name="Replay the message").click()
+    await expect(page.locator(".banner")).to_be_visible()
+    await console.open("/dead-letters")
+    for link in await page.get_by_role("link", name="Drop").all():
+        await link.click()
+        await page.get_by_role("dialog").get_by_label("Reason").fill("unreadable")
+        await page.get_by_role("dialog").get_by_role("button", name="Drop the message").click()
+        await expect(page.locator(".banner.done")).to_contain_text("removed")
+    assert console.problems == []
+
+
+async def test_hostile_names_are_harmless(stack: Stack, console: Console) -> None:
+    await lease(stack, "=cmd()", HOSTILE)
+    page = console.page
+    await console.open("/leases")
+    await expect(page.get_by_role("cell", name=HOSTILE)).to_be_visible()
+    await page.locator("tbody a").first.click()
+    await expect(page.get_by_role("heading", name="History")).to_be_visible()
+    await console.open("/search?q=%3Dcmd()")
+    await expect(page).to_have_url(re.compile(r"/leases\?only=all&student="))
+    async with page.expect_download() as download:
+        await page.get_by_role("link", name="CSV").click()
+    text = (await (await download.value).path()).read_text()
+    assert "'=cmd()" in text
+    assert "'=1+1" in text
+    assert console.problems == []
+
+
+async def test_pages_are_accessible_in_both_themes(stack: Stack, console: Console) -> None:
+    sandbox_id = await lease(stack, "ann")
+    await stack.client.put(
+        f"{stack.url}/v1/admin/policies", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}, json=POLICIES
+    )
+    page = console.page
+    for theme in ("light", "dark"):
+        await page.emulate_media(color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
+        for path in (*PAGES, f"/sandboxes/{sandbox_id}", f"/actions/sandboxes/release?id={sandbox_id}", "/missing"):
+            await console.open(path)
+            # Playwright runs it outside of the Content-Security-Policy of the page.
+            await page.evaluate(AXE.read_text())
+            found = await page.evaluate("axe.run().then(result => result.violations)")
+            problems = [f"{one['id']}: {[node['html'] for node in one['nodes']][:3]}" for one in found]
+            assert problems == [], (theme, path)
+    console.problems = [problem for problem in console.problems if "404" not in problem]
+    assert console.problems == []
+
+
+@pytest.mark.parametrize("width", [390, 1024])
+async def test_no_page_is_wider_than_the_screen(stack: Stack, console: Console, width: int) -> None:
+    await lease(
+        stack, "a-student-with-a-long-name-of-an-organisation", "a-long-name-of-a-track-of-the-organisation"
+    )
+    await console.page.set_viewport_size({"width": width, "height": 800})
+    for path in PAGES:
+        await console.open(path)
+        assert await console.page.evaluate("document.documentElement.scrollWidth") <= width, path
+
+
+async def test_forms_of_other_sites_and_old_sessions_are_refused(stack: Stack, console: Console) -> None:
+    sandbox_id = await lease(stack, "ann")
+    cookies = {str(cookie["name"]): str(cookie["value"]) for cookie in await console.page.context.cookies()}
+    url = f"{console.url}/actions/sandboxes/release"
+    form = {"id": sandbox_id, "reason": "forged", "csrf": "guessed"}
+    async with httpx.AsyncClient(trust_env=False, cookies=cookies) as client:
+        refused = await client.post(url, data=form)
+        assert refused.status_code == 403
+        await console.open(f"/actions/sandboxes/release?id={sandbox_id}")
+        csrf = await console.page.locator("main input[name=csrf]").get_attribute("value")
+        form["csrf"] = csrf or ""
+        other_site = await client.post(url, data=form, headers={"Sec-Fetch-Site": "cross-site"})
+        assert other_site.status_code == 403
+        without_reason = await client.post(url, data={**form, "reason": "  "})
+        assert without_reason.status_code == 400
+    async with httpx.AsyncClient(trust_env=False, cookies={"console_session": "forged"}) as client:
+        answer = await client.get(f"{console.url}/leases")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in?next=%2Fleases")
+        assert "unsafe-inline" not in answer.headers["content-security-policy"]
+    assert (await stack.stats())["allocated"] == 1
+
+
+async def test_reading_works_without_javascript(stack: Stack, browser: Browser) -> None:
+    await lease(stack, "ann")
+    context = await browser.new_context(java_script_enabled=False)
+    page = await context.new_page()
+    await page.goto(f"{console_url(stack)}/leases")
+    await sign_in(page, ADMIN_TOKEN)
+    await expect(page.get_by_role("rowheader", name="ann")).to_be_visible()
+    await page.get_by_role("link", name="Student", exact=True).click()
+    await expect(page).to_have_url(re.compile("sort=holder"))
+    await page.get_by_role("link", name="End", exact=True).click()
+    await expect(page.get_by_role("heading", name="End the lease")).to_be_visible()
+    await context.close()
+
+
+async def test_people_sign_in_with_openid_connect(stack: Stack, browser: Browser) -> None:
+    port, console_port = free_port(), free_port()
+    people = [{"sub": "ann", "email": "ann@example.com", "groups": ["ops"]}, {"sub": "eve", "groups": []}]
+    options = [part for person in people for part in ("--user-claims", json.dumps(person))]
+    provider = await spawn(
+        "provider", [sys.executable, "-W", "ignore", "-m", "oidc_provider_mock", "--port", str(port), *options]
+    )
+    process = await stack.start_service(
+        "console",
+        name="console-oidc",
+        settings={
+            "CONSOLE_PORT": str(console_port),
+            "CONSOLE_URL": f"http://127.0.0.1:{console_port}",
+            "OIDC_ISSUER": f"http://127.0.0.1:{port}",
+            "OIDC_CLIENT_ID": "console",
+            "OIDC_CLIENT_SECRET": "secret-of-the-client",
+            "OIDC_ROLES": "ops=operator",
+            "CONSOLE_OPERATOR_TOKEN": ADMIN_TOKEN,
+        },
+    )
+    try:
+        await wait_until(lambda: stack.is_ready(f"http://127.0.0.1:{port}/.well-known/openid-configuration"))
+        for person in ("eve", "ann"):
+            context = await browser.new_context()
+            page = await context.new_page()
+            await page.goto(f"http://127.0.0.1:{console_port}/leases")
+            await page.get_by_role("link", name="Sign in with your organisation").click()
+            await page.locator("input[name=sub]").fill(person)
+            await page.get_by_role("button", name=re.compile("authorize", re.I)).click()
+            if person == "eve":
+                await expect(page.get_by_role("alert")).to_contain_text("in no group with a role")
+            else:
+                await expect(page.locator(".who")).to_contain_text("ann@example.com")
+                await expect(page).to_have_url(re.compile("/leases$"))
+            await context.close()
+    finally:
+        await process.stop()
+        await provider.stop()
