@@ -192,7 +192,7 @@ async def test_a_held_sync_is_approved(stack: Stack, console: Console) -> None:
         await page.get_by_role("dialog").get_by_label("Reason").fill("CSP is right")
         await page.get_by_role("dialog").get_by_role("button", name="Approve and apply").click()
         await expect(page.locator(".banner.done")).to_contain_text("The listing is applied")
-        assert (await stack.stats())["stale"] == 18
+        assert (await stack.stats())["stale"] >= 18
     finally:
         await stack.control("PATCH", "behaviour", {"listing_fraction": 1.0})
 
@@ -211,13 +211,19 @@ async def test_dead_letters_are_shown_and_dropped(stack: Stack, console: Console
     await page.get_by_role("link", name="Replay").click()
     await page.get_by_role("dialog").get_by_label("Reason").fill("try")
     await page.get_by_role("dialog").get_by_role("button", name="Replay the message").click()
-    await expect(page.locator(".banner")).to_be_visible()
+    await expect(page.locator(".banner.done")).to_contain_text("The message is back")
+
+    async def is_dead_again() -> bool:
+        letters = (await stack.admin("GET", "dead-letters")).json()["dead_letters"]
+        return bool(letters) and letters[0]["reason"] != "<b>why</b>"
+
+    await wait_until(is_dead_again)
     await console.open("/dead-letters")
-    for link in await page.get_by_role("link", name="Drop").all():
-        await link.click()
-        await page.get_by_role("dialog").get_by_label("Reason").fill("unreadable")
-        await page.get_by_role("dialog").get_by_role("button", name="Drop the message").click()
-        await expect(page.locator(".banner.done")).to_contain_text("removed")
+    await page.get_by_role("link", name="Drop").first.click()
+    await page.get_by_role("dialog").get_by_label("Reason").fill("unreadable")
+    await page.get_by_role("dialog").get_by_role("button", name="Drop the message").click()
+    await expect(page.locator(".banner.done")).to_contain_text("removed")
+    assert (await stack.admin("GET", "dead-letters")).json()["count"] == 0
     assert console.problems == []
 
 
@@ -245,7 +251,7 @@ async def test_pages_are_accessible_in_both_themes(stack: Stack, console: Consol
     )
     page = console.page
     for theme in ("light", "dark"):
-        await page.emulate_media(color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
+        await page.emulate_media(color_scheme=theme, reduced_motion="reduce")
         for path in (*PAGES, f"/sandboxes/{sandbox_id}", f"/actions/sandboxes/release?id={sandbox_id}", "/missing"):
             await console.open(path)
             # Playwright runs it outside of the Content-Security-Policy of the page.

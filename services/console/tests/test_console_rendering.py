@@ -1,5 +1,7 @@
 """Text of the pages: times, sorting, and names with control characters, HTML or formulas."""
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from console.csv_export import render_cell, render_csv
@@ -68,7 +70,7 @@ def test_text_is_no_formula_in_csv(value: object, cell: str) -> None:
 
 
 async def test_csv_quotes_separators() -> None:
-    async def rows():  # type: ignore[no-untyped-def]
+    async def rows() -> AsyncIterator[dict[str, str]]:
         yield {"a": 'x,"y"', "b": "two\nlines"}
 
     assert "".join([line async for line in render_csv(("a", "b"), rows())]) == 'a,b\r\n"x,""y""",two�lines\r\n'
