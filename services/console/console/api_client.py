@@ -7,6 +7,7 @@ from urllib.parse import quote
 import httpx2
 
 from console import metrics
+from console.live_feed import LiveFeed
 
 TIMEOUT_SEC = 10.0
 ACTION_TIMEOUT_SEC = 35.0
@@ -31,17 +32,26 @@ class ApiProblem(Exception):
 class Api:
     """Admin API for one person."""
 
-    def __init__(self, client: httpx2.AsyncClient, token: str) -> None:
+    def __init__(self, client: httpx2.AsyncClient, token: str, feed: LiveFeed | None = None) -> None:
+        """`feed` shares answers between the open pages of the token."""
         self._client = client
+        self._feed = feed
         self._headers = {"Authorization": f"Bearer {token}"}
 
     async def get(self, path: str, **parameters: Any) -> Any:
         """Return the JSON body. Parameters with the value None or "" are left out. Raises ApiProblem."""
-        return await self._request("GET", path, parameters, TIMEOUT_SEC)
+        if self._feed is None:
+            return await self._request("GET", path, parameters, TIMEOUT_SEC)
+        key = (path, tuple(sorted(parameters.items(), key=str)))
+        return await self._feed.share(key, lambda: self._request("GET", path, parameters, TIMEOUT_SEC))
 
     async def act(self, method: str, path: str, **parameters: Any) -> Any:
         """Send an action. Return the JSON body, or None without one. Raises ApiProblem."""
-        return await self._request(method, path, parameters, ACTION_TIMEOUT_SEC)
+        try:
+            return await self._request(method, path, parameters, ACTION_TIMEOUT_SEC)
+        finally:
+            if self._feed is not None:
+                self._feed.forget_answers()
 
     async def _request(self, method: str, path: str, parameters: dict[str, Any], timeout_sec: float) -> Any:
         query = {name: value for name, value in parameters.items() if value not in (None, "")}

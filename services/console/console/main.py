@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from console.api_client import ApiProblem
+from console.live_feed import LiveFeeds
 from console.rendering import build_environment, render
 from console.routes import actions, live, pages, signing_in
 from console.session import SessionCookies, SessionMiddleware
@@ -55,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.templates = build_environment()
     app.state.oauth = signing_in.build_oauth(settings)
-    app.state.streams = live.LiveStreams(settings.max_console_streams)
+    app.state.feeds = LiveFeeds(settings.max_console_streams)
     for router in (signing_in.router, pages.router, actions.router, live.router):
         app.include_router(router)
     app.routes.extend(health.routes({}))

@@ -98,7 +98,7 @@ SignedIn = Annotated[Person, Depends(require_person)]
 
 
 def get_api(request: Request, person: SignedIn) -> Api:
-    return Api(request.app.state.http, person.token)
+    return Api(request.app.state.http, person.token, request.app.state.feeds.find(person.token))
 
 
 AdminApi = Annotated[Api, Depends(get_api)]

@@ -10,10 +10,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from console import metrics
+from console.live_feed import LiveFeed, LiveFeeds
 from console.web import SignedIn
 
-QUIET_SEC = 2.0
-"""Shortest time between two messages. Under load one message stands for many events."""
 HEARTBEAT_SEC = 15.0
 STOP_CHECK_SEC = 0.5
 RETRY_MS = 3000
@@ -23,78 +22,70 @@ TIMEOUT = httpx2.Timeout(10, read=60)
 router = APIRouter()
 
 
-class LiveStreams:
-    """Number of open streams, and the end of all of them when the console stops."""
+class _NoStream(Exception):
+    """The gateway opens no stream. `status` is its answer, 0 without one."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.tasks) >= self.limit
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 @router.get("/events")
 async def stream_changes(request: Request, person: SignedIn) -> Response:
-    streams: LiveStreams = request.app.state.streams
-    if streams.is_full:
+    feeds: LiveFeeds = request.app.state.feeds
+    if feeds.is_full:
         return Response(status_code=503, headers={"Retry-After": "30"})
-    upstream: httpx2.Request = request.app.state.http.build_request(
-        "GET", "/v1/admin/events", headers={"Authorization": f"Bearer {person.token}"}, timeout=TIMEOUT
-    )
+
+    async def connect() -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {person.token}"}
+        client: httpx2.AsyncClient = request.app.state.http
+        try:
+            answer = await client.send(
+                client.build_request("GET", "/v1/admin/events", headers=headers, timeout=TIMEOUT), stream=True
+            )
+        except httpx2.HTTPError:
+            raise _NoStream(0) from None
+        if not answer.is_success:
+            await answer.aclose()
+            raise _NoStream(answer.status_code)
+        return answer
+
+    changed = asyncio.Event()
     try:
-        answer = await request.app.state.http.send(upstream, stream=True)
-    except httpx2.HTTPError:
-        return Response(status_code=503)
-    if not answer.is_success:
-        await answer.aclose()
+        feed = await feeds.join(person.token, changed, connect)
+    except _NoStream as error:
         # 204 ends the attempts of the browser: the token has no rights any more, so retries are useless.
-        return Response(status_code=204 if answer.status_code in (401, 403) else 503)
-    return ChangesResponse(request, answer, is_again="last-event-id" in request.headers)
+        return Response(status_code=204 if error.status in (401, 403) else 503)
+    if "last-event-id" in request.headers:  # the page may have missed changes while it was not connected
+        changed.set()
+    return ChangesResponse(request, person.token, feed, changed)
 
 
 class ChangesResponse(StreamingResponse):
-    """Events `change`, at most one every QUIET_SEC."""
+    """Events `change`. It leaves the feed at its end."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, upstream: httpx2.Response, *, is_again: bool) -> None:
+    def __init__(self, request: Request, token: str, feed: LiveFeed, changed: asyncio.Event) -> None:
         super().__init__(self._encode(), headers={"X-Accel-Buffering": "no"})
         self._app = request.app
-        self._upstream = upstream
-        self._changed = asyncio.Event()
-        if is_again:  # the page may have missed changes while it was not connected
-            self._changed.set()
+        self._token = token
+        self._feed = feed
+        self._changed = changed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reading = asyncio.create_task(self._read_upstream())
-        streams: LiveStreams = self._app.state.streams
-        streams.tasks.add(reading)
-        self._reading = reading
         metrics.STREAMS.inc()
         try:
             await super().__call__(scope, receive, send)
         finally:
             metrics.STREAMS.dec()
-            streams.tasks.discard(reading)
-            reading.cancel()
-            await asyncio.wait([reading])
-            await self._upstream.aclose()
-
-    async def _read_upstream(self) -> None:
-        try:
-            async for line in self._upstream.aiter_lines():
-                if line.startswith("data:"):
-                    self._changed.set()
-        except httpx2.HTTPError:
-            return
+            await self._app.state.feeds.leave(self._token, self._feed, self._changed)
 
     async def _encode(self) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         yield format_sse_event(comment="connected", retry=RETRY_MS)
         number, heartbeat_at = 0, loop.time() + HEARTBEAT_SEC
-        while not (self._reading.done() or getattr(self._app.state, "stopping", False)):
+        while not (self._feed.is_ended or getattr(self._app.state, "stopping", False)):
             try:
                 async with asyncio.timeout(STOP_CHECK_SEC):
                     await self._changed.wait()
@@ -106,4 +97,3 @@ class ChangesResponse(StreamingResponse):
             self._changed.clear()
             number += 1
             yield format_sse_event(event="change", data_str="{}", id=str(number))
-            await asyncio.sleep(QUIET_SEC)
