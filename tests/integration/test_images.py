@@ -226,7 +226,7 @@ def test_fill_env_generates_no_token_of_a_real_csp(tmp_path: Path) -> None:
 
 def test_in_compose_every_port_is_published_on_loopback_by_default() -> None:
     published = [port for described in COMPOSE.values() for port in described.get("ports", [])]
-    assert len(published) == 5
+    assert len(published) == 6
     assert all(port.startswith(("127.0.0.1:", "${GATEWAY_BIND:-127.0.0.1}:")) for port in published)
 
 

@@ -27,7 +27,7 @@ def _parse_roles(value: object) -> object:
     return tuple((group.strip(), role) for group, _, role in pairs)
 
 
-MaybeSecret = Annotated[SecretStr | None, BeforeValidator(none_if_empty)]
+NO_SECRET = SecretStr("")
 
 
 class Settings(ProcessSettings):
@@ -44,40 +44,40 @@ class Settings(ProcessSettings):
 
     oidc_issuer: Annotated[HttpUrl | None, BeforeValidator(none_if_empty)] = None
     oidc_client_id: str = ""
-    oidc_client_secret: MaybeSecret = None
+    oidc_client_secret: SecretStr = NO_SECRET
     oidc_groups_claim: str = "groups"
     oidc_roles: Annotated[tuple[tuple[str, Role], ...], NoDecode, BeforeValidator(_parse_roles)] = ()
     """Role of each group of the identity provider."""
-    console_viewer_token: MaybeSecret = None
+    console_viewer_token: SecretStr = NO_SECRET
     """Token of the gateway for people with the role viewer who sign in with OpenID Connect."""
-    console_operator_token: MaybeSecret = None
-    console_admin_token: MaybeSecret = None
+    console_operator_token: SecretStr = NO_SECRET
+    console_admin_token: SecretStr = NO_SECRET
 
     @property
     def is_behind_tls(self) -> bool:
         return urlsplit(self.console_url).scheme == "https"
 
-    def token_of_role(self, role: Role) -> str | None:
+    def token_of_role(self, role: Role) -> str:
+        """Return the token for people with this role, empty if it is not set."""
         tokens = {
             "viewer": self.console_viewer_token,
             "operator": self.console_operator_token,
             "admin": self.console_admin_token,
         }
-        token = tokens[role]
-        return None if token is None else token.get_secret_value()
+        return tokens[role].get_secret_value()
 
     @model_validator(mode="after")
     def _check_oidc(self) -> Self:
         if self.oidc_issuer is None:
             return self
-        if not self.oidc_client_id or self.oidc_client_secret is None:
+        if not self.oidc_client_id or not self.oidc_client_secret.get_secret_value():
             raise ValueError("OIDC_CLIENT_ID and OIDC_CLIENT_SECRET must be set with OIDC_ISSUER")
         if not self.oidc_roles:
             raise ValueError(
                 "OIDC_ROLES must be set with OIDC_ISSUER, like broker-admins=admin, instructors=viewer"
             )
         for role in sorted({role for _, role in self.oidc_roles}):
-            if self.token_of_role(role) is None:
+            if not self.token_of_role(role):
                 raise ValueError(
                     f"CONSOLE_{role.upper()}_TOKEN must be set, because OIDC_ROLES gives the role {role}"
                 )

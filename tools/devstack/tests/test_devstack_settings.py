@@ -38,7 +38,7 @@ def test_an_empty_variable_counts_as_unset_but_is_passed_to_the_services(setting
 def test_only_missing_tokens_are_generated(settings_from: SettingsFrom) -> None:
     settings = settings_from(BROKER_ADMIN_TOKEN="mine")
 
-    assert settings.generated_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN"}
+    assert settings.generated_tokens == {"BROKER_API_TOKEN", "CSP_API_TOKEN", "CONSOLE_SECRET"}
     assert settings.tokens == {"BROKER_ADMIN_TOKEN": "mine"}
 
 

@@ -69,6 +69,7 @@ MODULES = {
     "reaper": "REAPER_PORT",
     "csp_syncer": "CSP_SYNCER_PORT",
     "provisioner": "PROVISIONER_PORT",
+    "console": "CONSOLE_PORT",
     "csp_simulator": "CSP_SIMULATOR_PORT",
 }
 

@@ -161,7 +161,7 @@ def test_exposed_route_is_reported(manifests: list[Any], name: str, change: Chan
 
 
 def test_proxies_of_the_gateway_in_another_namespace_are_reported(manifests: list[Any]) -> None:
-    (peer,) = find(manifests, "NetworkPolicy", "gateway")["spec"]["ingress"][0]["from"]
+    peer = find(manifests, "NetworkPolicy", "gateway")["spec"]["ingress"][0]["from"][0]
     peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] = "ingress-nginx"
 
     problems = list(network_policies.find_problems(manifests))

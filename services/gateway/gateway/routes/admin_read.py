@@ -37,7 +37,7 @@ Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix s
 async def get_whoami(request: Request) -> WhoAmI:
     """Return the role of the token of this request."""
     caller: Caller = request.scope["state"]["caller"]
-    return WhoAmI(name=None, role=caller.role)
+    return WhoAmI(name=None if caller.named is None else caller.named.name, role=caller.role)
 
 
 @router.get("/status", responses=responses(*COMMON_ERRORS))
