@@ -23,7 +23,17 @@ from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_s
 
 TIMEOUT_MS = 30_000
 AXE = ROOT / "services" / "console" / "node_modules" / "axe-core" / "axe.min.js"
-PAGES = ("/", "/leases?only=all", "/sandboxes", "/deletions", "/sync", "/dead-letters", "/policies")
+PAGES = (
+    "/",
+    "/leases?only=all",
+    "/sandboxes",
+    "/deletions",
+    "/sync",
+    "/dead-letters",
+    "/policies",
+    "/tokens",
+    "/audit",
+)
 HOSTILE = '=1+1"><img src=x onerror=alert(1)>'
 """Printable ASCII is all that the API accepts in names."""
 WATCH = """
@@ -159,6 +169,10 @@ async def test_an_operator_ends_a_lease_with_a_reason(stack: Stack, console: Con
     await expect(page.get_by_text("the student left").first).to_be_visible()
     story = (await stack.admin("GET", f"sandboxes/{sandbox_id}")).json()
     assert (story["end_reason"], story["end_note"]) == ("admin", "the student left")
+    await console.open(f"/audit?object={sandbox_id}")
+    entry = page.locator("tbody tr")
+    await expect(entry).to_contain_text("the student left")
+    await expect(entry).to_contain_text("lease.release")
     assert console.problems == []
 
 
@@ -308,6 +322,37 @@ async def test_reading_works_without_javascript(stack: Stack, browser: Browser) 
     await page.get_by_role("link", name="End", exact=True).click()
     await expect(page.get_by_role("heading", name="End the lease")).to_be_visible()
     await context.close()
+
+
+async def test_a_viewer_only_reads_and_a_token_is_revoked(stack: Stack, console: Console, browser: Browser) -> None:
+    sandbox_id = await lease(stack, "ann")
+    created = await stack.client.post(
+        f"{stack.url}/v1/admin/tokens",
+        headers={"Authorization": f"Bearer {ADMIN_TOKEN}"},
+        json={"name": "instructors", "role": "viewer"},
+    )
+    assert created.status_code == 201, created.text
+    viewer = await (await browser.new_context()).new_page()
+    await viewer.goto(f"{console.url}/leases")
+    await sign_in(viewer, created.json()["token"])
+    await expect(viewer.locator(".who")).to_contain_text("instructors")
+    await expect(viewer.get_by_role("rowheader", name="ann")).to_be_visible()
+    await expect(viewer.get_by_role("link", name="End", exact=True)).to_have_count(0)
+    await expect(viewer.get_by_role("link", name="Tokens")).to_have_count(0)
+    for path in (f"/actions/sandboxes/release?id={sandbox_id}", "/tokens"):
+        await viewer.goto(f"{console.url}{path}")
+        await expect(viewer.get_by_role("heading", level=1)).to_have_text("Your role does not permit this")
+
+    page = console.page
+    await console.open("/tokens")
+    await page.get_by_role("link", name="Revoke").click()
+    await page.get_by_role("dialog").get_by_label("Reason").fill("the class is over")
+    await page.get_by_role("dialog").get_by_role("button", name="Revoke the token").click()
+    await expect(page.locator(".banner.done")).to_contain_text("The token is revoked")
+    await viewer.goto(f"{console.url}/leases")
+    await expect(viewer).to_have_title("Sign in · Sandbox Broker")
+    await viewer.context.close()
+    assert console.problems == []
 
 
 async def test_people_sign_in_with_openid_connect(stack: Stack, browser: Browser) -> None:

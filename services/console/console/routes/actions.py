@@ -121,6 +121,40 @@ ACTIONS: dict[tuple[str, str], Action] = {
         "/dead-letters",
         subject="dead-letters/{id}",
     ),
+    ("tokens", "suspend"): Action(
+        "suspend",
+        "Suspend the token",
+        "All gateways refuse token {id} within 5 s. Its leases stay. An administrator can resume it.",
+        "Suspend the token",
+        "POST",
+        "tokens/{id}/suspend",
+        lambda _: "The token is suspended.",
+        "/tokens",
+        role="admin",
+    ),
+    ("tokens", "resume"): Action(
+        "resume",
+        "Resume the token",
+        "The gateways accept token {id} again.",
+        "Resume the token",
+        "POST",
+        "tokens/{id}/resume",
+        lambda _: "The token works again.",
+        "/tokens",
+        role="admin",
+        is_destructive=False,
+    ),
+    ("tokens", "revoke"): Action(
+        "revoke",
+        "Revoke the token",
+        "All gateways refuse token {id} within 5 s and for ever. Its leases stay.",
+        "Revoke the token",
+        "DELETE",
+        "tokens/{id}",
+        lambda _: "The token is revoked.",
+        "/tokens",
+        role="admin",
+    ),
     ("sync", "run"): Action(
         "run",
         "Sync with CSP now",
@@ -241,7 +275,12 @@ def _action_page(
     reason: str = "",
     status: int = 200,
 ) -> Response:
-    words = {"holder": fields.get("holder") or "", "name": fields.get("name") or id, "queue": fields.get("queue")}
+    words = {
+        "id": id,
+        "holder": fields.get("holder") or "",
+        "name": fields.get("name") or id,
+        "queue": fields.get("queue"),
+    }
     return render(
         request,
         "action.html",

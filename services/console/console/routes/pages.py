@@ -13,7 +13,7 @@ from console.api_client import Api, ApiProblem, quote_segment
 from console.attention import find_items
 from console.csv_export import render_csv
 from console.rendering import render, sort_rows
-from console.web import AdminApi, SignedIn
+from console.web import AdminApi, SignedIn, require_role
 
 PAGE_SIZE = 50
 MAX_CSV_ROWS = 10_000
@@ -265,3 +265,27 @@ async def show_policies(request: Request, api: AdminApi, _: SignedIn) -> Respons
     policies, stock = await asyncio.gather(api.get("policies"), _or_problem(api.get("stock")))
     levels = {level["policy"]: level for level in ([] if stock is None else stock["stock"])}
     return render(request, "policies.html", policies=policies["policies"], levels=levels)
+
+
+@router.get("/tokens")
+async def show_tokens(request: Request, api: AdminApi, person: SignedIn) -> Response:
+    require_role(person, "admin")
+    found = await api.get("tokens")
+    return render(request, "tokens.html", tokens=found["tokens"])
+
+
+@router.get("/audit")
+async def show_audit(
+    request: Request,
+    api: AdminApi,
+    person: SignedIn,
+    *,
+    actor: Text = "",
+    action: Text = "",
+    object_: Annotated[str, Query(alias="object", max_length=128)] = "",
+    cursor: Cursor = "",
+) -> Response:
+    require_role(person, "operator")
+    filters = {"actor": actor, "action": action, "object": object_}
+    page = await api.get("audit", **filters, limit=PAGE_SIZE, cursor=cursor)
+    return render(request, "audit.html", entries=page["entries"], cursor=page["cursor"], filters=filters)
