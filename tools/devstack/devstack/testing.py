@@ -113,8 +113,8 @@ async def clean_database(database_url: str) -> str:
 
 _TABLES = (
     "sandboxes, leases, lease_extensions, outbox, history, pool_changes, pool_counts, jobs, csp_listings, "
-    "csp_accounts, dead_letters, policies, waiting, creations, stock_prefixes, tokens, token_uses, audit, accesses, "
-    "pool_samples"
+    "csp_accounts, dead_letters, policies, waiting, creations, stock_prefixes, tokens, token_uses, audit, "
+    "accesses, pool_samples"
 )
 # The version of policies and tokens rises, because a running allocator may know the present one.
 # Skips tables without pages, because TRUNCATE takes equally long for an empty table. Locks the tables before the
