@@ -193,6 +193,8 @@ def forget_student(
     result = create_client(context).request("POST", "forget", StudentForgotten, {"student": student}, reason=reason)
     line = f"{result['leases']} past leases have the pseudonym {result['pseudonym']} now."
     print_result(as_json, result, lambda: output.printable_text(line))
+
+
 @app.command("leases")
 def show_leases(
     context: typer.Context,
