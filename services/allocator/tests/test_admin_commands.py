@@ -39,8 +39,11 @@ async def test_end_lease_is_idempotent(pool: Pool) -> None:
     sandbox_id = await pool.lease("ann")
     session = await pool.write_session()
     first = await release(session, sandbox_id)
+    assert isinstance(first, SandboxReleased)
+    assert first.changed
     before = await pool.state()
-    assert await release(session, sandbox_id, "another reason") == first
+    repeated = await release(session, sandbox_id, "another reason")
+    assert repeated == first.model_copy(update={"changed": False})
     assert await pool.state() == before
 
 

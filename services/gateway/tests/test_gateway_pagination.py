@@ -448,3 +448,23 @@ async def test_unknown_sandbox_returns_404(gateway: Gateway, sandbox_id: str) ->
     response = await get(gateway, f"sandboxes/{sandbox_id}")
     assert response.status_code == 404
     assert detail(response)["code"] in ("SANDBOX_NOT_FOUND", "NOT_FOUND")
+
+
+@pytest.mark.parametrize(
+    ("held_at", "expected"),
+    [
+        (999, set()),
+        (1000, {"ended", "active"}),
+        (1599, {"ended", "active"}),
+        (1600, {"active"}),
+        (253_402_300_799, {"active", "later"}),  # the latest time that is accepted
+    ],
+)
+async def test_leases_that_were_active_at_a_time(
+    gateway: Gateway, database: asyncpg.Connection, held_at: int, expected: set[str]
+) -> None:
+    await add(database, "1", "deleted", holder="ended", at=1000)
+    await add(database, "2", "allocated", holder="active", at=1000)
+    await add(database, "3", "allocated", holder="later", at=5000)
+    body = await page(gateway, "allocations", held_at=held_at)
+    assert {allocation["holder"] for allocation in body["allocations"]} == expected

@@ -1,7 +1,7 @@
 """Pages of allocations: the leases, newest first."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from sqlalchemy import BigInteger, ColumnElement, Text, func, literal_column
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -36,6 +36,10 @@ _COLUMNS = (
 )
 
 
+LATEST = 253_402_300_799
+"""Last second of the year 9999, in Unix seconds: the last that Python's datetime has."""
+
+
 @dataclass(frozen=True, slots=True)
 class AllocationFilter:
     """Filters of the allocation listing. Cursors contain a checksum of the repr, as in
@@ -67,7 +71,7 @@ async def allocations_page(
     until = None if wanted.until is None else _datetime(wanted.until)
     if wanted.held_at is not None:
         held_at = _datetime(wanted.held_at)
-        begun_before = held_at + timedelta(seconds=1)
+        begun_before = _datetime(min(wanted.held_at + 1, LATEST))
         until = begun_before if until is None else min(until, begun_before)
         other_conditions.append(leases.c.ended_at.is_(None) | (leases.c.ended_at > held_at))
     scan = IndexScan(leases, NEWEST_LEASE, scan_conditions, until, descending=True)

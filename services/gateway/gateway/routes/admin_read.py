@@ -11,7 +11,7 @@ from gateway.api.schemas.status import Status, WhoAmI
 from gateway.api.schemas.waiting import WaitingPage
 from gateway.context import Context
 from gateway.queries import cursors, leaks, sandboxes
-from gateway.queries.allocation_pages import AllocationFilter, allocations_page
+from gateway.queries.allocation_pages import LATEST, AllocationFilter, allocations_page
 from gateway.queries.grouped_stats import GroupedBy, grouped_stats
 from gateway.queries.pool_history import pool_history
 from gateway.queries.sandbox_pages import SandboxFilter, sandboxes_page
@@ -30,7 +30,7 @@ Cursor = Annotated[
 ]
 Text = Annotated[str | None, Query(max_length=MAX_ID_LENGTH, pattern=r"^[\x20-\x7e]*$")]
 """Printable ASCII, as in the headers of an allocation. An empty text is no filter."""
-Time = Annotated[int | None, Query(ge=0, le=253_402_300_799, description="Unix seconds")]
+Time = Annotated[int | None, Query(ge=0, le=LATEST, description="Unix seconds")]
 
 
 @router.get("/whoami", responses=responses(*COMMON_ERRORS))
