@@ -38,7 +38,9 @@ async def test_the_scripts_allocate_and_release_a_sandbox(stack: Stack, tmp_path
     code, output = await run_script(stack, "instruqt_broker_allocation.py", tmp_path, "ada")
     assert code == 0, output
     assert (tmp_path / "sandbox_id.txt").read_text() == sandbox_id
-    assert (await stack.allocate("ada")).status_code == 200
+    secret = (tmp_path / "lease_secret.txt").read_text().strip()
+    assert (await stack.allocate("ada", X_Lease_Secret=secret)).status_code == 200
+    assert (await stack.allocate("ada")).status_code == 403
 
     other = tmp_path / "other"
     other.mkdir()
