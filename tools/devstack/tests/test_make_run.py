@@ -16,12 +16,15 @@ from dotenv import dotenv_values
 from devstack import pool
 from devstack.conditions import wait_until
 from devstack.errors import CannotRun
+from devstack.main import SERVICES
 from devstack.ports import free_port
 from devstack.processes import Process, spawn
 from devstack.settings import PORTS
 
 pytest_plugins = ("devstack.fixtures",)
 
+PROCESSES = len(SERVICES) + 1
+"""With the simulator."""
 STAND_IN = """
 import http.server, os, signal, sys, threading
 
@@ -174,8 +177,8 @@ async def test_ctrl_c_stops_the_services_then_the_simulator_with_exit_status_0(m
 
     assert await run.wait() == 0
     last = [line.split("│")[0].strip() for line in run.tail if "finishing" in line]
-    assert sorted(last[:5]) == ["allocator", "csp-syncer", "gateway", "provisioner", "reaper"]
-    assert last[5:] == ["csp-simulator"]
+    assert sorted(last[:-1]) == sorted(SERVICES)
+    assert last[-1] == "csp-simulator"
     assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
@@ -187,7 +190,7 @@ async def test_a_second_sigterm_has_no_effect(make_run: MakeRun) -> None:
     run.send(signal.SIGTERM)
 
     assert await run.wait() == 0
-    assert sum("finishing" in line for line in run.tail) == 6
+    assert sum("finishing" in line for line in run.tail) == PROCESSES
 
 
 async def test_ctrl_c_during_the_start_stops_all_processes(make_run: MakeRun, environ: dict[str, str]) -> None:
@@ -230,7 +233,7 @@ async def test_a_dead_service_is_reported_and_the_others_are_stopped(
     lines = list(run.tail)
     start = lines.index("reaper ended with exit code 7. Its last lines:")
     assert "    internal error" in lines[start:]
-    assert sum("finishing" in line for line in lines[start:]) == 5
+    assert sum("finishing" in line for line in lines[start:]) == PROCESSES - 1
     assert not any(is_alive(pid) for pid in stand_in_pids(run))
 
 
@@ -263,7 +266,7 @@ async def test_no_orphans_remain_after_a_kill(make_run: MakeRun) -> None:
     await run.wait()
 
     await wait_until(lambda: not any(is_alive(pid) for pid in stand_in_pids(run)))
-    assert len(stand_in_pids(run)) == 6
+    assert len(stand_in_pids(run)) == PROCESSES
 
 
 async def test_a_port_in_use_is_reported_with_its_variable(make_run: MakeRun, environ: dict[str, str]) -> None:
