@@ -10,6 +10,7 @@ import pytest
 from gateway.queries import leaks
 from sandbox_broker.contract.commands import Command, DeleteStale, PurgeRecords
 from sandbox_broker.contract.replies import Purged, Reply
+from sandbox_broker.contract.tokens import Sender
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
 
@@ -194,7 +195,8 @@ async def test_purge_repeats_until_no_records_are_left(gateway: Gateway, path: s
     response = await gateway.client.post(f"/v1/admin/{path}", headers=ADMIN)
     assert response.status_code == 200
     assert {**response.json(), "duration_ms": 0} == {"status": "completed", "deleted": 1003, "duration_ms": 0}
-    expected = command.model_copy(update={"request_id": response.headers["X-Request-ID"]})
+    sender = Sender(actor="$BROKER_ADMIN_TOKEN", address="127.0.0.1")
+    expected = command.model_copy(update={"request_id": response.headers["X-Request-ID"], "sender": sender})
     assert gateway.maintenance.commands == 3 * [expected]
 
 
