@@ -9,11 +9,13 @@ import asyncpg
 import pytest
 
 from sandbox_broker.contract.commands import DropDeadLetter, ReplayDeadLetter
+from sandbox_broker.contract.tokens import Sender
 
 from .gateway_harness import ADMIN, Gateway, detail, refuse, running
 
 PATH = "/v1/admin/dead-letters"
 UNKNOWN = uuid.UUID(int=7)
+ADMINISTRATOR = Sender(actor="$BROKER_ADMIN_TOKEN", address="127.0.0.1")
 ROUTES = [("POST", f"{PATH}/{UNKNOWN}/replay"), ("DELETE", f"{PATH}/{UNKNOWN}")]
 
 
@@ -135,14 +137,18 @@ async def test_replay_returns_its_result(gateway: Gateway) -> None:
         },
     )
     (command,) = gateway.maintenance.commands
-    assert command == ReplayDeadLetter(request_id=response.headers["X-Request-ID"], dead_letter_id=UNKNOWN)
+    assert command == ReplayDeadLetter(
+        request_id=response.headers["X-Request-ID"], dead_letter_id=UNKNOWN, sender=ADMINISTRATOR
+    )
 
 
 async def test_drop_returns_its_result(gateway: Gateway) -> None:
     response = await gateway.client.delete(f"{PATH}/{UNKNOWN}", headers=ADMIN)
     assert (response.status_code, response.json()) == (200, {"status": "dropped", "dead_letter_id": str(UNKNOWN)})
     (command,) = gateway.maintenance.commands
-    assert command == DropDeadLetter(request_id=response.headers["X-Request-ID"], dead_letter_id=UNKNOWN)
+    assert command == DropDeadLetter(
+        request_id=response.headers["X-Request-ID"], dead_letter_id=UNKNOWN, sender=ADMINISTRATOR
+    )
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -207,7 +207,7 @@ leases = Table(
         "token",
         postgresql_where=text("token IS NOT NULL AND num_nonnulls(ended_at) = 0"),
     ),
-    Index("leases_by_token", "token", "allocated_at", postgresql_where=text("token IS NOT NULL")),
+    Index("leases_by_token", "token", "allocated_at", postgresql_where=text("num_nonnulls(token) = 1")),
     Index("leases_standby", "expires_at", postgresql_where=text("mode = 'standby' AND end_reason IS NULL")),
     Index("leases_by_first_holder", "first_holder", postgresql_where=text("first_holder IS NOT NULL")),
     Index("leases_by_replaced", "replaces", postgresql_where=text("replaces IS NOT NULL")),

@@ -236,7 +236,7 @@ _WITHOUT_QUOTA = {
 
 # quota: the free leases of each policy with max_active. The end of a lease only raises this number meanwhile.
 # token_quota: the free leases of each token with a limit. A request must fit both. The comparison of rows keeps the
-# planner from leases_by_time.
+# planner from leases_by_time, and num_nonnulls(token) keeps leases_by_token apart from leases_active_by_token.
 # turn: policies under which this statement may grant leases. Of two concurrent statements the second finds another
 # quota_grants, gets no turn and must run again, because it has not counted the leases of the first. token_turn: the
 # same for tokens. A request that no policy admits takes no place of its token.
@@ -266,7 +266,7 @@ token_quota AS MATERIALIZED (
         t.max_new_per_hour - (
             SELECT count(*) FROM (
                 SELECT FROM leases hour_of_token
-                WHERE token = t.name AND token IS NOT NULL
+                WHERE token = t.name AND num_nonnulls(token) = 1
                   AND (token, allocated_at) > (t.name, now() - interval '1 hour')
                 LIMIT t.max_new_per_hour
             ) counted
@@ -274,7 +274,7 @@ token_quota AS MATERIALIZED (
         t.max_rate - (
             SELECT count(*) FROM (
                 SELECT FROM leases minute_of_token
-                WHERE token = t.name AND token IS NOT NULL
+                WHERE token = t.name AND num_nonnulls(token) = 1
                   AND (token, allocated_at) > (t.name, now() - interval '1 minute')
                 LIMIT t.max_rate
             ) counted

@@ -57,7 +57,7 @@ STATEMENTS = (
     CREATE INDEX leases_active_by_token ON leases (token)
         WHERE token IS NOT NULL AND num_nonnulls(ended_at) = 0
     """,
-    "CREATE INDEX leases_by_token ON leases (token, allocated_at) WHERE token IS NOT NULL",
+    "CREATE INDEX leases_by_token ON leases (token, allocated_at) WHERE num_nonnulls(token) = 1",
 )
 COMMENTS = {
     "TABLE tokens": "named tokens; revoked ones stay for the audit",
