@@ -30,5 +30,5 @@ def filter_failure(_: Any, failure: Exception, case: Any, response: Any) -> bool
         detail = response.json()["detail"]
         if detail["code"] in ("INVALID_CURSOR", "INVALID_POLICY", "ACCESS_ENDED"):
             return False
-        return detail.get("fields") != [{"field": "body", "problem": TOKEN_RULE}]
+        return bool(detail.get("fields") != [{"field": "body", "problem": TOKEN_RULE}])
     return True

@@ -56,8 +56,8 @@ async def holders(pool: Pool) -> list[str]:
 
 
 async def leased(pool: Pool) -> dict[str, str]:
-    """Return the name of the sandbox of each student with a lease."""
-    rows = await pool.rows("SELECT holder, name FROM leases JOIN sandboxes USING (sandbox_id)")
+    """Return the name of the sandbox of each student with a lease; for a replacement, of the new one."""
+    rows = await pool.rows("SELECT holder, name FROM leases JOIN sandboxes USING (sandbox_id) ORDER BY lease_id")
     return {row["holder"]: row["name"] for row in rows}
 
 

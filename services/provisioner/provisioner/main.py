@@ -79,7 +79,9 @@ def create_app(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with csp, look_up, AsyncExitStack() as stack:
-            if worker is not None:
+            if worker is None:
+                log.info("access.disabled", action="Set CSP_LOGIN_EMAIL to create logins inside sandboxes.")
+            else:
                 stack.push_async_callback(worker.aclose)
             await stack.enter_async_context(tasks(app))
             yield
@@ -96,7 +98,6 @@ def _build_access(
     """Return the parts for logins inside sandboxes, (None, None) without an administrator who signs in."""
     keys = parse_access_keys(settings.access_keys)
     if keys is None or not settings.has_access:
-        log.info("access.disabled", action="Set CSP_LOGIN_EMAIL to create logins inside sandboxes.")
         return None, None
     circuit = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
     worker = AccessWorker(settings, keys, allocator, circuit)

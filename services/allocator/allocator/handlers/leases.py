@@ -137,10 +137,18 @@ def _refusal(command: AllocateSandbox, outcome: str, policies: PolicyBook) -> Re
         terms = policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
         return refuse("QUOTA_EXCEEDED", cause="policy", policy=terms.policy or "", max_active=terms.max_active or 0)
     if outcome in leases.QUOTA_OUTCOMES and command.sender is not None:
-        return refuse("QUOTA_EXCEEDED", cause=outcome, token=command.sender.actor)
+        return _refuse_over_quota(outcome, command.sender.actor)
     if command.name_prefix is None:
         return refuse("POOL_EXHAUSTED")
     return refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix=command.name_prefix)
+
+
+def _refuse_over_quota(outcome: str, token: str) -> Refused:
+    if outcome == "max_active":
+        return refuse("QUOTA_EXCEEDED", cause="max_active", token=token)
+    if outcome == "max_new_per_hour":
+        return refuse("QUOTA_EXCEEDED", cause="max_new_per_hour", token=token)
+    return refuse("QUOTA_EXCEEDED", cause="max_rate", token=token)
 
 
 def _share_replies(commands: Sequence[AllocateSandbox], replies: Mapping[domain.DedupKey, Reply]) -> list[Reply]:

@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 async def claim_access(session: WriteSession, command: ClaimAccess) -> Reply:
     if (keys := session.access_keys) is None:
-        return refuse("ACCESS_NOT_CONFIGURED", cause="allocator")
+        return refuse("ACCESS_NOT_CONFIGURED")
     rows = await logins.claim(
         session,
         duration=timedelta(seconds=command.claim_sec),
@@ -93,7 +93,7 @@ async def record_access_removal(session: WriteSession, command: RecordAccessRemo
 
 async def rotate_access_keys(session: WriteSession, command: RotateAccessKeys) -> Reply:
     if (keys := session.access_keys) is None:
-        return refuse("ACCESS_NOT_CONFIGURED", cause="allocator")
+        return refuse("ACCESS_NOT_CONFIGURED")
     rotated: list[tuple[logins.OutdatedPassword, str]] = []
     unreadable, after = 0, ""
     while outdated := await logins.find_outdated_passwords(
