@@ -174,8 +174,12 @@ async def test_a_restore_without_the_steps_leases_nothing_until_it_is_confirmed(
     for student in ("before", "after-1", "new"):
         refused = await stack.allocate(student)
         assert (refused.status_code, refused.json()["detail"]["code"]) == (503, "DATABASE_BEHIND")
-    status = await run_brokerctl(stack, "status")
-    assert "The database is an older backup without the newest lease" in status.out
+
+    async def is_reported() -> bool:  # not by a report for which PostgreSQL answers too late
+        status = await run_brokerctl(stack, "status")
+        return "The database is an older backup without the newest lease" in status.out
+
+    await wait_until(is_reported)
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_database_behind 1.0" in metrics
     await stack.processes["allocator"].stop()
