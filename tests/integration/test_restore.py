@@ -14,7 +14,7 @@ from devstack.conditions import wait_until
 from devstack.postgres import PrivatePostgres
 from devstack.processes import run
 from devstack.testing import NewVhost
-from tests.integration.ctl import run_brokerctl
+from tests.integration.ctl import run_brokerctl, wait_for_status
 from tests.integration.stack import ROOT, Stack, run_stack
 
 pytest_plugins = ("devstack.fixtures",)
@@ -175,11 +175,9 @@ async def test_a_restore_without_the_steps_leases_nothing_until_it_is_confirmed(
         refused = await stack.allocate(student)
         assert (refused.status_code, refused.json()["detail"]["code"]) == (503, "DATABASE_BEHIND")
 
-    async def is_reported() -> bool:  # not by a report for which PostgreSQL answers too late
-        status = await run_brokerctl(stack, "status")
-        return "The database is an older backup without the newest lease" in status.out
-
-    await wait_until(is_reported)
+    await wait_for_status(
+        stack, lambda status: "The database is an older backup without the newest lease" in status.out
+    )
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_database_behind 1.0" in metrics
     await stack.processes["allocator"].stop()

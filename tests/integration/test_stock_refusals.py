@@ -14,7 +14,7 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.ctl import run_brokerctl
+from tests.integration.ctl import run_brokerctl, wait_for_status
 from tests.integration.stack import ADMIN, Stack, run_stack
 
 SPEED = 60
@@ -111,7 +111,7 @@ async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_r
     stopped = await wait_until_stopped(stack, "refused")
     assert "the quota of 2 sandboxes is used up" in stopped["stop_reason"]
     await wait_for_alert(stack, is_stopped=True)
-    assert "brokerctl stock resume lab-" in (await run_brokerctl(stack, "status")).out
+    await wait_for_status(stack, lambda status: "brokerctl stock resume lab-" in status.out)
 
     async def is_imported() -> bool:
         return (await stack.stats())["available"] == CREATED_BEFORE_REFUSAL

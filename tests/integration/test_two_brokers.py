@@ -6,7 +6,7 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import NewVhost
-from tests.integration.ctl import run_brokerctl
+from tests.integration.ctl import wait_for_status
 from tests.integration.stack import Stack
 
 
@@ -40,7 +40,7 @@ async def test_the_newcomer_stops_and_the_first_broker_serves_all_students(
         return (await stack.admin("GET", "status")).json()["other_broker_at"] is not None
 
     await wait_until(is_reported)
-    assert "Another broker used the same database" in (await run_brokerctl(stack, "status")).out
+    await wait_for_status(stack, lambda status: "Another broker used the same database" in status.out)
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_other_broker 1.0" in metrics
     await stack.database.execute("UPDATE allocators SET other_broker_at = NULL")
