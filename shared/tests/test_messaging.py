@@ -669,7 +669,7 @@ async def test_a_killed_server_fails_open_requests_and_the_client_recovers(
         await private.sync_queue_metadata()
         publishing = [asyncio.ensure_future(made.put(b"x" * 10_000, FILLED)) for _ in range(300)]
         await private.kill()
-        async with asyncio.timeout(AT_ONCE_SEC):
+        async with asyncio.timeout(AT_ONCE_SEC * 3):  # less than the 15 s of a request, on a busy machine too
             results = await asyncio.gather(*requests, return_exceptions=True)
             published = await asyncio.gather(*publishing, return_exceptions=True)
         assert {type(result) for result in results} == {ServiceUnavailable}
