@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 from aio_pika.abc import AbstractConnection
@@ -221,10 +222,13 @@ async def start_broker(
             }
             for name, module in SERVICES.items()
         }
-        logs = {
-            name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1))
-            for name in (*SERVICES, NEWCOMER)
-        }
+        logs: dict[str, TextIO] = {}
+
+        def log_line(name: str, line: str) -> None:
+            if name not in logs:
+                logs[name] = resources.enter_context((directory / f"{name}.log").open("a", buffering=1))
+            print(line, file=logs[name])
+
         stack = await resources.enter_async_context(
             run_stack(
                 servers.database_url,
@@ -232,8 +236,9 @@ async def start_broker(
                 launcher=(str(LAUNCHER),),
                 settings={**SETTINGS, **(environment or {})},
                 settings_of=settings_of,
-                on_line=lambda name, line: print(line, file=logs[name]),
+                on_line=log_line,
                 simulator_port=simulator_port,
+                without=["console"],
             )
         )
         gateways = [

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -219,6 +219,7 @@ async def run_stack(
     settings_of: Mapping[str, Mapping[str, str]] | None = None,
     on_line: Callable[[str, str], None] | None = None,
     simulator_port: int | None = None,
+    without: Collection[str] = (),
 ) -> AsyncIterator[Stack]:
     await migrate(database_url)
     simulator_port = simulator_port or free_port()
@@ -254,7 +255,7 @@ async def run_stack(
         try:
             await asyncio.gather(
                 stack.start_simulator(),
-                *(stack.start_service(module) for module in PORTS),
+                *(stack.start_service(module) for module in PORTS if module not in without),
             )
             yield stack
         finally:
