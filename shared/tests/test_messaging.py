@@ -697,7 +697,7 @@ async def test_an_unresponsive_queue_is_named_and_retried(
             await wait_until(errors)
             assert set(errors()) == {f"the queue {QUEUE.name} does not answer"}
             await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
-            assert await made.ask() == ListingBegun(listing_id=0)
+            assert await made.ask(timeout_sec=60) == ListingBegun(listing_id=0)
 
 
 @pytest.mark.parametrize("together", [False, True])

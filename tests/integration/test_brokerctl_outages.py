@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,15 @@ async def component_stopped(broker: Broker, *parts: str) -> AsyncIterator[None]:
 @asynccontextmanager
 async def component_frozen(broker: Broker, part: str) -> AsyncIterator[None]:
     pids = await broker.process_ids(part)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # a backend of PostgreSQL that has ended since
+                os.kill(pid, signal.SIGSTOP)
         yield
     finally:
         for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def test_the_timeouts_are_nested_within_a_second() -> None:
