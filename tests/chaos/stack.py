@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import httpx
 from aio_pika.abc import AbstractConnection
@@ -222,13 +221,10 @@ async def start_broker(
             }
             for name, module in SERVICES.items()
         }
-        logs: dict[str, TextIO] = {}
-
-        def log_line(name: str, line: str) -> None:
-            if name not in logs:
-                logs[name] = resources.enter_context((directory / f"{name}.log").open("a", buffering=1))
-            print(line, file=logs[name])
-
+        logs = {
+            name: resources.enter_context((directory / f"{name}.log").open("a", buffering=1))
+            for name in (*SERVICES, NEWCOMER)
+        }
         stack = await resources.enter_async_context(
             run_stack(
                 servers.database_url,
@@ -236,7 +232,7 @@ async def start_broker(
                 launcher=(str(LAUNCHER),),
                 settings={**SETTINGS, **(environment or {})},
                 settings_of=settings_of,
-                on_line=log_line,
+                on_line=lambda name, line: print(line, file=logs[name]),
                 simulator_port=simulator_port,
                 without=["console"],
             )
