@@ -24,13 +24,13 @@ if module == "gateway":
     rpc.request = crashes.wrap(rpc.request, None, "before answering")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import consumer
-    from allocator.sql import lease_changes, leases
+    from allocator.sql import allocations, lease_changes, leases
     from sandbox_broker.contract import topology
     from sandbox_broker.messaging import subscription
 
     # Each function runs one statement, which commits at its end.
     commit = ("before a student's commit", "after a student's commit")
-    leases.allocate = crashes.wrap(leases.allocate, *commit)
+    allocations.allocate = crashes.wrap(allocations.allocate, *commit)
     leases.release = crashes.wrap(leases.release, *commit)
     leases.end_plays = crashes.wrap(leases.end_plays, *commit)
     lease_changes.claim = crashes.wrap(lease_changes.claim, *commit)

@@ -19,6 +19,7 @@ import asyncpg
 
 from allocator import consumer, routing, write_session
 from allocator.sql import (
+    allocations,
     audit,
     creations,
     dead_letters,
@@ -58,17 +59,18 @@ def is_of_student(delivery: Any) -> bool:
 
 
 def no_skip_locked() -> None:
-    leases.ALLOCATE_ANY = replace_required(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
+    allocations.ALLOCATE_ANY = replace_required(allocations.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "FOR UPDATE")
 
 
 def no_lock_and_no_recheck() -> None:
     """Claim a sandbox without locking its row and without checking its status again."""
-    unlocked = replace_required(leases.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
-    leases.ALLOCATE_ANY = replace_required(unlocked, " AND s.status || '' = 'available'", "")
+    unlocked = replace_required(allocations.ALLOCATE_ANY, "FOR UPDATE SKIP LOCKED", "")
+    allocations.ALLOCATE_ANY = replace_required(unlocked, " AND s.status || '' = 'available'", "")
 
 
 def no_epoch_guard() -> None:
     modules: Sequence[ModuleType] = (
+        allocations,
         leases,
         logins,
         lease_changes,
@@ -107,10 +109,12 @@ def ack_before_commit() -> None:
 
 
 def reply_before_commit() -> None:
-    allocate, answer = leases.allocate, consumer.publish_replies  # type: ignore[attr-defined]
+    allocate, answer = allocations.allocate, consumer.publish_replies  # type: ignore[attr-defined]
     open_transactions: list[asyncpg.Connection] = []
 
-    async def begin(session: write_session.WriteSession, commands: Sequence[Any]) -> list[leases.AllocationRow]:
+    async def begin(
+        session: write_session.WriteSession, commands: Sequence[Any]
+    ) -> list[allocations.AllocationRow]:
         await session.connection.execute("BEGIN")
         open_transactions.append(session.connection)
         return await allocate(session, commands)
@@ -120,22 +124,22 @@ def reply_before_commit() -> None:
         while open_transactions and is_of_student(delivery):
             await open_transactions.pop().execute("COMMIT")
 
-    leases.allocate = begin
+    allocations.allocate = begin
     consumer.publish_replies = answer_and_commit  # type: ignore[attr-defined]
 
 
 def outbox_in_separate_statement() -> None:
     """Write the event by a second statement, after the lease is committed."""
-    leases.ALLOCATE_ANY = replace_required(
-        leases.ALLOCATE_ANY,
+    allocations.ALLOCATE_ANY = replace_required(
+        allocations.ALLOCATE_ANY,
         "INSERT INTO outbox (type, subject, data)\n    SELECT 'sandbox.allocated'",
         "SELECT 'sandbox.allocated'",
     )
-    allocate = leases.allocate
+    allocate = allocations.allocate
 
     async def allocate_then_write_event(
         session: write_session.WriteSession, commands: Sequence[Any]
-    ) -> list[leases.AllocationRow]:
+    ) -> list[allocations.AllocationRow]:
         rows = await allocate(session, commands)
         for command, row in zip(commands, rows, strict=True):
             if row["outcome"] == "new":
@@ -147,7 +151,7 @@ def outbox_in_separate_statement() -> None:
                 )
         return rows
 
-    leases.allocate = allocate_then_write_event
+    allocations.allocate = allocate_then_write_event
 
 
 def no_tombstones() -> None:
@@ -190,7 +194,7 @@ if __name__ == "__main__":
     crashes = CrashPoints(Path(os.environ["STOP_AT"]), module)
     write_session.LOCK_TIMEOUT = f"{STATEMENT_TIMEOUT_SEC}s"
     routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
-    leases.allocate = crashes.wrap(leases.allocate, "before commit", "after commit")
+    allocations.allocate = crashes.wrap(allocations.allocate, "before commit", "after commit")
     answer = consumer.publish_replies  # type: ignore[attr-defined]
 
     async def answer_and_stop(publisher: publisher.Publisher, delivery: Any, replies: Any) -> None:

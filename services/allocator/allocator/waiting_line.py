@@ -1,4 +1,4 @@
-"""Waiting line: students who wait for a sandbox, first come, first served, after replacements of broken ones.
+"""Waiting line for sandboxes: first come, first served, after replacements of broken ones.
 
 The table `waiting` is the line. The lane for students keeps a copy of it in memory, so an allocation learns without
 a query whether others wait for the same sandboxes. Only this lane writes the table, under its epoch. So a copy is
@@ -45,7 +45,7 @@ class Place:
 
     @property
     def is_replacement(self) -> bool:
-        """True for a student who has a broken sandbox."""
+        """True for a student with a broken sandbox."""
         return isinstance(self.command, ReplaceSandbox)
 
 

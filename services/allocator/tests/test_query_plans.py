@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from allocator.sql import lease_changes, leases, waiting
+from allocator.sql import allocations, lease_changes, leases, waiting
 
 from .allocator_harness import Pool
 
@@ -23,11 +23,11 @@ _TERMS = (
 )
 _QUOTA = "ARRAY[100], ARRAY['0123456789abcdef'], ARRAY['token'], ARRAY[100], ARRAY[100], ARRAY[100]"
 STATEMENTS = {
-    "any": (leases.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
-    "by prefix": (leases.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
-    "any with quota": (leases.WITH_QUOTA[leases.ALLOCATE_ANY], f"1, 0, {_REQUESTS}, {_TERMS}, {_QUOTA}"),
+    "any": (allocations.ALLOCATE_ANY, f"1, 0, {_REQUESTS}, {_TERMS}"),
+    "by prefix": (allocations.ALLOCATE_BY_PREFIX, f"1, 0, {_REQUESTS}, {_TERMS}"),
+    "any with quota": (allocations.WITH_QUOTA[allocations.ALLOCATE_ANY], f"1, 0, {_REQUESTS}, {_TERMS}, {_QUOTA}"),
     "by prefix with quota": (
-        leases.WITH_QUOTA[leases.ALLOCATE_BY_PREFIX],
+        allocations.WITH_QUOTA[allocations.ALLOCATE_BY_PREFIX],
         f"1, 0, {_REQUESTS}, {_TERMS}, {_QUOTA}",
     ),
     "release": (
@@ -35,9 +35,9 @@ STATEMENTS = {
         "1, ARRAY[0], ARRAY['1'], ARRAY['holder'], ARRAY['request'], ARRAY[NULL::text], ARRAY[NULL::bytea], "
         "ARRAY[NULL::text], '\\x00'",
     ),
-    "chosen": (leases.ALLOCATE_CHOSEN, f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1']"),
+    "chosen": (allocations.ALLOCATE_CHOSEN, f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1']"),
     "chosen with quota": (
-        leases.WITH_QUOTA[leases.ALLOCATE_CHOSEN],
+        allocations.WITH_QUOTA[allocations.ALLOCATE_CHOSEN],
         f"1, 0, {_REQUESTS}, {_TERMS}, ARRAY['1'], {_QUOTA}",
     ),
     "look": (

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import structlog
 
 from allocator import audit
+from allocator.sql import allocations
 from allocator.sql import audit as audit_sql
-from allocator.sql import leases
 from allocator.token_book import Token
 from allocator.write_session import PoliciesChanged, WriteSession
 from sandbox_broker.contract.commands import Command
@@ -18,7 +18,8 @@ log = structlog.get_logger()
 
 
 async def find_scopes(session: WriteSession, commands: Sequence[Command]) -> list[str | Refused | None]:
-    """Return per command the token whose leases it may reach, None for any, or the refusal of an ended token.
+    """Return per command the token that limits it to its leases, None without a limit, or the refusal of an ended
+    token.
 
     Administrators send commands without a holder. They reach every lease.
     """
@@ -39,7 +40,7 @@ async def find_scopes(session: WriteSession, commands: Sequence[Command]) -> lis
 async def load_current_tokens(session: WriteSession) -> None:
     """Load the policy book with its tokens again if it is outdated."""
     try:
-        await leases.check_policy_version(session)
+        await allocations.check_policy_version(session)
     except PoliciesChanged:
         await session.policies.load(session.connection)
 

@@ -8,7 +8,7 @@ import structlog
 from allocator import domain, metrics
 from allocator.handlers import access, waiting
 from allocator.policy_book import PolicyBook
-from allocator.sql import leases
+from allocator.sql import allocations, leases
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import AllocateSandbox, EndLease, EndPlay, ExpireLeases, ReleaseSandbox
 from sandbox_broker.contract.replies import (
@@ -64,7 +64,7 @@ async def _holders_already_served(session: WriteSession, commands: Sequence[Allo
 async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) -> list[Reply]:
     """Run one allocation per distinct request; duplicates share its reply."""
     unique = {domain.dedup_key(command): command for command in commands}
-    rows: dict[domain.DedupKey, leases.AllocationRow | None] = {}
+    rows: dict[domain.DedupKey, allocations.AllocationRow | None] = {}
     line = await waiting.open_line(session)
     if line.places and access.has_unknown_token(session, unique.values()):
         await access.load_current_tokens(session)
@@ -72,7 +72,7 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
     rows.update(strangers)
     direct, queued = line.split([command for key, command in unique.items() if key not in strangers])
     for group in domain.conflict_free_groups(direct):
-        rows.update(_by_key(group, await leases.allocate(session, group)))
+        rows.update(_by_key(group, await allocations.allocate(session, group)))
     if queued:
         rows.update(_by_key(queued, await waiting.allocate_in_line(session, queued)))
     replies: dict[domain.DedupKey, Reply] = {}
@@ -87,16 +87,18 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
 
 
 def _by_key(
-    commands: Sequence[AllocateSandbox], rows: Sequence[leases.AllocationRow | None]
-) -> Iterable[tuple[domain.DedupKey, leases.AllocationRow | None]]:
+    commands: Sequence[AllocateSandbox], rows: Sequence[allocations.AllocationRow | None]
+) -> Iterable[tuple[domain.DedupKey, allocations.AllocationRow | None]]:
     return zip(map(domain.dedup_key, commands), rows, strict=True)
 
 
-def _is_exhausted(row: leases.AllocationRow | None) -> bool:
+def _is_exhausted(row: allocations.AllocationRow | None) -> bool:
     return row is None or row["outcome"] == "exhausted"
 
 
-def _allocation_reply(command: AllocateSandbox, row: leases.AllocationRow | None, policies: PolicyBook) -> Reply:
+def _allocation_reply(
+    command: AllocateSandbox, row: allocations.AllocationRow | None, policies: PolicyBook
+) -> Reply:
     """Return the reply for a row. None is a student that waits, and asks without the wish to wait."""
     outcome = "exhausted" if row is None else row["outcome"]
     metrics.ALLOCATIONS.labels(outcome=outcome).inc()
@@ -136,7 +138,7 @@ def _refusal(command: AllocateSandbox, outcome: str, policies: PolicyBook) -> Re
     if outcome == "quota_exceeded":
         terms = policies.resolve(track_name=command.track_name, name_prefix=command.name_prefix)
         return refuse("QUOTA_EXCEEDED", cause="policy", policy=terms.policy or "", max_active=terms.max_active or 0)
-    if outcome in leases.QUOTA_OUTCOMES and command.sender is not None:
+    if outcome in allocations.QUOTA_OUTCOMES and command.sender is not None:
         return _refuse_over_quota(outcome, command.sender.actor)
     if command.name_prefix is None:
         return refuse("POOL_EXHAUSTED")

@@ -11,7 +11,7 @@ import structlog
 
 from allocator import domain, metrics
 from allocator.handlers import access
-from allocator.sql import lease_changes, leases, waiting
+from allocator.sql import allocations, lease_changes, waiting
 from allocator.token_book import Token
 from allocator.waiting_estimate import REFRESH_SEC, estimate_waits, expect_sandboxes
 from allocator.waiting_line import Place, WaitingLine, assign_sandboxes, retry_after_sec
@@ -64,16 +64,16 @@ async def open_line(session: WriteSession) -> WaitingLine:
 
 async def allocate_in_line(
     session: WriteSession, commands: Sequence[AllocateSandbox]
-) -> list[leases.AllocationRow | None]:
+) -> list[allocations.AllocationRow | None]:
     """Serve the line, and then the commands of students without a place, in this order.
 
-    Return the outcome of each command; None for a student who waits, and for one who must not join the line.
+    Return the outcome of each command; None for a waiting student, and for a student outside the line.
     """
     line = session.waiting_line
-    results: list[leases.AllocationRow | None] = []
+    results: list[allocations.AllocationRow | None] = []
     for part in domain.split_on_repeated(commands, lambda command: command.holder):
         await _leave_for_another_request(session, part)
-        # A student who waits for a replacement has a lease, so the allocation returns it and keeps the place.
+        # A student in line for a replacement has a lease, so the allocation returns it and keeps the place.
         waiting_for_lease = {holder for holder, place in line.places.items() if not place.is_replacement}
         repeated = [command for command in part if command.holder in waiting_for_lease]
         new = [command for command in part if command.holder not in waiting_for_lease]
@@ -158,7 +158,7 @@ def _log_replacement(command: ReplaceSandbox, row: lease_changes.ReplaceRow) -> 
 
 async def serve_line(
     session: WriteSession, requests: Sequence[AllocateSandbox] = (), repeated: Sequence[waiting.Request] = ()
-) -> dict[str, leases.AllocationRow]:
+) -> dict[str, allocations.AllocationRow]:
     """Lease the available sandboxes to the line, then to `requests`, first come, first served.
 
     Return the outcome of each request, and of each place that was served, by holder. `repeated` are requests of
@@ -172,7 +172,7 @@ async def serve_line(
         if command.wait_sec is not None and command.holder is not None
     }
     again = [command for command in repeated if isinstance(command, AllocateSandbox)]
-    rows: dict[str, leases.AllocationRow] = {}
+    rows: dict[str, allocations.AllocationRow] = {}
     passed_over: set[str] = set()
     for _ in range(MAX_PASSES):
         new = [command for command in requests if command.holder not in rows]
@@ -213,7 +213,7 @@ async def serve_line(
             break
     rest = [command for command in requests if command.holder not in rows]
     for part in domain.split_on_repeated(rest, lambda _: None) if rest else ():
-        outcomes = await leases.allocate_chosen(session, part, [None] * len(part))
+        outcomes = await allocations.allocate_chosen(session, part, [None] * len(part))
         rows.update((command.holder, row) for command, row in zip(part, outcomes, strict=True))
     return rows
 
@@ -250,7 +250,7 @@ async def _lease_chosen(
     session: WriteSession,
     commands: Sequence[AllocateSandbox],
     sandboxes: dict[str, str],
-    rows: dict[str, leases.AllocationRow],
+    rows: dict[str, allocations.AllocationRow],
     passed_over: set[str],
 ) -> bool:
     """Lease the chosen sandboxes, and add the outcomes to `rows`.
@@ -261,7 +261,9 @@ async def _lease_chosen(
     is_complete = True
     for part in domain.split_on_repeated(commands, lambda command: command.idempotency_key) if commands else ():
         with line.changing():
-            outcomes = await leases.allocate_chosen(session, part, [sandboxes[command.holder] for command in part])
+            outcomes = await allocations.allocate_chosen(
+                session, part, [sandboxes[command.holder] for command in part]
+            )
         refused: list[str] = []
         for command, row in zip(part, outcomes, strict=True):
             if row["outcome"] == "exhausted":
@@ -275,7 +277,7 @@ async def _lease_chosen(
                 continue
             if row["outcome"] == "new":
                 _record_served(line, command.holder, place, row)
-            elif row["outcome"] in leases.QUOTA_OUTCOMES:
+            elif row["outcome"] in allocations.QUOTA_OUTCOMES:
                 passed_over.add(command.holder)
             else:
                 refused.append(command.holder)
@@ -286,10 +288,10 @@ async def _lease_chosen(
 
 def find_strangers(
     session: WriteSession, commands: Mapping[domain.DedupKey, AllocateSandbox]
-) -> dict[domain.DedupKey, leases.AllocationRow]:
+) -> dict[domain.DedupKey, allocations.AllocationRow]:
     """Return the refused outcome of each command for the place of another sender."""
     places = session.waiting_line.places
-    outcomes: dict[domain.DedupKey, leases.AllocationRow] = {}
+    outcomes: dict[domain.DedupKey, allocations.AllocationRow] = {}
     for key, command in commands.items() if places else ():
         place = places.get(command.holder)
         outcome = None if place is None else _refuse_stranger(session, command, place)
@@ -347,7 +349,7 @@ async def wait_in_line(
 
 
 def _can_join(line: WaitingLine, holder: str, wait_sec: float, *, others: int = 0) -> bool:
-    """Return whether the student may join after `others`. A student whose longest wait is over may not, once."""
+    """Return whether the student may join after `others`. After the longest wait, one request may not."""
     is_over = line.timed_out.pop(holder, None) is not None
     has_room = len(line.places) + others < line.limits.max_places
     return wait_sec > 0 and holder not in line.places and has_room and not is_over
@@ -396,7 +398,7 @@ async def _estimate_waits(session: WriteSession) -> dict[str, int | None]:
 
 
 def _record_served(
-    line: WaitingLine, holder: str, place: Place, row: leases.AllocationRow | lease_changes.ReplaceRow
+    line: WaitingLine, holder: str, place: Place, row: allocations.AllocationRow | lease_changes.ReplaceRow
 ) -> None:
     line.remove([holder])
     line.served += 1

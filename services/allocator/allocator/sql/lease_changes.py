@@ -1,20 +1,15 @@
 """Changes of a lease: claim a standby lease, extend a lease, replace a broken sandbox.
 
 Each statement handles one command. It locks the row of the lease before it reads its values, so a concurrent end of
-the lease comes before or after it as a whole. The statements follow the rules for generic plans in `sql/leases.py`.
+the lease comes before or after it as a whole. The statements follow the rules for generic plans in
+`sql/allocations.py`.
 """
 
 import os
 from typing import Literal, TypedDict
 
-from allocator.sql.leases import (
-    ANNOUNCE_SERVED,
-    PICK_ANY,
-    PICK_BY_PREFIX,
-    end_leases,
-    has_secret,
-    is_in_scope,
-)
+from allocator.sql.allocations import ANNOUNCE_SERVED, PICK_ANY, PICK_BY_PREFIX
+from allocator.sql.leases import end_leases, has_secret, is_in_scope
 from allocator.write_session import GUARD, WriteSession
 from sandbox_broker.contract.commands import ClaimLease, ExtendLease, ReplaceSandbox
 
@@ -312,7 +307,7 @@ class ReplaceRow(_LeaseRow):
 
 
 async def claim(session: WriteSession, command: ClaimLease, scope: str | None) -> ClaimRow:
-    """`scope` is the token whose leases the sender may change, or None for any, in all functions of this module."""
+    """`scope` is a token: the sender may change only its leases. None permits any. So in all functions here."""
     row: ClaimRow = await session.fetch_one(
         CLAIM,
         command.sandbox_id,

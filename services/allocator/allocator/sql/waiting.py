@@ -1,7 +1,7 @@
 """Waiting line: load, look for sandboxes, join, leave, and end overdue places.
 
-Students wait for these statements, so the rules of `sql.leases` for generic plans apply. `leases.allocate_chosen`
-serves the line: it removes a place in the statement that grants the lease.
+Students wait for these statements, so the rules of `sql.allocations` for generic plans apply.
+`allocations.allocate_chosen` serves the line: it removes a place in the statement that grants the lease.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 from pydantic import Field, TypeAdapter
 
-from allocator.sql.leases import PICK_ANY, PICK_BY_PREFIX, PLACE_DATA
+from allocator.sql.allocations import PICK_ANY, PICK_BY_PREFIX, PLACE_DATA
 from allocator.waiting_estimate import Creation
 from allocator.waiting_line import Place, WaitEnd
 from allocator.write_session import GUARD, ConcurrentUpdate, WriteSession
@@ -152,7 +152,7 @@ _COMMANDS: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discrimin
 
 
 class Joining(NamedTuple):
-    """Student who joins the line."""
+    """New student in the line."""
 
     holder: str
     command: Request
