@@ -55,8 +55,8 @@ async def assert_no_leaks() -> AsyncIterator[None]:
     finally:
         gc.unfreeze()
         loop.set_exception_handler(None)
-    assert reports == []
-    assert left_open == []
+    assert reports == [], reports  # pytest explains no assertion of this module
+    assert left_open == [], left_open
 
 
 def _is_ours(task: asyncio.Task[Any]) -> bool:

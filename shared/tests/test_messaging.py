@@ -691,13 +691,14 @@ async def test_an_unresponsive_queue_is_named_and_retried(
     def errors() -> list[str]:
         return [entry["error"] for entry in logged if entry["event"] == "rabbitmq.disconnected"]
 
-    async with connected(private.url) as made:
-        await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
-        async with background_tasks(consume(private.url, replying(made.publisher))):
-            await wait_until(errors)
-            assert set(errors()) == {f"the queue {QUEUE.name} does not answer"}
-            await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
-            assert await made.ask(timeout_sec=60) == ListingBegun(listing_id=0)
+    with private.log_in_errors():
+        async with connected(private.url) as made:
+            await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
+            async with background_tasks(consume(private.url, replying(made.publisher))):
+                await wait_until(errors)
+                assert set(errors()) == {f"the queue {QUEUE.name} does not answer"}
+                await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
+                assert await made.ask(timeout_sec=60) == ListingBegun(listing_id=0)
 
 
 @pytest.mark.parametrize("together", [False, True])

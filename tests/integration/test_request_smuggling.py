@@ -56,6 +56,13 @@ class Response:
         return json.loads(self.body)
 
 
+class KeepingReceived(asyncio.StreamReaderProtocol):
+    """A server that closes with unread bytes resets the connection. A response before the reset stays readable."""
+
+    def connection_lost(self, _: Exception | None) -> None:
+        super().connection_lost(None)
+
+
 class RawClient:
     """One connection, byte by byte."""
 
@@ -91,11 +98,13 @@ class RawClient:
 @asynccontextmanager
 async def connect(port: int) -> AsyncIterator[RawClient]:
     async with asyncio.timeout(60):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        transport, protocol = await loop.create_connection(lambda: KeepingReceived(reader), "127.0.0.1", port)
         try:
-            yield RawClient(reader, writer)
+            yield RawClient(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         finally:
-            writer.transport.abort()
+            transport.abort()
 
 
 @asynccontextmanager
