@@ -47,10 +47,12 @@ class EventStream:
         self.is_ended = False
 
     def push(self, event: StreamedEvent) -> None:
+        if self.is_ended:
+            return
         if self._backlog.qsize() >= MAX_BACKLOG:
             metrics.EVENT_STREAMS_DROPPED.labels("slow").inc()
             self.end()
-        elif not self.is_ended:
+        else:
             self._backlog.put_nowait(event)
 
     def end(self) -> None:
