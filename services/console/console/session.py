@@ -28,7 +28,7 @@ MAX_COOKIE = 3800
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """The person who is signed in."""
+    """The signed-in person."""
 
     name: str
     role: Role

@@ -49,7 +49,7 @@ class Settings(ProcessSettings):
     oidc_roles: Annotated[tuple[tuple[str, Role], ...], NoDecode, BeforeValidator(_parse_roles)] = ()
     """Role of each group of the identity provider."""
     console_viewer_token: SecretStr = NO_SECRET
-    """Token of the gateway for people with the role viewer who sign in with OpenID Connect."""
+    """Token of the gateway for people with the role viewer, signed in with OpenID Connect."""
     console_operator_token: SecretStr = NO_SECRET
     console_admin_token: SecretStr = NO_SECRET
 

@@ -95,7 +95,7 @@ def create_app(settings: Settings) -> Starlette:
 def _build_access(
     settings: Settings, allocator: MaintenanceClient
 ) -> tuple[AccessWorker, AccessRuns] | tuple[None, None]:
-    """Return the parts for logins inside sandboxes, (None, None) without an administrator who signs in."""
+    """Return the parts for logins inside sandboxes, (None, None) without an administrator account."""
     keys = parse_access_keys(settings.access_keys)
     if keys is None or not settings.has_access:
         return None, None

@@ -82,7 +82,7 @@ class Command(Message, Generic[R]):
 
 
 class AllocateSandbox(Command[LeaseGranted | StudentWaiting]):
-    """Return the lease of `holder`, or lease a sandbox to them. A student who wants to wait gets a place in the
+    """Return the lease of `holder`, or lease a sandbox to them. A student that may wait gets a place in the
     waiting line instead if no sandbox is free, and keeps it by repeating the command.
     → LeaseGranted, StudentWaiting or Refused."""
 
@@ -131,7 +131,7 @@ class ExtendLease(Command[LeaseExtended]):
 
 
 class ReplaceSandbox(Command[LeaseGranted | StudentWaiting]):
-    """End the lease of a broken sandbox, and lease another sandbox to its student. A student who wants to wait
+    """End the lease of a broken sandbox, and lease another sandbox to its student. A student that may wait
     keeps the broken sandbox until another one is free. Without a `holder` an administrator replaces the sandbox of
     any student, without the limit. → LeaseGranted, StudentWaiting or Refused."""
 
@@ -374,7 +374,7 @@ class ApplyPolicies(Command[PoliciesApplied]):
 
 
 class ConfirmRestore(Command[Recorded]):
-    """Accept a database without the newest lease, for an administrator who has restored a backup. → Recorded."""
+    """Accept a database without the newest lease, after an administrator has restored a backup. → Recorded."""
 
     type: Literal["ConfirmRestore"] = "ConfirmRestore"
     request_id: str

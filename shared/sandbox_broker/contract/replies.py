@@ -101,7 +101,7 @@ class StudentWaiting(Message):
 
     type: Literal["StudentWaiting"] = "StudentWaiting"
     position: int
-    """1 for the next student. Counts only students who could receive the same sandbox."""
+    """1 for the next student. Counts only students for the same sandboxes."""
     waiting_since: int
     estimated_wait_sec: int | None
     """None: unknown."""
@@ -122,7 +122,7 @@ class LineServed(Message):
     type: Literal["LineServed"] = "LineServed"
     served: int
     waiting: int
-    """Students who still wait."""
+    """Students in the line."""
 
 
 class PlayEnded(Message):
@@ -217,7 +217,7 @@ class DueAccess(BaseModel):
     password: str | None = Field(default=None, repr=False)
     """Encrypted with a key of ACCESS_KEYS. The same in each claim of a login. None with `remove`."""
     user_id: str | None = None
-    """None: not recorded, so a user may exist whose id is unknown."""
+    """None: not recorded, so a user with an unknown id may exist."""
     attempts: int
     """Number of failed attempts."""
     waiting_sec: float

@@ -91,7 +91,7 @@ class SharedSessionsError(asyncpg.InterfaceError):
 
 async def require_own_sessions(primary: Primary) -> None:
     """Raise SharedSessionsError if two connections share a session. PgBouncer in transaction mode gives the session
-    that was released last to the next transaction, whose client may be another one."""
+    that was released last to the next transaction, perhaps of another client."""
     try:
         first = await connect(primary, application_name="preflight", statement_timeout_sec=3)
         try:

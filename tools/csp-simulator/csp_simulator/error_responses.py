@@ -41,7 +41,7 @@ class HangingResponse(Response):
 
 
 class CutResponse(Response):
-    """Response whose connection closes in the middle of the body."""
+    """Response that ends in the middle of the body."""
 
     async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]

@@ -9,9 +9,9 @@ DAY_START_MIN, DAY_END_MIN = 8 * 60, 18 * 60
 ARRIVAL_MIN = 6
 """All students of a class arrive within this time."""
 ABANDON_SHARE = 0.12
-"""Share of students who close the browser without a release."""
+"""Share of students that close the browser without a release."""
 REPEAT_SHARE = 0.2
-"""Share of students who start the lab a second time. The broker must return the same sandbox."""
+"""Share of students that start the lab a second time. The broker must return the same sandbox."""
 
 
 @dataclass(frozen=True, slots=True)

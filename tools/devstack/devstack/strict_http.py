@@ -13,7 +13,7 @@ import h11
 MAX_HEAD_BYTES = 16 * 1024
 MAX_FIELDS = 100
 EARLY = b"/early"
-"""Prefix of the targets whose handler answers without reading the body."""
+"""Prefix of the targets that answer without reading the body."""
 
 HOP_BY_HOP = frozenset([b"connection", b"http2-settings", b"upgrade"])
 """Fields of the connection. A server that ignores an upgrade offer may drop them."""

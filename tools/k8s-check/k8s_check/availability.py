@@ -16,7 +16,7 @@ from k8s_check.manifests import (
 BACKGROUND = frozenset(
     {"Deployment reaper", "Deployment csp-syncer", "Deployment provisioner", "Deployment console"}
 )
-"""Pods whose work can wait. All others have a higher priority."""
+"""Pods with work that can wait. All others have a higher priority."""
 
 _GITOPS_ANNOTATIONS = {
     "argocd.argoproj.io/sync-options": "Force=true,Replace=true",

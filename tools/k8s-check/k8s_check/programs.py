@@ -102,7 +102,7 @@ PLACEHOLDERS: Mapping[str, str] = {
     "oidc_client_secret": "placeholder-of-the-client-secret",
     "instruqt_webhook_secret": "whsec_cGxhY2Vob2xkZXItb2YtdGhlLXdlYmhvb2stc2VjcmV0",
 }
-"""Valid values for settings whose real value exists only in the cluster."""
+"""Valid values for settings with a real value only in the cluster."""
 
 
 def find_program(container: Mapping[str, Any]) -> Program | None:

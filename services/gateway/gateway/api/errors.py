@@ -53,7 +53,7 @@ def from_refusal(refusal: Refused) -> ApiError:
     """Return the error of a refusal. Raises RuntimeError for a code that is a defect of the broker."""
     if refusal.code not in ERRORS:
         raise RuntimeError(f"unexpected refusal: {refusal!r}")
-    if refusal.parameters is None:  # an older sender, whose message states the facts
+    if refusal.parameters is None:  # an older sender states the facts in the message
         return ApiError(refusal.code, refusal.message)
     return ApiError(refusal.code, parameters=refusal.parameters)
 
