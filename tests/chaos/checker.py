@@ -4,6 +4,7 @@ The checker sends no request. Each rule in RULES is a function that yields one s
 violation. In doubt a rule assumes correct behaviour, so every reported violation is certain.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ change may seem to come after the end of the lease that waited for it.
 """
 FLIGHT_SEC = 150.0
 """Longest time from the grant of a creation intent to the import of its account, with kills and errors."""
+TOKEN_END_SEC = 5.0
+"""Longest time from the end of a token to its last lease."""
 FAILOVER_SEC = 3.0
 """Longest wait for a reply when an allocator dies and a standby is ready. A client with a shorter time-out, such as
 a probe, does not count as unanswered.
@@ -98,16 +101,87 @@ def no_policy_exceeds_its_quota(evidence: Evidence) -> Iterator[str]:
     """Require at most `max_active` active leases of a policy whenever one of its leases begins."""
     for policy, leases in _group_by(evidence.leases, lambda lease: lease.policy).items():
         limit = evidence.quotas.get(policy or "")
-        if limit is None:
+        if limit is not None:
+            yield from _find_over_quota(f"the policy {policy}", leases, limit)
+
+
+def no_token_exceeds_its_quota(evidence: Evidence) -> Iterator[str]:
+    """Require at most `max_active` active leases of a token whenever one of its leases begins."""
+    limits = {token.name: token.max_active for token in evidence.tokens}
+    for token, leases in _group_by(evidence.leases, lambda lease: lease.token).items():
+        if token is not None:
+            yield from _find_over_quota(f"the token {token}", leases, limits[token])
+
+
+def _find_over_quota(owner: str, leases: Sequence[Lease], limit: int) -> Iterator[str]:
+    for new in leases:
+        active = [
+            lease
+            for lease in leases
+            if lease.allocated_at <= new.allocated_at and _get_end(lease) > new.allocated_at + SAME_MOMENT_SEC
+        ]
+        if len(active) > limit:
+            yield f"{owner} allows {limit} leases, but had {len(active)}: {_format_leases(active)}"
+
+
+def tokens_stay_in_their_scope(evidence: Evidence) -> Iterator[str]:
+    """Require that a token leases only for its labs and name prefixes, and reaches only its own leases."""
+    tokens = {token.name: token for token in evidence.tokens}
+    for lease in evidence.leases:
+        if lease.token is None:
             continue
-        for new in leases:
-            active = [
-                lease
-                for lease in leases
-                if lease.allocated_at <= new.allocated_at and _get_end(lease) > new.allocated_at + SAME_MOMENT_SEC
-            ]
-            if len(active) > limit:
-                yield f"the policy {policy} allows {limit} leases, but had {len(active)}: {_format_leases(active)}"
+        token = tokens[lease.token]
+        has_prefix = not token.prefixes or (lease.name_prefix or "").startswith(tuple(token.prefixes))
+        if lease.track_name not in token.tracks or not has_prefix:
+            lab = f"{lease.track_name} with the prefix {lease.name_prefix}"
+            yield f"the token {lease.token} leased for {lab}: {_format_leases([lease])}"
+    leases = {lease.sandbox_id: lease for lease in evidence.leases}
+    for operation in evidence.operations:
+        reached = leases.get(operation.sandbox_id or "") if operation.outcome == "ok" else None
+        if reached is not None and not _is_reached_by_token(reached, operation):
+            leased = f"a lease of {reached.token}: {_format_leases([reached])}"
+            yield f"{_format_operation(operation)} with the token {operation.token} succeeded for {leased}"
+
+
+def ended_tokens_lease_nothing(evidence: Evidence) -> Iterator[str]:
+    """Forbid leases of a revoked or suspended token, later than TOKEN_END_SEC after its end."""
+    changes = _group_by(
+        {event.event_id: event for event in evidence.events if event.type == "token.changed"}.values(),
+        lambda event: event.data["name"],
+    )
+    for lease in evidence.leases:
+        before = [event for event in changes.get(lease.token, []) if event.occurred_at < lease.allocated_at]
+        last = max(before, key=lambda event: event.occurred_at, default=None)
+        if (
+            last is not None
+            and last.data["change"] in ("revoked", "suspended")
+            and lease.allocated_at > last.occurred_at + TOKEN_END_SEC
+        ):
+            ended = f"{last.data['change']} at {_format_time(last.occurred_at)}"
+            yield f"the token {lease.token} was {ended}, but leased later: {_format_leases([lease])}"
+
+
+def leases_need_their_secret(evidence: Evidence) -> Iterator[str]:
+    """Require that no request succeeds for a lease with a secret, unless it has this secret."""
+    leases = {lease.sandbox_id: lease for lease in evidence.leases}
+    for operation in evidence.operations:
+        lease = leases.get(operation.sandbox_id or "") if operation.outcome == "ok" else None
+        if lease is not None and operation.kind != "end_play" and not _has_secret(lease, operation):
+            yield f"{_format_operation(operation)} succeeded without the secret of {_format_leases([lease])}"
+
+
+def _is_reached_by_token(lease: Lease, operation: Operation) -> bool:
+    """Return whether the token of the request reaches the lease. All named tokens have a scope."""
+    return operation.token in (None, lease.token)
+
+
+def _has_secret(lease: Lease, operation: Operation) -> bool:
+    given = hashlib.sha256((operation.secret or "").encode()).hexdigest()
+    return lease.secret_hash in (None, given)
+
+
+def _may_change(lease: Lease, operation: Operation) -> bool:
+    return _is_reached_by_token(lease, operation) and _has_secret(lease, operation)
 
 
 def every_answer_is_a_lease(evidence: Evidence) -> Iterator[str]:
@@ -157,7 +231,12 @@ def releases_are_kept(evidence: Evidence) -> Iterator[str]:
             yield f"{_format_operation(release)} was confirmed, but this lease does not exist"
         elif release.outcome == "ok" and lease and _get_end(lease) > release.ended_at + SAME_MOMENT_SEC:
             yield f"{_format_operation(release)} was confirmed, but the lease continues: {_format_leases([lease])}"
-        elif release.status in (403, 404) and lease and lease.allocated_at <= release.invoked_at:
+        elif (
+            release.status in (403, 404)
+            and lease
+            and _may_change(lease, release)
+            and lease.allocated_at <= release.invoked_at
+        ):
             refusal = f"{_format_operation(release)} was refused ({release.code}) to its holder"
             yield f"{refusal}: {_format_leases([lease])}"
 
@@ -167,12 +246,16 @@ def reads_show_answered_leases(evidence: Evidence) -> Iterator[str]:
 
     A gateway that reads from a former primary of PostgreSQL answers 403 or 404.
     """
+    leases = _index_leases(evidence)
     granted_at: dict[tuple[str | None, str], float] = {}
     for answer in _select_granted(evidence):
         key = (answer.sandbox_id, answer.student)
         granted_at[key] = min(answer.ended_at, granted_at.get(key, answer.ended_at))
     for read in _select_kind(evidence, "read"):
         since = granted_at.get((read.sandbox_id, read.student))
+        lease = leases.get((read.sandbox_id, read.student))
+        if lease is not None and not _may_change(lease, read):
+            continue
         if read.status in (403, 404) and since is not None and since < read.invoked_at:
             yield f"{_format_operation(read)} got {read.code}, but the lease was answered at {_format_time(since)}"
 
@@ -538,6 +621,10 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     one_active_lease_per_student,
     one_lease_per_idempotency_key,
     no_policy_exceeds_its_quota,
+    no_token_exceeds_its_quota,
+    tokens_stay_in_their_scope,
+    ended_tokens_lease_nothing,
+    leases_need_their_secret,
     every_answer_is_a_lease,
     the_same_sandbox_while_the_lease_lasts,
     releases_are_kept,

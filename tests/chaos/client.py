@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,7 @@ from instruqt.instruqt_broker_allocation import (
 )
 from tests.chaos.evidence import Operation, OperationKind, Outcome
 from tests.integration.instruqt_events import sign_event
-from tests.integration.stack import track_headers
+from tests.integration.stack import TRACK_TOKEN
 
 PAUSE_SEC = (0.2, 1.5)
 """Pause between two requests of a student."""
@@ -39,8 +39,23 @@ QUOTA_STUDENTS = ("student-0-", "student-1-")
 STOCK_PREFIX = "stock-"
 STOCK_STUDENTS = ("student-2-", "student-3-")
 """Students of two places, for the sandboxes that the provisioner creates. They wait in line."""
+TOKEN_TRACK, TOKEN_PREFIX = "token-lab", "sandbox-"
+OTHER_TRACK = "other-lab"
+WRONG_SECRET = "another secret than that of the lease"
+ATTACKS: Sequence[OperationKind] = ("allocate", "read", "release", "claim", "extend", "replace")
+TOKEN_STUDENTS = ("student-4-", "student-5-")
+"""Students of two places, with named tokens and lease secrets. Others try their leases without the secret."""
 LEAVE_RATE = 0.05
 """Share of the places in line after which a student leaves silently."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    token: str = TRACK_TOKEN
+    token_name: str | None = None
+    """None: the token is one of the settings."""
+    secret: str | None = None
+    """Secret of the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,8 @@ class Students:
         """Numbers of the operations without a result."""
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
         self._client = httpx.AsyncClient(limits=limits, trust_env=False)
+        self.credentials = Credentials()
+        """Token of TOKEN_STUDENTS. Each of them has a secret of its own."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,10 +132,11 @@ class Students:
             await _Student(f"student-{place}-{number}", self, rng).run_visits()
 
     async def release_all(self, leases: Iterable[tuple[str, str]]) -> None:
-        """Release leases, given as pairs of student and sandbox id."""
+        """Release leases, given as pairs of student and sandbox id, with a token of the settings."""
         rng = random.Random(self._rng.random())
         for student, sandbox_id in leases:
-            await self.run_script("release", student, sandbox_id, rng=rng)
+            credentials = Credentials(secret=self.get_credentials(student).secret)
+            await self.run_script("release", student, sandbox_id, rng=rng, credentials=credentials)
 
     async def probe(self, name: str, *, until: float) -> float | None:
         """Send allocations of new students until one succeeds. Return its time, or None if `until` has passed."""
@@ -149,6 +167,11 @@ class Students:
         while pending & self._pending:  # noqa: ASYNC110 (each request ends by its time-out)
             await asyncio.sleep(0.01)
 
+    def get_credentials(self, student: str) -> Credentials:
+        if student.startswith(TOKEN_STUDENTS):
+            return replace(self.credentials, secret=f"secret of {student}")
+        return Credentials()
+
     async def send_request(
         self,
         kind: OperationKind,
@@ -159,11 +182,14 @@ class Students:
         idempotency_key: str | None = None,
         standby: bool = False,
         play_ended_at: int | None = None,
+        credentials: Credentials | None = None,
+        track: str | None = None,
         timeout_sec: float = REQUEST_TIMEOUT_SEC,
     ) -> Operation:
         """Send one request to a random gateway, as a load balancer would, and record it."""
         method, path = _build_route(kind, sandbox_id)
-        headers, content = track_headers(student), _CONTENTS.get(kind)
+        credentials = credentials or self.get_credentials(student)
+        headers, content = _build_headers(student, credentials), _CONTENTS.get(kind)
         if play_ended_at is not None:
             headers, content = sign_event(student, ended_at=play_ended_at)
         if kind == "allocate" and student.startswith(QUOTA_STUDENTS):
@@ -171,6 +197,9 @@ class Students:
         if kind == "allocate" and student.startswith(STOCK_STUDENTS):
             headers["X-Sandbox-Name-Prefix"] = STOCK_PREFIX
             headers["Prefer"] = f"respond-async, wait={DEFAULT_WAIT_SEC:g}"
+        if kind == "allocate" and student.startswith(TOKEN_STUDENTS):
+            headers["X-Instruqt-Track-ID"] = track or TOKEN_TRACK
+            headers["X-Sandbox-Name-Prefix"] = TOKEN_PREFIX
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         if standby:
@@ -203,6 +232,8 @@ class Students:
             sandbox_id=sandbox_id or lease.get("sandbox_id"),
             new_sandbox_id=lease.get("sandbox_id") if kind == "replace" else None,
             idempotency_key=idempotency_key,
+            token=None if kind == "end_play" else credentials.token_name,
+            secret=None if kind == "end_play" else credentials.secret,
             invoked_at=invoked_at,
             ended_at=ended_at,
             outcome=_classify_outcome(response, failure),
@@ -228,6 +259,7 @@ class Students:
         idempotency_key: str | None = None,
         standby: bool = False,
         play_ended_at: int | None = None,
+        credentials: Credentials | None = None,
     ) -> Operation:
         """Send requests until the response is final or the script's time budget is used.
 
@@ -247,6 +279,7 @@ class Students:
                 idempotency_key=idempotency_key,
                 standby=standby,
                 play_ended_at=play_ended_at,
+                credentials=credentials,
             )
             if operation.outcome == "waiting" and time.time() < began_at + DEFAULT_WAIT_SEC:
                 if self._stopping.is_set() or rng.random() < LEAVE_RATE:
@@ -285,6 +318,8 @@ class _Student:
                 return
             sandbox_id = lease.sandbox_id
             await self._read(sandbox_id)
+            if self.name.startswith(TOKEN_STUDENTS):
+                await self._attack(sandbox_id)
             await self._pause()
             is_claimed = not standby or self.rng.random() < 0.8
             if standby and is_claimed:
@@ -319,6 +354,20 @@ class _Student:
     async def _read(self, sandbox_id: str) -> Operation:
         return await self.students.send_request("read", self.name, sandbox_id, rng=self.rng)
 
+    async def _attack(self, sandbox_id: str) -> None:
+        """Send requests that the broker must refuse: without the secret of the lease, and for another lab."""
+        token = self.students.get_credentials(self.name)
+        kind = self.rng.choice(ATTACKS)
+        await self.students.send_request(
+            kind,
+            self.name,
+            None if kind == "allocate" else sandbox_id,
+            rng=self.rng,
+            # Without a secret, so that a lease of this request is no obstacle for the student.
+            credentials=replace(token, secret=None if kind == "allocate" else WRONG_SECRET),
+        )
+        await self.students.send_request("allocate", f"{self.name}-elsewhere", rng=self.rng, track=OTHER_TRACK)
+
     async def _release(self, sandbox_id: str) -> Operation:
         return await self.students.run_script("release", self.name, sandbox_id, rng=self.rng)
 
@@ -348,6 +397,11 @@ _CONTENTS: Mapping[OperationKind, bytes] = {
     "extend": json.dumps({"hours": EXTENSION_HOURS}).encode(),
     "replace": b'{"reason": "broken"}',
 }
+
+
+def _build_headers(student: str, credentials: Credentials) -> dict[str, str]:
+    headers = {"Authorization": f"Bearer {credentials.token}", "X-Instruqt-Sandbox-ID": student}
+    return headers if credentials.secret is None else {**headers, "X-Lease-Secret": credentials.secret}
 
 
 def _classify_outcome(response: httpx.Response | None, failure: str) -> Outcome:

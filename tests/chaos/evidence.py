@@ -26,6 +26,10 @@ class Operation:
     new_sandbox_id: str | None = None
     """Sandbox in the response to a replacement."""
     idempotency_key: str | None = None
+    token: str | None = None
+    """Name of the token. None: a token of the settings."""
+    secret: str | None = None
+    """Secret of the lease in the request."""
     invoked_at: float
     ended_at: float
     outcome: Outcome
@@ -52,6 +56,24 @@ class Lease:
     end_reason: str | None = None
     mode: str = "active"
     policy: str | None = None
+    track_name: str | None = None
+    name_prefix: str | None = None
+    token: str | None = None
+    """Name of the token that the lease was made with. None: a token of the settings."""
+    secret_hash: str | None = None
+    """SHA-256 in hexadecimal digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """Named token with a scope."""
+
+    name: str
+    tracks: Sequence[str]
+    """At least one."""
+    prefixes: Sequence[str]
+    """Empty: all."""
+    max_active: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +181,7 @@ class Evidence:
     """Without overlaps."""
     quotas: Mapping[str, int] = field(default_factory=dict)
     """Limit of the active leases of each policy, the same during the whole round."""
+    tokens: Sequence[Token] = ()
     creations: Sequence[Creation] = ()
     stock_limits: Mapping[str, int] = field(default_factory=dict)
     """`max` of the stock rule of each name prefix, the same during the whole round."""

@@ -22,6 +22,7 @@ from tests.chaos.evidence import (
     Recovery,
     Sandbox,
     Stall,
+    Token,
 )
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, HOLD_SEC, ChaosBroker
 from tests.integration.stack import Stack
@@ -134,6 +135,10 @@ async def collect_stack_evidence(
                 end_reason=row["end_reason"],
                 mode=row["mode"],
                 policy=row["policy"],
+                track_name=row["track_name"],
+                name_prefix=row["name_prefix"],
+                token=row["token"],
+                secret_hash=None if row["secret_hash"] is None else row["secret_hash"].hex(),
             )
             for row in leases
         ],
@@ -151,6 +156,9 @@ async def collect_stack_evidence(
         grace_sec=GRACE_SEC,
         hold_sec=HOLD_SEC,
         collected_at=time.time(),
+        tokens=[
+            Token(**row) for row in await database.fetch("SELECT name, tracks, prefixes, max_active FROM tokens")
+        ],
         creations=await read_creations(database),
     )
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
+from typing import Any
 
 import asyncpg
 import psutil
@@ -19,7 +20,7 @@ from devstack.conditions import wait_until
 from devstack.processes import Process
 from sandbox_broker.contract import topology
 from tests.chaos import checker
-from tests.chaos.client import History, Students
+from tests.chaos.client import TOKEN_STUDENTS, TOKEN_TRACK, Credentials, History, Students
 from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, Stack
@@ -27,6 +28,7 @@ from tests.integration.stack import ADMIN, Stack
 ALLOCATORS = ("allocator", "second allocator")
 MUTATED = {**dict.fromkeys(ALLOCATORS, "allocator"), "provisioner": "provisioner"}
 """Module of each process that runs with the planted bugs."""
+TOKEN_STUDENT = f"{TOKEN_STUDENTS[0]}1"
 STOCK_POLICY = {
     "name": "stock",
     "match": {"name_prefix": "stock-"},
@@ -65,15 +67,20 @@ class Trial:
     recoveries: list[Recovery] = field(default_factory=list)
     failover_periods: list[FailoverPeriod] = field(default_factory=list)
 
-    async def allocate(self, student: str) -> Operation:
+    async def allocate(self, student: str, **more: Any) -> Operation:
         return await self.students.send_request(
-            "allocate", student, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5
+            "allocate", student, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5, **more
         )
 
-    async def release(self, student: str, sandbox_id: str | None) -> Operation:
+    async def release(self, student: str, sandbox_id: str | None, **more: Any) -> Operation:
         return await self.students.send_request(
-            "release", student, sandbox_id, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5
+            "release", student, sandbox_id, rng=random.Random(0), timeout_sec=ALLOCATE_TIMEOUT_SEC + 5, **more
         )
+
+    async def issue_token(self, name: str) -> Credentials:
+        """Issue a token for all name prefixes of TOKEN_TRACK and one active lease."""
+        token = await self.stack.issue_token(name=name, role="track", tracks=[TOKEN_TRACK], max_active=1)
+        return Credentials(token, name)
 
     async def find_active_allocator(self) -> str:
         """Return the name of the allocator with the current fencing epoch."""
@@ -248,6 +255,19 @@ async def list_deleted_account(trial: Trial) -> None:
     assert (await stack.sync()).status_code == 200
 
 
+async def release_with_another_token(trial: Trial) -> None:
+    own, other = await trial.issue_token("own"), await trial.issue_token("other")
+    lease = await trial.allocate(TOKEN_STUDENT, credentials=own)
+    assert lease.outcome == "ok"
+    await trial.release(TOKEN_STUDENT, lease.sandbox_id, credentials=other)
+
+
+async def exceed_quota_of_a_token(trial: Trial) -> None:
+    token = await trial.issue_token("own")
+    for number in range(2):
+        await trial.allocate(f"{TOKEN_STUDENT}-{number}", credentials=token)
+
+
 async def kill_provisioner_after_creation(trial: Trial) -> None:
     """Kill the provisioner when CSP has created the account, and let the next one continue the intent."""
     trial.stop_at.write_text("provisioner: after CSP")
@@ -313,6 +333,10 @@ MUTANTS = {
         ("outbox_in_separate_statement",), kill_allocator_after_commit, checker.every_event_is_published
     ),
     "no tombstones": Mutant(("no_tombstones",), list_deleted_account, checker.only_the_specs_transitions),
+    "no token scope in the release": Mutant(
+        ("no_token_scope_in_release",), release_with_another_token, checker.tokens_stay_in_their_scope
+    ),
+    "no token quota": Mutant(("no_token_quota",), exceed_quota_of_a_token, checker.no_token_exceeds_its_quota),
     "no look-up by name": Mutant(
         ("no_look_up_by_name",), kill_provisioner_after_creation, checker.one_account_per_intent_or_none
     ),

@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncpg
 
-from allocator import consumer, routing, write_session
+from allocator import consumer, routing, token_book, write_session
 from allocator.sql import (
     allocations,
     audit,
@@ -166,6 +166,15 @@ def no_tombstones() -> None:
     )
 
 
+def no_token_scope_in_release() -> None:
+    leases.RELEASE = replace_required(leases.RELEASE, leases.is_in_scope("l", "r.scope"), "true")
+
+
+def no_token_quota() -> None:
+    """Run the statement without quotas, although the token has a limit."""
+    token_book.Token.has_quota = False  # type: ignore[method-assign, assignment]
+
+
 def no_look_up_by_name() -> None:
     """Create the account of each claimed intent, although an earlier attempt may have created it."""
 
@@ -185,6 +194,8 @@ BUGS = {
         reply_before_commit,
         outbox_in_separate_statement,
         no_tombstones,
+        no_token_scope_in_release,
+        no_token_quota,
         no_look_up_by_name,
     )
 }

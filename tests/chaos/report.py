@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.chaos.client import QUOTA_STUDENTS, STOCK_STUDENTS, ScriptRun
+from tests.chaos.client import QUOTA_STUDENTS, STOCK_STUDENTS, TOKEN_STUDENTS, ScriptRun
 from tests.chaos.evidence import Operation
 from tests.chaos.rounds import InjectedStep, Round
 
@@ -35,7 +35,7 @@ def list_failed_runs(round_: Round) -> list[ScriptRun]:
     """List the failed script runs. There should be none, because the pool is never empty in a round.
 
     The refusal of a student above the quota is not a failure, and neither is that of a replacement from the stock,
-    which can be empty.
+    which can be empty. A token that has ended, or was issued during a lease, does not reach this lease.
     """
     return [run for run in round_.history.script_runs if not run.succeeded and not _is_expected(run.last)]
 
@@ -49,7 +49,9 @@ def describe_failed_run(run: ScriptRun) -> str:
 
 def _is_expected(refusal: Operation) -> bool:
     if refusal.code == "QUOTA_EXCEEDED":
-        return refusal.student.startswith(QUOTA_STUDENTS)
+        return refusal.student.startswith(QUOTA_STUDENTS + TOKEN_STUDENTS)
+    if refusal.code in ("UNAUTHORIZED", "FORBIDDEN_SCOPE"):
+        return refusal.student.startswith(TOKEN_STUDENTS)
     is_replacement = refusal.kind == "replace" and refusal.code == "POOL_EXHAUSTED"
     return is_replacement and refusal.student.startswith(STOCK_STUDENTS)
 

@@ -3,14 +3,25 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from devstack.conditions import wait_until
-from tests.chaos.client import QUOTA_TRACK, STOCK_PREFIX, History, Students
+from tests.chaos.client import (
+    QUOTA_TRACK,
+    STOCK_PREFIX,
+    TOKEN_PREFIX,
+    TOKEN_TRACK,
+    Credentials,
+    History,
+    Students,
+)
 from tests.chaos.evidence import EpochObservation, Evidence, FailoverPeriod, Recovery, Stall
 from tests.chaos.evidence_collector import (
     collect_evidence,
@@ -41,6 +52,11 @@ CREATION_FAULTS = {
 }
 APPLY_PAUSE_SEC = (1.0, 5.0)
 """Pause between two changes of the policies."""
+TOKEN_GRANT = {"role": "track", "tracks": [TOKEN_TRACK], "prefixes": [TOKEN_PREFIX], "max_active": 3}
+TOKEN_PAUSE_SEC = (5.0, 15.0)
+"""Time for which students use a token before it ends."""
+TOKEN_END_SEC = 8.0
+"""Time for which students use a token that has ended."""
 WARM_UP_SEC = 3.0
 """Time before the first fault."""
 PAUSE_SEC = (0.5, 2.0)
@@ -95,6 +111,7 @@ async def run_round(
         _run_in_background(record_stalls(stalls)),
         _run_in_background(_refill_pool(broker)),
         _run_in_background(_change_policies(broker, random.Random(rng.random()))),
+        _run_in_background(_change_tokens(broker, students, random.Random(rng.random()))),
     ):
         measuring = students.measure() if broker.servers.cluster is not None else _do_nothing()
         async with _run_in_background(students.run(PLACES)) as work, _run_in_background(measuring):
@@ -235,6 +252,30 @@ async def _change_policies(broker: ChaosBroker, rng: random.Random) -> None:
                 f"{rng.choice(broker.gateways)}/v1/admin/policies", headers=ADMIN, json={"policies": policies}
             )
         await asyncio.sleep(rng.uniform(*APPLY_PAUSE_SEC))
+
+
+async def _change_tokens(broker: ChaosBroker, students: Students, rng: random.Random) -> None:
+    """Issue tokens for students without end. Revoke each one, or suspend it for some time and revoke it later."""
+
+    async def request(method: str, path: str, **more: Any) -> httpx.Response | None:
+        with contextlib.suppress(Exception):  # requests may fail during a fault; the next token follows soon
+            url = f"{rng.choice(broker.gateways)}/v1/admin/tokens{path}"
+            return await broker.stack.client.request(method, url, headers=ADMIN, **more)
+        return None
+
+    for number in itertools.count(1):
+        name = f"{TOKEN_TRACK}-{number}"
+        issued = await request("POST", "", json={**TOKEN_GRANT, "name": name})
+        if issued is not None and issued.status_code == 201:
+            students.credentials = Credentials(issued.json()["token"], name)
+        await asyncio.sleep(rng.uniform(*TOKEN_PAUSE_SEC))
+        if rng.random() < 0.5:
+            await request("POST", f"/{name}/suspend")
+            await asyncio.sleep(TOKEN_END_SEC)
+            await request("POST", f"/{name}/resume")
+            await asyncio.sleep(rng.uniform(*TOKEN_PAUSE_SEC))
+        await request("DELETE", f"/{name}")
+        await asyncio.sleep(TOKEN_END_SEC)
 
 
 @contextlib.asynccontextmanager

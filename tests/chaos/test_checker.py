@@ -1,5 +1,6 @@
 """Checker: it accepts a correct history and reports every violation planted into a copy of it."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from tests.chaos.evidence import (
     Recovery,
     Sandbox,
     Stall,
+    Token,
 )
 
 T = TypeVar("T")
@@ -123,11 +125,14 @@ CORRECT = Evidence(
         build_operation(10, "dan", "unknown", "4", kind="release", at=70, took=10),
         build_operation(11, "dan", "ok", "4", kind="release", at=81, status=200),
         build_granted(12, "dan", "5", 201, at=90, since=90.5),
-        build_granted(16, "eve", "7", 201, at=10.5, since=11),
-        build_operation(17, "eve", "ok", "7", kind="release", at=11.5, status=200),
+        replace(build_granted(16, "eve", "7", 201, at=10.5, since=11), token="own", secret="eve"),
+        build_operation(17, "eve", "ok", "7", kind="release", at=11.5, status=200, token="own", secret="eve"),
         # Dan reads his sandbox before the response to his allocation, and after it.
         build_operation(14, "dan", "refused", "5", kind="read", at=90.1, status=404, code="SANDBOX_NOT_FOUND"),
         build_operation(15, "dan", "ok", "5", kind="read", at=92, status=200),
+        # Eve releases her sandbox too early, without its secret and with another token.
+        build_operation(18, "eve", "refused", "7", kind="release", at=11.1, status=403, secret="wrong"),
+        build_operation(19, "eve", "refused", "7", kind="read", at=11.6, status=403, token="other", secret="eve"),
     ],
     leases=[
         build_lease(1, "1", "ada", 2.5, 20.5, end_reason="student", idempotency_key="a"),
@@ -135,7 +140,13 @@ CORRECT = Evidence(
         build_lease(3, "3", "cyd", 50.5),
         replace(build_lease(4, "4", "dan", 60.5, 71, end_reason="student"), policy="lab"),
         replace(build_lease(5, "5", "dan", 90.5), policy="lab"),
-        build_lease(7, "7", "eve", 11, 12, end_reason="student"),
+        replace(
+            build_lease(7, "7", "eve", 11, 12, end_reason="student"),
+            track_name="lab",
+            name_prefix="lab-",
+            token="own",
+            secret_hash=hashlib.sha256(b"eve").hexdigest(),
+        ),
     ],
     sandboxes=[
         build_sandbox("1", "deleted"),
@@ -151,6 +162,10 @@ CORRECT = Evidence(
     events=[
         *DISCOVERED,
         build_event("sync", "sync.completed", None, 0),
+        build_event("own-issued", "token.changed", None, 1, name="own", change="issued"),
+        build_event("own-suspended", "token.changed", None, 2, name="own", change="suspended"),
+        build_event("own-resumed", "token.changed", None, 8, name="own", change="resumed"),
+        build_event("own-revoked", "token.changed", None, 10, name="own", change="revoked"),
         build_event("1-taken", "sandbox.allocated", "1", 2.5, holder="ada"),
         build_event("1-left", "sandbox.deletion_requested", "1", 20.5, reason="student"),
         build_event(
@@ -206,6 +221,7 @@ CORRECT = Evidence(
     collected_at=START + 160,
     failover_periods=[FailoverPeriod(since=START + 6.5, until=START + 29.5)],
     quotas={"lab": 1},
+    tokens=[Token(name="own", tracks=["lab"], prefixes=["lab-"], max_active=1)],
     creations=[
         build_creation(7, at=5, until=10),
         build_creation(8, at=5, until=14),
@@ -249,6 +265,11 @@ def build_extension(*, at: float, until: float) -> Operation:
 def build_end_of_play(student: str, *, at: float, ended: float) -> Operation:
     """Return a confirmed event of Instruqt."""
     return build_operation(21, student, "ok", kind="end_play", at=at, status=200, play_ended_at=int(START + ended))
+
+
+def change_operation(number: int, **changes: Any) -> list[Operation]:
+    """Copy the operations and change the one with this number."""
+    return [replace(one, **changes) if one.number == number else one for one in CORRECT.operations]
 
 
 def append_item(items: Any, item: T) -> list[T]:
@@ -320,6 +341,36 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         checker.no_policy_exceeds_its_quota,
         {"leases": change_item(CORRECT.leases, 2, policy="lab")},
         "the policy lab allows 1 leases, but had 2: lease 3 of 3 to cyd",
+    ),
+    "a token has more active leases than its quota": (
+        checker.no_token_exceeds_its_quota,
+        {"tokens": [Token(name="own", tracks=["lab"], prefixes=["lab-"], max_active=0)]},
+        "the token own allows 0 leases, but had 1: lease 7 of 7 to eve",
+    ),
+    "a token leases for another lab": (
+        checker.tokens_stay_in_their_scope,
+        {"tokens": [Token(name="own", tracks=["exam"], prefixes=["lab-"], max_active=1)]},
+        "the token own leased for lab with the prefix lab-: lease 7",
+    ),
+    "a token leases with another name prefix": (
+        checker.tokens_stay_in_their_scope,
+        {"tokens": [Token(name="own", tracks=["lab"], prefixes=["lab-x"], max_active=1)]},
+        "the token own leased for lab with the prefix lab-: lease 7",
+    ),
+    "a token reaches a lease of another token": (
+        checker.tokens_stay_in_their_scope,
+        {"operations": change_operation(19, outcome="ok")},
+        "operation 19, eve's read of 7",
+    ),
+    "a revoked token leases": (
+        checker.ended_tokens_lease_nothing,
+        {"events": remove_events(CORRECT.events, "own-resumed", "own-revoked")},
+        "the token own was suspended",
+    ),
+    "a request succeeds without the secret of the lease": (
+        checker.leases_need_their_secret,
+        {"operations": change_operation(18, outcome="ok")},
+        "operation 18, eve's release of 7",
     ),
     "a 201 has no lease": (
         checker.every_answer_is_a_lease,

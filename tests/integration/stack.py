@@ -145,6 +145,13 @@ class Stack:
     async def admin(self, method: str, path: str, **parameters: str) -> httpx.Response:
         return await self.client.request(method, f"{self.url}/v1/admin/{path}", headers=ADMIN, params=parameters)
 
+    async def issue_token(self, **grant: Any) -> str:
+        """Issue a named token; `grant` has the fields of the API."""
+        response = await self.client.post(f"{self.url}/v1/admin/tokens", headers=ADMIN, json=grant)
+        assert response.status_code == 201, response.text
+        token: str = response.json()["token"]
+        return token
+
     async def fill(self, accounts: int, name_prefix: str = "sandbox-") -> None:
         """Reset the broker and CSP to this number of accounts, all available."""
         await clear_tables(self.database)
