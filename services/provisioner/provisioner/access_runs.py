@@ -2,6 +2,9 @@
 
 The allocator counts the running claims of all replicas, so the limit needs no leader lease. When a process dies,
 its claims end after `claim_sec`.
+
+The records of ended attempts and the next claim share an envelope. The allocator pauses after each envelope of its
+maintenance queue, so two commands for each attempt would take most of the time of a class.
 """
 
 import asyncio
@@ -9,16 +12,16 @@ import asyncio
 import structlog
 
 from provisioner import metrics
-from provisioner.access import AccessWorker
+from provisioner.access import AccessRecord, AccessWorker
 from provisioner.settings import Settings
 from sandbox_broker.contract.commands import ClaimAccess
-from sandbox_broker.contract.replies import DueAccess
+from sandbox_broker.contract.replies import AccessClaimed, DueAccess
 from sandbox_broker.csp.circuit_breaker import CircuitBreaker, State
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
-from sandbox_broker.messaging.outcome import CommandNotDone
+from sandbox_broker.messaging.outcome import CommandNotDone, read_reply
 
 CLAIM_TIMEOUT_SEC = 5.0
-"""Longest wait for the reply to a claim."""
+"""Longest wait for the replies to records and a claim."""
 CLAIM_MARGIN_SEC = 5.0
 MIN_PAUSE_SEC = 0.5
 """Pause after a claim without a login, because a class wakes the provisioner hundreds of times in a second."""
@@ -37,6 +40,9 @@ class AccessRuns:
         self._circuit = circuit
         self._wake_event = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
+        self._records: list[AccessRecord] = []
+        """Outcomes of ended attempts without a reply of the allocator."""
+        self._has_record = asyncio.Event()
 
     def wake(self) -> None:
         """Claim logins, because one may be due."""
@@ -63,11 +69,13 @@ class AccessRuns:
         """Start all logins that are due and allowed. Return the seconds until the next call at the latest, or None
         to wait for a wake-up."""
         loop = asyncio.get_running_loop()
-        while (free := self._count_allowed(loop.time()) - len(self._running)) > 0:
+        while (free := self._count_allowed(loop.time()) - len(self._running)) > 0 or self._records:
             requested_at = loop.time()
-            claimed = await self._allocator.request(self._build_claim(free), timeout_sec=CLAIM_TIMEOUT_SEC)
+            claimed = await self._record_and_claim(max(free, 0))
+            if claimed is None:
+                continue
             if not claimed.logins:
-                await asyncio.sleep(MIN_PAUSE_SEC)
+                await self._pause()
                 return None if claimed.next_in_sec is None else max(claimed.next_in_sec, MIN_PAUSE_SEC)
             for due in claimed.logins:
                 # The rest of the claim is for the record.
@@ -77,6 +85,31 @@ class AccessRuns:
             log.warning("access.paused", reason="CSP keeps failing", pause_sec=round(pause_sec, 1))
             return pause_sec
         return None  # the end of an attempt wakes the run
+
+    async def _record_and_claim(self, limit: int) -> AccessClaimed | None:
+        """Send all records and, unless `limit` is 0, a claim. Return the reply to the claim.
+
+        Without replies the records stay for the next call. The allocator ignores a second record of a claim.
+        """
+        records = tuple(self._records)
+        claims = [self._build_claim(limit)] if limit > 0 else []
+        self._has_record.clear()
+        replies = await self._allocator.request_all([*records, *claims], timeout_sec=CLAIM_TIMEOUT_SEC)
+        del self._records[: len(records)]
+        for record, reply in zip(records, replies, strict=False):
+            try:
+                read_reply(record, reply)
+            except CommandNotDone as error:  # the login is due again when its claim ends
+                log.warning("access.not_recorded", sandbox_id=record.sandbox_id, error=str(error))
+        return read_reply(claims[0], replies[-1]) if claims else None
+
+    async def _pause(self) -> None:
+        """Wait for MIN_PAUSE_SEC, or for the end of an attempt, which the allocator should know at once."""
+        try:
+            async with asyncio.timeout(MIN_PAUSE_SEC):
+                await self._has_record.wait()
+        except TimeoutError:
+            pass
 
     def _build_claim(self, free: int) -> ClaimAccess:
         attempt_sec = self._settings.access_attempt_timeout_sec
@@ -95,7 +128,7 @@ class AccessRuns:
         ]
 
     def _start(self, group: asyncio.TaskGroup, due: DueAccess, deadline: float) -> None:
-        task = group.create_task(self._worker.carry_out(due, deadline))
+        task = group.create_task(self._carry_out(due, deadline))
         self._running.add(task)
         metrics.LOGINS_RUNNING.set(len(self._running))
 
@@ -105,3 +138,7 @@ class AccessRuns:
             self.wake()
 
         task.add_done_callback(end)
+
+    async def _carry_out(self, due: DueAccess, deadline: float) -> None:
+        self._records.append(await self._worker.carry_out(due, deadline))
+        self._has_record.set()

@@ -100,7 +100,7 @@ def _build_access(
     if keys is None or not settings.has_access:
         return None, None
     circuit = CircuitBreaker(settings.circuit_breaker_threshold, settings.circuit_breaker_timeout_sec)
-    worker = AccessWorker(settings, keys, allocator, circuit)
+    worker = AccessWorker(settings, keys, circuit)
     metrics.SIGN_IN_REFUSED.set_function(lambda: worker.is_sign_in_refused)
     metrics.ACCESS_CIRCUIT.set_function(lambda: circuit.state(time.monotonic()))
     return worker, AccessRuns(settings, allocator, worker, circuit)

@@ -29,7 +29,7 @@ from sandbox_broker.contract.commands import (
 from sandbox_broker.contract.replies import AccessClaimed, DueAccess, Recorded, Reply
 from sandbox_broker.runtime.access_keys import AccessKeys
 
-from .provisioner_harness import Csp, announce, provisioning, sample, settings, simulated_csp
+from .provisioner_harness import REFUSED, Csp, announce, provisioning, sample, settings, simulated_csp
 
 KEY = Fernet.generate_key().decode()
 PASSWORD = "Abcdef12!?-secret"
@@ -52,6 +52,10 @@ class Allocator:
     due: dict[str, DueAccess] = field(default_factory=dict)
     claimed: set[str] = field(default_factory=set)
     received: list[Command] = field(default_factory=list)
+    envelopes: int = 0
+    ignores_envelopes: int = 0
+    """Envelopes that get no reply and have no effect."""
+    refuses_records: bool = False
     loses_records: bool = False
     most_claimed: int = 0
 
@@ -79,6 +83,8 @@ class Allocator:
             self.claimed.update(free)
             self.most_claimed = max(self.most_claimed, len(self.claimed))
             return AccessClaimed(logins=tuple(self.due[key] for key in free), next_in_sec=None if free else 3600)
+        if self.refuses_records:
+            return REFUSED
         if isinstance(command, RecordAccess | RecordAccessRemoval):
             self.claimed.discard(command.sandbox_id)
             if not self.loses_records:
@@ -95,6 +101,10 @@ class Allocator:
 
             async def handle(message: AbstractIncomingMessage) -> None:
                 await message.ack()
+                self.envelopes += 1
+                if self.ignores_envelopes:
+                    self.ignores_envelopes -= 1
+                    return
                 commands = [c for c in decode_commands(message.body) if not isinstance(c, InvalidCommand)]
                 replies = tuple(map(self.answer, commands))
                 body = ReplyEnvelope(replies=replies).model_dump_json().encode()
@@ -219,6 +229,50 @@ async def test_a_switch_that_fails_is_no_failure_of_csp(csp: Csp, allocator: All
     assert failures
     assert not any(failure.failed for failure in failures)
     assert all(0 < failure.retry_in_sec <= access.RETRY_SEC for failure in failures)
+
+
+async def test_a_login_costs_one_envelope_and_five_calls(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    for number in range(1, 9):
+        allocator.add(await csp.external_id(f"lab-{number}"))
+    async with provisioning(amqp_url, csp, access_concurrency=3, **ON):
+        await wait_until(lambda: not allocator.due)
+    # The first claim, a second one after the first tick, and one for the end of each attempt at most.
+    assert allocator.envelopes <= 2 + 8
+    calls = [call["path"].rpartition("/")[2] for call in [*await csp.calls("POST"), *await csp.calls("GET")]]
+    assert calls.count("sign_in") <= 3
+    steps = ("account_switch", "current_user", "groups", "users", "password")
+    assert [calls.count(step) for step in steps] == [8] * 5
+    assert len(calls) == 5 * 8 + calls.count("sign_in")
+
+
+async def test_a_record_without_a_reply_is_sent_again(
+    csp: Csp, allocator: Allocator, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_runs, "CLAIM_TIMEOUT_SEC", 1)
+    monkeypatch.setattr(access_runs, "NO_REPLY_PAUSE_SEC", 0.1)
+    await csp.behave(user_password_latency_sec=0.5)
+    allocator.add(await csp.external_id("lab-1"))
+    async with provisioning(amqp_url, csp, access_concurrency=1, **ON):
+        await wait_until(lambda: allocator.claimed)
+        allocator.ignores_envelopes = 2
+        await wait_until(lambda: not allocator.due)
+    assert allocator.ignores_envelopes == 0
+    assert len(allocator.all(RecordAccess)) == 1
+    passwords = [call for call in await csp.calls("POST") if call["path"].endswith("password")]
+    assert len(passwords) == 1
+
+
+async def test_a_refused_record_is_dropped(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
+    allocator.refuses_records = True
+    allocator.add(await csp.external_id("lab-1"))
+    async with provisioning(amqp_url, csp, **ON):
+        await wait_until(lambda: allocator.claimed)
+        await wait_until(lambda: sample("broker_access_running") == 0)
+        allocator.refuses_records = False
+        allocator.claimed.clear()  # as if its claim had ended
+        await announce(amqp_url)
+        await wait_until(lambda: not allocator.due)
+    assert len(await users(csp)) == 1
 
 
 async def test_a_late_login_counts_as_failed(csp: Csp, allocator: Allocator, amqp_url: str) -> None:

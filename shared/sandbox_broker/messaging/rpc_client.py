@@ -133,29 +133,41 @@ class RpcClient:
     async def request(self, queue: topology.Queue, command: Command[R], *, timeout_sec: float) -> R:
         """Send one command as soon as a connection is open, and return its reply.
 
-        A command without a `request_id` or `traceparent` gets the values of the current log context and span.
         Raises CommandRefused, ServiceUnavailable, NoReply or UnexpectedReply.
         """
+        (reply,) = await self.request_all(queue, [command], timeout_sec=timeout_sec)
+        return read_reply(command, reply)
+
+    async def request_all(
+        self, queue: topology.Queue, commands: Sequence[Command], *, timeout_sec: float
+    ) -> tuple[Reply, ...]:
+        """Send the commands in one envelope as soon as a connection is open, and return a reply for each.
+
+        A command without a `request_id` or `traceparent` gets the values of the current log context and span.
+        Raises ServiceUnavailable, NoReply or UnexpectedReply. Refusals are among the replies.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_sec
-        command = command.model_copy(
-            update={
-                "request_id": command.request_id or log_context.request_id(),
-                "traceparent": command.traceparent or tracing.traceparent(),
-            }
-        )
+        commands = [
+            command.model_copy(
+                update={
+                    "request_id": command.request_id or log_context.request_id(),
+                    "traceparent": command.traceparent or tracing.traceparent(),
+                }
+            )
+            for command in commands
+        ]
         try:
             async with asyncio.timeout_at(deadline):
                 await self._publisher.wait_connected()
                 await self._connected.wait()
                 left = deadline - asyncio.get_running_loop().time()
-                (reply,) = await (await self.send(queue, [command], timeout_sec=left))
+                return await (await self.send(queue, commands, timeout_sec=left))
         except (Disconnected, Unroutable) as error:
             raise ServiceUnavailable(str(error)) from error
         except TimeoutError:
             raise NoReply(f"no reply in {timeout_sec:g} s") from None
         except ValueError as error:
             raise UnexpectedReply(str(error)) from error
-        return read_reply(command, reply)
 
 
 def _expire(future: asyncio.Future[tuple[Reply, ...]]) -> None:
