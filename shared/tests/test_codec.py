@@ -43,6 +43,7 @@ from sandbox_broker.contract.commands import (
     IssueToken,
     ListedAccount,
     PurgeAudit,
+    PurgePersonalData,
     PurgeRecords,
     RecordAccess,
     RecordAccessFailure,
@@ -169,6 +170,7 @@ COMMANDS: list[Command] = [
     RecordTokenUses(uses={"0123456789abcdef": 1728060000}),
     ForgetStudent(request_id="r", student="h"),
     PurgeAudit(for_sec=34560000, limit=500),
+    PurgePersonalData(for_sec=34560000, limit=500),
     AllocateSandbox(
         request_id="r",
         holder="h",

@@ -14,6 +14,7 @@ from sandbox_broker.contract.commands import (
     EndLease,
     EndTokenLeases,
     ExtendLease,
+    ForgetStudent,
     IssueToken,
     RecordJob,
     ReplaceSandbox,
@@ -77,7 +78,10 @@ def build_entries(command: Command, reply: Reply) -> list[Entry]:
         objects = list(reply.sandbox_ids)
     elif isinstance(reply, StudentForgotten):
         objects = [reply.pseudonym]
-    return [build_entry(command, name, _find_outcome(reply)) for name in objects]
+    entries = [build_entry(command, name, _find_outcome(reply)) for name in objects]
+    if isinstance(command, ForgetStudent) and isinstance(reply, StudentForgotten):
+        return [_forget(entry, command.student, reply.pseudonym) for entry in entries]
+    return entries
 
 
 def build_entry(command: Command, name: str | None, outcome: str) -> Entry:
@@ -94,6 +98,11 @@ def build_entry(command: Command, name: str | None, outcome: str) -> Entry:
         sender.address,
         outcome,
     )
+
+
+def _forget(entry: Entry, student: str, pseudonym: str) -> Entry:
+    """Return the entry without the id of the student in its reason."""
+    return entry if entry.reason is None else entry._replace(reason=entry.reason.replace(student, pseudonym))
 
 
 def find_action(command: Command) -> str:

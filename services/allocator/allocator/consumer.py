@@ -60,6 +60,7 @@ class Consumer:
             waiting_line=WaitingLine(WaitingLimits(settings.waiting_ttl_sec, settings.waiting_max)),
             broken_hold=timedelta(hours=settings.broken_hold_hours),
             access_keys=parse_access_keys(settings.access_keys),
+            pseudonym_key=settings.pseudonym_key.get_secret_value().encode(),
             statement_timeout_sec=lane.statement_timeout_sec,
             planner_settings=lane.planner_settings,
             newest_lease=NewestLease(settings.amqp_url),

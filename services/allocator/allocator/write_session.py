@@ -1,5 +1,6 @@
 """Write session: connection of one command queue to the pool, under the fencing epoch of the queue."""
 
+import secrets
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -98,6 +99,7 @@ class WriteSession:
         statement_timeout_sec: float,
         planner_settings: str,
         access_keys: AccessKeys | None = None,
+        pseudonym_key: bytes | None = None,
         newest_lease: NewestLease | None = None,
         needs_all_leases: bool = False,
     ) -> None:
@@ -117,6 +119,8 @@ class WriteSession:
         """Time between the replacement of a broken sandbox and its deletion."""
         self.access_keys = access_keys
         """None: no logins."""
+        self.pseudonym_key = pseudonym_key or secrets.token_bytes(32)
+        """Key of the pseudonyms of students. Without a key in the settings, a random one of this session."""
         self.epoch = 0
         """Fencing epoch of every statement; 0 on standby."""
 

@@ -36,6 +36,7 @@ from sandbox_broker.contract.commands import (
     HurryDeletions,
     IssueToken,
     PurgeAudit,
+    PurgePersonalData,
     PurgeRecords,
     RecordAccess,
     RecordAccessFailure,
@@ -166,6 +167,7 @@ async def commands(pool: Pool, session: WriteSession) -> dict[str, Command]:
         RecordTokenUses(uses={LAB_TOKEN: 1_728_060_000}),
         ForgetStudent(request_id="request", student="gone"),
         PurgeAudit(for_sec=0, limit=10),
+        PurgePersonalData(for_sec=0, limit=10),
         DropDeadLetter(request_id="request", dead_letter_id=await pool.dead_letter(allocate_command("bob"))),
     ]
     return {type(command).__name__: command for command in result}

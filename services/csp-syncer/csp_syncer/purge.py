@@ -1,9 +1,9 @@
-"""Purge: mark long-stale sandboxes as deleted, and forget old records of deleted ones."""
+"""Purge: mark long-stale sandboxes as deleted, and remove old records and old personal data."""
 
 import structlog
 
 from csp_syncer.settings import Settings
-from sandbox_broker.contract.commands import DeleteStale, PurgeAudit, PurgeRecords
+from sandbox_broker.contract.commands import DeleteStale, PurgeAudit, PurgePersonalData, PurgeRecords
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
 from sandbox_broker.messaging.outcome import CommandNotDone
 
@@ -22,6 +22,7 @@ async def purge(settings: Settings, allocator: MaintenanceClient) -> None:
             DeleteStale(stale_for_sec=STALE_HOURS * 3600, limit=BATCH_SIZE),
             PurgeRecords(status="deleted", for_sec=retention_sec, limit=BATCH_SIZE),
             PurgeAudit(for_sec=settings.audit_retention_days * 24 * 3600, limit=BATCH_SIZE),
+            PurgePersonalData(for_sec=settings.lease_personal_days * 24 * 3600, limit=BATCH_SIZE),
         ):
             while (await allocator.request(command)).count == BATCH_SIZE:
                 pass

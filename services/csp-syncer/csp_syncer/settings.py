@@ -12,6 +12,8 @@ class Settings(CspSettings):
     """Comma-separated name prefixes. Empty: all names."""
     record_retention_days: float = Field(default=30, gt=0, le=3650)
     audit_retention_days: float = Field(default=400, gt=0, le=3650)
+    lease_personal_days: float = Field(default=400, gt=0, le=3650)
+    """Days between the end of a lease and the replacement of its student ids by pseudonyms."""
 
     @property
     def name_prefixes(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from sandbox_broker.contract.commands import (
     Command,
     DeleteStale,
     PurgeAudit,
+    PurgePersonalData,
     PurgeRecords,
     RecordJob,
     RefreshSandboxes,
@@ -87,7 +88,7 @@ class Allocator:
     staged: dict[int, list[str]] = field(default_factory=dict)
     received: list[Command] = field(default_factory=list)
     jobs: list[RecordJob] = field(default_factory=list)
-    purges: list[DeleteStale | PurgeAudit | PurgeRecords] = field(default_factory=list)
+    purges: list[DeleteStale | PurgeAudit | PurgePersonalData | PurgeRecords] = field(default_factory=list)
     to_purge: int = 0
     to_refresh: list[str] = field(default_factory=list)
     refusal: Callable[[Command], Refused | None] = lambda _: None
@@ -97,7 +98,7 @@ class Allocator:
         return [command for command in self.received if isinstance(command, kind)]
 
     async def answer(self, command: Command) -> Reply:
-        if isinstance(command, DeleteStale | PurgeAudit | PurgeRecords):
+        if isinstance(command, DeleteStale | PurgeAudit | PurgePersonalData | PurgeRecords):
             self.purges.append(command)
             count = min(command.limit, self.to_purge)
             self.to_purge -= count

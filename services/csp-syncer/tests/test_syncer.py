@@ -19,6 +19,7 @@ from sandbox_broker.contract.commands import (
     Command,
     DeleteStale,
     PurgeAudit,
+    PurgePersonalData,
     PurgeRecords,
     RefreshSandboxes,
     ReleaseSandbox,
@@ -439,14 +440,15 @@ async def test_a_job_gets_the_parameters_of_a_refusal(
 
 async def test_the_purge_runs_until_its_work_is_done(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     allocator.to_purge = 1100
-    async with syncing(amqp_url, csp, record_retention_days=2):
-        await wait_until(lambda: len(allocator.purges) >= 5)
+    async with syncing(amqp_url, csp, record_retention_days=2, lease_personal_days=500):
+        await wait_until(lambda: len(allocator.purges) >= 6)
     (tick,) = {command.request_id for command in allocator.purges}
     assert str(tick).startswith("tick-")
     assert allocator.purges == [
         *[DeleteStale(request_id=tick, stale_for_sec=24 * 3600, limit=500)] * 3,
         PurgeRecords(request_id=tick, status="deleted", for_sec=2 * 24 * 3600, limit=500),
         PurgeAudit(request_id=tick, for_sec=400 * 24 * 3600, limit=500),
+        PurgePersonalData(request_id=tick, for_sec=500 * 24 * 3600, limit=500),
     ]
 
 

@@ -538,7 +538,7 @@ class RecordTokenUses(Command[Recorded]):
 
 
 class ForgetStudent(Command[StudentForgotten]):
-    """Replace a student id by a random pseudonym, for an administrator. → StudentForgotten or Refused."""
+    """Replace a student id by a pseudonym, for an administrator. → StudentForgotten or Refused."""
 
     type: Literal["ForgetStudent"] = "ForgetStudent"
     request_id: str
@@ -549,6 +549,15 @@ class PurgeAudit(Command[Purged]):
     """Remove at most `limit` entries of the audit that are older than `for_sec` seconds. → Purged."""
 
     type: Literal["PurgeAudit"] = "PurgeAudit"
+    for_sec: float = Field(ge=0, le=MAX_SEC)
+    limit: int = Field(ge=1, le=1000)
+
+
+class PurgePersonalData(Command[Purged]):
+    """Replace student ids by pseudonyms in at most `limit` leases that ended more than `for_sec` seconds ago.
+    → Purged."""
+
+    type: Literal["PurgePersonalData"] = "PurgePersonalData"
     for_sec: float = Field(ge=0, le=MAX_SEC)
     limit: int = Field(ge=1, le=1000)
 
@@ -615,6 +624,7 @@ AnyCommand = Annotated[
     | RotateAccessKeys
     | ForgetStudent
     | PurgeAudit
+    | PurgePersonalData
     | SyncPool
     | CleanUpNow,
     Field(discriminator="type"),

@@ -108,6 +108,7 @@ COMMANDS_FROM_SYNCER = Exchange(
             commands.BeginListing,
             commands.DeleteStale,
             commands.PurgeAudit,
+            commands.PurgePersonalData,
             commands.PurgeRecords,
             commands.RecordJob,
             commands.RefreshSandboxes,

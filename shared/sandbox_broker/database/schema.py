@@ -210,6 +210,13 @@ leases = Table(
     Index("leases_by_token", "token", "allocated_at", postgresql_where=text("num_nonnulls(token) = 1")),
     Index("leases_standby", "expires_at", postgresql_where=text("mode = 'standby' AND end_reason IS NULL")),
     Index("leases_by_first_holder", "first_holder", postgresql_where=text("first_holder IS NOT NULL")),
+    Index(
+        "leases_with_student_id",
+        "ended_at",
+        postgresql_where=text(
+            "ended_at IS NOT NULL AND (holder NOT LIKE 'forgotten-%' OR first_holder NOT LIKE 'forgotten-%')"
+        ),
+    ),
     Index("leases_by_replaced", "replaces", postgresql_where=text("replaces IS NOT NULL")),
     # For the administrator API.
     Index("leases_by_time", "allocated_at", text("(0 + lease_id)")),

@@ -78,6 +78,7 @@ SECRET_SETTINGS = frozenset(
         "niosxaas_password",
         "token_pepper",
         "oidc_client_secret",
+        "pseudonym_key",
     }
 )
 """Settings with a password or a token. A test compares them with the types of the settings."""
@@ -93,6 +94,7 @@ PLACEHOLDERS: Mapping[str, str] = {
     "broker_api_token": "placeholder-of-the-track-token",
     "broker_admin_token": "placeholder-of-the-admin-token",
     "token_pepper": "placeholder-of-the-token-pepper",
+    "pseudonym_key": "placeholder-of-the-pseudonym-key",
     "access_keys": "cGxhY2Vob2xkZXItb2YtdGhlLWFjY2Vzcy1rZXktMDE=",
     "csp_login_password": "placeholder-of-the-login-password",
     "console_admin_token": "placeholder-of-the-admin-token",

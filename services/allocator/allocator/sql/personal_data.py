@@ -1,14 +1,42 @@
-"""Personal data: replace a student id by a pseudonym, and remove old entries of the audit."""
+"""Personal data: replace student ids by pseudonyms, and remove old entries of the audit."""
 
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from allocator.write_session import GUARD, WriteSession
 
+PSEUDONYM_PREFIX = "forgotten-"
+"""Beginning of every pseudonym. The index leases_with_student_id excludes ids that begin with it."""
+
+# Row i has a student id and its pseudonym. Notes are free text, so the id is replaced inside of them.
+_DATA = """data || jsonb_strip_nulls(jsonb_build_object(
+        'holder', CASE WHEN data ->> 'holder' = i.student THEN i.pseudonym END,
+        'first_holder', CASE WHEN data ->> 'first_holder' = i.student THEN i.pseudonym END,
+        'note', CASE WHEN position(i.student IN data ->> 'note') > 0
+            THEN replace(data ->> 'note', i.student, i.pseudonym) END
+    ))"""
+# Row i is a lease with an id to replace. The email of a login contains the id; it is needed until CSP has removed
+# the user.
+_REPLACE = f"""
+forgotten AS (
+    UPDATE leases l
+    SET holder = CASE WHEN l.holder = i.student THEN i.pseudonym ELSE l.holder END,
+        first_holder = CASE WHEN l.first_holder = i.student THEN i.pseudonym ELSE l.first_holder END,
+        end_note = replace(l.end_note, i.student, i.pseudonym), idempotency_key = NULL
+    FROM held i WHERE l.lease_id = i.lease_id
+    RETURNING l.lease_id
+),
+history_of_sandboxes AS (
+    UPDATE history h SET data = {_DATA}
+    FROM held i WHERE h.sandbox_id = i.sandbox_id
+),
+logins AS (
+    UPDATE accesses a SET email = NULL FROM held i WHERE a.sandbox_id = i.sandbox_id AND a.state = 'removed'
+)"""
+
 # Parameters: epoch, student id, pseudonym. blocked: a student with a lease or a place needs the id. A lease that is
-# granted concurrently keeps the id; the administrator forgets it after its end. The fields holder and first_holder
-# hold whole ids. The email of a login contains the id; it is needed until CSP has removed the user. Reasons are
-# free text, so the id is replaced inside of them.
+# granted concurrently keeps the id; the administrator forgets it after its end.
 FORGET = f"""
 WITH {GUARD},
 blocked AS MATERIALIZED (
@@ -16,45 +44,60 @@ blocked AS MATERIALIZED (
     UNION ALL
     SELECT FROM guard CROSS JOIN waiting w WHERE w.holder = $2
 ),
+ids AS MATERIALIZED (
+    SELECT $2::text AS student, $3::text AS pseudonym FROM guard WHERE NOT EXISTS (SELECT FROM blocked)
+),
 held AS MATERIALIZED (
-    SELECT l.lease_id, l.sandbox_id FROM guard CROSS JOIN leases l
-    WHERE '' || l.holder = $2 AND NOT EXISTS (SELECT FROM blocked)
+    SELECT l.lease_id, l.sandbox_id, i.student, i.pseudonym FROM ids i CROSS JOIN leases l
+    WHERE '' || l.holder = $2
     UNION
-    SELECT l.lease_id, l.sandbox_id FROM guard CROSS JOIN leases l
-    WHERE l.first_holder = $2 AND NOT EXISTS (SELECT FROM blocked)
-),
-forgotten AS (
-    UPDATE leases l
-    SET holder = CASE WHEN l.holder = $2 THEN $3 ELSE l.holder END,
-        first_holder = CASE WHEN l.first_holder = $2 THEN $3 ELSE l.first_holder END,
-        end_note = replace(l.end_note, $2, $3), idempotency_key = NULL
-    FROM held WHERE l.lease_id = held.lease_id
-    RETURNING l.lease_id
-),
-history_of_sandboxes AS (
-    UPDATE history h SET data = {{data}}
-    FROM held WHERE h.sandbox_id = held.sandbox_id
-),
-logins AS (
-    UPDATE accesses a SET email = NULL FROM held WHERE a.sandbox_id = held.sandbox_id AND a.state = 'removed'
-),
+    SELECT l.lease_id, l.sandbox_id, i.student, i.pseudonym FROM ids i CROSS JOIN leases l
+    WHERE l.first_holder = $2
+),{_REPLACE},
 unpublished AS (
-    UPDATE outbox o SET data = {{data}}
-    FROM guard
-    WHERE (o.data ->> 'holder' = $2 OR o.data ->> 'first_holder' = $2) AND NOT EXISTS (SELECT FROM blocked)
+    UPDATE outbox o SET data = {_DATA}
+    FROM ids i WHERE o.data ->> 'holder' = i.student OR o.data ->> 'first_holder' = i.student
 ),
 audited AS (
-    UPDATE audit a SET reason = replace(a.reason, $2, $3) FROM guard
-    WHERE position($2 IN a.reason) > 0 AND NOT EXISTS (SELECT FROM blocked)
+    UPDATE audit a SET reason = replace(a.reason, i.student, i.pseudonym)
+    FROM ids i WHERE position(i.student IN a.reason) > 0
 )
 SELECT epoch, EXISTS (SELECT FROM blocked) AS blocked, (SELECT count(*) FROM forgotten) AS leases FROM guard
-""".format(
-    data="""data || jsonb_strip_nulls(jsonb_build_object(
-        'holder', CASE WHEN data ->> 'holder' = $2 THEN $3 END,
-        'first_holder', CASE WHEN data ->> 'first_holder' = $2 THEN $3 END,
-        'note', CASE WHEN position($2 IN data ->> 'note') > 0 THEN replace(data ->> 'note', $2, $3) END
-    ))"""
+"""
+
+# One id of each lease. A lease with two ids is found again by the next run. The condition on the ids is the one of
+# the index, so a lease with pseudonyms is not read again.
+FIND_OLD_LEASES = f"""
+WITH {GUARD}
+SELECT epoch, o.lease_id, o.student FROM guard LEFT JOIN LATERAL (
+    SELECT l.lease_id,
+        CASE WHEN l.holder NOT LIKE '{PSEUDONYM_PREFIX}%' THEN l.holder ELSE l.first_holder END AS student
+    FROM leases l
+    WHERE l.ended_at <= now() - $2::interval
+      AND (l.holder NOT LIKE '{PSEUDONYM_PREFIX}%' OR l.first_holder NOT LIKE '{PSEUDONYM_PREFIX}%')
+    ORDER BY l.ended_at LIMIT $3
+) o ON true
+"""
+
+# Only the reasons about the sandbox of a lease are searched, because a search of the whole audit for each id would
+# take minutes.
+FORGET_OLD_LEASES = f"""
+WITH {GUARD},
+held AS MATERIALIZED (
+    SELECT l.lease_id, l.sandbox_id, o.student, o.pseudonym
+    FROM guard CROSS JOIN unnest($2::bigint[], $3::text[], $4::text[]) AS o (lease_id, student, pseudonym)
+    JOIN leases l ON l.lease_id = o.lease_id AND l.ended_at IS NOT NULL
+),{_REPLACE},
+unpublished AS (
+    UPDATE outbox o SET data = {_DATA}
+    FROM held i WHERE o.subject = i.sandbox_id
+),
+audited AS (
+    UPDATE audit a SET reason = replace(a.reason, i.student, i.pseudonym)
+    FROM held i WHERE a.object = i.sandbox_id AND position(i.student IN a.reason) > 0
 )
+SELECT epoch FROM guard
+"""
 
 PURGE_AUDIT = f"""
 WITH {GUARD},
@@ -80,6 +123,30 @@ class ForgetRow(TypedDict):
 async def forget(session: WriteSession, *, student: str, pseudonym: str) -> ForgetRow:
     row: ForgetRow = await session.fetch_one(FORGET, student, pseudonym)
     return row
+
+
+class OldLease(NamedTuple):
+    lease_id: int
+    student: str
+    """An id that is not replaced yet."""
+
+
+async def find_old_leases(session: WriteSession, *, for_at_least: timedelta, limit: int) -> list[OldLease]:
+    """Return leases with a student id that ended at least `for_at_least` ago, the longest ago first."""
+    rows = await session.fetch(FIND_OLD_LEASES, for_at_least, limit)
+    return [OldLease(row["lease_id"], row["student"]) for row in rows if row["lease_id"] is not None]
+
+
+async def forget_old_leases(
+    session: WriteSession, *, leases: Sequence[OldLease], pseudonyms: Sequence[str]
+) -> None:
+    """Replace the id of each lease by its pseudonym. Active leases and other ids stay."""
+    await session.fetch(
+        FORGET_OLD_LEASES,
+        [lease.lease_id for lease in leases],
+        [lease.student for lease in leases],
+        list(pseudonyms),
+    )
 
 
 async def purge_audit(session: WriteSession, *, for_at_least: timedelta, limit: int) -> int:

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/admin", tags=["admin"])
     responses=responses(*COMMON_ERRORS, "STUDENT_HAS_LEASE", "ALLOCATOR_UNAVAILABLE", "MAINTENANCE_TIMEOUT"),
 )
 async def forget_student(request: Request) -> StudentForgotten:
-    """Replace a student id in leases, history, audit and unpublished events by a random pseudonym. The call is
+    """Replace a student id in leases, history, audit and unpublished events by a pseudonym. The call is
     refused while the student has a lease or waits for one. Subscribers of events keep their own copies."""
     body = await read_body(request, StudentRequest)
     reply = await request_maintenance(
