@@ -47,6 +47,10 @@ COMMIT = Histogram(
     ["command"],
     buckets=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 30),
 )
+REFUSALS_NOT_AUDITED = Counter(
+    "broker_audit_refusals_skipped_total",
+    "Refusals for scope without an entry in the audit, beyond 10 entries per token and minute",
+)
 EPOCH = Gauge("broker_allocator_epoch", "Fencing epoch under which this allocator writes; 0 on standby", ["queue"])
 OUTBOX_LAG = Gauge("broker_outbox_lag_seconds", "Age of the oldest unpublished event")
 OLDEST_DELETION = Gauge(

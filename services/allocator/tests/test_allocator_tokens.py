@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from allocator.handlers import lease_changes, leases
 from allocator.routing import MAINTENANCE
+from allocator.sql.audit import MAX_REFUSALS_PER_MINUTE
 from allocator.write_session import ConcurrentUpdate, WriteSession
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
@@ -160,6 +162,27 @@ async def test_a_scoped_token_leases_in_its_scope_only(pool: Pool) -> None:
     assert {(row["action"], row["outcome"], row["address"], row["request_id"]) for row in entries} == {
         ("lease.allocate", "FORBIDDEN_SCOPE", "192.0.2.1", "request")
     }
+
+
+async def test_a_leaked_token_does_not_fill_the_audit(pool: Pool) -> None:
+    """Refusals are recorded up to a limit per token and minute, by all commands together, and counted beyond it."""
+    leaked = await pool.token("leaked", KEY_A, tracks=["a"])
+    other = await pool.token("other", KEY_B, tracks=["b"])
+    session = await pool.write_session()
+    sandbox_id = await pool.lease("ann")
+    before = REGISTRY.get_sample_value("broker_audit_refusals_skipped_total") or 0
+    for start in (0, 20):
+        students = [str(number) for number in range(start, start + 20)]
+        await allocate(session, *(request(leaked, name) for name in students), request(other, "o"))
+    replies = [reply for reply, _ in await student_commands(session, sandbox_id, leaked)]
+    assert replies == [refuse("FORBIDDEN_SCOPE", cause="lease")] * 4
+    by_actor = "SELECT actor || ' ' || count(*) FROM audit GROUP BY actor ORDER BY actor"
+    assert await pool.column(by_actor) == [f"leaked {MAX_REFUSALS_PER_MINUTE}", "other 2"]
+    skipped = REGISTRY.get_sample_value("broker_audit_refusals_skipped_total") or 0
+    assert skipped - before == 44 - MAX_REFUSALS_PER_MINUTE
+    await pool.execute("UPDATE audit SET at = at - interval '61 seconds'")
+    await student_commands(session, sandbox_id, leaked)
+    assert await pool.column(by_actor) == [f"leaked {MAX_REFUSALS_PER_MINUTE + 4}", "other 2"]
 
 
 async def test_a_scoped_token_reaches_no_lease_of_another_token(pool: Pool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import structlog
 
-from allocator import audit
+from allocator import audit, metrics
 from allocator.sql import allocations
 from allocator.sql import audit as audit_sql
 from allocator.token_book import Token
@@ -51,11 +51,12 @@ def has_unknown_token(session: WriteSession, commands: Iterable[Command]) -> boo
 
 
 async def record_refusals(session: WriteSession, results: Iterable[tuple[Command, Reply]]) -> None:
-    """Record the refusals for scope in the audit."""
+    """Record the refusals for scope in the audit, and count those beyond the limit of their token."""
     entries = [
         audit.build_entry(command, audit.find_object(command), reply.code)
         for command, reply in results
         if isinstance(reply, Refused) and reply.code == "FORBIDDEN_SCOPE" and command.sender is not None
     ]
     if entries:
-        await audit_sql.record(session, entries)
+        recorded = await audit_sql.record_refusals(session, entries)
+        metrics.REFUSALS_NOT_AUDITED.inc(len(entries) - recorded)
