@@ -194,7 +194,7 @@ async def test_a_csp_outage_is_reported_after_a_failed_request(broker: Broker) -
         result = await wait_for_result(broker, lambda result: "CSP" in failed_components(result))
         assert result.status == 4
         assert result.json["csp"]["failing"] == 1
-        await wait_for_status(broker.stack, lambda result: "pending deletions have failed" in result.out)
+        await wait_for_status(broker.stack, lambda result: "pending deletion has failed" in result.out)
     await wait_until(broker.stack.nothing_pending)
     await wait_for_result(broker, is_healthy)
 

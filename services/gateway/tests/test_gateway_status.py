@@ -124,12 +124,35 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
         assert report["stopped_stock"] == [
             {"name_prefix": "lab-", "stopped_at": 5000, "cause": "refused", "reason": "quota"}
         ]
+        codes = [item["code"] for item in report["attention"]]
+        assert codes[0] == "service_down"  # no service runs in this test
+        assert {"stock_stopped", "deletions_failed", "deletions_failing", "dead_letters"} <= set(codes)
         await database.execute("UPDATE csp_listings SET held_at = now() WHERE applied_at IS NULL")
         csp = (await get_status(gateway))["csp"]
         assert (csp["held"], csp["unfinished_since"]) == (True, None)
         await database.execute("UPDATE csp_listings SET applied_at = now() WHERE held_at IS NOT NULL")  # forced
         csp = (await get_status(gateway))["csp"]
         assert (csp["held"], csp["listed_at"]) == (False, 2000)
+
+
+async def test_report_names_a_stock_that_is_used_up_soon(
+    clean_queues: str, database: asyncpg.Connection, clean_database: str
+) -> None:
+    await database.execute(
+        """
+        INSERT INTO policies (name, document)
+            VALUES ('lab', '{"name": "lab", "stock": {"name_prefix": "lab-", "min": 1, "max": 9}}'),
+                ('dns', '{"name": "dns", "stock": {"name_prefix": "dns-", "min": 1, "max": 9}}');
+        INSERT INTO sandboxes (sandbox_id, external_id, name, status)
+            VALUES ('1', 'a', 'lab-1', 'available'), ('2', 'b', 'lab-2', 'allocated'),
+                ('3', 'c', 'dns-1', 'available');
+        INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ('2', 'ann', now() + interval '4 hours');
+        """
+    )
+    async with running(clean_queues, database_url=clean_database, far_sides=False) as gateway:
+        (item,) = [item for item in (await get_status(gateway))["attention"] if item["code"] == "stock_low"]
+    assert item["problem"] == "The stock of lab- is empty in 5 min"
+    assert item["effect"] == "It loses 12 sandboxes an hour to new leases."
 
 
 async def test_report_names_a_queue_without_an_answer(

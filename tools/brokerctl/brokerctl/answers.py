@@ -75,9 +75,12 @@ class CspState(TypedDict):
     error: str | None
 
 
-class StoppedStock(TypedDict):
-    name_prefix: str
-    reason: str
+class AttentionItem(TypedDict):
+    part: str
+    problem: str
+    effect: str
+    advice: str
+    command: str | None
 
 
 class Status(TypedDict):
@@ -88,9 +91,8 @@ class Status(TypedDict):
     pool: PoolCounts | None
     csp: CspState | None
     dead_letters: Count | None
-    stopped_stock: NotRequired[list[StoppedStock] | None]
-    other_broker_at: NotRequired[Timestamp | None]
-    database_behind_at: NotRequired[Timestamp | None]
+    attention: NotRequired[list[AttentionItem]]
+    """A gateway of an earlier version lists no problems."""
 
 
 class CreationTime(TypedDict):

@@ -99,13 +99,21 @@ def render_status(url: str, status: Mapping[str, Any]) -> RenderableType:
     if status["attention"]:
         items = build_table(
             ("needs attention", "problem", "what to do"),
-            [(item["part"], item["problem"], item["advice"]) for item in status["attention"]],
+            [(item["part"], _describe_problem(item), _describe_next_step(item)) for item in status["attention"]],
         )
         items.columns[0].style = "bold red"
         blocks += [Text(), items]
     else:
         blocks += [Text(), Text("Nothing needs attention.", style="green")]
     return Group(*blocks)
+
+
+def _describe_problem(item: Mapping[str, Any]) -> str:
+    return f"{item['problem']}. {item['effect']}" if item["effect"] else str(item["problem"])
+
+
+def _describe_next_step(item: Mapping[str, Any]) -> str:
+    return f"{item['advice']} Run: {item['command']}" if item["command"] else str(item["advice"])
 
 
 def format_status_line(status: Mapping[str, Any]) -> Text:

@@ -49,7 +49,7 @@ STATUS = {
         "error": HOSTILE,
     },
     "dead_letters": 1,
-    "stopped_stock": [{"name_prefix": HOSTILE, "reason": HOSTILE}],
+    "attention": [dict.fromkeys(("part", "problem", "effect", "advice", "command"), HOSTILE)],
 }
 TRANSITION = {"sandbox_id": HOSTILE, "status": HOSTILE, "deletion_requested_at": 1728054123}
 COMMANDS: dict[str, Any] = {

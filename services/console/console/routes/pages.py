@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from console.api_client import Api, ApiProblem, quote_segment
-from console.attention import find_items
 from console.csv_export import render_csv
 from console.rendering import render, sort_rows
 from console.web import AdminApi, SignedIn, require_role
@@ -38,6 +37,23 @@ LEASE_COLUMNS = (
 LEASE_SORTS = ("holder", "track_name", "name", "allocated_at", "expires_at")
 SANDBOX_SORTS = ("name", "status", "holder", "track_name", "status_since", "expires_at")
 TIME_COLUMNS = frozenset({"allocated_at", "claimed_at", "expires_at", "ended_at"})
+
+ATTENTION_PAGES = {
+    "pool_empty": "/sync",
+    "pool_low": "/sync",
+    "deletions_failed": "/deletions",
+    "sandboxes_missing": "/sync",
+    "stock_stopped": "/policies",
+    "stock_low": "/policies",
+    "sync_held": "/sync",
+    "listing_unfinished": "/sync",
+    "listing_old": "/sync",
+    "deletions_failing": "/deletions",
+    "deletions_late": "/deletions",
+    "dead_letters": "/dead-letters",
+}
+"""Code of an attention item -> page for the next step. Other items have none, because the step is outside of the
+console."""
 
 Text = Annotated[str, Query(max_length=128)]
 Cursor = Annotated[str, Query(max_length=1024)]
@@ -70,13 +86,12 @@ async def show_overview(
     samples = [] if history is None else history["samples"]
     chart = {name: [sample[name] for sample in samples] for name in ("at", *CHART_FIELDS)}
     hour_ago = next((sample for sample in samples if sample["at"] >= time.time() - 3600), None)
-    items = find_items(status, stock)
     return render(
         request,
         "overview.html",
         status=status,
         pool=status["pool"] or groups,  # a slow database may answer the second query
-        items=items,
+        items=[{**item, "page": ATTENTION_PAGES.get(item["code"])} for item in status["attention"]],
         chart=chart,
         hour_ago=hour_ago,
         stock=stock,

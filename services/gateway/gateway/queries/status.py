@@ -13,6 +13,7 @@ from typing import Generic, Literal, TypeVar
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from gateway import attention
 from gateway.api.errors import ApiError
 from gateway.api.schemas.pool import Stats
 from gateway.api.schemas.status import (
@@ -34,6 +35,7 @@ from sandbox_broker.database.schema import (
     csp_listings,
     dead_letters,
     sandboxes,
+    stock_forecasts,
     stock_prefixes,
     stock_rules,
 )
@@ -117,12 +119,16 @@ class StatusReporter:
     def __init__(self, publisher: Publisher, engine: AsyncEngine) -> None:
         self._publisher = publisher
         self._database = Probe(lambda: _query_database(engine))
+        # Apart, because the forecast takes longest. Without an answer in time, the report leaves it out.
+        self._low_stock = Probe(lambda: _query_low_stock(engine))
 
     async def report(self) -> Status:
         """Return the status. Fields of a component that is down are None."""
-        queues, database = await asyncio.gather(_inspect_queues(self._publisher), self._database.run())
+        queues, database, low_stock = await asyncio.gather(
+            _inspect_queues(self._publisher), self._database.run(), self._low_stock.run()
+        )
         known = None if isinstance(database, Problem) else database
-        return Status(
+        status = Status(
             checked_at=int(time.time()),
             rabbitmq=_part_status(queues),
             database=_part_status(database),
@@ -136,7 +142,10 @@ class StatusReporter:
             stopped_stock=known and known.stopped_stock,
             other_broker_at=known and known.other_broker_at,
             database_behind_at=known and known.database_behind_at,
+            attention=[],
         )
+        items = attention.find_items(status, () if isinstance(low_stock, Problem) else low_stock)
+        return status.model_copy(update={"attention": items})
 
 
 def _part_status(result: object) -> PartStatus:
@@ -248,3 +257,19 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         error=deletions.error,
     )
     return DatabaseReport(pool, csp, letters, stopped_stock, other_broker, database_behind_at)
+
+
+async def _query_low_stock(engine: AsyncEngine) -> list[attention.LowStock]:
+    """Raises ApiError DATABASE_UNAVAILABLE."""
+    rates = (stock_forecasts.c.recent_leases_per_sec, stock_forecasts.c.usual_leases_per_sec)
+    low = (
+        select(
+            stock_forecasts.c.name_prefix,
+            stock_forecasts.c.exhaustion_sec,
+            (func.greatest(*rates) * 3600).label("leases_per_hour"),
+        )
+        .where(stock_forecasts.c.exhaustion_sec < attention.SOON_EMPTY_SEC)
+        .order_by(stock_forecasts.c.name_prefix)
+    )
+    async with read_connection(engine) as connection:
+        return [attention.LowStock(**row) for row in (await connection.execute(low)).mappings()]

@@ -71,6 +71,49 @@ class StoppedStock(BaseModel):
     reason: str = Field(examples=["CSP refused the creation with 403: the quota is used up"])
 
 
+AttentionCode = Literal[
+    "server_slow",
+    "server_down",
+    "database_behind",
+    "other_broker",
+    "service_down",
+    "service_partly_down",
+    "queue_without_answer",
+    "queue_long",
+    "pool_empty",
+    "pool_low",
+    "deletions_failed",
+    "sandboxes_missing",
+    "stock_stopped",
+    "stock_low",
+    "sync_held",
+    "listing_unfinished",
+    "listing_old",
+    "deletions_failing",
+    "deletions_late",
+    "dead_letters",
+]
+
+
+class AttentionItem(BaseModel):
+    """A problem and the next step of an operator. Texts are for people and may change; `code` is for programs."""
+
+    code: AttentionCode = Field(
+        examples=["sync_held"], description="kind of the problem. Later versions may add kinds"
+    )
+    severity: Literal["critical", "warning"]
+    part: str = Field(examples=["CSP", "reaper"], description="component, queue, or part of the pool")
+    problem: str = Field(examples=["A sync is held"], description="no full stop at the end")
+    effect: str = Field(
+        examples=["It would change too much of the pool, so the broker did not apply it."],
+        description="the consequence, or the cause if it is known",
+    )
+    advice: str = Field(examples=["Compare its changes with CSP, then approve it or repair CSP."])
+    command: str | None = Field(
+        default=None, examples=["brokerctl sync --show", None], description="command of brokerctl for the next step"
+    )
+
+
 class Status(BaseModel):
     checked_at: UnixSeconds
     rabbitmq: PartStatus
@@ -89,6 +132,9 @@ class Status(BaseModel):
     database_behind_at: UnixSeconds | None = Field(
         description="last time that an allocator found the newest lease missing in the database: it is an older "
         "backup, and allocations are refused. Null otherwise"
+    )
+    attention: list[AttentionItem] = Field(
+        description="problems to solve, critical ones first; empty if all is well"
     )
 
 
