@@ -110,3 +110,14 @@ async def test_too_many_missed_events_are_a_gap(stack: Stack) -> None:
 async def test_other_requests_are_refused(stack: Stack, headers: dict[str, str], status: int) -> None:
     response = await stack.client.get(f"{stack.url}/v1/admin/events", headers={**ADMIN, **headers})
     assert response.status_code == status
+
+
+async def test_a_head_request_leaves_no_stream_open(stack: Stack) -> None:
+    response = await stack.client.head(f"{stack.url}/v1/admin/events", headers=ADMIN)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+
+    async def no_stream_is_open() -> bool:
+        return "broker_event_streams 0.0" in (await stack.client.get(f"{stack.url}/metrics")).text
+
+    await wait_until(no_stream_is_open)

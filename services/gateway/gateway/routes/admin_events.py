@@ -49,6 +49,8 @@ async def get_events(request: Request, last_event_id: LastEventId = "") -> Strea
     events of sandboxes since then, from their history; some may be repeated. Each event arrives at least once. A
     client that does not keep up is disconnected and continues with `Last-Event-ID`."""
     context: Context = request.app.state.context
+    if "is_head" in request.scope["state"]:  # without a body, the response would never end
+        return StreamingResponse(iter(()), media_type=EventStreamResponse.media_type)
     request.scope["state"]["is_stream"] = True
     stream = context.event_feed.open_stream()
     try:

@@ -115,12 +115,13 @@ class RequestMiddleware:
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         method, path = scope["method"], scope["path"]
-        if method == "HEAD":  # handled as GET, because the server omits the body
-            scope = {**scope, "method": "GET"}
         fields = dict(scope["headers"])
         request_id = _choose_request_id(fields.get(b"x-request-id", b""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        if method == "HEAD":  # handled as GET, because the server omits the body
+            scope = {**scope, "method": "GET"}
+            state["is_head"] = True
         status = 0
         rate_limit_status = await self._count_request(scope, fields)
 
