@@ -1,7 +1,9 @@
 """Console in a real browser on the running broker: sign-in, pages, actions, live updates, accessibility."""
 
+import asyncio
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -10,18 +12,21 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+from aio_pika import Message
 from playwright.async_api import Browser, Page, Request, async_playwright, expect
 
-from devstack import chromium
+from devstack import chromium, class_day
 from devstack.conditions import wait_until
 from devstack.errors import CannotRun
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.processes import spawn
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_stack
+from sandbox_broker.messaging.connection import open_connection
+from tests.integration.stack import ADMIN, ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_stack
 
 TIMEOUT_MS = 30_000
+CLASS_STUDENTS = 60
 AXE = ROOT / "services" / "console" / "node_modules" / "axe-core" / "axe.min.js"
 PAGES = (
     "/",
@@ -32,6 +37,7 @@ PAGES = (
     "/dead-letters",
     "/policies",
     "/tokens",
+    "/tokens/new",
     "/audit",
 )
 HOSTILE = '=1+1"><img src=x onerror=alert(1)>'
@@ -40,7 +46,16 @@ WATCH = """
 document.addEventListener("securitypolicyviolation", violation =>
     console.error(`policy: ${violation.violatedDirective} ${violation.blockedURI}`))
 """
-POLICIES = {"policies": [{"name": "adventure", "match": {"track_name": "lab"}, "lease_hours": 8}]}
+POLICIES = {
+    "policies": [
+        {
+            "name": "adventure",
+            "match": {"track_name": "lab"},
+            "lease_hours": 8,
+            "stock": {"name_prefix": "sandbox-", "min": 1, "max": 100},
+        }
+    ]
+}
 
 
 @dataclass
@@ -71,6 +86,7 @@ async def browser() -> AsyncIterator[Browser]:
         path = await chromium.find_chromium(Terminal())
     except CannotRun as reason:
         pytest.fail(f"this test needs a real browser: {reason}")
+    expect.set_options(timeout=TIMEOUT_MS)
     async with async_playwright() as playwright:
         launched = await playwright.chromium.launch(
             executable_path=path, chromium_sandbox=os.geteuid() != 0, timeout=TIMEOUT_MS * 3
@@ -117,6 +133,11 @@ async def lease(stack: Stack, student: str, track: str = "lab") -> str:
     assert response.status_code == 201, response.text
     sandbox_id: str = response.json()["sandbox_id"]
     return sandbox_id
+
+
+async def apply_policies(stack: Stack) -> None:
+    response = await stack.client.put(f"{stack.url}/v1/admin/policies", headers=ADMIN, json=POLICIES)
+    assert response.status_code == 200, response.text
 
 
 async def test_only_tokens_of_roles_sign_in(stack: Stack, browser: Browser) -> None:
@@ -258,11 +279,139 @@ async def test_hostile_names_are_harmless(stack: Stack, console: Console) -> Non
     assert console.problems == []
 
 
+async def test_every_table_is_exported_without_formulas(stack: Stack, console: Console) -> None:
+    await lease(stack, "=cmd()", HOSTILE)
+    await stack.database.execute(
+        "INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), 'q', '=died()', '{}', 'm', 'c', 'text', '')"
+    )
+    await stack.admin("POST", f"sandboxes/{await lease(stack, 'ben')}/release", reason="+reason()")
+    texts = {}
+    for path in (
+        "/leases",
+        "/sandboxes?student=%3Dcmd()",
+        "/dead-letters",
+        "/tokens",
+        "/audit?action=lease.release",
+        "/deletions",
+    ):
+        await console.open(path)
+        async with console.page.expect_download() as download:
+            await console.page.get_by_role("link", name="CSV").click()
+        texts[path] = (await (await download.value).path()).read_text()
+    assert "'=cmd()" in texts["/leases"]
+    _, row, end = texts["/sandboxes?student=%3Dcmd()"].split("\r\n")  # one row: the filter applies
+    assert ",allocated," in row
+    assert ",'=cmd(),\"'=1+1" in row
+    assert end == ""
+    assert ",'=died()," in texts["/dead-letters"]
+    assert texts["/tokens"].startswith("name,role,tracks,")
+    assert ",'+reason()," in texts["/audit?action=lease.release"]
+    assert texts["/deletions"].startswith("sandbox_id,")
+    assert console.problems == []
+
+
+async def test_a_stopped_stock_is_resumed(stack: Stack, console: Console) -> None:
+    await apply_policies(stack)
+    await stack.database.execute(
+        "INSERT INTO stock_prefixes (name_prefix, next_number, stopped_at, stop_cause, stop_reason) "
+        "VALUES ('sandbox-', 100, now(), 'refused', 'the quota is used up') ON CONFLICT (name_prefix) DO UPDATE "
+        "SET stopped_at = excluded.stopped_at, stop_cause = excluded.stop_cause, stop_reason = excluded.stop_reason"
+    )
+    page = console.page
+    await console.open("/")
+    await page.get_by_role("link", name="Open: No account is created for sandbox-: the quota is used up").click()
+    await page.get_by_role("link", name="Resume the stock").click()
+    await page.get_by_role("dialog").get_by_label("Reason").fill("the quota is raised")
+    await page.get_by_role("dialog").get_by_role("button", name="Resume the stock").click()
+    await expect(page.locator(".banner.done")).to_contain_text("The stock is resumed")
+    await expect(page.get_by_role("link", name="Resume the stock")).to_have_count(0)
+    (entry,) = (await stack.admin("GET", "audit", action="stock.resume")).json()["entries"]
+    assert (entry["object"], entry["reason"], entry["outcome"]) == ("sandbox-", "the quota is raised", "done")
+    assert console.problems == []
+
+
+async def test_an_administrator_creates_a_token(stack: Stack, console: Console) -> None:
+    page = console.page
+    await console.open("/tokens")
+    await page.get_by_role("link", name="Create a token").click()
+    await page.get_by_label("Name", exact=True).fill("adventure")
+    await page.get_by_label("Role").select_option("viewer")
+    await page.get_by_label("Tracks").fill("lab-adventure, lab-dns")
+    await page.get_by_label("Active leases").fill("30")
+    await page.get_by_label("Reason").fill("the class of June")
+    await page.get_by_role("button", name="Create the token").click()
+    await expect(page.get_by_role("alert")).to_be_visible()  # a viewer has no tracks
+    await expect(page.get_by_label("Tracks")).to_have_value("lab-adventure, lab-dns")
+    await page.get_by_label("Role").select_option("track")
+    await page.get_by_role("button", name="Create the token").click()
+    token = await page.get_by_label("The token").inner_text()
+    allocated = await stack.client.post(
+        f"{stack.url}/v1/allocate",
+        headers={
+            "Authorization": f"Bearer {token}",
+            "X-Instruqt-Sandbox-ID": "ann",
+            "X-Instruqt-Track-ID": "lab-dns",
+        },
+    )
+    assert allocated.status_code == 201, allocated.text
+    await page.get_by_role("link", name="I have copied it").click()
+    row = page.get_by_role("row", name=re.compile("adventure"))
+    await expect(row).to_contain_text("lab-adventure, lab-dns")
+    await expect(row).to_contain_text("30 active")
+    assert token not in await page.content()
+    (entry,) = (await stack.admin("GET", "audit", action="token.create", object="adventure")).json()["entries"]
+    assert (entry["reason"], entry["outcome"]) == ("the class of June", "done")
+    console.problems = [problem for problem in console.problems if "400" not in problem]  # the refused form
+    assert console.problems == []
+
+
+async def test_a_forged_form_creates_no_token(stack: Stack, console: Console) -> None:
+    cookies = {str(cookie["name"]): str(cookie["value"]) for cookie in await console.page.context.cookies()}
+    form = {"name": "forged", "role": "admin", "reason": "forged", "csrf": "guessed"}
+    async with httpx.AsyncClient(trust_env=False, cookies=cookies) as client:
+        assert (await client.post(f"{console.url}/tokens/new", data=form)).status_code == 403
+    tokens = (await stack.admin("GET", "tokens")).json()["tokens"]
+    assert "forged" not in [token["name"] for token in tokens]
+
+
+async def test_a_class_day_is_watched_without_an_error(stack: Stack, console: Console) -> None:
+    """Students and incidents of a day of `make demo`, as fast as the broker serves them."""
+    await stack.fill(100)
+    students = list(class_day.generate_students(1, random.Random(1)))[:CLASS_STUDENTS]
+    page = console.page
+    leased = page.locator(".tile.allocated .value")
+    await console.open("/")
+    sandboxes: dict[str, str] = {}
+    for begin in range(0, CLASS_STUDENTS, 10):
+        group = students[begin : begin + 10]
+        ids = await asyncio.gather(*(lease(stack, student.name, student.track) for student in group))
+        sandboxes |= {student.name: sandbox_id for student, sandbox_id in zip(group, ids, strict=True)}
+        await expect(leased).to_have_text(re.compile(rf"^{len(sandboxes)}(?!\d)"))
+    async with open_connection(stack.environment["AMQP_URL"]) as connection, connection.channel() as channel:
+        message = Message(b'{"kind": "of an older version"}', content_type="application/json")
+        await channel.default_exchange.publish(message, "allocator.maintenance")
+
+    async def has_dead_letter() -> bool:
+        return bool((await stack.admin("GET", "dead-letters")).json()["count"])
+
+    await wait_until(has_dead_letter)
+    await stack.control("PATCH", "behaviour", {"listing_fraction": 0.1})
+    try:
+        assert (await stack.sync()).status_code == 409
+    finally:
+        await stack.control("PATCH", "behaviour", {"listing_fraction": 1.0})
+    for name, sandbox_id in sandboxes.items():
+        assert (await stack.release(sandbox_id, name)).status_code == 200
+    await expect(leased).to_have_text(re.compile("^0"))
+    await expect(page.get_by_role("heading", name="1 message could not be processed")).to_be_visible()
+    await expect(page.get_by_role("heading", name="A sync is held")).to_be_visible()
+    await expect(page.locator("#offline")).to_be_hidden()
+    assert console.problems == []
+
+
 async def test_pages_are_accessible_in_both_themes(stack: Stack, console: Console) -> None:
     sandbox_id = await lease(stack, "ann")
-    await stack.client.put(
-        f"{stack.url}/v1/admin/policies", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}, json=POLICIES
-    )
+    await apply_policies(stack)
     page = console.page
     for theme in ("light", "dark"):
         await page.emulate_media(color_scheme=theme, reduced_motion="reduce")
@@ -327,9 +476,7 @@ async def test_reading_works_without_javascript(stack: Stack, browser: Browser) 
 async def test_a_viewer_only_reads_and_a_token_is_revoked(stack: Stack, console: Console, browser: Browser) -> None:
     sandbox_id = await lease(stack, "ann")
     created = await stack.client.post(
-        f"{stack.url}/v1/admin/tokens",
-        headers={"Authorization": f"Bearer {ADMIN_TOKEN}"},
-        json={"name": "instructors", "role": "viewer"},
+        f"{stack.url}/v1/admin/tokens", headers=ADMIN, json={"name": "instructors", "role": "viewer"}
     )
     assert created.status_code == 201, created.text
     viewer = await (await browser.new_context()).new_page()
@@ -339,7 +486,13 @@ async def test_a_viewer_only_reads_and_a_token_is_revoked(stack: Stack, console:
     await expect(viewer.get_by_role("rowheader", name="ann")).to_be_visible()
     await expect(viewer.get_by_role("link", name="End", exact=True)).to_have_count(0)
     await expect(viewer.get_by_role("link", name="Tokens")).to_have_count(0)
-    for path in (f"/actions/sandboxes/release?id={sandbox_id}", "/tokens"):
+    for path in (
+        f"/actions/sandboxes/release?id={sandbox_id}",
+        "/tokens",
+        "/tokens/new",
+        "/tokens.csv",
+        "/audit.csv",
+    ):
         await viewer.goto(f"{console.url}{path}")
         await expect(viewer.get_by_role("heading", level=1)).to_have_text("Your role does not permit this")
 

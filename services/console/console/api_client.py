@@ -45,19 +45,21 @@ class Api:
         key = (path, tuple(sorted(parameters.items(), key=str)))
         return await self._feed.share(key, lambda: self._request("GET", path, parameters, TIMEOUT_SEC))
 
-    async def act(self, method: str, path: str, **parameters: Any) -> Any:
-        """Send an action. Return the JSON body, or None without one. Raises ApiProblem."""
+    async def act(self, method: str, path: str, body: Any = None, **parameters: Any) -> Any:
+        """Send an action, with `body` as JSON. Return the JSON body, or None without one. Raises ApiProblem."""
         try:
-            return await self._request(method, path, parameters, ACTION_TIMEOUT_SEC)
+            return await self._request(method, path, parameters, ACTION_TIMEOUT_SEC, body)
         finally:
             if self._feed is not None:
                 self._feed.forget_answers()
 
-    async def _request(self, method: str, path: str, parameters: dict[str, Any], timeout_sec: float) -> Any:
+    async def _request(
+        self, method: str, path: str, parameters: dict[str, Any], timeout_sec: float, body: Any = None
+    ) -> Any:
         query = {name: value for name, value in parameters.items() if value not in (None, "")}
         try:
             response = await self._client.request(
-                method, f"/v1/admin/{path}", params=query, headers=self._headers, timeout=timeout_sec
+                method, f"/v1/admin/{path}", params=query, headers=self._headers, timeout=timeout_sec, json=body
             )
         except httpx2.HTTPError as error:
             metrics.GATEWAY_ERRORS.inc()
@@ -69,10 +71,10 @@ class Api:
         if response.status_code >= 500:
             metrics.GATEWAY_ERRORS.inc()
         try:
-            body: Any = response.json() if response.content else None
+            answer: Any = response.json() if response.content else None
             if response.is_success:
-                return body
-            detail = body["detail"]
+                return answer
+            detail = answer["detail"]
             raise ApiProblem(response.status_code, detail["code"], detail["message"], detail.get("request_id"))
         except (ValueError, KeyError, TypeError) as error:
             raise ApiProblem(

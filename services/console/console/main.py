@@ -16,7 +16,7 @@ from starlette.types import Scope
 from console.api_client import ApiProblem
 from console.live_feed import LiveFeeds
 from console.rendering import build_environment, render
-from console.routes import actions, live, pages, signing_in
+from console.routes import actions, exports, live, pages, signing_in, tokens
 from console.session import SessionCookies, SessionMiddleware
 from console.settings import Settings
 from console.web import EdgeMiddleware, NotSignedIn, Refused
@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.templates = build_environment()
     app.state.oauth = signing_in.build_oauth(settings)
     app.state.feeds = LiveFeeds(settings.max_console_streams)
-    for router in (signing_in.router, pages.router, actions.router, live.router):
+    for router in (signing_in.router, exports.router, tokens.router, pages.router, actions.router, live.router):
         app.include_router(router)
     app.routes.extend(health.routes({}))
     app.mount("/static", CachedFiles(directory=STATIC), name="static")

@@ -13,18 +13,20 @@ from starlette.responses import RedirectResponse, Response
 from console.api_client import ApiProblem, quote_segment
 from console.rendering import render
 from console.routes.signing_in import safe_path
+from console.session import Person
 from console.settings import Role
 from console.web import AdminApi, SignedIn, require_csrf, require_role
 
 MAX_REASON = 400
 """Characters. The gateway accepts 500, and the name of a person from OpenID Connect is added."""
+REASON_PROBLEM = f"Write a reason of at most {MAX_REASON} characters. It appears in the audit."
 
 router = APIRouter()
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """An action on an object, or on the whole broker if the path has no `{id}`."""
+    """An action on an object, or on the whole broker."""
 
     name: str
     title: str
@@ -40,6 +42,8 @@ class Action:
     role: Role = "operator"
     is_destructive: bool = True
     parameters: tuple[tuple[str, Any], ...] = ()
+    id_parameter: str | None = None
+    """Query parameter for the object, if the path has no `{id}`."""
     asks_hours: bool = False
     subject: str | None = None
     """Path of the admin API that describes the object."""
@@ -155,6 +159,22 @@ ACTIONS: dict[tuple[str, str], Action] = {
         "/tokens",
         role="admin",
     ),
+    ("stock", "resume"): Action(
+        "resume",
+        "Resume the stock",
+        "The provisioner creates accounts in CSP for {id} again. Without a repair of the cause it stops again.",
+        "Resume the stock",
+        "POST",
+        "stock/resume",
+        lambda reply: (
+            "The stock is resumed. The provisioner creates accounts within a minute."
+            if reply["changed"]
+            else "The stock was not stopped."
+        ),
+        "/policies",
+        is_destructive=False,
+        id_parameter="name_prefix",
+    ),
     ("sync", "run"): Action(
         "run",
         "Sync with CSP now",
@@ -239,25 +259,34 @@ async def perform_action(
     require_role(person, action.role)
     fields = await api.get(action.subject.format(id=quote_segment(id))) if action.subject else {}
     reason = " ".join(reason.split())
-    if not reason or len(reason) > MAX_REASON:
-        problem = f"Write a reason of at most {MAX_REASON} characters. It appears in the audit."
-        return _action_page(request, area, action, id, fields, problem=problem, reason=reason, status=400)
+    if not is_reason(reason):
+        return _action_page(request, area, action, id, fields, problem=REASON_PROBLEM, reason=reason, status=400)
     parameters = dict(action.parameters)
+    if action.id_parameter is not None:
+        parameters[action.id_parameter] = id
     if action.asks_hours:
         if not hours.isascii() or not hours.isdigit() or not 1 <= int(hours) <= 168:
             problem = "Write the hours as a whole number from 1 to 168."
             return _action_page(request, area, action, id, fields, problem=problem, reason=reason, status=400)
         parameters["hours"] = hours
-    # The gateway knows the token of a role, not the person from the identity provider.
-    signed = f"{reason} ({person.name})" if request.session.get("by_oidc") else reason
+    parameters["reason"] = sign_reason(request, person, reason)
     try:
-        reply = await api.act(action.method, action.path.format(id=quote_segment(id)), reason=signed, **parameters)
+        reply = await api.act(action.method, action.path.format(id=quote_segment(id)), **parameters)
     except ApiProblem as problem:
         return _action_page(
             request, area, action, id, fields, problem=problem.message, reason=reason, status=problem.status or 503
         )
     request.session["flash"] = action.done(reply)
     return RedirectResponse(safe_path(back or action.back.format(id=quote_segment(id))), 303)
+
+
+def is_reason(text: str) -> bool:
+    return bool(text) and len(text) <= MAX_REASON
+
+
+def sign_reason(request: Request, person: Person, reason: str) -> str:
+    """Add the person from the identity provider, because the gateway knows only the token of the role."""
+    return f"{reason} ({person.name})" if request.session.get("by_oidc") else reason
 
 
 def _find(area: str, name: str) -> Action | None:

@@ -2,42 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response
 
-from console.api_client import Api, ApiProblem, quote_segment
-from console.csv_export import render_csv
+from console.api_client import ApiProblem, quote_segment
 from console.rendering import render, sort_rows
 from console.web import AdminApi, SignedIn, require_role
 
 PAGE_SIZE = 50
-MAX_CSV_ROWS = 10_000
 CHART_FIELDS = ("available", "allocated", "pending_deletion", "waiting")
 PERIODS = {1: "1 hour", 6: "6 hours", 24: "1 day", 168: "7 days"}
-LEASE_COLUMNS = (
-    "lease_id",
-    "holder",
-    "track_name",
-    "sandbox_id",
-    "name",
-    "external_id",
-    "mode",
-    "policy",
-    "allocated_at",
-    "claimed_at",
-    "expires_at",
-    "ended_at",
-    "end_reason",
-    "end_note",
-)
 LEASE_SORTS = ("holder", "track_name", "name", "allocated_at", "expires_at")
 SANDBOX_SORTS = ("name", "status", "holder", "track_name", "status_since", "expires_at")
-TIME_COLUMNS = frozenset({"allocated_at", "claimed_at", "expires_at", "ended_at"})
-
 ATTENTION_PAGES = {
     "pool_empty": "/sync",
     "pool_low": "/sync",
@@ -56,6 +36,7 @@ ATTENTION_PAGES = {
 console."""
 
 Text = Annotated[str, Query(max_length=128)]
+ObjectText = Annotated[str, Query(alias="object", max_length=128)]
 Cursor = Annotated[str, Query(max_length=1024)]
 
 router = APIRouter()
@@ -132,35 +113,6 @@ async def show_leases(
         problem=problem,
         sort=sort,
     )
-
-
-@router.get("/leases.csv")
-async def export_leases(
-    api: AdminApi, _: SignedIn, *, student: Text = "", track: Text = "", at: Text = "", only: Text = "active"
-) -> Response:
-    held_at, _problem = parse_time(at)
-    filters = lease_filters(student, track, held_at, only)
-    first = await api.get("allocations", **filters, limit=500)  # before the response, so that a refusal is a page
-    body = render_csv(LEASE_COLUMNS, _iterate_leases(api, filters, first))
-    name = f"leases-{datetime.now(UTC):%Y%m%d-%H%M}.csv"
-    return StreamingResponse(
-        body, media_type="text/csv", headers={"Content-Disposition": f'attachment; filename="{name}"'}
-    )
-
-
-async def _iterate_leases(api: Api, filters: dict[str, Any], page: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    count = 0
-    while True:
-        for lease in page["allocations"]:
-            yield {name: _format_cell(name, lease[name]) for name in LEASE_COLUMNS}
-            count += 1
-        if page["cursor"] is None or count >= MAX_CSV_ROWS:
-            return
-        page = await api.get("allocations", **filters, limit=500, cursor=page["cursor"])
-
-
-def _format_cell(name: str, value: Any) -> Any:
-    return datetime.fromtimestamp(value, UTC).isoformat() if name in TIME_COLUMNS and value is not None else value
 
 
 def lease_filters(student: str, track: str, held_at: int | None, only: str) -> dict[str, Any]:
@@ -297,7 +249,7 @@ async def show_audit(
     *,
     actor: Text = "",
     action: Text = "",
-    object_: Annotated[str, Query(alias="object", max_length=128)] = "",
+    object_: ObjectText = "",
     cursor: Cursor = "",
 ) -> Response:
     require_role(person, "operator")
