@@ -299,10 +299,9 @@ async def test_every_table_is_exported_without_formulas(stack: Stack, console: C
             await console.page.get_by_role("link", name="CSV").click()
         texts[path] = (await (await download.value).path()).read_text()
     assert "'=cmd()" in texts["/leases"]
-    _, row, end = texts["/sandboxes?student=%3Dcmd()"].split("\r\n")  # one row: the filter applies
+    _, row = texts["/sandboxes?student=%3Dcmd()"].splitlines()  # one row: the filter applies
     assert ",allocated," in row
     assert ",'=cmd(),\"'=1+1" in row
-    assert end == ""
     assert ",'=died()," in texts["/dead-letters"]
     assert texts["/tokens"].startswith("name,role,tracks,")
     assert ",'+reason()," in texts["/audit?action=lease.release"]

@@ -71,7 +71,7 @@ document.addEventListener("htmx:afterSwap", event => {
 
 // A page that refreshes itself would close an open dialog, or move the text that a person selects.
 document.addEventListener("htmx:beforeRequest", event => {
-  const isRefresh = event.detail.elt.hasAttribute("sse-connect");
+  const isRefresh = event.detail.target.id === "live";
   if (isRefresh && (dialog.open || String(getSelection()) !== "" || document.hidden)) event.preventDefault();
 });
 document.addEventListener("visibilitychange", () => {
