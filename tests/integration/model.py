@@ -7,6 +7,7 @@ complete when a method returns. Time is in minutes and only advances in `advance
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 LEASE_MIN = 4 * 60
 GRACE_MIN = 30
@@ -18,6 +19,8 @@ STALE_RETENTION_MIN = 24 * 60
 LISTING_LAG_MIN = 5
 """Time after a deletion during which CSP may still list the account."""
 MAX_MISSING_FRACTION = 0.25
+TOKEN_TRACKS = ["exam"]
+"""Scope of every named token."""
 
 
 class CspState(Enum):
@@ -41,6 +44,23 @@ class Policy:
     wait_min: int = LONGEST_WAIT_MIN
 
 
+@dataclass
+class Token:
+    """Named token for the tracks in TOKEN_TRACKS."""
+
+    name: str
+    max_active: int | None
+    state: Literal["active", "suspended", "revoked"] = "active"
+
+
+@dataclass(frozen=True)
+class Credentials:
+    token: Token | None = None
+    """None: a token of the settings."""
+    secret: str | None = None
+    """Secret of the lease."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Allocation of a student."""
@@ -52,6 +72,7 @@ class Request:
     standby: bool = False
     wait_min: int | None = None
     """Longest wait in line. 0 withdraws an earlier request, None neither joins the line nor leaves it."""
+    credentials: Credentials = Credentials()
 
 
 @dataclass
@@ -106,6 +127,9 @@ class Lease:
     replaced_by: str | None = None
     track: str | None = None
     policy: str | None = None
+    token: str | None = None
+    """Name of the token that the lease was made with."""
+    secret: str | None = None
     end_reason: str | None = None
     """None for an active lease."""
 
@@ -125,6 +149,8 @@ class Model:
     """Waiting line: replacements first, each kind in the order of arrival. It is served before each request."""
     timed_out: set[str] = field(default_factory=set)
     """Students whose longest wait is over. Their next request to wait is refused."""
+    tokens: list[Token] = field(default_factory=list)
+    """All tokens ever issued. A revoked one may have the name of a later one."""
     syncs: int = 0
 
     # Students
@@ -134,6 +160,11 @@ class Model:
         broker's choice."""
         student, key = request.student, request.key
         place = self.place_of(student)
+        self._check_token(request.credentials)
+        if place is not None:
+            self._check_reach(request.credentials, None, place.request.credentials.secret)
+        if request.credentials.token is not None and request.track not in TOKEN_TRACKS:
+            raise Refused(403, "FORBIDDEN_SCOPE")
         replacing = place is not None and place.replaces is not None
         held = self.held_by(student)
         keyed = next((lease for lease in self.leases.values() if key is not None and lease.key == key), None)
@@ -147,12 +178,13 @@ class Model:
         if keyed is not None and keyed.holder != student:
             raise Refused(409, "IDEMPOTENCY_KEY_CONFLICT")
         if held is not None:
+            self._check_reach(request.credentials, held.token, held.secret)
             return held
         if keyed is not None:  # the lease of this key has ended
             raise Refused(409, "IDEMPOTENCY_KEY_CONFLICT")
         if place is not None and not replacing:
             return self._repeat(place, request)
-        if self._is_at_quota(request.track):
+        if self._is_at_quota(request.track) or self._is_at_token_quota(request.credentials.token):
             raise Refused(409, "QUOTA_EXCEEDED")
         matching = self._find_matching(request.prefix)
         if matching or not (replacing and place is not None and request.wait_min):
@@ -235,6 +267,29 @@ class Model:
         active = sum(not lease.end_reason and lease.policy == track for lease in self.leases.values())
         return limit is not None and active >= limit
 
+    def _is_at_token_quota(self, token: Token | None) -> bool:
+        if token is None or token.max_active is None:
+            return False
+        active = sum(not lease.end_reason and lease.token == token.name for lease in self.leases.values())
+        return active >= token.max_active
+
+    def authorize(self, credentials: Credentials, sandbox_id: str) -> None:
+        """Check that a request may use the lease of a sandbox."""
+        self._check_token(credentials)
+        if (lease := self.leases.get(sandbox_id)) is not None:
+            self._check_reach(credentials, lease.token, lease.secret)
+
+    def _check_token(self, credentials: Credentials) -> None:
+        if credentials.token is not None and credentials.token.state != "active":
+            raise Refused(401, "UNAUTHORIZED")
+
+    def _check_reach(self, credentials: Credentials, token: str | None, secret: str | None) -> None:
+        """Check that a request may use a lease, or a place, of this token and secret."""
+        if credentials.token is not None and credentials.token.name != token:
+            raise Refused(403, "FORBIDDEN_SCOPE")
+        if secret not in (None, credentials.secret):
+            raise Refused(403, "NOT_SANDBOX_OWNER")
+
     def _find_matching(self, prefix: str | None) -> set[str]:
         return {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(prefix or "")}
 
@@ -243,6 +298,9 @@ class Model:
         lease = self._lease(sandbox_id, request.student, request.key, request.prefix or "", standby=request.standby)
         lease.track = request.track
         lease.policy = request.track if request.track in self.policies else None
+        token = request.credentials.token
+        lease.token = None if token is None else token.name
+        lease.secret = request.credentials.secret
         return lease
 
     def _lease(self, sandbox_id: str, student: str, key: str | None, prefix: str, *, standby: bool) -> Lease:
@@ -307,7 +365,10 @@ class Model:
             raise Refused(409, "POOL_EXHAUSTED")
         if place is not None:
             return Waiting(self._find_position(place))
-        request = Request(lease.holder, lease.prefix or None, track=lease.track, wait_min=wait_min)
+        credentials = Credentials(secret=lease.secret)
+        request = Request(
+            lease.holder, lease.prefix or None, track=lease.track, wait_min=wait_min, credentials=credentials
+        )
         return self._join(request, lease.sandbox_id)
 
     def grant_replacement(self, sandbox_id: str, new_sandbox_id: str) -> Lease:
@@ -315,6 +376,7 @@ class Model:
         self.line = [place for place in self.line if not place.replaces or place.request.student != old.holder]
         new = self._lease(new_sandbox_id, old.holder, None, old.prefix, standby=old.standby)
         new.track, new.policy = old.track, old.policy
+        new.token, new.secret = old.token, old.secret
         new.expires = max(old.expires, new.expires)
         new.claimed, new.first_holder, new.extended = old.claimed, old.first_holder, old.extended
         new.replacements = old.replacements + 1
@@ -367,6 +429,26 @@ class Model:
         return self.sandboxes[sandbox_id], self._lease_of(student, sandbox_id)
 
     # Administrators
+
+    def issue_token(self, name: str, max_active: int | None) -> None:
+        if self._find_token(name) is not None:
+            raise Refused(409, "TOKEN_EXISTS")
+        self.tokens.append(Token(name, max_active))
+
+    def revoke_token(self, name: str) -> None:
+        if (token := self._find_token(name)) is not None:
+            token.state = "revoked"
+        elif all(token.name != name for token in self.tokens):
+            raise Refused(404, "TOKEN_NOT_FOUND")
+
+    def suspend_token(self, name: str, *, suspended: bool) -> None:
+        token = self._find_token(name)
+        if token is None:
+            raise Refused(404, "TOKEN_NOT_FOUND")
+        token.state = "suspended" if suspended else "active"
+
+    def _find_token(self, name: str) -> Token | None:
+        return next((token for token in self.tokens if token.name == name and token.state != "revoked"), None)
 
     def end_lease(self, sandbox_id: str) -> str:
         if sandbox_id not in self.sandboxes:

@@ -4,6 +4,7 @@ Hypothesis generates the sequences. For a disagreement it reports the shortest s
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from datetime import timedelta
@@ -24,7 +25,17 @@ from hypothesis.stateful import (
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration import hypothesis_settings
-from tests.integration.model import CspState, Lease, Model, Policy, Refused, Request, Waiting
+from tests.integration.model import (
+    TOKEN_TRACKS,
+    Credentials,
+    CspState,
+    Lease,
+    Model,
+    Policy,
+    Refused,
+    Request,
+    Waiting,
+)
 from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 SEQUENCES, STEPS = 12, 40
@@ -35,6 +46,8 @@ KEYS = st.sampled_from([None, None, "k1", "k2"])
 NAMES = st.sampled_from(["lab-a-", "lab-b-", "lab_a-"])
 PREFIXES = st.sampled_from([None, None, "lab-a-", "lab-b", "lab_", "LAB-A-", "lab-a-1", "%"])
 TRACKS = st.sampled_from([None, None, "exam"])
+TOKEN_NAMES = st.sampled_from(["morning", "evening"])
+SECRETS = st.sampled_from([None, "the secret of one machine", "the secret of another"])
 POLICIES = st.sampled_from(
     [{}, {"exam": Policy(max_active=1)}, {"exam": Policy(max_active=2, wait_min=10)}, {"exam": Policy(wait_min=0)}]
 )
@@ -113,6 +126,8 @@ class BrokerMachine(RuleBasedStateMachine):
         """All accounts ever created in CSP, by sandbox id."""
         self.bodies: dict[str, dict[str, Any]] = {}
         """Response body of each new or changed lease, by sandbox id."""
+        self.tokens: list[str] = []
+        """Tokens in the order of `model.tokens`."""
         self.answered_at: dict[str, int] = {}
         """Time of the model at that response."""
 
@@ -161,6 +176,62 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             self._replace(place.request.student, place.replaces, place.request.wait_min)
 
+    @precondition(lambda self: bool(self.tokens))
+    @rule(data=st.data(), student=STUDENTS, key=KEYS, track=st.sampled_from([None, "exam", "exam"]), secret=SECRETS)
+    def allocate_with_token(
+        self, data: st.DataObject, student: str, key: str | None, track: str | None, secret: str | None
+    ) -> None:
+        token = data.draw(st.sampled_from(range(len(self.tokens))), label="token")
+        credentials = Credentials(self.model.tokens[token], secret)
+        self._allocate(Request(student, None, key, track, credentials=credentials))
+
+    @precondition(has_sandbox_in("allocated"))
+    @rule(
+        data=st.data(),
+        secret=SECRETS,
+        use=st.sampled_from(["allocate", "read", "claim", "extend", "replace", "release"]),
+    )
+    def use_with_any_credentials(self, data: st.DataObject, secret: str | None, use: str) -> None:
+        """Use the sandbox of a student with any token and secret. Most are wrong."""
+        sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
+        lease = self.model.leases[sandbox_id]
+        token = data.draw(st.sampled_from([None, *range(len(self.tokens))]), label="token")
+        credentials = Credentials(None if token is None else self.model.tokens[token], secret)
+        match use:
+            case "allocate":
+                self._allocate(Request(lease.holder, track=lease.track, credentials=credentials))
+            case "read":
+                self._read_sandbox(lease.holder, sandbox_id, credentials)
+            case "claim":
+                self._claim(lease.holder, sandbox_id, None, credentials)
+            case "extend":
+                self._extend(lease.holder, sandbox_id, 1, credentials)
+            case "replace":
+                self._replace(lease.holder, sandbox_id, None, credentials)
+            case "release":
+                self._release(lease.holder, sandbox_id, credentials)
+
+    def _headers(self, student: str, credentials: Credentials) -> dict[str, str]:
+        headers = track_headers(student)
+        for number, token in enumerate(self.model.tokens):
+            if token is credentials.token:
+                headers["Authorization"] = f"Bearer {self.tokens[number]}"
+        return headers if credentials.secret is None else {**headers, "X-Lease-Secret": credentials.secret}
+
+    def _credentials_of(self, sandbox_id: str) -> Credentials:
+        """Return credentials for the lease of a sandbox: its secret, and a token of the settings."""
+        lease = self.model.leases.get(sandbox_id)
+        return Credentials() if lease is None else Credentials(secret=lease.secret)
+
+    def _is_refused(self, response: httpx.Response, credentials: Credentials, sandbox_id: str) -> bool:
+        """Return whether the credentials do not suffice, and the response says so."""
+        try:
+            self.model.authorize(credentials, sandbox_id)
+        except Refused as refused:
+            self._assert_refused(response, refused)
+            return True
+        return False
+
     def _allocate(self, request: Request) -> None:
         wait = None if request.wait_min is None else f"respond-async, wait={request.wait_min * 60}"
         headers = {
@@ -169,6 +240,7 @@ class BrokerMachine(RuleBasedStateMachine):
             "X-Instruqt-Track-ID": request.track,
             "X-Lease-Mode": "standby" if request.standby else None,
             "Prefer": wait,
+            **self._headers(request.student, request.credentials),
         }
         response = self._run(
             self.stack.allocate(
@@ -201,7 +273,8 @@ class BrokerMachine(RuleBasedStateMachine):
         leases = self.model.serve_line()
         self._run(wait_until(self._is_line_served))
         for lease in leases:
-            response = self._run(self.stack.allocate(lease.holder))
+            headers = self._headers(lease.holder, self._credentials_of(lease.sandbox_id))
+            response = self._run(self.stack.allocate(lease.holder, **headers))
             assert response.status_code == 200, response.text
             assert response.json()["sandbox_id"] == lease.sandbox_id
             self._record(response.json())
@@ -226,11 +299,16 @@ class BrokerMachine(RuleBasedStateMachine):
         lease = self.model.leases[sandbox_id]
         self._claim(lease.first_holder or lease.holder, sandbox_id, new_holder)
 
-    def _claim(self, student: str, sandbox_id: str, new_holder: str | None) -> None:
-        headers = track_headers(student) | ({} if new_holder is None else {"X-New-Holder": new_holder})
+    def _claim(
+        self, student: str, sandbox_id: str, new_holder: str | None, credentials: Credentials | None = None
+    ) -> None:
+        credentials = credentials or self._credentials_of(sandbox_id)
+        headers = self._headers(student, credentials) | ({} if new_holder is None else {"X-New-Holder": new_holder})
         response = self._run(
             self.stack.client.post(f"{self.stack.url}/v1/sandboxes/{sandbox_id}/claim", headers=headers)
         )
+        if self._is_refused(response, credentials, sandbox_id):
+            return
         was_standby = sandbox_id in self.model.leases and self.model.leases[sandbox_id].standby
         try:
             lease = self.model.claim(student, sandbox_id, new_holder)
@@ -251,13 +329,18 @@ class BrokerMachine(RuleBasedStateMachine):
         student = None if by_administrator else self.model.leases[sandbox_id].holder
         self._extend(student, sandbox_id, hours)
 
-    def _extend(self, student: str | None, sandbox_id: str, hours: int) -> None:
+    def _extend(
+        self, student: str | None, sandbox_id: str, hours: int, credentials: Credentials | None = None
+    ) -> None:
+        credentials = credentials or self._credentials_of(sandbox_id)
         if student is None:
             response = self._admin("POST", f"sandboxes/{sandbox_id}/extend", hours=str(hours), reason="exam")
         else:
             url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/extend"
-            headers = track_headers(student)
+            headers = self._headers(student, credentials)
             response = self._run(self.stack.client.post(url, headers=headers, json={"hours": hours}))
+        if self._is_refused(response, credentials, sandbox_id):
+            return
         try:
             self.model.extend(student, sandbox_id, hours * 60)
         except Refused as refused:
@@ -278,15 +361,24 @@ class BrokerMachine(RuleBasedStateMachine):
         else:
             self._replace(self.model.leases[sandbox_id].holder, sandbox_id, wait_min)
 
-    def _replace(self, student: str | None, sandbox_id: str, wait_min: int | None = None) -> None:
+    def _replace(
+        self,
+        student: str | None,
+        sandbox_id: str,
+        wait_min: int | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        credentials = credentials or self._credentials_of(sandbox_id)
         if student is None:
             response = self._admin("POST", f"sandboxes/{sandbox_id}/replace", reason="no DNS")
         else:
             url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/replace"
-            headers = track_headers(student)
+            headers = self._headers(student, credentials)
             if wait_min is not None:
                 headers["Prefer"] = f"respond-async, wait={wait_min * 60}"
             response = self._run(self.stack.client.post(url, headers=headers, json={"reason": "no DNS"}))
+        if self._is_refused(response, credentials, sandbox_id):
+            return
         try:
             expected = self.model.replace(student, sandbox_id, wait_min)
         except Refused as refused:
@@ -311,8 +403,12 @@ class BrokerMachine(RuleBasedStateMachine):
         sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
         self._release(self.model.leases[sandbox_id].holder, sandbox_id)
 
-    def _release(self, student: str, sandbox_id: str) -> None:
-        response = self._run(self.stack.release(sandbox_id, student))
+    def _release(self, student: str, sandbox_id: str, credentials: Credentials | None = None) -> None:
+        credentials = credentials or self._credentials_of(sandbox_id)
+        url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}/mark-for-deletion"
+        response = self._run(self.stack.client.post(url, headers=self._headers(student, credentials)))
+        if self._is_refused(response, credentials, sandbox_id):
+            return
         try:
             status = self.model.release(student, sandbox_id)
         except Refused as refused:
@@ -327,9 +423,12 @@ class BrokerMachine(RuleBasedStateMachine):
         outcome = self.model.end_play(student, self.model.now - minutes_ago)
         assert (response.status_code, response.json()) == (200, {"outcome": outcome})
 
-    def _read_sandbox(self, student: str, sandbox_id: str) -> None:
+    def _read_sandbox(self, student: str, sandbox_id: str, credentials: Credentials | None = None) -> None:
+        credentials = credentials or self._credentials_of(sandbox_id)
         url = f"{self.stack.url}/v1/sandboxes/{sandbox_id}"
-        response = self._run(self.stack.client.get(url, headers=track_headers(student)))
+        response = self._run(self.stack.client.get(url, headers=self._headers(student, credentials)))
+        if self._is_refused(response, credentials, sandbox_id):
+            return
         try:
             sandbox, lease = self.model.read_sandbox(student, sandbox_id)
         except Refused as refused:
@@ -376,6 +475,40 @@ class BrokerMachine(RuleBasedStateMachine):
             self._assert_refused(response, refused)
         else:
             assert (response.status_code, response.json()["status"]) == (200, status)
+
+    @rule(name=TOKEN_NAMES, max_active=st.sampled_from([None, 1]))
+    def issue_token(self, name: str, max_active: int | None) -> None:
+        grant = {"name": name, "role": "track", "tracks": TOKEN_TRACKS, "max_active": max_active}
+        url = f"{self.stack.url}/v1/admin/tokens"
+        response = self._run(self.stack.client.post(url, headers=ADMIN, json=grant))
+        try:
+            self.model.issue_token(name, max_active)
+        except Refused as refused:
+            self._assert_refused(response, refused)
+        else:
+            assert response.status_code == 201, response.text
+            self.tokens.append(response.json()["token"])
+
+    @precondition(lambda self: bool(self.tokens))
+    @rule(name=TOKEN_NAMES, change=st.sampled_from(["revoke", "suspend", "resume"]))
+    def change_token(self, name: str, change: str) -> None:
+        try:
+            if change == "revoke":
+                self.model.revoke_token(name)
+            else:
+                self.model.suspend_token(name, suspended=change == "suspend")
+        except Refused as refused:
+            expected: Refused | None = refused
+        else:
+            expected = None
+        if change == "revoke":
+            response = self._admin("DELETE", f"tokens/{name}")
+        else:
+            response = self._admin("POST", f"tokens/{name}/{change}")
+        if expected is not None:
+            self._assert_refused(response, expected)
+        else:
+            assert response.is_success, response.text
 
     @rule(policies=POLICIES)
     def apply_policies(self, policies: dict[str, Policy]) -> None:
@@ -516,7 +649,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert sandboxes == {(id, s.status, s.name, s.missing) for id, s in self.model.sandboxes.items()}
         leases = self._fetch(
             "SELECT sandbox_id, holder, first_holder, idempotency_key, end_reason, mode = 'standby', "
-            "extended_sec / 60, policy FROM leases"
+            "extended_sec / 60, policy, token, encode(secret_hash, 'hex') FROM leases"
         )
         assert leases == {
             (
@@ -528,6 +661,8 @@ class BrokerMachine(RuleBasedStateMachine):
                 lease.standby,
                 lease.extended,
                 lease.policy,
+                lease.token,
+                None if lease.secret is None else hashlib.sha256(lease.secret.encode()).hexdigest(),
             )
             for id, lease in self.model.leases.items()
         }
