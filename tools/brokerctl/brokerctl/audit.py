@@ -31,18 +31,18 @@ def show_audit(
     """List commands of administrators and refusals for scope, the newest last. With --json, one line per entry."""
     client = create_client(context)
     filters = {"object": name, "actor": actor, "action": action}
-    entries = _read(client, limit, filters)
-    _print(reversed(entries), as_json)
+    entries = _read(client, max(limit, FOLLOW_LIMIT) if follow else limit, filters)
+    _print(reversed(entries[:limit]), as_json)
     if not follow:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    last = entries[0]["audit_id"] if entries else 0
     try:
         while True:
+            # An entry can become visible after one with a higher id, so the highest id is not enough.
+            known = {entry["audit_id"] for entry in entries}
             time.sleep(FOLLOW_SEC)
-            new = [entry for entry in _read(client, FOLLOW_LIMIT, filters) if entry["audit_id"] > last]
-            _print(reversed(new), as_json)
-            last = new[0]["audit_id"] if new else last
+            entries = _read(client, FOLLOW_LIMIT, filters)
+            _print((entry for entry in reversed(entries) if entry["audit_id"] not in known), as_json)
     except KeyboardInterrupt:
         pass
 
