@@ -182,9 +182,12 @@ async def get_sandbox(request: Request, sandbox_id: str, holder: Holder, _: Leas
 def check_access(request: Request, token: str | None, secret_hash: bytes | None) -> None:
     """Check that the sender may see a lease that was made with this token and has a secret with this hash.
 
-    Raises ApiError FORBIDDEN_SCOPE or NOT_SANDBOX_OWNER. The hashes are compared in constant time.
+    Raises ApiError FORBIDDEN_SCOPE or NOT_SANDBOX_OWNER, or DATABASE_UNAVAILABLE if the token may have been revoked
+    meanwhile. The hashes are compared in constant time.
     """
     named = request.state.caller.named
+    if named is not None and not request.app.state.context.tokens.is_fresh:
+        raise ApiError("DATABASE_UNAVAILABLE")
     if named is not None and named.is_scoped and token != named.name:
         raise ApiError("FORBIDDEN_SCOPE", parameters={"cause": "lease"})
     if secret_hash is not None:
