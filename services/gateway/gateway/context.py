@@ -12,6 +12,7 @@ from gateway.web.auth import Auth
 from gateway.web.client_address import ClientAddress
 from gateway.web.named_tokens import NamedTokens
 from gateway.web.rate_limit import RateLimits
+from gateway.web.students_per_address import StudentsPerAddress
 from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.messaging.publisher import Publisher
 from sandbox_broker.messaging.rpc_client import RpcClient
@@ -27,6 +28,7 @@ class Context:
     tokens: NamedTokens
     webhooks: WebhookVerifier
     rate_limits: RateLimits | None
+    students_per_address: StudentsPerAddress | None
     client_address: Callable[[Scope], ClientAddress]
     engine: AsyncEngine
     publisher: Publisher

@@ -43,6 +43,7 @@ from gateway.web import auth, client_address, cors, rate_limit, request_middlewa
 from gateway.web.connection_limit import ConnectionLimit
 from gateway.web.direct_routes import DirectRoutes
 from gateway.web.named_tokens import NamedTokens
+from gateway.web.students_per_address import StudentsPerAddress
 from gateway.web.webhook_signature import WebhookVerifier
 from sandbox_broker.database import connections
 from sandbox_broker.database.primary import Primary
@@ -135,6 +136,7 @@ def create_app(settings: Settings) -> FastAPI:
         tokens,
         WebhookVerifier(settings.instruqt_webhook_secret),
         rate_limits,
+        StudentsPerAddress(students_rate) if (students_rate := settings.students_per_address_alert) else None,
         find_client,
         engine,
         publisher,

@@ -32,6 +32,10 @@ AUTH_FAILURES = Counter(
     "Requests refused because of their token: missing, unknown, or a track token on an admin route (forbidden)",
     ["reason"],
 )
+ADDRESSES_WITH_MANY_STUDENTS = Counter(
+    "broker_addresses_with_many_students_total",
+    "Client addresses with more students than STUDENTS_PER_ADDRESS_ALERT, each once per window",
+)
 SLOW_CLIENTS = Counter(
     "broker_slow_clients_total",
     "Connections closed by the gateway: an unfinished request, an unread response, too much data or too many "

@@ -82,6 +82,10 @@ class Settings(DatabaseSettings):
     """Port of /healthz, /readyz and /metrics. None: they use `gateway_port`."""
     allocate_timeout_sec: float = Field(default=5, gt=0, le=60)
     rate_limit: Annotated[Rate | None, NoDecode, _parsed_by(_parse_rate)] = Rate(2000, window_sec=300)
+    students_per_address_alert: Annotated[Rate | None, NoDecode, _parsed_by(_parse_rate)] = Rate(
+        1000, window_sec=600
+    )
+    """Students of one client address that are not unusual: a class of 300 with three plays each. None: no count."""
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode, _parsed_by(_parse_proxies)] = ()
     docs_enabled: bool = True
     cors_allowed_origins: Annotated[tuple[str, ...], NoDecode, _parsed_by(_parse_origins)] = ()

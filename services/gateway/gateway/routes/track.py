@@ -53,6 +53,9 @@ async def _lease(request: Request) -> Response:
     ids = request.scope["state"]["ids"] = {"holder": holder}
     if allocation.track_name is not None:
         ids["track_name"] = allocation.track_name
+    context: Context = request.app.state.context
+    if context.students_per_address is not None:
+        context.students_per_address.count(context.client_address(request.scope).counted, holder)
     command = AllocateSandbox(
         request_id=request.state.request_id,
         holder=holder,

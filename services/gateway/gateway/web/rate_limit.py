@@ -41,10 +41,18 @@ class RateLimitStatus:
     """State of one client in its current window."""
 
     limit: int
-    remaining: int
+    count: int
+    """Requests in the window."""
     reset: int
     """End of the window in Unix seconds."""
-    is_exceeded: bool
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.limit - self.count)
+
+    @property
+    def is_exceeded(self) -> bool:
+        return self.count > self.limit
 
     @property
     def retry_after(self) -> int:
@@ -75,8 +83,7 @@ class RateLimit:
         if window is None or window.ends <= now:
             window = self._open(key, now)
         window.count += 1
-        amount, count = self._rate.amount, window.count
-        return RateLimitStatus(amount, max(0, amount - count), math.ceil(window.ends), count > amount)
+        return RateLimitStatus(self._rate.amount, window.count, math.ceil(window.ends))
 
     def _open(self, key: bytes | str, now: float) -> _Window:
         windows = self._windows
