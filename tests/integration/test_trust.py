@@ -61,3 +61,27 @@ async def test_a_leaked_token_is_contained_and_the_audit_says_who_and_why(stack:
         return [entry["last_used_at"] is not None for entry in listed] == [True]
 
     await wait_until(is_use_recorded)
+
+
+async def test_the_students_of_old_leases_become_pseudonyms(stack: Stack) -> None:
+    """The csp-syncer has the ids replaced when it starts, and then every hour."""
+    old = (await stack.allocate("student-1")).json()["sandbox_id"]
+    assert (await stack.release(old, "student-1")).status_code == 200
+    await wait_until(stack.nothing_pending)
+    held = (await stack.allocate("student-1")).json()["sandbox_id"]
+    await stack.database.execute(
+        "UPDATE leases SET ended_at = now() - interval '401 days' WHERE sandbox_id = $1", old
+    )
+    await stack.processes["csp_syncer"].stop()
+    await stack.start_service("csp_syncer")
+
+    async def is_replaced() -> bool:
+        holder = await stack.database.fetchval("SELECT holder FROM leases WHERE sandbox_id = $1", old)
+        return bool(holder.startswith("forgotten-"))
+
+    await wait_until(is_replaced)
+    events = await stack.database.fetch("SELECT data::text FROM history WHERE sandbox_id = $1", old)
+    assert events
+    assert "student-1" not in str(events)
+    listed = (await stack.admin("GET", "allocations", holder="student-1")).json()["allocations"]
+    assert [entry["sandbox_id"] for entry in listed] == [held]
