@@ -1,13 +1,17 @@
 """Named tokens, lease secrets and the audit on the running broker."""
 
+import asyncio
+import time
 from typing import Any
 
 import httpx
 
 from devstack.conditions import wait_until
+from devstack.ports import free_port
 from tests.integration.stack import ADMIN, Stack
 
 SECRET = "the secret of the script"
+REVOKED_WITHIN_SEC = 5
 
 
 async def issue(stack: Stack, **grant: Any) -> dict[str, str]:
@@ -85,3 +89,46 @@ async def test_the_students_of_old_leases_become_pseudonyms(stack: Stack) -> Non
     assert "student-1" not in str(events)
     listed = (await stack.admin("GET", "allocations", holder="student-1")).json()["allocations"]
     assert [entry["sandbox_id"] for entry in listed] == [held]
+
+
+async def test_three_gateways_refuse_a_revoked_token_within_5_s(stack: Stack) -> None:
+    ports = [free_port(), free_port()]
+    gateways = [
+        await stack.start_service("gateway", name=f"gateway {port}", settings={"GATEWAY_PORT": str(port)})
+        for port in ports
+    ]
+    urls = [stack.url, *(f"http://127.0.0.1:{port}" for port in ports)]
+    try:
+        await _revoke_tokens_of(stack, urls)
+    finally:
+        await asyncio.gather(*(gateway.stop() for gateway in gateways))
+
+
+async def _revoke_tokens_of(stack: Stack, urls: list[str]) -> None:
+    student = {"X-Instruqt-Sandbox-ID": "student-1", "X-Instruqt-Track-ID": "a"}
+    lab = await issue(stack, name="lab", role="track", tracks=["a"]) | student
+    auditor = await issue(stack, name="auditor", role="operator")
+    leased = await stack.client.post(f"{stack.url}/v1/allocate", headers=lab)
+    assert leased.status_code == 201, leased.text
+    reads = [("/v1/admin/audit", auditor), (f"/v1/sandboxes/{leased.json()['sandbox_id']}", lab)]
+
+    async def read_everywhere() -> list[int]:
+        requests = (stack.client.get(url + path, headers=headers) for url in urls for path, headers in reads)
+        return [response.status_code for response in await asyncio.gather(*requests)]
+
+    async def are_refused() -> bool:
+        return 200 not in await read_everywhere()
+
+    assert set(await read_everywhere()) == {200}
+    revoked = [await stack.admin("DELETE", f"tokens/{name}") for name in ("lab", "auditor")]
+    revoked_at = time.monotonic()
+    assert [response.status_code for response in revoked] == [204, 204]
+    # The allocator knows the revocation from its commit on, whatever the gateways know.
+    for url in urls:
+        assert (await stack.client.post(f"{url}/v1/allocate", headers=lab)).status_code == 401
+    await wait_until(are_refused, within_sec=revoked_at + REVOKED_WITHIN_SEC - time.monotonic())
+
+    async def are_unknown() -> bool:
+        return set(await read_everywhere()) == {401}
+
+    await wait_until(are_unknown)
