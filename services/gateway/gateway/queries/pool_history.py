@@ -1,5 +1,7 @@
 """Samples of the pool over time."""
 
+import time
+
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -10,14 +12,21 @@ MAX_SAMPLES = 300
 SAMPLE_SEC = 30
 """Time between two samples of the allocator."""
 
+# One key look-up for each step, because a week has 20,000 samples.
 LATEST_OF_EACH_STEP = text("""
-SELECT DISTINCT ON (step) at, available, allocated, pending_deletion, deletion_failed, stale, waiting
-FROM (
-    SELECT *, at / :step_sec AS step
-    FROM pool_samples CROSS JOIN LATERAL (SELECT extract(epoch FROM sampled_at)::bigint AS at) times
-    WHERE sampled_at > now() - make_interval(hours => :hours)
-) samples
-ORDER BY step, at DESC
+SELECT
+    extract(epoch FROM latest.sampled_at)::bigint AS at,
+    latest.available, latest.allocated, latest.pending_deletion, latest.deletion_failed, latest.stale,
+    latest.waiting
+FROM generate_series(CAST(:newest_step AS bigint) - :steps, CAST(:newest_step AS bigint)) step
+CROSS JOIN LATERAL (
+    SELECT * FROM pool_samples
+    WHERE sampled_at >= to_timestamp(step * CAST(:step_sec AS bigint))
+        AND sampled_at < to_timestamp((step + 1) * CAST(:step_sec AS bigint))
+        AND sampled_at > now() - make_interval(hours => :hours)
+    ORDER BY sampled_at DESC LIMIT 1
+) latest
+ORDER BY step
 """)
 
 
@@ -25,6 +34,11 @@ async def pool_history(engine: AsyncEngine, hours: int) -> PoolHistory:
     """Return the samples of the last `hours`, the latest of each step. Raises ApiError DATABASE_UNAVAILABLE."""
     step_sec = max(SAMPLE_SEC, -(-hours * 3600 // MAX_SAMPLES // SAMPLE_SEC) * SAMPLE_SEC)
     async with read_connection(engine) as connection:
-        parameters = {"hours": hours, "step_sec": step_sec}
+        parameters = {
+            "hours": hours,
+            "step_sec": step_sec,
+            "steps": hours * 3600 // step_sec + 2,  # a step of tolerance for the clocks on both sides
+            "newest_step": int(time.time()) // step_sec + 1,
+        }
         rows = (await connection.execute(LATEST_OF_EACH_STEP, parameters)).mappings().all()
     return PoolHistory(samples=[PoolSample.model_validate(dict(row)) for row in rows], step_sec=step_sec)
