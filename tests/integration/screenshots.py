@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from devstack import chromium
 from devstack.output import Terminal
@@ -87,8 +87,7 @@ async def _play_class(stack: Stack) -> None:
 async def _take(browser: Browser, stack: Stack) -> None:
     url = stack.environment["CONSOLE_URL"]
     page = await _sign_in(browser, url, "light", 1440, 900)
-    await page.locator(".tile").first.wait_for()
-    await _save(page, "console-overview.png")
+    await _save_overview(page, "console-overview.png")
     await page.goto(f"{url}/leases")
     await page.get_by_role("link", name="End", exact=True).first.click()
     await page.get_by_role("dialog").get_by_label("Reason").fill("The student left the class")
@@ -101,7 +100,14 @@ async def _take(browser: Browser, stack: Stack) -> None:
     await page.goto(f"{url}/leases")
     await _save(page, "console-leases-dark.png")
     page = await _sign_in(browser, url, "light", 390, 844)
-    await _save(page, "console-phone.png")
+    await _save_overview(page, "console-phone.png")
+
+
+async def _save_overview(page: Page, name: str) -> None:
+    """On a busy machine, wait until each part has answered in time. The page looks again by itself."""
+    await expect(page.locator(".services li:not(.up)")).to_have_count(0, timeout=60_000)
+    await expect(page.locator(".chart canvas")).to_be_visible()
+    await _save(page, name)
 
 
 async def _sign_in(browser: Browser, url: str, theme: str, width: int, height: int) -> Page:

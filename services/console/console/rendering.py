@@ -104,14 +104,15 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_age(at: float | None, now: float | None = None) -> str:
-    """Return a time relative to now, like `5 min ago` or `in 2 h`."""
+    """Return a time relative to now, like `5 min ago` or `in 2 h 30 min`."""
     if at is None:
         return "never"
     difference = (time.time() if now is None else now) - at
     if abs(difference) < 2:
         return "now"
-    largest = format_duration(difference).split(" ")[:2]
-    return f"{' '.join(largest)} ago" if difference > 0 else f"in {' '.join(largest)}"
+    if difference < 0:  # the end of a lease: an hour more or less matters
+        return f"in {format_duration(difference)}"
+    return f"{' '.join(format_duration(difference).split(' ')[:2])} ago"
 
 
 def render_time(at: float | None) -> Markup:

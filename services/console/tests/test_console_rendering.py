@@ -33,7 +33,15 @@ def test_a_duration_has_its_two_largest_units(seconds: float | None, text: str) 
 
 
 @pytest.mark.parametrize(
-    ("at", "text"), [(1000, "now"), (940, "1 min ago"), (8200, "in 2 h"), (None, "never"), (995, "5 s ago")]
+    ("at", "text"),
+    [
+        (1000, "now"),
+        (940, "1 min ago"),
+        (8200, "in 2 h"),
+        (10_000, "in 2 h 30 min"),
+        (None, "never"),
+        (995, "5 s ago"),
+    ],
 )
 def test_an_age_is_relative(at: float | None, text: str) -> None:
     assert format_age(at, now=1000) == text

@@ -14,14 +14,18 @@ function drawCharts() {
     if (element.firstChild || typeof uPlot === "undefined") continue;
     const data = JSON.parse(element.dataset.chart);
     const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+    const day = { day: "numeric", month: "short" };
+    const clock = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+    const format = data.at.at(-1) - data.at[0] > 2 * 86400 ? day : clock;
     const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "12px Inter, sans-serif" };
     charts.add(new uPlot({
       width: element.clientWidth, height: 280,
       cursor: { points: { size: 7 } },
-      axes: [axis, { ...axis, size: 52 }],
+      axes: [{ ...axis, values: (_, times) => times.map(at => new Date(at * 1000).toLocaleString([], format)) }, { ...axis, size: 52 }],
       scales: { y: { range: (_, __, high) => [0, Math.max(5, high * 1.08)] } },
-      series: [{ value: (_, at) => at === null ? "" : new Date(at * 1000).toLocaleString() },
-        ...LINES.map(([, label, tone], index) => ({ label, stroke: colour(tone), width: 2, fill: index === 0 ? colour(tone) + "1c" : undefined, points: { show: false } }))],
+      // Without the pointer on the chart, the legend has the latest values.
+      series: [{ value: (_, at) => new Date((at ?? data.at.at(-1)) * 1000).toLocaleString([], { ...day, ...clock }) },
+        ...LINES.map(([name, label, tone], index) => ({ label, value: (_, number) => (number ?? data[name].at(-1)).toLocaleString(), stroke: colour(tone), width: 2, fill: index === 0 ? colour(tone) + "1c" : undefined, points: { show: false } }))],
     }, [data.at, ...LINES.map(([name]) => data[name])], element));
   }
 }
