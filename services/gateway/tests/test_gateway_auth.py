@@ -6,7 +6,10 @@ import uuid
 from collections.abc import AsyncIterator
 from textwrap import dedent
 
+import asyncpg
 import pytest
+
+from devstack.testing import clear_tables
 
 from .gateway_harness import (
     ADMIN,
@@ -45,6 +48,9 @@ ADMIN_ROUTES = [
 
 @pytest.fixture(scope="module")
 async def gateway(amqp_url: str, database_url: str) -> AsyncIterator[Gateway]:
+    database = await asyncpg.connect(database_url)
+    await clear_tables(database)  # of rows from other tests, which the routes may not be able to read
+    await database.close()
     async with running(amqp_url, database_url=database_url) as gateway:
         yield gateway
 
