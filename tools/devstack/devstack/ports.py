@@ -2,11 +2,15 @@
 
 import random
 import socket
+from collections import deque
 from pathlib import Path
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 20_000
+_MAX_RESERVED = 200
+"""More than one process needs at a time, and less than its limit of open files."""
 _used: set[int] = set()
+_reservations: deque[socket.socket] = deque()
 # A separate generator, because two test runs that seed the shared one would choose the same ports.
 _random = random.SystemRandom()
 
@@ -19,9 +23,27 @@ def free_port() -> int:
     highest = _lowest_ephemeral_port() - 1
     while True:
         port = _random.randint(_LOWEST, highest)
-        if port not in _used and is_free(port, host="127.0.0.1"):
+        if port not in _used and is_free(port, host="127.0.0.1") and _reserve(port):
             _used.add(port)
             return port
+
+
+def _reserve(port: int) -> bool:
+    """Reserve the port until its server listens. Return False if another process has reserved it.
+
+    Test runs start many servers at the same time, and a random port is not rare enough. No server uses the UDP port
+    with the same number, and the kernel frees it when this process ends.
+    """
+    reservation = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        reservation.bind(("127.0.0.1", port))
+    except OSError:
+        reservation.close()
+        return False
+    _reservations.append(reservation)
+    if len(_reservations) > _MAX_RESERVED:
+        _reservations.popleft().close()
+    return True
 
 
 def is_free(port: int, *, host: str = "") -> bool:

@@ -1,5 +1,11 @@
 import socket
+import subprocess
+import sys
+from random import Random
 
+import pytest
+
+from devstack import ports
 from devstack.ports import free_port, is_free
 
 
@@ -8,6 +14,22 @@ def test_free_ports_are_distinct_and_have_no_listener() -> None:
 
     assert len(set(returned)) == 50
     assert all(is_free(port, host="127.0.0.1") for port in returned)
+
+
+def test_a_port_that_another_process_has_chosen_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = (
+        "from random import Random; from devstack import ports; ports._random = Random(4711); "
+        "print(ports.free_port(), flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", choose], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        chosen = int(other.stdout.readline())
+        monkeypatch.setattr(ports, "_random", Random(4711))
+        assert free_port() != chosen
+        monkeypatch.setattr(ports, "_random", Random(4711))
+        other.communicate("\n")
+        assert free_port() == chosen
 
 
 def test_a_port_with_a_listener_on_one_address_is_not_free() -> None:
