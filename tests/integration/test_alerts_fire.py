@@ -17,17 +17,14 @@ import asyncpg
 import pytest
 import yaml
 
-from devstack import prometheus
 from devstack.conditions import wait_until
-from devstack.errors import CannotRun
 from devstack.infrastructure import Server
-from devstack.output import Terminal
-from devstack.ports import free_port
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.chaos.proxy import Proxy
+from tests.integration.alert_watch import SCRAPE_INTERVAL_SEC, watch_alerts
 from tests.integration.monitoring_files import ALERTS
-from tests.integration.stack import PORTS, Stack, run_stack
+from tests.integration.stack import Stack, run_stack
 
 WINDOW = "10s"
 SHORTENED_THRESHOLDS = {
@@ -47,8 +44,6 @@ SETTINGS = {
     "SYNC_MAX_GROWTH_FRACTION": "1000",
 }
 TIMEOUT_SEC = 120
-SCRAPE_INTERVAL_SEC = 1
-"""Interval of scraping and of rule evaluation."""
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -83,17 +78,8 @@ def route_through(proxy: Proxy, url: str) -> str:
 
 @pytest.fixture(scope="module")
 async def watch(broker: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Prometheus]:
-    directory = tmp_path_factory.mktemp("prometheus")
-    ports = {name: int(broker.environment[variable]) for name, variable in PORTS.items()}
-    rules = directory / "rules.yml"
-    rules.write_text(shorten_rules(ALERTS))
-    try:
-        async with prometheus.start_prometheus(
-            ports, directory, free_port(), Terminal(), rules=rules, interval_sec=SCRAPE_INTERVAL_SEC
-        ) as running:
-            yield running
-    except CannotRun as reason:
-        pytest.fail(f"this test needs Prometheus: {reason}")
+    async with watch_alerts(broker, tmp_path_factory.mktemp("prometheus"), shorten_rules(ALERTS)) as running:
+        yield running
 
 
 def shorten_rules(file: Path) -> str:
