@@ -27,6 +27,10 @@ CRASH_COMMANDS = (
     "RecordCreation",
     "RecordCreationFailure",
     "EndCreations",
+    "ClaimAccess",
+    "RecordAccess",
+    "RecordAccessFailure",
+    "RecordAccessRemoval",
     "ClaimLease",
     "ExtendLease",
     "ReplaceSandbox",
@@ -54,14 +58,20 @@ if module == "provisioner":
 
     creation.LOOK_UP_TIMEOUT_SEC = 1
 
+    from provisioner import access, access_runs, refill, syncs, throttle
     from provisioner import main as provisioner_main
-    from provisioner import refill, syncs, throttle
+    from sandbox_broker.csp.sessions import SessionClient
+    from sandbox_broker.csp.users import UserClient
 
     provisioner_main.REQUEST_TIMEOUT_SEC = 1
     refill.CLAIM_MARGIN_SEC = 0.5
     refill.MIN_PAUSE_SEC = 0.1
     refill.NO_REPLY_PAUSE_SEC = 0.2
     throttle.WINDOW_SEC = 1
+    access.RETRY_SEC = 0.2
+    access_runs.CLAIM_TIMEOUT_SEC = 1
+    access_runs.CLAIM_MARGIN_SEC = 0.5
+    access_runs.NO_REPLY_PAUSE_SEC = 0.2
     client, creator, requests = csp_client.CspClient, creation.Creator, syncs.SyncRequests
     create_account = crashes.wrap_call(client.create_account, "during CSP")
     creator.create = crashes.wrap(creator.create, "after the claim", None)  # type: ignore[method-assign]
@@ -69,6 +79,21 @@ if module == "provisioner":
     client.find_account_by_name = crashes.wrap(client.find_account_by_name, None, "after the look-up")  # type: ignore[method-assign]
     creator._record = crashes.wrap(creator._record, None, "after the record")  # type: ignore[method-assign]
     requests._request = crashes.wrap(requests._request, None, "after the request of a sync")  # type: ignore[method-assign]
+    steps: dict[str, tuple[type[Any], str]] = {
+        "the sign-in": (SessionClient, "sign_in"),
+        "the account switch": (SessionClient, "switch"),
+        "the current user": (SessionClient, "require_current_account"),
+        "the groups": (UserClient, "list_groups"),
+        "the creation of the user": (UserClient, "create_user"),
+        "the password": (UserClient, "set_password"),
+        "the deletion of the user": (UserClient, "delete_user"),
+    }
+    for step, (owner, method) in steps.items():
+        call = crashes.wrap_call(getattr(owner, method), f"during {step}")
+        setattr(owner, method, crashes.wrap(call, f"before {step}", f"after {step}"))
+    worker, runs = access.AccessWorker, access_runs.AccessRuns
+    worker.carry_out = crashes.wrap(worker.carry_out, None, "before the record of a login")  # type: ignore[method-assign]
+    runs._record_and_claim = crashes.wrap(runs._record_and_claim, None, "after the records and the claim")  # type: ignore[method-assign]
 if module == "allocator":
     from allocator import routing
     from allocator.sql import creations, listings

@@ -1,16 +1,20 @@
 """Logins inside sandboxes on the running broker: a class, kills at every step, a wrong password, a key rotation.
 
 CLASS sets the number of students of the class, SWITCH_SEC the time for which CSP refuses the switch into their
-accounts. `CLASS=200 SWITCH_SEC=40 pytest -s` prints the times until the logins are ready.
+accounts. `CLASS=200 SWITCH_SEC=40 pytest -s` prints the times until the logins are ready. KILLS sets the number of
+random kills (100 for a long run), KILLS_SEED repeats a run.
 """
 
 import asyncio
+import itertools
 import os
 import random
+import secrets
 import statistics
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +22,9 @@ import pytest
 from cryptography.fernet import Fernet
 
 from devstack.conditions import wait_until
+from devstack.prometheus import Prometheus
+from devstack.testing import NewDatabase, NewVhost
+from tests.integration.alert_watch import read_fired_alerts, read_rules_with_seconds, watch_alerts
 from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 LOGIN_EMAIL, LOGIN_PASSWORD = "simulator@example.com", "simulator-password"
@@ -33,14 +40,28 @@ SETTINGS = {
     "ACCESS_REMOVAL_WAIT_SEC": "120",
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "1",
 }
-NAMED_POINTS = {
-    "sign-in": ("POST", "session/users/sign_in", "sign_in"),
-    "account switch": ("POST", "session/account_switch", "account_switch"),
-    "current user": ("GET", "current_user", "current_user"),
-    "groups": ("GET", "groups", "group_listing"),
-    "user": ("POST", "users", "user_create"),
-    "password": ("POST", "password", "user_password"),
-}
+LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
+KILLS = int(os.environ.get("KILLS", "5"))
+SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
+CREATION_STEPS = (
+    "the sign-in",
+    "the account switch",
+    "the current user",
+    "the groups",
+    "the creation of the user",
+    "the password",
+)
+COMMANDS = ("ClaimAccess", "RecordAccess", "RecordAccessFailure", "RecordAccessRemoval")
+POINTS = [
+    *(f"provisioner: during {step}" for step in CREATION_STEPS),
+    *(f"provisioner: after {step}" for step in CREATION_STEPS),
+    "provisioner: before the record of a login",
+    "provisioner: after the records and the claim",
+    *(f"provisioner: {when} the deletion of the user" for when in ("before", "during", "after")),
+    *(f"allocator: {when} {command}" for command in COMMANDS for when in ("before", "after")),
+    "allocator: before the ack",
+    *(f"reaper: {when}" for when in ("after the claim", "before CSP", "after CSP", "after the record")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +74,25 @@ async def shared_stack(empty_database_url: str, amqp_url: str) -> AsyncIterator[
 async def stack(shared_stack: Stack) -> Stack:
     await shared_stack.control("POST", "reset", {})
     return shared_stack
+
+
+@pytest.fixture(scope="module")
+async def crashing(
+    new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stack]:
+    settings = {
+        **SETTINGS,
+        "DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"),
+        "CLEANUP_INTERVAL_SEC": "1",
+        "CIRCUIT_BREAKER_THRESHOLD": "1000",
+        "DELETION_MAX_ATTEMPTS": "1000",
+    }
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
+    ):
+        yield stack
 
 
 async def get_access(stack: Stack, sandbox_id: str, student: str) -> httpx.Response:
@@ -78,11 +118,6 @@ async def can_sign_in(stack: Stack, login: dict[str, Any]) -> bool:
     body = {"email": login["email"], "password": login["password"]}
     response = await stack.client.post(f"{stack.simulator}/v2/session/users/sign_in", json=body)
     return response.status_code == 200
-
-
-async def release_all(stack: Stack, leases: dict[str, str]) -> None:
-    for sandbox_id, student in leases.items():
-        assert (await stack.release(sandbox_id, student)).status_code == 200
 
 
 async def is_clean(stack: Stack) -> bool:
@@ -134,116 +169,85 @@ async def test_a_class_gets_its_logins_soon_after_csp_lets_the_broker_in(stack: 
     assert len({user["account"] for user in await users(stack)}) == CLASS
 
 
-@pytest.mark.parametrize("point", NAMED_POINTS)
-async def test_a_kill_at_a_step_leaves_one_user(stack: Stack, point: str) -> None:
-    """The provisioner dies while CSP carries out this step."""
-    await stack.fill(1)
-    method, path, operation = NAMED_POINTS[point]
-    await _kill_and_restart(stack, "provisioner")  # without a session
-    await stack.control("PATCH", "behaviour", {f"{operation}_latency_sec": 1})
-    sandbox_id = await allocate(stack, "ann")
-
-    async def is_running() -> bool:
-        calls = (await stack.control("GET", f"calls?method={method}&path_contains={path}"))["running"]
-        return bool(calls)
-
-    await wait_until(is_running, every_sec=0.05)
-    await _kill(stack, "provisioner")
-    await stack.control("PATCH", "behaviour", {f"{operation}_latency_sec": 0})
-    await stack.start_service("provisioner")
-    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"), within_sec=60)
-    (user,) = await users(stack)
-    login = (await get_access(stack, sandbox_id, "ann")).json()
-    assert user["id"] == login["user_id"]
-    assert await can_sign_in(stack, login)
-    await stack.release(sandbox_id, "ann")
-    await wait_until(partial(is_clean, stack), within_sec=60)
+async def use_login(stack: Stack, student: str) -> None:
+    """Allocate with a login, sign in with it, and release. Retry each change, because services are killed."""
+    sandbox_id = await allocate_after_restart(stack, student, X_Sandbox_Access="user")
+    await wait_until(partial(is_status, stack, sandbox_id, student, "ready"), within_sec=90)
+    login = (await get_access(stack, sandbox_id, student)).json()
+    own = [user["id"] for user in await users(stack) if user["email"] == f"{student}@labs.example.com"]
+    assert own == [login["user_id"]], SEED
+    assert await can_sign_in(stack, login), SEED
+    assert (await get_access(stack, sandbox_id, "mallory")).status_code == 403
+    await wait_until(partial(is_released, stack, sandbox_id, student), within_sec=60)
+    assert (await get_access(stack, sandbox_id, student)).status_code == 410
 
 
-async def test_a_kill_before_the_record_leaves_one_user(stack: Stack) -> None:
-    """The provisioner has created the user and dies before the allocator hears of it."""
-    await stack.fill(1)
-    await stack.control("PATCH", "behaviour", {"user_password_latency_sec": 1})
-    sandbox_id = await allocate(stack, "ann")
-
-    async def has_user() -> bool:
-        return len(await users(stack)) == 1
-
-    await wait_until(has_user)
-    await _kill(stack, "allocator")
-
-    async def has_password() -> bool:
-        return bool((await users(stack))[0]["has_password"])
-
-    await wait_until(has_password)
-    await _kill(stack, "provisioner")
-    await stack.control("PATCH", "behaviour", {"user_password_latency_sec": 0})
-    await stack.start_service("allocator")
-    await stack.start_service("provisioner")
-    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"), within_sec=60)
-    (user,) = await users(stack)
-    login = (await get_access(stack, sandbox_id, "ann")).json()
-    assert user["id"] == login["user_id"]
-    assert await can_sign_in(stack, login)
+async def work_without_login(stack: Stack, student: str) -> None:
+    sandbox_id = await allocate_after_restart(stack, student)
+    assert (await get_access(stack, sandbox_id, student)).status_code == 404
+    await wait_until(partial(is_released, stack, sandbox_id, student), within_sec=60)
 
 
-@pytest.mark.parametrize("after_effect", [False, True])
-async def test_a_kill_during_the_removal_leaves_no_user(stack: Stack, after_effect: bool) -> None:
-    await stack.fill(1)
-    sandbox_id = await allocate(stack, "ann")
-    await wait_until(partial(is_status, stack, sandbox_id, "ann", "ready"))
-    await stack.control("PATCH", "behaviour", {"user_delete_latency_sec": 1})
-    await stack.release(sandbox_id, "ann")
-    key = "calls" if after_effect else "running"
-
-    async def has_call() -> bool:
-        return bool((await stack.control("GET", "calls?method=DELETE&path_contains=users"))[key])
-
-    if after_effect:
-        await _kill(stack, "reaper")
-
-        async def is_running() -> bool:
-            return bool((await stack.control("GET", "calls?method=DELETE&path_contains=users"))["running"])
-
-        await wait_until(is_running)
-        await _kill(stack, "allocator")
-    await wait_until(has_call)
-    await _kill(stack, "provisioner")
-    await stack.control("PATCH", "behaviour", {"user_delete_latency_sec": 0})
-    for module in ("allocator", "reaper", "provisioner") if after_effect else ("provisioner",):
-        await stack.start_service(module)
-    await wait_until(partial(is_clean, stack), within_sec=90)
-    assert [call["path"].split("/")[2] for call in await stack.deletions()][-1] == "sandbox"
+async def is_released(stack: Stack, sandbox_id: str, student: str) -> bool:
+    return (await stack.release(sandbox_id, student)).status_code == 200
 
 
-async def test_random_kills_leave_one_user_for_each_login_and_none_after_the_end(stack: Stack) -> None:
-    await stack.fill(24)
-    await stack.control(
-        "PATCH",
-        "behaviour",
-        {f"{operation}_latency_spread_sec": 0.2 for _, _, operation in NAMED_POINTS.values()},
-    )
-    chosen = random.Random(31)
-    with_login, without = {}, {}
-    for number in range(12):
-        sandbox_id = await allocate_after_restart(stack, f"login-{number}", X_Sandbox_Access="user")
-        with_login[sandbox_id] = f"login-{number}"
-        without[await allocate_after_restart(stack, f"plain-{number}")] = f"plain-{number}"
-        if number % 3 == 2:
-            await _kill_and_restart(stack, chosen.choice(["provisioner", "allocator", "reaper"]))
-    for sandbox_id, student in with_login.items():
-        await wait_until(partial(is_status, stack, sandbox_id, student, "ready"), within_sec=90)
-    assert sorted(user["email"] for user in await users(stack)) == sorted(
-        f"{student}@labs.example.com" for student in with_login.values()
-    )
-    for sandbox_id, student in with_login.items():
-        assert await can_sign_in(stack, (await get_access(stack, sandbox_id, student)).json())
-    await release_all(stack, {**with_login, **without})
-    for module in ("provisioner", "reaper", "allocator"):
-        await _kill_and_restart(stack, module)
-    await wait_until(partial(is_clean, stack), within_sec=120)
-    assert await stack.database.fetchval("SELECT count(*) FROM accesses WHERE state <> 'removed'") == 0
-    await stack.assert_sound()
+async def kill_at(stack: Stack, point: str, demand: "asyncio.Future[Any]") -> bool:
+    """Start the service of the point again after its death. Return False if `demand` and the deletions after it
+    ended without it."""
+    service = point.partition(":")[0]
+
+    async def is_dead_or_done() -> bool:
+        if demand.done():
+            demand.result()
+        return not stack.processes[service].running or (demand.done() and await is_clean(stack))
+
+    await wait_until(is_dead_or_done, within_sec=120)
+    Path(stack.environment["DIE_AT"]).unlink(missing_ok=True)
+    is_dead = not stack.processes[service].running
+    if is_dead:
+        await stack.start_service(service)
+    return is_dead
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_kill_at_this_point_leaves_one_user_and_then_none(crashing: Stack, point: str) -> None:
+    await crashing.fill(1)
+    # The first switch fails, so that a failure is recorded.
+    await crashing.control("PATCH", "behaviour", {"fail_next_account_switches": 1})
+    if "sign-in" in point:
+        await _kill_and_restart(crashing, "provisioner")  # without a session
+    Path(crashing.environment["DIE_AT"]).write_text(point)
+    demand = asyncio.ensure_future(use_login(crashing, "ann"))
+    assert await kill_at(crashing, point, demand)
+    await demand
+    await wait_until(partial(is_clean, crashing), within_sec=90)
+    assert await crashing.database.fetchval("SELECT state FROM accesses") == "removed"
+    await crashing.assert_sound()
+
+
+@pytest.mark.timeout(120 + 30 * KILLS)
+async def test_random_kills_leave_one_user_for_each_login_and_none_after_the_end(crashing: Stack) -> None:
+    rng = random.Random(SEED)
+    await crashing.fill(10 * KILLS)
+    await crashing.control("PATCH", "behaviour", {"account_switch_error_rate": 0.3, "user_create_error_rate": 0.1})
+    killed = logins = 0
+    for number in itertools.count():
+        point = rng.choice(POINTS)
+        Path(crashing.environment["DIE_AT"]).write_text(point)
+        demand = asyncio.gather(
+            *(use_login(crashing, f"login-{number}-{other}") for other in range(2)),
+            work_without_login(crashing, f"plain-{number}"),
+        )
+        killed += await kill_at(crashing, point, demand)
+        await demand
+        logins += 2
+        if killed == KILLS:
+            break
+    await wait_until(partial(is_clean, crashing), within_sec=120)
+    states = await crashing.database.fetch("SELECT state, count(*) FROM accesses GROUP BY state")
+    assert list(map(tuple, states)) == [("removed", logins)], SEED
+    await crashing.assert_sound()
 
 
 async def allocate_after_restart(stack: Stack, student: str, **headers: str) -> str:
@@ -268,19 +272,38 @@ async def _kill_and_restart(stack: Stack, module: str) -> None:
     await stack.start_service(module)
 
 
-async def test_a_wrong_password_of_the_administrator_leaves_leases_alone_and_recovers(stack: Stack) -> None:
+async def test_a_wrong_password_of_the_administrator_leaves_leases_alone_and_recovers(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """One alert fires, and ends after the correction."""
     await stack.fill(3)
     await _kill_and_restart(stack, "provisioner")  # without a session
     await stack.control("PATCH", "behaviour", {"reject_sign_ins": True})
-    sandbox_id = await allocate(stack, "ann")
-    await wait_until(partial(is_status, stack, sandbox_id, "ann", "failed"))
-    assert "CSP refuses the sign-in" in (await get_access(stack, sandbox_id, "ann")).json()["reason"]
-    assert (await stack.allocate("bob")).status_code == 201
-    assert (await stack.release(sandbox_id, "ann")).status_code == 200
-    other = await allocate(stack, "eve")
-    await wait_until(partial(is_status, stack, other, "eve", "failed"))
-    await stack.control("PATCH", "behaviour", {"reject_sign_ins": False})
-    await wait_until(partial(is_status, stack, other, "eve", "ready"), within_sec=30)
+    async with watch_alerts(stack, tmp_path, read_rules_with_seconds()) as watch:
+        sandbox_id = await allocate(stack, "ann")
+        await wait_until(partial(is_status, stack, sandbox_id, "ann", "failed"))
+        assert "CSP refuses the sign-in" in (await get_access(stack, sandbox_id, "ann")).json()["reason"]
+        assert (await stack.allocate("bob")).status_code == 201
+        assert (await stack.release(sandbox_id, "ann")).status_code == 200
+        other = await allocate(stack, "eve")
+        await wait_until(partial(is_status, stack, other, "eve", "failed"))
+        await wait_until(partial(has_failed_for_long, watch))
+        await stack.control("PATCH", "behaviour", {"reject_sign_ins": False})
+        await wait_until(partial(is_status, stack, other, "eve", "ready"), within_sec=30)
+
+        async def is_over() -> bool:
+            return "BrokerAccessSignInRefused" not in [
+                alert["labels"]["alertname"] for alert in await watch.firing()
+            ]
+
+        await wait_until(is_over)
+        assert await read_fired_alerts(watch) == ({"BrokerAccessSignInRefused"}, 1)
+
+
+async def has_failed_for_long(watch: Prometheus) -> bool:
+    """Return whether logins have failed for longer than the waiting time of BrokerAccessFailed, which is 10 s."""
+    failed = "broker:access_failed:max[15s]"
+    return bool(await watch.query(f"min_over_time({failed}) > 0 and count_over_time({failed}) > 13"))
 
 
 async def test_a_deletion_waits_for_the_removal_no_longer_than_allowed(stack: Stack) -> None:
