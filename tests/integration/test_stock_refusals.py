@@ -1,19 +1,23 @@
 """CSP answers 503 for ten minutes and then refuses creations for its quota: few calls, one alert, one command to go
 on.
 
-The time-outs are 60 times shorter than in production.
+The time-outs, and the windows and waiting times of the alerts, are 60 times shorter than in production.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devstack.conditions import wait_until
+from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
+from tests.integration.alert_watch import read_fired_alerts, read_rules_with_seconds, watch_alerts
 from tests.integration.ctl import run_brokerctl, wait_for_status
 from tests.integration.stack import ADMIN, Stack, run_stack
 
@@ -33,7 +37,10 @@ SETTINGS = {
     "CIRCUIT_BREAKER_TIMEOUT_SEC": str(60 / SPEED),
 }
 MIN = 4
+OTHERS = 20
+"""Sandboxes without the prefix, so that the pool is not empty."""
 CREATED_BEFORE_REFUSAL = 2
+QUOTA = OTHERS + CREATED_BEFORE_REFUSAL
 
 
 @pytest.fixture
@@ -66,15 +73,22 @@ async def wait_until_stopped(stack: Stack, cause: str) -> dict[str, Any]:
     return level
 
 
-async def wait_for_alert(stack: Stack, *, is_stopped: bool) -> None:
-    """Wait until the only series of the alert BrokerStockStopped has this value."""
+@pytest.fixture
+async def watch(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
+    async with watch_alerts(stack, tmp_path, read_rules_with_seconds()) as running:
+        yield running
 
-    async def has_value() -> bool:
-        metrics = await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")
-        series = [line for line in metrics.text.splitlines() if line.startswith("broker_stock_stopped{")]
-        return series == [f'broker_stock_stopped{{name_prefix="lab-"}} {float(is_stopped)}']
 
-    await wait_until(has_value)
+async def has_alert(watch: Prometheus, is_firing: bool) -> bool:
+    """Return whether the alert about the stopped prefix fires, or does not fire."""
+    alerts = [(alert["labels"]["alertname"], alert["labels"].get("name_prefix")) for alert in await watch.firing()]
+    return (("BrokerStockStopped", "lab-") in alerts) == is_firing
+
+
+async def has_been_low(watch: Prometheus) -> bool:
+    """Return whether the stock has been low for longer than the waiting time of BrokerStockLow, which is 15 s."""
+    shortage = "broker:stock_shortage:max[20s]"
+    return bool(await watch.query(f"min_over_time({shortage}) > 0 and count_over_time({shortage}) > 18"))
 
 
 async def resume(stack: Stack) -> None:
@@ -82,8 +96,11 @@ async def resume(stack: Stack) -> None:
     assert (resumed.status, "is resumed" in resumed.out) == (0, True), resumed
 
 
-async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_resumes(stack: Stack) -> None:
-    await stack.fill(0)
+@pytest.mark.timeout(400)
+async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_resumes(
+    stack: Stack, watch: Prometheus
+) -> None:
+    await stack.fill(OTHERS)
     await stack.control("PATCH", "behaviour", {"create_error_rate": 1, "create_error_status": 503})
     outage_began = time.monotonic()
     policy = {
@@ -94,8 +111,9 @@ async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_r
     applied = await stack.client.put(f"{stack.url}/v1/admin/policies", headers=ADMIN, json={"policies": [policy]})
     assert applied.status_code == 200, applied.text
     await wait_until_stopped(stack, "failures")
-    await wait_for_alert(stack, is_stopped=True)
+    await wait_until(partial(has_alert, watch, True))
     await wait_until(lambda: time.monotonic() > outage_began + OUTAGE_SEC)
+    await wait_until(partial(has_been_low, watch))
     calls = await list_creations(stack)
     assert MAX_FAILURES <= len(calls) < MAX_FAILURES + CONCURRENCY
     assert {call["status"] for call in calls} == {503}
@@ -106,15 +124,15 @@ async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_r
         assert all(after - before >= BACKOFF_SEC for before, after in pairwise(times)), attempts
 
     decoys = len((await stack.control("GET", "accounts"))["accounts"])
-    await stack.control("PATCH", "behaviour", {"create_error_rate": 0, "create_quota": CREATED_BEFORE_REFUSAL})
+    await stack.control("PATCH", "behaviour", {"create_error_rate": 0, "create_quota": QUOTA})
     await resume(stack)
     stopped = await wait_until_stopped(stack, "refused")
-    assert "the quota of 2 sandboxes is used up" in stopped["stop_reason"]
-    await wait_for_alert(stack, is_stopped=True)
+    assert f"the quota of {QUOTA} sandboxes is used up" in stopped["stop_reason"]
+    await wait_until(partial(has_alert, watch, True))
     await wait_for_status(stack, lambda status: "brokerctl stock resume lab-" in status.out)
 
     async def is_imported() -> bool:
-        return (await stack.stats())["available"] == CREATED_BEFORE_REFUSAL
+        return (await stack.stats())["available"] == QUOTA
 
     await wait_until(is_imported)
     statuses = [call["status"] for call in (await list_creations(stack))[len(calls) :]]
@@ -130,5 +148,6 @@ async def test_an_outage_and_a_quota_refusal_cause_few_calls_until_an_operator_r
         return (level["state"], level["available"], level["creating"]) == ("full", MIN, 0)
 
     await wait_until(is_full)
-    await wait_for_alert(stack, is_stopped=False)
+    await wait_until(partial(has_alert, watch, False))
+    assert await read_fired_alerts(watch) == ({"BrokerStockStopped"}, 1)
     assert len((await stack.control("GET", "accounts"))["accounts"]) == decoys + MIN
