@@ -102,12 +102,12 @@ GOALS = (
 
 
 def evaluate_goals(results: Results) -> list[GoalResult]:
-    """Evaluate each goal unless one of its scenarios has not run."""
+    """Evaluate each goal unless one of its scenarios has not run, or was too short for a response."""
     evaluated = []
     for goal in GOALS:
         try:
             value = goal.figure(results)
-        except KeyError:
+        except (KeyError, ZeroDivisionError):
             continue
         if goal.at_least is not None:
             evaluated.append(GoalResult(goal.name, value, f"≥ {goal.at_least:g}", value >= goal.at_least))

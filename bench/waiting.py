@@ -68,8 +68,7 @@ async def _keep_waiting(url: str, students: int) -> AsyncIterator[None]:
             yield
         finally:
             await cancel_and_wait(waiting)
-            for name in names:
-                await _ask(client, url, name, wait_sec=0)
+            await asyncio.gather(*(_ask(client, url, name, wait_sec=0) for name in names))
         if not waiting.cancelled():
             waiting.result()  # the gateway refused a student
 

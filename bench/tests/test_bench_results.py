@@ -105,6 +105,10 @@ def test_a_goal_is_evaluated_if_all_its_scenarios_ran() -> None:
     assert not [goal for goal in evaluated if "pgbench" in goal.name]
 
 
+def test_a_scenario_without_a_response_has_no_ratio() -> None:
+    assert goals.evaluate_goals({"waiting-500": build_result(100), "prefix-20": build_result(0)}) == []
+
+
 def test_the_broker_is_compared_with_the_best_pgbench_result() -> None:
     claims = {f"claim-{clients}": build_result(clients * 10) for clients in (8, 16, 50)}
     evaluated = {goal.name: goal for goal in goals.evaluate_goals({"ours-200": build_result(250), **claims})}
