@@ -47,7 +47,7 @@ NAMES = st.sampled_from(["lab-a-", "lab-b-", "lab_a-"])
 PREFIXES = st.sampled_from([None, None, "lab-a-", "lab-b", "lab_", "LAB-A-", "lab-a-1", "%"])
 TRACKS = st.sampled_from([None, None, "exam"])
 TOKEN_NAMES = st.sampled_from(["morning", "evening"])
-SECRETS = st.sampled_from([None, "the secret of one machine", "the secret of another"])
+SECRETS = st.sampled_from([None, None, "the secret of one machine", "the secret of another"])
 POLICIES = st.sampled_from(
     [{}, {"exam": Policy(max_active=1)}, {"exam": Policy(max_active=2, wait_min=10)}, {"exam": Policy(wait_min=0)}]
 )
@@ -139,6 +139,7 @@ class BrokerMachine(RuleBasedStateMachine):
             for _ in range(count):
                 self.create_account(name_prefix)
         self.sync(force=False)
+        self.issue_token("morning", None)
         self.set_csp_state(csp)
 
     def _forget_timed_out(self) -> None:
@@ -149,9 +150,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
     # Students
 
-    @rule(student=STUDENTS)
-    def allocate(self, student: str) -> None:
-        self._allocate(Request(student))
+    @rule(student=STUDENTS, secret=SECRETS)
+    def allocate(self, student: str, secret: str | None) -> None:
+        self._allocate(Request(student, credentials=Credentials(secret=secret)))
 
     @rule(student=STUDENTS, prefix=PREFIXES, key=KEYS, track=TRACKS, standby=st.booleans())
     def allocate_with_options(
