@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ _PREFIXES = 20
 _LINE_PREFIX = "never-"
 _CONNECTIONS = 200
 _POLICIES = 100
+_LINE_CONNECTIONS = 10
+"""Connections of all students in line. With one each, this client would take more processor time than the load."""
 _TIMEOUT_SEC = 30.0
 _BACKOFF_SEC = 1.0
 
@@ -57,9 +60,9 @@ async def _keep_waiting(url: str, students: int) -> AsyncIterator[None]:
     """Let students join the line, and repeat their requests until the end of the block. Then they leave."""
     names = [f"waiting-{number}" for number in range(students)]
     joined = {name: asyncio.Event() for name in names}
-    timeout = httpx.Timeout(_TIMEOUT_SEC, pool=None)
-    async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
-        waiting = asyncio.create_task(_wait_in_line(client, url, joined))
+    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False) as client:
+        line = _Line(client, url, asyncio.Semaphore(_LINE_CONNECTIONS))
+        waiting = asyncio.create_task(line.wait(joined))
         try:
             await asyncio.wait(
                 [waiting, asyncio.create_task(_wait_for_all(joined.values()))],
@@ -68,7 +71,7 @@ async def _keep_waiting(url: str, students: int) -> AsyncIterator[None]:
             yield
         finally:
             await cancel_and_wait(waiting)
-            await asyncio.gather(*(_ask(client, url, name, wait_sec=0) for name in names))
+            await asyncio.gather(*(line.ask(name, wait_sec=0) for name in names))
         if not waiting.cancelled():
             waiting.result()  # the gateway refused a student
 
@@ -78,34 +81,41 @@ async def _wait_for_all(events: Iterable[asyncio.Event]) -> None:
         await event.wait()
 
 
-async def _wait_in_line(client: httpx.AsyncClient, url: str, joined: Mapping[str, asyncio.Event]) -> None:
-    async with asyncio.TaskGroup() as students:
-        for name, event in joined.items():
-            students.create_task(_repeat(client, url, name, event))
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """The students in line. They share a few connections."""
 
+    client: httpx.AsyncClient
+    url: str
+    slots: asyncio.Semaphore
 
-async def _repeat(client: httpx.AsyncClient, url: str, student: str, joined: asyncio.Event) -> None:
-    while True:
-        pause_sec = await _ask(client, url, student, wait_sec=900)
-        if pause_sec is not None:
-            joined.set()
-        await asyncio.sleep(pause_sec or _BACKOFF_SEC)
+    async def wait(self, joined: Mapping[str, asyncio.Event]) -> None:
+        async with asyncio.TaskGroup() as students:
+            for name, event in joined.items():
+                students.create_task(self._repeat(name, event))
 
+    async def _repeat(self, student: str, joined: asyncio.Event) -> None:
+        while True:
+            pause_sec = await self.ask(student, wait_sec=900)
+            if pause_sec is not None:
+                joined.set()
+            await asyncio.sleep(pause_sec or _BACKOFF_SEC)
 
-async def _ask(client: httpx.AsyncClient, url: str, student: str, *, wait_sec: int) -> float | None:
-    """Join, keep or leave the line. Return the seconds until the next request, None without an answer."""
-    headers = {
-        "Authorization": f"Bearer {TOKEN}",
-        "X-Instruqt-Sandbox-ID": student,
-        "X-Sandbox-Name-Prefix": _LINE_PREFIX,
-        "Prefer": f"respond-async, wait={wait_sec}",
-    }
-    try:
-        response = await client.post(f"{url}/v1/allocate", headers=headers)
-    except httpx.TransportError:
-        return None
-    if response.status_code in (503, 504):
-        return None
-    if response.status_code != (202 if wait_sec else 409):
-        raise CannotRun(f"a student in line was answered {response.status_code}: {response.text}", status=1)
-    return float(response.headers["Retry-After"])
+    async def ask(self, student: str, *, wait_sec: int) -> float | None:
+        """Join, keep or leave the line. Return the seconds until the next request, None without an answer."""
+        headers = {
+            "Authorization": f"Bearer {TOKEN}",
+            "X-Instruqt-Sandbox-ID": student,
+            "X-Sandbox-Name-Prefix": _LINE_PREFIX,
+            "Prefer": f"respond-async, wait={wait_sec}",
+        }
+        try:
+            async with self.slots:
+                response = await self.client.post(f"{self.url}/v1/allocate", headers=headers)
+        except httpx.TransportError:
+            return None
+        if response.status_code in (503, 504):
+            return None
+        if response.status_code != (202 if wait_sec else 409):
+            raise CannotRun(f"a student in line was answered {response.status_code}: {response.text}", status=1)
+        return float(response.headers["Retry-After"])
