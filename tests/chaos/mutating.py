@@ -85,7 +85,6 @@ def no_epoch_guard() -> None:
         purge,
         tokens,
         audit,
-        personal_data,
     )
     for module in modules:
         for name, text in list(vars(module).items()):
