@@ -2,12 +2,16 @@
 
 import math
 from functools import partial
+from itertools import count
+
+import httpx
 
 from bench import load, meter, pool, replenish
 from bench.load import LoadResult, Workload
 from bench.meter import Run
-from bench.servers import TOKEN, Servers, Target
+from bench.servers import ADMIN_TOKEN, TOKEN, Servers, Target
 from bench.sizes import Sizes
+from devstack.errors import CannotRun
 
 # Upper bounds of the measured throughput, so that no pool runs dry during a run.
 _MAX_PER_SECOND = 15_000
@@ -15,6 +19,10 @@ _MAX_PER_SECOND_AND_CONNECTION = 2_500
 _CONNECTIONS = 200
 """Connections of scenarios that vary another parameter."""
 _WARM_UP_CONNECTIONS = 50
+_TRACK = "bench-track"
+"""Lab of the load (students.lua)."""
+_TIMEOUT_SEC = 30.0
+_token_numbers = count(1)
 
 
 async def run_baseline(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
@@ -31,6 +39,23 @@ async def run_prefixes(servers: Servers, sizes: Sizes, *, prefixes: int) -> Run:
     run = await _run_new_students(target, sizes, _CONNECTIONS, has_events=True, prefixes=prefixes)
     wrong = await pool.count_wrong_prefixes(target.database)
     return run.with_problems((f"{wrong} leases have a wrong prefix",) if wrong else ())
+
+
+async def run_tokens(servers: Servers, sizes: Sizes, *, tokens: int, has_quota: bool) -> Run:
+    """Use named tokens in turn. Each is limited to the lab of the load, and with `has_quota` to more leases than
+    the run makes."""
+    target = servers.broker
+    grant = {"role": "track", "tracks": [_TRACK], "max_active": 1_000_000 if has_quota else None}
+    issued = []
+    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False) as client:
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        for _ in range(tokens):
+            grant["name"] = f"bench-{next(_token_numbers)}"
+            response = await client.post(f"{target.url}/v1/admin/tokens", headers=headers, json=grant)
+            if response.status_code != 201:
+                raise CannotRun(f"a new token was answered {response.status_code}: {response.text}", status=1)
+            issued.append(response.json()["token"])
+    return await _run_new_students(target, sizes, _CONNECTIONS, has_events=True, token=",".join(issued))
 
 
 async def run_repeats(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
@@ -98,15 +123,15 @@ async def run_floor(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
 
 
 async def _run_new_students(
-    target: Target, sizes: Sizes, connections: int, *, has_events: bool, prefixes: int = 0
+    target: Target, sizes: Sizes, connections: int, *, has_events: bool, prefixes: int = 0, token: str = TOKEN
 ) -> Run:
     """Allocate with each request for a new student, from a pool large enough for the whole run."""
     sandboxes = _max_allocations(sizes.warm_up + sizes.seconds, connections)
     await pool.fill(target.database, sandboxes, prefixes=prefixes)
-    warm_up = await _allocate(target, connections, sizes.warm_up, Workload(prefixes=prefixes))
+    warm_up = await _allocate(target, connections, sizes.warm_up, Workload(prefixes=prefixes), token)
     if has_events:
         await pool.wait_until_idle(target.database)
-    generate_load = partial(_allocate, target, connections, sizes.seconds, Workload(prefixes=prefixes))
+    generate_load = partial(_allocate, target, connections, sizes.seconds, Workload(prefixes=prefixes), token)
     run = await meter.measure_load(target, generate_load, has_events=has_events)
     problems = await pool.find_problems(
         target.database,
@@ -117,8 +142,10 @@ async def _run_new_students(
     return run.with_problems(problems)
 
 
-async def _allocate(target: Target, connections: int, seconds: int, workload: Workload | None = None) -> LoadResult:
-    return await load.run_wrk(target.url, TOKEN, workload or Workload(), connections=connections, seconds=seconds)
+async def _allocate(
+    target: Target, connections: int, seconds: int, workload: Workload | None = None, token: str = TOKEN
+) -> LoadResult:
+    return await load.run_wrk(target.url, token, workload or Workload(), connections=connections, seconds=seconds)
 
 
 def _max_allocations(seconds: int, connections: int) -> int:

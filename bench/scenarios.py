@@ -80,6 +80,8 @@ ALL: tuple[Scenario, ...] = (
         for scenario in pair
     ),
     Scenario("policies", "policies", waiting.run_with_policies),
+    Scenario("tokens", "tokens-500", partial(allocation.run_tokens, tokens=500, has_quota=False)),
+    Scenario("tokens", "quotas-500", partial(allocation.run_tokens, tokens=500, has_quota=True)),
     *_build_variants("prefix", "prefixes", allocation.run_prefixes, [1, 20, 200]),
     *_build_variants("waiting", "waiting", waiting.run_with_waiting, [500]),
     *_build_variants("ours", "connections", allocation.run_broker, [1_000]),

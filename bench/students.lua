@@ -1,5 +1,5 @@
 -- wrk script: requests of students. Options, each as name=value:
---   token           the track token
+--   token           the track token, or several with commas between them, used in turn
 --   student_prefix  prefix of the student ids
 --   burst           send this many requests at once, then no more
 --   students        cycle through this many students; 0: each request is for a new student
@@ -11,6 +11,7 @@
 
 local options = { burst = 0, students = 0, prefixes = 0, think_ms = 0, max_held = 0 }
 local threads = {}
+local tokens = {}
 local held, oldest, newest = {}, 1, 0
 local sent = 0
 -- done() reads these globals from each thread. They stay -1 unless responses are inspected, because inspection costs
@@ -25,6 +26,9 @@ function init(args)
   for _, argument in ipairs(args) do
     local name, value = argument:match("^([%w_]+)=(.*)$")
     options[name] = options[name] and tonumber(value) or value
+  end
+  for token in options.token:gmatch("[^,]+") do
+    tokens[#tokens + 1] = token
   end
   if options.burst > 0 then
     -- wrk stops only after its duration. Connections beyond the limit therefore wait for longer than that.
@@ -46,7 +50,7 @@ end
 
 local function build_post(path, headers)
   return "POST /v1/" .. path .. " HTTP/1.1\r\nHost: bench\r\nContent-Length: 0\r\nAuthorization: Bearer "
-    .. options.token .. "\r\n" .. headers .. "\r\n\r\n"
+    .. tokens[sent % #tokens + 1] .. "\r\n" .. headers .. "\r\n\r\n"
 end
 
 function request()

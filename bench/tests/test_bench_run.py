@@ -21,7 +21,18 @@ async def test_a_run_of_each_kind_of_scenario_succeeds_and_writes_its_figures(
     servers: tuple[Server, Server], tmp_path: Path
 ) -> None:
     path = tmp_path / "figures.json"
-    names = ["ours-1", "baseline-1", "class-start", "repeat", "policies", "prefix-20", "waiting", "beside", "slow"]
+    names = [
+        "ours-1",
+        "baseline-1",
+        "class-start",
+        "repeat",
+        "policies",
+        "quotas-500",
+        "prefix-20",
+        "waiting",
+        "beside",
+        "slow",
+    ]
     sizes = ["--accounts", "5000", "--cycles", "2000"]
     code, output = await run(
         [sys.executable, "-m", "bench", *names, "long", *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=390
