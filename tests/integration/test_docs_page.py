@@ -11,7 +11,7 @@ from devstack.errors import CannotRun
 from devstack.output import Terminal
 from tests.integration.stack import TRACK_TOKEN, Stack
 
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 60_000
 
 REPORT_POLICY_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", violation =>

@@ -17,9 +17,9 @@ from tests.integration import hypothesis_settings
 from tests.integration.stack import ADMIN_TOKEN, ROOT, TRACK_TOKEN, Stack, run_stack
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
-RANDOM_CASES_PER_ROUTE = 10
+RANDOM_CASES_PER_ROUTE = 5
 """schemathesis adds about 20 boundary cases per route."""
-RANDOM_CASES_PER_ROUTE_AND_ROLE = 2
+RANDOM_CASES_PER_ROUTE_AND_ROLE = 1
 
 GRANTS: Mapping[str, dict[str, Any]] = {
     "viewer": {"role": "viewer"},

@@ -248,8 +248,8 @@ async def test_report_does_not_wait_for_a_database_that_hangs(
                     report = await get_status(gateway)
                     states.append(report["database"]["state"])
                     assert report["database"]["problem"] == "no answer in 0.2 s"
-                    # One connection of the report, one of the refresh of tokens.
-                    assert gateway.app.state.context.engine.pool.checkedout() <= 2
+                    # One connection of each probe of the report, one of the refresh of tokens.
+                    assert gateway.app.state.context.engine.pool.checkedout() <= 3
                 assert (states[0], states[-1]) == ("unknown", "down")
             finally:
                 for pid in (server.process.pid, *backends):

@@ -9,10 +9,11 @@ from reaper.backoff import compute_retry_delay
 from .reaper_harness import settings
 
 TRIES = 200
+SETTINGS = settings(deletion_max_attempts=1000)
 
 
 def delay(attempts: int, retry_after_sec: float | None = None, **changes: float) -> float:
-    seconds = compute_retry_delay(settings(deletion_max_attempts=1000, **changes), attempts, retry_after_sec)
+    seconds = compute_retry_delay(SETTINGS.model_copy(update=changes), attempts, retry_after_sec)
     assert seconds is not None
     return seconds
 
