@@ -1,12 +1,16 @@
 """Metrics of the allocator."""
 
+import structlog
 from prometheus_client import REGISTRY
 
+from allocator.background.pool_metrics import PoolMetrics
 from allocator.main import create_app
 from allocator.settings import Settings
 from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.commands import ExpireLeases
+from sandbox_broker.database.connections import create_engine
+from sandbox_broker.database.primary import Primary
 
 from .allocator_harness import Pool, allocate_command
 from .bus_harness import Allocator, Client
@@ -51,3 +55,15 @@ async def test_a_standby_replica_exports_the_pool_gauges(pool: Pool, clean_queue
 
         await wait_until(are_exported)
     assert read_sample("broker_pool_exhaustion_seconds") == float("inf")
+
+
+async def test_a_refused_query_leaves_the_gauges_and_raises_no_error(pool: Pool) -> None:
+    engine = create_engine(Primary(pool.url))
+    await pool.execute("ALTER TABLE dead_letters RENAME TO hidden_letters")
+    try:
+        with structlog.testing.capture_logs() as logged:
+            await PoolMetrics(engine)._update()
+    finally:
+        await pool.execute("ALTER TABLE hidden_letters RENAME TO dead_letters")
+        await engine.dispose()
+    assert [entry["event"] for entry in logged] == ["pool.not_counted"]

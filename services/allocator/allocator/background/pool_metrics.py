@@ -2,6 +2,7 @@
 
 import time
 
+import asyncpg
 import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -76,7 +77,8 @@ class PoolMetrics:
                 sync = (await connection.execute(text(SYNC_STATE))).one()
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
                 leases = await connection.scalar(text(COUNT_LEASES_EVER))
-        except connections.CONNECTION_ERRORS as error:
+        except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
+            # Whatever PostgreSQL refuses, the allocator serves students without new gauges.
             log.warning("pool.not_counted", error=connections.describe_error(error))
             return
         metrics.SYNC_HELD.set(sync.held)
