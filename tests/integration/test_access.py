@@ -25,6 +25,7 @@ from devstack.conditions import wait_until
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.alert_watch import read_fired_alerts, read_rules_with_seconds, watch_alerts
+from tests.integration.crash_stack import run_crashing_stack
 from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 LOGIN_EMAIL, LOGIN_PASSWORD = "simulator@example.com", "simulator-password"
@@ -40,7 +41,6 @@ SETTINGS = {
     "ACCESS_REMOVAL_WAIT_SEC": "120",
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "1",
 }
-LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "5"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 CREATION_STEPS = (
@@ -82,16 +82,12 @@ async def crashing(
 ) -> AsyncIterator[Stack]:
     settings = {
         **SETTINGS,
-        "DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"),
         "CLEANUP_INTERVAL_SEC": "1",
         "CIRCUIT_BREAKER_THRESHOLD": "1000",
         "DELETION_MAX_ATTEMPTS": "1000",
     }
-    async with (
-        new_database() as database_url,
-        new_vhost() as amqp_url,
-        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
-    ):
+    directory = tmp_path_factory.mktemp("crashes")
+    async with run_crashing_stack(new_database, new_vhost, directory, settings) as stack:
         yield stack
 
 

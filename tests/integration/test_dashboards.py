@@ -9,36 +9,25 @@ import aio_pika
 import pytest
 import yaml
 
-from devstack import prometheus
 from devstack.conditions import wait_until
-from devstack.errors import CannotRun
-from devstack.output import Terminal
-from devstack.ports import free_port
 from devstack.prometheus import Prometheus
+from tests.integration.alert_watch import SCRAPE_INTERVAL_SEC, watch_alerts
 from tests.integration.monitoring_files import DASHBOARDS, list_queries
-from tests.integration.stack import ADMIN, PORTS, ROOT, TRACK_TOKEN, Stack, track_headers
+from tests.integration.stack import ADMIN, ROOT, TRACK_TOKEN, Stack, track_headers
 
 pytestmark = pytest.mark.timeout(400)
 
 GRAFANA = ROOT / "deploy" / "grafana"
 WIDTH = 24
 RATE_INTERVAL = "30s"
-SCRAPED_SEC = 1
 
 
 @pytest.fixture
 async def scraping_prometheus(stack: Stack, tmp_path: Path) -> AsyncIterator[Prometheus]:
-    ports = {name: int(stack.environment[variable]) for name, variable in PORTS.items()}
-    rules = tmp_path / "rules.yml"
     firing_rule = {"alert": "BrokerTest", "expr": "vector(1)"}
-    rules.write_text(json.dumps({"groups": [{"name": "test", "rules": [firing_rule]}]}))
-    try:
-        async with prometheus.start_prometheus(
-            ports, tmp_path, free_port(), Terminal(), rules=rules, interval_sec=SCRAPED_SEC
-        ) as running:
-            yield running
-    except CannotRun as reason:
-        pytest.fail(f"this test needs Prometheus: {reason}")
+    rules = json.dumps({"groups": [{"name": "test", "rules": [firing_rule]}]})
+    async with watch_alerts(stack, tmp_path, rules) as running:
+        yield running
 
 
 async def cause_activity(stack: Stack, attempt: int) -> None:
@@ -81,7 +70,7 @@ async def test_every_query_returns_data(stack: Stack, scraping_prometheus: Prome
         return not without_data
 
     try:
-        await wait_until(have_all_returned_data, every_sec=SCRAPED_SEC)
+        await wait_until(have_all_returned_data, every_sec=SCRAPE_INTERVAL_SEC)
     except AssertionError:
         pytest.fail(f"no data for {sorted(without_data)}")
 

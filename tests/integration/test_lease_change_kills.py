@@ -10,21 +10,16 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, run_stack, track_headers
-
-LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
+from tests.integration.crash_stack import run_crashing_stack
+from tests.integration.stack import Stack, track_headers
 
 
 @pytest.fixture(scope="module")
 async def crashing(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
-    settings = {"DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"), "ALLOCATE_TIMEOUT_SEC": "1"}
-    async with (
-        new_database() as database_url,
-        new_vhost() as amqp_url,
-        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
-    ):
+    directory = tmp_path_factory.mktemp("crashes")
+    async with run_crashing_stack(new_database, new_vhost, directory, {"ALLOCATE_TIMEOUT_SEC": "1"}) as stack:
         yield stack
 
 

@@ -26,9 +26,9 @@ from tests.chaos import checker
 from tests.chaos.client import History
 from tests.chaos.evidence_collector import collect_stack_evidence
 from tests.chaos.stack import EVENTS_QUEUE
-from tests.integration.stack import ADMIN, Stack, run_stack
+from tests.integration.crash_stack import run_crashing_stack
+from tests.integration.stack import ADMIN, Stack
 
-LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "5"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 COMMANDS = ("ClaimCreations", "RecordCreation", "RecordCreationFailure", "EndCreations", "ApplyListing")
@@ -79,13 +79,10 @@ SETTINGS = {
 async def crashing(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
-    settings = {**SETTINGS, "DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point")}
-    async with (
-        new_database() as database_url,
-        new_vhost() as amqp_url,
-        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
-    ):
-        async with await aio_pika.connect(amqp_url) as connection, connection.channel() as channel:
+    directory = tmp_path_factory.mktemp("crashes")
+    async with run_crashing_stack(new_database, new_vhost, directory, SETTINGS) as stack:
+        connection = await aio_pika.connect(stack.environment["AMQP_URL"])
+        async with connection, connection.channel() as channel:
             queue = await channel.declare_queue(EVENTS_QUEUE, durable=True)
             await queue.bind(topology.EVENTS.name, "#")
         yield stack

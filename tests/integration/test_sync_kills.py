@@ -18,9 +18,9 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.stack import Stack, run_stack
+from tests.integration.crash_stack import run_crashing_stack
+from tests.integration.stack import Stack
 
-LAUNCHER = str(Path(__file__).with_name("crash_runner.py"))
 KILLS = int(os.environ.get("KILLS", "10"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 COMMANDS = ("BeginListing", "StageListing", "ApplyListing", "RefreshSandboxes")
@@ -42,12 +42,8 @@ Records = list[dict[str, Any]]
 async def crashing(
     new_database: NewDatabase, new_vhost: NewVhost, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
-    settings = {"DIE_AT": str(tmp_path_factory.mktemp("crashes") / "point"), "ADMIN_WAIT_SEC": "5"}
-    async with (
-        new_database() as database_url,
-        new_vhost() as amqp_url,
-        run_stack(database_url, amqp_url, launcher=(LAUNCHER,), settings=settings) as stack,
-    ):
+    directory = tmp_path_factory.mktemp("crashes")
+    async with run_crashing_stack(new_database, new_vhost, directory, {"ADMIN_WAIT_SEC": "5"}) as stack:
         yield stack
 
 

@@ -123,7 +123,7 @@ async def _revoke_tokens_of(stack: Stack, urls: list[str]) -> None:
     revoked = [await stack.admin("DELETE", f"tokens/{name}") for name in ("lab", "auditor")]
     revoked_at = time.monotonic()
     assert [response.status_code for response in revoked] == [204, 204]
-    # The allocator knows the revocation from its commit on, whatever the gateways know.
+    # The allocator knows the revocation from its commit on, before the gateways do.
     for url in urls:
         assert (await stack.client.post(f"{url}/v1/allocate", headers=lab)).status_code == 401
     await wait_until(are_refused, within_sec=revoked_at + REVOKED_WITHIN_SEC - time.monotonic())

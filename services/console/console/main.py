@@ -95,7 +95,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _api_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiProblem)  # noqa: S101
+    assert isinstance(error, ApiProblem)  # noqa: S101 (as above)
     if error.status == 401:  # the token was revoked
         request.session.clear()
         return await _to_sign_in(request, error)
@@ -114,7 +114,7 @@ async def _invalid(request: Request, _: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101
+    assert isinstance(error, HTTPException)  # noqa: S101 (as above)
     text = "There is no such page. Use the menu."
     title = "Not found" if error.status_code == 404 else "The request was refused"
     return render(request, "error.html", error.status_code, title=title, text=text)

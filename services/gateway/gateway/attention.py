@@ -27,7 +27,7 @@ SERVICE_EFFECTS = {
 
 @dataclass(frozen=True, slots=True)
 class LowStock:
-    """Stock rule whose sandboxes are used up soon."""
+    """Stock rule with sandboxes for less than SOON_EMPTY_SEC."""
 
     name_prefix: str
     exhaustion_sec: float

@@ -41,7 +41,7 @@ def build_status(**changes: Any) -> dict[str, Any]:
 
 
 class FakeClient(AdminClient):
-    """Client whose requests call `answer`."""
+    """Client that passes its requests to `answer`."""
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         super().__init__(Config("http://broker", "token", None))

@@ -78,7 +78,7 @@ class PoolMetrics:
                 outbox_lag_sec = await connection.scalar(text(OUTBOX_LAG))
                 leases = await connection.scalar(text(COUNT_LEASES_EVER))
         except (*connections.CONNECTION_ERRORS, asyncpg.PostgresError) as error:
-            # Whatever PostgreSQL refuses, the allocator serves students without new gauges.
+            # A query that PostgreSQL refuses must not end the allocator, because students need no gauges.
             log.warning("pool.not_counted", error=connections.describe_error(error))
             return
         metrics.SYNC_HELD.set(sync.held)

@@ -296,7 +296,7 @@ def find_strangers(
         place = places.get(command.holder)
         outcome = None if place is None else _refuse_stranger(session, command, place)
         if outcome is not None:
-            outcomes[key] = {"index": 0, "outcome": outcome}  # type: ignore[typeddict-item]
+            outcomes[key] = allocations.build_refusal(0, outcome)
     return outcomes
 
 

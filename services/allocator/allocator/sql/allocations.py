@@ -33,7 +33,7 @@ NOTHING = ", ".join(["NULL"] * 10)
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
 # demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
 # assigned: request and sandbox, or request and NULL. No CTE joins two sets: the arrays of one prefix are unnested
-# side by side, so the cost grows with the number of requests, whatever the planner estimates.
+# side by side, so the cost grows with the number of requests for every plan.
 _ALLOCATE = f"""
 WITH {GUARD},
 {{before}}
@@ -203,7 +203,7 @@ announced_served AS (
 """CTE that announces the places in the CTE `served`."""
 
 # $19 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
-# the statement leases none, because a student would overtake another whose sandbox is gone.
+# the statement leases none, because a student would overtake one with a sandbox that is gone.
 _CHOSEN = {
     "before": """
 chosen AS MATERIALIZED (
@@ -446,11 +446,7 @@ async def _try_to_allocate(
     rows: list[AllocationRow] = []
     if indexes:
         rows = await _run_statement(session, statement, commands, indexes, tokens, *more)
-    rows += [
-        {"index": index, "outcome": outcome}  # type: ignore[typeddict-item]
-        for index, outcome in enumerate(tokens)
-        if isinstance(outcome, str)
-    ]
+    rows += [build_refusal(index, outcome) for index, outcome in enumerate(tokens) if isinstance(outcome, str)]
     return sorted(rows, key=itemgetter("index"))
 
 
@@ -527,11 +523,16 @@ def _check_access(
     if row["outcome"] != "known":
         return row
     if isinstance(token, Token) and token.is_scoped and row["token"] != token.name:
-        return {"index": row["index"], "outcome": "out_of_scope"}  # type: ignore[typeddict-item]
+        return build_refusal(row["index"], "out_of_scope")
     known = row["secret_hash"]
     if known is not None and not hmac.compare_digest(known, bytes.fromhex(command.secret_hash or "")):
-        return {"index": row["index"], "outcome": "wrong_secret"}  # type: ignore[typeddict-item]
+        return build_refusal(row["index"], "wrong_secret")
     return row
+
+
+def build_refusal(index: int, outcome: TokenOutcome | Literal["wrong_secret"]) -> AllocationRow:
+    """Return the row of a command that its sender may not send. It has no other field, and no caller reads one."""
+    return {"index": index, "outcome": outcome}  # type: ignore[typeddict-item]
 
 
 def number_terms(policies: PolicyBook, commands: Sequence[AllocateSandbox]) -> tuple[list[Terms], list[int]]:

@@ -307,7 +307,8 @@ class ReplaceRow(_LeaseRow):
 
 
 async def claim(session: WriteSession, command: ClaimLease, scope: str | None) -> ClaimRow:
-    """`scope` is a token: the sender may change only its leases. None permits any. So in all functions here."""
+    """`scope` is a token in all functions of this module: the sender may change only its leases. None permits
+    any."""
     row: ClaimRow = await session.fetch_one(
         CLAIM,
         command.sandbox_id,

@@ -1,4 +1,4 @@
-"""Ended leases whose student ids are not pseudonyms yet."""
+"""Index of the ended leases with a student id to replace."""
 
 from alembic import op
 
