@@ -15,6 +15,7 @@ import aio_pika
 import asyncpg
 import httpx
 
+from devstack import fork_server
 from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.processes import Process, spawn, stop_all
@@ -36,6 +37,12 @@ PORTS = {
     "provisioner": "PROVISIONER_PORT",
     "console": "CONSOLE_PORT",
 }
+FORKABLE = {
+    ("-m",),
+    (str(ROOT / "tests" / "integration" / "crash_runner.py"),),
+    (str(ROOT / "tests" / "chaos" / "mutating.py"),),
+}
+"""Launchers that run in a copy of a fork server. They only replace names that the service reads later."""
 
 
 @dataclass
@@ -83,14 +90,18 @@ class Stack:
         if name is not None:
             environment |= {PORTS[module]: str(free_port()), **self.settings_of.get(name, {})}
         environment |= settings or {}
-        process = await spawn(
-            name or module,
-            [sys.executable, *(launcher or self.launcher), module],
-            env=environment,
-            cwd=ROOT / "tests",
-            on_line=None if self.on_line is None else partial(self.on_line, name or module),
-        )
-        self.processes[name or module] = process
+        process_name, launcher = name or module, launcher or self.launcher
+        on_line = None if self.on_line is None else partial(self.on_line, process_name)
+        directory = ROOT / "tests"
+        if launcher in FORKABLE and fork_server.can_fork(environment):
+            process = await fork_server.fork(
+                process_name, module, *launcher, env=environment, cwd=directory, on_line=on_line
+            )
+        else:
+            process = await spawn(
+                process_name, [sys.executable, *launcher, module], env=environment, cwd=directory, on_line=on_line
+            )
+        self.processes[process_name] = process
         return process, f"http://127.0.0.1:{environment[PORTS[module]]}"
 
     async def start_simulator(self) -> None:
@@ -104,18 +115,30 @@ class Stack:
         await self.until_ready(f"{self.simulator}/healthz", process)
 
     async def until_ready(self, url: str, process: Process) -> None:
+        state = "no response"
+
         async def ready() -> bool:
+            nonlocal state
             if not process.running:
                 raise AssertionError(f"{process.name} {process.ending}: {list(process.tail)}")
-            return await self.is_ready(url)
+            is_ready, state = await self._ask_readiness(url)
+            return is_ready
 
-        await wait_until(ready, every_sec=0.2)
+        try:
+            await wait_until(ready, every_sec=0.2)
+        except AssertionError as error:
+            raise AssertionError(f"{process.name}: {state}; {list(process.tail)}") from error
 
     async def is_ready(self, url: str) -> bool:
+        return (await self._ask_readiness(url))[0]
+
+    async def _ask_readiness(self, url: str) -> tuple[bool, str]:
+        """Return whether the service is ready, and the body of its response or the error."""
         try:
-            return (await self.client.get(url)).status_code == 200
-        except httpx.TransportError:
-            return False
+            response = await self.client.get(url)
+        except httpx.TransportError as error:
+            return False, repr(error)
+        return response.status_code == 200, response.text
 
     async def allocate(self, student: str, **headers: str) -> httpx.Response:
         return await self.client.post(
@@ -172,6 +195,12 @@ class Stack:
         connection = await aio_pika.connect(self.environment["AMQP_URL"].split(",")[0])
         async with connection, connection.channel() as channel:
             await (await channel.get_queue(topology.NEWEST_LEASE.name, ensure=False)).purge()
+
+    async def forget_other_broker(self) -> None:
+        """Restart the allocator without reports of another broker. It would go on to report it for ten minutes."""
+        await self.processes["allocator"].stop()
+        await self.database.execute("DELETE FROM allocators")
+        await self.start_service("allocator")
 
     async def _serves_requests(self) -> bool:
         return (await self.release("0", "student")).status_code == 404

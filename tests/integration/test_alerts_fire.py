@@ -21,6 +21,7 @@ from devstack.conditions import wait_until
 from devstack.infrastructure import Server
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
+from sandbox_broker.contract.topology import NEWEST_LEASE
 from tests.chaos.proxy import Proxy
 from tests.integration.alert_watch import SCRAPE_INTERVAL_SEC, watch_alerts
 from tests.integration.monitoring_files import ALERTS
@@ -32,6 +33,7 @@ SHORTENED_THRESHOLDS = {
     "BrokerEventsWait": ("> 60", "> 3"),
     "BrokerDeletionsStuck": ("> 5400", "> 3"),
     "BrokerSyncLate": ("> 1800", "> 10"),
+    "BrokerStudentsWait": ("> 600", "> 3"),
 }
 """Replacements for thresholds in seconds within an expression: alert -> (original, shortened)."""
 SETTINGS = {
@@ -320,3 +322,50 @@ async def test_an_account_deleted_in_csp(stack: Stack, watch: Prometheus) -> Non
     await wait_until_firing(watch, "BrokerLeaks", kind="missing")
     await stack.release(lease["sandbox_id"], "ada")
     await wait_until_stopped(watch, "BrokerLeaks")
+
+
+async def test_a_student_who_waits_for_long(stack: Stack, watch: Prometheus) -> None:
+    for number in range(30):
+        await stack.allocate(f"student-{number}")
+
+    async def keep_waiting() -> None:
+        await stack.allocate("late", Prefer="respond-async, wait=900")
+
+    await wait_until_firing(watch, "BrokerStudentsWait", keep_waiting)
+    await stack.control("POST", "accounts", {"count": 3000})
+    await wait_until_stopped(watch, "BrokerStudentsWait", keep_waiting)
+
+
+async def test_a_database_without_the_newest_lease(stack: Stack, watch: Prometheus) -> None:
+    """RabbitMQ knows a lease that the database lacks, as after the restore of an older backup."""
+    await stack.allocate("ada")
+    # Stopped before the message: its relay would replace the message by ada's lease.
+    await stack.processes["allocator"].stop()
+    connection = await aio_pika.connect(stack.environment["AMQP_URL"])
+    async with connection, connection.channel() as channel:
+        lost = aio_pika.Message(b'{"subject": "lost"}', delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(lost, NEWEST_LEASE.name)
+    await stack.launch("allocator")
+
+    async def is_refused() -> bool:
+        response = await stack.allocate("bob")
+        return response.status_code == 503 and response.json()["detail"]["code"] == "DATABASE_BEHIND"
+
+    await wait_until(is_refused, within_sec=TIMEOUT_SEC)
+    await wait_until_firing(watch, "BrokerDatabaseBehind")
+    await stack.admin("POST", "restore/confirm")
+
+    async def allocate() -> None:
+        await stack.allocate("bob")
+
+    await wait_until_stopped(watch, "BrokerDatabaseBehind", allocate)
+
+
+async def test_an_allocator_of_another_broker(stack: Stack, watch: Prometheus, new_vhost: NewVhost) -> None:
+    async with new_vhost() as other_amqp_url:
+        newcomer, _ = await stack.launch("allocator", name="newcomer", settings={"AMQP_URL": other_amqp_url})
+        await wait_until_firing(watch, "BrokerOtherBroker")
+        await newcomer.stop()
+        stack.processes.pop("newcomer")
+    await stack.forget_other_broker()
+    await wait_until_stopped(watch, "BrokerOtherBroker")

@@ -43,7 +43,7 @@ async def test_the_newcomer_stops_and_the_first_broker_serves_all_students(
     await wait_for_status(stack, lambda status: "Another broker used the same database" in status.out)
     metrics = (await stack.client.get(f"http://127.0.0.1:{stack.environment['ALLOCATOR_PORT']}/metrics")).text
     assert "broker_other_broker 1.0" in metrics
-    await stack.database.execute("UPDATE allocators SET other_broker_at = NULL")
+    await stack.forget_other_broker()
 
 
 @pytest.mark.parametrize("signal", ["stop", "kill"])
