@@ -2,8 +2,9 @@
 #
 #   docker build --build-arg SERVICE=gateway -t sandbox-broker/gateway .
 #
-# SERVICE is gateway, allocator, reaper, csp-syncer, provisioner or console. Each image also contains python -m sandbox_broker.migrate and
-# python -m sandbox_broker.declare. It runs as user 10001 and writes no files, so the root file system may be read-only.
+# SERVICE is gateway, allocator, reaper, csp-syncer, provisioner or console. Each image also contains
+# python -m sandbox_broker.declare, and the images of gateway and allocator python -m sandbox_broker.migrate. An image
+# runs as user 10001 and writes no files, so the root file system may be read-only.
 
 ARG PYTHON_IMAGE=python:3.13-slim
 

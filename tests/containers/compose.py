@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import Any
 
 import httpx
 import yaml
+from cryptography.fernet import Fernet
 
+from csp_simulator.app import DEFAULT_EMAIL, DEFAULT_PASSWORD
 from devstack import packages
 from devstack.conditions import wait_until
 from devstack.output import Terminal
 from devstack.ports import free_port
 from devstack.processes import run
+from tests.integration import instruqt_events
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, CSP_TOKEN, ROOT, TRACK_TOKEN
 
 FILE = ROOT / "docker-compose.yml"
@@ -27,9 +30,10 @@ BUILT = {name: service["build"]["args"] for name, service in SERVICES.items() if
 OURS = ("gateway", "allocator", "reaper", "csp-syncer", "provisioner", "console")
 SERVERS = ("postgres", "rabbitmq", "csp-simulator")
 BASE = os.environ.get("PYTHON_IMAGE") or "python:3.13-slim"
-PORTS = ("GATEWAY_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")
+PORTS = ("GATEWAY_PORT", "CONSOLE_PORT", "RABBITMQ_MANAGEMENT_PORT", "CSP_SIMULATOR_PORT")
 ACCOUNTS = 3000
 """More accounts than all tests use."""
+ACCESS_DOMAIN = "labs.example.com"
 BUILD_SEC = 900.0
 UP_SEC = 600.0
 
@@ -46,6 +50,10 @@ class Compose:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.environment['GATEWAY_PORT']}"
 
+    @property
+    def simulator(self) -> str:
+        return f"http://127.0.0.1:{self.environment['CSP_SIMULATOR_PORT']}"
+
     async def call(self, *arguments: str, timeout: float = UP_SEC) -> str:
         return await _call(*self.command, *arguments, environment=self.environment, timeout=timeout)
 
@@ -56,6 +64,24 @@ class Compose:
     async def inspect(self, service: str) -> dict[str, Any]:
         details: dict[str, Any] = json.loads(await run_docker("inspect", await self.container(service)))[0]
         return details
+
+    async def kill(self, service: str) -> None:
+        """Run `docker kill` and wait for its effect."""
+        await run_docker("kill", await self.container(service))
+        await wait_until(lambda: self.is_stopped(service))
+
+    async def is_stopped(self, service: str) -> bool:
+        """Return whether the container has ended and Docker does not restart it."""
+        return bool((await self.inspect(service))["State"]["Status"] == "exited")
+
+    async def crash(self, services: Sequence[str]) -> None:
+        """End the processes of the containers with SIGKILL at once, like the kernel without memory."""
+        pids = [(await self.inspect(service))["State"]["Pid"] for service in services]
+        program = f"import os; [os.kill(pid, 9) for pid in {pids}]"
+        # In the process namespace of the engine, because a process cannot kill process 1 of its own namespace.
+        rights = ("--pid=host", "--user=0", "--cap-add=KILL", "--network=none")
+        image = (await self.inspect("reaper"))["Image"]
+        await run_docker("run", "--rm", *rights, "--entrypoint=python", image, "-c", program)
 
     async def python(self, service: str, program: str) -> str:
         """Run a Python program in the container of a service. Return its output."""
@@ -138,6 +164,11 @@ async def run_compose(images: Mapping[str, str]) -> AsyncIterator[Compose]:
             "DELETION_MAX_ATTEMPTS": "1000",
             "CIRCUIT_BREAKER_TIMEOUT_SEC": "2",
             "CLEANUP_INTERVAL_SEC": "5",
+            "INSTRUQT_WEBHOOK_SECRET": instruqt_events.SECRET,
+            "CSP_LOGIN_EMAIL": DEFAULT_EMAIL,
+            "CSP_LOGIN_PASSWORD": DEFAULT_PASSWORD,
+            "ACCESS_EMAIL_DOMAIN": ACCESS_DOMAIN,
+            "ACCESS_KEYS": Fernet.generate_key().decode(),
         }
         async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
             compose = Compose(command, environment, client)

@@ -9,7 +9,8 @@ from tests.containers.compose import Compose, build_images, run_compose
 
 
 @pytest.fixture(scope="session", autouse=True)
-async def engine() -> None:
+async def engine(server_programs: None) -> None:
+    """Require a Docker engine. `server_programs` puts the tests into the server lane."""
     reason = await docker.unavailable_reason()
     if reason is not None:
         pytest.exit(f"these tests need a Docker engine: {reason}", returncode=2)
