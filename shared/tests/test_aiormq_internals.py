@@ -15,11 +15,11 @@ from pamqp.common import FieldTable
 
 from sandbox_broker.contract import topology
 from sandbox_broker.messaging import connection as connection_module
-from sandbox_broker.messaging.aiormq_internals import write_publishes
+from sandbox_broker.messaging.aiormq_internals import drop, write_publishes
 from sandbox_broker.messaging.connection import Disconnected, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import OutboundMessage
 
-from .shared_harness import PATIENCE_SEC
+from .shared_harness import PATIENCE_SEC, open_tcp_proxy
 
 QUEUE = topology.ALLOCATOR_COMMANDS.name
 EXCHANGE = topology.COMMANDS.name
@@ -126,3 +126,14 @@ async def test_a_silent_node_is_noticed_within_eleven_seconds(clean_queues: str)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_dropped_connection_ends_without_an_answer(clean_queues: str) -> None:
+    async with open_tcp_proxy(clean_queues, 5672) as proxy, await aio_pika.connect(proxy.url) as opened:
+        lost = (await open_channel(opened, confirms=False)).closing
+        proxy.pause()
+        drop(opened)
+        async with asyncio.timeout(PATIENCE_SEC):
+            with pytest.raises(Disconnected), translating_errors():
+                await lost
+        proxy.resume()

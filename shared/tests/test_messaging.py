@@ -14,7 +14,12 @@ import pytest
 import structlog
 from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
+from hypothesis import given
+from hypothesis import strategies as some
+from pamqp import frame
+from pamqp.body import ContentBody
 from pamqp.commands import Basic
+from pamqp.header import ContentHeader
 from prometheus_client import REGISTRY
 
 from devstack.conditions import wait_until
@@ -23,7 +28,7 @@ from devstack.testing import empty_queues
 from sandbox_broker.contract import topology
 from sandbox_broker.contract.codec import decode_commands, encode_commands
 from sandbox_broker.contract.commands import BeginListing, ClaimDeletions, Command, RecordDeletion, ReleaseSandbox
-from sandbox_broker.contract.replies import ListingBegun, Recorded, Refused
+from sandbox_broker.contract.replies import ListingBegun, Recorded, Refused, Reply
 from sandbox_broker.messaging import connection, publisher
 from sandbox_broker.messaging import subscription as subscription_module
 from sandbox_broker.messaging.connection import Disconnected, run_with_reconnect
@@ -38,6 +43,8 @@ from .shared_harness import PATIENCE_SEC, TcpProxy, assert_no_leaks, background_
 
 QUEUE = topology.ALLOCATOR_COMMANDS
 FILLED = topology.SYNC_TICKS  # a queue of length 1
+BLOCKING_MESSAGES = 32
+"""Number of unanswered messages to a quorum queue after which RabbitMQ confirms nothing on the channel."""
 AT_ONCE_SEC = 2.0
 """Less than all time-outs of the messaging package."""
 
@@ -535,6 +542,33 @@ async def test_a_refusal_raises_its_code(clean_queues: str, bus: Bus) -> None:
     assert refused.value.code == "SYNC_HELD"
 
 
+async def test_a_reply_that_cannot_be_encoded_is_refused(clean_queues: str, bus: Bus) -> None:
+    """The other replies of its message arrive."""
+
+    async def reply(delivery: DeliveredMessage, commands: Sequence[BeginListing]) -> None:
+        replies: dict[str, Reply] = {
+            "bad": Refused(code="SYNC_HELD", message="\ud800"),
+            "good": ListingBegun(listing_id=1),
+        }
+        await publish_replies(bus.publisher, delivery, [replies[str(command.request_id)] for command in commands])
+
+    async with background_tasks(consume(clean_queues, reply)):
+        with structlog.testing.capture_logs() as logs:
+            outcomes = await asyncio.gather(
+                *(
+                    bus.rpc_client.request(QUEUE, BeginListing(request_id=request_id), timeout_sec=15)
+                    for request_id in ("good", "bad", "good")
+                ),
+                return_exceptions=True,
+            )
+    assert [getattr(outcome, "code", "ListingBegun") for outcome in outcomes] == [
+        "ListingBegun",
+        "INTERNAL_ERROR",
+        "ListingBegun",
+    ]
+    assert [line["reply"] for line in logs if line["event"] == "reply.not_encoded"] == ["Refused"]
+
+
 async def test_a_reply_to_another_command_is_unexpected(clean_queues: str, bus: Bus) -> None:
     async def reply_wrongly(delivery: DeliveredMessage, _: Sequence[Command]) -> None:
         await publish_replies(bus.publisher, delivery, [Recorded(changed=True)])
@@ -714,10 +748,19 @@ async def test_a_connection_without_confirms_is_replaced(
 ) -> None:
     monkeypatch.setattr(publisher, "SILENT_SEC", 0.2)
     server = f"whereis('%2F_{QUEUE.name}')"
+    sent = 0
 
     async with connected(private.url) as made:
 
+        async def put_elsewhere() -> None:
+            while True:
+                with contextlib.suppress(Disconnected):
+                    await made.put(queue=FILLED)
+                await asyncio.sleep(0.01)  # pace of the load, not a wait for a condition
+
         async def is_replaced() -> bool:
+            nonlocal sent
+            sent += 1
             with contextlib.suppress(Disconnected):
                 if together:
                     await made.publisher.publish_all("", outgoing(1), timeout_sec=0.5)
@@ -728,7 +771,9 @@ async def test_a_connection_without_confirms_is_replaced(
         await made.put()
         channel = made.publisher._channel
         await private.run_rabbitmqctl("eval", f"sys:suspend({server}).")
-        await wait_until(is_replaced)
+        async with background_tasks(put_elsewhere()):  # the confirm of another queue is no reason to stay
+            await wait_until(is_replaced)
+        assert sent < BLOCKING_MESSAGES
         await private.run_rabbitmqctl("eval", f"sys:resume({server}).")
         await made.publisher.wait_connected()
         await made.put(timeout_sec=15)
@@ -769,6 +814,31 @@ async def test_an_alarm_blocks_publishers_but_not_consumers(
         await other.put(queue=FILLED, timeout_sec=15)
 
 
+async def test_one_refused_message_is_enough_to_replace_the_connection(
+    private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service may send the next message to the queue only minutes later."""
+    monkeypatch.setattr(publisher, "REFUSED_SEC", 0.2)
+    policy = '{"max-length": 1, "overflow": "reject-publish"}'
+    await private.run_rabbitmqctl("set_policy", "--apply-to", "queues", "limit", f"^{QUEUE.name}$", policy)
+    try:
+        async with connected(private.url) as made:
+
+            async def is_refused() -> bool:
+                try:
+                    await made.put()
+                except Disconnected:
+                    return True
+                return False
+
+            await wait_until(is_refused)
+            channel = made.publisher._channel
+            await wait_until(lambda: made.publisher._channel not in (channel, None))
+    finally:
+        await private.run_rabbitmqctl("clear_policy", "limit")
+    await private.run_rabbitmqctl("purge_queue", QUEUE.name)
+
+
 @pytest.mark.parametrize("together", [False, True])
 async def test_a_channel_that_only_nacks_is_replaced(
     private: PrivateRabbitMQ, connected: Connected, monkeypatch: pytest.MonkeyPatch, together: bool
@@ -782,6 +852,7 @@ async def test_a_channel_that_only_nacks_is_replaced(
 
             async def refused() -> bool:
                 with contextlib.suppress(Disconnected):
+                    await made.put(queue=FILLED)  # the confirm of another queue is no reason to stay
                     if together:
                         return await made.publisher.publish_all("", outgoing(1)) == 0
                     await made.put()
@@ -877,6 +948,34 @@ async def test_connections_have_names_on_the_server(private: PrivateRabbitMQ, co
     assert "test-replies" in listed
 
 
+@pytest.mark.parametrize(("nodes", "limits"), [(1, [5, 10, 10, 5, 10]), (2, [2, 2, 4, 4, 8, 2, 2])])
+async def test_attempts_get_more_time_until_one_succeeds(
+    nodes: int, limits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that is too busy to connect within the usual limit."""
+    attempts: list[float] = []
+    succeeding = len(limits) - 2
+    done = asyncio.Event()
+
+    async def connect(node_url: str, name: str, timeout_sec: float) -> aio_pika.Connection:
+        attempts.append(timeout_sec)
+        if len(attempts) == succeeding:
+            return aio_pika.Connection(aio_pika.connection.make_url(node_url))
+        if len(attempts) == len(limits):
+            done.set()
+        raise Disconnected("no answer") from TimeoutError()
+
+    async def end(_: AbstractConnection) -> None:
+        raise Disconnected("lost")
+
+    monkeypatch.setattr(connection, "_connect_to_node", connect)
+    monkeypatch.setattr(connection, "MAX_BACKOFF_SEC", 0.0)
+    url = ",".join(f"amqp://node-{number}.test" for number in range(nodes))
+    async with background_tasks(run_with_reconnect(url, "test", end)):
+        await done.wait()
+    assert attempts == limits
+
+
 @pytest.mark.parametrize("silent", [False, True], ids=["answering", "silent"])
 async def test_cancellation_closes_the_connections_in_bounded_time(amqp_proxy: TcpProxy, silent: bool) -> None:
     made = Bus(amqp_proxy.url)
@@ -960,3 +1059,29 @@ async def test_lost_connections_are_measured(amqp_proxy: TcpProxy, proxied_bus: 
     amqp_proxy.reset()
     await wait_until(lambda: sample("broker_rabbitmq_disconnects_total", connection="test-publish") == before + 1)
     await wait_until(lambda: sample("broker_rabbitmq_connected", connection="test-publish") == 1)
+
+
+@given(
+    exchange=some.sampled_from(["events", ""]),
+    routing_key=some.sampled_from(["sandbox.allocated", "k" * 200]),
+    body=some.binary(min_size=1, max_size=600),
+    message_id=some.text(some.characters(codec="ascii"), min_size=1, max_size=255),
+    hidden=some.sampled_from([None, "newest"]),
+    channel=some.integers(1, 2000),
+)
+def test_the_frames_of_a_message_are_those_of_the_library(
+    exchange: str, routing_key: str, body: bytes, message_id: str, hidden: str | None, channel: int
+) -> None:
+    message = OutboundMessage(routing_key, body, message_id, "text/plain", hidden_routing_key=hidden)
+    properties = Basic.Properties(
+        content_type="text/plain",
+        delivery_mode=2,
+        message_id=message_id,
+        headers={"BCC": [hidden]} if hidden else None,
+    )
+    expected = (
+        Basic.Publish(exchange=exchange, routing_key=routing_key),
+        ContentHeader(properties=properties, body_size=len(body)),
+        ContentBody(body),
+    )
+    assert message.frames(exchange, channel) == b"".join(frame.marshal(part, channel) for part in expected)

@@ -16,11 +16,14 @@ from sqlalchemy import text
 from devstack.conditions import wait_until
 from devstack.ports import free_port
 from devstack.testing import NewVhost
+from sandbox_broker.contract import topology
 from sandbox_broker.database import connections, primary
 from sandbox_broker.database.primary import Primary
 from sandbox_broker.messaging import connection
+from sandbox_broker.messaging import publisher as publisher_module
 from sandbox_broker.messaging.connection import Disconnected, open_connection
 from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.messaging.rpc_client import RpcClient
 from sandbox_broker.runtime import preflight
 
 from .shared_harness import (
@@ -95,6 +98,57 @@ async def test_a_connection_moves_to_another_node(clean_queues: str, proxies: li
             used.resume()
 
 
+async def test_all_connections_move_to_the_node_that_confirms_messages(
+    proxies: list[TcpProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like the clients of a node of RabbitMQ 4 without a majority, which confirms nothing and closes nothing."""
+    monkeypatch.setattr(connection, "NEXT_NODE_SEC", 60)  # a slow node is not passed over
+    monkeypatch.setattr(connection, "CONNECT_TIMEOUT_SEC", 1)
+    monkeypatch.setattr(connection, "HEARTBEAT_SEC", 600)
+    monkeypatch.setattr(publisher_module, "SILENT_SEC", 0.2)
+    url = ",".join(proxy.url for proxy in proxies)
+    nodes = connection._nodes_of(url)
+    publisher = Publisher(url, "test")
+    rpc_client = RpcClient(url, "test", publisher)
+
+    async def is_confirmed() -> bool:
+        try:
+            await publisher.publish("", topology.SYNC_TICKS.name, b"{}")
+        except Disconnected:
+            return False
+        return True
+
+    async with background_tasks(publisher.run(), rpc_client.run()):
+        await wait_until(lambda: rpc_client.connected)
+        assert await is_confirmed()
+        (used,) = set(nodes.connections.values())
+        (silent,) = (proxy for proxy in proxies if proxy.url == used)
+        silent.pause()
+        await wait_until(is_confirmed)
+        await wait_until(lambda: rpc_client.connected and used not in nodes.connections.values())
+        assert len(nodes.connections) == 2
+        silent.resume()
+
+
+async def test_a_connection_to_another_node_follows_the_publisher(
+    proxies: list[TcpProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "NEXT_NODE_SEC", 60)
+    url = ",".join(proxy.url for proxy in proxies)
+    nodes = connection._nodes_of(url)
+    publisher = Publisher(url, "test")
+    rpc_client = RpcClient(url, "test", publisher)
+    async with background_tasks(rpc_client.run()):
+        await wait_until(lambda: nodes.connections)
+        (first,) = nodes.connections.values()
+        nodes.try_last(first)
+        async with background_tasks(publisher.run()):
+            await wait_until(lambda: rpc_client.connected)
+            assert len(set(nodes.connections.values())) == 2
+            await publisher.publish("", topology.SYNC_TICKS.name, b"{}")
+            await wait_until(lambda: rpc_client.connected and first not in nodes.connections.values())
+
+
 async def test_connections_spread_over_the_nodes(proxies: list[TcpProxy]) -> None:
     url = ",".join(proxy.url for proxy in proxies)
     used = set()
@@ -111,7 +165,7 @@ async def test_no_node_answers(clean_queues: str) -> None:
         async with open_connection(url):
             pass
     with pytest.raises(Disconnected):
-        await connection._connect_to_any(url, "test")
+        await connection._connect_to_any(connection._Nodes(url), "test", timeout_sec=5)
 
 
 async def test_a_refusal_takes_precedence_over_a_node_that_is_down(clean_queues: str) -> None:

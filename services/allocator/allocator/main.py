@@ -6,6 +6,7 @@ from starlette.applications import Starlette
 
 from allocator.background.dead_letter_collector import DeadLetterCollector
 from allocator.background.invariant_check import check_invariants
+from allocator.background.node_check import check_node_periodically
 from allocator.background.outbox_relay import OutboxRelay
 from allocator.background.pool_history import PoolHistory
 from allocator.background.pool_metrics import PoolMetrics
@@ -70,6 +71,7 @@ def create_app(settings: Settings) -> Starlette:
             collector.run,
             relay.run,
             waiting_line_watch.run,
+            partial(check_node_periodically, publisher),
             presence.run,
             partial(run_when_checked, presence, maintenance),
             partial(run_when_checked, presence, students),

@@ -30,6 +30,8 @@ PROBE_TIMEOUT_WHEN_DOWN_SEC = 1.0
 """Probe timeout while the allocator is considered down."""
 PROBE_TIMEOUT_WHEN_UP_SEC = 3.0
 """Probe timeout while the allocator is considered up. It is longer: a failed probe fails all pending requests."""
+TIMER_SEC = 0.001
+"""Precision of the timers of uvloop."""
 
 _PENDING_REPLY = "gateway.pending_reply"
 
@@ -57,6 +59,9 @@ class AllocatorClient:
         self._queued: deque[_PendingRequest] = deque()
         self._wake = asyncio.Event()
         self._in_flight: set[_PendingRequest] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        """Timer of all requests in flight, at the earliest of their deadlines or before."""
+        self._timer_at = float("inf")
         self._present = False
         self._probe: asyncio.Task[None] | None = None
 
@@ -80,7 +85,8 @@ class AllocatorClient:
             raise ServiceUnavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
         pending = _PendingRequest(command, loop.time() + timeout_sec, loop.create_future())
-        timer = loop.call_at(pending.deadline, _expire, pending)
+        if pending.deadline < self._timer_at:
+            self._set_timer(pending.deadline)
         if scope is not None:
             scope[_PENDING_REPLY] = pending.reply
         self._in_flight.add(pending)
@@ -95,9 +101,26 @@ class AllocatorClient:
         except ValueError as error:
             raise UnexpectedReply(str(error)) from error
         finally:
-            timer.cancel()
             self._in_flight.discard(pending)
         return read_reply(command, reply)
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = asyncio.get_running_loop().call_at(at, self._expire_overdue)
+
+    def _expire_overdue(self) -> None:
+        """Expire overdue requests, and set the timer for the next one. One timer for all requests costs less than a
+        timer for each, because few requests last until their deadline."""
+        self._timer, self._timer_at = None, float("inf")
+        now = asyncio.get_running_loop().time() + TIMER_SEC
+        waiting = [pending for pending in self._in_flight if not pending.reply.done()]
+        for pending in waiting:
+            if pending.deadline <= now:
+                pending.reply.set_exception(TimeoutError("no reply in time"))
+        if later := [pending.deadline for pending in waiting if pending.deadline > now]:
+            self._set_timer(min(later))
 
     async def run(self) -> None:
         """Publish queued requests until cancelled."""
@@ -166,11 +189,6 @@ def cancel_pending(scope: Scope) -> None:
     reply: asyncio.Future[Reply] | None = scope.get(_PENDING_REPLY)
     if reply is not None and not reply.done():
         reply.set_exception(ClientDisconnected())
-
-
-def _expire(pending: _PendingRequest) -> None:
-    if not pending.reply.done():
-        pending.reply.set_exception(TimeoutError("no reply in time"))
 
 
 def _deliver_replies(batch: Sequence[_PendingRequest], replies: asyncio.Future[tuple[Reply, ...]]) -> None:

@@ -1,5 +1,5 @@
-"""All dependencies on aiormq's internals: how a channel counts, confirms and writes messages, and how long a
-connection may be silent.
+"""All dependencies on aiormq's internals: how a channel counts, confirms and writes messages, how long a connection
+may be silent, and how it is dropped.
 
 shared/pyproject.toml bounds the version of aiormq, and shared/tests/test_aiormq_internals.py fails if one of these
 internals changes.
@@ -7,6 +7,7 @@ internals changes.
 
 import asyncio
 
+from aio_pika.abc import AbstractConnection
 from aiormq.abc import ChannelFrame
 from aiormq.channel import Channel
 from aiormq.connection import Connection
@@ -21,6 +22,13 @@ def limit_silence() -> None:
     """Set HEARTBEAT_GRACE for new connections of this process."""
     # aiormq has no argument for it. It declares an integer, but only multiplies with it.
     Connection.HEARTBEAT_GRACE_MULTIPLIER = HEARTBEAT_GRACE  # type: ignore[assignment]
+
+
+def drop(connection: AbstractConnection) -> None:
+    """End the connection without waiting for RabbitMQ, like aiormq after a missed heartbeat."""
+    underlying = None if connection.transport is None else connection.transport.connection
+    if isinstance(underlying, Connection):
+        underlying._reader_task.cancel()
 
 
 def is_blocked(channel: Channel) -> bool:
@@ -39,7 +47,7 @@ async def write_publishes(channel: Channel, frames: bytes, count: int) -> list[a
         try:
             # Blocks while the write queue is full, for example when an alarm blocks the writer.
             await channel.write_queue.put(ChannelFrame(frames, should_close=False))
-        except BaseException:  # not sent, so RabbitMQ has not counted these messages
+        except BaseException:  # also after a cancellation: not sent, so RabbitMQ has not counted these messages
             channel.delivery_tag = before
             for tag in confirms:
                 channel.confirmations.pop(tag, None)

@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cache
 
 import structlog
 from aio_pika import Connection
@@ -24,7 +25,7 @@ from aiormq.exceptions import (
 )
 
 from sandbox_broker.contract import topology
-from sandbox_broker.messaging.aiormq_internals import limit_silence
+from sandbox_broker.messaging.aiormq_internals import drop, limit_silence
 from sandbox_broker.observability import metrics
 from sandbox_broker.runtime.server_urls import amqp_host, split_amqp_urls
 
@@ -32,6 +33,9 @@ HEARTBEAT_SEC = 5
 CONNECT_TIMEOUT_SEC = 5.0
 NODE_TIMEOUT_SEC = 2.0
 """Time limit of one node of several, because a frozen node or a silent address does not answer."""
+MAX_CONNECT_TIMEOUT_SEC = 10.0
+"""Both limits double up to this after each attempt that timed out. On an overloaded machine no shorter attempt may
+ever succeed, and each takes processor time from the others."""
 NEXT_NODE_SEC = 0.5
 """Time after which the next node is tried as well. A silent node delays a connection by this."""
 MIN_BACKOFF_SEC = 0.1
@@ -77,23 +81,32 @@ async def run_with_reconnect(url: str, name: str, session: Callable[[AbstractCon
     """
     limit_silence()
     loop = asyncio.get_running_loop()
+    nodes = _nodes_of(url)
     metrics.CONNECTED.labels(name).set(0)
-    pause = MIN_BACKOFF_SEC
+    pause, timeout_sec = MIN_BACKOFF_SEC, nodes.timeout_sec
     while True:
         began = loop.time()
         try:
-            connection = await _connect_to_any(url, name)
+            connection, node = await _connect_to_any(nodes, name, timeout_sec)
+            timeout_sec = nodes.timeout_sec
+            nodes.connections[connection] = node
             try:
                 log.info("rabbitmq.connected", connection=name)
                 metrics.CONNECTED.labels(name).set(1)
                 await session(connection)
+            except Disconnected:
+                nodes.try_last(node)
+                raise
             finally:
+                del nodes.connections[connection]
                 metrics.CONNECTED.labels(name).set(0)
                 await _close(connection)
             log.info("rabbitmq.session_ended", connection=name)
         except Disconnected as error:
             metrics.DISCONNECTS.labels(name).inc()
             log.warning("rabbitmq.disconnected", connection=name, error=str(error))
+            if isinstance(error.__cause__, TimeoutError):
+                timeout_sec = min(2 * timeout_sec, MAX_CONNECT_TIMEOUT_SEC)
         if (task := asyncio.current_task()) is not None and task.cancelling():
             raise asyncio.CancelledError  # because wait_for of Python 3.11 in the client library can swallow it
         pause = MIN_BACKOFF_SEC if loop.time() - began > MAX_BACKOFF_SEC else min(2 * pause, MAX_BACKOFF_SEC)
@@ -123,32 +136,79 @@ async def open_connection(url: str, *, timeout: float | None = None) -> AsyncIte
     raise next((error for error in errors if isinstance(error, REFUSALS)), errors[-1])
 
 
-async def _connect_to_any(url: str, name: str) -> Connection:
-    """Connect to the first node that answers. The nodes are tried in random order, the next one NEXT_NODE_SEC after
-    the previous one, or as soon as it has failed. Raises Disconnected if no node answers."""
-    waiting = _nodes_in_random_order(url, CONNECT_TIMEOUT_SEC)
+def leave_other_nodes(url: str, connection: AbstractConnection) -> None:
+    """End all connections of this process that use another node of `url` than `connection`, that of its publisher.
+
+    A node of RabbitMQ 4 that is cut off from the other nodes keeps its clients. Their consumers get no message
+    there, and only a publisher can notice it, because the node confirms no message to a quorum queue.
+    """
+    nodes = _nodes_of(url)
+    kept = nodes.connections[connection]
+    left = [other for other, node in nodes.connections.items() if node != kept]
+    if left:
+        log.info("rabbitmq.nodes_left", connections=len(left))
+        nodes.try_first(kept)
+    for other in left:
+        drop(other)
+
+
+class _Nodes:
+    """Nodes of an AMQP_URL, and the open connections of this process to them.
+
+    All connections of a process try the nodes in the same order, so that they use the same node and the process
+    depends on one node only. The order is random, so that the processes spread over the nodes.
+    """
+
+    def __init__(self, url: str) -> None:
+        nodes = split_amqp_urls(url)
+        self.order = random.sample(nodes, len(nodes))
+        self.timeout_sec = CONNECT_TIMEOUT_SEC if len(nodes) == 1 else NODE_TIMEOUT_SEC
+        self.connections: dict[AbstractConnection, str] = {}
+
+    def try_first(self, node: str) -> None:
+        self.order.remove(node)
+        self.order.insert(0, node)
+
+    def try_last(self, node: str) -> None:
+        self.order.remove(node)
+        self.order.append(node)
+
+
+@cache
+def _nodes_of(url: str) -> _Nodes:
+    return _Nodes(url)
+
+
+async def _connect_to_any(nodes: _Nodes, name: str, timeout_sec: float) -> tuple[Connection, str]:
+    """Connect to the first node that answers. Return the connection and the node's URL. The next node is tried
+    NEXT_NODE_SEC after the previous one, or as soon as it has failed. Raises Disconnected if no node answers within
+    `timeout_sec`."""
+    waiting = list(reversed(nodes.order))
     attempts: dict[asyncio.Task[Connection], str] = {}
     try:
         while True:
             if waiting:
-                node_url, timeout_sec = waiting.pop()
+                node_url = waiting.pop()
                 attempts[asyncio.create_task(_connect_to_node(node_url, name, timeout_sec))] = node_url
             pause_sec = NEXT_NODE_SEC if waiting else None
             ended, _ = await asyncio.wait(attempts, timeout=pause_sec, return_when=asyncio.FIRST_COMPLETED)
             for attempt in sorted(ended, key=lambda task: task.exception() is not None):
                 error = attempt.exception()
+                node_url = attempts.pop(attempt)
                 if error is None:
-                    del attempts[attempt]
-                    return attempt.result()
-                node = str(amqp_host(attempts.pop(attempt)))
+                    for slower in attempts.values():
+                        nodes.try_last(slower)
+                    return attempt.result(), node_url
+                nodes.try_last(node_url)
                 if not isinstance(error, Disconnected) or not (attempts or waiting):
                     raise error
+                node = str(amqp_host(node_url))
                 log.info("rabbitmq.node_skipped", connection=name, node=node, error=str(error))
     finally:
         await _abandon(attempts)
 
 
-async def _connect_to_node(node_url: str, name: str, timeout_sec: float | None) -> Connection:
+async def _connect_to_node(node_url: str, name: str, timeout_sec: float) -> Connection:
     connection = Connection(
         make_url(node_url, heartbeat=HEARTBEAT_SEC), client_properties={"connection_name": name}
     )
@@ -178,10 +238,10 @@ def _nodes_in_random_order(url: str, timeout_sec: float | None) -> list[tuple[st
     return [(node, timeout_sec) for node in random.sample(nodes, len(nodes))]
 
 
-async def _connect(connection: Connection, timeout_sec: float | None) -> None:
+async def _connect(connection: Connection, timeout_sec: float) -> None:
     with translating_errors():
         await connection.connect(timeout_sec)
-        async with asyncio.timeout(CONNECT_TIMEOUT_SEC):
+        async with asyncio.timeout(max(timeout_sec, CONNECT_TIMEOUT_SEC)):
             await _declare_if_missing(connection)
 
 
@@ -204,7 +264,7 @@ async def declare(connection: AbstractConnection) -> None:
         log.warning("rabbitmq.not_declared", error=str(error), action="run python -m sandbox_broker.declare")
 
 
-async def _close(connection: Connection) -> None:
+async def _close(connection: AbstractConnection) -> None:
     """Close the connection, even if it was never opened or is lost. Otherwise aio-pika closes it in `__del__`,
     which needs an event loop and may run without one."""
     with suppress(Disconnected), translating_errors():

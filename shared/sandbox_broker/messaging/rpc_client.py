@@ -19,7 +19,7 @@ from sandbox_broker.contract.replies import Reply
 from sandbox_broker.messaging.connection import Disconnected, open_channel, run_with_reconnect, translating_errors
 from sandbox_broker.messaging.outcome import NoReply, ServiceUnavailable, UnexpectedReply, read_reply
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher, Unroutable
-from sandbox_broker.messaging.subscription import PUBLISHED_AT
+from sandbox_broker.messaging.subscription import PUBLISHED_AT, SUBSCRIBE_TIMEOUT_SEC
 from sandbox_broker.observability import log_context, tracing
 
 
@@ -47,7 +47,10 @@ class RpcClient:
 
     async def _session(self, connection: AbstractConnection) -> None:
         with translating_errors():
-            channel = await open_channel(connection, confirms=False)
+            async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):  # a node without a majority declares no queue
+                channel = await open_channel(connection, confirms=False)
+                queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
+                await channel.queue_bind(queue, topology.REPLIES.name, routing_key=queue)
             lost = channel.closing
 
             def cancelled(_: object) -> None:
@@ -55,8 +58,6 @@ class RpcClient:
                     lost.set_exception(Disconnected("the reply queue was deleted"))
 
             channel.on_consumer_cancel_callbacks.add(cancelled)
-            queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
-            await channel.queue_bind(queue, topology.REPLIES.name, routing_key=queue)
             await channel.basic_consume(queue, self._answered, no_ack=True)
             self._reply_queue = queue
             self._connected.set()

@@ -15,12 +15,13 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 from aiormq.channel import Channel
 from aiormq.exceptions import ChannelNotFoundEntity
+from orjson import JSONEncodeError
 from pamqp.commands import Basic
 
 from sandbox_broker.contract import topology
-from sandbox_broker.contract.codec import InvalidCommand, ReplyEnvelope, decode_commands, request_ids_in
+from sandbox_broker.contract.codec import InvalidCommand, decode_commands, encode_replies, request_ids_in
 from sandbox_broker.contract.commands import Command
-from sandbox_broker.contract.replies import Reply
+from sandbox_broker.contract.replies import Reply, refuse
 from sandbox_broker.messaging.connection import Disconnected, declare, open_channel, translating_errors
 from sandbox_broker.messaging.publisher import PUBLISH_TIMEOUT_SEC, Publisher
 from sandbox_broker.observability import log_context, metrics
@@ -35,6 +36,9 @@ REPLY_PAUSE_SEC = 0.1
 REPLY_CONFIRM_SEC = 1.0
 """Time limit for the confirm of a sent reply. RabbitMQ 4.3 confirms none to a reply queue on a lost node, and the
 requesters of the next batch would wait meanwhile."""
+
+NOT_ENCODED = refuse("INTERNAL_ERROR")
+"""Sent instead of a reply that cannot be encoded. Its command was carried out, so a retry finds it done."""
 
 PUBLISHED_AT = "published_at"
 """Header with the time of publication in Unix milliseconds, by the clock of the publisher."""
@@ -148,13 +152,33 @@ def _tag(delivery: DeliveredMessage) -> int:
     return tag
 
 
+def _encode_or_refuse(replies: Sequence[Reply]) -> bytes:
+    """Return the body of a reply message, with NOT_ENCODED for each reply that cannot be encoded.
+
+    An exception would end the consumer before its acknowledgement, and again with each redelivery.
+    """
+    try:
+        return encode_replies(replies)
+    except JSONEncodeError:
+        return encode_replies([reply if _is_encodable(reply) else NOT_ENCODED for reply in replies])
+
+
+def _is_encodable(reply: Reply) -> bool:
+    try:
+        encode_replies([reply])
+    except JSONEncodeError as error:
+        log.error("reply.not_encoded", reply=reply.type, error=str(error))
+        return False
+    return True
+
+
 async def publish_replies(publisher: Publisher, delivery: DeliveredMessage, replies: Sequence[Reply]) -> None:
     """Publish the replies; retry for REPLY_RETRY_SEC after a disconnect. A requester that has gone is not an
     error. Requesters drop duplicate replies. A reply without a confirm may have arrived."""
     request = delivery.header.properties
     if not request.reply_to:
         return None
-    body = ReplyEnvelope(replies=tuple(replies)).model_dump_json().encode()
+    body = _encode_or_refuse(replies)
     properties = Basic.Properties(content_type="application/json", correlation_id=request.correlation_id)
     try:
         async with asyncio.timeout(REPLY_RETRY_SEC):

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from allocator import metrics
 from sandbox_broker.database import connections
 from sandbox_broker.messaging.connection import open_channel, run_with_reconnect, translating_errors
+from sandbox_broker.messaging.subscription import SUBSCRIBE_TIMEOUT_SEC
 from sandbox_broker.runtime.service import run_uninterrupted
 
 REPORT_SEC = 0.5
@@ -98,7 +99,8 @@ class Presence:
         with translating_errors():
             channel = await open_channel(connection, confirms=False)
             try:
-                queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
+                async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):  # a node without a majority declares no queue
+                    queue = (await channel.queue_declare(exclusive=True, auto_delete=True)).queue or ""
             except ChannelAccessRefused as error:
                 log.warning("presence.not_permitted", error=str(error))
                 self._checked.set()
