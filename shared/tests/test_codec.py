@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 import pytest
+from asyncpg.pgproto import pgproto
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sandbox_broker.contract.codec import (
@@ -15,6 +16,7 @@ from sandbox_broker.contract.codec import (
     ReplyEnvelope,
     decode_commands,
     encode_commands,
+    encode_replies,
 )
 from sandbox_broker.contract.commands import (
     AllocateSandbox,
@@ -298,8 +300,18 @@ def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
 
 @pytest.mark.parametrize("reply", REPLIES, ids=repr)
 def test_a_reply_arrives_as_it_was_sent(reply: Reply) -> None:
-    body = ReplyEnvelope(replies=(reply,)).model_dump_json()
+    body = encode_replies([reply])
     assert ReplyEnvelope.model_validate_json(body).replies == (reply,)
+    assert json.loads(body) == json.loads(ReplyEnvelope(replies=(reply,)).model_dump_json())
+
+
+def test_an_id_of_asyncpg_is_encoded() -> None:
+    number = pgproto.UUID(str(RUN))
+    assert decode_commands(encode_commands([CleanUpNow(request_id="r", job_id=number)])) == [
+        CleanUpNow(request_id="r", job_id=RUN)
+    ]
+    reply = DeadLetterReplayed(dead_letter_id=number, queue="q", published=True, skipped=0)
+    assert ReplyEnvelope.model_validate_json(encode_replies([reply])).replies == (reply,)
 
 
 def test_commands_keep_their_order() -> None:
@@ -381,8 +393,10 @@ def test_a_body_without_an_envelope_is_refused(body: bytes) -> None:
 def test_an_envelope_has_a_maximum_number_of_commands() -> None:
     full = [BeginListing()] * MAX_ENVELOPE
     assert decode_commands(encode_commands(full)) == full
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValueError, match="201 commands"):
         encode_commands([*full, BeginListing()])
+    with pytest.raises(ValueError, match="0 commands"):
+        encode_commands([])
     with pytest.raises(InvalidEnvelope):
         decode_commands(envelope(*[{"type": "BeginListing"}] * (MAX_ENVELOPE + 1)))
 
@@ -431,11 +445,14 @@ def test_an_event_has_the_format_of_cloudevents() -> None:
 
 def test_encode_event_writes_the_same_json_as_the_model() -> None:
     moment = datetime(2025, 3, 27, 16, 53, 47, 605459, tzinfo=UTC)
-    for subject in ('7"\\', None):
+    for subject, resume_after in (('7"\\', None), (None, 12)):
         event_id, data = "b6d1a9a0-27a4-4a24-93d5-6c3d5e4f1a11", '{"name": "läb", "n": null}'
-        body = encode_event(event_id, "sandbox.deleted", subject, moment, data, sequence=17)
+        body = encode_event(
+            event_id, "sandbox.deleted", subject, moment, data, sequence=17, resume_after=resume_after
+        )
         event = Event.model_validate_json(body)
         assert (event.subject, event.time, event.sequence) == (subject, moment, "17")
+        assert event.resumeafter == (resume_after and str(resume_after))
         assert event.data == {"name": "läb", "n": None}
         assert json.loads(body) == json.loads(event.model_dump_json(exclude_none=True)) | {
             "time": "2025-03-27T16:53:47.605459+00:00"
@@ -455,7 +472,7 @@ class PreviousRefused(BaseModel):
 
 def test_the_previous_version_reads_a_refusal_with_its_facts() -> None:
     refusal = refuse("POOL_EXHAUSTED", cause="name_prefix", name_prefix="lab-")
-    (raw,) = json.loads(ReplyEnvelope(replies=(refusal,)).model_dump_json())["replies"]
+    (raw,) = json.loads(encode_replies([refusal]))["replies"]
     read = PreviousRefused.model_validate(raw)
     assert (read.code, read.message) == ("POOL_EXHAUSTED", "POOL_EXHAUSTED (cause: name_prefix, name_prefix: lab-)")
     assert PreviousRefused.model_validate(refuse("POOL_EXHAUSTED").model_dump()).message == "POOL_EXHAUSTED"

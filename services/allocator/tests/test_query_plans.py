@@ -47,7 +47,7 @@ STATEMENTS = {
     "load": (waiting.LOAD, "1"),
     "coming": (waiting.COMING, "1"),
     "leave": (waiting.LEAVE, "1, ARRAY['holder'], 'left'"),
-    "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute'"),
+    "end overdue": (waiting.END_OVERDUE, "1, interval '1 minute', ARRAY['student']"),
     "end play": (leases.END_PLAYS, "1, ARRAY[0], ARRAY['holder'], ARRAY[0], ARRAY['request'], ARRAY[NULL::text]"),
     "ended lease": (leases.HOLDERS_WITH_ENDED_LEASE, "1, ARRAY['holder']"),
     "claim": (lease_changes.CLAIM, "1, '1', 'holder', 'new holder', 14400, 'request', NULL, '\\x00', NULL"),

@@ -37,6 +37,8 @@ class StreamedEvent:
     type: str
     body: str
     """The CloudEvent as JSON."""
+    resume_after: str | None = None
+    """Smaller number for an event that has overtaken others: a client that continues after it misses none."""
 
 
 class EventStream:
@@ -121,7 +123,9 @@ class EventFeed:
 
     async def _session(self, connection: AbstractConnection) -> None:
         with translating_errors():
-            channel = await open_channel(connection, confirms=False)
+            async with asyncio.timeout(SUBSCRIBE_TIMEOUT_SEC):  # a node without a majority declares no queue
+                channel = await open_channel(connection, confirms=False)
+                declared = await channel.queue_declare(exclusive=True, auto_delete=True, arguments=QUEUE_ARGUMENTS)
             lost = channel.closing
 
             def cancelled(_: object) -> None:
@@ -129,7 +133,6 @@ class EventFeed:
                     lost.set_exception(Disconnected("the queue of the events was deleted"))
 
             channel.on_consumer_cancel_callbacks.add(cancelled)
-            declared = await channel.queue_declare(exclusive=True, auto_delete=True, arguments=QUEUE_ARGUMENTS)
             queue = declared.queue or ""
             await channel.basic_consume(queue, self._deliver, no_ack=True)
             try:
@@ -152,7 +155,9 @@ class EventFeed:
             return
         try:
             event = orjson.loads(delivery.body)
-            streamed = StreamedEvent(event.get("sequence"), event["type"], delivery.body.decode())
+            streamed = StreamedEvent(
+                event.get("sequence"), event["type"], delivery.body.decode(), event.get("resumeafter")
+            )
         except (ValueError, KeyError, AttributeError) as error:
             log.warning("event.unreadable", error=repr(error))
             return

@@ -88,6 +88,9 @@ async def test_events_arrive_while_a_stream_is_open(clean_queues: str) -> None:
         await publish(clean_queues, b'{"type": "sandbox.deleted", "sequence": "8"}')
         event = await first.next(5)
         assert event == StreamedEvent("8", "sandbox.deleted", '{"type": "sandbox.deleted", "sequence": "8"}')
+        overtaking = '{"type": "sandbox.allocated", "sequence": "9", "resumeafter": "3"}'
+        await publish(clean_queues, overtaking.encode())
+        assert await first.next(5) == StreamedEvent("9", "sandbox.allocated", overtaking, "3")
         feed.close_stream(first)
         await wait_until(lambda: not feed._subscribed.is_set())
         second = feed.open_stream()

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from sandbox_broker.contract.commands import AnyCommand, Command
 from sandbox_broker.contract.replies import Reply
@@ -49,7 +50,30 @@ class InvalidCommand(ValueError):
 
 
 def encode_commands(commands: Sequence[Command]) -> bytes:
-    return Envelope.model_validate({"commands": commands}).model_dump_json(exclude_none=True).encode()
+    """Return an envelope of at most MAX_ENVELOPE commands. Fields that are None are left out.
+
+    Neither this function nor `encode_replies` validates the messages again, because models have valid fields. With
+    pydantic, an envelope takes twice as long.
+    """
+    if not 1 <= len(commands) <= MAX_ENVELOPE:
+        raise ValueError(f"{len(commands)} commands in an envelope, not 1 to {MAX_ENVELOPE}")
+    return orjson.dumps({"commands": commands}, default=_present_fields)
+
+
+def _present_fields(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {name: field for name, field in vars(value).items() if field is not None}
+    return to_jsonable_python(value)
+
+
+def encode_replies(replies: Sequence[Reply]) -> bytes:
+    """Return the body of a reply message."""
+    return orjson.dumps({"replies": replies}, default=_all_fields)
+
+
+def _all_fields(value: Any) -> Any:
+    # orjson knows no subclasses of UUID, such as that of asyncpg.
+    return vars(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
 
 
 def request_ids_in(body: bytes) -> list[str]:

@@ -37,12 +37,16 @@ EventType = Literal[
     "access.remains",
 ]
 
+SYNC_EVENT_TYPES = ("sandbox.discovered", "sandbox.restored", "sandbox.stale", "sync.completed")
+"""Types of the events that a sync writes, perhaps 100,000 at once. Other events may overtake them."""
+
 
 class Event(BaseModel):
     """A CloudEvent. `id` stays the same when the event is published again. `subject` is the sandbox id, if any.
 
     `sequence` is a decimal number, the CloudEvents extension of this name. Among the events of a sandbox it rises.
-    An allocator of an earlier version sends none.
+    An allocator of an earlier version sends none. `resumeafter` is a smaller number, on an event that overtakes
+    events of a sync: all events up to this number have been published before.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -54,6 +58,7 @@ class Event(BaseModel):
     subject: str | None = None
     time: datetime
     sequence: str | None = None
+    resumeafter: str | None = None
     datacontenttype: Literal["application/json"] = "application/json"
     data: dict[str, Any]
 
@@ -62,7 +67,14 @@ EVENT_CONTENT_TYPE = "application/cloudevents+json"
 
 
 def encode_event(  # not through Event, because this takes a tenth of the time and runs for every lease
-    event_id: str, event_type: str, subject: str | None, time: datetime, data: str, *, sequence: int
+    event_id: str,
+    event_type: str,
+    subject: str | None,
+    time: datetime,
+    data: str,
+    *,
+    sequence: int,
+    resume_after: int | None = None,
 ) -> bytes:
     """Return the event as JSON. `data` is encoded JSON."""
     attributes = {
@@ -76,4 +88,6 @@ def encode_event(  # not through Event, because this takes a tenth of the time a
     }
     if subject is not None:
         attributes["subject"] = subject
+    if resume_after is not None:
+        attributes["resumeafter"] = str(resume_after)
     return orjson.dumps(attributes | {"data": orjson.Fragment(data)})

@@ -32,6 +32,10 @@ PrintableAscii = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pa
 
 SandboxId = PrintableAscii
 
+PSEUDONYM_PREFIX = "forgotten-"
+"""Beginning of every pseudonym of a student. The gateway accepts no student id that begins with it, because the
+allocator does not replace such an id by a pseudonym."""
+
 StorableText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Text without NUL, because PostgreSQL cannot store it."""
 

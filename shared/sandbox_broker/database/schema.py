@@ -351,15 +351,18 @@ lease_extensions = Table(
     comment="granted extensions, so that each is granted once",
 )
 
+_SYNC_TYPES = "'{sandbox.discovered,sandbox.restored,sandbox.stale,sync.completed}'::text[]"
 outbox = Table(
     "outbox",
     metadata,
     Column("outbox_id", BigInteger, Identity(always=True), primary_key=True),
     Column("event_id", Uuid, nullable=False, server_default=func.gen_random_uuid()),
     Column("type", Text, nullable=False),
-    Column("subject", Text),
+    Column("subject", _Key),
     Column("occurred_at", _Time, nullable=False, server_default=func.now()),
     Column("data", JSONB, nullable=False),
+    Index("outbox_without_syncs", "outbox_id", postgresql_where=text(f"type <> ALL ({_SYNC_TYPES})")),
+    Index("outbox_of_syncs", "subject", postgresql_where=text(f"type = ANY ({_SYNC_TYPES})")),
 )
 
 history = Table(

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import RowMapping, Text, cast, select
+from sqlalchemy import RowMapping, Text, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.event_feed import StreamedEvent
 from gateway.queries.sandboxes import read_connection
 from sandbox_broker.contract.events import encode_event
-from sandbox_broker.database.schema import history
+from sandbox_broker.database.schema import history, outbox
 
 MAX_REPLAYED = 1000
 OVERLAP = 100
@@ -37,6 +37,7 @@ async def read_events_after(engine: AsyncEngine, sequence: int) -> Replay:
             history.c.sandbox_id,
             history.c.occurred_at,
             cast(history.c.data, Text).label("data"),
+            select(func.min(outbox.c.outbox_id) - 1).scalar_subquery().label("published_until"),
         )
         .where(history.c.outbox_id > sequence - OVERLAP, history.c.event_id.is_not(None))
         .order_by(history.c.outbox_id)
@@ -54,4 +55,6 @@ def _to_event(row: RowMapping) -> StreamedEvent:
     body = encode_event(
         row["event_id"], row["type"], row["sandbox_id"], row["occurred_at"], row["data"], sequence=sequence
     )
-    return StreamedEvent(str(sequence), row["type"], body.decode())
+    published_until: int | None = row["published_until"]
+    overtakes = published_until is not None and published_until < sequence
+    return StreamedEvent(str(sequence), row["type"], body.decode(), str(published_until) if overtakes else None)

@@ -31,7 +31,8 @@ LastEventId = Annotated[
 
 _STREAM = {
     "description": "Server-sent events. `data` is a CloudEvent as in docs/asyncapi.json, `event` its type, `id` "
-    "its sequence. The event `gap` says that the stream leaves out events: read the state again.",
+    "its sequence, or `resumeafter` if it has one. The event `gap` says that the stream leaves out events: read "
+    "the state again.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -98,4 +99,4 @@ async def _encode(stream: EventStream, replay: Replay | None) -> AsyncIterator[b
 
 
 def _format(event: StreamedEvent) -> bytes:
-    return format_sse_event(event=event.type, data_str=event.body, id=event.sequence)
+    return format_sse_event(event=event.type, data_str=event.body, id=event.resume_after or event.sequence)

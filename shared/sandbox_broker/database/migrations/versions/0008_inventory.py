@@ -1,10 +1,10 @@
-"""What the administrator sees of a large pool without reading it all: counters, the way to every page, and the
-history of each sandbox.
+"""Figures and pages of a large pool without a scan of it: counters, indexes for each page, and the history of each
+sandbox.
 
-The counters are right whatever statement changes the pool, because triggers log each change with it. They only ever
-insert, so nobody waits for anybody; the relay adds up what they have logged. The indexes of pages are over values
-that no statement of the allocator looks up by ('' || sandbox_id, 0 + lease_id), so that none of its plans can go
-along them.
+The counters are right whatever statement changes the pool, because triggers log each change with it. They only
+insert rows, so no transaction waits for another, and the relay adds the logged changes up. The indexes of pages are
+over expressions that no statement of the allocator uses ('' || sandbox_id, 0 + lease_id), so that its plans cannot
+use them.
 """
 
 from alembic import op
