@@ -17,6 +17,10 @@ MAX_RETRY_SEC = 15
 RETRIES_PER_TTL = 3
 """Repetitions of a student within the time-out of a place, so that one lost request does not lose the place."""
 PLACES_PER_RETRY_SEC = 20
+SHORT_LINE = 50
+"""Places. A line up to this length is looked at with every request."""
+LOOK_PERIOD_SEC = 0.1
+"""Repeated requests in a longer line share a look for available sandboxes."""
 
 WaitEnd = Literal["left", "timed_out", "refused", "play_ended"]
 """left: the student gave up or stopped repeating the request. timed_out: the longest wait is over. refused: the
@@ -66,6 +70,10 @@ class WaitingLine:
         """Places that ended with a sandbox, since the start."""
         self.places: dict[str, Place] = {}
         """Places by holder, in the order of the line."""
+        self.looked_at = float("-inf")
+        """Time of the event loop of the last look for available sandboxes."""
+        self.asked_since: dict[str, AllocateSandbox] = {}
+        """Repeated requests since the last look, by holder. The next look records them. All have a place."""
         self.timed_out: dict[str, float] = {}
         """Holders whose longest wait is over, until their next request, with the time of the event loop at which
         the entry ends. A restart of the allocator loses the entries, and such a student then waits anew."""
@@ -76,6 +84,7 @@ class WaitingLine:
             self.loaded_at = now
         self.epoch = epoch
         self.places = {}
+        self.asked_since = {}
         self.add(places)
 
     def add(self, places: Iterable[tuple[str, Place]]) -> None:
@@ -110,9 +119,16 @@ class WaitingLine:
             (queued if has_rival[prefix] or is_known else direct).append(command)
         return direct, queued
 
+    def shares_last_look(self, now: float) -> bool:
+        """Return whether repeated requests need no look of their own: the line is long, and the last look was a
+        moment ago. The students of a long line repeat their requests all the time, and each look is a transaction.
+        """
+        return len(self.places) > SHORT_LINE and now - self.looked_at < LOOK_PERIOD_SEC
+
     def remove(self, holders: Iterable[str]) -> None:
         for holder in holders:
             self.places.pop(holder, None)
+            self.asked_since.pop(holder, None)
 
     def positions(self, holders: Iterable[str]) -> dict[str, int]:
         """Return the position of each holder among the places that a sandbox of the holder could also fit."""

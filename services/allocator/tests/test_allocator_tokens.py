@@ -25,7 +25,15 @@ from sandbox_broker.contract.commands import (
     RevokeToken,
     SuspendToken,
 )
-from sandbox_broker.contract.replies import LeaseGranted, Recorded, Refused, Reply, TokenLeasesEnded, refuse
+from sandbox_broker.contract.replies import (
+    LeaseGranted,
+    Recorded,
+    Refused,
+    Reply,
+    StudentWaiting,
+    TokenLeasesEnded,
+    refuse,
+)
 from sandbox_broker.contract.tokens import Sender, TokenGrant
 
 from .allocator_harness import RUN, Pool, allocate, granted_lease, refusal_code
@@ -228,6 +236,59 @@ async def test_a_revoked_token_loses_its_place_in_line(pool: Pool) -> None:
     (reply,) = await allocate(session, request(None, "bob", wait_sec=900))
     assert granted_lease(reply).new
     assert await pool.column("SELECT holder FROM waiting") == []
+
+
+@pytest.mark.parametrize(("change", "code"), [("scope", "FORBIDDEN_SCOPE"), ("end", "UNAUTHORIZED")])
+async def test_a_refused_repetition_does_not_change_the_place_in_line(pool: Pool, change: str, code: str) -> None:
+    sender = await pool.token("a", KEY_A, tracks=["a"])
+    session = await pool.write_session()
+    await allocate(session, request(sender, track_name="a", wait_sec=900))
+    before = await pool.rows("SELECT * FROM waiting")
+    if change == "end":
+        await run(await pool.write_session(lane=MAINTENANCE), RevokeToken(request_id="r", name="a"))
+    for wait_sec in (900, 0, None):
+        for prefix in (None, "other-"):
+            repetition = request(
+                sender, track_name="b" if change == "scope" else "a", name_prefix=prefix, wait_sec=wait_sec
+            )
+            (reply,) = await allocate(session, repetition)
+            assert refusal_code(reply) == code
+    assert await pool.rows("SELECT * FROM waiting") == before
+
+
+async def test_a_new_token_with_the_same_name_keeps_the_place_in_line(pool: Pool) -> None:
+    """Both reach the leases of this name, too."""
+    old = await pool.token("a", KEY_A, tracks=["a"])
+    session, maintenance = await pool.write_session(), await pool.write_session(lane=MAINTENANCE)
+    await allocate(session, request(old, track_name="a", wait_sec=900))
+    await allocate(session, request(None, "bob", wait_sec=900))
+    await run(maintenance, RevokeToken(request_id="r", name="a"))
+    new = await pool.token("a", KEY_B, tracks=["a"])
+    (reply,) = await allocate(session, request(new, track_name="a", wait_sec=900))
+    assert isinstance(reply, StudentWaiting)
+    assert reply.position == 1
+    await pool.fill(1)
+    (reply,) = await allocate(session, request(new, track_name="a", wait_sec=900))
+    assert granted_lease(reply).new
+
+
+async def test_a_student_above_the_limit_of_the_token_keeps_the_place_in_line(pool: Pool) -> None:
+    sender = await pool.token("lab", KEY_A, max_active=1)
+    session = await pool.write_session()
+    for holder in ("ann", "bob"):
+        await allocate(session, request(sender, holder, wait_sec=900))
+    await pool.fill(2)
+    free, waits = await allocate(session, request(None, "cid"), request(sender, "bob", wait_sec=900))
+    assert granted_lease(free).new
+    assert isinstance(waits, StudentWaiting)
+    assert await pool.column("SELECT holder FROM leases ORDER BY lease_id") == ["ann", "cid"]
+    sandbox_id = await pool.value("SELECT sandbox_id FROM leases WHERE holder = 'ann'")
+    await leases.release_sandbox(
+        session, [ReleaseSandbox(request_id="r", sandbox_id=sandbox_id, holder="ann", sender=sender)]
+    )
+    await pool.fill(["late-1"])
+    (reply,) = await allocate(session, request(sender, "bob", wait_sec=900))
+    assert granted_lease(reply).name == "late-1"
 
 
 @pytest.mark.parametrize("limit", ["max_active", "max_new_per_hour", "max_rate"])

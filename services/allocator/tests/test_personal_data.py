@@ -111,6 +111,32 @@ async def end_lease(pool: Pool, student: str, days_ago: int, *, note: str | None
     return sandbox_id
 
 
+@pytest.mark.parametrize(
+    ("student", "note", "expected"),
+    [
+        (
+            "ann",
+            "annual check: ann's lab, (ann), joann, ann-2, ann.",
+            "annual check: <>'s lab, (<>), joann, ann-2, <>.",
+        ),
+        ("a.b*c", "a.b*c, axbbc, a.b*c1", "<>, axbbc, a.b*c1"),
+        ("ann", "ann", "<>"),
+        ("7", "lab 7 of 17, $7 \\7", "lab <> of 17, $<> \\<>"),
+        ("\\1 (a", "\\1 (a left", "<> left"),
+    ],
+)
+async def test_an_id_inside_a_longer_word_stays(pool: Pool, student: str, note: str, expected: str) -> None:
+    session = await pool.write_session(lane=MAINTENANCE)
+    sandbox_id = await end_lease(pool, student, 1, note=note)
+    reply = await personal_data.forget_student(session, ForgetStudent(request_id="r", student=student))
+    assert isinstance(reply, StudentForgotten)
+    expected = expected.replace("<>", reply.pseudonym)
+    assert await pool.value("SELECT end_note FROM leases") == expected
+    assert await pool.value("SELECT reason FROM audit WHERE object = $1", sandbox_id) == expected
+    notes = await pool.column("SELECT data ->> 'note' FROM history WHERE data ->> 'note' IS NOT NULL")
+    assert set(notes) <= {expected}
+
+
 async def test_the_students_of_old_leases_become_pseudonyms(pool: Pool) -> None:
     """The lease of `zoe` has two ids. `ann` has an old lease, a young one and an active one."""
     session = await pool.write_session(lane=MAINTENANCE)

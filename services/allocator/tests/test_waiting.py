@@ -194,6 +194,73 @@ async def test_a_student_who_stops_asking_loses_the_place(pool: Pool) -> None:
     assert place(await ask(session, wait_command("ann"))).position == 1
 
 
+@pytest.fixture
+def one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of three students are long, and their repeated requests share a look for ever."""
+    monkeypatch.setattr("allocator.waiting_line.SHORT_LINE", 2)
+    monkeypatch.setattr("allocator.waiting_line.LOOK_PERIOD_SEC", 3600)
+
+
+@pytest.mark.usefixtures("one_look")
+async def test_repeated_requests_in_a_long_line_share_a_look(pool: Pool) -> None:
+    session = await pool.write_session()
+    await allocate(session, *map(wait_command, ("ann", "bob", "cid")))
+    await serve(session)
+    await pool.fill(1)
+    before = await pool.column("SELECT asked_at FROM waiting ORDER BY waiting_id")
+    assert [
+        place(reply).position for reply in await allocate(session, wait_command("bob"), wait_command("cid"))
+    ] == [
+        2,
+        3,
+    ]
+    assert await pool.column("SELECT asked_at FROM waiting ORDER BY waiting_id") == before
+    assert (await serve(session)).served == 1
+    after = await pool.column("SELECT asked_at FROM waiting ORDER BY waiting_id")
+    assert [later > earlier for earlier, later in zip(before[1:], after, strict=True)] == [True, True]
+    assert list(await leased(pool)) == ["ann"]
+
+
+@pytest.mark.usefixtures("one_look")
+@pytest.mark.parametrize(("holder", "key"), [("new", None), ("cid", "another key")])
+async def test_a_new_or_changed_request_in_a_long_line_looks(pool: Pool, holder: str, key: str | None) -> None:
+    session = await pool.write_session()
+    await allocate(session, *map(wait_command, ("ann", "bob", "cid", "dan")))
+    await serve(session)
+    await pool.fill(1)
+    assert place(await ask(session, wait_command(holder, key=key))).position == {"new": 4, "cid": 2}[holder]
+    assert list(await leased(pool)) == ["ann"]
+
+
+@pytest.mark.usefixtures("one_look")
+async def test_a_repeated_request_in_a_long_line_keeps_the_place(pool: Pool) -> None:
+    session = await pool.write_session()
+    await allocate(session, *map(wait_command, ("ann", "bob", "cid")))
+    await serve(session)
+    session.waiting_line.loaded_at = -1e9
+    await pass_time(pool, 70)
+    assert place(await ask(session, wait_command("bob"))).position == 2
+    assert await serve(session) == LineServed(served=0, waiting=1)
+    await pass_time(pool, 50)
+    assert await serve(session) == LineServed(served=0, waiting=1)
+    assert await holders(pool) == ["bob"]
+
+
+@pytest.mark.usefixtures("one_look")
+async def test_a_waiting_student_in_a_long_line_who_takes_over_a_lease_gets_it(pool: Pool) -> None:
+    standby = await pool.lease("track")
+    await pool.execute("UPDATE leases SET mode = 'standby'")
+    session = await pool.write_session()
+    await allocate(session, *map(wait_command, ("ann", "bob", "cid")))
+    await serve(session)
+    command = ClaimLease(request_id="request", sandbox_id=standby, holder="track", new_holder="bob")
+    granted_lease((await claim_lease(session, [command]))[0])
+    assert place(await ask(session, wait_command("bob"))).position == 2
+    await serve(session)
+    assert await holders(pool) == ["ann", "cid"]
+    assert granted_lease(await ask(session, wait_command("bob"))).sandbox_id == standby
+
+
 async def test_time_without_an_allocator_costs_no_place(pool: Pool) -> None:
     await ask(await pool.write_session(), wait_command("ann"))
     await pass_time(pool, 300)

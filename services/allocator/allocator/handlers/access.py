@@ -45,11 +45,6 @@ async def load_current_tokens(session: WriteSession) -> None:
         await session.policies.load(session.connection)
 
 
-def has_unknown_token(session: WriteSession, commands: Iterable[Command]) -> bool:
-    """Return whether the policy book lacks the token of a command, because the token has ended or is new."""
-    return any(session.policies.tokens.find(command.sender) == "token_ended" for command in commands)
-
-
 async def record_refusals(session: WriteSession, results: Iterable[tuple[Command, Reply]]) -> None:
     """Record the refusals for scope in the audit, and count those beyond the limit of their token."""
     entries = [

@@ -1,5 +1,6 @@
 """Leases: allocate, release, expire, and end by an administrator."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from sandbox_broker.contract.replies import (
     SandboxReleased,
     refuse,
 )
+from sandbox_broker.observability import frequent_log
 
 log = structlog.get_logger()
 
@@ -66,11 +68,9 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
     unique = {domain.dedup_key(command): command for command in commands}
     rows: dict[domain.DedupKey, allocations.AllocationRow | None] = {}
     line = await waiting.open_line(session)
-    if line.places and access.has_unknown_token(session, unique.values()):
-        await access.load_current_tokens(session)
-    strangers = waiting.find_strangers(session, unique)
-    rows.update(strangers)
-    direct, queued = line.split([command for key, command in unique.items() if key not in strangers])
+    refused = await waiting.find_refused(session, unique)
+    rows.update(refused)
+    direct, queued = line.split([command for key, command in unique.items() if key not in refused])
     for group in domain.conflict_free_groups(direct):
         rows.update(_by_key(group, await allocations.allocate(session, group)))
     if queued:
@@ -79,9 +79,11 @@ async def _allocate(session: WriteSession, commands: Sequence[AllocateSandbox]) 
     if to_wait := [command for key, command in unique.items() if command.wait_sec and _is_exhausted(rows[key])]:
         replies.update(await waiting.wait_in_line(session, to_wait))
         metrics.ALLOCATIONS.labels(outcome="waiting").inc(len(replies))
-    for key, command in unique.items():
-        if key not in replies:
-            replies[key] = _allocation_reply(command, rows[key], session.policies)
+    answered = {key: command for key, command in unique.items() if key not in replies}
+    for outcome, number in Counter(_outcome(rows[key]) for key in answered).items():
+        metrics.ALLOCATIONS.labels(outcome=outcome).inc(number)
+    for key, command in answered.items():
+        replies[key] = _allocation_reply(command, rows[key], session.policies)
     await access.record_refusals(session, ((command, replies[key]) for key, command in unique.items()))
     return _share_replies(commands, replies)
 
@@ -93,17 +95,20 @@ def _by_key(
 
 
 def _is_exhausted(row: allocations.AllocationRow | None) -> bool:
-    return row is None or row["outcome"] == "exhausted"
+    return _outcome(row) == "exhausted"
+
+
+def _outcome(row: allocations.AllocationRow | None) -> str:
+    """Return the outcome of a row. None is a student that waits, and asks without the wish to wait."""
+    return "exhausted" if row is None else row["outcome"]
 
 
 def _allocation_reply(
     command: AllocateSandbox, row: allocations.AllocationRow | None, policies: PolicyBook
 ) -> Reply:
-    """Return the reply for a row. None is a student that waits, and asks without the wish to wait."""
-    outcome = "exhausted" if row is None else row["outcome"]
-    metrics.ALLOCATIONS.labels(outcome=outcome).inc()
+    outcome = _outcome(row)
     if row is not None and outcome in ("new", "known"):
-        log.info(
+        frequent_log.info(
             "lease.granted" if outcome == "new" else "lease.repeated",
             request_id=command.request_id,
             sandbox_id=row["sandbox_id"],
@@ -201,7 +206,7 @@ def _release_reply(command: ReleaseSandbox, row: leases.ReleaseRow) -> Reply:
         return refusal
     if row["deletion_requested_at"] is None:
         raise ConcurrentUpdate
-    log.info(
+    frequent_log.info(
         "lease.released",
         request_id=command.request_id,
         sandbox_id=command.sandbox_id,

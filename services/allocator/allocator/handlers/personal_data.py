@@ -9,6 +9,7 @@ from allocator.sql import personal_data
 from allocator.write_session import WriteSession
 from sandbox_broker.contract.commands import ForgetStudent, PurgeAudit, PurgePersonalData
 from sandbox_broker.contract.replies import Purged, Reply, StudentForgotten, refuse
+from sandbox_broker.contract.types import PSEUDONYM_PREFIX
 
 log = structlog.get_logger()
 
@@ -44,4 +45,4 @@ async def purge_audit(session: WriteSession, command: PurgeAudit) -> Reply:
 
 def build_pseudonym(key: bytes, student: str) -> str:
     """Return the pseudonym of a student id: the same one for the same key. The key is needed to check a guess."""
-    return f"{personal_data.PSEUDONYM_PREFIX}{hmac.digest(key, student.encode(), 'sha256').hex()[:32]}"
+    return f"{PSEUDONYM_PREFIX}{hmac.digest(key, student.encode(), 'sha256').hex()[:32]}"

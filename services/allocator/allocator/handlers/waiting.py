@@ -35,7 +35,7 @@ async def serve_waiting(session: WriteSession, commands: Sequence[ServeWaiting])
         # Students cannot repeat their requests while no allocator runs, so time without one does not count.
         may_have_asked = now - line.loaded_at >= line.limits.ttl_sec
         ttl = timedelta(seconds=line.limits.ttl_sec) if may_have_asked else None
-        _record_ends(line, await waiting.end_overdue(session, ttl=ttl))
+        _record_ends(line, await waiting.end_overdue(session, ttl=ttl, asked=list(line.asked_since)))
         await serve_line(session)
     served = line.served - served_before
     return [LineServed(served=served, waiting=len(line.places)) for _ in commands]
@@ -77,6 +77,14 @@ async def allocate_in_line(
         waiting_for_lease = {holder for holder, place in line.places.items() if not place.is_replacement}
         repeated = [command for command in part if command.holder in waiting_for_lease]
         new = [command for command in part if command.holder not in waiting_for_lease]
+        if (
+            not new
+            and line.shares_last_look(asyncio.get_running_loop().time())
+            and not any(_is_changed(command, line.places[command.holder]) for command in repeated)
+        ):
+            line.asked_since |= {command.holder: command for command in repeated}
+            results += [None] * len(repeated)
+            continue
         rows = await serve_line(session, new, repeated)
         results += [rows.get(command.holder) for command in part]
     return results
@@ -103,7 +111,7 @@ async def replace_in_line(
     line = await open_line(session)
     place = line.places.get(command.holder or "")
     if place is not None and _refuse_stranger(session, command, place):
-        place = None  # the statement refuses the command
+        place = None  # the command does not take over the place; the statement decides about it
     if any(place.is_replacement for place in line.places.values()):
         await serve_line(session, repeated=[command] if _waits_for(place, command) else [])
     with line.changing():
@@ -166,12 +174,16 @@ async def serve_line(
     is used by now. No holder occurs twice.
     """
     line = session.waiting_line
+    asking: dict[str | None, waiting.Request] = {
+        command.holder: command for command in (*line.asked_since.values(), *repeated)
+    }
+    line.asked_since = {}
     keeping = {
         command.holder: command if _is_changed(command, line.places[command.holder]) else None
-        for command in repeated
+        for command in asking.values()
         if command.wait_sec is not None and command.holder is not None
     }
-    again = [command for command in repeated if isinstance(command, AllocateSandbox)]
+    again = [command for command in asking.values() if isinstance(command, AllocateSandbox)]
     rows: dict[str, allocations.AllocationRow] = {}
     passed_over: set[str] = set()
     for _ in range(MAX_PASSES):
@@ -181,6 +193,7 @@ async def serve_line(
             *(_Seeker(command.holder, command.name_prefix or "", command) for command in new),
         ]
         prefixes = sorted({seeker.prefix for seeker in seekers})
+        line.looked_at = asyncio.get_running_loop().time()
         with line.changing():
             available, settled = await waiting.look(
                 session, repeated=keeping, requests=[*new, *again], prefixes=prefixes, number=len(seekers)
@@ -286,15 +299,26 @@ async def _lease_chosen(
     return is_complete
 
 
-def find_strangers(
+async def find_refused(
     session: WriteSession, commands: Mapping[domain.DedupKey, AllocateSandbox]
 ) -> dict[domain.DedupKey, allocations.AllocationRow]:
-    """Return the refused outcome of each command for the place of another sender."""
+    """Return the refused outcome of each command that must not change a place in the line.
+
+    An allocation never changes a place for a replacement. The lease of the student decides about it.
+    """
     places = session.waiting_line.places
+    repeated = {
+        key: (command, place)
+        for key, command in commands.items()
+        if (place := places.get(command.holder)) is not None and not place.is_replacement
+    }
+    if any(_find_token_name(command) for command, _ in repeated.values()):
+        # The statements that keep a place do not check the token.
+        await access.load_current_tokens(session)
     outcomes: dict[domain.DedupKey, allocations.AllocationRow] = {}
-    for key, command in commands.items() if places else ():
-        place = places.get(command.holder)
-        outcome = None if place is None else _refuse_stranger(session, command, place)
+    for key, (command, place) in repeated.items():
+        token = session.policies.tokens.judge(command)
+        outcome = token if isinstance(token, str) else _refuse_stranger(session, command, place)
         if outcome is not None:
             outcomes[key] = allocations.build_refusal(0, outcome)
     return outcomes
@@ -304,14 +328,21 @@ def _refuse_stranger(
     session: WriteSession, command: waiting.Request, place: Place
 ) -> Literal["wrong_secret", "out_of_scope"] | None:
     """Return the refused outcome of a command for a place that its sender may not reach: the place was taken with
-    another secret, or with another token than the sender's, which is limited to its own."""
+    another token than the sender's, which is limited to its own, or with another secret."""
+    token = session.policies.tokens.find(command.sender)
+    if isinstance(token, Token) and token.is_scoped and token.name != _find_token_name(place.command):
+        return "out_of_scope"
     secret_hash = place.command.secret_hash
     if secret_hash is not None and not hmac.compare_digest(secret_hash, command.secret_hash or ""):
         return "wrong_secret"
-    token = session.policies.tokens.find(command.sender)
-    if isinstance(token, Token) and token.is_scoped and _key_id(command) != _key_id(place.command):
-        return "out_of_scope"
     return None
+
+
+def _find_token_name(command: waiting.Request) -> str | None:
+    """Return the name of the named token, or None. A new token with the name of a revoked one reaches its places,
+    as it reaches its leases."""
+    sender = command.sender
+    return None if sender is None or sender.key_id is None else sender.actor
 
 
 def _is_changed(command: waiting.Request, place: Place) -> bool:

@@ -5,16 +5,22 @@ from datetime import timedelta
 from typing import NamedTuple, TypedDict
 
 from allocator.write_session import GUARD, WriteSession
+from sandbox_broker.contract.types import PSEUDONYM_PREFIX
 
-PSEUDONYM_PREFIX = "forgotten-"
-"""Beginning of every pseudonym. The index leases_with_student_id excludes ids that begin with it."""
 
-# Row i has a student id and its pseudonym. Notes are free text, so the id is replaced inside of them.
-_DATA = """data || jsonb_strip_nulls(jsonb_build_object(
+def _replace_id(text: str) -> str:
+    """Return the expression for a free text with the pseudonym of row i in place of its student id. An id that is
+    only a part of a longer word stays, because `ann` is not in `annual`."""
+    escaped = r"regexp_replace(i.student, '\W', '\\\&', 'g')"
+    return rf"regexp_replace({text}, '(?<![\w-])' || {escaped} || '(?![\w-])', i.pseudonym, 'g')"
+
+
+# Row i has a student id and its pseudonym.
+_DATA = f"""data || jsonb_strip_nulls(jsonb_build_object(
         'holder', CASE WHEN data ->> 'holder' = i.student THEN i.pseudonym END,
         'first_holder', CASE WHEN data ->> 'first_holder' = i.student THEN i.pseudonym END,
         'note', CASE WHEN position(i.student IN data ->> 'note') > 0
-            THEN replace(data ->> 'note', i.student, i.pseudonym) END
+            THEN {_replace_id("data ->> 'note'")} END
     ))"""
 # Row i is a lease with an id to replace. The email of a login contains the id; it is needed until CSP has removed
 # the user.
@@ -23,7 +29,7 @@ forgotten AS (
     UPDATE leases l
     SET holder = CASE WHEN l.holder = i.student THEN i.pseudonym ELSE l.holder END,
         first_holder = CASE WHEN l.first_holder = i.student THEN i.pseudonym ELSE l.first_holder END,
-        end_note = replace(l.end_note, i.student, i.pseudonym), idempotency_key = NULL
+        end_note = {_replace_id("l.end_note")}, idempotency_key = NULL
     FROM held i WHERE l.lease_id = i.lease_id
     RETURNING l.lease_id
 ),
@@ -59,14 +65,14 @@ unpublished AS (
     FROM ids i WHERE o.data ->> 'holder' = i.student OR o.data ->> 'first_holder' = i.student
 ),
 audited AS (
-    UPDATE audit a SET reason = replace(a.reason, i.student, i.pseudonym)
+    UPDATE audit a SET reason = {_replace_id("a.reason")}
     FROM ids i WHERE position(i.student IN a.reason) > 0
 )
 SELECT epoch, EXISTS (SELECT FROM blocked) AS blocked, (SELECT count(*) FROM forgotten) AS leases FROM guard
 """
 
 # One id of each lease. A lease with two ids is found again by the next run. The condition on the ids is the one of
-# the index, so a lease with pseudonyms is not read again.
+# the index leases_with_student_id, so a lease with pseudonyms is not read again.
 FIND_OLD_LEASES = f"""
 WITH {GUARD}
 SELECT epoch, o.lease_id, o.student FROM guard LEFT JOIN LATERAL (
@@ -93,7 +99,7 @@ unpublished AS (
     FROM held i WHERE o.subject = i.sandbox_id
 ),
 audited AS (
-    UPDATE audit a SET reason = replace(a.reason, i.student, i.pseudonym)
+    UPDATE audit a SET reason = {_replace_id("a.reason")}
     FROM held i WHERE a.object = i.sandbox_id AND position(i.student IN a.reason) > 0
 )
 SELECT epoch FROM guard

@@ -105,7 +105,8 @@ END_OVERDUE = f"""
 WITH {GUARD},
 ended AS (
     DELETE FROM waiting w USING guard
-    WHERE w.waiting_id > 0 AND (w.ends_at <= now() OR w.asked_at < now() - $2::interval)
+    WHERE w.waiting_id > 0
+      AND (w.ends_at <= now() OR w.asked_at < now() - $2::interval AND w.holder <> ALL ($3::text[] COLLATE "C"))
     RETURNING w.*, CASE WHEN w.ends_at <= now() THEN 'timed_out' ELSE 'left' END AS reason
 ),
 {_END}
@@ -243,9 +244,13 @@ async def leave(session: WriteSession, holders: Sequence[str], reason: WaitEnd) 
     return await _end(session, LEAVE, list(holders), reason)
 
 
-async def end_overdue(session: WriteSession, *, ttl: timedelta | None) -> list[EndedRow]:
-    """End the places whose longest wait is over, and those without a repetition for `ttl`, unless it is None."""
-    return await _end(session, END_OVERDUE, ttl or NEVER)
+async def end_overdue(session: WriteSession, *, ttl: timedelta | None, asked: Sequence[str]) -> list[EndedRow]:
+    """End the places whose longest wait is over. With `ttl`, also end each place whose request was
+    not repeated for this long.
+
+    `asked` are holders that have repeated their request since the last look, which the table does not show yet.
+    """
+    return await _end(session, END_OVERDUE, ttl or NEVER, list(asked))
 
 
 async def _end(session: WriteSession, statement: str, *arguments: object) -> list[EndedRow]:
