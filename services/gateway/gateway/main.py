@@ -59,7 +59,7 @@ POOL_TIMEOUT_SEC = 2
 """Longest wait of a read for a database connection."""
 
 
-DIRECT_ROUTES: Mapping[tuple[str, str], ASGIApp] = {("POST", track.ALLOCATE): track.fast_allocate}
+DIRECT_ROUTES: DirectRoutes = {("POST", track.ALLOCATE): track.fast_allocate}
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -172,9 +172,8 @@ def create_app(settings: Settings) -> FastAPI:
         )
     if settings.docs_enabled:
         docs.add_routes(app)
-    # Around the layers of FastAPI, not between them as with add_middleware, because a direct route would pass some.
-    stack: ASGIApp = DirectRoutes(app.build_middleware_stack(), DIRECT_ROUTES)
-    stack = request_middleware.RequestMiddleware(stack, direct_routes=frozenset(DIRECT_ROUTES))
+    # Around the layers of FastAPI, not between them as with add_middleware, because a direct route passes none.
+    stack: ASGIApp = request_middleware.RequestMiddleware(app.build_middleware_stack(), direct_routes=DIRECT_ROUTES)
     if settings.cors_allowed_origins:
         stack = cors.CrossOriginMiddleware(stack, settings.cors_allowed_origins)
     app.middleware_stack = stack

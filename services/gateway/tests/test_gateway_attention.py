@@ -44,6 +44,7 @@ def build_status(**changes: Any) -> Status:
             "database": UP,
             "services": [{"service": "reaper", "state": "up"}],
             "queues": [QUEUE],
+            "waiting": 0,
             "dead_letters": 0,
             "stopped_stock": [],
             "other_broker_at": None,

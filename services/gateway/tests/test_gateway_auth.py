@@ -166,7 +166,7 @@ async def test_no_token_is_logged_even_in_a_traceback() -> None:
         from gateway.routes import track
         from gateway.settings import Settings
         from sandbox_broker.observability import logging
-        from starlette.requests import Request
+        from starlette.types import Scope
 
         settings = Settings(
             _env_file=None,
@@ -177,8 +177,8 @@ async def test_no_token_is_logged_even_in_a_traceback() -> None:
         )
         logging.configure(settings, "gateway")
 
-        async def crash(request: Request, *_: object, **__: object) -> None:
-            token = request.headers["authorization"].encode()
+        async def crash(scope: Scope, *_: object, **__: object) -> None:
+            token = dict(scope["headers"])[b"authorization"]
             raise RuntimeError("something broke")
 
         track.request_allocator = crash

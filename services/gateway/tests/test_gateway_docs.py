@@ -93,13 +93,13 @@ CODES_WITHOUT_ROUTE = {
 TRACK_HEADERS = {"X-Instruqt-Sandbox-ID", "X-Track-ID", "X-Lease-Secret"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     async with client(create_app_without_servers()) as http:
         yield http
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def document(http: httpx.AsyncClient) -> Any:
     response = await http.get("/v1/openapi.json")
     assert response.headers["Content-Type"] == "application/json"

@@ -69,6 +69,18 @@ async def test_a_student_id_of_129_characters_is_400(gateway: Gateway, method: s
     assert gateway.allocator.commands == []
 
 
+@pytest.mark.parametrize("name", [NEW, OLD])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_a_student_id_that_looks_like_a_pseudonym_is_400(
+    gateway: Gateway, method: str, path: str, name: str
+) -> None:
+    """The allocator would keep such an id after LEASE_PERSONAL_DAYS."""
+    response = await gateway.client.request(method, path, headers={**TRACK, name: " forgotten-me "})
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+    assert name in detail(response)["message"]
+    assert gateway.allocator.commands == []
+
+
 @pytest.mark.parametrize("value", NOT_PRINTABLE_ASCII)
 @pytest.mark.parametrize("name", [NEW, OLD, *OPTIONAL])
 async def test_characters_outside_printable_ascii_are_400(gateway: Gateway, name: str, value: bytes) -> None:

@@ -73,6 +73,12 @@ async def test_an_unknown_mode_is_refused(gateway: Gateway, mode: str) -> None:
     assert detail(response)["message"] == f"X-Lease-Mode is '{mode}'. Send standby, or omit the header."
 
 
+async def test_a_new_holder_does_not_look_like_a_pseudonym(gateway: Gateway) -> None:
+    response = await gateway.client.post(f"{SANDBOX}/claim", headers={**STUDENT, "X-New-Holder": "forgotten-ann"})
+    assert (response.status_code, detail(response)["code"]) == (400, "INVALID_HEADER")
+    assert gateway.allocator.commands == []
+
+
 async def test_a_claim_names_the_new_holder(gateway: Gateway) -> None:
     gateway.allocator.answer = answer_with(LEASE.model_copy(update={"claimed_at": 1728060000}))
     response = await gateway.client.post(f"{SANDBOX}/claim", headers={**STUDENT, "X-New-Holder": "ann"})

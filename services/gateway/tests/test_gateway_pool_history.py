@@ -44,6 +44,17 @@ async def test_a_longer_period_has_longer_steps(
     }
 
 
+async def test_a_young_broker_has_short_steps_in_a_long_period(gateway: Gateway, clean_database: str) -> None:
+    connection = await asyncpg.connect(clean_database)
+    await connection.execute(
+        "INSERT INTO pool_samples SELECT at, 1, 1, 2, 3, 4, 5 FROM "
+        "generate_series(now() - interval '5 minutes', now() - interval '30 seconds', '30 seconds') at"
+    )
+    await connection.close()
+    body = (await gateway.client.get(PATH, params={"hours": 24}, headers=ADMIN)).json()
+    assert (body["step_sec"], len(body["samples"])) == (30, 10)
+
+
 @pytest.mark.parametrize("hours", [0, 169])
 async def test_other_periods_are_refused(gateway: Gateway, hours: int) -> None:
     response = await gateway.client.get(PATH, params={"hours": hours}, headers=ADMIN)

@@ -104,6 +104,7 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
                 ('3', 'c', 'c', 'pending_deletion', to_timestamp(4000), 0, NULL),
                 ('4', 'd', 'd', 'deletion_failed', to_timestamp(500), 8, 'CSP answered 501');
             INSERT INTO dead_letters VALUES (gen_random_uuid(), now(), 'q', 'why', '{}', NULL, NULL, NULL, '');
+            INSERT INTO waiting (holder, command, ends_at) VALUES ('ann', '{}', now()), ('ben', '{}', now());
             INSERT INTO policies (name, document)
                 VALUES ('lab', '{"name": "lab", "stock": {"name_prefix": "lab-", "min": 1, "max": 2}}');
             INSERT INTO stock_prefixes (name_prefix, next_number, stopped_at, stop_cause, stop_reason)
@@ -121,6 +122,7 @@ async def test_report_includes_the_pool_and_the_recorded_state_of_csp(
             "error": "CSP answered 500",
         }
         assert (report["pool"]["total"], report["pool"]["available"], report["dead_letters"]) == (4, 1, 1)
+        assert report["waiting"] == 2
         assert report["stopped_stock"] == [
             {"name_prefix": "lab-", "stopped_at": 5000, "cause": "refused", "reason": "quota"}
         ]

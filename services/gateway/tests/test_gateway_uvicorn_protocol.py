@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from csp_simulator.testing import serving
 from devstack.conditions import wait_until
@@ -139,6 +141,20 @@ async def test_a_client_that_does_not_read_is_closed() -> None:
         async with connected(url) as other:
             other.writer.write(GET_HEALTH)
             assert (await other.response())[0] == 200
+
+
+async def test_uvicorn_writes_no_usual_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Date field that the server adds to each response."""
+
+    async def refuse(*_: object) -> None:
+        raise AssertionError("uvicorn writes the response")
+
+    async with served(create_app_without_servers(), LONG_SEC) as url, httpx.AsyncClient(trust_env=False) as http:
+        await http.get(f"{url}/healthz")
+        monkeypatch.setattr(RequestResponseCycle, "send", refuse)
+        response = await http.post(f"{url}/v1/allocate", headers=STUDENT)
+    assert response.status_code == 503
+    assert response.headers["date"]
 
 
 async def test_an_endless_head_is_431() -> None:

@@ -12,6 +12,10 @@ MAX_SAMPLES = 300
 SAMPLE_SEC = 30
 """Time between two samples of the allocator."""
 
+AGE_OF_FIRST = text("""
+SELECT ceil(extract(epoch FROM now() - min(sampled_at)))::bigint FROM pool_samples
+WHERE sampled_at > now() - make_interval(hours => :hours)
+""")
 # One key look-up for each step, because a week has 20,000 samples.
 LATEST_OF_EACH_STEP = text("""
 SELECT
@@ -31,13 +35,15 @@ ORDER BY step
 
 
 async def pool_history(engine: AsyncEngine, hours: int) -> PoolHistory:
-    """Return the samples of the last `hours`, the latest of each step. Raises ApiError DATABASE_UNAVAILABLE."""
-    step_sec = max(SAMPLE_SEC, -(-hours * 3600 // MAX_SAMPLES // SAMPLE_SEC) * SAMPLE_SEC)
+    """Return the samples of the last `hours`, the latest of each step. The steps divide the time since the first of
+    these samples. Raises ApiError DATABASE_UNAVAILABLE."""
     async with read_connection(engine) as connection:
+        age_sec = await connection.scalar(AGE_OF_FIRST, {"hours": hours}) or 0
+        step_sec = max(SAMPLE_SEC, -(-age_sec // MAX_SAMPLES // SAMPLE_SEC) * SAMPLE_SEC)
         parameters = {
             "hours": hours,
             "step_sec": step_sec,
-            "steps": hours * 3600 // step_sec + 2,  # a step of tolerance for the clocks on both sides
+            "steps": age_sec // step_sec + 2,  # a step of tolerance for the clocks on both sides
             "newest_step": int(time.time()) // step_sec + 1,
         }
         rows = (await connection.execute(LATEST_OF_EACH_STEP, parameters)).mappings().all()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic, Literal, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, true
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway import attention
@@ -38,6 +38,7 @@ from sandbox_broker.database.schema import (
     stock_forecasts,
     stock_prefixes,
     stock_rules,
+    waiting,
 )
 from sandbox_broker.messaging.connection import Disconnected
 from sandbox_broker.messaging.publisher import Publisher
@@ -71,6 +72,7 @@ class DatabaseReport:
 
     pool: Stats
     csp: CspStatus
+    waiting: int
     dead_letters: int
     stopped_stock: list[StoppedStock]
     other_broker_at: int | None
@@ -138,6 +140,7 @@ class StatusReporter:
             queues=None if isinstance(queues, Problem) else queues,
             pool=known and known.pool,
             csp=known and known.csp,
+            waiting=known and known.waiting,
             dead_letters=known and known.dead_letters,
             stopped_stock=known and known.stopped_stock,
             other_broker_at=known and known.other_broker_at,
@@ -195,16 +198,13 @@ def _no_answer() -> str:
 
 async def _query_database(engine: AsyncEngine) -> DatabaseReport:
     """Raises ApiError DATABASE_UNAVAILABLE."""
-    pool = await pool_stats(engine)
     newest = (
-        select(
-            unix_seconds(csp_listings.c.begun_at).label("begun_at"),
-            csp_listings.c.held_at,
-            csp_listings.c.applied_at,
-        )
+        select(csp_listings.c.begun_at, csp_listings.c.held_at, csp_listings.c.applied_at)
         .order_by(csp_listings.c.listing_id.desc())
         .limit(1)
+        .subquery()
     )
+    listed_at = select(unix_seconds(applied_listing.c.begun_at))
     hold_until = sandboxes.c.deletion_hold_until
     pending = (
         select(
@@ -218,13 +218,26 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         .subquery()
     )
     failing = pending.c.deletion_attempts > 0
-    pending_summary = select(
+    deletions = select(
         unix_seconds(func.min(pending.c.pending_since)).label("pending_since"),
         func.count().filter(failing).label("failing"),
         func.max(pending.c.deletion_error).filter(failing).label("error"),
-    )
+    ).subquery()
     seen_at = func.max(allocators.c.other_broker_at)
     other_broker_at = select(unix_seconds(seen_at)).having(seen_at > func.now() - OTHER_BROKER_WARNING)
+    behind_at = select(unix_seconds(func.max(allocator_epoch.c.database_behind_at)))
+    # One row and one statement, because round trips are most of the cost of a report.
+    report = select(
+        deletions,
+        unix_seconds(newest.c.begun_at).label("begun_at"),
+        newest.c.held_at,
+        newest.c.applied_at,
+        listed_at.scalar_subquery().label("listed_at"),
+        select(func.count()).select_from(waiting).scalar_subquery().label("waiting"),
+        select(func.count()).select_from(dead_letters).scalar_subquery().label("dead_letters"),
+        other_broker_at.scalar_subquery().label("other_broker_at"),
+        behind_at.scalar_subquery().label("database_behind_at"),
+    ).select_from(deletions.outerjoin(newest, true()))
     stopped = (
         select(
             stock_prefixes.c.name_prefix,
@@ -236,27 +249,30 @@ async def _query_database(engine: AsyncEngine) -> DatabaseReport:
         .where(stock_prefixes.c.stopped_at.is_not(None))
         .order_by(stock_prefixes.c.name_prefix)
     )
-    behind_at = select(unix_seconds(func.max(allocator_epoch.c.database_behind_at)))
+    pool = await pool_stats(engine)
     async with read_connection(engine) as connection:
-        last = (await connection.execute(newest)).one_or_none()
-        listed_at = await connection.scalar(select(unix_seconds(applied_listing.c.begun_at)))
-        deletions = (await connection.execute(pending_summary)).one()
-        letters = (await connection.execute(select(func.count()).select_from(dead_letters))).scalar_one()
+        row = (await connection.execute(report)).one()
         stopped_stock = [
-            StoppedStock.model_validate(dict(row)) for row in (await connection.execute(stopped)).mappings()
+            StoppedStock.model_validate(dict(rule)) for rule in (await connection.execute(stopped)).mappings()
         ]
-        other_broker = (await connection.execute(other_broker_at)).scalar_one_or_none()
-        database_behind_at = await connection.scalar(behind_at)
-    unfinished = last is not None and last.applied_at is None and last.held_at is None
+    unfinished = row.begun_at is not None and row.applied_at is None and row.held_at is None
     csp = CspStatus(
-        listed_at=listed_at,
-        unfinished_since=last.begun_at if last is not None and unfinished else None,
-        held=last is not None and last.held_at is not None and last.applied_at is None,
-        pending_since=deletions.pending_since,
-        failing=deletions.failing,
-        error=deletions.error,
+        listed_at=row.listed_at,
+        unfinished_since=row.begun_at if unfinished else None,
+        held=row.held_at is not None and row.applied_at is None,
+        pending_since=row.pending_since,
+        failing=row.failing,
+        error=row.error,
     )
-    return DatabaseReport(pool, csp, letters, stopped_stock, other_broker, database_behind_at)
+    return DatabaseReport(
+        pool=pool,
+        csp=csp,
+        waiting=row.waiting,
+        dead_letters=row.dead_letters,
+        stopped_stock=stopped_stock,
+        other_broker_at=row.other_broker_at,
+        database_behind_at=row.database_behind_at,
+    )
 
 
 async def _query_low_stock(engine: AsyncEngine) -> list[attention.LowStock]:

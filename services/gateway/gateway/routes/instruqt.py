@@ -104,7 +104,7 @@ async def _handle_event(
         ended_at=ended_at,
         traceparent=tracing.traceparent(),
     )
-    reply = await request_allocator(request, command, timeout_code="RELEASE_TIMEOUT")
+    reply = await request_allocator(request.scope, command, timeout_code="RELEASE_TIMEOUT")
     return reply.outcome, reply.sandbox_id
 
 

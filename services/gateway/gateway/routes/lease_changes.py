@@ -211,7 +211,7 @@ async def _request_change(
     if holder is None:
         command = audited(request, command)
     try:
-        reply = await track.request_allocator(request, command, timeout_code="LEASE_CHANGE_TIMEOUT")
+        reply = await track.request_allocator(request.scope, command, timeout_code="LEASE_CHANGE_TIMEOUT")
     except ApiError as error:
         metrics.LEASE_CHANGES.labels(change, error.code.lower()).inc()
         raise

@@ -3,8 +3,8 @@
 import hashlib
 import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeGuard
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeGuard
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
@@ -38,8 +38,7 @@ _admin_token = HTTPBearer(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Sender of a request, identified by its token. The middleware puts it into the request's state."""
 
     role: CallerRole
@@ -57,6 +56,9 @@ class Caller:
 _UNKNOWN = Caller("unknown")
 _MISSING = Caller("missing")
 _UNCHECKED = Caller("unchecked")
+
+_MAX_SENDERS = 5000
+"""In memory."""
 
 _PROBLEMS = {
     "missing": "The token is missing. Send the header 'Authorization: Bearer <token>' once.",
@@ -151,12 +153,14 @@ class Auth:
 def build_sender(scope: Scope, reason: str | None = None) -> Sender:
     """Return the sender of a command for the audit."""
     caller: Caller = scope["state"]["caller"]
-    return Sender(
-        actor=caller.actor,
-        key_id=None if caller.named is None else caller.named.key_id,
-        address=scope["app"].state.context.client_address(scope).full,
-        reason=reason,
-    )
+    key_id = None if caller.named is None else caller.named.key_id
+    return _build_sender(caller.actor, key_id, scope["state"]["client"].full, reason)
+
+
+@lru_cache(_MAX_SENDERS)
+def _build_sender(actor: str, key_id: str | None, address: str, reason: str | None) -> Sender:
+    """Return the sender, which is the same for most requests of a token."""
+    return Sender(actor=actor, key_id=key_id, address=address, reason=reason)
 
 
 def build_student_sender(scope: Scope) -> Sender | None:

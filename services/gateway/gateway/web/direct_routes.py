@@ -1,21 +1,27 @@
-"""Direct routes: ASGI handlers that bypass the framework.
+"""Direct routes: functions that handle a request without FastAPI.
 
 The routing, dependencies and exception handlers of FastAPI take more processor time than such a route itself.
+RequestMiddleware calls these functions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
+
+from gateway.web.headers import Fields
 
 
-class DirectRoutes:
-    """Middleware that passes a request to the handler of its method and path in `routes`, and every other request
-    to `app`."""
+class DirectResponse(NamedTuple):
+    status: int
+    body: bytes
+    """JSON."""
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    """Further header fields, by lower-case names."""
 
-    def __init__(self, app: ASGIApp, routes: Mapping[tuple[str, str], ASGIApp]) -> None:
-        self._app = app
-        self._routes = routes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handler = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        await (handler or self._app)(scope, receive, send)
+DirectRoute = Callable[[Scope, Fields], Awaitable[DirectResponse]]
+"""Handler of a request with these header fields. May raise ApiError or ClientDisconnected."""
+
+DirectRoutes = Mapping[tuple[str, str], DirectRoute]
+"""Direct routes by method and path. Both must match exactly."""

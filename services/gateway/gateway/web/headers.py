@@ -6,15 +6,14 @@ The `read_…` functions validate. The dependencies at the end describe the same
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import Depends, Header, Request
 from pydantic import WithJsonSchema
 from starlette.types import Scope
 
 from gateway.api.errors import ApiError
-from sandbox_broker.contract.types import MAX_ID_LENGTH, MAX_SEC, LeaseMode
+from sandbox_broker.contract.types import MAX_ID_LENGTH, MAX_SEC, PSEUDONYM_PREFIX, LeaseMode
 
 BLANKS = b" \t"
 """Characters that may surround the value of a header. `bytes.strip()` without arguments removes others too."""
@@ -50,17 +49,19 @@ Fields = Mapping[bytes, bytes]
 
 
 def read_fields(scope: Scope) -> Fields:
-    """Return the header fields by their lower-case names.
-
-    Raises ApiError INVALID_HEADER for a repeated header of this module, because its meaning is ambiguous.
-    """
+    """Return the header fields by their lower-case names. Raises the errors of `refuse_repeated`."""
     fields = dict(scope["headers"])
+    refuse_repeated(scope, fields)
+    return fields
+
+
+def refuse_repeated(scope: Scope, fields: Fields) -> None:
+    """Raise ApiError INVALID_HEADER for a repeated header of this module, because its meaning is ambiguous."""
     if len(fields) != len(scope["headers"]):
         names = [field for field, _ in scope["headers"]]
         for name, field in _FIELDS.items():
             if names.count(field) > 1:
                 raise ApiError("INVALID_HEADER", f"{name} was sent more than once. Send it once.")
-    return fields
 
 
 def _read_value(name: str, fields: Fields) -> str | None:
@@ -75,13 +76,23 @@ def _read_value(name: str, fields: Fields) -> str | None:
     return value.decode("ascii")
 
 
+def _read_student(name: str, fields: Fields) -> str | None:
+    """Like `_read_value`, for a student id. Raises ApiError INVALID_HEADER for the beginning of pseudonyms."""
+    student = _read_value(name, fields)
+    if student is not None and student.startswith(PSEUDONYM_PREFIX):
+        raise ApiError(
+            "INVALID_HEADER", f"{name} begins with the reserved word {PSEUDONYM_PREFIX}. Use another id."
+        )
+    return student
+
+
 def read_holder(scope: Scope, fields: Fields) -> str:
     """Return the student's own id. Raises ApiError MISSING_SANDBOX_ID or INVALID_HEADER."""
     name = STUDENT
     if _FIELDS[STUDENT] not in fields and _FIELDS[STUDENT_OLD] in fields:
         name = STUDENT_OLD
         scope["state"]["deprecated"] = True  # the middleware adds the Deprecation header, also to errors
-    holder = _read_value(name, fields)
+    holder = _read_student(name, fields)
     if holder is None:
         raise ApiError(
             "MISSING_SANDBOX_ID",
@@ -149,8 +160,7 @@ def read_secret_hash(scope: Scope, fields: Fields | None = None) -> str | None:
     return hashlib.sha256(value.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class AllocationHeaders:
+class AllocationHeaders(NamedTuple):
     track_name: str | None
     name_prefix: str | None
     idempotency_key: str | None
@@ -205,7 +215,11 @@ async def _holder(
     _: Annotated[
         Any,
         _STUDENT,
-        Header(alias=STUDENT, description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required."),
+        Header(
+            alias=STUDENT,
+            description="The student's own id (INSTRUQT_PARTICIPANT_ID). Required. "
+            f"It does not begin with `{PSEUDONYM_PREFIX}`.",
+        ),
     ] = None,
     __: Annotated[
         Any,
@@ -307,7 +321,7 @@ async def _new_holder(
         ),
     ] = None,
 ) -> str | None:
-    return _read_value(NEW_HOLDER, read_fields(request.scope))
+    return _read_student(NEW_HOLDER, read_fields(request.scope))
 
 
 async def _lease_secret(

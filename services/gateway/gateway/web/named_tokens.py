@@ -84,6 +84,8 @@ class NamedTokens:
         self._peppers: Mapping[str | None, bytes] = {None: b"", **{_pepper_id(key): key for key in keys}}
         self._new_pepper_id = _pepper_id(keys[0]) if keys else None
         self._tokens: Mapping[bytes, NamedToken] = {}
+        self._accepted: dict[bytes, NamedToken] = {}
+        """Records by accepted token, since the last change. A token is hashed for its first request only."""
         self._version = -1
         self._loaded_at = float("-inf")
         self._started_at = float("-inf")
@@ -99,6 +101,15 @@ class NamedTokens:
     def find(self, token: bytes) -> NamedToken | None:
         """Return the record of a valid token. The time does not depend on the secret part of the token, nor on
         whether the key id is known."""
+        # A look-up compares the bytes of a token only if its randomised hash is that of an accepted one.
+        record = self._accepted.get(token) or self._check(token)
+        now = int(time.time())
+        if record is None or (record.expires_at is not None and record.expires_at <= now):
+            return None
+        self._uses[record.key_id] = now - now % _MINUTE
+        return record
+
+    def _check(self, token: bytes) -> NamedToken | None:
         match = _TOKEN.fullmatch(token)
         if match is None:
             return None
@@ -107,10 +118,9 @@ class NamedTokens:
         is_same = hmac.compare_digest(
             hmac.digest(pepper, token, "sha256"), record.token_hash if record else _NO_HASH
         )
-        now = int(time.time())
-        if record is None or not is_same or (record.expires_at is not None and record.expires_at <= now):
+        if record is None or not is_same:
             return None
-        self._uses[record.key_id] = now - now % _MINUTE
+        self._accepted[token] = record
         return record
 
     def generate(self) -> NewToken:
@@ -138,6 +148,7 @@ class NamedTokens:
                 )
                 for record in records
             }
+            self._accepted = {}
         self._version, self._loaded_at = version, started
 
     async def refresh_for_unknown(self) -> None:

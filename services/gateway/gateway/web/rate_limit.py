@@ -8,6 +8,7 @@ import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gateway.api.errors import ApiError
 
@@ -36,23 +37,22 @@ def parse_rate(text: str) -> Rate:
     return Rate(amount, windows * _SECONDS[match[3]])
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimitStatus:
+class RateLimitStatus(NamedTuple):
     """State of one client in its current window."""
 
     limit: int
-    count: int
-    """Requests in the window."""
+    requests: int
+    """Number of them in the window."""
     reset: int
     """End of the window in Unix seconds."""
 
     @property
     def remaining(self) -> int:
-        return max(0, self.limit - self.count)
+        return max(0, self.limit - self.requests)
 
     @property
     def is_exceeded(self) -> bool:
-        return self.count > self.limit
+        return self.requests > self.limit
 
     @property
     def retry_after(self) -> int:

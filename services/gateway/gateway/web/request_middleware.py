@@ -9,7 +9,9 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -21,9 +23,10 @@ from gateway.allocator_client import ClientDisconnected
 from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web import rate_limit
+from gateway.web.direct_routes import DirectRoutes
 from gateway.web.headers import Fields, read_claimed_track, read_unchecked_holder
 from gateway.web.rate_limit import RateLimitStatus
-from sandbox_broker.observability import tracing
+from sandbox_broker.observability import frequent_log, tracing
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -52,6 +55,9 @@ _NEEDLESSLY_ENCODED = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|[46][1-9A-Fa-f]|[57][0-
 MAX_LOGGED = 256
 """Longest part of a path, or of an id, in a log line, in characters."""
 
+_MAX_PATHS = 500
+"""Quoted paths in memory."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:\-]{1,128}")
 
 # The docs page needs scripts and styles of this origin, the inline style attributes of Swagger UI, and the data:
@@ -71,6 +77,7 @@ NO_STORE = (b"cache-control", b"no-store")
 _REVALIDATE = (b"cache-control", b"no-cache")
 """A cache may store the response, and revalidates it with its ETag before each use."""
 _DEPRECATED = (b"deprecation", b"true")
+_JSON = (b"content-type", b"application/json")
 
 log = structlog.get_logger()
 
@@ -83,11 +90,11 @@ class RequestMiddleware:
         app: ASGIApp,
         *,
         endpoint: str | None = None,
-        direct_routes: Collection[tuple[str, str]] = (),
+        direct_routes: DirectRoutes = MappingProxyType({}),
         rate_limited: bool = True,
     ) -> None:
-        """`direct_routes` are methods and paths that the router of `app` does not see. With `rate_limited`, callers
-        are identified and their requests count against the rate limit."""
+        """`app` gets all requests but those of `direct_routes`. With `rate_limited`, callers are identified and
+        their requests count against the rate limit."""
         self._app = app
         self._endpoint = endpoint
         self._direct_routes = direct_routes
@@ -119,6 +126,7 @@ class RequestMiddleware:
         request_id = _choose_request_id(fields.get(b"x-request-id", b""))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        state["client"] = scope["app"].state.context.client_address(scope)
         if method == "HEAD":  # handled as GET, because the server omits the body
             scope = {**scope, "method": "GET"}
             state["is_head"] = True
@@ -141,7 +149,7 @@ class RequestMiddleware:
 
         try:
             _check_early(scope, rate_limit_status)
-            await self._app(scope, await _limit_body(fields, receive), send_decorated)
+            await self._pass_on(scope, fields, receive, send_decorated)
         except ApiError as error:  # raised outside the routes of FastAPI
             await errors.build_response(error, state)(scope, receive, send_decorated)
         except ClientDisconnected:
@@ -158,6 +166,18 @@ class RequestMiddleware:
         finally:
             self._record(scope, fields, method, status, time.perf_counter() - started)
 
+    async def _pass_on(self, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
+        """Pass the request to the direct route, or to the application."""
+        receive = await _limit_body(fields, receive)
+        direct_route = self._direct_routes.get((scope["method"], scope["path"]))
+        if direct_route is None:
+            await self._app(scope, receive, send)
+            return
+        response = await direct_route(scope, fields)
+        headers = [(b"content-length", b"%d" % len(response.body)), _JSON, *response.headers]
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+
     def _record(self, scope: Scope, fields: Fields, method: str, status: int, seconds: float) -> None:
         """Record the metric of the request, and its log line if its path is in the API."""
         path, state = scope["path"], scope["state"]
@@ -167,14 +187,14 @@ class RequestMiddleware:
             metrics.request_latency(known_method, endpoint, status).observe(seconds)
         state["outcome"] = (known_method, endpoint, status)
         if path.startswith("/v1"):
-            log.info(
+            frequent_log.info(
                 "request.handled",
                 request_id=state["request_id"],
                 method=method,
-                path=quote(path[:MAX_LOGGED], errors="replace")[:MAX_LOGGED],
+                path=_quote(path[:MAX_LOGGED]),
                 status=status,
                 duration_ms=round(seconds * 1000, 1),
-                client=scope["app"].state.context.client_address(scope).full,
+                client=state["client"].full,
                 **_log_fields(state, fields),
             )
 
@@ -194,7 +214,7 @@ class RequestMiddleware:
             return None
         if caller.has_known_token:
             return context.rate_limits.students.hit(caller.token_hash + read_unchecked_holder(fields))
-        return context.rate_limits.addresses.hit(context.client_address(scope).counted)
+        return context.rate_limits.addresses.hit(scope["state"]["client"].counted)
 
 
 def _annotate_span(span: "Span", state: Mapping[str, Any]) -> None:
@@ -228,6 +248,12 @@ def _log_fields(state: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     if caller is not None and not caller.has_known_token and (track := read_claimed_track(fields)):
         logged["claimed_track"] = track
     return logged
+
+
+@lru_cache(_MAX_PATHS)
+def _quote(path: str) -> str:
+    """Return a path for the log."""
+    return quote(path, errors="replace")[:MAX_LOGGED]
 
 
 def _check_early(scope: Scope, status: RateLimitStatus | None) -> None:

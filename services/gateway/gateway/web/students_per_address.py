@@ -25,6 +25,6 @@ class StudentsPerAddress:
         if self._requests.hit(f"{address} {holder}").is_exceeded:
             return
         status = self._students.hit(address)
-        if status.count == status.limit + 1:
+        if status.requests == status.limit + 1:
             metrics.ADDRESSES_WITH_MANY_STUDENTS.inc()
             log.warning("client.many_students", client=address, limit=status.limit)

@@ -6,7 +6,6 @@ two requests of a connection is limited.
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from gateway import metrics
 from gateway.allocator_client import cancel_pending
@@ -14,6 +13,7 @@ from gateway.api import errors
 from gateway.api.errors import ApiError
 from gateway.web import request_middleware
 from gateway.web.connection_limit import ConnectionLimit
+from gateway.web.response_cycle import ResponseCycle
 from sandbox_broker.runtime.uvicorn_protocol import Refusal, StrictProtocol, render_response
 
 MAX_MESSAGE_BYTES = 512 * 1024
@@ -28,39 +28,6 @@ RETRY_CONNECTION_SEC = 5
 _CHECKS = 4
 """Checks per time-out. Frequent checks of one timer cost less than a timer for each request."""
 _NO_SCOPE = object()
-
-
-class CoalescingTransport:
-    """A transport that sends head and body of a response in one system call and one packet.
-
-    uvicorn writes them one after the other, and uvloop sends each write at once. This transport keeps the first
-    write until the second one, or until the next turn of the event loop. All else goes to the inner transport.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._first: bytes | None = None
-
-    def write(self, data: bytes) -> None:
-        if self._first is None:
-            self._first = data
-            self._loop.call_soon(self._flush)
-        else:
-            first, self._first = self._first, None
-            self._transport.write(first + data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._first is not None:
-            first, self._first = self._first, None
-            self._transport.write(first)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
 
 
 class BrokerProtocol(StrictProtocol):
@@ -84,8 +51,7 @@ class BrokerProtocol(StrictProtocol):
     _release_connection: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        # CoalescingTransport has all methods of a transport, but not its class.
-        super().connection_made(CoalescingTransport(transport, self.loop))  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._schedule_check()
         if self.connection_limit is not None and self.client is not None:
             self._release_connection = self.connection_limit.acquire(self.client[0])
@@ -109,6 +75,12 @@ class BrokerProtocol(StrictProtocol):
         self._received_bytes += len(data)
         if self._received_bytes > MAX_MESSAGE_BYTES:
             self._cut("request_too_large")
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if not self._upgrade_offered:
+            # uvicorn makes the instance itself, and has just scheduled its task.
+            self.cycle.__class__ = ResponseCycle
 
     def on_message_complete(self) -> None:
         self._complete_scope = self.scope

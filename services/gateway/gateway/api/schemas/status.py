@@ -122,6 +122,7 @@ class Status(BaseModel):
     queues: list[QueueStatus] | None = Field(description="null while RabbitMQ does not respond")
     pool: Stats | None = Field(description="null while the database does not respond, like all fields below")
     csp: CspStatus | None
+    waiting: Count | None = Field(description="students in the waiting line")
     dead_letters: Count | None
     stopped_stock: list[StoppedStock] | None = Field(
         description="stopped prefixes with a stock rule, see GET /v1/admin/stock"
