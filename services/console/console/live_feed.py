@@ -10,9 +10,11 @@ from typing import Any
 
 import httpx2
 
-QUIET_SEC = 2.0
-"""Shortest time between two changes for the pages, and longest time that an answer is shared. Under load one change
-stands for many events."""
+SHARED_SEC = 2.0
+"""Longest time that an answer is shared."""
+PAUSES_SEC = (2.0, 3.0, 4.0, 5.0)
+"""Pauses between the changes for the pages while events continue. The last one is then repeated. Each change costs
+the gateway several requests, so one change stands for many events."""
 
 
 class LiveFeed:
@@ -24,6 +26,8 @@ class LiveFeed:
         self._upstream = upstream
         self._answers: dict[object, tuple[float, asyncio.Task[Any]]] = {}
         self._changed_at = float("-inf")
+        self._pauses = 0
+        """Number of changes since the last quiet time, which is as long as the last of PAUSES_SEC."""
         self._timer: asyncio.TimerHandle | None = None
         self._reading = asyncio.create_task(self._read_upstream())
 
@@ -41,10 +45,10 @@ class LiveFeed:
 
     async def share(self, key: object, fetch: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Return the answer that another page has just got, or fetch it. An answer is older than no change that the
-        pages know of, and at most QUIET_SEC old."""
+        pages know of, and at most SHARED_SEC old."""
         now = asyncio.get_running_loop().time()
         began_at, task = self._answers.get(key, (float("-inf"), None))
-        if task is None or now - began_at > QUIET_SEC:
+        if task is None or now - began_at > SHARED_SEC:
             task = asyncio.create_task(fetch())
             task.add_done_callback(lambda done: self._forget_failure(key, done))
             self._answers[key] = (now, task)
@@ -66,9 +70,16 @@ class LiveFeed:
             return
 
     def _schedule_change(self) -> None:
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(loop.time(), self._changed_at + QUIET_SEC), self._change)
+        if self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._changed_at >= PAUSES_SEC[-1]:
+            self._pauses = 0
+            at = loop.time()
+        else:
+            at = max(loop.time(), self._changed_at + PAUSES_SEC[min(self._pauses, len(PAUSES_SEC) - 1)])
+            self._pauses += 1
+        self._timer = loop.call_at(at, self._change)
 
     def _change(self) -> None:
         self._timer = None

@@ -45,7 +45,7 @@ async def test_pages_share_answers_until_a_change() -> None:
 
 
 async def test_many_events_are_few_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_feed, "QUIET_SEC", 0.2)
+    monkeypatch.setattr(live_feed, "PAUSES_SEC", (0.2,))
     upstream = Upstream()
     feed = LiveFeed(upstream.response())
     page, changes = asyncio.Event(), 0
@@ -60,6 +60,33 @@ async def test_many_events_are_few_changes(monkeypatch: pytest.MonkeyPatch) -> N
     upstream.lines.put_nowait(None)
     await asyncio.wait_for(feed._reading, 5)
     assert feed.is_ended
+    await feed.close()
+
+
+async def test_pauses_grow_while_events_continue_and_shrink_after_a_quiet_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(live_feed, "PAUSES_SEC", (0.05, 2.0))
+    upstream, loop = Upstream(), asyncio.get_running_loop()
+    feed = LiveFeed(upstream.response())
+    page = asyncio.Event()
+    feed.pages.add(page)
+
+    async def push_and_measure() -> float:
+        """Return the pause since the last change, in seconds."""
+        before = feed._changed_at
+        upstream.lines.put_nowait(b"data: {}\n")
+        await asyncio.wait_for(page.wait(), 10)
+        page.clear()
+        return feed._changed_at - before
+
+    assert await push_and_measure() == float("inf")
+    assert await push_and_measure() >= 0.05
+    assert await push_and_measure() >= 2.0
+    assert await push_and_measure() >= 2.0
+    await asyncio.sleep(feed._changed_at + 2.05 - loop.time())  # a quiet time, which only elapsed time makes
+    assert await push_and_measure() >= 2.0
+    assert 0.05 <= await push_and_measure() < 2.0
     await feed.close()
 
 

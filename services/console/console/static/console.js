@@ -16,7 +16,8 @@ function drawCharts() {
     const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
     const day = { day: "numeric", month: "short" };
     const clock = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
-    const format = data.at.at(-1) - data.at[0] > 2 * 86400 ? day : clock;
+    const length = data.at.at(-1) - data.at[0];
+    const format = length > 2 * 86400 ? day : length < 600 ? { ...clock, second: "2-digit" } : clock;
     const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "12px Inter, sans-serif" };
     charts.add(new uPlot({
       width: element.clientWidth, height: 280,
