@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -56,6 +57,23 @@ for number in range(1000):
 log.warning("database.reconnecting", error="amqp://reaper:of-the-queue@h/ refused")
 logging.getLogger("asyncio").warning("of-the-queue")
 """
+
+FREQUENT = """
+import structlog
+from sandbox_broker.observability import frequent_log, log_context
+from sandbox_broker.observability import logging as ours
+from sandbox_broker.runtime.settings import ServiceSettings
+
+log = structlog.get_logger()
+frequent_log.info("before.configured")
+ours.configure(ServiceSettings(_env_file=None), "reaper")
+for info in (log.info, frequent_log.info):
+    info("lease.granted", request_id="r", holder="several\\nlines", odd=Exception("x"), track_name=None)
+    info("lease.granted", url="amqp://reaper:of-the-queue@h/")
+    with log_context.bound(batch_id="b", holder="of the batch"):
+        info("lease.granted", holder="ada")
+"""
+"""Each line twice: as structlog writes it, and the short way."""
 
 
 @cache
@@ -135,3 +153,19 @@ def test_no_line_of_any_logger_has_a_secret(log_format: str) -> None:
     text = "\n".join(lines(log_format, program=REPEATED))
     assert text.count("***") == 2
     assert "of-the-queue" not in text
+
+
+@pytest.mark.parametrize(("log_format", "level"), [("json", "INFO"), ("json", "WARNING"), ("console", "INFO")])
+def test_frequent_lines_are_those_of_structlog(log_format: str, level: str) -> None:
+    first, *written = lines(log_format, level, FREQUENT)
+    assert "before.configured" in first
+    assert len(written) == (6 if level == "INFO" else 0)
+    usual, frequent = [
+        [
+            re.sub(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "<time>", line)
+            for line in half
+        ]
+        for half in (written[:3], written[3:])
+    ]
+    assert usual == frequent
+    assert sum("<time>" in line for line in usual) == len(usual)

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import re
 import signal
 import subprocess
 import sys
@@ -362,3 +363,13 @@ def test_a_service_runs_on_the_loop_that_tries_all_addresses(tmp_path: Path) -> 
     process, _ = start(tmp_path, tasks="fails", failure="raise OSError(type(asyncio.get_running_loop()).__name__)")
     out, _ = process.communicate(timeout=PATIENCE_SEC)
     assert "OSError: EventLoop" in out
+
+
+def test_the_modules_of_a_service_are_not_searched_for_garbage(tmp_path: Path) -> None:
+    process, _ = start(
+        tmp_path, tasks="fails", failure="raise OSError(f'{__import__(\"gc\").get_freeze_count()} frozen')"
+    )
+    out, _ = process.communicate(timeout=PATIENCE_SEC)
+    frozen = re.search(r"OSError: ([0-9]+) frozen", out)
+    assert frozen is not None
+    assert int(frozen[1]) > 10_000

@@ -27,9 +27,9 @@ print(*[name for name in sys.modules if name.startswith(("opentelemetry.sdk", "o
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def traced() -> Iterator[None]:
-    """Trace to a collector that does not exist. Only the exporter notices that."""
+    """Trace to a collector that does not exist. Only the exporter notices that, and its end takes 3 s."""
     settings = ServiceSettings(
         _env_file=None,
         amqp_url="amqp://h/",

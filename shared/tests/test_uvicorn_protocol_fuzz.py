@@ -31,7 +31,7 @@ from devstack.strict_http import (
 from sandbox_broker.runtime.uvicorn_protocol import StrictProtocol
 
 ROUNDS = 12
-PAIRS = int(os.environ.get("SEARCH", "0")) or 6000
+PAIRS = int(os.environ.get("SEARCH", "0")) or 2400
 SEED = int(os.environ.get("SEARCH_SEED", secrets.randbits(32) if "SEARCH" in os.environ else 20261129))
 PAIRS_PER_CONNECTION = 20
 PATIENCE_SEC = 30.0

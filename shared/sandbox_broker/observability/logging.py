@@ -1,7 +1,8 @@
 """Log configuration: one line per event, with a dotted event name and ids, as JSON or console text.
 
 Each line carries the log context (log_context.py) and no secret (redaction.py). Repeated warnings and errors are
-counted, not written (log_rate_limit.py). Lines are written in blocks (log_blocks.py).
+counted, not written (log_rate_limit.py). Lines are written in blocks (log_blocks.py). The lines of each request
+take a shorter way (frequent_log.py).
 """
 
 import atexit
@@ -12,7 +13,7 @@ from typing import Any
 import orjson
 import structlog
 
-from sandbox_broker.observability import log_context, metrics
+from sandbox_broker.observability import frequent_log, log_context, metrics
 from sandbox_broker.observability.log_blocks import LogBlocks
 from sandbox_broker.observability.log_rate_limit import LogRateLimit
 from sandbox_broker.observability.redaction import Redaction, secrets_of
@@ -69,6 +70,8 @@ def configure(settings: ProcessSettings, service: str) -> None:
         logger_factory=lambda *_: _blocks,
         cache_logger_on_first_use=True,
     )
+    if settings.log_format == "json" and level <= logging.INFO:
+        frequent_log.configure(service, lambda line: _blocks.info(redaction.of_bytes(line)))
     handler = _BlockHandler()
     handler.addFilter(lambda record: record.levelno < logging.WARNING or log_limit.allow(record.name))
     handler.setFormatter(

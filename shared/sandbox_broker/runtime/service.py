@@ -1,6 +1,7 @@
 """Service runtime: one process with one event loop, an HTTP port, and background tasks."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -143,6 +144,9 @@ def run(
         # uvicorn installs its own handlers while it serves. These handle a signal before that, and the signal that
         # uvicorn raises again at its end, so that the process exits with 0.
         signal.signal(number, request_exit)
+    # Modules and models stay until the end. Without this, each full garbage collection searches them all. In the
+    # gateway this takes 100 ms, and cost up to a quarter of the throughput at 200 connections (ADR 8).
+    gc.freeze()
     server.run(listeners)
     tracing.shutdown()
     if getattr(app.state, "failed", False):

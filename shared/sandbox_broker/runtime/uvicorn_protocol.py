@@ -4,8 +4,7 @@ If a proxy and a server disagree on the end of a request, an attacker can mix up
 (request smuggling). Therefore each message here has exactly one possible end, or the connection closes:
 
 - Upgrade offers are ignored. httptools skips the body of a request with an upgrade offer, so uvicorn would parse
-the
-  body as the next request.
+  the body as the next request.
 - No Host or two Hosts in HTTP/1.1, any Transfer-Encoding but exactly one `chunked`, CONNECT, and versions other
   than 1.0 and 1.1 are refused. llhttp, the parser, refuses further forms by itself: two Content-Lengths,
   Content-Length beside Transfer-Encoding, folded fields, bare CR or LF, spaces before a colon.
