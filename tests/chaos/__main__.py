@@ -43,6 +43,7 @@ def main() -> int:
         "--every", type=float, default=0, metavar="SECONDS", help="shortest time from one fault to the next"
     )
     parser.add_argument("--times", type=int, help="run every fault alone, this number of times")
+    parser.add_argument("--pairs", type=int, metavar="NUMBER", help="run this number of random pairs")
     parser.add_argument(
         "--cluster",
         action="store_true",
@@ -101,6 +102,8 @@ def _plan_steps(arguments: argparse.Namespace) -> Iterable[Step]:
     rng, words, cluster = random.Random(arguments.seed), arguments.only, arguments.cluster
     if arguments.times is not None:
         return matrix.plan_repeated_round(rng, arguments.times, words, cluster=cluster)
+    if arguments.pairs is not None:
+        return matrix.plan_pairs(rng, arguments.pairs, words, cluster=cluster)
     if arguments.minutes is None:
         return matrix.plan_short_round(rng, words, cluster=cluster)
     return _limit_duration(60 * arguments.minutes, matrix.plan_long_round(rng, words, cluster=cluster))

@@ -7,9 +7,9 @@ violation. In doubt a rule assumes correct behaviour, so every reported violatio
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import TypeVar
 
 from tests.chaos.evidence import Event, Evidence, Lease, Operation
@@ -137,28 +137,82 @@ def tokens_stay_in_their_scope(evidence: Evidence) -> Iterator[str]:
             yield f"the token {lease.token} leased for {lab}: {_format_leases([lease])}"
     leases = {lease.sandbox_id: lease for lease in evidence.leases}
     for operation in evidence.operations:
+        used = tokens.get(operation.token or "") if operation.outcome in ("ok", "waiting") else None
+        if used is not None and operation.kind == "allocate" and operation.track_name not in used.tracks:
+            yield f"{_format_operation(operation)} with the token {used.name} succeeded for {operation.track_name}"
         reached = leases.get(operation.sandbox_id or "") if operation.outcome == "ok" else None
         if reached is not None and not _is_reached_by_token(reached, operation):
             leased = f"a lease of {reached.token}: {_format_leases([reached])}"
             yield f"{_format_operation(operation)} with the token {operation.token} succeeded for {leased}"
 
 
-def ended_tokens_lease_nothing(evidence: Evidence) -> Iterator[str]:
-    """Forbid leases of a revoked or suspended token, later than TOKEN_END_SEC after its end."""
+def ended_tokens_have_no_effect(evidence: Evidence) -> Iterator[str]:
+    """Forbid leases of a revoked or suspended token, later than TOKEN_END_SEC after its end, and confirmed requests
+    and places in line too."""
     changes = _group_by(
         {event.event_id: event for event in evidence.events if event.type == "token.changed"}.values(),
         lambda event: event.data["name"],
     )
+
+    def find_end(token: str | None, before: float) -> Event | None:
+        """Return the event of the end, if the token has ended and was not resumed."""
+        known = [event for event in changes.get(token, []) if event.occurred_at < before]
+        last = max(known, key=lambda event: event.occurred_at, default=None)
+        return last if last is not None and last.data["change"] in ("revoked", "suspended") else None
+
     for lease in evidence.leases:
-        before = [event for event in changes.get(lease.token, []) if event.occurred_at < lease.allocated_at]
-        last = max(before, key=lambda event: event.occurred_at, default=None)
-        if (
-            last is not None
-            and last.data["change"] in ("revoked", "suspended")
-            and lease.allocated_at > last.occurred_at + TOKEN_END_SEC
-        ):
-            ended = f"{last.data['change']} at {_format_time(last.occurred_at)}"
+        end = find_end(lease.token, lease.allocated_at)
+        if end is not None and lease.allocated_at > end.occurred_at + TOKEN_END_SEC:
+            ended = f"{end.data['change']} at {_format_time(end.occurred_at)}"
             yield f"the token {lease.token} was {ended}, but leased later: {_format_leases([lease])}"
+    for operation in evidence.operations:
+        end = find_end(operation.token, operation.ended_at)
+        is_confirmed = operation.outcome in ("ok", "waiting")
+        if end is not None and is_confirmed and operation.invoked_at > end.occurred_at + TOKEN_END_SEC:
+            ended = f"{end.data['change']} at {_format_time(end.occurred_at)}"
+            yield f"the token {operation.token} was {ended}, but {_format_operation(operation)} was confirmed"
+
+
+def places_need_their_secret(evidence: Evidence) -> Iterator[str]:
+    """Require that no request keeps or takes over a place in line that was confirmed to another secret."""
+    places = _group_by(_list_places(evidence), lambda place: place.holder)
+    allocations = _group_by(_select_kind(evidence, "allocate"), lambda operation: operation.student)
+    for student, operations in allocations.items():
+        confirmed = [operation for operation in operations if operation.outcome == "waiting"]
+        for own, other in permutations(confirmed, 2):
+            if own.secret in (None, other.secret) or own.ended_at > other.invoked_at:
+                continue
+            since = [place.since for place in places.get(student, []) if place.until > own.invoked_at]
+            until = [place.until for place in places.get(student, []) if place.until > own.invoked_at]
+            # Only one place existed during both requests, so both are about this one.
+            if len(since) == 1 and since[0] < own.ended_at and until[0] > other.ended_at + SAME_MOMENT_SEC:
+                yield f"{_format_operation(other)} kept the place of {_format_operation(own)} without its secret"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Place in the waiting line."""
+
+    number: object
+    holder: object
+    prefix: str
+    since: float
+    until: float
+    """Infinite for a student that still waits."""
+
+
+def _list_places(evidence: Evidence) -> Iterator[_Place]:
+    first = {event.event_id: event for event in reversed(evidence.events)}
+    by_type = _group_by(first.values(), lambda event: event.type)
+    ended_at = {
+        event.data["place"]: event.occurred_at
+        for event in (*by_type.get("waiting.served", []), *by_type.get("waiting.ended", []))
+    }
+    for event in by_type.get("waiting.started", []):
+        number = event.data["place"]
+        prefix = str(event.data["name_prefix"] or "")
+        until = ended_at.get(number, float("inf"))
+        yield _Place(number, event.data["holder"], prefix, event.occurred_at, until)
 
 
 def leases_need_their_secret(evidence: Evidence) -> Iterator[str]:
@@ -334,22 +388,18 @@ def _find_unexplained_ends(evidence: Evidence) -> Iterator[str]:
 def ended_plays_leave_nothing(evidence: Evidence) -> Iterator[str]:
     """Require that a confirmed end of a play ended each lease and each wait of its student that began before."""
     leases = _group_by(evidence.leases, lambda lease: lease.holder)
-    first = {event.event_id: event for event in reversed(evidence.events)}
-    by_type = _group_by(first.values(), lambda event: event.type)
-    wait_ends = {
-        event.data["place"]: event.occurred_at
-        for event in (*by_type.get("waiting.served", []), *by_type.get("waiting.ended", []))
-    }
+    places = [*_list_places(evidence)]
     for play in _select_kind(evidence, "end_play"):
         if play.outcome != "ok" or play.play_ended_at is None:
             continue
         for lease in leases.get(play.student, []):
             if _is_of_play(lease, play) and _get_end(lease) > play.ended_at + SAME_MOMENT_SEC:
                 yield f"{_format_operation(play)} was confirmed, but the lease continues: {_format_leases([lease])}"
-        for waiting in by_type.get("waiting.started", []):
-            is_of_play = waiting.data["holder"] == play.student and int(waiting.occurred_at) <= play.play_ended_at
-            if is_of_play and wait_ends.get(waiting.data["place"], float("inf")) > play.ended_at + SAME_MOMENT_SEC:
-                yield f"{_format_operation(play)} was confirmed, but the student waits: {_format_event(waiting)}"
+        for place in places:
+            is_of_play = place.holder == play.student and int(place.since) <= play.play_ended_at
+            if is_of_play and place.until > play.ended_at + SAME_MOMENT_SEC:
+                since = _format_time(place.since)
+                yield f"{_format_operation(play)} was confirmed, but the student has waited since {since}"
 
 
 def _is_of_play(lease: Lease, play: Operation) -> bool:
@@ -429,32 +479,45 @@ def every_event_is_published(evidence: Evidence) -> Iterator[str]:
 def no_waiting_student_is_overtaken(evidence: Evidence) -> Iterator[str]:
     """Require that a sandbox is leased to the first student in the waiting line whom it fits.
 
-    A replacement goes before the line, because its student is at work in a lab that broke.
+    A replacement goes before the line, because its student is at work in a lab that broke. A student whose token is
+    at its quota is passed over.
     """
     first = {event.event_id: event for event in reversed(evidence.events)}
     by_type = _group_by(first.values(), lambda event: event.type)
-    ended_at = {
-        event.data["place"]: event.occurred_at
-        for event in (*by_type.get("waiting.served", []), *by_type.get("waiting.ended", []))
-    }
-    places = {event.data["sandbox_id"]: event.data["place"] for event in by_type.get("waiting.served", [])}
+    numbers = {event.data["sandbox_id"]: event.data["place"] for event in by_type.get("waiting.served", [])}
+    places = [*_list_places(evidence)]
     for allocated in by_type.get("sandbox.allocated", []):
         if "replaces" in allocated.data:
             continue
-        own_place = places.get(allocated.sandbox_id)
-        for waiting in by_type.get("waiting.started", []):
-            place, prefix = waiting.data["place"], waiting.data["name_prefix"] or ""
+        own_number = numbers.get(allocated.sandbox_id)
+        for place in places:
             was_waiting = (
-                waiting.occurred_at < allocated.occurred_at - SAME_MOMENT_SEC
-                and ended_at.get(place, float("inf")) > allocated.occurred_at + SAME_MOMENT_SEC
+                place.since < allocated.occurred_at - SAME_MOMENT_SEC
+                and place.until > allocated.occurred_at + SAME_MOMENT_SEC
             )
-            is_ahead = own_place is None or place < own_place  # type: ignore[operator]
-            if was_waiting and is_ahead and str(allocated.data.get("name")).startswith(str(prefix)):
+            is_ahead = own_number is None or place.number < own_number  # type: ignore[operator]
+            if (
+                was_waiting
+                and is_ahead
+                and str(allocated.data.get("name")).startswith(place.prefix)
+                and not _may_be_at_token_quota(evidence, place.holder, allocated.occurred_at)
+            ):
                 yield (
                     f"sandbox {allocated.sandbox_id} went to {allocated.data['holder']} at "
-                    f"{_format_time(allocated.occurred_at)}, but {waiting.data['holder']} has waited since "
-                    f"{_format_time(waiting.occurred_at)}"
+                    f"{_format_time(allocated.occurred_at)}, but {place.holder} has waited since "
+                    f"{_format_time(place.since)}"
                 )
+
+
+def _may_be_at_token_quota(evidence: Evidence, student: object, at: float) -> bool:
+    """Return whether a token that the student used allowed no other lease at this moment."""
+    tokens = {operation.token for operation in _select_kind(evidence, "allocate") if operation.student == student}
+    active = Counter(
+        lease.token
+        for lease in evidence.leases
+        if lease.allocated_at <= at + SAME_MOMENT_SEC and _get_end(lease) >= at - SAME_MOMENT_SEC
+    )
+    return any(token.name in tokens and active[token.name] >= token.max_active for token in evidence.tokens)
 
 
 def epochs_never_go_back(evidence: Evidence) -> Iterator[str]:
@@ -623,7 +686,8 @@ RULES: Sequence[Callable[[Evidence], Iterator[str]]] = (
     no_policy_exceeds_its_quota,
     no_token_exceeds_its_quota,
     tokens_stay_in_their_scope,
-    ended_tokens_lease_nothing,
+    ended_tokens_have_no_effect,
+    places_need_their_secret,
     leases_need_their_secret,
     every_answer_is_a_lease,
     the_same_sandbox_while_the_lease_lasts,

@@ -44,7 +44,12 @@ OTHER_TRACK = "other-lab"
 WRONG_SECRET = "another secret than that of the lease"
 ATTACKS: Sequence[OperationKind] = ("allocate", "read", "release", "claim", "extend", "replace")
 TOKEN_STUDENTS = ("student-4-", "student-5-")
-"""Students of two places, with named tokens and lease secrets. Others try their leases without the secret."""
+"""Students of two places, with named tokens and lease secrets. Others try their leases and places in line without
+the secret."""
+TOKEN_STOCK_STUDENTS = "student-5-"
+"""Students of one of these places wait in line for the sandboxes of STOCK_PREFIX."""
+PLACE_ATTACK_RATE = 0.3
+"""Share of the answers with a place after which another sender tries to take the place over."""
 LEAVE_RATE = 0.05
 """Share of the places in line after which a student leaves silently."""
 
@@ -194,12 +199,12 @@ class Students:
             headers, content = sign_event(student, ended_at=play_ended_at)
         if kind == "allocate" and student.startswith(QUOTA_STUDENTS):
             headers["X-Instruqt-Track-ID"] = QUOTA_TRACK
-        if kind == "allocate" and student.startswith(STOCK_STUDENTS):
-            headers["X-Sandbox-Name-Prefix"] = STOCK_PREFIX
-            headers["Prefer"] = f"respond-async, wait={DEFAULT_WAIT_SEC:g}"
         if kind == "allocate" and student.startswith(TOKEN_STUDENTS):
             headers["X-Instruqt-Track-ID"] = track or TOKEN_TRACK
             headers["X-Sandbox-Name-Prefix"] = TOKEN_PREFIX
+        if kind == "allocate" and student.startswith((*STOCK_STUDENTS, TOKEN_STOCK_STUDENTS)):
+            headers["X-Sandbox-Name-Prefix"] = STOCK_PREFIX
+            headers["Prefer"] = f"respond-async, wait={DEFAULT_WAIT_SEC:g}"
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         if standby:
@@ -234,6 +239,7 @@ class Students:
             idempotency_key=idempotency_key,
             token=None if kind == "end_play" else credentials.token_name,
             secret=None if kind == "end_play" else credentials.secret,
+            track_name=headers.get("X-Instruqt-Track-ID"),
             invoked_at=invoked_at,
             ended_at=ended_at,
             outcome=_classify_outcome(response, failure),
@@ -264,8 +270,9 @@ class Students:
         """Send requests until the response is final or the script's time budget is used.
 
         Each place in line starts the budget again. A student who leaves the line silently, also at the end of the
-        round, leaves no result.
+        round, leaves no result. All requests have the same token, which may end meanwhile.
         """
+        credentials = credentials or self.get_credentials(student)
         began_at = budget_since = time.time()
         backoff, longest_backoff = BACKOFF_SEC
         attempts = 0
@@ -284,6 +291,8 @@ class Students:
             if operation.outcome == "waiting" and time.time() < began_at + DEFAULT_WAIT_SEC:
                 if self._stopping.is_set() or rng.random() < LEAVE_RATE:
                     return operation
+                if credentials.secret is not None and rng.random() < PLACE_ATTACK_RATE:
+                    await self._attack_place(student, credentials, rng)
                 await asyncio.sleep(operation.retry_after_sec * rng.uniform(0.9, 1))
                 budget_since, backoff = time.time(), BACKOFF_SEC[0]
                 continue
@@ -299,6 +308,15 @@ class Students:
             ScriptRun(kind, student, began_at, operation.ended_at, attempts, operation)
         )
         return operation
+
+    async def _attack_place(self, student: str, credentials: Credentials, rng: random.Random) -> None:
+        """Send the request of a waiting student without the secret, or for a lab that the token does not permit.
+
+        Without a secret, so that a place or lease of this request is no obstacle for the student.
+        """
+        other = rng.choice([Credentials(), replace(credentials, secret=None)])
+        track = rng.choice([None, OTHER_TRACK])
+        await self.send_request("allocate", student, rng=rng, credentials=other, track=track)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Operation:
     """Name of the token. None: a token of the settings."""
     secret: str | None = None
     """Secret of the lease in the request."""
+    track_name: str | None = None
+    """Lab of an allocation."""
     invoked_at: float
     ended_at: float
     outcome: Outcome

@@ -27,7 +27,7 @@ from tests.chaos.evidence import (
 from tests.chaos.stack import EVENTS_QUEUE, GRACE_SEC, HOLD_SEC, ChaosBroker
 from tests.integration.stack import Stack
 
-IDLE_TIMEOUT_SEC = 180.0
+IDLE_TIMEOUT_SEC = 600.0
 POLL_INTERVAL_SEC = 0.5
 CONNECT_SEC = 3.0
 TICK_SEC = 0.05
@@ -40,6 +40,7 @@ SELECT count(*) FROM (
     UNION ALL SELECT FROM leases WHERE ended_at IS NULL
     UNION ALL SELECT FROM outbox
     UNION ALL SELECT FROM creations WHERE in_flight
+    UNION ALL SELECT FROM waiting
 ) pending
 """
 # Without an import, the last entry of the history ended the flight.
@@ -86,8 +87,8 @@ async def list_active_leases(broker: ChaosBroker) -> list[tuple[str, str]]:
 
 
 async def wait_until_idle(broker: ChaosBroker) -> bool:
-    """Wait until all leases have ended, all used sandboxes are deleted, all events are published and no creation is
-    in flight.
+    """Wait until all leases have ended, all used sandboxes are deleted, all events are published, no creation is in
+    flight, and no student is in the waiting line.
 
     Return False after a time-out; the evidence then shows the remaining work.
     """
@@ -118,6 +119,7 @@ async def collect_stack_evidence(
     database = stack.database
     leases = await database.fetch("SELECT * FROM leases")
     sandboxes = await database.fetch("SELECT sandbox_id, external_id, status FROM sandboxes")
+    stats = await stack.stats()
     unpublished = await database.fetch("SELECT event_id FROM outbox ORDER BY outbox_id")
     calls = await stack.control("GET", "calls?method=DELETE")
     accounts = await stack.control("GET", "accounts")
@@ -152,7 +154,7 @@ async def collect_stack_evidence(
         accounts={record["id"].rpartition("/")[2]: record["name"] for record in accounts["accounts"]},
         epochs=epochs,
         recoveries=recoveries,
-        stats=await stack.stats(),
+        stats=stats,
         grace_sec=GRACE_SEC,
         hold_sec=HOLD_SEC,
         collected_at=time.time(),

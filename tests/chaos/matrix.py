@@ -1,5 +1,6 @@
 """List of all faults, and plans of rounds with single faults and pairs."""
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from tests.chaos.faults import Fault
 
 Step = tuple[Fault, ...]
 """Faults injected together."""
+PAIR = 2
 LONG_SEC = 5.0
 """Shortest duration of a fault that can overlap with a second one."""
 
@@ -68,6 +70,19 @@ def plan_long_round(rng: random.Random, words: str = "", *, cluster: bool = Fals
     faults = _select_by_name(list_faults(rng, cluster=cluster), words)
     rng.shuffle(faults)
     yield from ((fault,) for fault in faults)
+    yield from _pair_without_end(rng, faults)
+
+
+def plan_pairs(rng: random.Random, number: int, words: str = "", *, cluster: bool = False) -> Iterator[Step]:
+    """Plan this number of random pairs. Returns no pair if no two faults can be combined."""
+    faults = _select_by_name(list_faults(rng, cluster=cluster), words)
+    if any(_can_combine(one, other) for one in faults for other in faults):
+        pairs = (step for step in _pair_without_end(rng, faults) if len(step) == PAIR)
+        yield from itertools.islice(pairs, number)
+
+
+def _pair_without_end(rng: random.Random, faults: list[Fault]) -> Iterator[Step]:
+    """Yield each fault once, with another one where possible, and again without end."""
     while True:
         rng.shuffle(faults)
         left = list(faults)

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 from typing import Any
@@ -20,7 +20,14 @@ from devstack.conditions import wait_until
 from devstack.processes import Process
 from sandbox_broker.contract import topology
 from tests.chaos import checker
-from tests.chaos.client import TOKEN_STUDENTS, TOKEN_TRACK, Credentials, History, Students
+from tests.chaos.client import (
+    TOKEN_STOCK_STUDENTS,
+    TOKEN_STUDENTS,
+    TOKEN_TRACK,
+    Credentials,
+    History,
+    Students,
+)
 from tests.chaos.evidence import Evidence, FailoverPeriod, Operation, Recovery
 from tests.chaos.proxy import Proxy
 from tests.integration.stack import ADMIN, Stack
@@ -29,6 +36,8 @@ ALLOCATORS = ("allocator", "second allocator")
 MUTATED = {**dict.fromkeys(ALLOCATORS, "allocator"), "provisioner": "provisioner"}
 """Module of each process that runs with the planted bugs."""
 TOKEN_STUDENT = f"{TOKEN_STUDENTS[0]}1"
+WAITING_STUDENT = f"{TOKEN_STOCK_STUDENTS}1"
+"""Student in the waiting line. A round has no sandbox of this prefix."""
 STOCK_POLICY = {
     "name": "stock",
     "match": {"name_prefix": "stock-"},
@@ -268,6 +277,14 @@ async def exceed_quota_of_a_token(trial: Trial) -> None:
         await trial.allocate(f"{TOKEN_STUDENT}-{number}", credentials=token)
 
 
+async def ask_for_the_place_of_another(trial: Trial) -> None:
+    """Repeat the request of a waiting student without the secret."""
+    token = await trial.issue_token("own")
+    waiting = await trial.allocate(WAITING_STUDENT, credentials=replace(token, secret="secret of the student"))
+    assert waiting.outcome == "waiting"
+    await trial.allocate(WAITING_STUDENT, credentials=token)
+
+
 async def kill_provisioner_after_creation(trial: Trial) -> None:
     """Kill the provisioner when CSP has created the account, and let the next one continue the intent."""
     trial.stop_at.write_text("provisioner: after CSP")
@@ -337,6 +354,9 @@ MUTANTS = {
         ("no_token_scope_in_release",), release_with_another_token, checker.tokens_stay_in_their_scope
     ),
     "no token quota": Mutant(("no_token_quota",), exceed_quota_of_a_token, checker.no_token_exceeds_its_quota),
+    "no secret of a place": Mutant(
+        ("no_secret_of_a_place",), ask_for_the_place_of_another, checker.places_need_their_secret
+    ),
     "no look-up by name": Mutant(
         ("no_look_up_by_name",), kill_provisioner_after_creation, checker.one_account_per_intent_or_none
     ),

@@ -18,6 +18,8 @@ from typing import Any
 import asyncpg
 
 from allocator import consumer, routing, token_book, write_session
+from allocator import main as allocator_main
+from allocator.handlers import waiting as waiting_handlers
 from allocator.sql import (
     allocations,
     audit,
@@ -174,6 +176,11 @@ def no_token_quota() -> None:
     token_book.Token.has_quota = False  # type: ignore[method-assign, assignment]
 
 
+def no_secret_of_a_place() -> None:
+    """Let each request keep the place of its student in line."""
+    waiting_handlers._refuse_stranger = lambda *_: None
+
+
 def no_look_up_by_name() -> None:
     """Create the account of each claimed intent, although an earlier attempt may have created it."""
 
@@ -195,6 +202,7 @@ BUGS = {
         no_tombstones,
         no_token_scope_in_release,
         no_token_quota,
+        no_secret_of_a_place,
         no_look_up_by_name,
     )
 }
@@ -203,7 +211,8 @@ if __name__ == "__main__":
     module = sys.argv.pop(1)
     crashes = CrashPoints(Path(os.environ["STOP_AT"]), module)
     write_session.LOCK_TIMEOUT = f"{STATEMENT_TIMEOUT_SEC}s"
-    routing.STUDENTS = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
+    students = dataclasses.replace(routing.STUDENTS, statement_timeout_sec=STATEMENT_TIMEOUT_SEC)
+    routing.STUDENTS = allocator_main.STUDENTS = students  # type: ignore[attr-defined]
     allocations.allocate = crashes.wrap(allocations.allocate, "before commit", "after commit")
     answer = consumer.publish_replies  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.chaos.client import QUOTA_STUDENTS, STOCK_STUDENTS, TOKEN_STUDENTS, ScriptRun
+from tests.chaos.client import QUOTA_STUDENTS, STOCK_STUDENTS, TOKEN_STOCK_STUDENTS, TOKEN_STUDENTS, ScriptRun
 from tests.chaos.evidence import Operation
 from tests.chaos.rounds import InjectedStep, Round
 
@@ -53,7 +53,7 @@ def _is_expected(refusal: Operation) -> bool:
     if refusal.code in ("UNAUTHORIZED", "FORBIDDEN_SCOPE"):
         return refusal.student.startswith(TOKEN_STUDENTS)
     is_replacement = refusal.kind == "replace" and refusal.code == "POOL_EXHAUSTED"
-    return is_replacement and refusal.student.startswith(STOCK_STUDENTS)
+    return is_replacement and refusal.student.startswith((*STOCK_STUDENTS, TOKEN_STOCK_STUDENTS))
 
 
 def _format_faults(injected: Sequence[InjectedStep]) -> Iterator[str]:

@@ -39,7 +39,7 @@ MIN_AVAILABLE = 500
 """Minimum number of available sandboxes. The pool starts with three times as many."""
 PLACES = 8
 QUOTA = 2
-STOCK_MAX = 12
+STOCK_MAX = 16
 """Also sandboxes of students who let their lease expire count for it, so students wait for these, too."""
 STOCK_MIN = (0, 4)
 """Each change of the policies chooses another `min`, so intents are granted and abandoned."""
@@ -52,8 +52,8 @@ CREATION_FAULTS = {
 }
 APPLY_PAUSE_SEC = (1.0, 5.0)
 """Pause between two changes of the policies."""
-TOKEN_GRANT = {"role": "track", "tracks": [TOKEN_TRACK], "prefixes": [TOKEN_PREFIX], "max_active": 3}
-TOKEN_PAUSE_SEC = (5.0, 15.0)
+TOKEN_GRANT = {"role": "track", "tracks": [TOKEN_TRACK], "prefixes": [TOKEN_PREFIX, STOCK_PREFIX], "max_active": 3}
+TOKEN_PAUSE_SEC = (5.0, 40.0)
 """Time for which students use a token before it ends."""
 TOKEN_END_SEC = 8.0
 """Time for which students use a token that has ended."""
@@ -118,8 +118,9 @@ async def run_round(
             await asyncio.sleep(WARM_UP_SEC)
             for number, step in enumerate(steps):
                 is_failover = len(step) == 1 and step[0].standby_answers_pending
+                if any(fault.has_standby for fault in step):
+                    await broker.wait_for_standby()  # the previous step may have killed it
                 if is_failover:
-                    await broker.wait_for_standby()
                     failover_since = time.time()
                     await students.wait_for_pending()  # from now on, pending requests began in the period
                 began_at = time.time()

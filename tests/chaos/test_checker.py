@@ -125,7 +125,7 @@ CORRECT = Evidence(
         build_operation(10, "dan", "unknown", "4", kind="release", at=70, took=10),
         build_operation(11, "dan", "ok", "4", kind="release", at=81, status=200),
         build_granted(12, "dan", "5", 201, at=90, since=90.5),
-        replace(build_granted(16, "eve", "7", 201, at=10.5, since=11), token="own", secret="eve"),
+        replace(build_granted(16, "eve", "7", 201, at=10.5, since=11), token="own", secret="eve", track_name="lab"),
         build_operation(17, "eve", "ok", "7", kind="release", at=11.5, status=200, token="own", secret="eve"),
         # Dan reads his sandbox before the response to his allocation, and after it.
         build_operation(14, "dan", "refused", "5", kind="read", at=90.1, status=404, code="SANDBOX_NOT_FOUND"),
@@ -133,6 +133,9 @@ CORRECT = Evidence(
         # Eve releases her sandbox too early, without its secret and with another token.
         build_operation(18, "eve", "refused", "7", kind="release", at=11.1, status=403, secret="wrong"),
         build_operation(19, "eve", "refused", "7", kind="read", at=11.6, status=403, token="other", secret="eve"),
+        # Fay has a place in line. Another client asks under her name.
+        build_operation(22, "fay", "waiting", at=44.5, status=202, secret="fay"),
+        build_operation(23, "fay", "refused", at=47, status=403),
     ],
     leases=[
         build_lease(1, "1", "ada", 2.5, 20.5, end_reason="student", idempotency_key="a"),
@@ -240,6 +243,15 @@ def test_a_replacement_goes_before_the_waiting_line() -> None:
     events = remove_events(CORRECT.events, "w2", "w2-served", "3-taken")
     allocated = build_event("3-taken", "sandbox.allocated", "3", 50.5, holder="cyd", name="sandbox-3", replaces="9")
     assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, allocated]))] == []
+
+
+def test_a_student_whose_token_is_at_its_quota_is_passed_over() -> None:
+    waiting = build_event("w1", "waiting.started", None, 43, place=1, holder="eve", name_prefix="sandbox-")
+    lease = replace(build_lease(8, "9", "gus", 40), token="own")
+    evidence = replace(CORRECT, events=[*remove_events(CORRECT.events, "w1"), waiting])
+    assert [*checker.no_waiting_student_is_overtaken(evidence)]
+    evidence = replace(evidence, leases=[*CORRECT.leases, lease])
+    assert [*checker.no_waiting_student_is_overtaken(evidence)] == []
 
 
 def test_the_end_of_a_play_explains_the_end_of_its_lease_only() -> None:
@@ -363,9 +375,24 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
         "operation 19, eve's read of 7",
     ),
     "a revoked token leases": (
-        checker.ended_tokens_lease_nothing,
+        checker.ended_tokens_have_no_effect,
         {"events": remove_events(CORRECT.events, "own-resumed", "own-revoked")},
-        "the token own was suspended",
+        "the token own was suspended at 16:00:02.000, but leased later",
+    ),
+    "a request of a suspended token succeeds": (
+        checker.ended_tokens_have_no_effect,
+        {"events": remove_events(CORRECT.events, "own-resumed", "own-revoked"), "leases": []},
+        "the token own was suspended at 16:00:02.000, but operation 16",
+    ),
+    "a token waits for another lab": (
+        checker.tokens_stay_in_their_scope,
+        {"operations": change_operation(16, outcome="waiting", track_name="exam")},
+        "operation 16, eve's allocate from 16:00:10.500 to 16:00:11.500, with the token own succeeded for exam",
+    ),
+    "another request keeps the place of a student": (
+        checker.places_need_their_secret,
+        {"operations": change_operation(23, outcome="waiting")},
+        "operation 23, fay's allocate",
     ),
     "a request succeeds without the secret of the lease": (
         checker.leases_need_their_secret,
@@ -451,7 +478,7 @@ VIOLATIONS: dict[str, tuple[Callable[..., Any], Changes, str]] = {
     "a student waits after the end of the play": (
         checker.ended_plays_leave_nothing,
         {"operations": append_item(CORRECT.operations, build_end_of_play("fay", at=46, ended=46))},
-        "but the student waits: waiting.started w3",
+        "but the student has waited since 16:00:45.000",
     ),
     "a broken sandbox is deleted during its hold": (
         checker.released_sandboxes_are_deleted_in_csp,

@@ -41,6 +41,16 @@ def test_every_fault_is_repeated() -> None:
     assert len(steps) == 3 * len({fault.name for fault in flatten(steps)}) == 3 * 4
 
 
+def test_pairs_without_single_faults() -> None:
+    words = "RabbitMQ leader,PostgreSQL primary"
+    steps = list(matrix.plan_pairs(random.Random(1), 8, words, cluster=True))
+    assert [len(step) for step in steps] == [2] * 8
+    assert {fault.name for fault in flatten(steps)} == {
+        fault.name for fault in CLUSTER_FAULTS if any(word in fault.name for word in words.split(","))
+    }
+    assert list(matrix.plan_pairs(random.Random(1), 8, "RabbitMQ leader", cluster=True)) == []
+
+
 def test_short_round_has_one_fault_of_each_kind() -> None:
     kinds = [fault.kind for fault in flatten(matrix.plan_short_round(random.Random(1)))]
     assert sorted(kinds) == sorted({fault.kind for fault in ALL_FAULTS})

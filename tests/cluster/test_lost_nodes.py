@@ -1,4 +1,5 @@
-"""The broker without one node of a RabbitMQ cluster, and after the fail-over of a PostgreSQL pair.
+"""The broker without one node of a RabbitMQ cluster, with a node that is cut off from the others, and after the
+fail-over of a PostgreSQL pair.
 
 Students work meanwhile, with the retry rules of the track script. `make chaos ARGS=--cluster` injects these and all
 other faults of clusters.
@@ -8,7 +9,7 @@ import asyncio
 import random
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import asyncpg
@@ -17,9 +18,13 @@ import pytest
 from devstack.conditions import wait_until
 from devstack.postgres_pair import PostgresPair
 from devstack.processes import run
-from devstack.rabbitmq_cluster import RabbitMQCluster
+from devstack.rabbitmq_cluster import NET_TICKTIME_SEC, RabbitMQCluster
 from sandbox_broker.contract import topology
+from sandbox_broker.messaging.connection import Disconnected
+from sandbox_broker.messaging.publisher import Publisher
+from sandbox_broker.runtime.service import cancel_and_wait
 from tests.chaos.client import History, Students
+from tests.chaos.servers import Servers, start_cluster
 from tests.integration.stack import ADMIN, PORTS, ROOT, Stack, run_stack, track_headers
 
 pytest_plugins = ("devstack.fixtures",)
@@ -33,18 +38,26 @@ READS = 50
 @dataclass
 class Broker:
     stack: Stack
-    rabbitmq: RabbitMQCluster
-    postgres: PostgresPair
+    servers: Servers
+
+    @property
+    def rabbitmq(self) -> RabbitMQCluster:
+        assert self.servers.cluster is not None
+        return self.servers.cluster
+
+    @property
+    def postgres(self) -> PostgresPair:
+        assert self.servers.pair is not None
+        return self.servers.pair
 
 
 @pytest.fixture(scope="module")
 async def running_broker(rabbitmq_binaries: None, postgres_binaries: None) -> AsyncIterator[Broker]:
-    async with (
-        PostgresPair() as postgres,
-        RabbitMQCluster() as rabbitmq,
-        run_stack(postgres.url, rabbitmq.url, settings={"SYNC_INTERVAL_SEC": "2"}) as stack,
-    ):
-        yield Broker(stack, rabbitmq, postgres)
+    async with AsyncExitStack() as resources:
+        servers = await start_cluster(resources, net_ticktime_sec=NET_TICKTIME_SEC)
+        settings = {"SYNC_INTERVAL_SEC": "2"}
+        async with run_stack(servers.database_url, servers.amqp_url, settings=settings) as stack:
+            yield Broker(stack, servers)
 
 
 @pytest.fixture
@@ -84,19 +97,82 @@ async def test_all_work_continues_while_the_leader_of_the_queues_is_down(broker:
     stack = broker.stack
     leader = await broker.rabbitmq.find_leader(topology.ALLOCATOR_COMMANDS.name)
     await leader.kill()
-    await allocate(stack, "ada")
-
-    await assert_leases_expire(stack)
-    await assert_periodic_syncs_run(stack)
-    await assert_status_shows_every_queue(stack)
-    for module in PORTS:
-        await restart_service(stack, module)
-    await allocate(stack, "cyd")
-    await assert_topology_can_be_declared(stack)
+    async with queues_in_errors(broker):
+        await allocate(stack, "ada")
+        await assert_leases_expire(stack)
+        await assert_periodic_syncs_run(stack)
+        await assert_status_shows_every_queue(stack)
+        for module in PORTS:
+            await restart_service(stack, module)
+        await allocate(stack, "cyd")
+        await assert_topology_can_be_declared(stack)
 
     await leader.start()
     await broker.rabbitmq.wait_until_complete()
     await allocate(stack, "dan")
+
+
+async def test_services_leave_a_node_that_is_cut_off_from_the_others(broker: Broker) -> None:
+    """The services are the clients of that node only. RabbitMQ 4 keeps them there, RabbitMQ 3 closes their
+    connections."""
+    stack, links = broker.stack, broker.servers.client_links
+    node = await broker.rabbitmq.find_leader(topology.ALLOCATOR_COMMANDS.name)
+    others = [links[other] for other in broker.rabbitmq.nodes if other is not node]
+    for link in others:
+        link.reset()
+    await wait_until(lambda: links[node].outgoing_ports and not any(link.outgoing_ports for link in others))
+    await allocate(stack, "gus")
+    for link in others:
+        link.heal()
+    cut = [link for ends, link in broker.servers.peer_links.items() if node in ends]
+    for link in cut:
+        link.black_hole()
+    async with queues_in_errors(broker):
+        await allocate(stack, "hal")
+        await assert_leases_expire(stack)
+        await assert_periodic_syncs_run(stack)
+
+    for link in cut:
+        link.heal()
+    await broker.rabbitmq.wait_until_complete()
+    await allocate(stack, "ida")
+
+
+async def test_a_message_without_a_leader_stops_no_later_message(running_broker: Broker) -> None:
+    """If the first message of a channel to a queue comes between the loss of the leader and the election, RabbitMQ
+    3.10 refuses this and all later ones until the lost node is back."""
+    cluster, queue = running_broker.rabbitmq, topology.EXPIRY_TICKS
+    leader = await cluster.find_leader(queue.name)
+    followers = [node for node in cluster.nodes if node is not leader]
+    publisher = Publisher(",".join(node.url for node in followers), "test")
+
+    async def publish(to: topology.Queue) -> None:
+        await publisher.publish(topology.TICKS.name, to.name, b"{}")
+
+    async def is_confirmed() -> bool:
+        try:
+            await publish(topology.STOCK_TICKS)  # the confirm of another queue is no reason to stay
+            await publish(queue)
+        except Disconnected:
+            return False
+        return True
+
+    running = asyncio.create_task(publisher.run())
+    try:
+        await publisher.wait_connected()
+        for node in followers:
+            await node.run_rabbitmqctl("eval", f"sys:suspend(whereis('%2F_{queue.name}')).")
+        await publish(topology.STOCK_TICKS)
+        await leader.kill()
+        with pytest.raises(Disconnected):
+            await publish(queue)
+        for node in followers:
+            await node.run_rabbitmqctl("eval", f"sys:resume(whereis('%2F_{queue.name}')).")
+        await wait_until(is_confirmed)
+    finally:
+        await cancel_and_wait(running)
+        await leader.start()
+        await cluster.wait_until_complete()
 
 
 async def test_a_former_primary_is_never_read_after_the_fail_over(broker: Broker) -> None:
@@ -117,6 +193,18 @@ async def test_a_former_primary_is_never_read_after_the_fail_over(broker: Broker
     assert [await read(stack, "eve", sandbox_id) for _ in range(READS)] == READS * [200]
     await pair.rebuild_standby()
     await allocate(stack, "fay")
+
+
+@asynccontextmanager
+async def queues_in_errors(broker: Broker) -> AsyncIterator[None]:
+    """Add the state of the queues and the last log lines of the services to an error of the block."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(await broker.rabbitmq.describe_queues())
+        for process in broker.stack.processes.values():
+            error.add_note("\n".join((f"log of {process.name}:", *process.tail)))
+        raise
 
 
 async def allocate(stack: Stack, student: str) -> str:
