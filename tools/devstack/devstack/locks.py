@@ -6,7 +6,7 @@ The check works offline and ignores indirect requirements. `make lock` resolves 
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,18 @@ def _packages(root: Path) -> Iterator[Path]:
         yield from (folder / "pyproject.toml" for folder in root.glob(pattern))
 
 
-def _requirements(path: Path, ours: dict[str, Path]) -> Iterator[Requirement]:
+def _requirements(path: Path, ours: dict[str, Path], extras: Collection[str] = ()) -> Iterator[Requirement]:
     """Yield the requirements of a project, of its development group and of the workspace packages it uses."""
     project = _project(path)
     declared = [
         *project["project"].get("dependencies", []),
         *project.get("dependency-groups", {}).get("dev", []),
     ]
+    for extra in sorted(extras):
+        declared += project["project"]["optional-dependencies"][extra]
     for requirement in map(Requirement, declared):
         if requirement.name in ours:
-            yield from _requirements(ours[requirement.name], ours)
+            yield from _requirements(ours[requirement.name], ours, requirement.extras)
         else:
             yield requirement
 

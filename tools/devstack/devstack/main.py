@@ -16,6 +16,7 @@ from devstack import database, infrastructure, local_tokens, pool, ports, proces
 from devstack import settings as environment
 from devstack.cluster import start_cluster
 from devstack.errors import CannotRun
+from devstack.log_line import render_log_line
 from devstack.output import Terminal
 from devstack.processes import Process, ProcessDied, run_unless_process_dies, spawn
 from devstack.settings import Settings
@@ -158,10 +159,10 @@ class Launcher:
             env=self._environment(),
             cwd=self.settings.root,
             timeout=_MIGRATE_SEC,
-            on_line=lambda line: self.terminal.print_log_line("migrate", line),
+            on_line=lambda line: self._print_log("migrate", line),
         )
         if code != 0:
-            reason = output.splitlines()[-1] if output else f"exit code {code}"
+            reason = render_log_line(output.splitlines()[-1]) if output else f"exit code {code}"
             raise CannotRun(f"the migration of the database failed: {reason}", status=1)
 
     async def start_simulator(self, accounts: int) -> Process:
@@ -186,8 +187,18 @@ class Launcher:
             [sys.executable, "-m", module, *arguments],
             env=self._environment(),
             cwd=self.settings.root,
-            on_line=lambda line: self.terminal.print_log_line(name, line),
+            on_line=lambda line: self._print_log(name, line),
         )
+
+    def _print_log(self, name: str, line: str) -> None:
+        text = render_log_line(line) if self._renders_logs else line
+        for part in text.split("\n"):
+            self.terminal.print_log_line(name, part)
+
+    @property
+    def _renders_logs(self) -> bool:
+        """Whether the services write JSON and this process its console text."""
+        return self.settings.environment["LOG_FORMAT"].strip().lower() == "console"
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -203,6 +214,7 @@ class Launcher:
             "CSP_BASE_URL": self.settings.csp_base_url or f"{self.settings.simulator_url}/v2",
             # One gateway port is enough on one machine. OPS_PORT in .env is for containers.
             "OPS_PORT": "",
+            **({"LOG_FORMAT": "json"} if self._renders_logs else {}),
         }
 
 
@@ -272,5 +284,6 @@ def _print_death(process: Process, terminal: Terminal) -> None:
     terminal.print_line()
     terminal.print_error(f"{process.name} {process.ending}. Its last lines:")
     for line in list(process.tail)[-10:]:
-        terminal.print_line(f"    {line}")
+        for part in render_log_line(line).split("\n"):
+            terminal.print_line(f"    {part}")
     terminal.print_error("Stopping the other processes.")

@@ -1,5 +1,6 @@
 """Free TCP ports."""
 
+import os
 import random
 import socket
 from collections import deque
@@ -10,7 +11,8 @@ _LOWEST = 20_000
 _MAX_RESERVED = 200
 """More than one process needs at a time, and less than its limit of open files."""
 _used: set[int] = set()
-_reservations: deque[socket.socket] = deque()
+_reservations: deque[int] = deque()
+"""File descriptors, because Python would warn about sockets that are open at its end."""
 # A separate generator, because two test runs that seed the shared one would choose the same ports.
 _random = random.SystemRandom()
 
@@ -40,9 +42,9 @@ def _reserve(port: int) -> bool:
     except OSError:
         reservation.close()
         return False
-    _reservations.append(reservation)
+    _reservations.append(reservation.detach())
     if len(_reservations) > _MAX_RESERVED:
-        _reservations.popleft().close()
+        os.close(_reservations.popleft())
     return True
 
 

@@ -11,7 +11,7 @@ import subprocess
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -30,14 +30,26 @@ class ProcessDied(Exception):
         self.process = process
 
 
+class Child(Protocol):
+    """The part of asyncio.subprocess.Process that Process uses."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    @property
+    def stdout(self) -> asyncio.StreamReader | None: ...
+    async def wait(self) -> int: ...
+
+
 class Process:
     """Child process in its own session, with merged standard output and error, read line by line.
 
-    Created by `spawn`. The session shields it from Ctrl-C in the terminal, so this process determines the order of
-    the stop.
+    Created by `spawn` or `fork_server.fork`. The session shields it from Ctrl-C in the terminal, so this process
+    determines the order of the stop.
     """
 
-    def __init__(self, name: str, child: asyncio.subprocess.Process, on_line: Callable[[str], None] | None) -> None:
+    def __init__(self, name: str, child: Child, on_line: Callable[[str], None] | None) -> None:
         self.name = name
         self.pid = child.pid
         self.tail: deque[str] = deque(maxlen=30)
@@ -141,7 +153,7 @@ async def spawn(
     """
     account = _account(user)
     child = await asyncio.create_subprocess_exec(
-        *_parent_death_prefix(parent_death_signal),
+        *parent_death_prefix(parent_death_signal),
         *(str(part) for part in command),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -223,7 +235,7 @@ def _setpriv() -> str | None:
     return path if probe.returncode == 0 else None
 
 
-def _parent_death_prefix(number: signal.Signals) -> list[str]:
+def parent_death_prefix(number: signal.Signals) -> list[str]:
     """Return a command prefix. The kernel then signals the command after a SIGKILL of this process.
 
     Linux only. setpriv sets the signal and executes the command under the same process id. A function between fork

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,7 +61,8 @@ async def delete_outdated(url: str) -> list[str]:
     """Delete queues that another version declared with other arguments. Return their names.
 
     The services could not declare such a queue. No work is lost, because its messages only wake a service and the
-    database contains the work. A queue with a consumer is kept.
+    database contains the work. A queue with a consumer is kept. Then the topology is declared with its bindings,
+    because the services would not notice that a deleted queue exists again without them.
     """
     outdated: list[str] = []
     async with open_connection(url, timeout=5) as connection:
@@ -76,6 +77,8 @@ async def delete_outdated(url: str) -> list[str]:
                     await existing.delete(if_unused=False, if_empty=False)
                     outdated.append(queue.name)
             await channel.close()
+        with suppress(ChannelPreconditionFailed):  # a queue was kept, and the services will report it
+            await topology.declare(await connection.channel())
     return outdated
 
 

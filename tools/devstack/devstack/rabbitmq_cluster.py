@@ -32,6 +32,14 @@ _FIND_LEADER = """
 {{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)),
 {{_, Leader}} = amqqueue:get_pid(Queue), Leader.
 """
+_DESCRIBE_QUEUES = """
+Counts = [num_ready_messages, num_checked_out, num_consumers, num_enqueuers],
+Describe = fun(State) ->
+    {maps:with(Counts, rabbit_fifo:overview(State)), rabbit_fifo:query_single_active_consumer(State)}
+end,
+[{Name, ra:local_query({Name, node()}, Describe, 1000)}
+ || Name <- [element(1, Row) || Row <- ets:tab2list(ra_state)], lists:prefix("%2F_", atom_to_list(Name))].
+"""
 
 
 class RabbitMQCluster:
@@ -104,9 +112,15 @@ class RabbitMQCluster:
 
     async def find_leader(self, queue: str) -> PrivateRabbitMQ:
         """Return the node with the leader of a quorum queue of the virtual host `/`."""
-        running = next(node for node in self.nodes if node.process is not None and node.process.running)
-        name = await running.run_rabbitmqctl("eval", _FIND_LEADER.format(queue=queue))
+        name = await self._get_running().run_rabbitmqctl("eval", _FIND_LEADER.format(queue=queue))
         return next(node for node in self.nodes if node.node == name.strip().strip("'"))
+
+    async def describe_queues(self) -> str:
+        """Return messages, consumers and leader of each quorum queue of the virtual host `/`, in Erlang's notation.
+
+        `rabbitmqctl list_queues` of RabbitMQ 3.10 would wait for a lost node.
+        """
+        return await self._get_running().run_rabbitmqctl("eval", _DESCRIBE_QUEUES)
 
     async def close(self) -> None:
         for node in self.nodes:
@@ -115,6 +129,9 @@ class RabbitMQCluster:
         for entry in self._entries:
             entry.close()
         self._entries.clear()
+
+    def _get_running(self) -> PrivateRabbitMQ:
+        return next(node for node in self.nodes if node.process is not None and node.process.running)
 
     def _list_pairs(self) -> Iterator[tuple[PrivateRabbitMQ, PrivateRabbitMQ]]:
         return ((node, peer) for node in self.nodes for peer in self.nodes if node is not peer)

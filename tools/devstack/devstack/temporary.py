@@ -1,7 +1,9 @@
 """Temporary databases and virtual hosts, which isolate concurrent tests and benchmarks on the same servers."""
 
 import contextlib
+import json
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -11,6 +13,7 @@ import httpx
 
 from devstack import rabbitmq
 from devstack.infrastructure import Server
+from devstack.private import make_directory, service_account, write
 from devstack.processes import run
 
 
@@ -78,12 +81,19 @@ async def _managed_vhost(management: str, name: str, user: str) -> AsyncIterator
 
 
 async def _add_vhost(name: str, user: str) -> bool:
-    """Return False without the right to administer RabbitMQ."""
-    for command in (["add_vhost", name], ["set_permissions", "-p", name, user, ".*", ".*", ".*"]):
-        try:
-            code, _ = await run(["rabbitmqctl", "-q", *command])
-        except OSError:
-            return False
-        if code != 0:
-            return False
-    return True
+    """Return False without the right to administer RabbitMQ.
+
+    Imports the virtual host with its permissions, because each start of rabbitmqctl takes 0.8 s of processor time.
+    """
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    definitions = {"vhosts": [{"name": name}], "permissions": [{"user": user, "vhost": name, **everything}]}
+    account = service_account("rabbitmq")
+    directory = make_directory("definitions", account)
+    try:
+        write(directory / "definitions.json", json.dumps(definitions), account)
+        code, _ = await run(["rabbitmqctl", "-q", "import_definitions", directory / "definitions.json"])
+    except OSError:
+        return False
+    finally:
+        shutil.rmtree(directory)
+    return code == 0

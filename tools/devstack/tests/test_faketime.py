@@ -3,6 +3,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from devstack import faketime
 from devstack.output import Terminal
 from devstack.processes import spawn
@@ -18,6 +20,7 @@ while True:
 HOUR_SEC = 3600
 
 
+@pytest.mark.usefixtures("server_programs")  # may install libfaketime
 async def test_the_clock_of_a_running_process_is_changed_and_restored(tmp_path: Path, terminal: Terminal) -> None:
     offset_file = tmp_path / "clock"
     faketime.set_offset(offset_file, 0)

@@ -164,6 +164,7 @@ async def test_a_virtual_host_of_another_broker_is_refused_unless_named_by_the_u
 
     async with await aio_pika.connect(own_amqp_url) as connection:
         channel = await connection.channel()
+        await channel.queue_delete("allocator.commands")  # of another test
         queue = await channel.declare_queue("allocator.commands", auto_delete=True)
         await queue.consume(ignore)
 
@@ -262,3 +263,17 @@ async def test_a_test_run_shares_servers_from_the_directories_that_variables_nam
         assert await rabbitmq.unavailable_reason(amqp_url) is not None, "the virtual host still exists"
 
     assert await rabbitmq.unavailable_reason(shared.broker.url) is not None
+
+
+async def test_a_deleted_queue_exists_again_with_its_binding(own_amqp_url: str, terminal: Any) -> None:
+    async with await aio_pika.connect(own_amqp_url) as connection:
+        channel = await connection.channel()
+        await topology.declare(channel)
+        await channel.queue_delete(topology.ALLOCATOR_COMMANDS.name)
+
+        await claim_vhost(Server(own_amqp_url), terminal)
+
+        exchange = await channel.get_exchange(topology.COMMANDS.name)
+        await exchange.publish(aio_pika.Message(b"{}"), topology.ALLOCATOR_COMMANDS.name)
+        queue = await channel.get_queue(topology.ALLOCATOR_COMMANDS.name)
+        assert (await queue.purge()).message_count == 1

@@ -46,3 +46,13 @@ def test_a_pin_outside_the_range_is_reported(clone: Path) -> None:
     (clone / "shared" / "pyproject.toml").write_text(OURS.replace(">=1.5", ">=1.7"))
 
     assert any("but library[extra]>=1.7 is required" in line for line in locks.find_problems(clone))
+
+
+def test_the_requirements_of_a_used_extra_are_checked(clone: Path) -> None:
+    extra = '[project.optional-dependencies]\ndatabase = ["driver>=1"]\n'
+    (clone / "shared" / "pyproject.toml").write_text(OURS + extra)
+    assert list(locks.find_problems(clone)) == []
+    reaper = '[project]\nname = "reaper"\ndependencies = ["ours[database]"]\n'
+    (clone / "services" / "reaper" / "pyproject.toml").write_text(reaper)
+
+    assert "requirements/reaper.txt lacks driver>=1" in list(locks.find_problems(clone))

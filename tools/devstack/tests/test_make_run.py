@@ -164,7 +164,7 @@ async def test_all_processes_start_the_pool_is_filled_and_the_addresses_are_prin
     assert f"BROKER_API_TOKEN={tokens['BROKER_API_TOKEN']} INSTRUQT_PARTICIPANT_ID" in text
     assert f"BROKER_ADMIN_TOKEN={tokens['BROKER_ADMIN_TOKEN']} " in text
     assert "bind host 127.0.0.1,::1" in text
-    assert "log format console" in text
+    assert "log format json" in text
     run.send(signal.SIGINT)
     await run.wait()
 

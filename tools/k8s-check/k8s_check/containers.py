@@ -1,6 +1,7 @@
 """Containers against the code they run: settings, ports, probes, and the routes behind an Ingress."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -92,9 +93,16 @@ def _check_variables(program: Program, variables: Mapping[str, str | None]) -> I
 
 def load_settings(program: Program, variables: Mapping[str, str | None]) -> tuple[BaseSettings | None, list[str]]:
     """Load the program's settings from the variables, or return the problems of invalid ones."""
+    return _load_settings(program, frozenset(variables.items()))
+
+
+@cache  # settings of CSP build a TLS context, and overlays share most containers
+def _load_settings(
+    program: Program, variables: frozenset[tuple[str, str | None]]
+) -> tuple[BaseSettings | None, list[str]]:
     values = {
         name.lower(): programs.PLACEHOLDERS.get(name.lower(), "placeholder") if value is None else value
-        for name, value in variables.items()
+        for name, value in variables
     }
     placeholders: dict[str, Any] = {
         field: programs.PLACEHOLDERS.get(field, "placeholder") for field in program.required

@@ -24,6 +24,11 @@ class BuildError(Exception):
     """Kustomize is not installed, or it rejects the overlay."""
 
 
+def load_yaml(text: str) -> list[Any]:
+    """Return the documents of `text` that are not empty."""
+    return [document for document in yaml.load_all(text, Loader=_LOADER) if document]
+
+
 def build_overlay(overlay: Path) -> list[Manifest]:
     """Run kustomize for the overlay's folder. Raises `BuildError`."""
     result = subprocess.run(
@@ -31,7 +36,7 @@ def build_overlay(overlay: Path) -> list[Manifest]:
     )
     if result.returncode != 0:
         raise BuildError(result.stderr.strip())
-    return [manifest for manifest in yaml.load_all(result.stdout, Loader=_LOADER) if manifest]
+    return load_yaml(result.stdout)
 
 
 def build_with_components(overlay: Path, components: Sequence[Path]) -> list[Manifest]:

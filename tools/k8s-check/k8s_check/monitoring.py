@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import indent
 
-import yaml
-
 from k8s_check.manifests import (
     Manifest,
     OperatorPods,
@@ -18,6 +16,7 @@ from k8s_check.manifests import (
     is_selector_match,
     list_operator_pods,
     list_pod_templates,
+    load_yaml,
     select_kind,
 )
 
@@ -42,7 +41,7 @@ def find_problems(manifests: Sequence[Manifest], deploy: Path) -> Iterator[str]:
     rules = find_manifest(manifests, "PrometheusRule", JOB)
     if rules is None:
         return
-    if rules["spec"] != yaml.safe_load((deploy / "prometheus" / "alerts.yml").read_text()):
+    if [rules["spec"]] != load_yaml((deploy / "prometheus" / "alerts.yml").read_text()):
         yield f"PrometheusRule {JOB}: differs from deploy/prometheus/alerts.yml: run make docs"
     monitors = list(select_kind(manifests, "PodMonitor"))
     for pod in list_pod_templates(manifests):

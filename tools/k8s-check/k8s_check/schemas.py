@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import kubernetes_validate
+from kubernetes_validate import utils
 
 from k8s_check import operators
 from k8s_check.manifests import Manifest, format_title
@@ -15,6 +16,8 @@ SUPPORTED_MINORS = 3
 _MAJOR, _MINOR = (int(part) for part in kubernetes_validate.latest_version().split(".")[:2])
 VERSIONS = (f"{_MAJOR}.{_MINOR - SUPPORTED_MINORS + 1}", f"{_MAJOR}.{_MINOR}")
 """The oldest and the newest maintained version, counted from the newest version of the locked schemas."""
+
+utils.schema_contents = cache(utils.schema_contents)  # the library reads all definitions for each manifest
 
 
 def find_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
