@@ -1,8 +1,22 @@
 """Fixtures for all tests, and the order of the test files."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 pytest_plugins = ["devstack.lanes", "devstack.testing"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without garbage collection, which would take a third of the processor time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()  # modules and tests stay until the end
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -98,6 +98,8 @@ class CannedServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True  # otherwise a body waits up to 40 ms for the acknowledgement of its head
+
     def reply(self) -> None:
         server = cast(CannedServer, self.server)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -120,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             if server.closing.wait(0.05):
                 return
 
-    do_GET = do_POST = do_CONNECT = reply  # noqa: N815
+    do_GET = do_POST = do_CONNECT = reply  # noqa: N815 (names of the base class)
 
     def log_message(self, *_: object) -> None:
         """Keep the test output free of access logs."""

@@ -1,7 +1,7 @@
 """Run a service that kills or freezes itself at a given point: `python crash_runner.py MODULE`.
 
 The file named by DIE_AT holds the point (see devstack.crashes). The time-outs of the reaper and the provisioner are
-shortened, so that the claims of a killed one expire soon.
+shortened, so that the claims of a killed one expire soon. The modules of the service may be imported already.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from devstack.crashes import CrashPoints
-from reaper import deletion
+from reaper import cleanup, deletion, main
 from sandbox_broker.csp import client as csp_client
 from sandbox_broker.messaging import subscription
 
@@ -40,10 +40,7 @@ CRASH_COMMANDS = (
 module = sys.argv.pop(1)
 crashes = CrashPoints(Path(os.environ["DIE_AT"]), module)
 
-deletion.CSP_TIMEOUT_SEC = 1
-
-from reaper import cleanup, main  # noqa: E402 (derive constants from the time-out above)
-
+deletion.CSP_TIMEOUT_SEC = main.CSP_TIMEOUT_SEC = 1  # type: ignore[attr-defined]
 main.REQUEST_TIMEOUT_SEC = 1
 cleanup.CLAIM_MARGIN_SEC = 0.5
 cleanup.NO_REPLY_PAUSE_SEC = 0.2
@@ -54,15 +51,12 @@ if module == "reaper":
     deleter._record = crashes.wrap(deleter._record, None, "after the record")  # type: ignore[method-assign]
     cleanup.CleanUp._claim = crashes.wrap(cleanup.CleanUp._claim, None, "after the claim")  # type: ignore[method-assign]
 if module == "provisioner":
-    from provisioner import creation
-
-    creation.LOOK_UP_TIMEOUT_SEC = 1
-
-    from provisioner import access, access_runs, refill, syncs, throttle
+    from provisioner import access, access_runs, creation, refill, syncs, throttle
     from provisioner import main as provisioner_main
     from sandbox_broker.csp.sessions import SessionClient
     from sandbox_broker.csp.users import UserClient
 
+    creation.LOOK_UP_TIMEOUT_SEC = provisioner_main.LOOK_UP_TIMEOUT_SEC = 1  # type: ignore[attr-defined]
     provisioner_main.REQUEST_TIMEOUT_SEC = 1
     refill.CLAIM_MARGIN_SEC = 0.5
     refill.MIN_PAUSE_SEC = 0.1

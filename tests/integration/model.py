@@ -4,6 +4,7 @@ The model has no queue, no database and no concurrency. Background work (expiry 
 complete when a method returns. Time is in minutes and only advances in `advance_time`.
 """
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -161,11 +162,11 @@ class Model:
         student, key = request.student, request.key
         place = self.place_of(student)
         self._check_token(request.credentials)
-        if place is not None:
-            self._check_reach(request.credentials, None, place.request.credentials.secret)
         if request.credentials.token is not None and request.track not in TOKEN_TRACKS:
             raise Refused(403, "FORBIDDEN_SCOPE")
         replacing = place is not None and place.replaces is not None
+        if place is not None and not replacing:
+            self._check_place(request.credentials, place)
         held = self.held_by(student)
         keyed = next((lease for lease in self.leases.values() if key is not None and lease.key == key), None)
         if (
@@ -225,7 +226,8 @@ class Model:
     def serve_line(self) -> list[Lease]:
         """Lease the available sandboxes to the line, longest available first, and return the new leases.
 
-        A student above the quota is passed over. A student whose key is used, or who has a lease, loses the place.
+        A student above a quota is passed over. A student loses the place whose key is used, whose token has ended,
+        or who has a lease.
         A sandbox that they leave goes to the line once more.
         """
         granted: list[Lease] = []
@@ -244,23 +246,30 @@ class Model:
                 return granted
 
     def _serve(self, place: Place, sandbox_id: str, passed_over: set[str]) -> Lease | None:
-        request = place.request
+        request, token = place.request, place.request.credentials.token
+        is_token_active = token is None or token.state == "active"
         if place.replaces is not None:
-            return self._serve_replacement(place, place.replaces, sandbox_id)
+            return self._serve_replacement(place, place.replaces, sandbox_id, is_token_active=is_token_active)
         is_key_used = request.key is not None and any(lease.key == request.key for lease in self.leases.values())
-        if not (is_key_used or self.held_by(request.student)) and self._is_at_quota(request.track):
+        is_refused = is_key_used or self.held_by(request.student) is not None or not is_token_active
+        if not is_refused and (self._is_at_quota(request.track) or self._is_at_token_quota(token)):
             passed_over.add(request.student)
             return None
         self.line.remove(place)
-        if is_key_used or self.held_by(request.student):
-            return None
-        return self.grant(request, sandbox_id)
+        return None if is_refused else self.grant(request, sandbox_id)
 
-    def _serve_replacement(self, place: Place, broken: str, sandbox_id: str) -> Lease | None:
+    def _serve_replacement(
+        self, place: Place, broken: str, sandbox_id: str, *, is_token_active: bool
+    ) -> Lease | None:
         self.line.remove(place)
         lease = self.leases[broken]
-        is_allowed = lease.holder == place.request.student and lease.replacements < MAX_REPLACEMENTS
-        return self.grant_replacement(broken, sandbox_id) if is_allowed and not lease.end_reason else None
+        is_allowed = (
+            is_token_active
+            and lease.holder == place.request.student
+            and lease.replacements < MAX_REPLACEMENTS
+            and not lease.end_reason
+        )
+        return self.grant_replacement(broken, sandbox_id) if is_allowed else None
 
     def _is_at_quota(self, track: str | None) -> bool:
         limit = self.policies.get(track or "", Policy()).max_active
@@ -289,6 +298,11 @@ class Model:
             raise Refused(403, "FORBIDDEN_SCOPE")
         if secret not in (None, credentials.secret):
             raise Refused(403, "NOT_SANDBOX_OWNER")
+
+    def _check_place(self, credentials: Credentials, place: Place) -> None:
+        """Check that a request may use a place in line."""
+        token = place.request.credentials.token
+        self._check_reach(credentials, None if token is None else token.name, place.request.credentials.secret)
 
     def _find_matching(self, prefix: str | None) -> set[str]:
         return {id for id in self._with_status("available") if self.sandboxes[id].name.startswith(prefix or "")}
@@ -341,7 +355,11 @@ class Model:
         return lease
 
     def replace(
-        self, student: str | None, sandbox_id: str, wait_min: int | None = None
+        self,
+        student: str | None,
+        sandbox_id: str,
+        wait_min: int | None = None,
+        credentials: Credentials = Credentials(),
     ) -> Lease | set[str] | Waiting:
         """Return the lease of an earlier replacement, the ids of all sandboxes that fit, or the place in line.
         `grant_replacement` records the broker's choice."""
@@ -353,9 +371,9 @@ class Model:
         self._require_active(lease)
         if student is not None and lease.replacements >= MAX_REPLACEMENTS:
             raise Refused(409, "REPLACEMENT_LIMIT")
-        return self._find_matching(lease.prefix) or self._wait_for_replacement(lease, wait_min)
+        return self._find_matching(lease.prefix) or self._wait_for_replacement(lease, wait_min, credentials)
 
-    def _wait_for_replacement(self, lease: Lease, wait_min: int | None) -> Waiting:
+    def _wait_for_replacement(self, lease: Lease, wait_min: int | None, credentials: Credentials) -> Waiting:
         place = self.place_of(lease.holder)
         is_other_wish = place is not None and (place.replaces == lease.sandbox_id) == (wait_min == 0)
         if place is not None and wait_min is not None and is_other_wish:
@@ -363,12 +381,15 @@ class Model:
             place = None
         if not wait_min:
             raise Refused(409, "POOL_EXHAUSTED")
-        if place is not None:
-            return Waiting(self._find_position(place))
-        credentials = Credentials(secret=lease.secret)
         request = Request(
             lease.holder, lease.prefix or None, track=lease.track, wait_min=wait_min, credentials=credentials
         )
+        if place is not None:
+            # The lease permits the request. The place keeps the token that may reach it.
+            with contextlib.suppress(Refused):
+                self._check_place(credentials, place)
+                place.request = request
+            return Waiting(self._find_position(place))
         return self._join(request, lease.sandbox_id)
 
     def grant_replacement(self, sandbox_id: str, new_sandbox_id: str) -> Lease:

@@ -25,7 +25,7 @@ from devstack.conditions import wait_until
 from devstack.prometheus import Prometheus
 from devstack.testing import NewDatabase, NewVhost
 from tests.integration.alert_watch import read_fired_alerts, read_rules_with_seconds, watch_alerts
-from tests.integration.crash_stack import run_crashing_stack
+from tests.integration.crash_stack import kill_at, run_crashing_stack
 from tests.integration.stack import ADMIN, Stack, run_stack, track_headers
 
 LOGIN_EMAIL, LOGIN_PASSWORD = "simulator@example.com", "simulator-password"
@@ -188,24 +188,6 @@ async def is_released(stack: Stack, sandbox_id: str, student: str) -> bool:
     return (await stack.release(sandbox_id, student)).status_code == 200
 
 
-async def kill_at(stack: Stack, point: str, demand: "asyncio.Future[Any]") -> bool:
-    """Start the service of the point again after its death. Return False if `demand` and the deletions after it
-    ended without it."""
-    service = point.partition(":")[0]
-
-    async def is_dead_or_done() -> bool:
-        if demand.done():
-            demand.result()
-        return not stack.processes[service].running or (demand.done() and await is_clean(stack))
-
-    await wait_until(is_dead_or_done, within_sec=120)
-    Path(stack.environment["DIE_AT"]).unlink(missing_ok=True)
-    is_dead = not stack.processes[service].running
-    if is_dead:
-        await stack.start_service(service)
-    return is_dead
-
-
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_kill_at_this_point_leaves_one_user_and_then_none(crashing: Stack, point: str) -> None:
     await crashing.fill(1)
@@ -214,9 +196,7 @@ async def test_a_kill_at_this_point_leaves_one_user_and_then_none(crashing: Stac
     if "sign-in" in point:
         await _kill_and_restart(crashing, "provisioner")  # without a session
     Path(crashing.environment["DIE_AT"]).write_text(point)
-    demand = asyncio.ensure_future(use_login(crashing, "ann"))
-    assert await kill_at(crashing, point, demand)
-    await demand
+    await asyncio.gather(use_login(crashing, "ann"), kill_at(crashing, point))
     await wait_until(partial(is_clean, crashing), within_sec=90)
     assert await crashing.database.fetchval("SELECT state FROM accesses") == "removed"
     await crashing.assert_sound()
@@ -235,7 +215,11 @@ async def test_random_kills_leave_one_user_for_each_login_and_none_after_the_end
             *(use_login(crashing, f"login-{number}-{other}") for other in range(2)),
             work_without_login(crashing, f"plain-{number}"),
         )
-        killed += await kill_at(crashing, point, demand)
+
+        async def is_over(demand: "asyncio.Future[list[None]]" = demand) -> bool:
+            return demand.done() and await is_clean(crashing)
+
+        killed += await kill_at(crashing, point, is_over)
         await demand
         logins += 2
         if killed == KILLS:

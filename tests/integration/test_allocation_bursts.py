@@ -1,11 +1,14 @@
 """Bursts: many requests at the same moment."""
 
 import asyncio
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
+import pytest
+
 from devstack.conditions import wait_until
-from tests.integration.stack import Stack
+from tests.integration.stack import ADMIN, Stack
 
 
 async def test_200_students_at_once_get_200_different_sandboxes(stack: Stack) -> None:
@@ -38,6 +41,25 @@ async def test_of_300_students_100_get_pool_exhausted(stack: Stack) -> None:
         assert detail["retry_after"] == 30
         assert response.headers["retry-after"] == "30"
         assert detail["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("owner", ["token", "policy"])
+async def test_of_300_students_exactly_50_get_a_sandbox_under_a_quota(stack: Stack, owner: str) -> None:
+    await stack.fill(300)
+    headers = {"X-Instruqt-Track-ID": "exam"}
+    if owner == "token":
+        token = await stack.issue_token(name="exam", role="track", tracks=["exam"], max_active=50)
+        headers["Authorization"] = f"Bearer {token}"
+    else:
+        policy = {"name": "exam", "match": {"track_name": "exam"}, "max_active": 50}
+        url = f"{stack.url}/v1/admin/policies"
+        applied = await stack.client.put(url, headers=ADMIN, json={"policies": [policy]})
+        assert applied.status_code == 200, applied.text
+    responses = await asyncio.gather(*(stack.allocate(f"student-{number}", **headers) for number in range(300)))
+    assert Counter(response.status_code for response in responses) == {201: 50, 409: 250}
+    refused = [response.json()["detail"]["code"] for response in responses if response.status_code == 409]
+    assert set(refused) == {"QUOTA_EXCEEDED"}
+    assert (await stack.stats())["allocated"] == 50
 
 
 async def test_concurrent_labs_with_prefixes_get_only_matching_sandboxes(stack: Stack) -> None:

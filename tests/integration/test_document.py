@@ -24,11 +24,11 @@ RANDOM_CASES_PER_ROUTE_AND_ROLE = 1
 GRANTS: Mapping[str, dict[str, Any]] = {
     "viewer": {"role": "viewer"},
     "operator": {"role": "operator"},
-    "track": {"role": "track"},
     "scope": {"role": "track", "tracks": ["0"], "prefixes": ["sandbox-"], "max_active": 5},
-    "admin": {"role": "admin"},
 }
-"""Rights of the named tokens by name."""
+"""Rights of the named tokens by name. The other test has tokens with all rights of a track and of an administrator.
+test_gateway_tokens.py tries every role on every route.
+"""
 
 SETTINGS = {
     # Long time-outs, so that a 504 indicates a defect and not a busy machine.

@@ -17,7 +17,7 @@ import pytest
 
 from devstack.conditions import wait_until
 from devstack.testing import NewDatabase, NewVhost
-from tests.integration.crash_stack import run_crashing_stack
+from tests.integration.crash_stack import kill_at, run_crashing_stack
 from tests.integration.stack import Stack
 
 KILLS = int(os.environ.get("KILLS", "10"))
@@ -80,17 +80,11 @@ async def test_every_deletion_is_done_and_recorded_despite_kills(crashing: Stack
     for number, point in enumerate(points[:KILLS]):
         point_file.write_text(point)
         students = asyncio.gather(*(allocate_and_release(crashing, f"{number}-{student}") for student in range(3)))
-        service = point.partition(":")[0]
 
-        async def is_dead_or_done(service: str = service, students: asyncio.Future[list[None]] = students) -> bool:
-            is_dead = not crashing.processes[service].running
-            return is_dead or (students.done() and await crashing.nothing_pending())
+        async def is_over(students: asyncio.Future[list[None]] = students) -> bool:
+            return students.done() and await crashing.nothing_pending()
 
-        await wait_until(is_dead_or_done, within_sec=60)
-        point_file.unlink(missing_ok=True)
-        if not crashing.processes[service].running:
-            killed += 1
-            await crashing.start_service(service)
+        killed += await kill_at(crashing, point, is_over)
         await students
     await crashing.control("PATCH", "behaviour", {"delete_error_rate": 0})
     await wait_until(crashing.nothing_pending, within_sec=120)

@@ -1,6 +1,7 @@
 """First steps of a new user: `make run`, the printed command, Ctrl-C."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.async_api import expect
 
 from devstack.conditions import wait_until
 from devstack.ports import free_port, is_free
 from devstack.processes import Process, run, spawn
 from devstack.testing import NewDatabase, NewVhost
+from tests.integration.console_page import launch_browser, open_console
 from tests.integration.stack import PORTS, ROOT
 
 STATE = ROOT / ".devstack"
@@ -39,12 +42,12 @@ def state_files() -> set[Path]:
     return {path for path in STATE.rglob("*") if path.is_file()}
 
 
-async def wait_for_line(process: Process, lines: list[str], text: str) -> None:
+async def wait_for_line(process: Process, lines: list[str], text: str, *, within_sec: float = 60) -> None:
     async def is_printed() -> bool:
         assert process.running, lines[-20:]
         return any(text in line for line in lines)
 
-    await wait_until(is_printed, within_sec=60)
+    await wait_until(is_printed, within_sec=within_sec)
 
 
 def find_pid(module: str, database_url: str) -> int:
@@ -151,23 +154,27 @@ async def use_login(command: str, environment: dict[str, str], directory: Path) 
         await wait_until(are_user_and_account_gone)
 
 
-async def test_the_demo_prints_its_addresses_and_students_get_sandboxes(environment: dict[str, str]) -> None:
+async def test_the_demo_prints_its_addresses_and_its_students_appear_in_the_console(
+    environment: dict[str, str],
+) -> None:
+    """The Overview is open for more than a minute: two classes arrive, and the first one leaves."""
     lines: list[str] = []
     environment |= {"PROMETHEUS_PORT": str(free_port())}
     demo = await spawn("make demo", ["make", "demo"], env=environment, cwd=ROOT, on_line=lines.append)
     try:
         await wait_for_line(demo, lines, "  Prometheus ")
-        await wait_for_line(demo, lines, "25 students of exam-401 have a sandbox")
-        await wait_for_line(demo, lines, "40 students start dns-101")
-
-        async def has_lease() -> bool:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                stats = await client.get(
-                    f"http://127.0.0.1:{environment['GATEWAY_PORT']}/v1/admin/stats", headers=admin_headers(lines)
-                )
-            return bool(stats.json()["allocated"] > 0)
-
-        await wait_until(has_lease)
+        token = admin_headers(lines)["Authorization"].split()[1]
+        url = f"http://127.0.0.1:{environment['CONSOLE_PORT']}"
+        async with launch_browser() as browser, open_console(browser, url, token) as console:
+            tiles = console.page.locator(".tiles")
+            await wait_for_line(demo, lines, "40 students start dns-101")
+            await wait_for_line(demo, lines, "25 students of exam-401 have a sandbox")
+            await expect(tiles.locator(".allocated .value")).to_have_text(re.compile("^[1-9]"))
+            await expect(console.page.get_by_role("row", name="exam-")).to_be_visible()
+            await wait_for_line(demo, lines, "50 students start security-201", within_sec=120)
+            await expect(console.page.locator("#offline")).to_be_hidden()
+            await expect(console.page.locator(".chart canvas")).to_be_visible()
+            assert console.problems == []
     finally:
         os.killpg(demo.pid, signal.SIGINT)
         await demo.wait()

@@ -6,7 +6,8 @@ Hypothesis generates the sequences. For a disagreement it reports the shortest s
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -131,20 +132,35 @@ class BrokerMachine(RuleBasedStateMachine):
         self.answered_at: dict[str, int] = {}
         """Time of the model at that response."""
 
-    @initialize(csp=st.sampled_from(CspState))
-    def set_up_pool(self, csp: CspState) -> None:
+    @initialize(
+        csp=st.sampled_from(CspState),
+        counts=st.sampled_from([(4, 2), (0, 1)]),
+        max_active=st.sampled_from([None, 1]),
+        waiting=st.sampled_from([[], ["grace", "mary"]]),
+        change=st.sampled_from([None, "revoke", "suspend"]),
+    )
+    def set_up_pool(
+        self,
+        csp: CspState,
+        counts: tuple[int, int],
+        max_active: int | None,
+        waiting: list[str],
+        change: str | None,
+    ) -> None:
         self._run(self.stack.fill(0))
         self._forget_timed_out()
-        for name_prefix, count in (("lab-a-", 4), ("lab-b-", 2)):
+        for name_prefix, count in zip(("lab-a-", "lab-b-"), counts, strict=True):
             for _ in range(count):
                 self.create_account(name_prefix)
         self.sync(force=False)
-        self.issue_token("morning", None)
+        self.issue_token("morning", max_active)
+        if waiting:
+            self._wait_until_import(waiting, Credentials(self.model.tokens[0]), change)
         self.set_csp_state(csp)
 
     def _forget_timed_out(self) -> None:
         """Let each student wait and leave, because the allocator remembers those whose longest wait is over."""
-        for student in ("ada", "grace", "alan"):
+        for student in ("ada", "grace", "alan", "mary"):
             for wait_sec in (60, 0):
                 self._run(self.stack.allocate(student, Prefer=f"respond-async, wait={wait_sec}"))
 
@@ -175,24 +191,78 @@ class BrokerMachine(RuleBasedStateMachine):
         if place.replaces is None:
             self._allocate(place.request)
         else:
-            self._replace(place.request.student, place.replaces, place.request.wait_min)
+            request = place.request
+            self._replace(request.student, place.replaces, request.wait_min, request.credentials)
 
     @precondition(lambda self: bool(self.tokens))
-    @rule(data=st.data(), student=STUDENTS, key=KEYS, track=st.sampled_from([None, "exam", "exam"]), secret=SECRETS)
+    @rule(
+        data=st.data(),
+        student=STUDENTS,
+        prefix=PREFIXES,
+        key=KEYS,
+        track=st.sampled_from([None, "exam", "exam", "exam"]),
+        secret=SECRETS,
+        wait_min=st.none() | WAITS_MIN,
+    )
     def allocate_with_token(
-        self, data: st.DataObject, student: str, key: str | None, track: str | None, secret: str | None
+        self,
+        data: st.DataObject,
+        student: str,
+        prefix: str | None,
+        key: str | None,
+        track: str | None,
+        secret: str | None,
+        wait_min: int | None,
     ) -> None:
         token = data.draw(st.sampled_from(range(len(self.tokens))), label="token")
         credentials = Credentials(self.model.tokens[token], secret)
-        self._allocate(Request(student, None, key, track, credentials=credentials))
+        self._allocate(Request(student, prefix, key, track, wait_min=wait_min, credentials=credentials))
+
+    @precondition(lambda self: bool(self.tokens) and len(self.accounts) < MAX_SANDBOXES)
+    @rule(
+        data=st.data(),
+        students=st.permutations(["ada", "grace", "mary"]),
+        secret=SECRETS,
+        change=st.sampled_from([None, None, "revoke", "suspend"]),
+    )
+    def wait_with_token_until_import(
+        self, data: st.DataObject, students: list[str], secret: str | None, change: str | None
+    ) -> None:
+        number = data.draw(st.sampled_from(range(len(self.tokens))), label="token")
+        self._wait_until_import(students[:2], Credentials(self.model.tokens[number], secret), change)
+
+    def _wait_until_import(self, students: list[str], credentials: Credentials, change: str | None) -> None:
+        """Wait in line for accounts that are created next. Before their import, the token may change."""
+        for student in students:
+            self._allocate(Request(student, "lab_a-", track="exam", wait_min=60, credentials=credentials))
+        if change is not None and credentials.token is not None:
+            self.change_token(credentials.token.name, change)
+        for _ in range(min(2, MAX_SANDBOXES - len(self.accounts))):
+            self.create_account("lab_a-")
+        self.sync(force=True)
+
+    @precondition(lambda self: bool(self.model.line))
+    @rule(data=st.data(), secret=SECRETS, track=st.sampled_from([None, "exam"]), wait_min=st.none() | WAITS_MIN)
+    def use_place_with_any_credentials(
+        self, data: st.DataObject, secret: str | None, track: str | None, wait_min: int | None
+    ) -> None:
+        """Repeat the request of a waiting student with any token and secret. Most are wrong."""
+        number = data.draw(st.integers(0, len(self.model.line) - 1), label="number in line")
+        token = data.draw(st.sampled_from([None, *range(len(self.tokens))]), label="token")
+        credentials = Credentials(None if token is None else self.model.tokens[token], secret)
+        request = self.model.line[number].request
+        self._allocate(replace(request, track=track, wait_min=wait_min, credentials=credentials))
 
     @precondition(has_sandbox_in("allocated"))
     @rule(
         data=st.data(),
         secret=SECRETS,
         use=st.sampled_from(["allocate", "read", "claim", "extend", "replace", "release"]),
+        wait_min=st.none() | WAITS_MIN,
     )
-    def use_with_any_credentials(self, data: st.DataObject, secret: str | None, use: str) -> None:
+    def use_with_any_credentials(
+        self, data: st.DataObject, secret: str | None, use: str, wait_min: int | None
+    ) -> None:
         """Use the sandbox of a student with any token and secret. Most are wrong."""
         sandbox_id = self._draw_sandbox(data, self._with_status("allocated"))
         lease = self.model.leases[sandbox_id]
@@ -208,7 +278,7 @@ class BrokerMachine(RuleBasedStateMachine):
             case "extend":
                 self._extend(lease.holder, sandbox_id, 1, credentials)
             case "replace":
-                self._replace(lease.holder, sandbox_id, None, credentials)
+                self._replace(lease.holder, sandbox_id, wait_min, credentials)
             case "release":
                 self._release(lease.holder, sandbox_id, credentials)
 
@@ -269,9 +339,8 @@ class BrokerMachine(RuleBasedStateMachine):
             self._record(body)
             assert body == self._expected_body(expected)
 
-    def _serve_line(self) -> None:
+    def _read_served_leases(self, leases: Sequence[Lease]) -> None:
         """Wait until the broker has served the line, and read the new leases."""
-        leases = self.model.serve_line()
         self._run(wait_until(self._is_line_served))
         for lease in leases:
             headers = self._headers(lease.holder, self._credentials_of(lease.sandbox_id))
@@ -381,7 +450,7 @@ class BrokerMachine(RuleBasedStateMachine):
         if self._is_refused(response, credentials, sandbox_id):
             return
         try:
-            expected = self.model.replace(student, sandbox_id, wait_min)
+            expected = self.model.replace(student, sandbox_id, wait_min, credentials)
         except Refused as refused:
             self._assert_refused(response, refused)
             return
@@ -670,8 +739,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def _wait_until_idle(self) -> None:
         """Wait for the background work: expiry of leases, deletions in CSP and the waiting line."""
+        leases = self.model.serve_line()  # first, because a replacement leaves a sandbox on hold
         self._run(wait_until(self._is_idle))
-        self._serve_line()
+        self._read_served_leases(leases)
 
     async def _is_idle(self) -> bool:
         pending = {id for id, sandbox in self.model.sandboxes.items() if sandbox.status == "pending_deletion"}

@@ -19,7 +19,7 @@ from devstack.wire import connected
 from tests.integration.stack import Stack, run_stack, track_headers
 
 GATEWAYS = ("gateway-1", "gateway-2")
-CONNECTIONS = 200
+CONNECTIONS = 100
 PERIODS = 1 + 2 * len(GATEWAYS)
 """One period before the restarts, and two per gateway: during its stop and after its return."""
 PAUSE_SEC = 2.0

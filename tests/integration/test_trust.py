@@ -5,12 +5,17 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 
 from devstack.conditions import wait_until
 from devstack.ports import free_port
+from gateway.api import role_table
 from tests.integration.stack import ADMIN, Stack
 
 SECRET = "the secret of the script"
+SANDBOX = "/v1/sandboxes/{sandbox_id}"
+REQUEST_BODIES = {f"{SANDBOX}/extend": {"hours": 1}, f"{SANDBOX}/replace": {"reason": "no DNS"}}
+"""Body of the request by path."""
 REVOKED_WITHIN_SEC = 5
 
 
@@ -65,6 +70,42 @@ async def test_a_leaked_token_is_contained_and_the_audit_says_who_and_why(stack:
         return [entry["last_used_at"] is not None for entry in listed] == [True]
 
     await wait_until(is_use_recorded)
+
+
+@pytest.mark.parametrize("scope", [{"tracks": ["b"]}, {"prefixes": ["lab-b-"]}, {"tracks": ["a"]}])
+async def test_a_track_token_reaches_no_lease_of_another_by_any_route(stack: Stack, scope: dict[str, Any]) -> None:
+    """Not even with the lab of the lease in its scope, because another token made the lease."""
+    document = (await stack.client.get(f"{stack.url}/v1/openapi.json")).json()
+    routes = [route for route in role_table.list_routes(document) if "track" in role_table.permitted_roles(*route)]
+    assert len(routes) >= 7
+    own = await issue(stack, name="own", role="track", tracks=["a"])
+    other = await issue(stack, name="other", role="track", **scope)
+    leased = await allocate(stack, own, "ann", "a")
+    assert leased.status_code == 201, leased.text
+    sandbox_id = leased.json()["sandbox_id"]
+
+    async def send(method: str, path: str, token: dict[str, str], **more: str) -> httpx.Response:
+        url = f"{stack.url}{path.replace('{sandbox_id}', sandbox_id)}"
+        headers = {**token, "X-Instruqt-Sandbox-ID": "ann", "X-Instruqt-Track-ID": "a", **more}
+        return await stack.client.request(method, url, headers=headers, json=REQUEST_BODIES.get(path))
+
+    async def read_state() -> list[tuple[Any, ...]]:
+        rows = await stack.database.fetch("SELECT * FROM leases JOIN sandboxes USING (sandbox_id)")
+        return [tuple(row) for row in rows]
+
+    before = await read_state()
+    for method, path in routes:
+        for lab in ({}, {"X-Instruqt-Track-ID": "b", "X-Sandbox-Name-Prefix": "lab-b-"}):
+            refused = await send(method, path, other, **lab)
+            code = refused.json().get("detail", {}).get("code")
+            assert (refused.status_code, code) == (403, "FORBIDDEN_SCOPE"), (method, path, refused.text)
+            assert leased.json()["external_id"] not in refused.text
+    assert await read_state() == before
+    for method, path in sorted(routes, key=lambda route: "mark-for-deletion" in route[1]):
+        permitted = await send(method, path, own)
+        assert permitted.status_code not in (401, 403), (method, path, permitted.text)
+    ended = await stack.admin("POST", f"sandboxes/{sandbox_id}/retry-deletion", end_hold="true")
+    assert ended.status_code == 200, ended.text
 
 
 async def test_the_students_of_old_leases_become_pseudonyms(stack: Stack) -> None:

@@ -22,7 +22,7 @@ from sandbox_broker.observability import log_context, tracing
 from sandbox_broker.runtime.access_keys import AccessKeys, UnknownKey
 
 RETRY_SEC = 5.0
-"""Time between two attempts. A new account lets nobody in for minutes, and a student waits for the login."""
+"""Time between two attempts. A new account refuses each sign-in for minutes, and a student waits for the login."""
 LATE_RETRY_SEC = 60.0
 """Time between two attempts after ACCESS_TIMEOUT_SEC."""
 MAX_ERROR_LENGTH = 500
