@@ -45,17 +45,24 @@ async def run_tokens(servers: Servers, sizes: Sizes, *, tokens: int, has_quota: 
     """Use named tokens in turn. Each is limited to the lab of the load, and with `has_quota` to more leases than
     the run makes."""
     target = servers.broker
-    grant = {"role": "track", "tracks": [_TRACK], "max_active": 1_000_000 if has_quota else None}
-    issued = []
-    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False) as client:
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-        for _ in range(tokens):
-            grant["name"] = f"bench-{next(_token_numbers)}"
-            response = await client.post(f"{target.url}/v1/admin/tokens", headers=headers, json=grant)
+    if has_quota not in servers.tokens:
+        servers.tokens[has_quota] = await _issue_tokens(target, tokens, max_active=1_000_000 if has_quota else None)
+    token = ",".join(servers.tokens[has_quota])
+    return await _run_new_students(target, sizes, _CONNECTIONS, has_events=True, token=token)
+
+
+async def _issue_tokens(target: Target, number: int, *, max_active: int | None) -> list[str]:
+    issued: list[str] = []
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False, headers=headers) as client:
+        for _ in range(number):
+            name = f"bench-{next(_token_numbers)}"
+            grant = {"name": name, "role": "track", "tracks": [_TRACK], "max_active": max_active}
+            response = await client.post(f"{target.url}/v1/admin/tokens", json=grant)
             if response.status_code != 201:
                 raise CannotRun(f"a new token was answered {response.status_code}: {response.text}", status=1)
             issued.append(response.json()["token"])
-    return await _run_new_students(target, sizes, _CONNECTIONS, has_events=True, token=",".join(issued))
+    return issued
 
 
 async def run_repeats(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
@@ -95,11 +102,27 @@ async def run_pool_size(servers: Servers, sizes: Sizes, *, sandboxes: int) -> Ru
 
 async def run_class_start(servers: Servers, sizes: Sizes) -> Run:
     """Send one request per student of a class at the same moment, each on its own connection."""
+    return await _run_class(servers, sizes)
+
+
+async def run_class_beside_events(servers: Servers, sizes: Sizes) -> Run:
+    """Start a class while the outbox relay publishes a `sandbox.discovered` for each account of a listing."""
+    run = await _run_class(servers, sizes, discovered=sizes.accounts)
+    if not run.lag.events:
+        run = run.with_problems(("all events were published before the end of the load",))
+    return run.with_figures({"events left": run.lag.events})
+
+
+async def _run_class(servers: Servers, sizes: Sizes, *, discovered: int = 0) -> Run:
+    """Start a class, with events of this number of sandboxes in the outbox. The sandboxes of the class are among
+    them."""
     target = servers.broker
-    sandboxes = _max_allocations(sizes.warm_up, _WARM_UP_CONNECTIONS) + sizes.students
+    sandboxes = _max_allocations(sizes.warm_up, _WARM_UP_CONNECTIONS) + max(sizes.students, discovered)
     await pool.fill(target.database, sandboxes)
     warm_up = await _allocate(target, _WARM_UP_CONNECTIONS, sizes.warm_up)
     await pool.wait_until_idle(target.database)
+    if discovered:
+        await pool.announce_sandboxes(target.database, discovered)
     generate_load = partial(_allocate, target, sizes.students, sizes.seconds, Workload(burst=sizes.students))
     run = await meter.measure_load(target, generate_load, has_events=True)
     unanswered = sizes.students - run.load.requests

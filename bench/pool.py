@@ -36,9 +36,20 @@ INSERT INTO leases (sandbox_id, holder, track_name, expires_at)
 SELECT sandbox_id, $1 || '-' || row_number() OVER (), 'bench-track', now() + interval '4 hours' FROM taken
 """
 
+# The sandboxes that the next students get come first.
+_INSERT_EVENTS = """
+INSERT INTO outbox (type, subject, data)
+SELECT 'sandbox.discovered', sandbox_id,
+    jsonb_build_object('sandbox_id', sandbox_id, 'external_id', external_id, 'name', name)
+FROM sandboxes WHERE status = 'available' ORDER BY status_since, sandbox_id LIMIT $1
+"""
+
 _OUTBOX_LAG = """
 SELECT count(*) AS events, coalesce(extract(epoch FROM now() - min(occurred_at)), 0)::float AS seconds FROM outbox
 """
+
+# Cheap enough to poll, however many events there are.
+_HAS_EVENTS = "SELECT EXISTS (SELECT FROM outbox)"
 
 # The sequence gives the count without a scan of `leases`.
 _ALLOCATIONS = "SELECT last_value - 1 + is_called::int FROM leases_lease_id_seq"
@@ -104,6 +115,13 @@ async def insert_leases(database: asyncpg.Connection, student_prefix: str, count
     await database.execute(_INSERT_LEASES, student_prefix, count)
 
 
+async def announce_sandboxes(database: asyncpg.Connection, count: int) -> None:
+    """Write a `sandbox.discovered` for `count` available sandboxes, and wait until the relay publishes them."""
+    await database.execute(_INSERT_EVENTS, count)
+    while (await read_outbox_lag(database)).events >= count:  # noqa: ASYNC110 (no event to wait for)
+        await asyncio.sleep(_POLL_INTERVAL_SEC)
+
+
 async def read_outbox_lag(database: asyncpg.Connection) -> OutboxLag:
     row = await database.fetchrow(_OUTBOX_LAG)
     assert row is not None
@@ -119,13 +137,14 @@ async def wait_until_idle(database: asyncpg.Connection) -> float:
     drained, idle_polls, leases = began, 0, -1
     while idle_polls < _IDLE_POLLS:
         before, leases = leases, await count_allocations(database)
-        unpublished = (await read_outbox_lag(database)).events
+        unpublished = await database.fetchval(_HAS_EVENTS)
         if unpublished or leases != before:
             drained, idle_polls = time.monotonic(), 0
         else:
             idle_polls += 1
         if time.monotonic() - began > _IDLE_TIMEOUT_SEC:
-            raise CannotRun(f"{unpublished} events are unpublished after {_IDLE_TIMEOUT_SEC:.0f} s", status=1)
+            events = (await read_outbox_lag(database)).events
+            raise CannotRun(f"{events} events are unpublished after {_IDLE_TIMEOUT_SEC:.0f} s", status=1)
         await asyncio.sleep(_POLL_INTERVAL_SEC)
     return drained - began
 

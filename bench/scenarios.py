@@ -90,6 +90,7 @@ ALL: tuple[Scenario, ...] = (
     *_build_variants("lease", "clients", run_lease, _CLIENTS),
     *_build_variants("floor", "connections", allocation.run_floor, [200]),
     Scenario("class-start", "class-start", allocation.run_class_start),
+    Scenario("class-start", "class-beside-events", allocation.run_class_beside_events),
     *_build_variants("pool", "sandboxes", allocation.run_pool_size, [1_000, 100_000, 1_000_000]),
     Scenario("beside", "beside-nothing", with_maintenance.run_without_maintenance),
     Scenario("slow", "slow-clients", slow_clients.run_with_slow_clients),

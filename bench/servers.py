@@ -26,16 +26,24 @@ from devstack.settings import ROOT, load
 from sandbox_broker.migrate import migrate
 
 # These tokens protect only the servers of this benchmark.
-TOKEN = "bench-track-token"  # noqa: S105
-ADMIN_TOKEN = "bench-admin-token"  # noqa: S105
-_CSP_TOKEN = "bench-csp-token"  # noqa: S105
+TOKEN = "bench-track-token"  # noqa: S105 (of the broker that the benchmark starts)
+ADMIN_TOKEN = "bench-admin-token"  # noqa: S105 (of the same broker)
+_CSP_TOKEN = "bench-csp-token"  # noqa: S105 (of the CSP simulator that the benchmark starts)
 _EXPIRY_INTERVAL_SEC = 2.0
 """Interval of the reaper's expiry tick. The default of 60 s is longer than a scenario."""
 _NEVER_SEC = "1000000"
 _NAME_PREFIX = f"broker_bench_{os.getpid()}"
 _LOG_TAIL_LINES = 5
-# Programs write their log to a file. Reading a pipe would cost the benchmark CPU time during the measurement.
-_LOG_TO_FILE = ("sh", "-c", 'log=$1; shift; exec "$@" >>"$log" 2>&1', "sh")
+# As in production, programs write their log to a pipe, and its reader runs on the same machine. The reader is cat,
+# not the benchmark, because its work would delay the measurement. The program keeps the process id of the shell.
+_LOG_TO_PIPE = """
+log=$1; shift
+mkfifo "$log.pipe"
+cat <"$log.pipe" >>"$log" &
+exec 3>"$log.pipe"
+rm "$log.pipe"
+exec "$@" >&3 2>&1 3>&-
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +87,11 @@ class Servers:
     """URL of the CSP simulator, which the broker uses as CSP."""
     logs: Path
     processes: Sequence[Process]
+    tokens: dict[bool, Sequence[str]] = field(default_factory=dict)
+    """Named tokens with and without a quota. All runs share them: the gateway holds all tokens in memory."""
 
     def truncate_logs(self) -> None:
-        """Empty the log files. The programs append, so they continue at the new end."""
+        """Empty the log files. The readers append, so they continue at the new end."""
         for log in self.logs.iterdir():
             os.truncate(log, 0)
 
@@ -210,7 +220,7 @@ class _Launcher:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TZ") if name in os.environ}
         process = await spawn(
             name,
-            [*_LOG_TO_FILE, self.logs / name, sys.executable, "-m", *module],
+            ["sh", "-c", _LOG_TO_PIPE, "sh", self.logs / name, sys.executable, "-m", *module],
             env={**inherited, "PYTHONPATH": str(ROOT), **environment},
             cwd=self.logs,
         )
