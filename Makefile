@@ -25,7 +25,7 @@ screenshots: setup ## Renew the pictures of the console in docs/images, with a r
 	@$(PYTHON) -m pytest -q tests/integration/screenshots.py
 
 test: setup ## Run all tests with real PostgreSQL and RabbitMQ; ARGS="-k lease" selects tests
-	@$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: setup ## Run the tests that need no server; ARGS="-k lease" selects tests
 	@$(PYTHON) -m pytest --lane fast -n 2 --dist loadfile $(ARGS)
