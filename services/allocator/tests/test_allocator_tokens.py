@@ -16,6 +16,7 @@ from sandbox_broker.contract.commands import (
     AllocateSandbox,
     ClaimLease,
     Command,
+    EndLease,
     EndTokenLeases,
     ExtendLease,
     IssueToken,
@@ -321,6 +322,26 @@ async def test_a_place_of_a_limit_becomes_free(pool: Pool, limit: str, passes: s
     await pool.execute("UPDATE leases SET allocated_at = allocated_at - $1::text::interval", passes)
     (reply,) = await allocate(session, request(sender, "bob"))
     assert isinstance(reply, LeaseGranted)
+
+
+@pytest.mark.parametrize("limit", ["max_active", "max_new_per_hour", "max_rate"])
+async def test_leases_of_an_earlier_token_with_the_name_count_to_the_limit(pool: Pool, limit: str) -> None:
+    await pool.fill(4)
+    earlier = await pool.token("lab", KEY_A)
+    session, maintenance = await pool.write_session(), await pool.write_session(lane=MAINTENANCE)
+    granted_lease((await allocate(session, request(earlier)))[0])
+    old = granted_lease((await allocate(session, request(earlier, "old")))[0]).sandbox_id
+    await run(maintenance, EndLease(request_id="r", sandbox_id=old, note="why"))
+    await pool.execute("UPDATE leases SET allocated_at = now() - interval '61 minutes' WHERE sandbox_id = $1", old)
+    assert await pool.column("SELECT DISTINCT token_has_quota FROM leases") == [False]
+    await run(maintenance, RevokeToken(request_id="r", name="lab"))
+    grant: dict[str, Any] = {limit: 2}
+    await run(maintenance, issue(key_id=KEY_B, **grant))
+    session.policies.forget()
+    sender = Sender(actor="lab", key_id=KEY_B)
+    replies = await allocate(session, request(sender, "bob"), request(sender, "cleo"))
+    assert isinstance(replies[0], LeaseGranted)
+    assert replies[1] == refuse("QUOTA_EXCEEDED", cause=limit, token="lab")
 
 
 async def test_concurrent_allocators_grant_exactly_the_limit_of_a_token(pool: Pool) -> None:

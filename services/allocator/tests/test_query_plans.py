@@ -19,7 +19,7 @@ _REQUESTS = (
 )
 _TERMS = (
     "ARRAY['policy'], ARRAY[14400], ARRAY[14400], ARRAY[86400], ARRAY[1], ARRAY['token'], ARRAY[NULL::bytea], "
-    "ARRAY['[\"user\"]']"
+    "ARRAY[true], ARRAY['[\"user\"]']"
 )
 _QUOTA = "ARRAY[100], ARRAY['0123456789abcdef'], ARRAY['token'], ARRAY[100], ARRAY[100], ARRAY[100]"
 STATEMENTS = {

@@ -181,6 +181,13 @@ leases = Table(
     ),
     Column("replaces", _Key, comment="broken sandbox that this one replaces"),
     Column("token", _Key, comment="name of the token that it was made with; null for a token of a setting"),
+    Column(
+        "token_has_quota",
+        Boolean,
+        nullable=False,
+        server_default=text("true"),
+        comment="false: the token has no limits, so the indexes that count its leases omit this one",
+    ),
     Column("secret_hash", LargeBinary, comment="SHA-256 of the lease secret; null if the client sent none"),
     CheckConstraint(
         "end_reason IN ('student', 'expired', 'unclaimed', 'broken', 'play_ended', 'admin')",
@@ -205,9 +212,14 @@ leases = Table(
     Index(
         "leases_active_by_token",
         "token",
-        postgresql_where=text("token IS NOT NULL AND num_nonnulls(ended_at) = 0"),
+        postgresql_where=text("token_has_quota AND token IS NOT NULL AND num_nonnulls(ended_at) = 0"),
     ),
-    Index("leases_by_token", "token", "allocated_at", postgresql_where=text("num_nonnulls(token) = 1")),
+    Index(
+        "leases_by_token",
+        "token",
+        "allocated_at",
+        postgresql_where=text("token_has_quota AND num_nonnulls(token) = 1"),
+    ),
     Index("leases_standby", "expires_at", postgresql_where=text("mode = 'standby' AND end_reason IS NULL")),
     Index("leases_by_first_holder", "first_holder", postgresql_where=text("first_holder IS NOT NULL")),
     Index(

@@ -27,8 +27,8 @@ NOTHING = ", ".join(["NULL"] * 10)
 """Columns of an outcome without a lease."""
 
 # Parameters: epoch, version of the policy book, one array per column of the requests, one array per column of the
-# terms, the names of the tokens and the hashes of the lease secrets by the index of the request. A request names
-# its terms by their number, because the requests of a statement share few.
+# terms; by the index of the request the names of the tokens, the hashes of the lease secrets, and whether the token
+# has limits. A request names its terms by their number, because the requests of a statement share few.
 # Format fields: quota, admitted and refused are the parts for policies with max_active, below.
 # requests: the requests, with the active lease of the holder and the lease of the idempotency key.
 # demand: per prefix, the requests with neither. picked: a sandbox for each of them, longest available first.
@@ -88,16 +88,17 @@ claimed AS (
 leased AS (
     INSERT INTO leases (
         sandbox_id, holder, track_name, idempotency_key, name_prefix, mode, expires_at,
-        policy, lease_sec, max_extension_sec, standby_sec, max_replacements, token, secret_hash
+        policy, lease_sec, max_extension_sec, standby_sec, max_replacements, token, secret_hash,
+        token_has_quota
     )
     SELECT sandbox_id, holder, track_name, idempotency_key, nullif(prefix, ''), mode, expires_at,
         ($11::text[])[term], ($12::int[])[term], ($13::int[])[term], ($14::int[])[term], ($15::int[])[term],
-        ($16::text[])[index + 1], ($17::bytea[])[index + 1]
+        ($16::text[])[index + 1], ($17::bytea[])[index + 1], ($18::boolean[])[index + 1]
     FROM claimed
 ),
 access_requested AS (
     INSERT INTO accesses (sandbox_id, groups)
-    SELECT sandbox_id, ($18::text[])[term]::jsonb FROM claimed WHERE ($18::text[])[term] IS NOT NULL
+    SELECT sandbox_id, ($19::text[])[term]::jsonb FROM claimed WHERE ($19::text[])[term] IS NOT NULL
 ),
 {{after}}
 announced AS (
@@ -202,20 +203,20 @@ announced_served AS (
 """
 """CTE that announces the places in the CTE `served`."""
 
-# $19 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
+# $20 has a sandbox for each request, or NULL. chosen: whether all of them are available. Otherwise
 # the statement leases none, because a student would overtake one with a sandbox that is gone.
 _CHOSEN = {
     "before": """
 chosen AS MATERIALIZED (
-    SELECT count(*) = cardinality(array_remove($19::text[], NULL)) AS are_available
+    SELECT count(*) = cardinality(array_remove($20::text[], NULL)) AS are_available
     FROM (
-        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($19::text[]) AND status || '' = 'available'
+        SELECT FROM sandboxes chosen_sandbox WHERE sandbox_id = ANY ($20::text[]) AND status || '' = 'available'
         FOR UPDATE SKIP LOCKED
     ) locked
 ),
 """,
     "picks": """
-SELECT CASE WHEN chosen.are_available THEN ($19::text[])[asked.index + 1] END
+SELECT CASE WHEN chosen.are_available THEN ($20::text[])[asked.index + 1] END
 FROM chosen CROSS JOIN unnest(d.indexes) WITH ORDINALITY AS asked (index, number) ORDER BY asked.number
 """,
     "after": f"""
@@ -258,14 +259,14 @@ token_quota AS MATERIALIZED (
         t.max_active - (
             SELECT count(*) FROM (
                 SELECT FROM leases active_of_token
-                WHERE token = t.name AND token IS NOT NULL AND num_nonnulls(ended_at) = 0
+                WHERE token = t.name AND token_has_quota AND token IS NOT NULL AND num_nonnulls(ended_at) = 0
                 LIMIT t.max_active
             ) counted
         ) AS free,
         t.max_new_per_hour - (
             SELECT count(*) FROM (
                 SELECT FROM leases hour_of_token
-                WHERE token = t.name AND num_nonnulls(token) = 1
+                WHERE token = t.name AND token_has_quota AND num_nonnulls(token) = 1
                   AND (token, allocated_at) > (t.name, now() - interval '1 hour')
                 LIMIT t.max_new_per_hour
             ) counted
@@ -273,7 +274,7 @@ token_quota AS MATERIALIZED (
         t.max_rate - (
             SELECT count(*) FROM (
                 SELECT FROM leases minute_of_token
-                WHERE token = t.name AND num_nonnulls(token) = 1
+                WHERE token = t.name AND token_has_quota AND num_nonnulls(token) = 1
                   AND (token, allocated_at) > (t.name, now() - interval '1 minute')
                 LIMIT t.max_rate
             ) counted
@@ -356,9 +357,9 @@ def _with_quota(parts: Mapping[str, str], first: int) -> str:
 
 
 WITH_QUOTA: Mapping[str, str] = {
-    ALLOCATE_ANY: _with_quota(_ANY, 19),
-    ALLOCATE_BY_PREFIX: _with_quota(_BY_PREFIX, 19),
-    ALLOCATE_CHOSEN: _with_quota(_CHOSEN, 20),
+    ALLOCATE_ANY: _with_quota(_ANY, 20),
+    ALLOCATE_BY_PREFIX: _with_quota(_BY_PREFIX, 20),
+    ALLOCATE_CHOSEN: _with_quota(_CHOSEN, 21),
 }
 """Statements for requests under a quota, by the statement without."""
 
@@ -502,6 +503,7 @@ async def _run_statement(
         [term.max_replacements for term in terms],
         [token.name if isinstance(token, Token) else None for token in tokens],
         [command.secret_hash and bytes.fromhex(command.secret_hash) for command in commands],
+        [isinstance(token, Token) and token.has_quota for token in tokens],
         [None if term.access_groups is None else json.dumps(term.access_groups) for term in terms],
         *more,
         *(quotas if has_quota else ()),

@@ -39,6 +39,8 @@ announced AS (
 
 # The key makes it once: a repeated command finds its own row. Another token with the name violates
 # tokens_one_per_name only in a race with another allocator; then the statement runs again and finds it.
+# counted: leases of an earlier token with this name and without limits. They count to the limits of this one. That
+# token is revoked, so no more leases are made with it.
 ISSUE = f"""
 WITH {GUARD},
 taken AS MATERIALIZED (
@@ -55,6 +57,14 @@ changed AS (
     SELECT $2, $3, $4, $5, $6, $7, $8, $9, to_timestamp($10::bigint), decode($11, 'hex'), $12, $13
     FROM announced_to_students
     RETURNING name
+),
+counted AS (
+    UPDATE leases SET token_has_quota = true FROM changed
+    WHERE num_nonnulls($7::int, $8::int, $9::int) > 0 AND NOT token_has_quota AND lease_id = ANY (ARRAY(
+        SELECT lease_id FROM leases active WHERE token = $3 AND end_reason IS NULL
+        UNION
+        SELECT lease_id FROM leases recent WHERE token = $3 AND allocated_at > now() - interval '1 hour'
+    ))
 ),
 {_announce("'issued'")}
 SELECT epoch, EXISTS (SELECT FROM changed) AS changed, EXISTS (SELECT FROM taken WHERE key_id <> $2) AS taken
@@ -102,7 +112,7 @@ ending AS MATERIALIZED (
         NULL::text AS traceparent
     FROM guard CROSS JOIN LATERAL (
         SELECT lease_id, sandbox_id FROM leases
-        WHERE token = $2 AND token IS NOT NULL AND num_nonnulls(ended_at) = 0
+        WHERE token = $2 AND end_reason IS NULL
         ORDER BY lease_id LIMIT $5 FOR UPDATE
     ) l
 ),

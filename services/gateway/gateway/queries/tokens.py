@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.api.schemas.tokens import HeldLease, TokenRecord
@@ -69,7 +69,7 @@ async def active_leases(engine: AsyncEngine, token: str) -> list[HeldLease]:
             label_unix_seconds(leases.c.allocated_at),
             label_unix_seconds(leases.c.expires_at),
         )
-        .where(leases.c.token == token, func.num_nonnulls(leases.c.ended_at) == 0)  # as in leases_active_by_token
+        .where(leases.c.token == token, leases.c.end_reason.is_(None))  # as in leases_by_expiry
         .order_by(leases.c.allocated_at.desc())
         .limit(MAX_LEASES)
     )
