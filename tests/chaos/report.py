@@ -32,7 +32,7 @@ def save_records(round_: Round, directory: Path) -> None:
 
 
 def list_failed_runs(round_: Round) -> list[ScriptRun]:
-    """List the failed script runs. There should be none, because the pool is never empty in a round.
+    """List the failed script runs. A round should have no failure, because its pool is never empty.
 
     The refusal of a student above the quota is not a failure, and neither is that of a replacement from the stock,
     which can be empty. A token that has ended, or was issued during a lease, does not reach this lease.

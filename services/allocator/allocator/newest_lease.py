@@ -65,7 +65,7 @@ class NewestLease:
         return await self._read(remove=True) is not None
 
     async def _read(self, *, remove: bool) -> str | None:
-        """Return the sandbox of the newest lease, None if there is none or this user may not read it."""
+        """Return the sandbox of the newest lease, None if it is missing or this user may not read it."""
         try:
             async with (
                 asyncio.timeout(ANSWER_TIMEOUT_SEC),

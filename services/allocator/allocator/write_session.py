@@ -67,7 +67,7 @@ class ConcurrentUpdate(Exception):
 
 
 class PoliciesChanged(Exception):
-    """An administrator has applied other policies than those in the policy book. Nothing was written. Load the book
+    """An administrator has applied other policies than those in the policy book. The statement has changed no row. Load the book
     and run the statement again."""
 
 

@@ -117,7 +117,7 @@ async def test_a_request_without_a_sandbox_takes_no_place(pool: Pool) -> None:
 
 @pytest.mark.parametrize("allocators", [1, 2])
 async def test_concurrent_allocators_grant_exactly_the_limit(pool: Pool, allocators: int) -> None:
-    """The sessions share an epoch, so nothing but the statement itself separates them."""
+    """The sessions share an epoch, so only the statement itself separates them."""
     await pool.fill(300)
     await pool.apply_policies(lab(max_active=50))
     sessions = [await pool.write_session() for _ in range(allocators)]

@@ -1,4 +1,4 @@
-"""Session: an encrypted cookie, because the console has no database and its replicas share nothing.
+"""Session: an encrypted cookie, because the console has no database and its replicas share no state.
 
 A session is a dict with `token`, `name`, `role`, `csrf` and `began_at` for a signed-in person. During a sign-in
 with OpenID Connect it holds the state of the sign-in.
@@ -101,7 +101,7 @@ class SessionMiddleware:
 
 
 def sign_in(request: Request, *, name: str, role: Role, token: str) -> None:
-    """Begin a new session, so that nothing of a session before the sign-in stays valid."""
+    """Begin a new session, so that a session before the sign-in becomes invalid."""
     request.session.clear()
     request.session.update(
         name=name, role=role, token=token, csrf=secrets.token_urlsafe(24), began_at=int(time.time())

@@ -143,7 +143,7 @@ class Refill:
             self._syncs.note_created()
 
     async def _end(self, claimed: CreationsClaimed) -> float | None:
-        """End the run if nothing of it remains. Return like `_refill`."""
+        """End the run if it has no work left. Return like `_refill`."""
         # This run's claim on a creation that CSP refused would have ended by then. Another run has taken it over.
         if not claimed.on_duty or claimed.next_in_sec is None or claimed.next_in_sec > self._claim_sec:
             UNAUTHORIZED.set(0)

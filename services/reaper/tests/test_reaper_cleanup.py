@@ -310,7 +310,7 @@ async def test_an_unrecordable_deletion_does_not_block_the_others(
 
 async def test_an_event_starts_a_run(csp: Csp, allocator: Allocator, amqp_url: str) -> None:
     async with reaping(amqp_url, csp):
-        await wait_until(lambda: allocator.all(ClaimDeletions))  # the first tick, with nothing to do
+        await wait_until(lambda: allocator.all(ClaimDeletions))  # the first tick, without work
         await allocator.add_due()
         await announce(amqp_url)
         await wait_until(lambda: not allocator.due)

@@ -29,7 +29,7 @@ class InvalidLink(Exception):
 
 
 def read_total(document: Mapping[str, Any]) -> int | None:
-    """Return the number of records of all pages, None if the answer states none."""
+    """Return the number of records of all pages, None if the answer does not state it."""
     totals = [value for key in _TOTALS for value in _values(document, key) if type(value) is int]
     return max(totals, default=None)
 

@@ -54,7 +54,7 @@ class UserClient:
         return user_id
 
     async def find_user(self, jwt: str, email: str, deadline: float) -> str | None:
-        """Return the id of the user with exactly this email. None if the account has none."""
+        """Return the id of the user with exactly this email. None without such a user."""
         what = "the look-up of a user"
         # In Infoblox's filter grammar a doubled quote stands for the quote, and no other character is special.
         quoted = email.replace('"', '""')

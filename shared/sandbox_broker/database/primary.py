@@ -128,7 +128,7 @@ class Primary:
         return identity
 
     def _choose(self, attempts: Sequence["asyncio.Task[asyncpg.Connection]"]) -> asyncpg.Connection:
-        """Return the connection to the newest primary. Raises the most specific error if there is none."""
+        """Return the connection to the newest primary. Raises the most specific error without one."""
         connections = _connections(attempts)
         if not connections:
             errors = [error for attempt in attempts if (error := attempt.exception()) is not None]

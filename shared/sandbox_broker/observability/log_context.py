@@ -23,7 +23,7 @@ def ids() -> Mapping[str, object]:
 
 
 def request_id() -> str | None:
-    """Return the `request_id` of the log context, None if there is none."""
+    """Return the `request_id` of the log context, None outside of a request."""
     value = _ids.get().get("request_id")
     return None if value is None else str(value)
 

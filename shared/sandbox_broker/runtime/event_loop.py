@@ -62,7 +62,7 @@ def _alternate_families(found: Sequence[Any]) -> list[AddressInfo]:
 
 
 async def _connect_to_first(loop: asyncio.AbstractEventLoop, found: Sequence[AddressInfo]) -> socket.socket:
-    """Return a connected socket. Raises the OSError of the last address if none accepts."""
+    """Return a connected socket. Raises the OSError of the last address if all of them refuse."""
     waiting = list(found)
     attempts: list[asyncio.Task[socket.socket]] = []
     chosen: socket.socket | None = None

@@ -14,7 +14,7 @@ TEXT_TAG = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads dates as text, because JSON has none."""
+    """Reads dates as text, because JSON has no dates."""
 
 
 _Loader.yaml_implicit_resolvers = {

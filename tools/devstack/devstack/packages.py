@@ -19,7 +19,7 @@ _DATABASE = Path("/var/lib/dpkg")
 
 
 async def find_or_install(names: Sequence[str], package: str, terminal: Terminal) -> str:
-    """Return the path of the first program found. Installs `package` if none is found. Raises CannotRun."""
+    """Return the path of the first program found. Installs `package` if it is missing. Raises CannotRun."""
     found = find_program(names)
     if found is None and can_install():
         await install(package, terminal)

@@ -86,7 +86,7 @@ class Reading:
 
     @property
     def answerable(self) -> int:
-        """Number of responses that a server sends if it refuses nothing."""
+        """Number of responses that a server sends if it refuses no request."""
         return sum(read.is_answerable for read in self.requests)
 
 

@@ -25,7 +25,7 @@ async def forget_student(session: WriteSession, command: ForgetStudent) -> Reply
 
 
 async def purge_personal_data(session: WriteSession, command: PurgePersonalData) -> Reply:
-    """Replace the student ids of old leases. Repeated, the command finds other leases, or none."""
+    """Replace the student ids of old leases. A repeated command finds other leases."""
     leases = await personal_data.find_old_leases(
         session, for_at_least=timedelta(seconds=command.for_sec), limit=command.limit
     )

@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 
 async def apply_policies(session: WriteSession, command: ApplyPolicies) -> Reply:
-    """Repeated, the command finds no difference and changes nothing."""
+    """A repeated command finds no difference."""
     applied = await policies.read_policies(session)
     wanted = {policy.name: policy.to_document() for policy in command.policies}
     changes = tuple(find_changes(applied.documents, wanted))

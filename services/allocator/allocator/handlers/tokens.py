@@ -26,7 +26,7 @@ async def issue_token(session: WriteSession, command: IssueToken) -> Reply:
 
 
 async def revoke_token(session: WriteSession, command: RevokeToken) -> Reply:
-    """Repeated, the command succeeds and changes nothing."""
+    """A repeated command succeeds without effect."""
     row = await tokens.revoke(session, command)
     if not row["known"]:
         return refuse("TOKEN_NOT_FOUND", name=command.name)

@@ -4,7 +4,7 @@ import uuid
 
 from allocator.write_session import GUARD, WriteSession
 
-# The state of a finished job is final: late reports change nothing.
+# The state of a finished job is final: late reports have no effect.
 RECORD_JOB = f"""
 WITH {GUARD}, recorded AS (
     INSERT INTO jobs (job_id, kind, state, progress, result)

@@ -426,7 +426,7 @@ async def hold_listing(session: WriteSession, *, listing_id: int, reason: str) -
 
 
 async def move_accounts(session: WriteSession, *, listing_id: int) -> None:
-    """Correct account ids. Under a stale epoch this changes nothing, without Fenced.
+    """Correct account ids. Under a stale epoch this has no effect, without Fenced.
 
     Raises asyncpg.UniqueViolationError if a sandbox changed concurrently; run it again.
     """

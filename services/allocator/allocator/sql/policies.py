@@ -16,7 +16,7 @@ SELECT version, (SELECT coalesce(jsonb_object_agg(name, document), '{{}}') FROM 
 FROM guard, policy_set
 """
 
-# $2 is the version that the changes were found against, so of two concurrent commands the second writes nothing.
+# $2 is the version that the changes were found against, so of two concurrent commands the second has no effect.
 # The students' row of allocator_epoch comes before the policies, as in the statements of students: two statements
 # that lock both would otherwise wait for each other. It waits for the running statement of the students, so no
 # lease is granted under earlier policies after this commit.

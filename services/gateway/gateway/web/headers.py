@@ -102,7 +102,7 @@ def read_holder(scope: Scope, fields: Fields) -> str:
 
 
 def read_unchecked_holder(fields: Fields) -> bytes:
-    """Return the student's id without validation, for the rate limit; empty if the request has none.
+    """Return the student's id without validation, for the rate limit, or an empty value.
 
     The result is cut at the longest valid length, so that an invalid id takes no more memory than a valid one.
     """
@@ -113,7 +113,7 @@ def read_unchecked_holder(fields: Fields) -> bytes:
 
 
 def read_claimed_track(fields: Fields) -> str:
-    """Return the lab name for the log of a request without a known token; empty if the request has none.
+    """Return the lab name for the log of a request without a known token, or an empty value.
 
     A client without a token sends any text, so the result is cut at the longest valid length, and every character
     other than printable ASCII becomes `?`.

@@ -62,7 +62,7 @@ class ResponseCycle(RequestResponseCycle):
         await super().send(message)
 
     def _respond(self, start: Any, message: Any) -> bool:
-        """Write the whole response. Return False, and write nothing, for a response that needs uvicorn."""
+        """Write the whole response. Return False without a write for a response that needs uvicorn."""
         if (
             message["type"] != "http.response.body"
             or message.get("more_body", False)

@@ -11,7 +11,7 @@ log = structlog.get_logger()
 class StudentsPerAddress:
     """Counter of distinct student ids per client address and window.
 
-    It refuses nothing, because a whole class shares one address. Memory: two tables with a limited number of
+    It refuses no request, because a whole class shares one address. Memory: two tables with a limited number of
     counters, the oldest first out.
     """
 
