@@ -101,7 +101,7 @@ async def test_a_connection_moves_to_another_node(clean_queues: str, proxies: li
 async def test_all_connections_move_to_the_node_that_confirms_messages(
     proxies: list[TcpProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Like the clients of a node of RabbitMQ 4 without a majority, which confirms no message and closes no connection."""
+    """Like a node of RabbitMQ 4 without a majority, which confirms no message and closes no connection."""
     monkeypatch.setattr(connection, "NEXT_NODE_SEC", 60)  # a slow node is not passed over
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT_SEC", 1)
     monkeypatch.setattr(connection, "HEARTBEAT_SEC", 600)

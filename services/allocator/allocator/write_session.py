@@ -67,8 +67,8 @@ class ConcurrentUpdate(Exception):
 
 
 class PoliciesChanged(Exception):
-    """An administrator has applied other policies than those in the policy book. The statement has changed no row. Load the book
-    and run the statement again."""
+    """An administrator has applied other policies than those in the policy book. The statement has changed no
+    row. Load the book and run the statement again."""
 
 
 # Run again, the statement sees the changes of the other allocator.

@@ -197,7 +197,7 @@ class CspClient:
         return CspRefused(f"CSP refused the creation with {answer.status}: {reason}", answer.status)
 
     async def find_account_by_name(self, name: str) -> str | None:
-        """Return the uuid of the sandbox account with exactly this name, in any state. None without such an account.
+        """Return the uuid of the sandbox account with exactly this name, in any state. None without one.
 
         Raises CspUnavailable or CspUnauthorized, and ValueError for an invalid name.
         """
