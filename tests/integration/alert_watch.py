@@ -18,19 +18,32 @@ from tests.integration.monitoring_files import ALERTS
 from tests.integration.stack import PORTS, Stack
 
 SCRAPE_INTERVAL_SEC = 1
-"""Interval of scraping and of rule evaluation."""
+"""Default interval of scraping and of rule evaluation."""
 _MINUTES = re.compile(r"\b(\d+)m\b")
 
 
 @asynccontextmanager
-async def watch_alerts(stack: Stack, directory: Path, rules: str) -> AsyncIterator[Prometheus]:
+async def watch_alerts(
+    stack: Stack,
+    directory: Path,
+    rules: str,
+    *,
+    scrape_interval_sec: float = SCRAPE_INTERVAL_SEC,
+    evaluation_interval_sec: float = SCRAPE_INTERVAL_SEC,
+) -> AsyncIterator[Prometheus]:
     """Run Prometheus with these rules on the services of the broker."""
     ports = {name: int(stack.environment[variable]) for name, variable in PORTS.items()}
     file = directory / "rules.yml"
     file.write_text(rules)
     try:
         async with prometheus.start_prometheus(
-            ports, directory, free_port(), Terminal(), rules=file, interval_sec=SCRAPE_INTERVAL_SEC
+            ports,
+            directory,
+            free_port(),
+            Terminal(),
+            rules=file,
+            scrape_interval_sec=scrape_interval_sec,
+            evaluation_interval_sec=evaluation_interval_sec,
         ) as running:
             yield running
     except CannotRun as reason:

@@ -40,6 +40,7 @@ PORTS = {
 FORKABLE = {
     ("-m",),
     (str(ROOT / "tests" / "integration" / "crash_runner.py"),),
+    (str(ROOT / "tests" / "integration" / "frequent_metrics.py"),),
     (str(ROOT / "tests" / "chaos" / "mutating.py"),),
 }
 """Launchers that run in a copy of a fork server. They only replace names that the service reads later."""

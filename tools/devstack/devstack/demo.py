@@ -277,7 +277,12 @@ async def _monitoring_lines(settings: Settings, stack: AsyncExitStack, terminal:
         raise CannotRun(f"port {port} is in use by another program; set PROMETHEUS_PORT to a free port")
     running = await stack.enter_async_context(
         prometheus.start_prometheus(
-            services, settings.state_directory / "prometheus", port, terminal, interval_sec=SCRAPE_SEC
+            services,
+            settings.state_directory / "prometheus",
+            port,
+            terminal,
+            scrape_interval_sec=SCRAPE_SEC,
+            evaluation_interval_sec=SCRAPE_SEC,
         )
     )
     lines += [f"  Prometheus     {running.url}/graph", f"  alerts         {running.url}/alerts"]

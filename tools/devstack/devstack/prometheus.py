@@ -68,11 +68,13 @@ async def start_prometheus(
     terminal: Terminal,
     *,
     rules: Path = RULES,
-    interval_sec: float = 1,
+    scrape_interval_sec: float = 1,
+    evaluation_interval_sec: float = 1,
 ) -> AsyncIterator[Prometheus]:
     """Run Prometheus on `port` with its files in `directory`. `ports` is by service name. Raises CannotRun."""
     program = await packages.find_or_install(["prometheus"], _PACKAGE, terminal)
-    configuration = _configure(directory, ports, rules, interval_sec)
+    intervals = {"scrape_interval": scrape_interval_sec, "evaluation_interval": evaluation_interval_sec}
+    configuration = _configure(directory, ports, rules, {**intervals, "scrape_timeout": scrape_interval_sec})
     process = await spawn(
         "prometheus",
         [
@@ -92,14 +94,13 @@ async def start_prometheus(
         await process.stop()
 
 
-def _configure(directory: Path, ports: Mapping[str, int], rules: Path, interval_sec: float) -> Path:
+def _configure(directory: Path, ports: Mapping[str, int], rules: Path, seconds: Mapping[str, float]) -> Path:
     """Write the configuration as JSON, a subset of YAML. The instance label contains the service name."""
-    interval = f"{round(interval_sec * 1000)}ms"
     targets = [
         {"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{name}:{port}"}} for name, port in ports.items()
     ]
     configuration = {
-        "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
+        "global": {name: f"{round(value * 1000)}ms" for name, value in seconds.items()},
         "rule_files": [str(rules)],
         "scrape_configs": [{"job_name": JOB, "static_configs": targets}],
     }
