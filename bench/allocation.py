@@ -1,5 +1,6 @@
 """Scenarios in which students allocate and no maintenance runs."""
 
+import asyncio
 import math
 from functools import partial
 from itertools import count
@@ -22,6 +23,8 @@ _WARM_UP_CONNECTIONS = 50
 _TRACK = "bench-track"
 """Lab of the load (students.lua)."""
 _TIMEOUT_SEC = 30.0
+_ISSUING_CONNECTIONS = 20
+"""Tokens that are issued at the same time."""
 _token_numbers = count(1)
 
 
@@ -52,17 +55,18 @@ async def run_tokens(servers: Servers, sizes: Sizes, *, tokens: int, has_quota: 
 
 
 async def _issue_tokens(target: Target, number: int, *, max_active: int | None) -> list[str]:
-    issued: list[str] = []
+    async def issue(_: int) -> str:
+        name = f"bench-{next(_token_numbers)}"
+        grant = {"name": name, "role": "track", "tracks": [_TRACK], "max_active": max_active}
+        response = await client.post(f"{target.url}/v1/admin/tokens", json=grant)
+        if response.status_code != 201:
+            raise CannotRun(f"a new token was answered {response.status_code}: {response.text}", status=1)
+        return str(response.json()["token"])
+
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False, headers=headers) as client:
-        for _ in range(number):
-            name = f"bench-{next(_token_numbers)}"
-            grant = {"name": name, "role": "track", "tracks": [_TRACK], "max_active": max_active}
-            response = await client.post(f"{target.url}/v1/admin/tokens", json=grant)
-            if response.status_code != 201:
-                raise CannotRun(f"a new token was answered {response.status_code}: {response.text}", status=1)
-            issued.append(response.json()["token"])
-    return issued
+    limits = httpx.Limits(max_connections=_ISSUING_CONNECTIONS)
+    async with httpx.AsyncClient(timeout=_TIMEOUT_SEC, trust_env=False, headers=headers, limits=limits) as client:
+        return await asyncio.gather(*map(issue, range(number)))
 
 
 async def run_repeats(servers: Servers, sizes: Sizes, *, connections: int) -> Run:
