@@ -186,8 +186,7 @@ class Stack:
             return (await self.sync(force="true")).status_code == 200
 
         await wait_until(synced)
-        # The gateway detects a new allocator only every half second.
-        await wait_until(self._serves_requests)
+        await wait_until(self.serves_requests)
         stats = await self.stats()
         assert stats["available"] == accounts, stats
 
@@ -203,7 +202,8 @@ class Stack:
         await self.database.execute("DELETE FROM allocators")
         await self.start_service("allocator")
 
-    async def _serves_requests(self) -> bool:
+    async def serves_requests(self) -> bool:
+        """Return whether the gateway has detected the allocator."""
         return (await self.release("0", "student")).status_code == 404
 
     async def nothing_pending(self) -> bool:

@@ -71,6 +71,7 @@ async def test_unique_indexes_are_rebuilt_while_the_allocator_is_stopped(stack: 
     for index in ("leases_one_per_sandbox", "leases_one_per_holder"):
         await stack.database.execute(find_statement("REINDEX INDEX CONCURRENTLY").replace("…", index))
     await stack.start_service("allocator")
+    await wait_until(stack.serves_requests)
     response = await stack.allocate("ada")
     assert (response.status_code, response.json()["sandbox_id"]) == (200, held)
 
