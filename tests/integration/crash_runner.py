@@ -41,8 +41,8 @@ module = sys.argv.pop(1)
 crashes = CrashPoints(Path(os.environ["DIE_AT"]), module)
 
 deletion.CSP_TIMEOUT_SEC = main.CSP_TIMEOUT_SEC = 1  # type: ignore[attr-defined]
-main.REQUEST_TIMEOUT_SEC = 1
-cleanup.CLAIM_MARGIN_SEC = 0.5
+main.REQUEST_TIMEOUT_SEC = 0.5
+cleanup.CLAIM_MARGIN_SEC = 0.3
 cleanup.NO_REPLY_PAUSE_SEC = 0.2
 
 if module == "reaper":
@@ -57,14 +57,14 @@ if module == "provisioner":
     from sandbox_broker.csp.users import UserClient
 
     creation.LOOK_UP_TIMEOUT_SEC = provisioner_main.LOOK_UP_TIMEOUT_SEC = 1  # type: ignore[attr-defined]
-    provisioner_main.REQUEST_TIMEOUT_SEC = 1
-    refill.CLAIM_MARGIN_SEC = 0.5
+    provisioner_main.REQUEST_TIMEOUT_SEC = 0.5
+    refill.CLAIM_MARGIN_SEC = 0.3
     refill.MIN_PAUSE_SEC = 0.1
     refill.NO_REPLY_PAUSE_SEC = 0.2
     throttle.WINDOW_SEC = 1
     access.RETRY_SEC = 0.2
-    access_runs.CLAIM_TIMEOUT_SEC = 1
-    access_runs.CLAIM_MARGIN_SEC = 0.5
+    access_runs.CLAIM_TIMEOUT_SEC = 0.5
+    access_runs.CLAIM_MARGIN_SEC = 0.3
     access_runs.NO_REPLY_PAUSE_SEC = 0.2
     client, creator, requests = csp_client.CspClient, creation.Creator, syncs.SyncRequests
     create_account = crashes.wrap_call(client.create_account, "during CSP")

@@ -41,7 +41,7 @@ SETTINGS = {
     "ACCESS_REMOVAL_WAIT_SEC": "120",
     "CIRCUIT_BREAKER_TIMEOUT_SEC": "1",
 }
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 CREATION_STEPS = (
     "the sign-in",
@@ -82,6 +82,7 @@ async def crashing(
 ) -> AsyncIterator[Stack]:
     settings = {
         **SETTINGS,
+        "ACCESS_ATTEMPT_TIMEOUT_SEC": "1",
         "CLEANUP_INTERVAL_SEC": "1",
         "CIRCUIT_BREAKER_THRESHOLD": "1000",
         "DELETION_MAX_ATTEMPTS": "1000",

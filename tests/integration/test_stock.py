@@ -28,7 +28,7 @@ from tests.chaos.stack import EVENTS_QUEUE
 from tests.integration.crash_stack import kill_at, run_crashing_stack
 from tests.integration.stack import ADMIN, Stack
 
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 SEED = os.environ.get("KILLS_SEED") or secrets.token_hex(4)
 COMMANDS = ("ClaimCreations", "RecordCreation", "RecordCreationFailure", "EndCreations", "ApplyListing")
 POINTS = [
