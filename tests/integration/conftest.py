@@ -15,7 +15,12 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture(scope="package")
 async def whole_stack(new_database: NewDatabase, new_vhost: NewVhost) -> AsyncIterator[Stack]:
-    async with new_database() as database_url, new_vhost() as amqp_url, run_stack(database_url, amqp_url) as stack:
+    settings = {"INVARIANT_CHECK_SEC": "5"}
+    async with (
+        new_database() as database_url,
+        new_vhost() as amqp_url,
+        run_stack(database_url, amqp_url, settings=settings) as stack,
+    ):
         yield stack
 
 
