@@ -45,8 +45,9 @@ class ClientDisconnected(Exception):
 @dataclass(slots=True, eq=False)
 class _PendingRequest:
     command: Command
+    began: float
     deadline: float
-    """Time of the event loop."""
+    """Both are times of the event loop."""
     reply: asyncio.Future[Reply]
 
 
@@ -78,13 +79,14 @@ class AllocatorClient:
         many requests are in flight), NoReply or UnexpectedReply.
         """
         if not self._present:
-            await self._refresh_presence()  # an allocator may have started since the last probe
+            await self._look_for_allocator()
         if not (self._present and self._rpc_client.connected):
             raise ServiceUnavailable("The queue or the allocator is down.")
         if self.in_flight >= MAX_IN_FLIGHT:
             raise ServiceUnavailable("Too many requests are in flight.")
         loop = asyncio.get_running_loop()
-        pending = _PendingRequest(command, loop.time() + timeout_sec, loop.create_future())
+        began = loop.time()
+        pending = _PendingRequest(command, began, began + timeout_sec, loop.create_future())
         if pending.deadline < self._timer_at:
             self._set_timer(pending.deadline)
         if scope is not None:
@@ -161,6 +163,13 @@ class AllocatorClient:
             await self._refresh_presence()
             await asyncio.sleep(PROBE_PERIOD_SEC)
 
+    async def _look_for_allocator(self) -> None:
+        """Wait for a probe that begins after this call, or for an earlier one that finds an allocator."""
+        is_running = self._probe is not None and not self._probe.done()
+        await self._refresh_presence()
+        if is_running and not self._present:
+            await self._refresh_presence()
+
     async def _refresh_presence(self) -> None:
         """Probe the allocator. Concurrent callers share one probe."""
         if self._probe is None or self._probe.done():
@@ -168,6 +177,7 @@ class AllocatorClient:
         await asyncio.shield(self._probe)
 
     async def _count_consumers(self) -> None:
+        began = asyncio.get_running_loop().time()
         try:
             timeout_sec = PROBE_TIMEOUT_WHEN_UP_SEC if self._present else PROBE_TIMEOUT_WHEN_DOWN_SEC
             present = (
@@ -180,7 +190,8 @@ class AllocatorClient:
         self._present = present
         if not present:
             for pending in self._in_flight:
-                if not pending.reply.done():
+                # An allocator may have started since the probe began, and may have got a later request.
+                if pending.began <= began and not pending.reply.done():
                     pending.reply.set_exception(Disconnected("no allocator consumes the command queue"))
 
 

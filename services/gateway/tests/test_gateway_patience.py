@@ -13,10 +13,10 @@ import pytest
 
 from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
-from sandbox_broker.contract.commands import Command, RecordJob, SyncPool
+from sandbox_broker.contract.commands import AllocateSandbox, Command, RecordJob, SyncPool
 from sandbox_broker.contract.replies import Purged, Reply
 
-from .gateway_harness import ADMIN, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes
+from .gateway_harness import ADMIN, LEASE, STUDENT, Cable, FarSide, Gateway, detail, running, say_nothing, say_yes
 
 AT_ONCE_SEC = 4
 """Less than the 5 s of the request timeout."""
@@ -133,6 +133,42 @@ async def test_request_after_the_start_of_an_allocator_succeeds(amqp_url: str, d
         await gateway.absent()
         async with FarSide(topology.ALLOCATOR_COMMANDS).consuming(amqp_url):
             assert (await gateway.allocate()).status_code == 201
+
+
+@pytest.mark.parametrize("was_present", [True, False])
+async def test_a_late_count_of_consumers_fails_no_later_request(
+    amqp_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch, was_present: bool
+) -> None:
+    """The allocator starts after RabbitMQ has counted the consumers, and before the gateway gets the count."""
+    counted, late, handled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def reply_after_the_count(_: Command) -> Reply:
+        await handled.wait()
+        return LEASE
+
+    async with running(amqp_url, database_url=database_url, far_sides=False) as gateway:
+        allocator, publisher = gateway.app.state.context.allocator, gateway.app.state.context.publisher
+        await wait_until(lambda: publisher.connected and gateway.app.state.context.rpc_client.connected)
+        count_consumers = publisher.count_consumers
+
+        async def count_late(queue: str, *, timeout_sec: float) -> int:
+            consumers: int = await count_consumers(queue, timeout_sec=timeout_sec)
+            counted.set()
+            await late.wait()
+            handled.set()
+            return consumers
+
+        monkeypatch.setattr(publisher, "count_consumers", count_late)
+        await counted.wait()
+        monkeypatch.setattr(publisher, "count_consumers", count_consumers)
+        allocator._present = was_present
+        far_side = FarSide(topology.ALLOCATOR_COMMANDS, reply_after_the_count)
+        async with far_side.consuming(amqp_url):
+            command = AllocateSandbox(request_id="request", holder="student-1")
+            request = asyncio.create_task(allocator.request(command, timeout_sec=60))
+            await asyncio.sleep(0)  # so that the request waits for the allocator, or for the count
+            late.set()
+            assert await request == LEASE
 
 
 async def test_pending_request_fails_at_once_when_the_allocator_stops(amqp_url: str, database_url: str) -> None:
