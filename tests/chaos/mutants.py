@@ -43,7 +43,7 @@ STOCK_POLICY = {
     "match": {"name_prefix": "stock-"},
     "stock": {"name_prefix": "stock-", "min": 1, "max": 2},
 }
-ALLOCATE_TIMEOUT_SEC = 10
+ALLOCATE_TIMEOUT_SEC = 6
 """Time-out of the gateway for a reply. It is long, because a round needs the reply even on a busy machine."""
 SERVED_WITHIN_SEC = 5.0
 """Limit for an allocation while another transaction locks a row. The lock lasts slightly longer."""

@@ -222,8 +222,9 @@ if __name__ == "__main__":
             crashes.reach("after reply")
 
     consumer.publish_replies = answer_and_stop  # type: ignore[attr-defined]
-    creation.LOOK_UP_TIMEOUT_SEC = provisioner_main.REQUEST_TIMEOUT_SEC = 1
-    refill.CLAIM_MARGIN_SEC = 0.5
+    creation.LOOK_UP_TIMEOUT_SEC = 1
+    provisioner_main.REQUEST_TIMEOUT_SEC = 0.5
+    refill.CLAIM_MARGIN_SEC = 0.3
     client = csp_client.CspClient
     client.create_account = crashes.wrap(client.create_account, None, "after CSP")  # type: ignore[method-assign]
     for name in filter(None, os.environ["PLANTED"].split(",")):
