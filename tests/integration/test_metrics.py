@@ -4,6 +4,9 @@ import asyncio
 import re
 import uuid
 
+import pytest
+
+from allocator.background.invariant_check import RULES
 from devstack.conditions import wait_until
 from sandbox_broker.contract import topology
 from tests.integration.stack import ADMIN, ADMIN_TOKEN, PORTS, ROOT, Stack, track_headers
@@ -95,22 +98,31 @@ async def test_clients_cannot_add_label_values(stack: Stack) -> None:
         ):
             await stack.client.request(method, f"{stack.url}{path}", headers=headers)
 
-    async def are_queues_measured() -> bool:
-        return (await scrape(stack, "gateway")).count("\nbroker_queue_consumers{") == len(topology.QUEUES)
+    async def are_measured() -> bool:
+        gateway, allocator = await scrape(stack, "gateway"), await scrape(stack, "allocator")
+        return gateway.count("\nbroker_queue_consumers{") == len(topology.QUEUES) and allocator.count(
+            "\nbroker_invariant_violations{"
+        ) == len(RULES)
 
     await send_random_values(0)
     for service in SERVICES:
         await scrape(stack, service)  # the scrape itself adds a series
-    await wait_until(are_queues_measured)
+    await wait_until(are_measured)  # the first measurements of a restarted service add series
     before = {service: find_series(await scrape(stack, service)) for service in SERVICES}
     await asyncio.gather(*(send_random_values(number) for number in range(10)))
-    for service in ("gateway", "allocator", "csp-syncer"):
+    changed: set[str] = set()
 
-        async def is_unchanged(service: str = service) -> bool:
-            return find_series(await scrape(stack, service)) == before[service]
+    async def has_same_series() -> bool:
+        changed.clear()
+        for service in ("gateway", "allocator", "csp-syncer"):
+            changed.update(find_series(await scrape(stack, service)) ^ before[service])
+        return not changed
 
-        # Polls, because the gateway omits queues that it cannot measure for a moment. A new label would stay.
-        await wait_until(is_unchanged)
+    # Polls, because the gateway omits queues that it cannot measure for a moment. A new label would stay.
+    try:
+        await wait_until(has_same_series)
+    except AssertionError:
+        pytest.fail(f"other series than before: {sorted(changed)}")
     # The reaper may have added an outcome by its own work, so only client data is excluded here.
     assert not any(ADMIN_TOKEN in line for line in find_series(await scrape(stack, "reaper")))
 
