@@ -33,7 +33,7 @@ async def test_a_run_of_each_kind_of_scenario_succeeds_and_writes_its_figures(
         "beside",
         "slow",
     ]
-    sizes = ["--accounts", "4000", "--cycles", "2000"]
+    sizes = ["--accounts", "20000", "--cycles", "2000"]
     code, output = await run(
         [sys.executable, "-m", "bench", *names, "long", *SMALLEST, *sizes, "--json", path], cwd=ROOT, timeout=390
     )
