@@ -131,7 +131,7 @@ async def replace_services(broker: Broker, bugs: Sequence[str]) -> None:
         if (process := stack.processes.pop(name, None)) is not None:
             process.kill()
             await process.wait()
-    await stack.forget_killed_allocators()
+    await stack.forget_allocators()
     await truncate_tables(stack.database, "TRUNCATE outbox")
     async with await aio_pika.connect(broker.amqp_url) as connection, connection.channel() as channel:
         for queue in (topology.ALLOCATOR_COMMANDS.name, EVENTS_QUEUE):

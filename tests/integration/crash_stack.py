@@ -49,7 +49,7 @@ async def kill_at(stack: Stack, point: str, is_over: Callable[[], object] | None
         Path(stack.environment["DIE_AT"]).unlink()
     except FileNotFoundError:  # the service removed it, and is about to die
         await wait_until(is_dead)
-        await stack.forget_killed_allocators()
+        await stack.forget_allocators()
         await stack.start_service(point.partition(":")[0])
         return True
     return False

@@ -199,15 +199,15 @@ class Stack:
     async def forget_other_broker(self) -> None:
         """Restart the allocator without reports of another broker. It would go on to report it for ten minutes."""
         await self.processes["allocator"].stop()
-        await self.database.execute("DELETE FROM allocators")
+        await self.forget_allocators()
         await self.start_service("allocator")
 
     async def serves_requests(self) -> bool:
         """Return whether the gateway has detected the allocator."""
         return (await self.release("0", "student")).status_code == 404
 
-    async def forget_killed_allocators(self) -> None:
-        """Delete the reports of the allocators. A new allocator waits for two seconds for those of killed ones."""
+    async def forget_allocators(self) -> None:
+        """Delete the reports of all allocators. A new one would wait two seconds for that of a killed one."""
         await self.database.execute("DELETE FROM allocators")
 
     async def nothing_pending(self) -> bool:

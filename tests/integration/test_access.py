@@ -246,7 +246,7 @@ async def allocate_after_restart(stack: Stack, student: str, **headers: str) -> 
 async def _kill(stack: Stack, module: str) -> None:
     stack.processes[module].kill()
     await stack.processes[module].wait()
-    await stack.forget_killed_allocators()
+    await stack.forget_allocators()
 
 
 async def _kill_and_restart(stack: Stack, module: str) -> None:

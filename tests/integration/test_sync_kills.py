@@ -101,7 +101,7 @@ async def test_a_killed_sync_is_applied_completely_or_not_at_all(crashing: Stack
 
         await wait_until(is_dead, within_sec=60)
         assert dict(sorted((await read_statuses(crashing)).items())) in (before, expected), (SEED, point)
-        await crashing.forget_killed_allocators()
+        await crashing.forget_allocators()
         await crashing.start_service(service)
         await asyncio.wait([request])
 

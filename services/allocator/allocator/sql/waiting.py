@@ -245,10 +245,10 @@ async def leave(session: WriteSession, holders: Sequence[str], reason: WaitEnd) 
 
 
 async def end_overdue(session: WriteSession, *, ttl: timedelta | None, asked: Sequence[str]) -> list[EndedRow]:
-    """End the places whose longest wait is over. With `ttl`, also end each place whose request was
-    not repeated for this long.
+    """End each place after its longest wait. With `ttl`, also end each place without a repeated request for this
+    long.
 
-    `asked` are holders that have repeated their request since the last look, which the table does not show yet.
+    `asked` are holders that have repeated their request since the last look. The table does not show it yet.
     """
     return await _end(session, END_OVERDUE, ttl or NEVER, list(asked))
 
