@@ -185,11 +185,16 @@ async def break_connection_during_statement(trial: Trial) -> None:
 
 
 async def claim_in_two_allocators(trial: Trial) -> None:
-    """Block the statement of one allocator and disconnect it from RabbitMQ: the other gets the next student."""
+    """Block the statement of one allocator and disconnect it from RabbitMQ: the other gets the next student.
+
+    The disconnection is a second after the gateway's time-out, because the other allocator must not get the first
+    student too: the command of that student expires in RabbitMQ slightly later than in the gateway.
+    """
     lease = "INSERT INTO leases (sandbox_id, holder, expires_at) VALUES ('elsewhere', 'ada', now())"
     async with trial.hold_transaction(lease):
-        await trial.allocate("ada")
+        operation = await trial.allocate("ada")
         await trial.wait_for_blocked_backends(1)
+        await _wait_for_time(operation.ended_at + 1)
         trial.reset_link(await trial.find_active_allocator(), "RabbitMQ")
         allocation = asyncio.create_task(trial.allocate("bob"))
         await trial.wait_for_blocked_backends(2)
@@ -242,11 +247,7 @@ async def kill_allocator_after_reply(trial: Trial) -> None:
     operation = await trial.allocate("ada")
     assert operation.outcome == "ok"
     await trial.wait_for_stop()
-
-    async def is_next_second() -> bool:
-        return time.time() > int(operation.ended_at) + 1
-
-    await wait_until(is_next_second)
+    await _wait_for_time(int(operation.ended_at) + 1)
     standby.send(SIGCONT)
     await trial.allocate("bob")  # queued behind the command of the killed allocator
 
@@ -301,6 +302,13 @@ async def kill_provisioner_after_creation(trial: Trial) -> None:
         return any([await trial.stack.database.fetchval(query) for query in (levels, counts_two)])
 
     await wait_until(is_full)
+
+
+async def _wait_for_time(unix_time: float) -> None:
+    async def is_later() -> bool:
+        return time.time() > unix_time
+
+    await wait_until(is_later)
 
 
 def _is_stopped(process: Process) -> bool:
