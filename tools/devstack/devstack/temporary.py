@@ -4,8 +4,8 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,6 +15,9 @@ from devstack import rabbitmq
 from devstack.infrastructure import Server
 from devstack.private import make_directory, service_account, write
 from devstack.processes import run
+
+_EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
+"""Permissions of the user in a temporary virtual host: regular expressions of names."""
 
 
 @asynccontextmanager
@@ -46,26 +49,36 @@ async def truncate_tables(database: asyncpg.Connection | asyncpg.Pool, statement
 
 @asynccontextmanager
 async def create_vhost(server: Server, prefix: str) -> AsyncIterator[str]:
-    """Create an empty virtual host and yield its URL. Deletes it on exit.
+    """Create an empty virtual host and yield its URL. Deletes it on exit. See `create_vhosts`."""
+    async with create_vhosts(server, prefix, number=1) as (url,):
+        yield url
 
-    Starts a private server instead if this account cannot administer the server, or if the server runs in a
-    container of `make run`.
+
+@asynccontextmanager
+async def create_vhosts(server: Server, prefix: str, *, number: int) -> AsyncIterator[list[str]]:
+    """Create empty virtual hosts and yield their URLs. Deletes them on exit.
+
+    Starts a private server instead, and yields only its URL, if this account cannot administer the server, or if
+    the server runs in a container of `make run`.
     """
-    name = f"{prefix}_{secrets.token_hex(4)}"
-    url = f"{server.url.rstrip('/')}/{name}"
+    names = [f"{prefix}_{secrets.token_hex(4)}" for _ in range(number)]
+    urls = [f"{server.url.rstrip('/')}/{name}" for name in names]
     user = urlsplit(server.url).username or "guest"
     local = urlsplit(server.url).hostname in ("127.0.0.1", "localhost") and not server.processes
     if server.management_url is not None:
-        async with _managed_vhost(server.management_url, name, user):
-            yield url
-    elif local and await _add_vhost(name, user):
+        async with AsyncExitStack() as stack:
+            for name in names:
+                await stack.enter_async_context(_managed_vhost(server.management_url, name, user))
+            yield urls
+    elif local and await _add_vhosts(names, user):
         try:
-            yield url
+            yield urls
         finally:
-            await run(["rabbitmqctl", "-q", "delete_vhost", name])
+            binaries = ", ".join(f'<<"{name}">>' for name in names)
+            await run(["rabbitmqctl", "-q", "eval", f'[rabbit_vhost:delete(V, <<"test">>) || V <- [{binaries}]].'])
     else:
         async with rabbitmq.PrivateRabbitMQ() as private:
-            yield private.url
+            yield [private.url]
 
 
 @asynccontextmanager
@@ -73,20 +86,22 @@ async def _managed_vhost(management: str, name: str, user: str) -> AsyncIterator
     async with httpx.AsyncClient(base_url=f"{management}/api/", trust_env=False, timeout=60) as client:
         (await client.put(f"vhosts/{name}")).raise_for_status()
         try:
-            everything = {"configure": ".*", "write": ".*", "read": ".*"}
-            (await client.put(f"permissions/{name}/{user}", json=everything)).raise_for_status()
+            (await client.put(f"permissions/{name}/{user}", json=_EVERYTHING)).raise_for_status()
             yield
         finally:
             (await client.delete(f"vhosts/{name}")).raise_for_status()
 
 
-async def _add_vhost(name: str, user: str) -> bool:
+async def _add_vhosts(names: Sequence[str], user: str) -> bool:
     """Return False without the right to administer RabbitMQ.
 
-    Imports the virtual host with its permissions, because each start of rabbitmqctl takes 0.8 s of processor time.
+    Imports the virtual hosts with their permissions, because each start of rabbitmqctl takes 0.8 s of processor
+    time.
     """
-    everything = {"configure": ".*", "write": ".*", "read": ".*"}
-    definitions = {"vhosts": [{"name": name}], "permissions": [{"user": user, "vhost": name, **everything}]}
+    definitions = {
+        "vhosts": [{"name": name} for name in names],
+        "permissions": [{"user": user, "vhost": name, **_EVERYTHING} for name in names],
+    }
     account = service_account("rabbitmq")
     directory = make_directory("definitions", account)
     try:

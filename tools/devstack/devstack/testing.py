@@ -24,6 +24,7 @@ from devstack.infrastructure import Server
 from devstack.output import Terminal
 from devstack.settings import load
 from devstack.shared_servers import SharedServers
+from devstack.vhost_pool import VhostPool
 from sandbox_broker.contract import topology
 from sandbox_broker.migrate import migrate
 
@@ -148,10 +149,12 @@ NewVhost = Callable[[], AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="session")
-def new_vhost(servers: tuple[Server, Server]) -> NewVhost:
+async def new_vhost(servers: tuple[Server, Server]) -> AsyncIterator[NewVhost]:
     """Factory of temporary virtual hosts: `async with new_vhost() as url`."""
     _, server = servers
-    return partial(temporary.create_vhost, server, _PREFIX)
+    pool = VhostPool(server, _PREFIX, group_size=5)
+    yield pool.use_vhost
+    await pool.close()
 
 
 @pytest.fixture(scope="session")
