@@ -1,5 +1,6 @@
 """Parsing of the load generators' output, aggregation, goals, tables and selection of scenarios."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def test_late_events_reduce_the_sustained_throughput() -> None:
 
 
 def test_a_goal_is_evaluated_if_all_its_scenarios_ran() -> None:
-    evaluated = goals.evaluate_goals({"ours-200": build_result(350), "baseline-200": build_result(100)})
-    assert ("throughput at 200 ÷ baseline", 3.5, True) in [(goal.name, goal.value, goal.met) for goal in evaluated]
+    evaluated = goals.evaluate_goals({"ours-200": build_result(700), "baseline-200": build_result(100)})
+    assert ("throughput at 200 ÷ baseline", 7, True) in [(goal.name, goal.value, goal.met) for goal in evaluated]
     assert not [goal for goal in evaluated if "pgbench" in goal.name]
 
 
@@ -114,6 +115,14 @@ def test_the_broker_is_compared_with_the_best_pgbench_result() -> None:
     evaluated = {goal.name: goal for goal in goals.evaluate_goals({"ours-200": build_result(250), **claims})}
     assert evaluated["throughput at 200 ÷ pgbench claim"].value == 0.5
     assert not evaluated["throughput at 200 ÷ pgbench claim"].met
+
+
+def test_the_processor_time_of_an_allocation_excludes_the_load_generator() -> None:
+    components = {"server": 1.0, "allocator": 1.0, "postgres": 0.5, "rabbitmq": 0.5, "load": 9.0}
+    allocation = dataclasses.replace(build_result(100), cpu=components)
+    floor = dataclasses.replace(build_result(100), cpu={"server": 0.25, "load": 9.0})
+    evaluated = {goal.name: goal for goal in goals.evaluate_goals({"ours-200": allocation, "floor-200": floor})}
+    assert evaluated["processor time of an allocation at 200 ÷ floor"].value == 12
 
 
 @pytest.mark.parametrize(
