@@ -3,11 +3,12 @@
 The services write JSON, because console text costs them more processor time, on the way of each request.
 """
 
-import json
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import orjson
 
 _CAUSE = "The above exception was the direct cause of the following exception:"
 _CONTEXT = "During handling of the above exception, another exception occurred:"
@@ -19,7 +20,7 @@ def render_log_line(line: str) -> str:
     if not line.startswith("{"):
         return line
     try:
-        fields = json.loads(line)
+        fields = orjson.loads(line)
         head = f"{fields.pop('timestamp')} [{fields.pop('level'):9}] {fields.pop('event'):30}"
         trace = "".join(f"\n{text}" for text in _format_exceptions(fields.pop("exception", ())))
     except (ValueError, LookupError, TypeError):

@@ -19,6 +19,7 @@ class Terminal:
         self._width = width
         self.lost = asyncio.Event()
         """Set after the terminal or pipe is closed. Further output is discarded."""
+        self._flush_is_due = False
 
     def print_log_line(self, tag: str, text: str) -> None:
         """Print a log line of a process."""
@@ -43,6 +44,24 @@ class Terminal:
             return
         try:
             self._stream.write(text.encode(errors="replace") + b"\n")
+        except OSError:
+            self.lost.set()
+        if not self._flush_is_due:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """Flush now, or in an event loop once for all lines of this turn, because each write wakes the reader."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._flush()
+        else:
+            self._flush_is_due = True
+            loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        try:
             self._stream.flush()
         except OSError:
             self.lost.set()

@@ -1,7 +1,15 @@
+import asyncio
 import io
 import os
 
 from devstack.output import Terminal
+
+
+class FlushCounter(io.BytesIO):
+    flushes = 0
+
+    def flush(self) -> None:
+        self.flushes += 1
 
 
 def test_each_line_starts_with_the_name_of_its_process() -> None:
@@ -34,3 +42,16 @@ def test_a_closed_pipe_is_detected_without_an_error() -> None:
         terminal.print_line("second line")
 
     assert terminal.lost.is_set()
+
+
+async def test_lines_of_one_turn_of_the_event_loop_are_flushed_once() -> None:
+    stream = FlushCounter()
+    terminal = Terminal(stream)
+
+    for _ in range(3):
+        terminal.print_line("line")
+    await asyncio.sleep(0)
+    terminal.print_line("line of the next turn")
+    await asyncio.sleep(0)
+
+    assert stream.flushes == 2
