@@ -39,7 +39,7 @@ class AccessRuns:
         self._worker = worker
         self._circuit = circuit
         self._wake_event = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running = 0
         self._records: list[AccessRecord] = []
         """Outcomes of ended attempts without a reply of the allocator."""
         self._has_record = asyncio.Event()
@@ -69,7 +69,7 @@ class AccessRuns:
         """Start all logins that are due and allowed. Return the seconds until the next call at the latest, or None
         to wait for a wake-up."""
         loop = asyncio.get_running_loop()
-        while (free := self._count_allowed(loop.time()) - len(self._running)) > 0 or self._records:
+        while (free := self._count_allowed(loop.time()) - self._running) > 0 or self._records:
             requested_at = loop.time()
             claimed = await self._record_and_claim(max(free, 0))
             if claimed is None:
@@ -94,6 +94,7 @@ class AccessRuns:
         records = tuple(self._records)
         claims = [self._build_claim(limit)] if limit > 0 else []
         self._has_record.clear()
+        self._wake_event.clear()  # this call serves all earlier wake-ups
         replies = await self._allocator.request_all([*records, *claims], timeout_sec=CLAIM_TIMEOUT_SEC)
         del self._records[: len(records)]
         for record, reply in zip(records, replies, strict=False):
@@ -128,17 +129,16 @@ class AccessRuns:
         ]
 
     def _start(self, group: asyncio.TaskGroup, due: DueAccess, deadline: float) -> None:
-        task = group.create_task(self._carry_out(due, deadline))
-        self._running.add(task)
-        metrics.LOGINS_RUNNING.set(len(self._running))
-
-        def end(task: asyncio.Task[None]) -> None:
-            self._running.discard(task)
-            metrics.LOGINS_RUNNING.set(len(self._running))
-            self.wake()
-
-        task.add_done_callback(end)
+        self._count_running(+1)
+        group.create_task(self._carry_out(due, deadline))
 
     async def _carry_out(self, due: DueAccess, deadline: float) -> None:
-        self._records.append(await self._worker.carry_out(due, deadline))
+        record = await self._worker.carry_out(due, deadline)
+        self._count_running(-1)
+        self._records.append(record)
         self._has_record.set()
+        self.wake()
+
+    def _count_running(self, change: int) -> None:
+        self._running += change
+        metrics.LOGINS_RUNNING.set(self._running)
