@@ -14,6 +14,8 @@ from sandbox_broker.contract.commands import (
     UNREADABLE_ACCOUNT,
     ApplyListing,
     BeginListing,
+    Command,
+    R,
     RecordJob,
     RefreshSandboxes,
 )
@@ -21,12 +23,15 @@ from sandbox_broker.contract.replies import ListingApplied, PoolSynced, Refused,
 from sandbox_broker.contract.types import JobState
 from sandbox_broker.csp.client import CspClient, CspError, Listing
 from sandbox_broker.messaging.maintenance_client import MaintenanceClient
-from sandbox_broker.messaging.outcome import CommandNotDone, CommandRefused
+from sandbox_broker.messaging.outcome import CommandNotDone, CommandRefused, ServiceUnavailable
 from sandbox_broker.observability import log_context
 
 LISTING_TIMEOUT_SEC = 60.0
 APPLY_TIMEOUT_SEC = 90.0
 """Applying takes a few statements. The allocator ends each of them after 30 s."""
+MAX_ATTEMPTS = 4
+"""Attempts to send a command of a sync whose connection is lost."""
+RETRY_SEC = 1.0
 REFRESH_BATCH_SIZE = 500
 """Sandboxes that one command renames. Their rows are locked for the time of that command."""
 JOB_REPORT_SEC = 5.0
@@ -110,13 +115,13 @@ class Syncer:
 
     async def _fetch_and_apply(self, progress: dict[str, int], *, force: bool) -> ListingApplied:
         # Begin before CSP is asked: the allocator then knows which deletions the listing cannot contain yet.
-        begun = await self._allocator.request(BeginListing())
+        begun = await self._request(BeginListing())
         log_context.bind(listing_id=begun.listing_id)
         listing = await self._fetch_listing()
         unreadable = _find_unreadable(listing)
         progress.update(listed=len(listing.accounts) + len(unreadable), staged=0)
         for command in split_listing(begun.listing_id, listing.accounts, unreadable):
-            await self._allocator.request(command)
+            await self._request(command)
             progress["staged"] += len(command.accounts) + len(command.unreadable)
         apply = ApplyListing(
             listing_id=begun.listing_id,
@@ -125,7 +130,7 @@ class Syncer:
             max_growth_fraction=self._settings.sync_max_growth_fraction,
             force=force,
         )
-        applied = await self._allocator.request(apply, timeout_sec=APPLY_TIMEOUT_SEC)
+        applied = await self._request(apply, timeout_sec=APPLY_TIMEOUT_SEC)
         try:
             await self._refresh_names(begun.listing_id)
         except CommandNotDone as error:  # the next sync corrects the remaining names
@@ -163,10 +168,24 @@ class Syncer:
         after: str | None = None
         while True:
             command = RefreshSandboxes(listing_id=listing_id, after=after, limit=REFRESH_BATCH_SIZE)
-            reply = await self._allocator.request(command)
+            reply = await self._request(command)
             if reply.last is None:
                 return
             after = reply.last
+
+    async def _request(self, command: Command[R], *, timeout_sec: float | None = None) -> R:
+        """Send a command, and repeat it after the loss of a connection. Raises CommandNotDone.
+
+        All commands of a sync are idempotent. Without repetition, a sync of many accounts would start from the
+        beginning after each loss of a RabbitMQ node.
+        """
+        for _ in range(MAX_ATTEMPTS - 1):
+            try:
+                return await self._allocator.request(command, timeout_sec=timeout_sec)
+            except ServiceUnavailable as error:
+                log.info("sync.command_repeated", command=command.type, reason=str(error))
+                await asyncio.sleep(RETRY_SEC)
+        return await self._allocator.request(command, timeout_sec=timeout_sec)
 
     async def _report_job(self, command: RecordJob) -> None:
         """Report to the job. A lost report does not fail the sync: the gateway shows a silent job as failed."""

@@ -117,7 +117,8 @@ class Allocator:
                 self.staged[listing_id] = []
                 return ListingBegun(listing_id=listing_id)
             case StageListing():
-                self.staged[command.listing_id] += [account.sandbox_id for account in command.accounts]
+                staged = self.staged[command.listing_id]
+                staged += [account.sandbox_id for account in command.accounts if account.sandbox_id not in staged]
                 return ListingStaged(staged=len(command.accounts))
             case RefreshSandboxes():
                 left = [name for name in self.to_refresh if name > (command.after or "")][: command.limit]

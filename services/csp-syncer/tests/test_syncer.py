@@ -27,6 +27,7 @@ from sandbox_broker.contract.commands import (
 )
 from sandbox_broker.contract.replies import PoolSynced, RefusalCode, Refused, refuse
 from sandbox_broker.contract.types import JobState
+from sandbox_broker.messaging.rpc_client import RpcClient
 
 from .syncer_harness import Allocator, Caller, Csp, calling, sample, simulated_csp, syncing
 
@@ -306,6 +307,39 @@ async def test_the_csp_syncer_reconnects_during_a_sync(
     assert isinstance(first, PoolSynced)
     assert first == second
     assert len(allocator.all(ApplyListing)) == 1
+
+
+@pytest.mark.parametrize("kind", [BeginListing, StageListing, ApplyListing, RefreshSandboxes])
+async def test_a_command_is_repeated_after_the_loss_of_its_connection(
+    csp: Csp,
+    allocator: Allocator,
+    caller: Caller,
+    amqp_url: str,
+    kind: type[Command],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connections: list[AbstractConnection] = []
+    real_session = RpcClient._session
+
+    async def run_session(self: RpcClient, connection: AbstractConnection) -> None:
+        connections.append(connection)
+        await real_session(self, connection)
+
+    async def disconnect_once(command: Command) -> None:
+        if isinstance(command, kind) and len(allocator.all(kind)) == 1:
+            await connections[0].close()
+
+    monkeypatch.setattr(syncer, "RETRY_SEC", 0.01)
+    monkeypatch.setattr(RpcClient, "_session", run_session)
+    allocator.before_answer = disconnect_once
+    async with syncing(amqp_url, csp):
+        reply = await caller.sync()
+    assert isinstance(reply, PoolSynced)
+    assert reply.synced == 7
+    assert await csp.listings() == 1
+    first, second, *_ = allocator.all(kind)
+    assert first == second
+    assert len(connections) == 2
 
 
 async def test_a_foreign_command_is_refused_and_does_not_block_the_queue(
