@@ -61,9 +61,13 @@ def encode_commands(commands: Sequence[Command]) -> bytes:
 
 
 def _present_fields(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return {name: field for name, field in vars(value).items() if field is not None}
-    return to_jsonable_python(value)
+    if not isinstance(value, BaseModel):
+        return to_jsonable_python(value)
+    fields = {name: field for name, field in vars(value).items() if field is not None}
+    if (sender := fields.get("sender")) is not None:
+        # Its absent fields are null. A call of this function for it takes twice as long.
+        fields["sender"] = vars(sender)
+    return fields
 
 
 def encode_replies(replies: Sequence[Reply]) -> bytes:
