@@ -480,12 +480,15 @@ def no_waiting_student_is_overtaken(evidence: Evidence) -> Iterator[str]:
     """Require that a sandbox is leased to the first student in the waiting line whom it fits.
 
     A replacement goes before the line, because its student is at work in a lab that broke. A student whose token is
-    at its quota is passed over.
+    at its quota is passed over, and so is one whose request is refused, for example because its token has ended.
     """
     first = {event.event_id: event for event in reversed(evidence.events)}
     by_type = _group_by(first.values(), lambda event: event.type)
+    refused = {
+        event.data["place"] for event in by_type.get("waiting.ended", []) if event.data["reason"] == "refused"
+    }
     numbers = {event.data["sandbox_id"]: event.data["place"] for event in by_type.get("waiting.served", [])}
-    places = [*_list_places(evidence)]
+    places = [place for place in _list_places(evidence) if place.number not in refused]
     for allocated in by_type.get("sandbox.allocated", []):
         if "replaces" in allocated.data:
             continue

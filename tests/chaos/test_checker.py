@@ -245,6 +245,15 @@ def test_a_replacement_goes_before_the_waiting_line() -> None:
     assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, allocated]))] == []
 
 
+def test_a_student_whose_request_is_refused_is_passed_over() -> None:
+    waiting = build_event("w1", "waiting.started", None, 43, place=1, holder="eve", name_prefix="sandbox-")
+    left = build_event("w1-left", "waiting.ended", None, 55, place=1, holder="eve", reason="left")
+    refused = build_event("w1-left", "waiting.ended", None, 55, place=1, holder="eve", reason="refused")
+    events = [*remove_events(CORRECT.events, "w1"), waiting]
+    assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, left]))]
+    assert [*checker.no_waiting_student_is_overtaken(replace(CORRECT, events=[*events, refused]))] == []
+
+
 def test_a_student_whose_token_is_at_its_quota_is_passed_over() -> None:
     waiting = build_event("w1", "waiting.started", None, 43, place=1, holder="eve", name_prefix="sandbox-")
     lease = replace(build_lease(8, "9", "gus", 40), token="own")
