@@ -30,7 +30,7 @@ LISTING_TIMEOUT_SEC = 60.0
 APPLY_TIMEOUT_SEC = 90.0
 """Applying takes a few statements. The allocator ends each of them after 30 s."""
 MAX_ATTEMPTS = 4
-"""Attempts to send a command of a sync whose connection is lost."""
+"""Limit of attempts to send a command of a sync, if its connection is lost each time."""
 RETRY_SEC = 1.0
 REFRESH_BATCH_SIZE = 500
 """Sandboxes that one command renames. Their rows are locked for the time of that command."""

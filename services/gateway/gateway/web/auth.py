@@ -112,7 +112,7 @@ class Auth:
             named = self._named_tokens.find(token)
             if named is None and not self._named_tokens.is_fresh:
                 return _UNCHECKED
-        return _UNKNOWN if named is None else _build_named_caller(named)
+        return _UNKNOWN if named is None else Caller(named.role, named.token_hash, named.name, named)
 
     def require_track_token(self, scope: Scope) -> None:
         """Accept the roles track and admin."""
@@ -185,11 +185,6 @@ def _is_role(role: CallerRole) -> TypeGuard[Role]:
 def _forbidden(caller: Caller, required: Role) -> ApiError:
     metrics.AUTH_FAILURES.labels(reason="forbidden").inc()
     return ApiError("FORBIDDEN", parameters={"cause": "role", "required": required, "role": caller.role})
-
-
-@lru_cache(_MAX_SENDERS)
-def _build_named_caller(named: NamedToken) -> Caller:
-    return Caller(named.role, named.token_hash, named.name, named)
 
 
 def _build_caller(role: Role, token: bytes, actor: str) -> Caller:

@@ -44,10 +44,8 @@ _MINUTE = 60
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class NamedToken:
-    """Record of a token. Records are equal by identity, so that their hash costs little."""
-
     key_id: str
     name: str
     role: Role
